@@ -1,0 +1,455 @@
+"""Owns what a run is told: frozen, strict models of a config, read from YAML and `key=value` overrides."""
+
+import difflib
+import hashlib
+import json
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from cmscale.errors import UserError
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+_AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Counts = Annotated[tuple[Count, ...], _AsTuple]
+Rates = Annotated[tuple[Rate, ...], _AsTuple]
+Distance = Literal["l1", "l2", "lpips", "pseudo_huber"]
+Convention = Literal["paper", "released_code"]
+Solver = Literal["euler", "heun"]
+
+
+class Section(BaseModel):
+    """A part of the config. Frozen; unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def operational(default: Any, **constraints: Any) -> Any:
+    """A field that may change between a run and its resumption: it moves no loss (beyond rounding)."""
+    return Field(default, json_schema_extra={"operational": True}, **constraints)
+
+
+class Diffusion(Section):
+    """What every method shares: the noise range and the Karras grid (PAPER.md; EDM, equation 5)."""
+
+    sigma_data: Positive = 0.5
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Diffusion":
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
+
+
+class EDM(Diffusion):
+    """A diffusion model after Karras et al. 2022: the teacher of CD, the start of ECT."""
+
+    kind: Literal["edm"]
+    p_mean: float = -1.2
+    p_std: Positive = 1.2
+    sampler_steps: Annotated[int, Field(ge=2)] = Field(40, json_schema_extra={"operational": True})
+
+
+class _Discrete(Diffusion):
+    """What CD and CT share: a distance between neighbours on the grid."""
+
+    distance: Distance = "lpips"
+    lpips_pooling: Literal["average", "max"] = "average"
+    lpips_weights: str | None = operational(None)
+    huber_c: Positive | None = None
+
+
+class CD(_Discrete):
+    """Consistency distillation (algorithm 2)."""
+
+    kind: Literal["cd"]
+    teacher: str = operational(...)
+    teacher_weights: str | None = operational(None)
+    num_scales: Annotated[int, Field(ge=2)] = 40
+    solver: Solver = "heun"
+    target_ema: Rate = 0.95
+
+
+class CT(_Discrete):
+    """Consistency training (algorithm 3)."""
+
+    kind: Literal["ct"]
+    s0: Annotated[int, Field(ge=2)] = 2
+    s1: Annotated[int, Field(ge=2)] = 150
+    mu0: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    convention: Convention = "paper"
+
+
+class ICT(Diffusion):
+    """Improved consistency training (Song and Dhariwal 2023)."""
+
+    kind: Literal["ict"]
+    s0: Annotated[int, Field(ge=2)] = 10
+    s1: Annotated[int, Field(ge=2)] = 1280
+    p_mean: float = -1.1
+    p_std: Positive = 2.0
+    huber_c: Positive | None = None
+
+
+class ECT(Diffusion):
+    """Easy consistency tuning (Geng et al. 2024), from a diffusion model."""
+
+    kind: Literal["ect"]
+    teacher: str = operational(...)
+    teacher_weights: str | None = operational(None)
+    p_mean: float = -1.1
+    p_std: Positive = 2.0
+    q: Annotated[float, Field(gt=1)] = 2.0
+    k: Positive = 8.0
+    b: Positive = 1.0
+    num_stages: Count = 8
+    huber_c: Positive | None = None
+
+
+Method = Annotated[EDM | CD | CT | ICT | ECT, Field(discriminator="kind")]
+
+
+class Model(Section):
+    """The ADM UNet (Dhariwal and Nichol 2021, appendix A)."""
+
+    image_size: Count
+    channels: Count
+    channel_multipliers: Counts
+    num_res_blocks: Count
+    attention_resolutions: Annotated[tuple[Count, ...], _AsTuple] = ()
+    head_channels: Count = 64
+    dropout: Rate = 0.0
+    resblock_updown: bool = True
+    scale_shift_norm: bool = False
+    num_classes: Count | None = None
+    qkv_layout: Literal["three_heads_dim", "heads_three_dim"] = "three_heads_dim"
+    attention: Literal["auto", "xformers", "sdpa", "reference"] = operational("auto")
+    activation_checkpointing: bool = operational(False)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Model":
+        levels = len(self.channel_multipliers)
+        if levels == 0 or self.image_size % 2 ** (levels - 1):
+            raise ValueError(
+                f"image_size {self.image_size} can't be halved {levels - 1} times "
+                f"(channel_multipliers has {levels} levels)"
+            )
+        sizes = [self.image_size >> level for level in range(levels)]
+        for size in self.attention_resolutions:
+            if size not in sizes:
+                raise ValueError(f"attention_resolutions: the network has no level of {size} px, only {sizes}")
+        return self
+
+
+class Data(Section):
+    """Where the shards are, and how they reach the ranks."""
+
+    path: str = operational(...)
+    flip: bool = True
+    num_canonical_nodes: Count = 8
+    shuffle_block: Count = 65536
+    workers: NonNegative = operational(4)
+    prefetch_batches: Count = operational(4)
+    cache_dir: str | None = operational(None)
+    cache_gb: Positive = operational(200.0)
+    max_bad_samples: NonNegative = operational(0)
+
+
+class Optimizer(Section):
+    """No weight decay, no warm-up, no schedule by default, as the paper."""
+
+    kind: Literal["radam", "adam"] = "radam"
+    learning_rate: Positive
+    betas: Annotated[tuple[Rate, Rate], _AsTuple] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: NonNegative = 0
+
+
+class EMA(Section):
+    """Averages of the weights, kept for sampling; the first one is the default of every command."""
+
+    rates: Annotated[tuple[Rate, ...], _AsTuple, Field(min_length=1)] = (0.999943,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"ema_{rate:.10g}" for rate in self.rates)
+
+
+class Engine(Section):
+    """How the network is spread over the ranks."""
+
+    device: Literal["auto", "cpu", "cuda"] = operational("auto")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = operational(2)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_clip: Positive | None = None
+    initial_loss_scale_power: Annotated[int, Field(ge=0, le=24)] = 16
+    collective_timeout_minutes: Positive = operational(10.0)
+
+
+class Train(Section):
+    """How long, how much at a time, and what is said on the way."""
+
+    total_steps: Count
+    global_batch_size: Count
+    micro_batch_size: Count = operational(...)
+    seed: NonNegative = 0
+    log_every: Count = operational(50)
+    sample_every: NonNegative = operational(0)
+    sample_count: Count = operational(64)
+
+
+class Checkpoint(Section):
+    """When checkpoints are written, which are kept, where they are exported to."""
+
+    every_steps: Count = operational(1000)
+    keep_last: Count = operational(3)
+    keep_every: NonNegative = operational(0)
+    export_to: str | None = operational(None)
+
+
+class Evaluate(Section):
+    """What an evaluation measures with, unless its command says otherwise."""
+
+    features: Literal["inception", "efficientnet"] = operational("inception")
+    inception_weights: str | None = operational(None)
+    reference: str | None = operational(None)
+    num_samples: Annotated[int, Field(ge=2)] = operational(50000)
+    batch_size: Count = operational(64)
+
+
+class Wandb(Section):
+    """The mirror of metrics.jsonl."""
+
+    mode: Literal["auto", "online", "offline", "off"] = operational("auto")
+    project: str = operational("cmscale")
+    entity: str | None = operational(None)
+
+
+class Slurm(Section):
+    """What sbatch is told beyond the launcher's flags."""
+
+    account: str | None = operational(None)
+    qos: str | None = operational(None)
+    constraint: str | None = operational(None)
+    cpus_per_task: Count = operational(8)
+    mem_gb: NonNegative = operational(0)
+    signal_seconds: Count = operational(120)
+    max_restarts: NonNegative = operational(10)
+
+
+class Config(Section):
+    """One run, entirely."""
+
+    method: Method
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    train: Train
+    ema: EMA = EMA()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    wandb: Wandb = Wandb()
+    slurm: Slurm = Slurm()
+
+    def fingerprint(self) -> str:
+        """Hash of every value that moves the losses; equal fingerprints may resume each other's checkpoints."""
+        text = json.dumps(trajectory(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def accumulation_steps(config: Config, *, num_ranks: int) -> int:
+    """Micro-batches of one rank per step: global_batch_size / (num_ranks x micro_batch_size).
+
+    Raises:
+        UserError: the global batch is not divisible.
+    """
+    per_pass = num_ranks * config.train.micro_batch_size
+    if config.train.global_batch_size % per_pass:
+        raise UserError(
+            f"train.global_batch_size: {config.train.global_batch_size} is not divisible by {num_ranks} ranks "
+            f"x train.micro_batch_size {config.train.micro_batch_size} = {per_pass}; change one of the three"
+        )
+    return config.train.global_batch_size // per_pass
+
+
+# Leaves -----------------------------------------------------------------------------------------------------
+
+
+def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """(dotted key, value, operational) of every leaf of a config."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            extra = field.json_schema_extra
+            yield f"{prefix}{name}", value, isinstance(extra, dict) and bool(extra.get("operational"))
+
+
+def trajectory(config: Config) -> dict[str, Any]:
+    """The leaves that move the losses. How long EDM and CD train moves none of theirs; CT's schedules do."""
+    kept = {key: value for key, value, is_operational in leaves(config) if not is_operational}
+    if config.method.kind in ("edm", "cd"):
+        del kept["train.total_steps"]
+    return json.loads(json.dumps(kept))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line a key in which two `trajectory` dictionaries differ."""
+    keys = sorted(old.keys() | new.keys())
+    return [
+        f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
+        for key in keys
+        if old.get(key, "not set") != new.get(key, "not set")
+    ]
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key that a config may hold, all kinds of method included."""
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        sections = [part for part in _alternatives(field.annotation) if _is_section(part)]
+        for section in sections:
+            found += [key for key in known_keys(section, f"{prefix}{name}.") if key not in found]
+        if not sections:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [part for arg in get_args(annotation) for part in _alternatives(arg)]
+    return [annotation]
+
+
+def _is_section(part: Any) -> bool:
+    return isinstance(part, type) and issubclass(part, Section)
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, with 1e-4 a number (as YAML 1.2 has it), and a key given twice refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"config: {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides (values in YAML: `[1,2]`, `null`, `1e-4`).
+
+    Raises:
+        UserError: no such file, not YAML, or a key or value that is not allowed; one line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: can't be read ({error})") from None
+    return parse_config(text, overrides, origin=str(path))
+
+
+def parse_config(text: str, overrides: list[str] | None = None, *, origin: str = "config") -> Config:
+    """`read_config` of a text; `origin` names it in messages."""
+    tree = _parse_yaml(text, origin)
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin}: must hold sections (method, model, data, ...), not {type(tree).__name__}")
+    for override in overrides or []:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """Every value of a config as YAML, defaults too; `parse_config` gives the same config back."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, default_flow_style=None, width=110)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors."""
+    return Config.model_json_schema()
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not YAML: {error}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write it as key=value, for example train.seed=1")
+    if key not in known_keys():
+        raise UserError(f"override {override!r}: unknown key{_nearest(key)}")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {section} is not a section in the file")
+    tree[leaf] = _parse_yaml(text, f"override {override!r}") if text else None
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's errors as one line: key, what was given, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    kinds = {"edm", "cd", "ct", "ict", "ect"}
+    path = [str(part) for index, part in enumerate(first["loc"]) if not (index == 1 and part in kinds)]
+    key = ".".join(path)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    match first["type"]:
+        case "extra_forbidden" if key in known_keys():
+            return f"{key}: not a key of this method.kind ({first['loc'][1]}){more}"
+        case "extra_forbidden":
+            return f"{key}: unknown key{_nearest(key)}{more}"
+        case "missing":
+            return f"{key}: is missing and has no default{more}"
+        case "union_tag_not_found":
+            return f"{key}.kind: is missing; one of edm, cd, ct, ict, ect{more}"
+        case "union_tag_invalid":
+            return f"{key}.kind: got {first['ctx'].get('tag')!r}; allowed: {first['ctx'].get('expected_tags')}{more}"
+        case "value_error":
+            return f"{key}: {first['ctx']['error']}{more}"
+        case _:
+            given = first["input"]
+            simple = given is None or isinstance(given, (int, float, str, list, tuple))
+            shown = repr(given) if simple else type(given).__name__
+            return f"{key}: got {shown}; {first['msg'].replace('Input should', 'it should')}{more}"

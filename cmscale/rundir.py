@@ -1,0 +1,90 @@
+"""Owns the names of everything in a run's folder: each path of a run is written here and nowhere else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKPOINT_MANIFEST = "manifest.json"
+
+
+def step_name(step: int) -> str:
+    """`step-000000500`, the name that a step has in every folder; sorts as it counts."""
+    return f"step-{step:09d}"
+
+
+def step_of(name: str) -> int:
+    """The step in a name made by `step_name` (further parts after the digits are ignored)."""
+    return int(name.removeprefix("step-")[:9])
+
+
+def rank_file(rank: int, num_ranks: int) -> str:
+    """`rank-0000-of-0002.safetensors`, one rank's part of a checkpoint."""
+    return f"rank-{rank:04d}-of-{num_ranks:04d}.safetensors"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run (DESIGN.md, section 4)."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.root / "provenance.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.root / "wandb_id"
+
+    @property
+    def generation(self) -> Path:
+        """Counts the starts of a run; a checkpoint's writer holds one and is fenced by it."""
+        return self.root / "generation.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / step_name(step)
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    def sample_grid(self, step: int) -> Path:
+        return self.samples / f"{step_name(step)}.png"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.root / "evaluations"
+
+    def evaluation(self, *, step: int, weights: str, nfe: int) -> Path:
+        return self.evaluations / f"{step_name(step)}-{weights}-nfe{nfe}.json"
+
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report" / "index.html"

@@ -1,0 +1,156 @@
+"""Owns where this process stands among the others, and how they agree on small values."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cmscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks and nodes. `rank` counts over all nodes, `rank_of_node` within one."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    rank_of_node: int = 0
+    ranks_per_node: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.ranks_per_node
+
+    @property
+    def num_nodes(self) -> int:
+        return max(1, self.num_ranks // self.ranks_per_node)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def detect(device: str = "auto") -> World:
+    """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; none set means a world of one.
+
+    Every launcher (the project's own jobs, torchrun) sets these four and MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        device: `auto` takes CUDA where there is one.
+
+    Raises:
+        UserError: `cuda` on a machine without.
+    """
+    environment = os.environ
+    num_ranks = int(environment.get("WORLD_SIZE", "1"))
+    return World(
+        rank=int(environment.get("RANK", "0")),
+        num_ranks=num_ranks,
+        rank_of_node=int(environment.get("LOCAL_RANK", "0")),
+        ranks_per_node=int(environment.get("LOCAL_WORLD_SIZE", str(num_ranks))),
+        device=choose_device(device, rank_of_node=int(environment.get("LOCAL_RANK", "0"))),
+    )
+
+
+def choose_device(device: str, *, rank_of_node: int = 0) -> torch.device:
+    """The device of a rank. Raises UserError for `cuda` on a machine without enough GPUs."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and count == 0):
+        return torch.device("cpu")
+    if count == 0:
+        raise UserError("engine.device: cuda was asked for, but this machine has no CUDA device; use engine.device=cpu")
+    if rank_of_node >= count:
+        raise UserError(f"engine.device: rank {rank_of_node} of this node has no GPU, there are {count}; lower --gpus-per-node")
+    return torch.device("cuda", rank_of_node)
+
+
+def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
+    """Joins the process group (gloo for CPU tensors, NCCL for CUDA); a world of one joins nobody's."""
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    dist.init_process_group(
+        backend,
+        rank=world.rank,
+        world_size=world.num_ranks,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+
+
+def disconnect() -> None:
+    """Leaves the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. Collective."""
+    return max_over_ranks(int(flag)) > 0
+
+
+def all_ranks(flag: bool) -> bool:
+    """Whether the flag is set on every rank. Collective."""
+    return not any_rank(not flag)
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest of the ranks' values. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64)  # on the CPU: gloo carries it beside any device's traffic
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value (small, picklable by the ranks' own trust in each other), by rank. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def must_be_equal(value: Any, *, what: str) -> None:
+    """Stops every rank, naming the odd one out, unless all hold the same value. Collective."""
+    values = gather(value)
+    odd = [rank for rank, other in enumerate(values) if other != values[0]]
+    if odd:
+        raise RuntimeError(f"{what} differs between ranks: rank 0 has {values[0]!r}, rank {odd[0]} has {values[odd[0]]!r}")
+
+
+def barrier() -> None:
+    """Waits for every rank. Collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def from_main_or_error(action: Any) -> Any:
+    """Runs `action()` on rank 0 and hands its result to all; what it raises, every rank raises. Collective."""
+    outcome: tuple[Any, BaseException | None] = (None, None)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = (action(), None)
+        except Exception as error:
+            outcome = (None, error)
+    result, error = from_main(outcome)
+    if error is not None:
+        raise error
+    return result

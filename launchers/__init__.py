@@ -1,0 +1,1 @@
+"""Launchers: one command to run training or evaluation, on Slurm or on this machine."""
