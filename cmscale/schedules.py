@@ -1,9 +1,12 @@
-"""Owns what changes with the step: N(k), mu(k), curricula and the learning rate, as pure functions of the step."""
+"""Owns what changes with the step: N(k), mu(k), curricula, the learning rate: pure functions of the step.
+
+Integers are computed in integer arithmetic, so that no rounding moves a boundary between two values of N(k).
+"""
 
 import math
 from dataclasses import dataclass
 
-from cmscale.config import Config
+from cmscale.config import CD, CT, ECT, ICT, Config, Convention, Method, Optimizer
 
 
 @dataclass(frozen=True)
@@ -15,3 +18,70 @@ class Point:
     num_scales: int | None = None  # N(k), None for methods without a grid
     target_ema: float | None = None  # mu(k), None for methods without a target network
     stage: int | None = None  # ECT's curriculum
+
+
+def at(config: Config, step: int) -> Point:
+    """The schedules of a run at `step` (0 is the first step); K of the papers is train.total_steps."""
+    rate = learning_rate(config.optimizer, step)
+    return _method_point(config.method, Point(step, rate), total_steps=config.train.total_steps)
+
+
+def _method_point(method: Method, point: Point, *, total_steps: int) -> Point:
+    step, rate = point.step, point.learning_rate
+    match method:
+        case CD():
+            return Point(step, rate, num_scales=method.num_scales, target_ema=method.target_ema)
+        case CT():
+            scales = ct_num_scales(step, total_steps=total_steps, s0=method.s0, s1=method.s1)
+            decay = ct_target_ema(scales, s0=method.s0, mu0=method.mu0, convention=method.convention)
+            return Point(step, rate, num_scales=scales, target_ema=decay)
+        case ICT():
+            scales = ict_num_scales(step, total_steps=total_steps, s0=method.s0, s1=method.s1)
+            return Point(step, rate, num_scales=scales)
+        case ECT():
+            return Point(
+                step, rate, stage=ect_stage(step, total_steps=total_steps, num_stages=method.num_stages)
+            )
+        case _:
+            return point
+
+
+def learning_rate(optimizer: Optimizer, step: int) -> float:
+    """Constant, after a linear warm-up whose first step already moves: rate (k + 1) / warmup_steps."""
+    if step >= optimizer.warmup_steps:
+        return optimizer.learning_rate
+    return optimizer.learning_rate * (step + 1) / optimizer.warmup_steps
+
+
+def ct_num_scales(step: int, *, total_steps: int, s0: int, s1: int) -> int:
+    """N(k) = ceil(sqrt(k/K ((s1+1)^2 - s0^2) + s0^2) - 1) + 1; Consistency Models, appendix C.
+
+    The smallest n with K n^2 >= k ((s1+1)^2 - s0^2) + K s0^2. Steps beyond the last stay at s1 + 1.
+    """
+    step = min(step, total_steps)
+    numerator = step * ((s1 + 1) ** 2 - s0**2) + total_steps * s0**2
+    square = -(-numerator // total_steps)
+    return math.isqrt(square - 1) + 1
+
+
+def ct_target_ema(num_scales: int, *, s0: int, mu0: float, convention: Convention) -> float:
+    """mu(k) = exp(s0 ln(mu0) / N(k)); Consistency Models, appendix C. Released code: / (N(k) - 1)."""
+    divisor = num_scales if convention == "paper" else num_scales - 1
+    return math.exp(s0 * math.log(mu0) / divisor)
+
+
+def ict_num_scales(step: int, *, total_steps: int, s0: int, s1: int) -> int:
+    """N(k) = min(s0 2^floor(k/K'), s1) + 1, K' = floor(K / (log2 floor(s1/s0) + 1)); iCT, section 3.4."""
+    ratio = s1 // s0
+    doublings = ratio.bit_length() - 1
+    if ratio == 1 << doublings:
+        length = total_steps // (doublings + 1)
+    else:
+        length = math.floor(total_steps / (math.log2(ratio) + 1))
+    stage = min(step // max(length, 1), doublings + 1)
+    return min(s0 << stage, s1) + 1
+
+
+def ect_stage(step: int, *, total_steps: int, num_stages: int) -> int:
+    """The stage of ECT's curriculum, 0 to num_stages - 1, each an equal part of training."""
+    return min(step * num_stages // total_steps, num_stages - 1)

@@ -1,0 +1,1 @@
+"""Owns the method: times, solvers, distances, losses, sampling and editing, on denoisers as callables."""

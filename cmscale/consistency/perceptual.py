@@ -1,0 +1,152 @@
+"""Owns LPIPS (arXiv 1801.03924, version 0.1) on VGG16, pooled by maximum or average, weights from files."""
+
+import itertools
+from importlib import resources
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cmscale.errors import UserError
+
+# VGG16's convolutions in five slices; a pooling stands between slices and LPIPS reads the end of each.
+WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+# ImageNet's mean and standard deviation, for images in [-1, 1].
+MEAN = (-0.030, -0.088, -0.188)
+STD = (0.458, 0.448, 0.450)
+
+
+class LPIPS(nn.Module):
+    """Distance of images [B, 3, H, W] in [-1, 1] -> [B], float32. Frozen, always in evaluation mode.
+
+    The released code of Consistency Models pools by average and, for images under 256 px, resizes both to
+    224 px (bilinear) first; the `lpips` package pools by maximum. Both agree on the rest: features of unit
+    length, squared differences weighted by the heads that the `lpips` package ships, averaged over places,
+    summed over layers.
+    """
+
+    def __init__(self, *, average_pooling: bool, resize: bool) -> None:
+        super().__init__()
+        self.average_pooling = average_pooling
+        self.resize = resize
+        channels = [3] + [width for widths in WIDTHS for width in widths]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(channels)
+        )
+        for index, head in enumerate(_heads()):
+            self.register_buffer(f"head_{index}", head)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "LPIPS":  # noqa: ARG002
+        """Stays in evaluation mode, whatever contains it."""
+        return super().train(False)
+
+    def load_features(self, path: Path) -> None:
+        """Loads torchvision's VGG16 state dict (`.pth` or `.safetensors`; whole, or `features` alone).
+
+        Raises:
+            UserError: no such file, or not VGG16's weights.
+        """
+        state = _read_state(path)
+        weights = [value for key, value in _in_order(state) if value.ndim == 4]
+        biases = [value for key, value in _in_order(state) if value.ndim == 1]
+        expected = [conv.weight.shape for conv in self.convolutions]
+        if [value.shape for value in weights] != expected or len(biases) != len(expected):
+            raise UserError(
+                f"method.lpips_weights: {path} does not hold the 13 convolutions of torchvision's VGG16; "
+                "give its state dict (vgg16-397923af.pth)"
+            )
+        for conv, weight, bias in zip(self.convolutions, weights, biases, strict=True):
+            conv.load_state_dict({"weight": weight, "bias": bias})
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, enabled=False):
+            distance = torch.zeros(len(a), device=a.device)
+            features_a, features_b = self._features(a), self._features(b)
+            for index, (x, y) in enumerate(zip(features_a, features_b, strict=True)):
+                difference = (_unit(x) - _unit(y)).square()
+                head = self.get_buffer(f"head_{index}")
+                distance = distance + (difference * head).sum(1).flatten(1).mean(1)
+            return distance
+
+    def _features(self, image: Tensor) -> list[Tensor]:
+        x = image.float()
+        if self.resize:
+            x = F.interpolate(x, size=224, mode="bilinear")
+        x = (x - self.get_buffer("mean")) / self.get_buffer("std")
+        found: list[Tensor] = []
+        convolutions = iter(self.convolutions)
+        for index, widths in enumerate(WIDTHS):
+            if index:
+                x = F.avg_pool2d(x, 2) if self.average_pooling else F.max_pool2d(x, 2)
+            for _ in widths:
+                x = F.relu(next(convolutions)(x))
+            found.append(x)
+        return found
+
+
+def download_vgg() -> Path:
+    """Fetches torchvision's VGG16 into torch hub's cache, unless it is there; for one rank at a time.
+
+    Raises:
+        UserError: the download fails.
+    """
+    from torchvision.models import VGG16_Weights
+
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = path.stem.rpartition("-")[2]
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
+        except (URLError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"VGG16 for LPIPS can't be downloaded from {url} ({error}); "
+                "set method.lpips_weights to a copy of it"
+            ) from None
+    return path
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Unit length over channels. vector_norm, as its gradient is 0 and not NaN where all features are 0."""
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+
+
+def _heads() -> list[Tensor]:
+    """The five linear heads, [1, C, 1, 1] each, that the `lpips` package ships."""
+    with resources.as_file(resources.files("lpips") / "weights" / "v0.1" / "vgg.pth") as path:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    return [state[f"lin{index}.model.1.weight"] for index in range(len(WIDTHS))]
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"method.lpips_weights: {path}: no such file") from None
+    except Exception as error:  # torch.load raises whatever its readers do on a foreign file
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError, ValueError, EOFError)) and (
+            type(error).__module__ != "_pickle"
+        ):
+            raise
+        raise UserError(f"method.lpips_weights: {path} can't be read as weights ({error})") from None
+    return state
+
+
+def _in_order(state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """The entries of `features.N.weight|bias` (or `N.weight|bias`), by layer."""
+    layers = []
+    for key, value in state.items():
+        parts = key.removeprefix("features.").split(".")
+        if len(parts) == 2 and parts[0].isdigit():
+            layers.append((int(parts[0]), key, value))
+    return [(key, value) for _, key, value in sorted(layers, key=lambda entry: entry[:2])]

@@ -1,0 +1,149 @@
+"""Owns sampling: algorithm 1 for consistency models, ODE samplers for EDM; noise keyed by sample."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cmscale.config import EDM, Method
+from cmscale.consistency import grid
+from cmscale.consistency.solver import Denoise, euler_step, evaluate, heun_step, like, slope
+from cmscale.rng import normal_like_samples
+
+Draw = Callable[[int], Tensor]
+"""(number of the draw, from 1) -> fresh standard normal noise of the batch."""
+Sampler = Literal["heun", "euler", "dpm2", "ancestral"]
+
+
+def clipped(denoise: Denoise) -> Denoise:
+    """Estimates held in [-1, 1], as the released code's samplers (and diffusers') do by default."""
+
+    def denoise_clipped(x: Tensor, sigma: Tensor, **keywords: object) -> Tensor:
+        return denoise(x, sigma, **keywords).clamp(-1, 1)
+
+    return denoise_clipped
+
+
+@torch.no_grad()
+def multistep(denoise: Denoise, noise: Tensor, sigmas: Tensor, *, draw: Draw, sigma_min: float) -> Tensor:
+    """Multistep consistency sampling; Consistency Models, algorithm 1. One evaluation a time.
+
+    Args:
+        noise: Start noise of unit variance, [B, C, H, W]; it is scaled by sigmas[0].
+        sigmas: Descending times, [steps] float64.
+    """
+    x = evaluate(denoise, like(sigmas[:1], noise) * noise, _batch(sigmas[0], noise))
+    for number, sigma in enumerate(sigmas[1:], start=1):
+        spread = (sigma**2 - sigma_min**2).clamp(min=0).sqrt()
+        noisy = x + like(spread, x) * draw(number).to(x)
+        x = evaluate(denoise, noisy, _batch(sigma, x))
+    return x
+
+
+@torch.no_grad()
+def heun(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """EDM, algorithm 1: Heun steps along `sigmas`, whose last is 0, reached by Euler: 2N - 1 evaluations."""
+    x = like(sigmas[:1], noise) * noise
+    for t, s in _pairs(sigmas):
+        step = heun_step if s > 0 else euler_step
+        x = step(denoise, x, _batch(t, x), _batch(s, x))
+    return x
+
+
+@torch.no_grad()
+def euler(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Euler steps along `sigmas`, whose last is 0: one evaluation a step."""
+    x = like(sigmas[:1], noise) * noise
+    for t, s in _pairs(sigmas):
+        x = euler_step(denoise, x, _batch(t, x), _batch(s, x))
+    return x
+
+
+@torch.no_grad()
+def dpm2(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Midpoint steps after DPM-Solver-2, the midpoint on a rho = 3 curve: two evaluations each step.
+
+    So the released code has it; k-diffusion takes the logarithmic midpoint and ends with an Euler step.
+    """
+    x = like(sigmas[:1], noise) * noise
+    for t, s in _pairs(sigmas):
+        middle = ((t ** (1 / 3) + s ** (1 / 3)) / 2) ** 3
+        halfway = euler_step(denoise, x, _batch(t, x), _batch(middle, x))
+        x = x + like((s - t).reshape(1), x) * slope(denoise, halfway, _batch(middle, x))
+    return x
+
+
+@torch.no_grad()
+def ancestral(denoise: Denoise, noise: Tensor, sigmas: Tensor, *, draw: Draw) -> Tensor:
+    """Euler ancestral steps: down to sqrt(s^2 - up^2), then noise of up = s sqrt(t^2 - s^2) / t."""
+    x = like(sigmas[:1], noise) * noise
+    for number, (t, s) in enumerate(_pairs(sigmas), start=1):
+        up = s * (t**2 - s**2).sqrt() / t
+        down = s**2 / t
+        x = euler_step(denoise, x, _batch(t, x), _batch(down, x))
+        if s > 0:
+            x = x + like(up.reshape(1), x) * draw(number).to(x)
+    return x
+
+
+def sample(
+    method: Method,
+    denoise: Denoise,
+    *,
+    seed: int,
+    indices: Sequence[int],
+    steps: int | None = None,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    noise: Tensor | None = None,
+    sigmas: Tensor | None = None,
+    sampler: Sampler = "heun",
+    clip: bool = True,
+) -> Tensor:
+    """Samples [len(indices), *shape] of a trained denoiser; sample i is a function of (seed, i) alone.
+
+    Args:
+        steps: Steps: of algorithm 1 (default 1), or of EDM's sampler (default method.sampler_steps).
+        noise: Unit-variance start noise instead of the one drawn.
+        sigmas: Descending times in place of the default ones of `steps`; for EDM they end with 0.
+        sampler: How an EDM model is sampled; consistency models always take algorithm 1.
+        clip: Hold every estimate in [-1, 1], as the released code does.
+    """
+    if noise is None:
+        noise = normal_like_samples(seed, indices, shape, purpose="start", device=device)
+    noise = noise.to(device)
+    denoise = clipped(denoise) if clip else denoise
+
+    def draw(number: int) -> Tensor:
+        return normal_like_samples(seed, indices, shape, purpose=f"step-{number}", device=device)
+
+    if not isinstance(method, EDM):
+        times = grid.consistency_sigmas(method, steps or 1) if sigmas is None else sigmas
+        return multistep(denoise, noise, times, draw=draw, sigma_min=method.sigma_min)
+    times = grid.ode_sigmas(method, steps or method.sampler_steps) if sigmas is None else sigmas
+    match sampler:
+        case "heun":
+            return heun(denoise, noise, times)
+        case "euler":
+            return euler(denoise, noise, times)
+        case "dpm2":
+            return dpm2(denoise, noise, times)
+        case "ancestral":
+            return ancestral(denoise, noise, times, draw=draw)
+
+
+def num_evaluations(method: Method, steps: int, sampler: Sampler = "heun") -> int:
+    """NFE: how often `sample` evaluates the network for one sample."""
+    if not isinstance(method, EDM) or sampler in ("euler", "ancestral"):
+        return steps
+    return 2 * steps if sampler == "dpm2" else 2 * steps - 1
+
+
+def _pairs(sigmas: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(itertools.pairwise(sigmas))
+
+
+def _batch(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.to(x.device).expand(len(x))
