@@ -1,0 +1,17 @@
+# Sourced: makes or reuses .venv beside this checkout and installs the package with the extra named by $1.
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "cmscale needs Python 3.11 or newer; $python is $("$python" --version 2>&1). Set PYTHON=/path/to/python3.11" >&2
+  exit 2
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+# The stamp says what is installed, so that a second call asks no package index.
+stamp="$1 $(sha256sum pyproject.toml | cut -c1-64)"
+installed=.venv/installed
+touch "$installed"
+if ! grep -qxF "$stamp" "$installed"; then
+  echo "installing cmscale[$1] into .venv"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+  echo "$stamp" >>"$installed"
+fi
+export PATH="$PWD/.venv/bin:$PATH"
