@@ -1,0 +1,96 @@
+"""Writes an LSUN-shaped LMDB of crops of a photograph that a pip package ships: real input where LSUN is not at hand."""
+
+import argparse
+import hashlib
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lmdb
+import numpy as np
+from PIL import Image
+
+from cmscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class View:
+    """Square crops of one photograph: their centres and sides, in pixels, each drawn evenly from a range."""
+
+    photograph: str
+    left: tuple[int, int]
+    top: tuple[int, int]
+    side: tuple[int, int]
+
+
+VIEWS = {
+    "cat": View("chelsea", left=(210, 254), top=(135, 165), side=(220, 290)),
+    "astronaut": View("astronaut", left=(196, 256), top=(95, 145), side=(150, 230)),
+    "coffee": View("coffee", left=(260, 340), top=(180, 220), side=(280, 390)),
+    "flower": View("flower.jpg", left=(290, 370), top=(180, 220), side=(300, 420)),
+}
+
+
+def photograph(name: str) -> Image.Image:
+    """A photograph out of scikit-image, or (named `*.jpg`) out of scikit-learn."""
+    try:
+        if name.endswith(".jpg"):
+            from sklearn.datasets import load_sample_image
+
+            return Image.fromarray(load_sample_image(name))
+        from skimage import data
+
+        return Image.fromarray(getattr(data, name)())
+    except ImportError as error:
+        raise UserError(f"{name}: {error.name} is not installed; pip install 'cmscale[demo]'") from None
+
+
+def crops(view: View, *, count: int, side: int, seed: int) -> Iterator[Image.Image]:
+    """`count` crops at `side` x `side` pixels; the same seed gives the same crops."""
+    picture = photograph(view.photograph)
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        size = min(int(random.integers(view.side[0], view.side[1] + 1)), *picture.size)
+        x = round(float(np.clip(random.uniform(*view.left) - size / 2, 0, picture.width - size)))
+        y = round(float(np.clip(random.uniform(*view.top) - size / 2, 0, picture.height - size)))
+        yield picture.crop((x, y, x + size, y + size)).resize((side, side), Image.Resampling.BOX)
+
+
+def write_lmdb(folder: Path, images: Iterator[Image.Image]) -> int:
+    """Writes images as LSUN has them: key 40 hex characters, value WebP bytes. Returns how many."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: exists and is not empty; remove it or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with lmdb.open(str(folder), map_size=1 << 32) as database, database.begin(write=True) as transaction:
+        for count, image in enumerate(images, start=1):  # noqa: B007
+            buffer = io.BytesIO()
+            image.save(buffer, "WEBP", quality=95)
+            value = buffer.getvalue()
+            # The key is of the content and of the place: LSUN's keys are hashes, and equal crops stay apart.
+            transaction.put(hashlib.sha1(b"%d " % count + value).hexdigest().encode(), value)
+    return count
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the LMDB goes, for example demo_train_lmdb")
+    parser.add_argument("--view", choices=sorted(VIEWS), default="cat")
+    parser.add_argument("--count", type=int, default=4000)
+    parser.add_argument("--side", type=int, default=64, help="of the stored crops, in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        images = crops(VIEWS[arguments.view], count=arguments.count, side=arguments.side, seed=arguments.seed)
+        print(f"{arguments.folder}: {write_lmdb(arguments.folder, images)} images")
+    except UserError as error:
+        print(f"data_prep/demo.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
