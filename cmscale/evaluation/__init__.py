@@ -1,0 +1,1 @@
+"""Measures how close generated images are to a reference: features, statistics, metrics, results."""

@@ -1,0 +1,85 @@
+"""Owns the mergeable statistics of features: float64 sums, and the mean and covariance that follow from them.
+
+Sums are taken a block of samples at a time and merged in the blocks' order, so the same features give the same bits
+however many ranks they came from.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from cmscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sums:
+    """n, sum of x [D], sum of x x^T [D, D] of float64 features x."""
+
+    count: int
+    first: np.ndarray
+    second: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Sums":
+        """The sums of features [N, D]."""
+        exact = features.astype(np.float64)
+        return cls(len(exact), exact.sum(axis=0), exact.T @ exact)
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.count + other.count, self.first + other.first, self.second + other.second)
+
+    def moments(self) -> "Moments":
+        """Mean and unbiased covariance.
+
+        Raises:
+            UserError: fewer than two samples.
+        """
+        if self.count < 2:
+            raise UserError(f"statistics: {self.count} sample(s); a covariance needs at least 2")
+        mean = self.first / self.count
+        covariance = (self.second - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return Moments(mean, covariance)
+
+
+def total(parts: Iterable[Sums]) -> Sums:
+    """The sum of all parts, added in their order.
+
+    Raises:
+        UserError: no parts.
+    """
+    iterator = iter(parts)
+    first = next(iterator, None)
+    if first is None:
+        raise UserError("statistics: 0 samples; a covariance needs at least 2")
+    count, summed, outer = first.count, first.first.copy(), first.second.copy()
+    for part in iterator:
+        count += part.count
+        summed += part.first
+        outer += part.second
+    return Sums(count, summed, outer)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A Gaussian: mean [D] and covariance [D, D], float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @property
+    def width(self) -> int:
+        return len(self.mean)
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """A matrix L [D, rank] with L L^T = covariance; computed once, then kept.
+
+        Eigenvalues within rounding of zero are dropped: a degenerate covariance gives a narrower factor, and its noise
+        never meets a square root, which would blow 1e-16 up to 1e-8.
+        """
+        values, vectors = np.linalg.eigh((self.covariance + self.covariance.T) / 2)
+        floor = max(values[-1], 0.0) * self.width * np.finfo(np.float64).eps
+        kept = values > floor
+        return vectors[:, kept] * np.sqrt(values[kept])
