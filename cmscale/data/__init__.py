@@ -1,0 +1,6 @@
+"""Owns the way from prepared shards to batches: order, cache, formats, decoding."""
+
+from cmscale.data.batches import Batch, Batches, open_batches, to_device
+from cmscale.data.samples import read_images
+
+__all__ = ["Batch", "Batches", "open_batches", "read_images", "to_device"]

@@ -1,0 +1,298 @@
+"""Owns the endless stream of training batches: a rank's share of each, resumable at any sample."""
+
+import atexit
+import contextlib
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cmscale.config import Data
+from cmscale.data.decode import BadImage, decode_into
+from cmscale.data.order import Order, flips
+from cmscale.data.samples import Samples
+from cmscale.errors import UserError
+from cmscale.manifests import DatasetManifest
+from cmscale.world import World
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch, on the CPU.
+
+    Attributes:
+        images: uint8 [b, 3, H, W] (channels-last strides, pinned where the world's device is CUDA), not yet
+            mirrored.
+        positions: Each sample's place in the endless training sequence.
+        keys: Each sample's key in its source.
+        flips: bool [b], which to mirror.
+    """
+
+    images: torch.Tensor
+    positions: tuple[int, ...]
+    keys: tuple[str, ...]
+    flips: torch.Tensor
+
+
+@dataclass
+class _Raw:
+    """What a worker sends: pixels as uint8 [b, H, W, 3], and the samples it had to replace."""
+
+    pixels: torch.Tensor
+    positions: tuple[int, ...]
+    keys: tuple[str, ...]
+    flips: torch.Tensor
+    bad: tuple[tuple[str, str], ...]
+
+    def pin_memory(self) -> "_Raw":
+        self.pixels = self.pixels.pin_memory()
+        self.flips = self.flips.pin_memory()
+        return self
+
+
+def to_device(batch: Batch, device: torch.device) -> torch.Tensor:
+    """The batch's images on the device, mirrored and normalised: float32 [b, 3, H, W] in [-1, 1].
+
+    The bytes travel as uint8, a quarter of the float's size.
+    """
+    images = batch.images.to(device, non_blocking=True)
+    flip = batch.flips.to(device, non_blocking=True)
+    scaled = images.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0
+    return torch.where(flip[:, None, None, None], scaled.flip(-1), scaled)
+
+
+class _RankBatches(Dataset[Any]):
+    """Map from a cursor to this rank's share of the global batch that starts there."""
+
+    def __init__(
+        self, samples: Samples, order: Order, *, world: World, global_batch_size: int, flip: bool
+    ) -> None:
+        self.samples = samples
+        self.order = order
+        self.world = world
+        self.global_batch_size = global_batch_size
+        self.flip = flip
+
+    def ids(self, cursor: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions, sample ids and epochs of the share."""
+        positions = self.order.rank_positions(
+            cursor,
+            global_batch_size=self.global_batch_size,
+            rank=self.world.rank,
+            num_ranks=self.world.num_ranks,
+        )
+        ids, epochs, _ = self.order.at(positions)
+        return positions, ids, epochs
+
+    def __getitem__(self, cursor: int) -> _Raw | Exception:
+        try:
+            return self._read(cursor)
+        except (UserError, RuntimeError, ConnectionError) as error:
+            return error  # as it is: torch would wrap it in a traceback, and the one line would be lost
+
+    def _read(self, cursor: int) -> _Raw:
+        positions, ids, epochs = self.ids(cursor)
+        size = self.samples.manifest.image_size
+        pixels = torch.empty((len(ids), size, size, 3), dtype=torch.uint8)
+        keys, bad = [], []
+        for row, index in zip(pixels.numpy(), ids, strict=True):
+            key, replaced = self._read_into(int(index), row)
+            keys.append(key)
+            bad += replaced
+        mirrored = flips(self.order, tuple(keys), epochs) if self.flip else [False] * len(keys)
+        return _Raw(pixels, tuple(positions.tolist()), tuple(keys), torch.tensor(mirrored), tuple(bad))
+
+    def _read_into(self, index: int, row: np.ndarray) -> tuple[str, list[tuple[str, str]]]:
+        """Decodes a sample, or the next one of its shard that can be: the same stand-in on any rank."""
+        bad: list[tuple[str, str]] = []
+        first = index
+        while True:
+            key, data = self.samples.read(index)
+            try:
+                decode_into(data, row)
+                return key, bad
+            except BadImage as error:
+                bad.append((key, str(error)))
+            index = self.samples.after(index)
+            if index == first:
+                name = self.samples.manifest.shards[self.samples.shard_of(index)].name
+                raise RuntimeError(
+                    f"{self.samples.url}: no image of shard {name} can be decoded ({bad[0][1]})"
+                )
+
+
+class _Cursors(Sampler[int]):
+    """start, start + step, ... without end."""
+
+    def __init__(self, start: int, step: int) -> None:
+        self.start = start
+        self.step = step
+
+    def __iter__(self) -> Iterator[int]:
+        cursor = self.start
+        while True:
+            yield cursor
+            cursor += self.step
+
+
+def _start_worker(_: int) -> None:
+    # Preemption is the rank's business: it still needs its batches while it saves. Workers end with their
+    # parent.
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class _Prefetcher:
+    """A thread that brings the shards of the coming batches into the cache, in the order of need."""
+
+    def __init__(self, batches: _RankBatches, lookahead: int) -> None:
+        self.batches = batches
+        self.lookahead = lookahead
+        self._cursor = 0
+        self._wanted = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="shard-prefetch", daemon=True)
+        self._thread.start()
+
+    def move_to(self, cursor: int) -> None:
+        self._cursor = cursor
+        self._wanted.set()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._wanted.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        samples = self.batches.samples
+        step = self.batches.global_batch_size
+        while self._wanted.wait() and not self._stopped:
+            self._wanted.clear()
+            cursor = self._cursor
+            for ahead in range(self.lookahead):
+                _, ids, _ = self.batches.ids(cursor + ahead * step)
+                for shard in dict.fromkeys(samples.shard_of(int(index)) for index in ids):
+                    name = samples.manifest.shards[shard].name
+                    if self._stopped:
+                        return
+                    if not samples.cache.has(name):
+                        with contextlib.suppress(
+                            Exception
+                        ):  # the reader meets the same fault, and reports it
+                            samples.cache.path(name)
+
+
+class Batches:
+    """Endless iterator of (Batch, cursor); the cursor counts the samples consumed by all ranks so far.
+
+    Starting again with `start_cursor=cursor` continues the same sequence, on any number of ranks and workers.
+    """
+
+    def __init__(
+        self, batches: _RankBatches, *, config: Data, world: World, start_cursor: int, lookahead: int
+    ) -> None:
+        self.dataset: DatasetManifest = batches.samples.manifest
+        self.bad: dict[str, str] = {}
+        self._url = batches.samples.url
+        self._max_bad = config.max_bad_samples
+        self._step = batches.global_batch_size
+        self._cursor = start_cursor
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=_Cursors(start_cursor, self._step),
+            num_workers=config.workers,
+            prefetch_factor=config.prefetch_batches if config.workers else None,
+            # Forked: they start at once and share which shards are verified; they never touch CUDA.
+            multiprocessing_context="fork" if config.workers else None,
+            worker_init_fn=_start_worker,
+            pin_memory=world.device.type == "cuda",
+        )
+        self._iterator: Any = iter(loader)  # forks the workers: before the thread below, and before any other
+        self._prefetcher = None if batches.samples.cache.in_place else _Prefetcher(batches, lookahead)
+        if self._prefetcher:
+            self._prefetcher.move_to(start_cursor)
+        reference = weakref.ref(self)
+        # Workers ignore SIGTERM, so multiprocessing's own clean-up at exit would wait for ever.
+        atexit.register(lambda: (it := reference()) and it.close())
+
+    def __iter__(self) -> Iterator[tuple[Batch, int]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, int]:
+        raw = next(self._iterator)
+        if isinstance(raw, Exception):
+            raise raw
+        self._count_bad(raw.bad)
+        self._cursor += self._step
+        if self._prefetcher:
+            self._prefetcher.move_to(self._cursor)
+        return Batch(raw.pixels.permute(0, 3, 1, 2), raw.positions, raw.keys, raw.flips), self._cursor
+
+    def _count_bad(self, bad: tuple[tuple[str, str], ...]) -> None:
+        self.bad.update(bad)
+        if len(self.bad) > self._max_bad:
+            key, why = next(reversed(self.bad.items()))
+            raise RuntimeError(
+                f"{self._url}: {len(self.bad)} undecodable images on this rank, data.max_bad_samples allows "
+                f"{self._max_bad}; the last is {key}: {why}"
+            )
+
+    def close(self) -> None:
+        """Ends workers and threads; safe to call twice."""
+        if self._prefetcher:
+            self._prefetcher.stop()
+        iterator, self._iterator = self._iterator, iter(())
+        workers = list(getattr(iterator, "_workers", ()))
+        if workers:
+            iterator._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+
+
+def open_batches(
+    config: Data,
+    world: World,
+    *,
+    seed: int,
+    global_batch_size: int,
+    image_size: int,
+    start_cursor: int = 0,
+) -> Batches:
+    """Opens the data set at `config.path` for this rank.
+
+    The sequence of samples depends on the data set, seed, num_canonical_nodes and shuffle_block alone; a
+    global batch is its next `global_batch_size` samples. Data sets smaller than a batch are walked several
+    times within one.
+
+    Raises:
+        UserError: no data set there, another image size, or a batch that the ranks can't share evenly.
+    """
+    samples = Samples(config.path, cache_dir=config.cache_dir, cache_gb=config.cache_gb)
+    manifest = samples.manifest
+    if manifest.image_size != image_size:
+        raise UserError(
+            f"data.path: {samples.url} holds images of {manifest.image_size} px, model.image_size is "
+            f"{image_size}; prepare them with --image-size {image_size}"
+        )
+    if global_batch_size % world.num_ranks:
+        raise UserError(
+            f"train.global_batch_size: {global_batch_size} can't be shared by {world.num_ranks} ranks evenly"
+        )
+    order = Order(
+        tuple(shard.count for shard in manifest.shards),
+        config.num_canonical_nodes,
+        seed,
+        config.shuffle_block,
+    )
+    batches = _RankBatches(samples, order, world=world, global_batch_size=global_batch_size, flip=config.flip)
+    lookahead = (max(1, config.workers) + 1) * config.prefetch_batches
+    return Batches(batches, config=config, world=world, start_cursor=start_cursor, lookahead=lookahead)

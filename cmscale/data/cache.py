@@ -1,0 +1,214 @@
+"""Owns the shards on this node: fetched, checked against the manifest, bounded, shared by processes."""
+
+import contextlib
+import fcntl
+import hashlib
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from cmscale.errors import UserError
+from cmscale.manifests import FileEntry
+from cmscale.storage import LocalStorage, Storage
+
+ATTEMPTS = 4
+LOCK_MINUTES = 15.0
+_TOUCH_SECONDS = 60.0
+
+
+def default_cache_dir() -> Path:
+    """A folder of this user's in TMPDIR, which clusters point at a node's own disk."""
+    return Path(tempfile.gettempdir()) / f"cmscale-cache-{os.getuid()}"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def matches(path: Path, entry: FileEntry) -> bool:
+    """Whether a file is there with the size and the hash of its entry."""
+    try:
+        return path.stat().st_size == entry.size and file_sha256(path) == entry.sha256
+    except FileNotFoundError:
+        return False
+
+
+class FileCache:
+    """Local copies of a data set's files.
+
+    `path` gives a file that this start of the program has verified: one that lies in the cache from an
+    earlier start is hashed once before its first use (which files are, is shared with forked workers). A bad
+    one is deleted and fetched again. Processes of a node share the folder through file locks, which end with
+    their holder, and renames.
+
+    A data set in a local folder is read in place, unless a cache folder is named.
+
+    Args:
+        storage: The data set.
+        entries: Its files by name.
+        folder: The root of the cache; None reads local data in place and caches S3 in `default_cache_dir()`.
+        name: The data set's folder within the cache: its fingerprint, so that data sets never mix.
+        limit: Bytes that all data sets in the cache may take together; the least recently used files go.
+        wait: Sleeps between attempts, replaced in tests.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        entries: Mapping[str, FileEntry],
+        *,
+        folder: Path | None,
+        name: str,
+        limit: int,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.storage = storage
+        self.entries = entries
+        self.limit = limit
+        self.wait = wait
+        self.in_place = isinstance(storage, LocalStorage) and folder is None
+        self.root = folder if folder is not None else default_cache_dir()
+        self.folder = (
+            storage.root if isinstance(storage, LocalStorage) and folder is None else self.root / name[:16]
+        )
+        self._number = {name: number for number, name in enumerate(entries)}
+        self._verified = mmap.mmap(
+            -1, max(1, len(entries))
+        )  # anonymous and shared: forked workers see each other's
+        self._touched: dict[str, float] = {}
+        largest = max((entry.size for entry in entries.values()), default=0)
+        if not self.in_place and largest > limit:
+            raise UserError(
+                f"data.cache_gb: {limit / 1e9:g} GB is less than one shard ({largest / 1e9:.3g} GB); raise it"
+            )
+
+    def path(self, name: str) -> Path:
+        """The verified local file; fetches it when it isn't there.
+
+        Raises:
+            RuntimeError: the stored file is missing or damaged, after fetching it again; names it and its
+                hash.
+            ConnectionError: the storage does not answer, after several attempts.
+        """
+        path = self.folder / name
+        number = self._number[name]
+        if not self._verified[number] or not path.exists():
+            self._obtain(name, path)
+            self._verified[number] = 1
+        self._touch(path)
+        return path
+
+    def has(self, name: str) -> bool:
+        """Whether `path` would return at once."""
+        return bool(self._verified[self._number[name]]) and (self.folder / name).exists()
+
+    def _obtain(self, name: str, path: Path) -> None:
+        entry = self.entries[name]
+        if self.in_place:
+            if not (matches(path, entry) or matches(path, entry)):  # a network file system may err once
+                raise _damaged(self.storage.join(name), entry, "missing" if not path.exists() else "damaged")
+            return
+        with _locked(path.with_name(f".{path.name}.lock")):
+            if matches(path, entry):
+                return
+            path.unlink(missing_ok=True)
+            for part in path.parent.glob(
+                f".{path.name}.part*"
+            ):  # of a process that was killed: we hold the lock
+                part.unlink(missing_ok=True)
+            self._make_room(entry.size)
+            self._fetch(name, path, entry)
+
+    def _fetch(self, name: str, path: Path, entry: FileEntry) -> None:
+        part = path.with_name(f".{path.name}.part")
+        fault: Exception | None = None
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                self.wait(2.0 ** (attempt - 1))
+            try:
+                self.storage.download(name, part)
+            except FileNotFoundError:
+                fault = _damaged(self.storage.join(name), entry, "missing")
+                continue
+            except ConnectionError as error:
+                fault = error
+                continue
+            if matches(part, entry):
+                part.replace(path)
+                return
+            part.unlink(missing_ok=True)
+            fault = _damaged(self.storage.join(name), entry, "damaged")
+        assert fault is not None
+        raise fault
+
+    def _make_room(self, needed: int) -> None:
+        """Deletes the least recently used files until `needed` more bytes fit."""
+        with _locked(self.root / ".lock"):
+            files = []
+            for path in self.root.glob("*/*"):
+                with contextlib.suppress(FileNotFoundError):  # a peer deletes too
+                    status = path.stat()
+                    if not path.name.startswith(".") or ".part" in path.name:
+                        files.append((status.st_mtime_ns, status.st_size, path))
+            total = sum(size for _, size, _ in files)
+            for _, size, path in sorted(files):
+                if total + needed <= self.limit:
+                    break
+                if not path.name.startswith("."):
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+    def _touch(self, path: Path) -> None:
+        """Marks a file as used, now and then: the modification time orders the eviction."""
+        if self.in_place:
+            return
+        now = time.monotonic()
+        if now - self._touched.get(path.name, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
+            self._touched[path.name] = now
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+
+
+def _damaged(where: str, entry: FileEntry, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{where}: {what}; expected {entry.size} bytes with SHA-256 {entry.sha256}; "
+        f"data_prep/verify.py --repair can write it again"
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a file lock, which ends with its holder. Gives up after a while: no rank waits for ever."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: can't write to {path.parent} ({error.strerror}); name another folder"
+        ) from error
+    try:
+        deadline = time.monotonic() + 60 * LOCK_MINUTES
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"{path}: another process has held this lock for {LOCK_MINUTES:g} minutes"
+                    ) from None
+                time.sleep(0.02)
+        try:
+            yield
+        finally:
+            fcntl.flock(
+                descriptor, fcntl.LOCK_UN
+            )  # a fork may have copied the descriptor: closing does not unlock
+    finally:
+        os.close(descriptor)
