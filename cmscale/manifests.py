@@ -116,6 +116,7 @@ class CheckpointManifest(Document):
     num_ranks: int
     zero_stage: int
     config_fingerprint: str
+    config: dict[str, Any]
     trajectory: dict[str, Any]
     data_fingerprint: str
     quantities: tuple[str, ...]

@@ -1,0 +1,107 @@
+"""Owns what a command means by SOURCE: a run, a checkpoint, an exported file, an OpenAI `.pt`; and gives its denoiser."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cmscale.assets import local_file
+from cmscale.config import Config, parse_config, read_config
+from cmscale.consistency.solver import Denoise
+from cmscale.engine.weights import list_checkpoints, read_manifest, read_weights
+from cmscale.errors import UserError
+from cmscale.interop import read_diffusers, read_openai, read_safetensors
+from cmscale.model.denoiser import denoiser_for
+from cmscale.model.unet import build_unet
+from cmscale.rundir import CHECKPOINT_MANIFEST, step_name
+from cmscale.storage import open_storage
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained network: its config, its weights (OpenAI's names, float32, on the CPU), and where they come from."""
+
+    origin: str
+    config: Config
+    weights: dict[str, torch.Tensor]
+    weights_name: str
+    step: int
+    run_dir: Path | None = None
+
+    def denoiser(self, device: torch.device) -> Denoise:
+        """The network in evaluation mode on a device, preconditioned as its method has it."""
+        network = build_unet(self.config.model)
+        network.load_state_dict(self.weights)
+        network.to(device).eval().requires_grad_(False)
+        return denoiser_for(self.config.method, network)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (3, self.config.model.image_size, self.config.model.image_size)
+
+
+def load_source(
+    origin: str,
+    *,
+    weights: str | None = None,
+    step: int | None = None,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Source:
+    """Reads a SOURCE (local path or `s3://`).
+
+    Args:
+        weights: An EMA's name, or `master` for the trained weights themselves; the first EMA by default.
+        step: Of a run, the checkpoint's step; the newest by default.
+        config: The config file for weights that carry none (OpenAI's `.pt`).
+        overrides: `key=value` on top of it.
+
+    Raises:
+        UserError: nothing there that is a SOURCE, no such step or weights, or weights of another network.
+    """
+    if origin.endswith((".pt", ".pth")):
+        if config is None:
+            raise UserError(f"{origin}: OpenAI weights carry no config; give --config CONFIG [key=value ...]")
+        settings = read_config(config, list(overrides))
+        return Source(origin, settings, read_openai(local_file(origin), settings.model), "imported", 0)
+    if config is not None or overrides:
+        raise UserError(f"--config: {origin} has its own config; --config goes with OpenAI .pt files only")
+    if origin.endswith(".safetensors"):
+        state, card = read_safetensors(local_file(origin))
+        settings = parse_config(card["config"], origin=origin)
+        return Source(origin, settings, state, card["weights"], int(card["step"]))
+    storage = open_storage(origin)
+    if storage.read_if_present("model_index.json") is not None:
+        state, card = read_diffusers(storage)
+        settings = parse_config(card["config"], origin=origin)
+        return Source(origin, settings, state, card["weights"], int(card["step"]))
+    if storage.read_if_present(CHECKPOINT_MANIFEST) is not None:
+        return _read_checkpoint(origin, weights=weights, run_dir=None)
+    return _read_run(origin, weights=weights, step=step)
+
+
+def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:
+    storage = open_storage(origin)
+    steps = list_checkpoints(storage.sub("checkpoints"))
+    if not steps:
+        raise UserError(f"{origin}: no run, checkpoint or exported weights there (no complete checkpoint found)")
+    if step is not None and step not in steps:
+        raise UserError(f"{origin}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    chosen = steps[-1] if step is None else step
+    local = None if origin.startswith("s3://") else Path(origin)
+    return _read_checkpoint(storage.join(f"checkpoints/{step_name(chosen)}"), weights=weights, run_dir=local)
+
+
+def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) -> Source:
+    storage = open_storage(origin)
+    manifest = read_manifest(storage)
+    settings = Config.model_validate_json(json.dumps(manifest.config))
+    name = weights or settings.ema.names[0]
+    if name not in manifest.quantities:
+        known = [quantity for quantity in manifest.quantities if not quantity.startswith("exp_avg")]
+        raise UserError(f"{origin}: no weights {name!r}; there are {', '.join(known)}")
+    if run_dir is None and not origin.startswith("s3://") and Path(origin).parent.name == "checkpoints":
+        run_dir = Path(origin).parent.parent
+    return Source(origin, settings, read_weights(storage, name), name, manifest.state.step, run_dir)
