@@ -149,6 +149,13 @@ class Model(Section):
         for size in self.attention_resolutions:
             if size not in sizes:
                 raise ValueError(f"attention_resolutions: the network has no level of {size} px, only {sizes}")
+        if self.channels % 32:
+            raise ValueError(f"channels {self.channels} must be a multiple of 32 (normalisation has 32 groups)")
+        last = len(sizes) - 1  # the smallest level attends in the middle, whatever attention_resolutions says
+        for level, multiplier in enumerate(self.channel_multipliers):
+            width = multiplier * self.channels
+            if (level == last or sizes[level] in self.attention_resolutions) and width % self.head_channels:
+                raise ValueError(f"head_channels {self.head_channels} does not divide level {level}'s {width} channels")
         return self
 
 

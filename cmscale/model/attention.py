@@ -1,0 +1,79 @@
+"""Owns scaled dot-product attention: xformers, PyTorch's own (SDPA), a float32 reference, behind one switch."""
+
+import functools
+import importlib
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmscale.errors import UserError
+
+Kind = Literal["auto", "xformers", "sdpa", "reference"]
+Layout = Literal["three_heads_dim", "heads_three_dim"]
+
+
+def choose_attention(kind: Kind, device: torch.device) -> Literal["xformers", "sdpa", "reference"]:
+    """What `model.attention` means on a device: `auto` is xformers on CUDA where it is installed, else SDPA.
+
+    Raises:
+        UserError: xformers was asked for where it can't run.
+    """
+    if kind == "auto":
+        return "xformers" if device.type == "cuda" and _xformers() is not None else "sdpa"
+    if kind == "xformers" and device.type != "cuda":
+        raise UserError(
+            f"model.attention: xformers runs on CUDA only, not on {device.type}; use auto or sdpa"
+        )
+    if kind == "xformers" and _xformers() is None:
+        raise UserError("model.attention: xformers can't be imported here; install it, or use auto or sdpa")
+    return kind
+
+
+@functools.cache
+def _xformers() -> Any:
+    """xformers.ops, or None where it does not import. Imported late: it takes seconds, and the CPU needs none."""
+    try:
+        return importlib.import_module("xformers.ops")
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+def split_qkv(qkv: Tensor, *, num_heads: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each [B, S, heads, dim], of a projection [B, 3 heads dim, S].
+
+    `three_heads_dim` is the order of channels in the released consistency models, `heads_three_dim` that of
+    older guided-diffusion weights.
+    """
+    batch, width, length = qkv.shape
+    dim = width // (3 * num_heads)
+    if layout == "three_heads_dim":
+        parts = qkv.reshape(batch, 3, num_heads, dim, length).permute(1, 0, 4, 2, 3)
+    else:
+        parts = qkv.reshape(batch, num_heads, 3, dim, length).permute(2, 0, 4, 1, 3)
+    query, key, value = parts.contiguous().unbind(0)
+    return query, key, value
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *, kind: Kind = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(dim)) v, each [B, S, heads, dim], in the inputs' dtype.
+
+    Raises:
+        UserError: see `choose_attention`.
+    """
+    chosen = choose_attention(kind, query.device)
+    if chosen == "xformers":
+        return _xformers().memory_efficient_attention(query, key, value)
+    if chosen == "sdpa":
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    return reference_attention(query, key, value)
+
+
+def reference_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The definition, in float32 whatever the inputs' dtype; what the other two are held against."""
+    scale = query.shape[-1] ** -0.25  # on both factors, so that neither overflows where the product would not
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.float() * scale, key.float() * scale)
+    weights = torch.softmax(scores, dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value.float()).to(query.dtype)

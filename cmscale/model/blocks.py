@@ -1,0 +1,208 @@
+"""Owns the parts of the UNet: normalisation, time embedding, keyed dropout, residual and attention blocks."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from cmscale.model.attention import Kind, Layout, attend, split_qkv
+from cmscale.rng import key
+
+NORM_GROUPS = 32
+DropoutKeys = Sequence[int] | None
+
+
+@functools.lru_cache(maxsize=16)
+def _frequencies(half: int, device: torch.device) -> Tensor:
+    """max_period^(-i/half), i < half; computed on the CPU so that every device uses the same numbers."""
+    with torch.inference_mode(False):
+        exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device="cpu") / half
+        return torch.exp(exponents).to(device)
+
+
+def timestep_embedding(c_noise: Tensor, dim: int) -> Tensor:
+    """Sinusoids of [B] values as [B, dim] float32: cosines first, then sines, periods 2 pi to 20,000 pi."""
+    angles = c_noise.float()[:, None] * _frequencies(dim // 2, c_noise.device)[None]
+    embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class GroupNorm(nn.GroupNorm):
+    """32 groups, computed in float32 whatever the dtype of parameters and input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(NORM_GROUPS, channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
+
+
+def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) -> Tensor:
+    """Dropout of [B, ...] whose mask of sample i is a function of (keys[i], layer) and the kind of device.
+
+    So two networks given the same keys drop the same elements, in any batch, in any dtype, and a recomputation
+    under activation checkpointing repeats the mask. (The released code shares masks by restoring the generator
+    of the CPU, which shares nothing on CUDA.)
+    """
+    if len(keys) != len(x):
+        raise ValueError(f"dropout_keys: {len(keys)} keys for a batch of {len(x)}")
+    source = torch.Generator(device=x.device)
+    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    for row, sample_key in zip(keep, keys, strict=True):
+        source.manual_seed(key(sample_key, layer))
+        torch.ge(torch.rand(row.shape, generator=source, device=x.device), rate, out=row)
+    return torch.where(keep, x / (1 - rate), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+class _Checkpointed(nn.Module):
+    """A block that, where `activation_checkpointing` is set, is computed again in the backward pass."""
+
+    activation_checkpointing: bool
+
+    def _run(self, function: Callable[..., Tensor], *inputs: object) -> Tensor:
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return function(*inputs)
+        # No global generator is used inside, so none is saved. The recomputation runs to its end: hooks of a
+        # partitioned (ZeRO-3) network fire in pairs.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+
+
+class Upsample(nn.Module):
+    """Twice the size by nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(double(x))
+
+
+class Downsample(nn.Module):
+    """Half the size by a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+def double(x: Tensor) -> Tensor:
+    """Twice the height and width, nearest neighbour."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def halve(x: Tensor) -> Tensor:
+    """Half the height and width, mean of 2x2."""
+    return F.avg_pool2d(x, 2)
+
+
+class ResBlock(_Checkpointed):
+    """norm-SiLU-conv twice, with the embedding between, around a skip connection; may resample in between.
+
+    Args:
+        layer: this block's number in the network; part of its dropout masks' key.
+        resample: `double`, `halve`, or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        embedding_channels: int,
+        layer: int,
+        dropout: float,
+        scale_shift_norm: bool,
+        activation_checkpointing: bool,
+        resample: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dropout = dropout
+        self.scale_shift_norm = scale_shift_norm
+        self.activation_checkpointing = activation_checkpointing
+        self.resample = resample
+        embedded = 2 * out_channels if scale_shift_norm else out_channels
+        self.in_layers = nn.Sequential(
+            GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, embedded))
+        # Position 2 is where the original has its dropout; ours has a mask by key and no module of its own.
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor, dropout_keys: DropoutKeys = None) -> Tensor:
+        return self._run(self._forward, x, embedding, dropout_keys)
+
+    def _forward(self, x: Tensor, embedding: Tensor, dropout_keys: DropoutKeys) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+        embedded = self.emb_layers(embedding)[:, :, None, None]
+        norm, activation, _, conv = self.out_layers
+        if self.scale_shift_norm:
+            scale, shift = embedded.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + embedded)
+        h = activation(h)
+        if self.training and self.dropout > 0 and dropout_keys is not None:
+            h = keyed_dropout(h, self.dropout, keys=dropout_keys, layer=self.layer)
+        return self.skip_connection(x) + conv(h)
+
+
+class AttentionBlock(_Checkpointed):
+    """Every position attends to all others, around a skip connection."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_channels: int,
+        layout: Layout,
+        kind: Kind,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.num_heads = channels // head_channels
+        self.layout: Layout = layout
+        self.kind: Kind = kind
+        self.activation_checkpointing = activation_checkpointing
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2)
+        query, key_, value = split_qkv(qkv, num_heads=self.num_heads, layout=self.layout)
+        h = attend(query, key_, value, kind=self.kind)  # [B, S, heads, dim]
+        return x + self.proj_out(h.flatten(2).transpose(1, 2).reshape(x.shape))
+
+
+class Stage(nn.Sequential):
+    """Blocks in a row; those that take the embedding and the dropout keys are given them."""
+
+    def forward(self, input: Tensor, embedding: Tensor, dropout_keys: DropoutKeys = None) -> Tensor:
+        for block in self:
+            input = block(input, embedding, dropout_keys) if isinstance(block, ResBlock) else block(input)
+        return input

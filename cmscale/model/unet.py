@@ -1,0 +1,211 @@
+"""Owns the raw network: the ADM UNet with OpenAI's parameter names (consistency models), and its first weights."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from cmscale.config import Model
+from cmscale.errors import UserError
+from cmscale.model.blocks import (
+    AttentionBlock,
+    Downsample,
+    DropoutKeys,
+    GroupNorm,
+    ResBlock,
+    Stage,
+    Upsample,
+    double,
+    halve,
+    timestep_embedding,
+)
+from cmscale.rng import generator
+
+
+class UNet(nn.Module):
+    """The ADM UNet (Dhariwal and Nichol 2021, appendix A) on images in [-1, 1].
+
+    Parameters may be float32, float16 or bfloat16 as a whole; time embedding and normalisation are computed
+    in float32. `attention_resolutions` are image sizes in pixels.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        width = model.channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width)
+        )
+        if model.num_classes is not None:
+            self.label_emb = nn.Embedding(model.num_classes, 4 * width)
+        self._num_resblocks = 0
+        channels = width * model.channel_multipliers[0]
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(3, channels, 3, padding=1))])
+        self.output_blocks = nn.ModuleList()
+        skips = [channels, *self._build_input(channels)]
+        channels = skips[-1]
+        self.middle_block = Stage(
+            self._resblock(channels, channels), self._attention(channels), self._resblock(channels, channels)
+        )
+        channels = self._build_output(channels, skips)
+        self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, 3, 3, padding=1))
+
+    def _resblock(
+        self, in_channels: int, out_channels: int, resample: Callable[[Tensor], Tensor] | None = None
+    ) -> ResBlock:
+        self._num_resblocks += 1
+        return ResBlock(
+            in_channels,
+            out_channels,
+            embedding_channels=4 * self.model.channels,
+            layer=self._num_resblocks - 1,
+            dropout=self.model.dropout,
+            scale_shift_norm=self.model.scale_shift_norm,
+            activation_checkpointing=self.model.activation_checkpointing,
+            resample=resample,
+        )
+
+    def _attention(self, channels: int) -> AttentionBlock:
+        return AttentionBlock(
+            channels,
+            head_channels=self.model.head_channels,
+            layout=self.model.qkv_layout,
+            kind=self.model.attention,
+            activation_checkpointing=self.model.activation_checkpointing,
+        )
+
+    def _attends(self, level: int) -> bool:
+        return self.model.image_size >> level in self.model.attention_resolutions
+
+    def _build_input(self, channels: int) -> Iterator[int]:
+        """Adds the levels from the full size down; yields the channels of each stage's output."""
+        last = len(self.model.channel_multipliers) - 1
+        for level, multiplier in enumerate(self.model.channel_multipliers):
+            for _ in range(self.model.num_res_blocks):
+                stage: list[nn.Module] = [self._resblock(channels, multiplier * self.model.channels)]
+                channels = multiplier * self.model.channels
+                if self._attends(level):
+                    stage.append(self._attention(channels))
+                self.input_blocks.append(Stage(*stage))
+                yield channels
+            if level < last:
+                down = (
+                    self._resblock(channels, channels, halve)
+                    if self.model.resblock_updown
+                    else Downsample(channels)
+                )
+                self.input_blocks.append(Stage(down))
+                yield channels
+
+    def _build_output(self, channels: int, skips: list[int]) -> int:
+        """Adds the levels from the smallest size up, each stage taking one of `skips`; returns its channels."""
+        for level, multiplier in reversed(list(enumerate(self.model.channel_multipliers))):
+            for block in range(self.model.num_res_blocks + 1):
+                wide = multiplier * self.model.channels
+                stage: list[nn.Module] = [self._resblock(channels + skips.pop(), wide)]
+                channels = wide
+                if self._attends(level):
+                    stage.append(self._attention(channels))
+                if level and block == self.model.num_res_blocks:
+                    up = (
+                        self._resblock(channels, channels, double)
+                        if self.model.resblock_updown
+                        else Upsample(channels)
+                    )
+                    stage.append(up)
+                self.output_blocks.append(Stage(*stage))
+        return channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, in which the network computes."""
+        return self.time_embed[0].weight.dtype  # type: ignore[union-attr]
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        *,
+        labels: Tensor | None = None,
+        dropout_keys: DropoutKeys = None,
+    ) -> Tensor:
+        """The raw output F(x, c_noise), [B, 3, H, W] float32.
+
+        Args:
+            x: [B, 3, H, W], preconditioned.
+            c_noise: [B], the noise level as the time embedding takes it.
+            labels: [B] class numbers, where and only where the model has classes.
+            dropout_keys: one key a sample, of which training mode draws its masks. None means no dropout.
+
+        Raises:
+            UserError: labels without classes, or classes without labels.
+        """
+        dtype = self.dtype
+        embedding = self.time_embed(timestep_embedding(c_noise, self.model.channels).to(dtype))
+        if self.model.num_classes is not None:
+            if labels is None:
+                raise UserError(
+                    f"model.num_classes is {self.model.num_classes}: the network needs class labels"
+                )
+            embedding = embedding + self.label_emb(labels)
+        elif labels is not None:
+            raise UserError("labels were given, but model.num_classes is not set")
+        h = x.to(dtype)
+        skips = []
+        for stage in self.input_blocks:
+            h = stage(h, embedding, dropout_keys)
+            skips.append(h)
+        h = self.middle_block(h, embedding, dropout_keys)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, dropout_keys)
+        return self.out(h).float()
+
+
+def build_unet(model: Model, *, seed: int = 0) -> UNet:
+    """The network with its first weights, a function of the seed alone (the global generator is left alone).
+
+    Built on the default device; under `with torch.device("meta")` without values.
+    """
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        network = UNet(model)
+    if device.type != "meta":
+        network.to_empty(device=device)
+        initialise(network, seed=seed)
+    return network
+
+
+@torch.no_grad()
+def initialise(network: UNet, *, seed: int) -> None:
+    """PyTorch's usual distributions, drawn in the modules' order on the CPU; each block's last layer is zero."""
+    source = generator(seed, "weights")
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert module.bias is not None
+            bound = 1 / math.sqrt(module.weight[0].numel())  # of weight and bias alike
+            for parameter in (module.weight, module.bias):
+                parameter.copy_(
+                    torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=source)
+                )
+        elif isinstance(module, nn.Embedding):
+            module.weight.copy_(torch.empty(module.weight.shape, device="cpu").normal_(generator=source))
+        elif isinstance(module, GroupNorm):
+            module.weight.fill_(1.0)
+            module.bias.zero_()
+    for layer in _zero_layers(network):
+        layer.weight.zero_()
+        assert layer.bias is not None
+        layer.bias.zero_()
+
+
+def _zero_layers(network: UNet) -> Iterator[nn.Conv2d]:
+    """The layers that start at zero: every block starts as its skip connection, and the output is zero."""
+    for module in network.modules():
+        match module:
+            case ResBlock():
+                yield module.out_layers[-1]  # type: ignore[misc]
+            case AttentionBlock():
+                yield module.proj_out
+            case UNet():
+                yield module.out[-1]  # type: ignore[misc]
