@@ -23,10 +23,11 @@ class Point:
 def at(config: Config, step: int) -> Point:
     """The schedules of a run at `step` (0 is the first step); K of the papers is train.total_steps."""
     rate = learning_rate(config.optimizer, step)
-    return _method_point(config.method, Point(step, rate), total_steps=config.train.total_steps)
+    return of_method(config.method, Point(step, rate), total_steps=config.train.total_steps)
 
 
-def _method_point(method: Method, point: Point, *, total_steps: int) -> Point:
+def of_method(method: Method, point: Point, *, total_steps: int) -> Point:
+    """`point` with what its method schedules."""
     step, rate = point.step, point.learning_rate
     match method:
         case CD():

@@ -60,12 +60,12 @@ def lognormal_time(uniform: Tensor, *, p_mean: float, p_std: float) -> Tensor:
 
 
 def neighbours(diffusion: HasTimes, index: Tensor, num_scales: int) -> tuple[Tensor, Tensor]:
-    """(t_n, t_{n+1}) of indices n in 1..N-1, float64."""
-    spaces = num_scales - 1
-    return (
-        karras_time(diffusion, (index - 1).to(torch.float64) / spaces),
-        karras_time(diffusion, index.to(torch.float64) / spaces),
-    )
+    """(t_n, t_{n+1}) of indices n in 1..N-1, float64.
+
+    Read from the whole grid: powers taken of a batch differ in the last bit with a sample's place in it.
+    """
+    times = karras_grid(diffusion, num_scales).to(index.device)
+    return times[index - 1], times[index]
 
 
 def ode_sigmas(diffusion: HasTimes, steps: int) -> Tensor:

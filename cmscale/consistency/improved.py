@@ -1,4 +1,4 @@
-"""Owns the losses of iCT (arXiv 2310.14189) and ECT (arXiv 2406.14548): weighted, without a target network."""
+"""Owns the losses of iCT (arXiv 2310.14189) and ECT (arXiv 2406.14548): weighted, with no target network."""
 
 from dataclasses import dataclass
 
