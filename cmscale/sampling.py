@@ -1,0 +1,117 @@
+"""Owns drawing many samples of a source: in batches, from given noise or seeds, to the files that other tools read."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cmscale import pictures
+from cmscale.config import EDM
+from cmscale.consistency.sampler import Sampler, sample
+from cmscale.consistency.solver import Denoise
+from cmscale.errors import UserError
+from cmscale.source import Source
+from cmscale.storage import replace_durably
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to draw. `noise` is unit-variance start noise [num, 3, H, W]; `sigmas` descending times."""
+
+    num: int
+    steps: int | None = None
+    seed: int = 0
+    sampler: Sampler = "heun"
+    clip: bool = True
+    batch_size: int = 64
+    noise: torch.Tensor | None = None
+    sigmas: torch.Tensor | None = None
+
+    def with_files(self, *, noise: Path | None, times: str | None, shape: Sequence[int]) -> "SampleRequest":
+        """The request with `--noise FILE.npy` and `--times 80,4.4` read and checked."""
+        request = self
+        if noise is not None:
+            request = replace(request, noise=_read_noise(noise, shape=(self.num, *shape)))
+        if times is not None:
+            request = replace(request, sigmas=_parse_times(times))
+        return request
+
+
+def draw_samples(
+    source: Source,
+    request: SampleRequest,
+    *,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda count: None,
+) -> torch.Tensor:
+    """The samples, float32 [num, 3, H, W] on the CPU; `advance` hears how many a batch brought."""
+    denoise = source.denoiser(device)
+    done = []
+    for start in range(0, request.num, request.batch_size):
+        indices = range(start, min(start + request.batch_size, request.num))
+        done.append(draw_batch(source, denoise, request, indices=indices, device=device).cpu())
+        advance(len(indices))
+    return torch.cat(done)
+
+
+def draw_batch(
+    source: Source, denoise: Denoise, request: SampleRequest, *, indices: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """The samples of `indices`, float32 [len(indices), 3, H, W] on the device."""
+    noise = None if request.noise is None else request.noise[list(indices)]
+    return sample(
+        source.config.method,
+        denoise,
+        seed=request.seed,
+        indices=indices,
+        steps=request.steps,
+        shape=source.image_shape,
+        device=device,
+        noise=noise,
+        sigmas=_closed(source, request.sigmas),
+        sampler=request.sampler,
+        clip=request.clip,
+    )
+
+
+def write_samples(images: torch.Tensor, out: Path, *, raw: bool, grid: Path | None) -> None:
+    """Writes `arr_0`: uint8 NHWC, or with `raw` float32 NCHW; and a PNG of the first 256."""
+    pixels = pictures.to_uint8(images)
+    array = images.numpy() if raw else pixels.permute(0, 2, 3, 1).numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=array)
+    replace_durably(out, buffer.getvalue())
+    if grid is not None:
+        pictures.save_png(pictures.grid(pixels[:256]), grid)
+
+
+def _closed(source: Source, sigmas: torch.Tensor | None) -> torch.Tensor | None:
+    """Given times as the sampler wants them: an EDM model's end with 0."""
+    if sigmas is None or not isinstance(source.config.method, EDM) or sigmas[-1] == 0:
+        return sigmas
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def _read_noise(path: Path, *, shape: tuple[int, ...]) -> torch.Tensor:
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"--noise {path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--noise {path}: not an .npy file of numbers ({error})") from None
+    if noise.shape != shape or noise.dtype != np.float32:
+        raise UserError(f"--noise {path}: holds {noise.dtype} {list(noise.shape)}, needed is float32 {list(shape)}")
+    return torch.from_numpy(noise)
+
+
+def _parse_times(text: str) -> torch.Tensor:
+    try:
+        times = torch.tensor([float(part) for part in text.split(",")], dtype=torch.float64)
+    except ValueError:
+        raise UserError(f"--times: got {text!r}; write descending numbers, 80,4.4") from None
+    if not bool((times[:-1] > times[1:]).all()) or bool((times < 0).any()):
+        raise UserError(f"--times: got {text!r}; the times must descend and not be negative")
+    return times
