@@ -1,6 +1,5 @@
 """Owns the EfficientNet-Lite0 network, in the parameter names of the weights that its pip package ships."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -19,7 +18,8 @@ _EPS = 1e-3
 
 
 class _SameConv(nn.Conv2d):
-    """A convolution without bias, padded as TensorFlow's SAME pads even sizes: the odd pixel goes right and below."""
+    """A convolution without bias, padded as TensorFlow's SAME pads even sizes: the odd pixel goes right and
+    below."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride=stride, groups=groups, bias=False)
@@ -54,7 +54,8 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """ImageNet classifier; `forward` takes normalised images [B, 3, 224, 224], gives (pooled [B, 1280], logits [B, 1000])."""
+    """ImageNet classifier; `forward` takes normalised images [B, 3, 224, 224], gives (pooled [B, 1280],
+    logits [B, 1000])."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +81,8 @@ class EfficientNetLite0(nn.Module):
         return pooled, self._fc(pooled)
 
     def fold(self) -> None:
-        """Folds every batch normalisation into its convolution: the same function for half the time on a CPU."""
+        """Folds every batch normalisation into its convolution: the same function for half the time on a
+        CPU."""
         for module in self.eval().modules():
             for norm, conv in (
                 ("_bn0", "_conv_stem"),

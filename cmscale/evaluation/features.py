@@ -1,12 +1,15 @@
-"""Owns what images look like to a metric: networks that turn uint8 images into features, and the samples' way to uint8.
+"""Owns what images look like to a metric: networks that turn uint8 images into features, and the samples' way
+to uint8.
 
-Two kinds. `inception` is the FID Inception of torch-fidelity (the TensorFlow graph of 2015-12-05): images are resized to
-299 px by TensorFlow 1's bilinear rule, without antialiasing, as every published FID did. `efficientnet` is EfficientNet-Lite0,
-whose ImageNet weights a pip package ships, for machines without internet: images are resized to 224 px by antialiased
-bilinear interpolation and normalised as (x - 127) / 128. A Fréchet distance over it is called FD-EfficientNet, never FID.
+Two kinds. `inception` is the FID Inception of torch-fidelity (the TensorFlow graph of 2015-12-05): images are
+resized to 299 px by TensorFlow 1's bilinear rule, without antialiasing, as every published FID did.
+`efficientnet` is EfficientNet-Lite0, whose ImageNet weights a pip package ships, for machines without
+internet: images are resized to 224 px by antialiased bilinear interpolation and normalised as (x - 127) /
+128. A Fréchet distance over it is called FD-EfficientNet, never FID.
 
-    extractor = build_features("inception", weights="weights-inception-2015-12-05-6726825d.pth", device=device)
-    features = extractor(images)  # uint8 [N, 3, H, W] -> {"pooled": [N, 2048], "spatial": [N, 2023], "logits": [N, 1008]}
+  extractor = build_features("inception", weights="weights-inception-2015-12-05-6726825d.pth", device=device)
+  features = extractor(images)  # uint8 [N, 3, H, W]
+  features["pooled"], features["spatial"], features["logits"]  # [N, 2048], [N, 2023], [N, 1008]
 """
 
 import hashlib
@@ -51,10 +54,10 @@ _CHUNK = {
 class FIDInception(nn.Module):
     """The FID Inception from torch-fidelity's blocks and parameter names, with ADM's spatial tap.
 
-    `forward` takes uint8 [B, 3, H, W] and gives pooled features [B, 2048], the spatial ones [B, 2023] and logits
-    [B, 1008]. Spatial: TensorFlow's `mixed_6/conv:0`, which is `Mixed_6d.branch1x1` after its ReLU (17 x 17 x 192), its
-    first 7 channels, flattened in NHWC order as ADM's evaluator does. Logits lack the bias, as the Inception Score of
-    TensorFlow's graph has them (torch-fidelity's `logits_unbiased`).
+    `forward` takes uint8 [B, 3, H, W] and gives pooled features [B, 2048], the spatial ones [B, 2023] and
+    logits [B, 1008]. Spatial: TensorFlow's `mixed_6/conv:0`, which is `Mixed_6d.branch1x1` after its ReLU (17
+    x 17 x 192), its first 7 channels, flattened in NHWC order as ADM's evaluator does. Logits lack the bias,
+    as the Inception Score of TensorFlow's graph has them (torch-fidelity's `logits_unbiased`).
     """
 
     def __init__(self) -> None:
@@ -156,10 +159,10 @@ def build_features(
 
     Args:
         kind: `inception` or `efficientnet`.
-        weights: the weights' local file. None takes the Inception from torch-fidelity's home (a download, checked
-            against its hash, cached by torch) and EfficientNet-Lite0 from its pip package.
-        sha256: what the file must hash to. A name that ends in `-` and 8 hex digits (torch hub's custom) is always
-            held against its hash.
+        weights: the weights' local file. None takes the Inception from torch-fidelity's home (a download,
+            checked against its hash, cached by torch) and EfficientNet-Lite0 from its pip package.
+        sha256: what the file must hash to. A name that ends in `-` and 8 hex digits (torch hub's custom) is
+            always held against its hash.
 
     Raises:
         UserError: unknown kind, no such file, another hash, other weights, no download.
@@ -228,8 +231,8 @@ def _download_inception() -> Path:
                 )
         except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise UserError(
-                f"{URL_INCEPTION_V3}: can't be downloaded ({error}); set evaluate.inception_weights to a local path or "
-                "s3:// URL, or evaluate.features=efficientnet"
+                f"{URL_INCEPTION_V3}: can't be downloaded ({error}); set evaluate.inception_weights to "
+                "a local path or s3:// URL, or evaluate.features=efficientnet"
             ) from None
     return path
 

@@ -1,9 +1,9 @@
-"""Owns the metrics that compare distributions of features: Fréchet distance (FID, sFID), KID, Inception Score."""
+"""Owns the metrics that compare distributions of features: Fréchet distance (FID, sFID), KID, Inception
+Score."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.linalg
 
 from cmscale.errors import UserError
 from cmscale.evaluation.statistics import Moments
@@ -16,9 +16,10 @@ TORCH_FIDELITY_SEED = (
 def frechet_distance(a: Moments, b: Moments) -> float:
     """||m_a - m_b||^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, equation 6).
 
-    With C = L L^T the last trace is the nuclear norm of L_a^T L_b. Singular values carry an error of machine precision,
-    where the eigenvalues of C_a C_b under a square root would carry its root; degenerate covariances (fewer samples
-    than dimensions) need no regularisation. Each Gaussian's factor is computed once, a reference's for all sample sets.
+    With C = L L^T the last trace is the nuclear norm of L_a^T L_b. Singular values carry an error of machine
+    precision, where the eigenvalues of C_a C_b under a square root would carry its root; degenerate
+    covariances (fewer samples than dimensions) need no regularisation. Each Gaussian's factor is computed
+    once, a reference's for all sample sets.
 
     Raises:
         UserError: the widths differ.
@@ -26,7 +27,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if a.width != b.width:
         raise UserError(f"features of width {a.width} can't be compared with a reference of width {b.width}")
     shift = a.mean - b.mean
-    cross = scipy.linalg.svdvals(a.factor.T @ b.factor).sum() if a.factor.size and b.factor.size else 0.0
+    cross = 0.0
+    if a.factor.size and b.factor.size:
+        cross = float(np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum())
     distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
     return float(max(distance, 0.0))
 
@@ -39,10 +42,11 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = TORCH_FIDELITY_SEED,
 ) -> tuple[float, float]:
-    """KID: unbiased MMD^2 under k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018), mean and deviation over subsets.
+    """KID: unbiased MMD^2 under k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018), mean and deviation over
+    subsets.
 
-    Subsets and seed are torch-fidelity's. With fewer than `subset_size` samples on a side, the subsets are that small
-    (torch-fidelity refuses).
+    Subsets and seed are torch-fidelity's. With fewer than `subset_size` samples on a side, the subsets are
+    that small (torch-fidelity refuses).
 
     Args:
         samples, reference: features [N, D], [M, D].
@@ -74,9 +78,10 @@ def _mmd(x: np.ndarray, y: np.ndarray) -> float:
 class InceptionScoreSums:
     """The Inception Score's sums, block by block: exp of the mean KL(p(y|x) || p(y)), over `splits` parts.
 
-    KL's mean over a part is mean(sum p ln p) - sum q ln q with q the mean of p, so that no probability need be kept.
-    Samples are dealt to the parts by a shuffle of their indices, as torch-fidelity does (`shuffle_seed`), or in their
-    order, as ADM's evaluator does (None: for 50,000 samples its parts of 5,000 are ten).
+    KL's mean over a part is mean(sum p ln p) - sum q ln q with q the mean of p, so that no probability need
+    be kept. Samples are dealt to the parts by a shuffle of their indices, as torch-fidelity does
+    (`shuffle_seed`), or in their order, as ADM's evaluator does (None: for 50,000 samples its parts of 5,000
+    are ten).
     """
 
     num_samples: int
@@ -128,7 +133,8 @@ class InceptionScoreSums:
 def inception_score(
     logits: np.ndarray, *, splits: int = 10, shuffle_seed: int | None = TORCH_FIDELITY_SEED
 ) -> tuple[float, float]:
-    """The Inception Score of logits [N, classes]: mean and deviation over the splits (see `InceptionScoreSums`)."""
+    """The Inception Score of logits [N, classes]: mean and deviation over the splits (see
+    `InceptionScoreSums`)."""
     sums = InceptionScoreSums(len(logits), splits, shuffle_seed)
     sums.add(range(len(logits)), logits)
     return sums.score()

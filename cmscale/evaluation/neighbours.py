@@ -1,8 +1,9 @@
-"""Owns the metrics of nearest neighbours: precision, recall (k-NN), density, coverage; blockwise, never N x N in memory.
+"""Owns the metrics of nearest neighbours: precision, recall (k-NN), density, coverage; blockwise, never N x N
+in memory.
 
-Distances come from float32 matrix products of centred features, a block of rows at a time; whatever such a product can't
-decide (a distance within rounding of a radius: duplicates, above all) is computed again directly in float64. So results
-are those of exact distances, at the rate of a matrix product.
+Distances come from float32 matrix products of centred features, a block of rows at a time; whatever such a
+product can't decide (a distance within rounding of a radius: duplicates, above all) is computed again
+directly in float64. So results are those of exact distances, at the rate of a matrix product.
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class Manifold:
 
     @cached_property
     def radii(self) -> tuple[Tensor, Tensor]:
-        """Squared distance of each feature to its K-th and its DENSITY_K-th nearest other, float64 [N] each."""
+        """Squared distance of each feature to its K-th and its DENSITY_K-th nearest other, float64 [N]
+        each."""
         centre = self.features.double().mean(dim=0)
         points, norms = _centred(self.features, centre)
         wanted = min(DENSITY_K + 1 + _SLACK, len(points))
@@ -69,8 +71,9 @@ class Manifold:
 def compare(samples: Manifold, reference: Manifold) -> Neighbourhood:
     """Precision, recall, density and coverage of samples [N, D] against a reference [M, D].
 
-    Precision: samples within the K-th neighbour's distance of a reference feature; recall: the reverse (`<=`, as ADM's
-    evaluator and torch-fidelity). Density: reference balls of radius DENSITY_K that hold a sample, over DENSITY_K;
+    Precision: samples within the K-th neighbour's distance of a reference feature; recall: the reverse (`<=`,
+    as ADM's evaluator and torch-fidelity). Density: reference balls of radius DENSITY_K that hold a sample,
+    over DENSITY_K;
     coverage: reference balls that hold any sample (`<`, as the released code of Naeem et al.).
     """
     reference_k, reference_density_k = reference.radii
@@ -101,7 +104,8 @@ def compare(samples: Manifold, reference: Manifold) -> Neighbourhood:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rounded squared distances [B, M] between `rows` [B, D] and `columns` [M, D], whose norms sum to `scale` at most."""
+    """Rounded squared distances [B, M] between `rows` [B, D] and `columns` [M, D], whose norms sum to `scale`
+    at most."""
 
     distances: Tensor
     rows: Tensor
@@ -138,7 +142,8 @@ def _squared_distances(x: Tensor, x_norms: Tensor, y: Tensor, y_norms: Tensor) -
 
 
 def _exact(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
-    """Squared distances of the pairs (x[i], y[j]) from their differences in float64; equal features give exactly 0."""
+    """Squared distances of the pairs (x[i], y[j]) from their differences in float64; equal features give
+    exactly 0."""
     step = max(1, _PAIR_ELEMENTS // x.shape[1])
     parts = [
         (x[i[at : at + step]].double() - y[j[at : at + step]].double()).square().sum(dim=1)

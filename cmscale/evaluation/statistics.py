@@ -1,7 +1,7 @@
 """Owns the mergeable statistics of features: float64 sums, and the mean and covariance that follow from them.
 
-Sums are taken a block of samples at a time and merged in the blocks' order, so the same features give the same bits
-however many ranks they came from.
+Sums are taken a block of samples at a time and merged in the blocks' order, so the same features give the
+same bits however many ranks they came from.
 """
 
 from collections.abc import Iterable
@@ -76,8 +76,8 @@ class Moments:
     def factor(self) -> np.ndarray:
         """A matrix L [D, rank] with L L^T = covariance; computed once, then kept.
 
-        Eigenvalues within rounding of zero are dropped: a degenerate covariance gives a narrower factor, and its noise
-        never meets a square root, which would blow 1e-16 up to 1e-8.
+        Eigenvalues within rounding of zero are dropped: a degenerate covariance gives a narrower factor, and
+        its noise never meets a square root, which would blow 1e-16 up to 1e-8.
         """
         values, vectors = np.linalg.eigh((self.covariance + self.covariance.T) / 2)
         floor = max(values[-1], 0.0) * self.width * np.finfo(np.float64).eps

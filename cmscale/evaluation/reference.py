@@ -1,0 +1,309 @@
+"""Owns what samples are compared with: reference statistics, read from the formats that the field uses.
+
+Read: ADM `.npz` (`arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`), EDM `.npz` (`mu`, `sigma`), EDM2 `.pkl` (nothing
+in it is executed), torch-fidelity's cached statistics (`.pt`), and plain images (`.npz` with `arr_0` alone,
+or a folder). Written: ADM's format, with extra keys that say what it was made of.
+"""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cmscale.errors import UserError
+from cmscale.evaluation.blocks import BLOCK
+from cmscale.evaluation.features import FeatureExtractor
+from cmscale.evaluation.images import batches, npz_header, npz_rows, open_images
+from cmscale.evaluation.neighbours import DENSITY_K, Manifold
+from cmscale.evaluation.statistics import Moments, Sums, total
+
+SUBSET = 10_000  # images kept for KID, precision and recall, as ADM's references
+_SUBSET_SEED = 0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real images in one kind of features.
+
+    Attributes:
+        name: where it came from.
+        sha256: of the file read; of the images for a reference made from images.
+        features: the label of its features; None where the file doesn't say.
+        count: how many images `pooled` holds; None where the file doesn't say.
+        pooled, spatial: their Gaussians; spatial (for sFID) where there is one.
+        subset: pooled features of some of the images [M, D], for KID, precision and recall; None where there
+        are none.
+        preprocess, image_size: how the images were made; None where the file doesn't say.
+    """
+
+    name: str
+    sha256: str
+    features: str | None
+    count: int | None
+    pooled: Moments
+    spatial: Moments | None = None
+    subset: np.ndarray | None = field(default=None, repr=False)
+    preprocess: str | None = None
+    image_size: int | None = None
+    device: torch.device | str = "cpu"
+
+    @cached_property
+    def manifold(self) -> Manifold | None:
+        """The subset with its nearest neighbours, for precision and recall."""
+        enough = self.subset is not None and len(self.subset) > DENSITY_K
+        return Manifold(self.subset, device=self.device) if enough and self.subset is not None else None
+
+    def describe(self) -> dict[str, Any]:
+        """What a result records of it."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "count": self.count,
+            "subset": None if self.subset is None else len(self.subset),
+            "preprocess": self.preprocess,
+            "image_size": self.image_size,
+        }
+
+    def mismatches(self, *, preprocess: str | None, image_size: int | None) -> list[str]:
+        """One line for each known difference to how the model's data was made: each moves an FID."""
+        pairs = [("preprocessing", self.preprocess, preprocess), ("image size", self.image_size, image_size)]
+        return [
+            f"reference and training data differ in {what}: {mine} against {theirs}"
+            for what, mine, theirs in pairs
+            if mine is not None and theirs is not None and mine != theirs
+        ]
+
+
+def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
+    """Reads a reference for an extractor's features.
+
+    Where a file holds images (`arr_0`) and not their features, the features are extracted here.
+
+    Raises:
+        UserError: no such file, another format, statistics of other features or another width.
+    """
+    path = Path(path)
+    if path.is_dir():
+        images = open_images(path)
+        return reference_from_images(images.read(), extractor, name=str(path), count=images.count)
+    if not path.is_file():
+        raise UserError(f"reference {path}: no such file or folder")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    match path.suffix:
+        case ".npz":
+            found = _read_npz(path, digest, extractor)
+        case ".pkl":
+            found = _from_mapping(path, digest, _edm2(path, extractor), extractor)
+        case ".pt" | ".pth":
+            found = _from_mapping(path, digest, _torch_fidelity(path), extractor)
+        case _:
+            raise UserError(f"reference {path}: statistics are .npz, .pkl (EDM2) or .pt (torch-fidelity)")
+    if found.features not in (None, extractor.label):
+        raise UserError(
+            f"reference {path}: holds {found.features} features, the evaluation uses {extractor.label}"
+        )
+    if found.pooled.width != extractor.width:
+        raise UserError(
+            f"reference {path}: features of width {found.pooled.width}, {extractor.label} gives {extractor.width}"
+        )
+    return found
+
+
+def reference_from_images(
+    images: Iterable[np.ndarray],
+    extractor: FeatureExtractor,
+    *,
+    name: str,
+    count: int,
+    preprocess: str | None = None,
+    subset: int = SUBSET,
+) -> Reference:
+    """Makes a reference of images (uint8 [H, W, 3], `count` of them). Memory holds a block and the subset's
+    features.
+
+    The subset is drawn without replacement from a fixed seed; `subset_indices` says which.
+
+    Raises:
+        UserError: fewer than two images.
+    """
+    chosen = subset_indices(count, subset)
+    pooled: list[Sums] = []
+    spatial: list[Sums] = []
+    kept: list[np.ndarray] = []
+    digest = hashlib.sha256()
+    at, image_size = 0, None
+    for batch in batches(images, BLOCK):
+        digest.update(batch.numpy().tobytes())
+        features = extractor(batch)
+        pooled = [total([*pooled, Sums.of(features["pooled"])])]
+        if "spatial" in features:
+            spatial = [total([*spatial, Sums.of(features["spatial"])])]
+        low, high = np.searchsorted(chosen, [at, at + len(batch)])
+        kept.append(features["pooled"][chosen[low:high] - at])
+        at += len(batch)
+        image_size = batch.shape[-1]
+    return Reference(
+        name=name,
+        sha256=digest.hexdigest(),
+        features=extractor.label,
+        count=at,
+        pooled=total(pooled).moments(),
+        spatial=total(spatial).moments() if spatial else None,
+        subset=np.concatenate(kept),
+        preprocess=preprocess,
+        image_size=image_size,
+        device=extractor.device,
+    )
+
+
+def subset_indices(count: int, subset: int = SUBSET) -> np.ndarray:
+    """Which of `count` images a reference keeps for KID, precision and recall: ascending, always the same."""
+    drawn = np.random.RandomState(_SUBSET_SEED).permutation(count)[:subset]
+    return np.sort(drawn)
+
+
+def write_reference(
+    path: Path, reference: Reference, images: Iterable[np.ndarray], *, num_images: int
+) -> None:
+    """Writes a reference in ADM's format, with `images` (the subset, one at a time) as `arr_0`.
+
+    Extra keys: `features_0` (the subset's pooled features), `features`, `preprocess`, `image_size`, `count`,
+    `source`.
+    """
+    arrays: dict[str, np.ndarray] = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    if reference.subset is not None:
+        arrays["features_0"] = reference.subset
+    for key in ("features", "preprocess", "image_size", "count"):
+        if (value := getattr(reference, key)) is not None:
+            arrays[key] = np.array(value)
+    arrays["source"] = np.array(reference.name)
+    staged = path.with_name(f".{path.name}")
+    try:
+        with zipfile.ZipFile(staged, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                _write_images(file, images, num_images)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _write_images(file: Any, images: Iterable[np.ndarray], count: int) -> None:
+    written = 0
+    for image in images:
+        if written == 0:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image.shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(image).tobytes())
+        written += 1
+    assert written == count, f"{written} images came where {count} were announced"
+
+
+def _read_npz(path: Path, digest: str, extractor: FeatureExtractor) -> Reference:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = set(archive.files)
+            found = {name: archive[name] for name in names - {"arr_0"}}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"reference {path}: not an .npz of plain arrays ({error})") from None
+    if "mu" not in names and "arr_0" in names:
+        images = open_images(path)
+        return reference_from_images(images.read(), extractor, name=str(path), count=images.count)
+    label = str(found["features"]) if "features" in found else None
+    subset = found.get("features_0")
+    if subset is None and "arr_0" in names and label in (None, extractor.label):
+        shape, _ = npz_header(path, "arr_0")
+        rows = batches(npz_rows(path, "arr_0"), BLOCK)
+        subset = np.concatenate([extractor(batch)["pooled"] for batch in rows]) if shape[0] else None
+    return _from_mapping(path, digest, {**found, "subset": subset}, extractor)
+
+
+def _from_mapping(path: Path, digest: str, found: dict[str, Any], extractor: FeatureExtractor) -> Reference:
+    return Reference(
+        name=str(path),
+        sha256=digest,
+        features=str(found["features"]) if "features" in found else None,
+        count=int(found["count"]) if "count" in found else None,
+        pooled=_moments(path, found, "mu", "sigma"),
+        spatial=_moments(path, found, "mu_s", "sigma_s") if "mu_s" in found else None,
+        subset=found.get("subset"),
+        preprocess=str(found["preprocess"]) if "preprocess" in found else None,
+        image_size=int(found["image_size"]) if "image_size" in found else None,
+        device=extractor.device,
+    )
+
+
+def _moments(path: Path, found: dict[str, Any], mean_key: str, covariance_key: str) -> Moments:
+    if mean_key not in found or covariance_key not in found:
+        raise UserError(f"reference {path}: holds no {mean_key} and {covariance_key}")
+    mean, covariance = (np.asarray(found[key], dtype=np.float64) for key in (mean_key, covariance_key))
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(
+            f"reference {path}: {mean_key} {list(mean.shape)} and {covariance_key} {list(covariance.shape)} don't fit"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"reference {path}: {mean_key} or {covariance_key} holds NaN or infinity")
+    return Moments(mean, covariance)
+
+
+class _NumbersOnly(pickle.Unpickler):
+    """Unpickles numpy arrays and plain containers; any other name in the file is refused, so nothing is
+    executed."""
+
+    _ALLOWED = frozenset(
+        {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+        | {
+            (f"numpy.{core}.multiarray", name)
+            for core in ("core", "_core")
+            for name in ("_reconstruct", "scalar")
+        }
+        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _edm2(path: Path, extractor: FeatureExtractor) -> dict[str, Any]:
+    if extractor.label != "inception":
+        raise UserError(
+            f"reference {path}: EDM2 files hold Inception statistics, the evaluation uses {extractor.label}"
+        )
+    try:
+        with path.open("rb") as file:
+            found = _NumbersOnly(file).load()
+    except Exception as error:
+        raise UserError(f"reference {path}: more than numbers in it, refused ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("fid"), dict):
+        raise UserError(f"reference {path}: not EDM2's statistics (no 'fid')")
+    counted = {"count": found["num_images"]} if "num_images" in found else {}
+    return {**found["fid"], **counted, "features": "inception"}
+
+
+def _torch_fidelity(path: Path) -> dict[str, Any]:
+    reconstruct = np.zeros(0).__reduce__()[0]  # numpy's own, wherever this version keeps it
+    allowed = [np.ndarray, np.dtype, reconstruct, type(np.dtype("f4")), type(np.dtype("f8"))]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"reference {path}: not torch-fidelity's statistics ({str(error).splitlines()[0]})"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"reference {path}: not torch-fidelity's statistics (no mu and sigma)")
+    return found

@@ -1,0 +1,116 @@
+"""Owns a data set's reference statistics: reads a prepared data set, writes what evaluations compare samples
+with.
+
+    python data_prep/reference.py DATASET --out FILE.npz [--features inception|efficientnet] [--weights
+    FILE|s3://…]
+
+The file is ADM's format (`arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`), which other evaluators read too, with
+extra keys for preprocessing and the kind of features.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from cmscale.assets import local_file
+from cmscale.data import read_images
+from cmscale.errors import UserError
+from cmscale.evaluation.features import KINDS, build_features
+from cmscale.evaluation.reference import SUBSET, reference_from_images, subset_indices, write_reference
+from cmscale.manifests import read_dataset_manifest
+from cmscale.storage import explained, open_storage
+from cmscale.world import choose_device
+
+
+def make_reference(
+    dataset: str,
+    out: Path,
+    *,
+    features: str,
+    weights: str | None,
+    device: str,
+    limit: int | None,
+    subset: int,
+) -> str:
+    """Measures a data set, writes `out`, and says in a line what it holds.
+
+    Raises:
+        UserError: no such data set, fewer than two images, no weights, no room.
+    """
+    manifest = read_dataset_manifest(open_storage(dataset))
+    count = min(manifest.count, limit or manifest.count)
+    if out.suffix != ".npz":
+        raise UserError(f"--out {out}: must end in .npz")
+    extractor = build_features(
+        features, weights=local_file(weights) if weights else None, device=choose_device(device)
+    )
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    reference = reference_from_images(
+        _shown(_images(dataset, limit=count), count),
+        extractor,
+        name=f"{manifest.source} {manifest.fingerprint[:12]}",
+        count=count,
+        preprocess=manifest.preprocess,
+        subset=subset,
+    )
+    kept = subset_indices(count, subset)
+    with explained(out):
+        write_reference(out, reference, _images(dataset, indices=kept.tolist()), num_images=len(kept))
+    return f"{out}: {count} images of {manifest.image_size} px, {extractor.label}, {len(kept)} kept for neighbours"
+
+
+def _images(
+    dataset: str, *, indices: list[int] | None = None, limit: int | None = None
+) -> Iterator[np.ndarray]:
+    return (image for image, _ in read_images(dataset, indices=indices, limit=limit))
+
+
+def _shown(images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    from rich.progress import track
+
+    yield from track(
+        islice(images, count), total=count, description="features", disable=not sys.stderr.isatty()
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", metavar="DATASET", help="a prepared data set: folder or s3://")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz")
+    parser.add_argument("--features", choices=KINDS, default="inception")
+    parser.add_argument(
+        "--weights", metavar="FILE|s3://…", help="the features' weights (default: their home)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--limit", type=int, metavar="N", help="measure the first N images only")
+    parser.add_argument(
+        "--subset", type=int, default=SUBSET, metavar="N", help="images kept as arr_0 (default: %(default)s)"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        print(
+            make_reference(
+                given.dataset,
+                given.out,
+                features=given.features,
+                weights=given.weights,
+                device=given.device,
+                limit=given.limit,
+                subset=given.subset,
+            )
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
