@@ -1,0 +1,91 @@
+"""Owns what a run says while it trains: metrics every few steps, events, and a progress bar for people."""
+
+import json
+import sys
+import time
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cmscale.config import Config
+from cmscale.data import Batches
+from cmscale.engine.engine import StepResult
+from cmscale.manifests import TrainState
+from cmscale.metrics_log import MetricsLog, write_event
+from cmscale.rundir import RunDir
+from cmscale.schedules import Point
+from cmscale.world import World
+
+
+class RunLog:
+    """Rank 0 speaks for the run; the other ranks' logs are silent."""
+
+    def __init__(self, config: Config, run: RunDir, world: World, *, batches: Batches) -> None:
+        self._config = config
+        self._run = run
+        self._world = world
+        self._batches = batches
+        self._metrics = MetricsLog(
+            run, config.wandb, config=json.loads(config.model_dump_json()), active=world.is_main
+        )
+        self._since = time.perf_counter()
+        self._cursor = 0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4g}"),
+            TextColumn("{task.fields[speed]:.1f} images/s"),
+            TimeRemainingColumn(),
+            disable=not (world.is_main and sys.stderr.isatty()),
+        )
+        self._task = self._progress.add_task(run.name, total=config.train.total_steps, loss=0.0, speed=0.0)
+
+    def started(self, state: TrainState) -> None:
+        """Says that training starts, or goes on, here."""
+        self._cursor = state.cursor
+        self._event("resumed" if state.step else "start", state)
+        self._progress.start()
+        self._progress.update(self._task, completed=state.step)
+
+    def stepped(self, state: TrainState, point: Point, result: StepResult) -> None:
+        """Logs every `train.log_every` steps, the first and the last one, and every step that was not applied."""
+        if not result.applied:
+            self._event("step_not_applied", state, why=f"gradients not finite at loss scale {result.loss_scale:g}")
+            return
+        if state.step % self._config.train.log_every and state.step not in (1, self._config.train.total_steps):
+            return
+        now = time.perf_counter()
+        seconds, images = now - self._since, state.cursor - self._cursor
+        self._since, self._cursor = now, state.cursor
+        speed = images / seconds
+        self._metrics.write(
+            {
+                "step": state.step,
+                "samples": state.cursor,
+                "loss": result.loss,
+                "lr": point.learning_rate,
+                "num_scales": point.num_scales,
+                "target_ema": point.target_ema,
+                "grad_norm": result.grad_norm,
+                "loss_scale": result.loss_scale,
+                "seconds": round(seconds, 4),
+                "images_per_second": round(speed, 3),
+            }
+        )
+        self._progress.update(self._task, completed=state.step, loss=result.loss, speed=speed)
+        if self._world.is_main and not sys.stderr.isatty():
+            total = self._config.train.total_steps
+            print(f"step {state.step}/{total}  loss {result.loss:.5g}  {speed:.1f} images/s", flush=True)
+
+    def ended(self, state: TrainState, event: str, *, why: str) -> None:
+        """Says how it ended, and closes the mirror."""
+        for key, reason in self._batches.bad.items():
+            self._event("bad_sample", state, why=f"{key}: {reason}")
+        self._progress.stop()
+        self._event(event, state, why=why)
+        self._metrics.close()
+
+    def _event(self, event: str, state: TrainState, *, why: str = "") -> None:
+        if self._world.is_main:
+            write_event(self._run, event, step=state.step, rank=0, why=why)
+

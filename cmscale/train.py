@@ -1,0 +1,212 @@
+"""Trains a run: assembles its parts, then turns the loop until the last step or a preemption."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cmscale import pictures, schedules
+from cmscale import world as worlds
+from cmscale.assets import cache_folder, local_file, locked
+from cmscale.config import CD, CT, ECT, Config, Model, differences, leaves, read_config
+from cmscale.consistency.distance import Distance, build_distance
+from cmscale.consistency.loss import Loss, build_loss
+from cmscale.consistency.networks import Networks
+from cmscale.consistency.perceptual import download_vgg
+from cmscale.consistency.sampler import sample
+from cmscale.data import Batch, Batches, open_batches, to_device
+from cmscale.engine.checkpoint import Checkpoints
+from cmscale.engine.engine import Engine, StepResult
+from cmscale.engine.preemption import Preemption
+from cmscale.errors import UserError
+from cmscale.interop import read_openai
+from cmscale.manifests import TrainState
+from cmscale.metrics_log import write_event
+from cmscale.model.denoiser import EDMDenoiser, denoiser_for
+from cmscale.model.unet import UNet, build_unet
+from cmscale.rng import SampleRandomness
+from cmscale.run_log import RunLog
+from cmscale.rundir import RunDir
+from cmscale.source import load_source
+from cmscale.world import World
+
+
+def main(run_dir: str, fresh: bool = False) -> str:
+    """Trains, or goes on training, the run in `run_dir`; a rank of a job calls it.
+
+    Args:
+        fresh: Start anew although no checkpoint of the run can be loaded.
+
+    Returns:
+        `finished`, or `preempted` with a checkpoint of the last applied step.
+
+    Raises:
+        UserError: what the run was told can't be done.
+    """
+    run = RunDir(Path(run_dir))
+    config = read_config(run.config)
+    preemption = Preemption.install()
+    world = worlds.detect(config.engine.device)
+    worlds.connect(world, timeout_minutes=config.engine.collective_timeout_minutes)
+    try:
+        return train(config, run, world, preemption=preemption, fresh=fresh)
+    except Exception as error:
+        write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        worlds.disconnect()
+
+
+def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, fresh: bool = False) -> str:
+    """The run, from its newest checkpoint (or the start) to its end."""
+    parts = assemble(config, world)
+    engine, shards = parts.engine, parts.engine.shards
+    checkpoints = Checkpoints(config, run, world, engine=engine)
+    state = checkpoints.restore(fresh=fresh) or TrainState()
+    batches = open_data(config, world, state)
+    checkpoints.belongs_to(batches.dataset.fingerprint)
+    log = RunLog(config, run, world, batches=batches)
+    log.started(state)
+    checkpoints.maybe_save(state)
+
+    while state.step < config.train.total_steps and not preemption.requested():
+        point = schedules.at(config, state.step)
+        batch, cursor = next(batches)
+        result = parts.step(batch, point)
+        if result.applied:
+            shards.update(point)
+        state = state.advance(cursor, result.applied)
+        log.stepped(state, point, result)
+        if result.applied and is_due(state.step, config.train.sample_every, config.train.total_steps):
+            save_sample_grid(config, run, world, engine, step=state.step)
+        checkpoints.maybe_save(state)
+
+    finished = state.step >= config.train.total_steps
+    checkpoints.save(state)
+    checkpoints.close()
+    batches.close()
+    log.ended(state, "finished" if finished else "preempted", why=preemption.reason)
+    engine.close()
+    return "finished" if finished else "preempted"
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps (0: never), and at the last, is to be done after this step."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a step needs: the engine, the method's loss, and the networks as denoisers."""
+
+    config: Config
+    world: World
+    engine: Engine
+    loss: Loss
+    networks: Networks
+
+    def step(self, batch: Batch, point: schedules.Point) -> StepResult:
+        """One step on one global batch; a batch that gives no finite loss is kept in logs/ for a look."""
+        return self.engine.step(self.micro_losses(batch, point), point.learning_rate)
+
+    def micro_losses(self, batch: Batch, point: schedules.Point) -> Iterator[Callable[[], torch.Tensor]]:
+        """For each micro-batch, what computes its mean loss."""
+        images = to_device(batch, self.world.device)
+        size = self.config.train.micro_batch_size
+        random = SampleRandomness(self.config.train.seed, batch.positions, self.world.device)
+        for clean, numbers in zip(images.split(size), random.split(size), strict=True):
+            yield lambda clean=clean, numbers=numbers: self.loss(self.networks, clean, point, numbers).mean()
+
+
+def assemble(config: Config, world: World) -> Parts:
+    """Networks, engine and loss of a method; the student starts from the teacher's weights where it has one."""
+    method = config.method
+
+    def build_network() -> UNet:
+        return build_unet(config.model, seed=config.train.seed)
+
+    teacher = load_teacher(config) if isinstance(method, CD | ECT) else None  # ECT only starts from it
+    engine = Engine(
+        config,
+        world,
+        build_network,
+        teacher,
+        has_target=isinstance(method, CD | CT),
+    )
+    frozen = None
+    if isinstance(method, CD):
+        assert teacher is not None
+        raw = engine.add_frozen("teacher", teacher, build_network)
+        frozen = EDMDenoiser(raw, sigma_data=method.sigma_data)
+    networks = Networks(
+        student=denoiser_for(method, engine.network),
+        target=None if engine.target is None else denoiser_for(method, engine.target),
+        teacher=frozen,
+    )
+    return Parts(config, world, engine, build_loss(method, load_distance(config, world)), networks)
+
+
+def load_teacher(config: Config) -> dict[str, torch.Tensor]:
+    """Weights of the diffusion model that `method.teacher` names; OpenAI's `.pt` is taken for one of this network.
+
+    Raises:
+        UserError: it is no diffusion model, or another network.
+    """
+    method = config.method
+    assert isinstance(method, CD | ECT)
+    if method.teacher.endswith((".pt", ".pth")):
+        return read_openai(local_file(method.teacher), config.model)
+    teacher = load_source(method.teacher, weights=method.teacher_weights)
+    if teacher.config.method.kind != "edm":
+        kind = teacher.config.method.kind
+        raise UserError(f"method.teacher: {method.teacher} is of kind {kind}; a diffusion model (edm) is needed")
+    mine, its = (trajectory_of(section) for section in (config.model, teacher.config.model))
+    if different := differences(its, mine):
+        raise UserError(f"method.teacher: {method.teacher} is another network: {'; '.join(different)}")
+    return teacher.weights
+
+
+def trajectory_of(model: Model) -> dict[str, object]:
+    """What must be alike in two networks for one to start from the other's weights."""
+    return {f"model.{key}": value for key, value, operational in leaves(model) if not operational and key != "dropout"}
+
+
+def load_distance(config: Config, world: World) -> Distance:
+    """The distance of the loss; LPIPS' VGG from where the config says, else from its home, one process a node."""
+    method = config.method
+    weights = None
+    if isinstance(method, CD | CT) and method.distance == "lpips":
+        if method.lpips_weights is not None:
+            weights = local_file(method.lpips_weights)
+        else:
+            with locked(cache_folder() / "vgg.lock"):
+                weights = download_vgg()
+    return build_distance(method, config.model.image_size, lpips_weights=weights, device=world.device)
+
+
+def open_data(config: Config, world: World, state: TrainState) -> Batches:
+    """The batches from where training stands."""
+    return open_batches(
+        config.data,
+        world,
+        seed=config.train.seed,
+        global_batch_size=config.train.global_batch_size,
+        image_size=config.model.image_size,
+        start_cursor=state.cursor,
+    )
+
+
+def save_sample_grid(config: Config, run: RunDir, world: World, engine: Engine, *, step: int) -> None:
+    """A grid of fixed seeds' samples under the first EMA, drawn by all ranks. Collective."""
+    size, count = config.model.image_size, config.train.sample_count
+    share = -(-count // world.num_ranks)
+    indices = range(world.rank * share, (world.rank + 1) * share)  # all ranks evaluate as often: ZeRO-3 needs it
+    with engine.showing(config.ema.names[0]) as network:
+        denoise = denoiser_for(config.method, network)
+        images = sample(
+            config.method, denoise, seed=0, indices=indices, shape=(3, size, size), device=world.device
+        )
+    drawn = torch.cat(worlds.gather(images.cpu()))[:count]
+    if world.is_main and bool(torch.isfinite(drawn).all()):
+        pictures.save_png(pictures.grid(pictures.to_uint8(drawn)), run.sample_grid(step))
