@@ -1,1 +1,1 @@
-"""Launchers: one command to run training or evaluation, on Slurm or on this machine."""
+"""Starts the project's jobs on Slurm or on this machine; imports layer 0 only and names workers by string."""

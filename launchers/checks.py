@@ -1,0 +1,81 @@
+"""Owns what is looked at before anything is created or submitted: data set, teacher, weight files."""
+
+from pathlib import Path
+
+from cmscale.config import Config
+from cmscale.errors import UserError
+from cmscale.manifests import DatasetManifest, read_dataset_manifest
+from cmscale.storage import LocalStorage, open_parent, open_storage
+
+
+def check_inputs(config: Config) -> DatasetManifest:
+    """Everything that a training run reads is there and fits; cheap (manifests and names, no data).
+
+    Raises:
+        UserError: something is not; one line.
+    """
+    manifest = check_dataset(config.data.path, image_size=config.model.image_size)
+    if teacher := getattr(config.method, "teacher", None):
+        check_source(teacher, key="method.teacher")
+    if weights := getattr(config.method, "lpips_weights", None):
+        check_exists(weights, key="method.lpips_weights")
+    return manifest
+
+
+def check_dataset(url: str, *, image_size: int) -> DatasetManifest:
+    """The manifest of a prepared data set that fits the network.
+
+    Raises:
+        UserError: none there, damaged, empty, or of another image size.
+    """
+    storage = open_storage(url)
+    if isinstance(storage, LocalStorage) and not storage.root.is_dir():
+        raise UserError(f"data.path: {url}: no such folder; make a data set with data_prep/prepare.py")
+    manifest = read_dataset_manifest(storage)
+    if manifest.image_size != image_size:
+        raise UserError(
+            f"data.path: {url} holds images of {manifest.image_size} px, model.image_size is {image_size}; "
+            "change one of them"
+        )
+    return manifest
+
+
+def check_source(url: str, *, key: str) -> None:
+    """A run, a checkpoint folder or a file is there (what is in it, the worker finds out).
+
+    Raises:
+        UserError: nothing there, or a run without a checkpoint.
+    """
+    if is_remote(url):
+        return check_exists(url, key=key)
+    path = Path(url)
+    if not path.exists():
+        raise UserError(f"{key}: {url}: no such file or folder")
+    if (
+        path.is_dir()
+        and (path / "config.yaml").exists()
+        and not any(path.glob("checkpoints/step-*/manifest.json"))
+    ):
+        raise UserError(f"{key}: run {url} has no complete checkpoint yet")
+    return None
+
+
+def check_exists(url: str, *, key: str) -> None:
+    """A local path exists; in S3 an object has this name or lies under it.
+
+    Raises:
+        UserError: nothing there.
+    """
+    if is_remote(url):
+        storage, name = open_parent(url)
+        found = (
+            entry for entry in storage.list(name) if entry.key == name or entry.key.startswith(f"{name}/")
+        )
+        if next(found, None) is None:
+            raise UserError(f"{key}: {url}: no such object")
+    elif not Path(url).exists():
+        raise UserError(f"{key}: {url}: no such file or folder")
+
+
+def is_remote(url: str) -> bool:
+    return "://" in url

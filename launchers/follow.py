@@ -1,0 +1,58 @@
+"""Owns what a launcher shows while it waits: rank 0's words as they come, and how the job ended."""
+
+import sys
+from pathlib import Path
+
+from launchers.outcome import Ending
+
+TAIL_LINES = 20
+
+
+class Follower:
+    """Copies what is added to a log to stdout; goes on to another file when the log's path changes."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._offset = 0
+
+    def show(self, path: Path) -> None:
+        if path != self._path:
+            self._path, self._offset = path, 0
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self._offset)
+            added = file.read()
+        self._offset += len(added)
+        lines = added.decode(errors="replace")
+        if lines:
+            sys.stdout.write(lines)
+            sys.stdout.flush()
+
+
+def tail(path: Path, lines: int = TAIL_LINES) -> str:
+    """The last lines of a log, read from its end."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64 * 1024))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+
+
+def show_end(ending: Ending, why: str, *, log: Path | None) -> int:
+    """Says how a job ended. Returns the launcher's exit status: 0, 2 for a user's mistake, 1 for the rest."""
+    match ending:
+        case "finished":
+            return 0
+        case "user_error":
+            print(f"error: {why}", file=sys.stderr, flush=True)
+            return 2
+        case "fault":
+            shown = tail(log) if log else ""
+            if shown:
+                print(f"--- the end of {log}\n{shown}\n---", file=sys.stderr)
+            print(f"fault: {why}" + (f" (log: {log})" if log else ""), file=sys.stderr, flush=True)
+            return 1
+        case _:
+            print(f"stopped: {why}", file=sys.stderr, flush=True)
+            return 1
