@@ -54,7 +54,11 @@ def chain(
     The grid's last time, eps, is left out: f is the identity there. `clip` holds estimates in [-1, 1], as the
     released code.
     """
-    times = grid.karras_grid(method, steps).flip(0)[:-1] if sigmas is None else torch.tensor(sigmas).double()
+    times = (
+        grid.karras_grid(method, steps).flip(0)[:-1]
+        if sigmas is None
+        else torch.tensor(sigmas, dtype=torch.float64)
+    )
     denoise = clipped(denoise) if clip else denoise
     return Chain(denoise, times, method.sigma_min, seed, tuple(indices))
 
@@ -79,7 +83,7 @@ def colorize(chain: Chain, image: Tensor) -> Tensor:
     """Colours for the image's luminance (0.2989 R + 0.5870 G + 0.1140 B), which the result keeps."""
     gray = _gray(image)
     coloured = refine(
-        chain, _keep_luminance(torch.zeros_like(image), image), lambda x: _keep_luminance(x, image)
+        chain, keep_luminance(torch.zeros_like(image), image), lambda x: keep_luminance(x, image)
     )
     return _into_range(coloured, gray, spread=lambda excess: excess.amax(1, keepdim=True))
 
@@ -165,7 +169,8 @@ def _weights(image: Tensor) -> Tensor:
     return torch.tensor(LUMINANCE, dtype=torch.float64, device=image.device).view(1, 3, 1, 1)
 
 
-def _keep_luminance(x: Tensor, image: Tensor) -> Tensor:
+def keep_luminance(x: Tensor, image: Tensor) -> Tensor:
+    """x with the luminance of `image`: x + q q^T (image - x), q along the weights of luminance."""
     weights = _weights(x)
     return (x + weights / weights.square().sum() * (luminance(image) - luminance(x))).to(x)
 

@@ -7,7 +7,6 @@ from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -127,19 +126,15 @@ def _heads() -> list[Tensor]:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise UserError(f"method.lpips_weights: {path}: no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"method.lpips_weights: {path}: no such file") from None
-    except Exception as error:  # torch.load raises whatever its readers do on a foreign file
-        if not isinstance(error, (OSError, RuntimeError, SafetensorError, ValueError, EOFError)) and (
-            type(error).__module__ != "_pickle"
-        ):
-            raise
+        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    except Exception as error:  # a foreign file makes the readers raise errors of many types
         raise UserError(f"method.lpips_weights: {path} can't be read as weights ({error})") from None
-    return state
 
 
 def _in_order(state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
