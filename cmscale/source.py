@@ -1,5 +1,6 @@
 """Owns what a command means by SOURCE: a run, a checkpoint, an exported file, an OpenAI `.pt`; and gives its denoiser."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,15 @@ class Source:
         network.load_state_dict(self.weights)
         network.to(device).eval().requires_grad_(False)
         return denoiser_for(self.config.method, network)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights and of what turns them into samples."""
+        digest = hashlib.sha256(self.config.method.model_dump_json().encode())
+        for name in sorted(self.weights):
+            digest.update(name.encode())
+            digest.update(self.weights[name].numpy().data)
+        return digest.hexdigest()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

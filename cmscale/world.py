@@ -2,13 +2,17 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cmscale.errors import UserError
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -142,15 +146,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_main_or_error(action: Any) -> Any:
-    """Runs `action()` on rank 0 and hands its result to all; what it raises, every rank raises. Collective."""
-    outcome: tuple[Any, BaseException | None] = (None, None)
+def on_main(action: Callable[[], T]) -> T | None:
+    """Runs `action()` on rank 0: its result there, None elsewhere; what it raises, every rank raises. Collective."""
+    result: T | None = None
+    error: Exception | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            outcome = (action(), None)
-        except Exception as error:
-            outcome = (None, error)
-    result, error = from_main(outcome)
+            result = action()
+        except Exception as caught:
+            error = caught
+    error = from_main(error)
     if error is not None:
         raise error
     return result
