@@ -169,18 +169,20 @@ def build_features(
     """
     match kind:
         case "inception":
-            network: nn.Module = FIDInception()
+            kind_of_network: type[nn.Module] = FIDInception
             path = Path(weights) if weights else _download_inception()
             label, width, spatial = "inception", 2048, 17 * 17 * _SPATIAL_CHANNELS
         case "efficientnet":
-            network = EfficientNetLite0()
+            kind_of_network = EfficientNetLite0
             path = Path(weights) if weights else _packaged_efficientnet()
             label, width, spatial = "efficientnet_lite0", 1280, None
         case _:
             raise UserError(f"features {kind!r}: unknown kind; one of {', '.join(KINDS)}")
     digest = _checked_hash(path, sha256)
+    with torch.device("meta"):  # no time for an initialisation that the weights replace
+        network = kind_of_network()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: not the weights of {label} ({reason})") from None

@@ -26,10 +26,16 @@ def _features(count: int, width: int, *, seed: int, scale: float = 1.0, shift: f
 
 
 PAIRS = {
-    "more samples than dimensions": (_features(500, 48, seed=1), _features(600, 48, seed=2, scale=1.2, shift=0.1)),
+    "more samples than dimensions": (
+        _features(500, 48, seed=1),
+        _features(600, 48, seed=2, scale=1.2, shift=0.1),
+    ),
     "fewer samples than dimensions": (_features(40, 160, seed=1), _features(50, 160, seed=2, shift=0.1)),
     "one side degenerate": (_features(30, 64, seed=1), _features(400, 64, seed=2, shift=0.1)),
-    "duplicated samples": (np.repeat(_features(60, 48, seed=1), 5, axis=0), _features(300, 48, seed=2, shift=0.1)),
+    "duplicated samples": (
+        np.repeat(_features(60, 48, seed=1), 5, axis=0),
+        _features(300, 48, seed=2, shift=0.1),
+    ),
     "a constant dimension": (
         _features(200, 32, seed=1) * np.r_[0, np.ones(31)].astype("f4"),
         _features(200, 32, seed=2, shift=0.1),
@@ -49,11 +55,15 @@ def _fid(x: np.ndarray, y: np.ndarray) -> float:
 def test_fid_equals_torch_fidelitys(pair) -> None:
     statistics = [fid_features_to_statistics(torch.from_numpy(part).double()) for part in pair]
     theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    assert _fid(*pair) == pytest.approx(theirs, rel=1e-6)  # 1e-6: the roots of torch-fidelity's eigenvalues near 0
+    assert _fid(*pair) == pytest.approx(
+        theirs, rel=1e-6
+    )  # 1e-6: the roots of torch-fidelity's eigenvalues near 0
 
 
 def test_fid_equals_adms_definition(pair) -> None:
-    (m, a), (n, b) = ((part.astype("f8").mean(axis=0), np.cov(part.astype("f8"), rowvar=False)) for part in pair)
+    (m, a), (n, b) = (
+        (part.astype("f8").mean(axis=0), np.cov(part.astype("f8"), rowvar=False)) for part in pair
+    )
     root = scipy.linalg.sqrtm(a @ b)
     if not np.isfinite(root).all():
         offset = np.eye(len(a)) * 1e-6

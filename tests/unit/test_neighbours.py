@@ -76,9 +76,7 @@ def test_no_block_of_distances_exceeds_its_limit(monkeypatch) -> None:
     monkeypatch.setattr(neighbours, "_BLOCK_ELEMENTS", 1000)
     seen = []
     inner = neighbours._squared_distances
-    monkeypatch.setattr(
-        neighbours, "_squared_distances", lambda *args: seen.append(inner(*args)) or seen[-1]
-    )
+    monkeypatch.setattr(neighbours, "_squared_distances", lambda *args: seen.append(inner(*args)) or seen[-1])
     compare(Manifold(_X), Manifold(_Y))
     assert len(seen) > 10
     assert max(block.numel() for block in seen) <= 1000

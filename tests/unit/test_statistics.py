@@ -1,5 +1,7 @@
 """Sums of features merge exactly, and give numpy's mean and covariance."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def test_moments_are_numpys_mean_and_unbiased_covariance() -> None:
 @given(cuts=st.lists(st.integers(0, 97), max_size=6), seed=st.integers(0, 99))
 def test_any_split_in_any_order_merges_to_the_same_moments(cuts: list[int], seed: int) -> None:
     edges = [0, *sorted(cuts), 97]
-    parts = [Sums.of(FEATURES[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [Sums.of(FEATURES[a:b]) for a, b in pairwise(edges)]
     order = np.random.default_rng(seed).permutation(len(parts))
     merged = total(parts[i] for i in order).moments()
     whole = Sums.of(FEATURES).moments()
@@ -53,7 +55,10 @@ def test_blocks_cover_every_sample_once() -> None:
 
 def _features(block: range) -> dict[str, np.ndarray]:
     random = np.random.default_rng(block.start)
-    return {"pooled": random.random((len(block), 5), dtype=np.float32), "logits": np.zeros((len(block), 3), "f4")}
+    return {
+        "pooled": random.random((len(block), 5), dtype=np.float32),
+        "logits": np.zeros((len(block), 3), "f4"),
+    }
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

@@ -1,0 +1,238 @@
+"""References come from every format that the field uses; measuring against one is one pass over blocks."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmscale.errors import UserError
+from cmscale.evaluation.blocks import BlockStore
+from cmscale.evaluation.features import FeatureExtractor
+from cmscale.evaluation.images import open_images
+from cmscale.evaluation.measure import image_blocks, left_out, measure
+from cmscale.evaluation.reference import (
+    read_reference,
+    reference_from_images,
+    subset_indices,
+    write_reference,
+)
+from cmscale.evaluation.result import EvaluationResult, Metric, combine, score_name
+from cmscale.manifests import read_document
+
+
+class _Projection(torch.nn.Module):
+    """A stand-in for a network: the interface of the real one at no cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = torch.randn(3 * 224 * 224, 26, generator=torch.Generator().manual_seed(0)) / 50
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = x.flatten(1) @ self.matrix
+        return found[:, :16].relu(), found[:, 16:]
+
+
+EXTRACTOR = FeatureExtractor("inception", 16, None, "0" * 64, _Projection(), torch.device("cpu"))
+IMAGES = np.random.default_rng(0).integers(0, 256, size=(140, 8, 8, 3), dtype=np.uint8)
+POOLED = np.concatenate([found["pooled"] for _, found in image_blocks(IMAGES, EXTRACTOR)]).astype("f8")
+MEAN, COVARIANCE = POOLED.mean(axis=0), np.cov(POOLED, rowvar=False)
+
+
+@pytest.fixture
+def reference():
+    return reference_from_images(IMAGES, EXTRACTOR, name="images", count=140, preprocess="adm", subset=50)
+
+
+def test_statistics_of_images_are_those_of_all_and_the_subset_a_fixed_draw(reference) -> None:
+    np.testing.assert_allclose(reference.pooled.mean, MEAN, rtol=1e-12)
+    np.testing.assert_allclose(reference.pooled.covariance, COVARIANCE, rtol=1e-9, atol=1e-12)
+    chosen = subset_indices(140, 50)
+    assert len(set(chosen)) == 50
+    assert np.array_equal(reference.subset, POOLED[chosen].astype("f4"))
+    assert (reference.count, reference.image_size) == (140, 8)
+
+
+def test_a_written_reference_reads_back_whole_and_adms_reader_understands_it(reference, tmp_path) -> None:
+    path = tmp_path / "reference.npz"
+    write_reference(path, reference, (IMAGES[i] for i in subset_indices(140, 50)), num_images=50)
+    with np.load(path, allow_pickle=False) as archive:
+        assert np.array_equal(archive["arr_0"], IMAGES[subset_indices(140, 50)])
+        np.testing.assert_allclose(archive["mu"], MEAN, rtol=1e-12)
+        assert archive["sigma"].shape == (16, 16)
+    again = read_reference(path, EXTRACTOR)
+    assert np.array_equal(again.pooled.covariance, reference.pooled.covariance)
+    assert np.array_equal(again.subset, reference.subset)
+    assert (again.count, again.preprocess, again.features) == (140, "adm", "inception")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_adms_npz_gives_the_features_of_its_images(tmp_path) -> None:
+    np.savez(
+        tmp_path / "adm.npz",
+        arr_0=IMAGES[:30],
+        mu=MEAN,
+        sigma=COVARIANCE,
+        mu_s=MEAN[:4],
+        sigma_s=COVARIANCE[:4, :4],
+    )
+    found = read_reference(tmp_path / "adm.npz", EXTRACTOR)
+    np.testing.assert_allclose(found.subset, POOLED[:30], rtol=1e-6)
+    assert found.spatial is not None
+    assert found.spatial.width == 4
+    assert found.describe()["subset"] == 30
+
+
+def test_edms_npz_and_torch_fidelitys_cache_give_their_statistics(tmp_path) -> None:
+    np.savez(tmp_path / "edm.npz", mu=MEAN, sigma=COVARIANCE)
+    torch.save({"mu": MEAN.astype("f4"), "sigma": COVARIANCE}, tmp_path / "cache.pt")
+    for name in ("edm.npz", "cache.pt"):
+        found = read_reference(tmp_path / name, EXTRACTOR)
+        np.testing.assert_allclose(found.pooled.mean, MEAN, rtol=1e-6)
+        assert np.array_equal(found.pooled.covariance, COVARIANCE)
+        assert found.subset is None
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_edm2s_pickle_gives_its_statistics(tmp_path, protocol: int) -> None:
+    content = {
+        "num_images": np.int64(140),
+        "fid": {"mu": MEAN, "sigma": COVARIANCE},
+        "fd_dinov2": {"mu": MEAN[:3]},
+    }
+    (tmp_path / "edm2.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = read_reference(tmp_path / "edm2.pkl", EXTRACTOR)
+    assert np.array_equal(found.pooled.mean, MEAN)
+    assert found.count == 140
+
+
+class _Malice:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("name", ["evil.pkl", "evil.pt"])
+def test_nothing_in_a_pickle_is_executed(tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {"fid": {"mu": MEAN, "sigma": _Malice()}, "mu": _Malice(), "sigma": COVARIANCE}
+    if name.endswith(".pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(UserError):
+        read_reference(tmp_path / name, EXTRACTOR)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_reference_of_another_width_kind_or_format_is_refused_in_a_line(reference, tmp_path) -> None:
+    np.savez(tmp_path / "wide.npz", mu=np.ones(17), sigma=np.eye(17))
+    with pytest.raises(UserError, match="width 17, inception gives 16"):
+        read_reference(tmp_path / "wide.npz", EXTRACTOR)
+    np.savez(tmp_path / "other.npz", mu=MEAN, sigma=COVARIANCE, features=np.array("efficientnet_lite0"))
+    with pytest.raises(UserError, match="holds efficientnet_lite0 features, the evaluation uses inception"):
+        read_reference(tmp_path / "other.npz", EXTRACTOR)
+    np.savez(tmp_path / "nan.npz", mu=MEAN * np.nan, sigma=COVARIANCE)
+    with pytest.raises(UserError, match="NaN"):
+        read_reference(tmp_path / "nan.npz", EXTRACTOR)
+    np.savez(tmp_path / "objects.npz", mu=np.array([{}, 1], dtype=object), sigma=COVARIANCE)
+    with pytest.raises(UserError, match="plain arrays"):
+        read_reference(tmp_path / "objects.npz", EXTRACTOR)
+    (tmp_path / "note.txt").write_text("no statistics")
+    with pytest.raises(UserError, match="statistics are"):
+        read_reference(tmp_path / "note.txt", EXTRACTOR)
+    with pytest.raises(UserError, match="no such file"):
+        read_reference(tmp_path / "absent.npz", EXTRACTOR)
+
+
+def test_a_folder_and_an_npz_of_the_same_images_measure_alike(reference, tmp_path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, image in enumerate(IMAGES[:70]):
+        Image.fromarray(image).save(folder / f"{number:05d}.png")
+    np.savez_compressed(tmp_path / "samples.npz", arr_0=IMAGES[:70])
+    results = []
+    for path in (folder, tmp_path / "samples.npz"):
+        images = open_images(path)
+        assert (images.count, images.height, images.width) == (70, 8, 8)
+        results.append(measure(image_blocks(images.read(), EXTRACTOR), num_samples=70, reference=reference))
+    assert results[0] == results[1]
+    assert results[0]["precision"] > 0.9
+    assert set(results[0]) >= {"fid", "kid", "inception_score", "precision", "recall", "density", "coverage"}
+    assert "sfid" not in results[0]
+
+
+def test_finished_images_that_are_none_are_refused_in_a_line(tmp_path) -> None:
+    np.savez(tmp_path / "float.npz", arr_0=IMAGES.astype("f4"))
+    with pytest.raises(UserError, match="must be uint8"):
+        open_images(tmp_path / "float.npz")
+    np.savez(tmp_path / "none.npz", other=IMAGES)
+    with pytest.raises(UserError, match="no arr_0"):
+        open_images(tmp_path / "none.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images there"):
+        open_images(tmp_path / "empty")
+    (tmp_path / "mixed").mkdir()
+    Image.fromarray(IMAGES[0]).save(tmp_path / "mixed" / "a.png")
+    Image.fromarray(IMAGES[0][:4]).save(tmp_path / "mixed" / "b.png")
+    with pytest.raises(UserError, match="different sizes"):
+        list(image_blocks(open_images(tmp_path / "mixed").read(), EXTRACTOR))
+
+
+def test_the_same_samples_measure_the_same_to_the_bit_from_any_number_of_ranks(reference, tmp_path) -> None:
+    found = []
+    for num_ranks in (1, 2, 3):
+        store = BlockStore(tmp_path / str(num_ranks), identity={}, num_samples=140)
+        todo = store.missing()
+        for rank in reversed(range(num_ranks)):
+            for block in todo[rank::num_ranks]:
+                images = torch.from_numpy(IMAGES[block.start : block.stop]).permute(0, 3, 1, 2)
+                store.commit(block, EXTRACTOR(images))
+        found.append(measure(store.read(), num_samples=140, reference=reference))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["fid"] < 1e-9 * np.trace(COVARIANCE)  # the reference's own images
+
+
+def test_statistics_alone_leave_out_what_needs_images_and_say_so(tmp_path) -> None:
+    np.savez(tmp_path / "edm.npz", mu=MEAN, sigma=COVARIANCE)
+    reference = read_reference(tmp_path / "edm.npz", EXTRACTOR)
+    found = measure(image_blocks(IMAGES[:20], EXTRACTOR), num_samples=20, reference=reference)
+    assert set(found) == {"fid", "inception_score", "inception_score_split_std"}
+    assert any("KID, precision, recall" in line for line in left_out(reference, num_samples=20))
+
+
+def test_fewer_than_two_samples_are_refused(reference) -> None:
+    with pytest.raises(UserError, match="at least 2"):
+        measure(image_blocks(IMAGES[:1], EXTRACTOR), num_samples=1, reference=reference)
+
+
+def test_another_preprocessing_is_named(reference) -> None:
+    assert reference.mismatches(preprocess="adm", image_size=8) == []
+    (line,) = reference.mismatches(preprocess="edm", image_size=8)
+    assert "preprocessing: adm against edm" in line
+    assert reference.mismatches(preprocess=None, image_size=None) == []
+
+
+def test_a_result_holds_each_metric_in_three_parts_and_reads_back(reference) -> None:
+    sets = [
+        measure(image_blocks(IMAGES[at : at + 40], EXTRACTOR), num_samples=40, reference=reference)
+        for at in (0, 40, 80)
+    ]
+    result = EvaluationResult(
+        step=500,
+        weights="ema_0.9999432",
+        nfe=1,
+        num_samples=40,
+        seeds=(0, 1, 2),
+        features="inception",
+        score_name=score_name("inception"),
+        reference=reference.describe(),
+        seconds=1.5,
+        **combine(sets),
+    )
+    assert read_document(EvaluationResult, result.to_bytes(), origin="test") == result
+    assert result.fid.values == tuple(found["fid"] for found in sets)
+    assert result.fid.std == pytest.approx(np.std(result.fid.values, ddof=1))
+    assert Metric.of([3.0]) == Metric(mean=3.0, std=0.0, values=(3.0,))
+    assert score_name("efficientnet_lite0") == "FD-EfficientNet"
