@@ -1,0 +1,92 @@
+"""Owns what DeepSpeed is told: its config dictionary from ours, and the refusal of what can't work."""
+
+from typing import Any
+
+import torch
+
+from cmscale.config import Config, accumulation_steps
+from cmscale.errors import UserError
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGEST_BUCKET = (
+    100_000_000  # elements; DeepSpeed's 5e8 would take 2 GB a buffer, whatever the network's size
+)
+
+
+def check_precision(config: Config, device: torch.device) -> None:
+    """Refuses a precision that the device can't compute in.
+
+    Raises:
+        UserError: fp16 or bf16 where the device has none.
+    """
+    precision = config.engine.precision
+    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise UserError(
+            "engine.precision: fp16 does not run on this machine's CPU; use fp32 or bf16, or a GPU"
+        )
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("engine.precision: this GPU has no bf16; use fp16 or fp32")
+
+
+def deepspeed_settings(
+    config: Config, *, num_ranks: int, num_elements: int, device: torch.device
+) -> dict[str, Any]:
+    """DeepSpeed's config for the network that is trained.
+
+    Gradients travel and are reduced in fp32 whatever the compute dtype. Stages 2 and 3 also accumulate them in fp32;
+    stages 0 and 1 accumulate micro-batches in the compute dtype, because DeepSpeed 0.19.8 has fp32 there only
+    together with an optimizer (`BF16_Optimizer`) that applies non-finite gradients.
+    """
+    stage = config.engine.zero_stage
+    settings = _common(config, num_elements=num_elements, device=device)
+    settings |= {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, num_ranks=num_ranks),
+        # stage 0 in fp32 has no wrapper of DeepSpeed's that skips a bad step, so `GuardedStep` clips there
+        "gradient_clipping": 0.0 if is_plain(config) else (config.engine.gradient_clip or 0.0),
+    }
+    if stage >= 2:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def frozen_settings(config: Config, *, num_elements: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's config for a network that is only evaluated (stage 3, where it must be partitioned too)."""
+    return _common(config, num_elements=num_elements, device=device) | {"train_micro_batch_size_per_gpu": 1}
+
+
+def is_plain(config: Config) -> bool:
+    """Whether DeepSpeed runs our optimizer as it is: nothing partitioned, nothing in low precision."""
+    return config.engine.zero_stage == 0 and config.engine.precision == "fp32"
+
+
+def _common(config: Config, *, num_elements: int, device: torch.device) -> dict[str, Any]:
+    precision = config.engine.precision
+    bucket = min(LARGEST_BUCKET, num_elements + num_elements % 2)  # DeepSpeed wants it even
+    return {
+        "zero_optimization": {
+            "stage": config.engine.zero_stage,
+            "overlap_comm": device.type == "cuda",
+            "contiguous_gradients": True,
+            "round_robin_gradients": False,  # it would reorder the flat space
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            # 0: every parameter is partitioned, so writing a partition is writing the parameter
+            "stage3_param_persistence_threshold": 0,
+            "sub_group_size": 10**12,
+            "log_trace_cache_warnings": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {
+            "enabled": precision == "fp16",
+            "loss_scale": 0,
+            "initial_scale_power": config.engine.initial_loss_scale_power,
+            "hysteresis": 1,
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,160 @@
+"""Owns this rank's parts of the flat fp32 space: masters and moments (views of DeepSpeed's), EMAs and the target."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from cmscale.engine.masters import MOMENTS, Piece, count_elements
+from cmscale.manifests import Parameter, Segment
+from cmscale.schedules import Point
+
+
+class Read(Protocol):
+    """Gives flat[start : start + length] of a quantity, float32 on the CPU."""
+
+    def __call__(self, quantity: str, start: int, length: int) -> torch.Tensor: ...
+
+
+class FlatShards:
+    """The quantities of the flat space that a checkpoint holds, on this rank.
+
+    `master`, `exp_avg` and `exp_avg_sq` are DeepSpeed's own tensors, seen through views. `target` and the EMAs are
+    kept here, in fp32, only for the elements that this rank owns, so that following the masters needs no communication.
+    """
+
+    def __init__(
+        self,
+        parameters: tuple[Parameter, ...],
+        pieces: list[Piece],
+        *,
+        segments_by_rank: tuple[tuple[Segment, ...], ...],
+        rank: int,
+        ema_rates: Mapping[str, float],
+        has_target: bool,
+        publish_target: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        self.parameters = parameters
+        self.num_elements = count_elements(parameters)
+        self.segments_by_rank = segments_by_rank
+        self.segments = segments_by_rank[rank]
+        self._held = pieces
+        self._owned = [
+            piece.part(segment.start, segment.start + segment.length)
+            for segment in self.segments
+            for piece in pieces
+            if piece.start < segment.start + segment.length and segment.start < piece.start + piece.length
+        ]
+        self._ema_rates = dict(ema_rates)
+        self._publish_target = publish_target
+        device = pieces[0].views["master"].device if pieces else torch.device("cpu")
+        size = sum(segment.length for segment in self.segments)
+        names = (["target"] if has_target else []) + list(ema_rates)
+        self._followers = {name: torch.zeros(size, device=device) for name in names}
+        self.reset_followers()
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """`master`, the moments, `target` where there is one, and each EMA by name."""
+        return ("master", *MOMENTS, *self._followers)
+
+    @torch.no_grad()
+    def local(self, quantity: str) -> torch.Tensor:
+        """This rank's elements of a quantity, [sum of segment lengths] float32 on the device, in their segments' order."""
+        if quantity in self._followers:
+            return self._followers[quantity]
+        views = [piece.views[quantity] for piece in self._owned]
+        if len(views) == 1:
+            return views[0]
+        return torch.cat(views) if views else torch.zeros(0)
+
+    @torch.no_grad()
+    def reset_followers(self) -> None:
+        """Sets the EMAs and the target to the masters, where training starts."""
+        for name in self._followers if self._owned else ():
+            torch._foreach_copy_(self._views(name), self._masters())
+        self.publish_target()
+
+    @torch.no_grad()
+    def update(self, point: Point) -> None:
+        """Moves the EMAs and the target after an applied step: shadow <- rate shadow + (1 - rate) master, in fp32.
+
+        The target's rate is the step's mu(k). The target's network then shows the new target (collective).
+        """
+        rates = dict(self._ema_rates)
+        if "target" in self._followers:
+            if point.target_ema is None:
+                raise ValueError(f"step {point.step}: a run with a target network needs a target_ema")
+            rates["target"] = point.target_ema
+        for name, rate in rates.items():
+            if self._owned:
+                torch._foreach_lerp_(self._views(name), self._masters(), 1.0 - rate)
+        self.publish_target()
+
+    def publish_target(self) -> None:
+        """Puts the target's fp32 shadow into its network, in the compute dtype. Collective where there is a target."""
+        if self._publish_target is not None:
+            self._publish_target(self._followers["target"])
+
+    @torch.no_grad()
+    def full(self, quantity: str) -> torch.Tensor:
+        """All of a quantity, [num_elements] float32 on the device, on every rank. Collective."""
+        local = self.local(quantity)
+        if len(self.segments_by_rank) == 1:
+            return local.clone()
+        longest = max(sum(segment.length for segment in segments) for segments in self.segments_by_rank)
+        sent = local.new_zeros(longest)
+        sent[: local.numel()] = local
+        gathered = local.new_empty(len(self.segments_by_rank) * longest)
+        dist.all_gather_single(gathered, sent)
+        whole = local.new_empty(self.num_elements)
+        for part, segments in zip(gathered.view(-1, longest), self.segments_by_rank, strict=True):
+            for segment in segments:
+                whole[segment.start : segment.start + segment.length] = part[
+                    segment.at : segment.at + segment.length
+                ]
+        return whole
+
+    def state_dict(self, quantity: str) -> dict[str, torch.Tensor]:
+        """`full`, by parameter name and in the parameters' shapes. Collective."""
+        return by_name(self.full(quantity), self.parameters)
+
+    @torch.no_grad()
+    def restore(self, read: Read) -> None:
+        """Sets every quantity from `read`. The networks' low-precision weights are the caller's to renew."""
+        for quantity in ("master", *MOMENTS):
+            for piece in self._held:
+                piece.views[quantity].copy_(read(quantity, piece.start, piece.length))
+        for name, flat in self._followers.items():
+            for segment in self.segments:
+                flat[segment.at : segment.at + segment.length] = read(name, segment.start, segment.length)
+        self.publish_target()
+
+    @torch.no_grad()
+    def set_masters(self, flat: torch.Tensor) -> None:
+        """Sets the masters from the whole flat space (float32, any device), and all that follows them."""
+        for piece in self._held:
+            piece.views["master"].copy_(flat[piece.start : piece.start + piece.length])
+        self.reset_followers()
+
+    def _masters(self) -> list[torch.Tensor]:
+        return [piece.views["master"] for piece in self._owned]
+
+    def _views(self, name: str) -> list[torch.Tensor]:
+        flat = self._followers[name]
+        return list(flat.split([piece.length for piece in self._owned]))
+
+
+def by_name(flat: torch.Tensor, parameters: tuple[Parameter, ...]) -> dict[str, torch.Tensor]:
+    """Views of the flat space as named parameters."""
+    found = {}
+    for parameter in parameters:
+        numel = torch.Size(parameter.shape).numel()
+        found[parameter.name] = flat[parameter.offset : parameter.offset + numel].view(parameter.shape)
+    return found
+
+
+def flatten(tensors: Mapping[str, torch.Tensor], parameters: tuple[Parameter, ...]) -> torch.Tensor:
+    """The flat space of named tensors, [num_elements] float32 on the CPU."""
+    return torch.cat([tensors[parameter.name].detach().float().cpu().reshape(-1) for parameter in parameters])

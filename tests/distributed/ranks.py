@@ -1,0 +1,110 @@
+"""Owns the start of gloo ranks in tests: N processes that run one function of a test module on a free port."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class RankFailed(AssertionError):
+    """A rank ended with an error; holds the end of what it wrote."""
+
+
+@dataclass
+class Rank:
+    """A started rank; what it writes goes to files, so that it never waits for a reader."""
+
+    process: subprocess.Popen[bytes]
+    out: IO[bytes]
+    err: IO[bytes]
+
+    def said(self) -> str:
+        return _text(self.out)
+
+    def errors(self) -> str:
+        return _text(self.err)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def run_ranks(num_ranks: int, function: str, *arguments: Any, timeout: float = 240.0) -> list[str]:
+    """Runs `module:function(*arguments)` (JSON values) in N processes; what each printed, by rank.
+
+    Raises:
+        RankFailed: a rank failed or took too long. Names it and shows the end of its errors; the others are killed.
+    """
+    ranks = start_ranks(num_ranks, function, *arguments)
+    failed = wait(ranks, timeout=timeout)
+    if failed:
+        told = "".join(
+            f"\nrank {r}: exit {ranks[r].process.returncode}\n{ranks[r].errors()[-3000:]}" for r in failed
+        )
+        raise RankFailed(f"{function} on {num_ranks} ranks failed{told}")
+    return [rank.said() for rank in ranks]
+
+
+def wait(ranks: list[Rank], *, timeout: float) -> list[int]:
+    """Waits until all have ended well, or one has not; kills what still runs. The ranks that failed by themselves."""
+    deadline = time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            codes = [rank.process.poll() for rank in ranks]
+            failed = [number for number, code in enumerate(codes) if code]
+            if failed or None not in codes:
+                return failed
+            time.sleep(0.02)
+        return list(range(len(ranks)))
+    finally:
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.kill()
+            rank.process.wait()
+
+
+def start_ranks(num_ranks: int, function: str, *arguments: Any) -> list[Rank]:
+    """Starts the processes of `run_ranks` and leaves them to the caller."""
+    port = free_port()
+    ranks = []
+    for rank in range(num_ranks):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, str(Path(__file__)), function, json.dumps(arguments)]
+        out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        ranks.append(
+            Rank(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err), out, err)
+        )
+    return ranks
+
+
+def free_port() -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    import importlib
+
+    module_name, _, function_name = sys.argv[1].partition(":")
+    getattr(importlib.import_module(module_name), function_name)(*json.loads(sys.argv[2]))

@@ -1,0 +1,95 @@
+"""Owns the small network, config and training that the engine's tests share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from cmscale.config import Config, parse_config
+from cmscale.engine.engine import Engine, StepResult
+from cmscale.schedules import Point
+from cmscale.world import World, connect, detect
+
+TEXT = """
+method: {kind: ct, distance: l2}
+model: {image_size: 8, channels: 32, channel_multipliers: [1], num_res_blocks: 1, head_channels: 32}
+data: {path: nowhere}
+optimizer: {learning_rate: 1.0e-2}
+train: {total_steps: 100, global_batch_size: 8, micro_batch_size: 2}
+ema: {rates: [0.9, 0.5]}
+"""
+
+
+def small_config(*overrides: str) -> Config:
+    return parse_config(TEXT, list(overrides))
+
+
+class SmallNetwork(nn.Module):
+    """Called as the UNet is; the sizes of its parameters divide by nothing, so that partitions need padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.time = nn.Linear(1, 5)
+        self.last = nn.Conv2d(5, 3, 3, padding=1)
+        for parameter in self.parameters():
+            parameter.data.normal_(generator=generator).mul_(0.2)
+
+    def forward(
+        self, x: torch.Tensor, c_noise: torch.Tensor, *, labels: Any = None, dropout_keys: Any = None
+    ) -> torch.Tensor:
+        dtype = self.first.weight.dtype
+        hidden = self.first(x.to(dtype)) + self.time(c_noise[:, None].to(dtype))[:, :, None, None]
+        return self.last(torch.nn.functional.silu(hidden)).float()
+
+
+def images(step: int) -> torch.Tensor:
+    """The global batch of a step, [8, 3, 8, 8]."""
+    return torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+
+
+def point_at(step: int) -> Point:
+    return Point(step=step, learning_rate=1e-2 / (1 + step), num_scales=4, target_ema=0.8)
+
+
+def joined() -> World:
+    world = detect("cpu")
+    connect(world)
+    return world
+
+
+def micro_losses(
+    engine: Engine,
+    step: int,
+    world: World,
+    *,
+    micro: int = 2,
+    spoil: Callable[[int], bool] = lambda index: False,
+) -> list[Callable[[], torch.Tensor]]:
+    """This rank's losses of a step: the student against the target (itself without gradient where there is none)."""
+    own = images(step).chunk(world.num_ranks)[world.rank].split(micro)
+
+    def loss(index: int) -> torch.Tensor:
+        clean = own[index]
+        sigma = torch.linspace(0.1, 1.0, len(clean))
+        teacher = engine.target or engine.network
+        with torch.no_grad():
+            goal = teacher(clean, sigma)
+        out = engine.network(clean + 0.3, sigma)
+        found = ((out - goal - clean) ** 2).mean()
+        return found * float("nan") if spoil(index) else found
+
+    return [lambda index=index: loss(index) for index in range(len(own))]
+
+
+def train(engine: Engine, world: World, steps: range) -> list[StepResult]:
+    results = []
+    for step in steps:
+        point = point_at(step)
+        result = engine.step(micro_losses(engine, step, world), point.learning_rate)
+        if result.applied:
+            engine.shards.update(point)
+        results.append(result)
+    return results
