@@ -1,0 +1,264 @@
+"""Owns the assembly of report/index.html: facts and plots into one self-contained page."""
+
+import base64
+import datetime
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+
+from cmscale.evaluation.result import EvaluationResult, Metric
+from cmscale.report.facts import RunFacts, read_facts
+from cmscale.report.paper import PAPER
+from cmscale.report.plots import Curve, progress_curve, steps_curve, training_curve
+from cmscale.rundir import RunDir
+from cmscale.storage import replace_durably
+
+_MAX_IMAGE = 1024
+_MAX_GRIDS = 6
+_MAX_EVENTS = 200
+_COLUMNS = (
+    ("sFID", "sfid"),
+    ("IS", "inception_score"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("KID", "kid"),
+    ("density", "density"),
+    ("coverage", "coverage"),
+)
+_FEATURES = {"inception": "FID Inception", "efficientnet_lite0": "EfficientNet-Lite0"}
+
+
+def build_report(run: RunDir, *, siblings: Sequence[RunDir] = ()) -> Path:
+    """Writes the page of a run and returns its path. Whatever the run has not yet is left out.
+
+    Args:
+        siblings: other runs to stand beside in tables and curves, a teacher above all.
+
+    Raises:
+        UserError: no such run.
+    """
+    facts = read_facts(run)
+    environment = Environment(
+        loader=PackageLoader("cmscale.report", "."),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.j2").render(
+        _contents(facts, [read_facts(each) for each in siblings])
+    )
+    replace_durably(run.report, page.encode())
+    return run.report
+
+
+def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
+    everyone = [facts, *siblings]
+    rows = [_row(each, owner) for owner in everyone for each in owner.evaluations]
+    return {
+        "facts": facts,
+        "size": facts.setting("model.image_size"),
+        "progress": min(1.0, facts.step / facts.total_steps) if facts.total_steps else None,
+        "tiles": _tiles(facts),
+        "grids": _grids(facts),
+        "curves": _training(facts),
+        "evaluations": rows,
+        "columns": [(title, key) for title, key in _COLUMNS if any(row["cells"][key][0] for row in rows)],
+        "several_runs": bool(siblings),
+        "score_names": sorted({each.score_name for owner in everyone for each in owner.evaluations}),
+        "warnings": _warnings(everyone),
+        "quality": _quality(everyone),
+        "paper": PAPER,
+        "events": _events(facts),
+        "timeline": _timeline(facts),
+        "starts": [start for start in facts.provenance.get("starts", []) if isinstance(start, dict)],
+        "made": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
+    """The numbers at the top: what, value, remark."""
+    tiles = [("steps", f"{facts.step:,}", f"of {facts.total_steps:,}" if facts.total_steps else "")]
+    if facts.metrics:
+        last = facts.metrics[-1]
+        if "samples" in last:
+            tiles.append(
+                (
+                    "images seen",
+                    f"{last['samples']:,}",
+                    f"batch {facts.setting('train.global_batch_size', '?')}",
+                )
+            )
+        if "loss" in last:
+            recent = [record["loss"] for record in facts.metrics[-10:] if "loss" in record]
+            tiles.append(
+                ("loss", f"{sum(recent) / len(recent):.4g}", f"from {facts.metrics[0].get('loss', 0):.4g}")
+            )
+        rates = sorted(
+            record["images_per_second"] for record in facts.metrics if record.get("images_per_second")
+        )
+        if rates:
+            tiles.append(("images/s", f"{rates[len(rates) // 2]:,.4g}", "median"))
+    if facts.evaluations:
+        best = min(facts.evaluations, key=lambda each: each.fid.mean)
+        tiles.append((f"best {best.score_name}", f"{best.fid.mean:.4g}", f"step {best.step}, {best.nfe} NFE"))
+    return tiles
+
+
+def _grids(facts: RunFacts) -> list[dict[str, Any]]:
+    """Sample grids evenly over the run, the first and the last among them."""
+    count = len(facts.grids)
+    chosen = sorted({round(i * (count - 1) / (_MAX_GRIDS - 1)) for i in range(_MAX_GRIDS)}) if count else []
+    return [{"step": facts.grids[i][0], "source": _inlined(facts.grids[i][1])} for i in chosen]
+
+
+def _inlined(path: Path) -> str:
+    """An image file as a data URL; large ones are scaled down."""
+    with Image.open(path) as image:
+        shown = image.convert("RGB")
+        if max(shown.size) <= _MAX_IMAGE:
+            return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        shown.thumbnail((_MAX_IMAGE, _MAX_IMAGE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    shown.save(buffer, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _training(facts: RunFacts) -> list[tuple[str, str]]:
+    """(title, svg) of every logged quantity that there is."""
+    panels = [
+        ("Loss", "loss", True, True),
+        ("Learning rate", "lr", False, False),
+        ("Discretisation N(k)", "num_scales", False, False),
+        ("Target network's EMA μ(k)", "target_ema", False, False),
+        ("Gradient norm", "grad_norm", True, True),
+        ("Images a second", "images_per_second", False, True),
+    ]
+    found = []
+    for title, key, log, smooth in panels:
+        points = [(record["step"], record[key]) for record in facts.metrics if _is_number(record.get(key))]
+        if points:
+            x, y = zip(*points, strict=True)
+            found.append((title, training_curve(x, y, name=title, log=log, smooth=smooth)))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and value == value and abs(value) != float("inf")
+
+
+def _row(result: EvaluationResult, owner: RunFacts) -> dict[str, Any]:
+    metrics = {
+        "score": (result.fid, 2),
+        "sfid": (result.sfid, 2),
+        "inception_score": (result.inception_score, 2),
+        "precision": (result.precision, 3),
+        "recall": (result.recall, 3),
+        "kid": (result.kid, 5),
+        "density": (result.density, 3),
+        "coverage": (result.coverage, 3),
+    }
+    return {
+        "result": result,
+        "run": owner.name,
+        "features": _FEATURES.get(result.features, result.features),
+        "cells": {name: _cell(metric, digits) for name, (metric, digits) in metrics.items()},
+    }
+
+
+def _cell(metric: Metric | None, digits: int) -> tuple[str, str]:
+    """A metric as (mean, deviation); the deviation of a single value is left out."""
+    if metric is None:
+        return "", ""
+    return f"{metric.mean:.{digits}f}", f"± {metric.std:.{digits}f}" if len(metric.values) > 1 else ""
+
+
+def _warnings(everyone: list[RunFacts]) -> list[str]:
+    said = [
+        f"{owner.name}, step {each.step}: {warning}"
+        for owner in everyone
+        for each in owner.evaluations
+        for warning in each.warnings
+    ]
+    return said + [line for owner in everyone for line in owner.unreadable]
+
+
+def _quality(everyone: list[RunFacts]) -> list[tuple[str, str]]:
+    """(title, svg): for each score, quality against evaluations a sample and against training."""
+    found = []
+    for name in sorted({each.score_name for owner in everyone for each in owner.evaluations}):
+        newest: list[Curve] = []
+        over_training: list[Curve] = []
+        levels: list[tuple[str, float]] = []
+        for owner in everyone:
+            mine = [
+                each
+                for each in owner.evaluations
+                if each.score_name == name and each.step is not None and each.nfe
+            ]
+            for weights in sorted({each.weights or "" for each in mine}):
+                same = [each for each in mine if (each.weights or "") == weights]
+                last = [each for each in same if each.step == max(each.step or 0 for each in same)]
+                label = f"{owner.name}, {weights}"
+                if owner is not everyone[0] and len(last) == 1:
+                    levels.append((f"{owner.name}, {last[0].nfe} NFE", last[0].fid.mean))
+                else:
+                    newest.append(_curve(label, [(each.nfe, each.fid) for each in last]))
+                for nfe in sorted({each.nfe or 0 for each in same}):
+                    points = [(each.step, each.fid) for each in same if each.nfe == nfe]
+                    if owner is everyone[0] and len(points) > 1:
+                        over_training.append(_curve(f"{weights}, {nfe} NFE", points))
+        if any(len(curve.x) > 1 for curve in newest):
+            plot = steps_curve(newest, name=f"{name} against steps", y_label=name, levels=levels)
+            found.append((f"{name} against the number of sampling steps", plot))
+        if over_training:
+            plot = progress_curve(over_training, name=f"{name} over training", y_label=name)
+            found.append((f"{name} over training", plot))
+    return found
+
+
+def _curve(label: str, points: list[tuple[Any, Metric]]) -> Curve:
+    ordered = sorted(points, key=lambda point: point[0])
+    return Curve(
+        label,
+        [float(x) for x, _ in ordered],
+        [metric.mean for _, metric in ordered],
+        [metric.std for _, metric in ordered],
+    )
+
+
+def _events(facts: RunFacts) -> list[dict[str, Any]]:
+    """The newest events, in their order; what they say beyond the common keys is joined to their reason."""
+    shown = []
+    for event in facts.events[-_MAX_EVENTS:]:
+        more = {
+            key: value for key, value in event.items() if key not in ("time", "event", "step", "rank", "why")
+        }
+        details = ", ".join(f"{key} {value}" for key, value in more.items())
+        shown.append({**event, "at": _time(event.get("time")), "details": details})
+    return shown
+
+
+def _timeline(facts: RunFacts) -> list[tuple[float, str, str]]:
+    """(percent of the run's time, event, label) of every event but the checkpoints' mass."""
+    timed = [event for event in facts.events if _is_number(event.get("time"))]
+    if len(timed) < 2 or timed[-1]["time"] <= timed[0]["time"]:
+        return []
+    first, span = timed[0]["time"], timed[-1]["time"] - timed[0]["time"]
+    return [
+        (
+            100 * (event["time"] - first) / span,
+            str(event["event"]),
+            f"{event['event']} at step {event.get('step')}, {_time(event['time'])}",
+        )
+        for event in timed
+    ]
+
+
+def _time(value: Any) -> str:
+    if not _is_number(value):
+        return str(value or "")
+    return datetime.datetime.fromtimestamp(value, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
