@@ -150,12 +150,12 @@ class Model(Section):
             if size not in sizes:
                 raise ValueError(f"attention_resolutions: the network has no level of {size} px, only {sizes}")
         if self.channels % 32:
-            raise ValueError(f"channels {self.channels} must be a multiple of 32 (normalisation has 32 groups)")
+            raise ValueError(f"channels: {self.channels} is no multiple of 32, the groups of the normalisation")
         last = len(sizes) - 1  # the smallest level attends in the middle, whatever attention_resolutions says
         for level, multiplier in enumerate(self.channel_multipliers):
             width = multiplier * self.channels
             if (level == last or sizes[level] in self.attention_resolutions) and width % self.head_channels:
-                raise ValueError(f"head_channels {self.head_channels} does not divide level {level}'s {width} channels")
+                raise ValueError(f"head_channels {self.head_channels} does not divide {width}, level {level}'s width")
         return self
 
 
@@ -203,6 +203,7 @@ class Engine(Section):
     gradient_clip: Positive | None = None
     initial_loss_scale_power: Annotated[int, Field(ge=0, le=24)] = 16
     collective_timeout_minutes: Positive = operational(10.0)
+    step_timeout_minutes: Positive = operational(30.0)
 
 
 class Train(Section):
@@ -223,6 +224,7 @@ class Checkpoint(Section):
     every_steps: Count = operational(1000)
     keep_last: Count = operational(3)
     keep_every: NonNegative = operational(0)
+    stop_on_failure: bool = operational(False)
     export_to: str | None = operational(None)
 
 

@@ -1,4 +1,5 @@
-"""Owns the training step on DeepSpeed: the student, the networks beside it, and what never reaches the weights."""
+"""Owns the training step on DeepSpeed: the student, the networks beside it, and what never reaches the
+weights."""
 
 import logging
 import math
@@ -36,7 +37,8 @@ class StepResult:
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss was not finite on some rank; the step was not applied, and all that DeepSpeed had gathered is dropped."""
+    """The loss was not finite on some rank; the step was not applied, and all that DeepSpeed had gathered is
+    dropped."""
 
     def __init__(self, *, step: int, ranks: list[int], losses: list[float]) -> None:
         named = ", ".join(f"rank {rank} has {losses[rank]}" for rank in ranks)
@@ -171,7 +173,8 @@ class Engine:
 
     @contextmanager
     def showing(self, quantity: str) -> Iterator[Network]:
-        """The student's network with the weights of another quantity (an EMA, the target), for sampling. Collective."""
+        """The student's network with the weights of another quantity (an EMA, the target), for sampling.
+        Collective."""
         flat = self.shards.full(quantity)
         kept = self.shards.full("master") if settings.is_plain(self._config) else None
         self._show(flat)
@@ -313,7 +316,8 @@ class Engine:
 
 
 def _import_deepspeed(world: World) -> Any:
-    """DeepSpeed, told before its import which device it serves, silent but for errors, and compiling nothing."""
+    """DeepSpeed, told before its import which device it serves, silent but for errors, and compiling
+    nothing."""
     os.environ.setdefault("LOCAL_RANK", str(world.rank_of_node))
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -42,7 +42,8 @@ class FrozenNetwork:
 
 
 class PartitionedNetwork:
-    """A frozen network under ZeRO-3: an engine without optimizer, whose partitions lie as the student's do."""
+    """A frozen network under ZeRO-3: an engine without optimizer, whose partitions lie as the student's
+    do."""
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped

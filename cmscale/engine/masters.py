@@ -1,6 +1,7 @@
 """Owns the knowledge of where DeepSpeed keeps what: fp32 masters and moments, in each stage and precision.
 
-Checked against deepspeed 0.19.8. Parameters are numbered in model order through one flat space without padding.
+Checked against deepspeed 0.19.8. Parameters are numbered in model order through one flat space without
+padding.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """flat[start : start + length] on this rank: 1-D fp32 views of the master and its moments, by quantity."""
+    """flat[start : start + length] on this rank: 1-D fp32 views of the master and its moments, by
+    quantity."""
 
     start: int
     views: dict[str, torch.Tensor]
@@ -47,7 +49,8 @@ def count_elements(parameters: tuple[Parameter, ...]) -> int:
 
 
 def flat_part_size(num_elements: int, *, num_ranks: int, alignment: int) -> int:
-    """How many elements of the padded flat space a rank holds, where ranks hold one run each (stages 0 to 2)."""
+    """How many elements of the padded flat space a rank holds, where ranks hold one run each (stages 0 to
+    2)."""
     multiple = alignment * num_ranks
     return (num_elements + multiple - 1) // multiple * multiple // num_ranks
 
@@ -78,7 +81,8 @@ def segments_of_rank(
 
 
 def prepare_moments(wrapped: Any, optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> None:
-    """Puts the optimizer where no step was made: some of DeepSpeed's wrappers make one with zero gradients."""
+    """Puts the optimizer where no step was made: some of DeepSpeed's wrappers make one with zero
+    gradients."""
     for tensor in _master_tensors(wrapped, module):
         state = optimizer.state[tensor]
         state.clear()

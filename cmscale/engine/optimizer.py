@@ -23,7 +23,8 @@ def build_optimizer(settings: Optimizer, parameters: Iterable[torch.nn.Parameter
 class GuardedStep:
     """What DeepSpeed's wrappers do, for the optimizer that it leaves unwrapped (stage 0, fp32).
 
-    Replaces `optimizer.step`: computes the gradient's norm, clips by it, and applies no step whose norm is not finite.
+    Replaces `optimizer.step`: computes the gradient's norm, clips by it, and applies no step whose norm is
+    not finite.
     DeepSpeed reads `overflow` and `_global_grad_norm` from the optimizer.
     """
 

@@ -33,7 +33,8 @@ def deepspeed_settings(
 ) -> dict[str, Any]:
     """DeepSpeed's config for the network that is trained.
 
-    Gradients travel and are reduced in fp32 whatever the compute dtype. Stages 2 and 3 also accumulate them in fp32;
+    Gradients travel and are reduced in fp32 whatever the compute dtype. Stages 2 and 3 also accumulate them
+    in fp32;
     stages 0 and 1 accumulate micro-batches in the compute dtype, because DeepSpeed 0.19.8 has fp32 there only
     together with an optimizer (`BF16_Optimizer`) that applies non-finite gradients.
     """

@@ -1,4 +1,5 @@
-"""Owns this rank's parts of the flat fp32 space: masters and moments (views of DeepSpeed's), EMAs and the target."""
+"""Owns this rank's parts of the flat fp32 space: masters and moments (views of DeepSpeed's), EMAs and the
+target."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from cmscale.engine.masters import MOMENTS, Piece, count_elements
+from cmscale.engine.weights import by_name
 from cmscale.manifests import Parameter, Segment
 from cmscale.schedules import Point
 
@@ -20,8 +22,10 @@ class Read(Protocol):
 class FlatShards:
     """The quantities of the flat space that a checkpoint holds, on this rank.
 
-    `master`, `exp_avg` and `exp_avg_sq` are DeepSpeed's own tensors, seen through views. `target` and the EMAs are
-    kept here, in fp32, only for the elements that this rank owns, so that following the masters needs no communication.
+    `master`, `exp_avg` and `exp_avg_sq` are DeepSpeed's own tensors, seen through views. `target` and the
+    EMAs are
+    kept here, in fp32, only for the elements that this rank owns, so that following the masters needs no
+    communication.
     """
 
     def __init__(
@@ -61,7 +65,8 @@ class FlatShards:
 
     @torch.no_grad()
     def local(self, quantity: str) -> torch.Tensor:
-        """This rank's elements of a quantity, [sum of segment lengths] float32 on the device, in their segments' order."""
+        """This rank's elements of a quantity, [sum of segment lengths] float32 on the device, in their
+        segments' order."""
         if quantity in self._followers:
             return self._followers[quantity]
         views = [piece.views[quantity] for piece in self._owned]
@@ -78,7 +83,8 @@ class FlatShards:
 
     @torch.no_grad()
     def update(self, point: Point) -> None:
-        """Moves the EMAs and the target after an applied step: shadow <- rate shadow + (1 - rate) master, in fp32.
+        """Moves the EMAs and the target after an applied step: shadow <- rate shadow + (1 - rate) master, in
+        fp32.
 
         The target's rate is the step's mu(k). The target's network then shows the new target (collective).
         """
@@ -93,7 +99,8 @@ class FlatShards:
         self.publish_target()
 
     def publish_target(self) -> None:
-        """Puts the target's fp32 shadow into its network, in the compute dtype. Collective where there is a target."""
+        """Puts the target's fp32 shadow into its network, in the compute dtype. Collective where there is a
+        target."""
         if self._publish_target is not None:
             self._publish_target(self._followers["target"])
 
@@ -144,15 +151,6 @@ class FlatShards:
     def _views(self, name: str) -> list[torch.Tensor]:
         flat = self._followers[name]
         return list(flat.split([piece.length for piece in self._owned]))
-
-
-def by_name(flat: torch.Tensor, parameters: tuple[Parameter, ...]) -> dict[str, torch.Tensor]:
-    """Views of the flat space as named parameters."""
-    found = {}
-    for parameter in parameters:
-        numel = torch.Size(parameter.shape).numel()
-        found[parameter.name] = flat[parameter.offset : parameter.offset + numel].view(parameter.shape)
-    return found
 
 
 def flatten(tensors: Mapping[str, torch.Tensor], parameters: tuple[Parameter, ...]) -> torch.Tensor:

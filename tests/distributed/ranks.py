@@ -1,4 +1,5 @@
-"""Owns the start of gloo ranks in tests: N processes that run one function of a test module on a free port."""
+"""Owns the start of gloo ranks in tests: N processes that run one function of a test module on a free
+port."""
 
 import json
 import os
@@ -42,7 +43,8 @@ def run_ranks(num_ranks: int, function: str, *arguments: Any, timeout: float = 2
     """Runs `module:function(*arguments)` (JSON values) in N processes; what each printed, by rank.
 
     Raises:
-        RankFailed: a rank failed or took too long. Names it and shows the end of its errors; the others are killed.
+        RankFailed: a rank failed or took too long. Names it and shows the end of its errors; the others are
+        killed.
     """
     ranks = start_ranks(num_ranks, function, *arguments)
     failed = wait(ranks, timeout=timeout)
@@ -55,7 +57,8 @@ def run_ranks(num_ranks: int, function: str, *arguments: Any, timeout: float = 2
 
 
 def wait(ranks: list[Rank], *, timeout: float) -> list[int]:
-    """Waits until all have ended well, or one has not; kills what still runs. The ranks that failed by themselves."""
+    """Waits until all have ended well, or one has not; kills what still runs. The ranks that failed by
+    themselves."""
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:

@@ -1,0 +1,275 @@
+"""Owns the writing of checkpoints: staged, hashed, committed by a manifest written last, fenced by
+generation."""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from cmscale.config import Config, trajectory
+from cmscale.engine.engine import Engine
+from cmscale.engine.export import Exporter
+from cmscale.engine.weights import hash_of
+from cmscale.errors import UserError
+from cmscale.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
+from cmscale.metrics_log import write_event
+from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name, step_of
+from cmscale.storage import explained, replace_durably, sync_folder
+from cmscale.world import World, all_ranks, any_rank, from_main_or_error
+
+
+class Fenced(RuntimeError):
+    """A newer start of the run exists; this one may not commit."""
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written, and the config says to stop then."""
+
+
+def claim_generation(run: RunDir, world: World) -> int:
+    """Makes this start of the run its newest: older ones can commit no more, their unfinished saves go.
+    Collective."""
+
+    def claim() -> int:
+        generation = read_generation(run) + 1
+        replace_durably(run.generation, json.dumps({"generation": generation}).encode())
+        for leftover in run.checkpoints.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return generation
+
+    return from_main_or_error(claim)
+
+
+def read_generation(run: RunDir) -> int:
+    """How often the run was started so far."""
+    try:
+        return int(json.loads(run.generation.read_text())["generation"])
+    except FileNotFoundError:
+        return 0
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{run.generation}: damaged; remove it when no job of this run is alive") from None
+
+
+class Checkpoints:
+    """Saves of one start of a run. Call on every rank alike; no save communicates.
+
+    `save` copies to host memory and returns; a thread writes, and a save waits only for the one before. Rank
+    0's
+    thread commits when every rank's part is recorded.
+
+    Args:
+        generation: from `claim_generation`.
+        exporter: receives every committed step, on rank 0.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        config: Config,
+        world: World,
+        *,
+        generation: int,
+        data_fingerprint: str,
+        exporter: Exporter | None = None,
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._world = world
+        self._generation = generation
+        self._data_fingerprint = data_fingerprint
+        self._exporter = exporter
+        self._thread: threading.Thread | None = None
+        self._saved: TrainState | None = None
+        self._failure: BaseException | None = None
+        self._saves = 0
+
+    def maybe_save(self, state: TrainState, engine: Engine) -> bool:
+        """Saves where the step is a multiple of `checkpoint.every_steps`. Whether it did."""
+        if state.step == 0 or state.step % self._config.checkpoint.every_steps:
+            return False
+        self.save(state, engine)
+        return True
+
+    def save(self, state: TrainState, engine: Engine) -> None:
+        """Copies the state and starts writing it; nothing where just this state was saved.
+
+        Raises:
+            CheckpointFailed: on every rank, where the save before failed on any and
+            `checkpoint.stop_on_failure` is set.
+        """
+        if state == self._saved:
+            return
+        self.wait()
+        if self._config.checkpoint.stop_on_failure and any_rank(self._failure is not None):
+            why = self._failure or "on another rank"
+            raise CheckpointFailed(f"the checkpoint before was not written: {why}") from self._failure
+        shards = engine.shards
+        tensors = {name: shards.local(name).detach().to("cpu", copy=True) for name in shards.quantities}
+        manifest = CheckpointManifest(
+            state=state,
+            generation=self._generation,
+            num_ranks=self._world.num_ranks,
+            zero_stage=self._config.engine.zero_stage,
+            config_fingerprint=self._config.fingerprint(),
+            trajectory=trajectory(self._config),
+            data_fingerprint=self._data_fingerprint,
+            quantities=shards.quantities,
+            parameters=shards.parameters,
+            num_elements=shards.num_elements,
+            parts=(),
+            scalars=engine.scalars(),
+        )
+        self._saved, self._failure = state, None
+        self._saves += 1  # a name of its own, so that no record of a failed save counts for this one
+        staged = (
+            self._run.checkpoints / f".{step_name(state.step)}.start-{self._generation}.save-{self._saves}"
+        )
+        self._thread = threading.Thread(
+            target=self._write, args=(staged, manifest, tensors, shards.segments), name=f"save-{state.step}"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until the last save is written (and committed, on rank 0) or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> bool:
+        """Waits for the last save; whether it was committed (True where there was none). Collective."""
+        self.wait()
+        return all_ranks(self._failure is None)
+
+    def _write(
+        self,
+        staged: Path,
+        manifest: CheckpointManifest,
+        tensors: dict[str, torch.Tensor],
+        segments: tuple[Segment, ...],
+    ) -> None:
+        began = time.monotonic()
+        try:
+            write_part(staged, self._world, tensors, segments)
+            if self._world.is_main:
+                parts = self._await_parts(staged)
+                self._commit(staged, manifest.model_copy(update={"parts": parts}))
+                seconds = round(time.monotonic() - began, 3)
+                self._say("checkpoint", manifest.state.step, seconds=seconds)
+                self._retain()
+                if self._exporter is not None:
+                    self._exporter.offer(manifest.state.step)
+        except Exception as error:
+            self._failure = error
+            with contextlib.suppress(OSError):
+                record(staged, self._world.rank, {"error": f"{type(error).__name__}: {error}"})
+            self._say("checkpoint_failed", manifest.state.step, why=f"{type(error).__name__}: {error}")
+            if self._world.is_main:
+                shutil.rmtree(staged, ignore_errors=True)
+
+    def _await_parts(self, staged: Path) -> tuple[RankPart, ...]:
+        """Every rank's record, by rank. Raises the first error found in one, or TimeoutError."""
+        deadline = time.monotonic() + 60.0 * self._config.engine.collective_timeout_minutes
+        parts: list[RankPart] = []
+        while len(parts) < self._world.num_ranks:
+            path = record_path(staged, len(parts))
+            try:
+                told = json.loads(path.read_text())
+            except FileNotFoundError:
+                self._must_be_newest()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"rank {len(parts)} has not written its part of the checkpoint"
+                    ) from None
+                time.sleep(0.01)
+                continue
+            if "error" in told:
+                raise RuntimeError(f"rank {len(parts)}: {told['error']}")
+            parts.append(RankPart.model_validate(told))
+        return tuple(parts)
+
+    def _commit(self, staged: Path, manifest: CheckpointManifest) -> None:
+        """Publishes a staged checkpoint under its name, in place of an earlier one of the same step."""
+        for rank in range(self._world.num_ranks):
+            record_path(staged, rank).unlink()
+        write_manifest(staged, manifest)
+        final = self._run.checkpoint(manifest.state.step)
+        replaced = final.with_name(f".{final.name}.replaced-{self._generation}")
+        self._must_be_newest()
+        if final.exists():
+            final.rename(replaced)
+        staged.rename(final)
+        sync_folder(self._run.checkpoints)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _must_be_newest(self) -> None:
+        newest = read_generation(self._run)
+        if newest != self._generation:
+            raise Fenced(
+                f"start {newest} of the run has taken over from start {self._generation}; nothing committed"
+            )
+
+    def _retain(self) -> None:
+        """Removes all but the last K checkpoints, those at multiples of `keep_every`, and what waits for its
+        upload."""
+        kept = self._config.checkpoint
+        steps = sorted(
+            step_of(path.parent.name) for path in self._run.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")
+        )
+        waiting = self._exporter.waiting() if self._exporter is not None else set()
+        patient = steps[-2 * kept.keep_last :]  # storage that stays away must not fill the disk
+        for step in steps[: -kept.keep_last]:
+            if (kept.keep_every and step % kept.keep_every == 0) or (step in waiting and step in patient):
+                continue
+            hidden = self._run.checkpoints / f".{step_name(step)}.removed-{self._generation}"
+            self._run.checkpoint(step).rename(
+                hidden
+            )  # first out of sight, so that no half of it is ever seen
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def _say(self, event: str, step: int, *, why: str = "", **more: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk is told of by the exception, not by the log
+            write_event(
+                self._run,
+                event,
+                step=step,
+                rank=self._world.rank,
+                why=why,
+                generation=self._generation,
+                **more,
+            )
+
+
+def write_part(
+    staged: Path, world: World, tensors: dict[str, torch.Tensor], segments: tuple[Segment, ...]
+) -> None:
+    """Writes a rank's file, durably, then its record."""
+    with explained(staged):
+        staged.mkdir(parents=True, exist_ok=True)
+        path = staged / rank_file(world.rank, world.num_ranks)
+        save_file(tensors, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    entry = FileEntry(name=path.name, size=path.stat().st_size, sha256=hash_of(path))
+    record(staged, world.rank, RankPart(file=entry, segments=segments).model_dump(mode="json"))
+
+
+def record(staged: Path, rank: int, told: dict[str, Any]) -> None:
+    """Leaves word for rank 0 that a rank's part is written, or why not."""
+    replace_durably(record_path(staged, rank), json.dumps(told).encode())
+
+
+def record_path(staged: Path, rank: int) -> Path:
+    """Where a rank leaves word while a checkpoint is staged."""
+    return staged / f"part-{rank:04d}.json"
+
+
+def write_manifest(staged: Path, manifest: CheckpointManifest) -> None:
+    """Completes a staged checkpoint."""
+    replace_durably(staged / CHECKPOINT_MANIFEST, manifest.to_bytes())

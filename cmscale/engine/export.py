@@ -1,0 +1,161 @@
+"""Owns the copies of checkpoints on S3 (or another folder): data first, read back and compared, the manifest
+last."""
+
+import threading
+import time
+from pathlib import Path
+
+from cmscale.engine.weights import hash_of, list_checkpoints, local_copy, read_manifest
+from cmscale.manifests import FileEntry
+from cmscale.metrics_log import write_event
+from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, step_name
+from cmscale.storage import LocalStorage, S3Storage, Storage, open_storage
+
+TRIES = 3  # uploads of one file before the step waits for the next round
+
+
+class DamagedUpload(RuntimeError):
+    """What was read back is not what was sent."""
+
+
+def exported_run(run: RunDir, export_to: str) -> Storage:
+    """Where a run's copies go: `export_to` joined by the run's name, in the layout of the run's folder."""
+    return open_storage(export_to).sub(run.name)
+
+
+def export_checkpoint(folder: Path, target: Storage) -> bool:
+    """Copies a complete local checkpoint to `target`. Whether it is there now, as it is here.
+
+    A target that has a manifest already is left alone.
+
+    Raises:
+        DamagedUpload: a file came back changed, `TRIES` times.
+        UserError, ConnectionError, OSError: from the storage.
+    """
+    source = LocalStorage(folder)
+    manifest = read_manifest(source)
+    present = target.read_if_present(CHECKPOINT_MANIFEST)
+    raw = source.read(CHECKPOINT_MANIFEST)
+    if present is not None:
+        return present == raw
+    for part in manifest.parts:
+        _upload_checked(folder / part.file.name, target, part.file)
+    return target.write_if_absent(CHECKPOINT_MANIFEST, raw)
+
+
+def _upload_checked(path: Path, target: Storage, entry: FileEntry) -> None:
+    for _ in range(TRIES):
+        target.upload(entry.name, path)
+        with local_copy(target, entry.name) as copy:
+            if copy.stat().st_size == entry.size and hash_of(copy) == entry.sha256:
+                return
+        target.delete(entry.name)
+    raise DamagedUpload(f"{target.join(entry.name)}: came back changed, {TRIES} times")
+
+
+def pending_exports(run: RunDir, export_to: str) -> list[int]:
+    """Steps whose checkpoints are complete here and not there, oldest first."""
+    remote = {listed.step for listed in list_checkpoints(exported_run(run, export_to).url)}
+    return [listed.step for listed in list_checkpoints(run.root) if listed.step not in remote]
+
+
+def export_pending(run: RunDir, export_to: str) -> list[int]:
+    """Finishes what earlier exits left; the steps copied."""
+    storage = exported_run(run, export_to)
+    done = []
+    for step in pending_exports(run, export_to):
+        if export_checkpoint(run.checkpoint(step), storage.sub(f"checkpoints/{step_name(step)}")):
+            done.append(step)
+    return done
+
+
+class Exporter:
+    """Copies checkpoints in a thread of its own; what fails is logged and tried again, and never reaches
+    training.
+
+    It first ends the multipart uploads of a killed start, and copies what an earlier start left. One a run:
+    it is
+    for rank 0.
+    """
+
+    def __init__(self, run: RunDir, export_to: str, *, retry_seconds: float = 60.0) -> None:
+        self._run = run
+        self._export_to = export_to
+        self._retry_seconds = retry_seconds
+        self._waiting = {listed.step for listed in list_checkpoints(run.root)}
+        self._closing = False
+        self._scanned = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="exporter", daemon=True)
+        self._thread.start()
+
+    def offer(self, step: int) -> None:
+        """Queues a committed checkpoint."""
+        with self._changed:
+            self._waiting.add(step)
+            self._changed.notify_all()
+
+    def waiting(self) -> set[int]:
+        """The steps not copied yet."""
+        with self._changed:
+            return set(self._waiting)
+
+    def close(self, patience: float) -> set[int]:
+        """Leaves after the queue is done or `patience` seconds; the steps that wait for the next start."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(patience)
+        return self.waiting()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while self._scanned and not self._waiting:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+            if not self._round() and self._pause():
+                return
+
+    def _round(self) -> bool:
+        """Copies all that waits; whether nothing failed."""
+        step = -1
+        try:
+            storage = exported_run(self._run, self._export_to)
+            if not self._scanned:
+                if isinstance(storage, S3Storage):
+                    storage.abort_uploads()
+                self._forget({listed.step for listed in list_checkpoints(storage.url)})
+                self._scanned = True
+            for step in sorted(self.waiting()):
+                self._copy(step, storage.sub(f"checkpoints/{step_name(step)}"))
+                self._forget({step})
+        except Exception as error:
+            write_event(self._run, "export_failed", step=step, rank=0, why=f"{type(error).__name__}: {error}")
+            return False
+        return True
+
+    def _copy(self, step: int, target: Storage) -> None:
+        folder = self._run.checkpoint(step)
+        began = time.monotonic()
+        event, why = "exported", ""
+        if not (folder / CHECKPOINT_MANIFEST).exists():
+            event, why = "export_dropped", "removed here before it could be copied"
+        elif not export_checkpoint(folder, target):
+            event, why = (
+                "export_refused",
+                "another checkpoint of this step is there already; it was left as it is",
+            )
+        seconds = round(time.monotonic() - began, 3)
+        write_event(self._run, event, step=step, rank=0, why=why, seconds=seconds)
+
+    def _forget(self, steps: set[int]) -> None:
+        with self._changed:
+            self._waiting -= steps
+
+    def _pause(self) -> bool:
+        """Waits before the next try; whether to give up because the run is ending."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, timeout=self._retry_seconds)
+            return self._closing

@@ -1,0 +1,53 @@
+"""Owns the wish to stop: signals set a flag, and all ranks agree on it at a step's boundary."""
+
+import os
+import signal
+from types import FrameType
+
+from cmscale.world import any_rank
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+class Preemption:
+    """Whether this run was asked to save and leave.
+
+    SIGTERM (Slurm's GraceTime, `scancel`) and SIGUSR2 (submitit's and `--signal`) count, once, however often
+    they come;
+    outside Slurm also the first Ctrl-C, the second interrupts. A handler only sets a flag: no collective
+    runs in it.
+    """
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        self._before: dict[int, object] = {}
+
+    @classmethod
+    def install(cls) -> "Preemption":
+        """Takes over the signals of this process. Call from the main thread, after whoever else handles
+        them."""
+        watched = cls()
+        signals = SIGNALS if "SLURM_JOB_ID" in os.environ else (*SIGNALS, signal.SIGINT)
+        for number in signals:
+            watched._before[number] = signal.signal(number, watched._receive)
+        return watched
+
+    @property
+    def why(self) -> str:
+        """The name of the signal that this rank got first; `another rank` where only others did."""
+        return self._received or "another rank"
+
+    def requested(self) -> bool:
+        """Whether any rank was asked to leave. Collective: call on all ranks, at the step's boundary."""
+        return any_rank(self._received is not None)
+
+    def uninstall(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        self._before.clear()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received is not None:
+            raise KeyboardInterrupt
+        self._received = self._received or signal.Signals(number).name

@@ -1,0 +1,109 @@
+"""Owns the return to a checkpoint: the newest valid one, agreed by all ranks, into any world size and ZeRO
+stage."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmscale.config import Config, differences, trajectory
+from cmscale.engine.engine import Engine
+from cmscale.engine.weights import FlatReader, layout_problems, part_problems, read_manifest
+from cmscale.errors import UserError
+from cmscale.manifests import CheckpointManifest, TrainState
+from cmscale.metrics_log import write_event
+from cmscale.rundir import RunDir, step_of
+from cmscale.storage import LocalStorage
+from cmscale.world import World, from_main_or_error, gather
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose every file was read and found as it was written."""
+
+    folder: Path
+    manifest: CheckpointManifest
+
+
+def newest(
+    run: RunDir, config: Config, world: World, *, data_fingerprint: str, fresh: bool = False
+) -> Found | None:
+    """The newest valid checkpoint of a run, the same on all ranks; None where the run has none at all.
+    Collective.
+
+    A damaged one is named in events.jsonl, and the one before it is looked at.
+
+    Raises:
+        UserError: there are checkpoints and none is valid (unless `fresh`); or the config or the data differ
+        from
+            the checkpoint's in what moves the losses.
+    """
+    folders = from_main_or_error(lambda: sorted(run.checkpoints.glob("step-*"), reverse=True))
+    for folder in folders:
+        problems = _problems(folder, world)
+        if not problems:
+            found = Found(folder, read_manifest(LocalStorage(folder)))
+            _must_continue(found, config, data_fingerprint=data_fingerprint)
+            return found
+        if world.is_main:
+            write_event(run, "damaged_checkpoint", step=step_of(folder.name), rank=0, why=problems[0])
+    if folders and not fresh:
+        raise UserError(
+            f"{run.checkpoints}: none of the {len(folders)} checkpoints is valid ({problems[0]}); "
+            "mend them, or start again from step 0 with --fresh"
+        )
+    return None
+
+
+def restore(found: Found, engine: Engine) -> TrainState:
+    """Puts a checkpoint into the engine, bit for bit. Collective.
+
+    Raises:
+        UserError: it is another network's.
+    """
+    manifest = found.manifest
+    if manifest.parameters != engine.parameters or set(engine.shards.quantities) - set(manifest.quantities):
+        raise UserError(f"{found.folder}: holds another network or other averages than the config describes")
+    engine.restore(FlatReader(found.folder, manifest), manifest.scalars)
+    return manifest.state
+
+
+def _problems(folder: Path, world: World) -> list[str]:
+    """What is wrong with a checkpoint, the same list on all ranks; its files are shared out among them.
+    Collective."""
+    storage = LocalStorage(folder)
+    found: list[str] = []
+    try:
+        manifest = read_manifest(storage)
+        found += layout_problems(manifest, origin=storage.url)
+        for part in manifest.parts[world.rank :: world.num_ranks]:
+            found += part_problems(storage, manifest, part)
+    except (UserError, OSError) as error:
+        found.append(str(error))
+    return [problem for problems in gather(found) for problem in problems]
+
+
+def _must_continue(found: Found, config: Config, *, data_fingerprint: str) -> None:
+    changed = differences(found.manifest.trajectory, trajectory(config))
+    if changed:
+        raise UserError(
+            f"{found.folder.name} was trained with another config ({'; '.join(changed)}); "
+            "resume with the run's own config, or start a new run"
+        )
+    if found.manifest.data_fingerprint != data_fingerprint:
+        raise UserError(
+            f"{found.folder.name} was trained on another data
+            set
+           
+            (fingerprint
+           
+            {found.manifest.data_fingerprint[:12]},
+           
+            "
+            f"now {data_fingerprint[:12]}); point data.path at the data it was trained on, or start a
+            new
+           
+            run"
+       
+       
+        )
+
+

@@ -1,0 +1,72 @@
+"""Owns the watching process of `watchdog`: the standard library alone, started anew, sharing nothing with
+its rank."""
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+
+PATIENCE = 5.0  # seconds for the rank to write its stacks
+
+
+def main() -> None:
+    """Reads heartbeats (the step, 8 bytes) from standard input until the rank ends, stops the watch, or is
+    late."""
+    rank_process, limit, rank = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    events, stacks = sys.argv[4], sys.argv[5]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # Slurm sends them to every process of a step
+    step, heard = -1, time.monotonic()
+    while os.getppid() == rank_process:
+        ready, _, _ = select.select([0], [], [], min(1.0, limit / 10))
+        if ready:
+            beats = os.read(0, 4096)
+            if not beats:
+                return
+            step, heard = int.from_bytes(beats[-8:], "little", signed=True), time.monotonic()
+        elif time.monotonic() - heard > limit:
+            end(rank_process, rank=rank, step=step, limit=limit, events=events, stacks=stacks)
+            return
+
+
+def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks: str) -> None:
+    """Lets the rank write its stacks, tells events.jsonl, and kills it."""
+    state = state_of(process)
+    stopped = " (the process was stopped)" if state in "Tt" else ""
+    before = size(stacks)
+    os.kill(process, signal.SIGUSR1)
+    os.kill(process, signal.SIGCONT)  # a stopped process writes nothing
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and size(stacks) == before:
+        time.sleep(0.02)
+    time.sleep(0.2)  # the rest of the threads
+    why = f"no step within {limit:g} s{stopped}; stacks in {stacks}"
+    line = {"time": time.time(), "event": "fault", "step": step, "rank": rank, "why": why}
+    try:
+        descriptor = os.open(events, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.write(descriptor, (json.dumps(line) + "\n").encode())
+    finally:
+        os.kill(process, signal.SIGKILL)  # whatever the disk says
+
+
+def state_of(process: int) -> str:
+    """The process's state letter, as Linux names it; `?` elsewhere."""
+    try:
+        with open(f"/proc/{process}/stat") as file:  # noqa: PTH123 (pathlib takes long to load)
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return "?"
+
+
+def size(path: str) -> int:
+    """The file's bytes, 0 where there is none."""
+    try:
+        return os.stat(path).st_size  # noqa: PTH116
+    except OSError:
+        return 0
+
+
+if __name__ == "__main__":
+    main()

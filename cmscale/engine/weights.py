@@ -1,0 +1,204 @@
+"""Owns the reading of checkpoints, local or on S3, without DeepSpeed: list, verify, read."""
+
+import bisect
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cmscale.errors import UserError
+from cmscale.manifests import CheckpointManifest, RankPart, is_plain_name, read_document
+from cmscale.rundir import CHECKPOINT_MANIFEST, step_of
+from cmscale.storage import LocalStorage, Storage, open_storage
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint that has a manifest."""
+
+    step: int
+    url: str
+
+
+def list_checkpoints(run_url: str | Path) -> list[Listed]:
+    """The checkpoints of a run (a folder or `s3://` with `checkpoints/` in it), oldest first."""
+    storage = open_storage(run_url).sub("checkpoints")
+    found = []
+    for entry in storage.list("step-"):
+        name, _, rest = entry.key.partition("/")
+        if rest == CHECKPOINT_MANIFEST:
+            found.append(Listed(step_of(name), storage.join(name)))
+    return sorted(found, key=lambda listed: listed.step)
+
+
+def read_manifest(storage: Storage) -> CheckpointManifest:
+    """The manifest of the checkpoint at `storage`.
+
+    Raises:
+        UserError: none there, not one, or one that names files outside its folder.
+    """
+    raw = storage.read_if_present(CHECKPOINT_MANIFEST)
+    if raw is None:
+        raise UserError(f"{storage.url}: no complete checkpoint there (no {CHECKPOINT_MANIFEST})")
+    manifest = read_document(CheckpointManifest, raw, origin=storage.join(CHECKPOINT_MANIFEST))
+    for part in manifest.parts:
+        if not is_plain_name(part.file.name):
+            raise UserError(
+                f"{storage.join(CHECKPOINT_MANIFEST)}: {part.file.name!r} leaves the checkpoint; refused"
+            )
+    return manifest
+
+
+def verify_checkpoint(url: str | Path) -> list[str]:
+    """What is wrong with a checkpoint, one line each naming the file; empty where all of it is as it was
+    written."""
+    storage = open_storage(url)
+    try:
+        manifest = read_manifest(storage)
+    except UserError as error:
+        return [str(error)]
+    problems = layout_problems(manifest, origin=storage.url)
+    for part in manifest.parts:
+        problems += part_problems(storage, manifest, part)
+    return problems
+
+
+def layout_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]:
+    """Whether the parts cover the flat space exactly once."""
+    runs = sorted((segment.start, segment.length) for part in manifest.parts for segment in part.segments)
+    at = 0
+    for start, length in runs:
+        if start != at:
+            return [f"{origin}: elements {min(at, start)} to {max(at, start)} are missing or held twice"]
+        at = start + length
+    return (
+        [] if at == manifest.num_elements else [f"{origin}: holds {at} elements of {manifest.num_elements}"]
+    )
+
+
+def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart) -> list[str]:
+    """What is wrong with one rank's file: absent, another size or hash, or not the tensors that the manifest
+    promises."""
+    where = storage.join(part.file.name)
+    try:
+        with local_copy(storage, part.file.name) as path:
+            if path.stat().st_size != part.file.size:
+                return [f"{where}: has {path.stat().st_size} bytes, the manifest says {part.file.size}"]
+            if hash_of(path) != part.file.sha256:
+                return [f"{where}: its contents are not what was written (SHA-256 differs)"]
+            length = sum(segment.length for segment in part.segments)
+            with safe_open(path, framework="pt") as file:
+                held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                for quantity in manifest.quantities:
+                    if quantity not in held:
+                        return [f"{where}: holds no {quantity}"]
+                    if held[quantity].get_dtype() != "F32" or held[quantity].get_shape() != [length]:
+                        return [f"{where}: {quantity} is not {length} float32 values"]
+    except FileNotFoundError:
+        return [f"{where}: is missing"]
+    except SafetensorError as error:
+        return [f"{where}: not a safetensors file ({error})"]
+    return []
+
+
+def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
+    """The named fp32 parameters of one quantity of a checkpoint (`master`, an EMA's name, `target`), on the
+    CPU.
+
+    Every file is checked against its hash first.
+
+    Raises:
+        UserError: no complete checkpoint there, no such quantity in it, or a damaged file; one line.
+    """
+    storage = open_storage(url)
+    manifest = read_manifest(storage)
+    if quantity not in manifest.quantities:
+        raise UserError(f"{storage.url}: holds no {quantity!r}, only {', '.join(manifest.quantities)}")
+    problems = (
+        verify_checkpoint(url)
+        if isinstance(storage, LocalStorage)
+        else layout_problems(manifest, origin=storage.url)
+    )
+    if problems:
+        raise UserError(problems[0])
+    flat = torch.empty(manifest.num_elements)
+    for part in manifest.parts:
+        with local_copy(storage, part.file.name) as path:
+            if not isinstance(storage, LocalStorage) and hash_of(path) != part.file.sha256:
+                raise UserError(
+                    f"{storage.join(part.file.name)}: its contents are not what was written (SHA-256 differs)"
+                )
+            with safe_open(path, framework="pt") as file:
+                values = file.get_tensor(quantity)
+        for segment in part.segments:
+            flat[segment.start : segment.start + segment.length] = values[
+                segment.at : segment.at + segment.length
+            ]
+    return by_name(flat, manifest.parameters)
+
+
+class FlatReader:
+    """Reads runs of a local checkpoint's flat space, whatever the world size and ZeRO stage that wrote it."""
+
+    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
+        self._folder = folder
+        self._runs = sorted(
+            (segment.start, segment.length, segment.at, part.file.name)
+            for part in manifest.parts
+            for segment in part.segments
+        )
+        self._starts = [run[0] for run in self._runs]
+        self._files: dict[str, Any] = {}
+
+    def __call__(self, quantity: str, start: int, length: int) -> torch.Tensor:
+        """flat[start : start + length] of a quantity, float32."""
+        found = []
+        at = start
+        index = bisect.bisect_right(self._starts, start) - 1
+        while at < start + length:
+            begin, size, place, name = self._runs[index]
+            end = min(begin + size, start + length)
+            values = self._open(name).get_slice(quantity)
+            found.append(values[place + at - begin : place + end - begin])
+            at, index = end, index + 1
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self._folder / name, framework="pt")
+        return self._files[name]
+
+
+def by_name(flat: torch.Tensor, parameters: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Views of a flat space as named parameters (`manifests.Parameter`)."""
+    found = {}
+    for parameter in parameters:
+        numel = torch.Size(parameter.shape).numel()
+        found[parameter.name] = flat[parameter.offset : parameter.offset + numel].view(parameter.shape)
+    return found
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def local_copy(storage: Storage, key: str) -> Iterator[Path]:
+    """A stored file as a local path, fetched where it is not local. Raises FileNotFoundError."""
+    if isinstance(storage, LocalStorage):
+        if not (storage.root / key).is_file():
+            raise FileNotFoundError(storage.join(key))
+        yield storage.root / key
+        return
+    with tempfile.TemporaryDirectory(prefix="cmscale-") as folder:
+        path = Path(folder) / "part"
+        storage.download(key, path)
+        yield path
