@@ -1,4 +1,4 @@
-"""Owns scaled dot-product attention: xformers, PyTorch's own (SDPA), a float32 reference, behind one switch."""
+"""Owns dot-product attention: xformers, PyTorch's own (SDPA), a float32 reference, behind one switch."""
 
 import functools
 import importlib
@@ -33,7 +33,7 @@ def choose_attention(kind: Kind, device: torch.device) -> Literal["xformers", "s
 
 @functools.cache
 def _xformers() -> Any:
-    """xformers.ops, or None where it does not import. Imported late: it takes seconds, and the CPU needs none."""
+    """xformers.ops, or None where it does not import. Imported late: that takes seconds."""
     try:
         return importlib.import_module("xformers.ops")
     except (ImportError, OSError, RuntimeError):

@@ -45,9 +45,9 @@ class GroupNorm(nn.GroupNorm):
 def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) -> Tensor:
     """Dropout of [B, ...] whose mask of sample i is a function of (keys[i], layer) and the kind of device.
 
-    So two networks given the same keys drop the same elements, in any batch, in any dtype, and a recomputation
-    under activation checkpointing repeats the mask. (The released code shares masks by restoring the generator
-    of the CPU, which shares nothing on CUDA.)
+    So two networks given the same keys drop the same elements, in any batch, in any dtype, and activation
+    checkpointing repeats the mask. (The released code shares masks by restoring the generator of the CPU,
+    which shares nothing on CUDA.)
     """
     if len(keys) != len(x):
         raise ValueError(f"dropout_keys: {len(keys)} keys for a batch of {len(x)}")

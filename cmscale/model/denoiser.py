@@ -35,7 +35,7 @@ class EDMDenoiser:
         labels: Tensor | None = None,
         dropout_keys: Sequence[int] | None = None,
     ) -> Tensor:
-        """D(x, sigma): the estimate of the clean image in x, [B, C, H, W] float32; its noise has std sigma [B]."""
+        """D(x, sigma): the clean image in x, whose noise has std sigma [B]; [B, C, H, W] float32."""
         c_skip, c_out = self.coefficients(sigma)
         return _preconditioned(self, x, sigma, c_skip, c_out, labels, dropout_keys)
 

@@ -1,4 +1,4 @@
-"""Owns the raw network: the ADM UNet with OpenAI's parameter names (consistency models), and its first weights."""
+"""Owns the raw network: the ADM UNet under OpenAI's parameter names, and its first weights."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -42,12 +42,12 @@ class UNet(nn.Module):
         self._num_resblocks = 0
         channels = width * model.channel_multipliers[0]
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(3, channels, 3, padding=1))])
-        self.output_blocks = nn.ModuleList()
         skips = [channels, *self._build_input(channels)]
         channels = skips[-1]
         self.middle_block = Stage(
             self._resblock(channels, channels), self._attention(channels), self._resblock(channels, channels)
         )
+        self.output_blocks = nn.ModuleList()
         channels = self._build_output(channels, skips)
         self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, 3, 3, padding=1))
 
@@ -99,7 +99,7 @@ class UNet(nn.Module):
                 yield channels
 
     def _build_output(self, channels: int, skips: list[int]) -> int:
-        """Adds the levels from the smallest size up, each stage taking one of `skips`; returns its channels."""
+        """Adds the levels from the smallest up, each stage taking one of `skips`; returns its channels."""
         for level, multiplier in reversed(list(enumerate(self.model.channel_multipliers))):
             for block in range(self.model.num_res_blocks + 1):
                 wide = multiplier * self.model.channels
@@ -178,7 +178,7 @@ def build_unet(model: Model, *, seed: int = 0) -> UNet:
 
 @torch.no_grad()
 def initialise(network: UNet, *, seed: int) -> None:
-    """PyTorch's usual distributions, drawn in the modules' order on the CPU; each block's last layer is zero."""
+    """PyTorch's usual distributions, drawn on the CPU in the modules' order; blocks end in zeros."""
     source = generator(seed, "weights")
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -1,0 +1,72 @@
+"""Owns how weight files come from and go to a storage: by way of a local path, whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cmscale.errors import UserError
+from cmscale.storage import LocalStorage, Storage, explained, open_parent, open_storage, sync_folder
+
+
+def located(source: str | Path) -> tuple[Storage, str]:
+    """The storage and key of a file at a path or URL."""
+    return open_parent(source)
+
+
+def folder(source: str | Path | Storage) -> Storage:
+    """The storage of a folder at a path or URL."""
+    return open_storage(source) if isinstance(source, str | Path) else source
+
+
+@contextmanager
+def readable(storage: Storage, key: str) -> Iterator[Path]:
+    """A local path of the object: itself, or a copy that is removed afterwards.
+
+    Raises:
+        UserError: no such object.
+    """
+    if isinstance(storage, LocalStorage):
+        path = storage.root / key
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="cmscale-") as temporary:
+        path = Path(temporary) / "weights"
+        try:
+            storage.download(key, path)
+        except FileNotFoundError:
+            raise UserError(f"{storage.join(key)}: no such object") from None
+        yield path
+
+
+@contextmanager
+def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
+    """A local path to write some `size` bytes to; the object appears when the block ends well.
+
+    Raises:
+        UserError: no room, or not allowed to write.
+    """
+    target = storage.root / key if isinstance(storage, LocalStorage) else None
+    parent = None if target is None else target.parent
+    with explained(target or Path(tempfile.gettempdir())):
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".cmscale-", dir=parent) as temporary:
+            free = shutil.disk_usage(temporary).free
+            if free < size * 1.01:
+                needed = f"{size / 2**30:.2f} GiB are needed, {free / 2**30:.2f} are free"
+                raise UserError(f"{parent or tempfile.gettempdir()}: no room for {key} ({needed})")
+            path = Path(temporary) / "weights"
+            yield path
+            if target is None:
+                storage.upload(key, path)
+                return
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.chmod(0o644)
+            path.replace(target)
+            sync_folder(target.parent)
