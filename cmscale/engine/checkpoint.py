@@ -22,7 +22,7 @@ from cmscale.manifests import CheckpointManifest, FileEntry, RankPart, Segment, 
 from cmscale.metrics_log import write_event
 from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name, step_of
 from cmscale.storage import explained, replace_durably, sync_folder
-from cmscale.world import World, all_ranks, any_rank, from_main_or_error
+from cmscale.world import World, all_ranks, any_rank, from_main, on_main
 
 
 class Fenced(RuntimeError):
@@ -33,7 +33,7 @@ class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written, and the config says to stop then."""
 
 
-def claim_generation(run: RunDir, world: World) -> int:
+def claim_generation(run: RunDir) -> int:
     """Makes this start of the run its newest: older ones can commit no more, their unfinished saves go.
     Collective."""
 
@@ -44,7 +44,7 @@ def claim_generation(run: RunDir, world: World) -> int:
             shutil.rmtree(leftover, ignore_errors=True)
         return generation
 
-    return from_main_or_error(claim)
+    return from_main(on_main(claim))
 
 
 def read_generation(run: RunDir) -> int:

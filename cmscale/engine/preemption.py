@@ -47,7 +47,7 @@ class Preemption:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         self._before.clear()
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if number == signal.SIGINT and self._received is not None:
             raise KeyboardInterrupt
         self._received = self._received or signal.Signals(number).name

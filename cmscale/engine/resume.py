@@ -1,5 +1,4 @@
-"""Owns the return to a checkpoint: the newest valid one, agreed by all ranks, into any world size and ZeRO
-stage."""
+"""Owns the return to a checkpoint: the newest valid one on all ranks, into any world size and ZeRO stage."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from cmscale.manifests import CheckpointManifest, TrainState
 from cmscale.metrics_log import write_event
 from cmscale.rundir import RunDir, step_of
 from cmscale.storage import LocalStorage
-from cmscale.world import World, from_main_or_error, gather
+from cmscale.world import World, from_main, gather, on_main
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,16 @@ class Found:
 def newest(
     run: RunDir, config: Config, world: World, *, data_fingerprint: str, fresh: bool = False
 ) -> Found | None:
-    """The newest valid checkpoint of a run, the same on all ranks; None where the run has none at all.
-    Collective.
+    """The newest valid checkpoint of a run, the same on all ranks; None where the run has none. Collective.
 
     A damaged one is named in events.jsonl, and the one before it is looked at.
 
     Raises:
-        UserError: there are checkpoints and none is valid (unless `fresh`); or the config or the data differ
-        from
-            the checkpoint's in what moves the losses.
+        UserError: there are checkpoints and none is valid (unless `fresh`); or the config or the data are not the
+            checkpoint's in what moves the losses.
     """
-    folders = from_main_or_error(lambda: sorted(run.checkpoints.glob("step-*"), reverse=True))
+    folders = from_main(on_main(lambda: sorted(run.checkpoints.glob("step-*"), reverse=True)))
+    problems: list[str] = []
     for folder in folders:
         problems = _problems(folder, world)
         if not problems:
@@ -67,8 +65,7 @@ def restore(found: Found, engine: Engine) -> TrainState:
 
 
 def _problems(folder: Path, world: World) -> list[str]:
-    """What is wrong with a checkpoint, the same list on all ranks; its files are shared out among them.
-    Collective."""
+    """What is wrong with a checkpoint, the same on all ranks; each reads its share of the files. Collective."""
     storage = LocalStorage(folder)
     found: list[str] = []
     try:
@@ -88,22 +85,9 @@ def _must_continue(found: Found, config: Config, *, data_fingerprint: str) -> No
             f"{found.folder.name} was trained with another config ({'; '.join(changed)}); "
             "resume with the run's own config, or start a new run"
         )
-    if found.manifest.data_fingerprint != data_fingerprint:
+    trained_on = found.manifest.data_fingerprint
+    if trained_on != data_fingerprint:
         raise UserError(
-            f"{found.folder.name} was trained on another data
-            set
-           
-            (fingerprint
-           
-            {found.manifest.data_fingerprint[:12]},
-           
-            "
-            f"now {data_fingerprint[:12]}); point data.path at the data it was trained on, or start a
-            new
-           
-            run"
-       
-       
+            f"{found.folder.name} was trained on another data set (fingerprint {trained_on[:12]}, "
+            f"now {data_fingerprint[:12]}); point data.path at its own data, or start a new run"
         )
-
-
