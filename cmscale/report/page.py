@@ -152,28 +152,28 @@ def _is_number(value: Any) -> bool:
 
 def _row(result: EvaluationResult, owner: RunFacts) -> dict[str, Any]:
     metrics = {
-        "score": (result.fid, 2),
-        "sfid": (result.sfid, 2),
-        "inception_score": (result.inception_score, 2),
-        "precision": (result.precision, 3),
-        "recall": (result.recall, 3),
-        "kid": (result.kid, 5),
-        "density": (result.density, 3),
-        "coverage": (result.coverage, 3),
+        "score": (result.fid, ".2f"),
+        "sfid": (result.sfid, ".2f"),
+        "inception_score": (result.inception_score, ".2f"),
+        "precision": (result.precision, ".3f"),
+        "recall": (result.recall, ".3f"),
+        "kid": (result.kid, ".4g"),
+        "density": (result.density, ".3f"),
+        "coverage": (result.coverage, ".3f"),
     }
     return {
         "result": result,
         "run": owner.name,
         "features": _FEATURES.get(result.features, result.features),
-        "cells": {name: _cell(metric, digits) for name, (metric, digits) in metrics.items()},
+        "cells": {name: _cell(metric, form) for name, (metric, form) in metrics.items()},
     }
 
 
-def _cell(metric: Metric | None, digits: int) -> tuple[str, str]:
+def _cell(metric: Metric | None, form: str) -> tuple[str, str]:
     """A metric as (mean, deviation); the deviation of a single value is left out."""
     if metric is None:
         return "", ""
-    return f"{metric.mean:.{digits}f}", f"± {metric.std:.{digits}f}" if len(metric.values) > 1 else ""
+    return f"{metric.mean:{form}}", f"± {metric.std:{form}}" if len(metric.values) > 1 else ""
 
 
 def _warnings(everyone: list[RunFacts]) -> list[str]:

@@ -60,12 +60,12 @@ def training_curve(
             axes.plot(x, _smoothed(y), color=ACCENT, linewidth=1.6)
         else:
             axes.plot(x, y, color=ACCENT, linewidth=1.6, marker="o" if len(x) < 3 else None, markersize=4)
-        if log and min(y) > 0:
+        if log and 0 < min(y) < max(y) / 5:
             _log_scale(axes, min(y), max(y))
-        elif min(y) == max(y):
-            axes.set_ylim(0, 2 * y[0] or 1)
-        if not log:
+        else:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")
+            if min(y) == max(y):
+                axes.set_ylim(0, 2 * y[0] or 1)
         axes.set_xlabel("step")
         _thousands(axes)
         return _svg(figure, name)
@@ -121,7 +121,7 @@ def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _log_scale(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic axis whose labels are plain numbers: 1, 2, 5 of each decade, or of several only the decades."""
+    """A logarithmic axis labelled with plain numbers: 1, 2, 5 of a decade, or of many the decades alone."""
     axes.set_yscale("log")
     digits = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
     axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=digits, numticks=8))
