@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import click
 import typer
@@ -20,10 +20,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = Console(stderr=True)
 
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="A run, a checkpoint, exported weights or an OpenAI .pt; a local path or s3://.")]
-WeightsOption = Annotated[Optional[str], typer.Option(help="An EMA's name, or `master`; default: the config's first EMA.")]
+WeightsOption = Annotated[str | None, typer.Option(help="An EMA's name, or `master`; default: the config's first EMA.")]
 StepOption = Annotated[str, typer.Option(help="Of a run: the checkpoint's step, or `latest`.")]
-ConfigOption = Annotated[Optional[str], typer.Option(help="Config for weights that carry none (OpenAI .pt).")]
-OverridesArgument = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides on top of --config.")]
+ConfigOption = Annotated[str | None, typer.Option(help="Config for weights that carry none (OpenAI .pt).")]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides on top of --config.")]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where there is one.")]
 
 
@@ -66,11 +66,11 @@ def sample(
     source: SourceArgument,
     out: Annotated[Path, typer.Option(help="`.npz` with arr_0, uint8 NHWC, as the ADM evaluator reads it.")],
     num: Annotated[int, typer.Option(min=1)] = 64,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Default: 1; of an EDM model, the config's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: 1; of an EDM model, the config's.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    grid: Annotated[Optional[Path], typer.Option(help="Also a PNG of the samples.")] = None,
-    noise: Annotated[Optional[Path], typer.Option(help="`.npy` of unit-variance start noise, float32 NCHW.")] = None,
-    times: Annotated[Optional[str], typer.Option(help="Descending sigmas in place of the default ones, 80,4.4")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Also a PNG of the samples.")] = None,
+    noise: Annotated[Path | None, typer.Option(help="`.npy` of unit-variance start noise, float32 NCHW.")] = None,
+    times: Annotated[str | None, typer.Option(help="Descending sigmas in place of the default ones, 80,4.4")] = None,
     sampler: Annotated[Literal["heun", "euler", "dpm2", "ancestral"], typer.Option(help="Of an EDM model.")] = "heun",
     raw: Annotated[bool, typer.Option(help="Keep float32 in [-1, 1], NCHW, unclipped estimates included.")] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -100,10 +100,10 @@ def sample(
 def edit(
     task: Annotated[Literal["inpaint", "colorize", "superres", "stroke", "interpolate", "denoise"], typer.Argument()],
     source: SourceArgument,
-    images: Annotated[Optional[list[Path]], typer.Argument(metavar="IMAGE... [KEY=VALUE]...", help="Image files (`interpolate`: two, or none and --seed); overrides on top of --config.")] = None,
+    images: Annotated[list[Path] | None, typer.Argument(metavar="IMAGE... [KEY=VALUE]...", help="Image files (`interpolate`: two, or none and --seed); overrides on top of --config.")] = None,
     out: Annotated[Path, typer.Option(help="PNG: what went in beside what came out.")] = Path("edit.png"),
-    mask: Annotated[Optional[Path], typer.Option(help="inpaint: white where pixels are missing.")] = None,
-    box: Annotated[Optional[str], typer.Option(help="inpaint: missing box LEFT,TOP,RIGHT,BOTTOM in pixels.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="inpaint: white where pixels are missing.")] = None,
+    box: Annotated[str | None, typer.Option(help="inpaint: missing box LEFT,TOP,RIGHT,BOTTOM in pixels.")] = None,
     factor: Annotated[int, typer.Option(min=2, help="superres: side of the patches.")] = 8,
     sigma: Annotated[float, typer.Option(help="denoise: the noise's standard deviation, images in [-1, 1].")] = 0.5,
     steps: Annotated[int, typer.Option(min=2, help="Times of the grid.")] = 40,
@@ -134,14 +134,14 @@ def edit(
 @app.command()
 def evaluate(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="As for sample; or finished samples: .npz with arr_0, or a folder of images.")],
-    reference: Annotated[Optional[str], typer.Option(help="A prepared data set, a folder, a statistics file; default: the config's, else its data.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="JSON; default: the run's evaluations folder.")] = None,
-    samples: Annotated[Optional[int], typer.Option(min=2, help="Default: the config's evaluate.num_samples.")] = None,
-    steps: Annotated[Optional[str], typer.Option(help="Numbers of steps, 1,2")] = None,
+    reference: Annotated[str | None, typer.Option(help="A prepared data set, a folder, a statistics file; default: the config's, else its data.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON; default: the run's evaluations folder.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Default: the config's evaluate.num_samples.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Numbers of steps, 1,2")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Independent sets of samples, for the error bars.")] = 1,
-    features: Annotated[Optional[Literal["inception", "efficientnet"]], typer.Option()] = None,
-    inception_weights: Annotated[Optional[str], typer.Option(help="Local path or s3://, maybe with #sha256=HEX.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(min=1)] = None,
+    features: Annotated[Literal["inception", "efficientnet"] | None, typer.Option()] = None,
+    inception_weights: Annotated[str | None, typer.Option(help="Local path or s3://, maybe with #sha256=HEX.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     weights: WeightsOption = None,
     step: Annotated[str, typer.Option(help="Of a run: steps of checkpoints, 0,latest")] = "latest",
     config: ConfigOption = None,
@@ -209,13 +209,10 @@ def verify(run: Annotated[str, typer.Argument(metavar="RUN", help="A run or a ch
     from cmscale.rundir import CHECKPOINT_MANIFEST, step_name
     from cmscale.storage import open_storage
 
-    storage = open_storage(run)
-    if storage.read_if_present(CHECKPOINT_MANIFEST) is not None:
-        found = {run: storage}
+    if open_storage(run).read_if_present(CHECKPOINT_MANIFEST) is not None:
+        found = {run: run}
     else:
-        found = {
-            step_name(step): storage.sub(f"checkpoints/{step_name(step)}") for step in list_checkpoints(storage.sub("checkpoints"))
-        }
+        found = {step_name(listed.step): listed.url for listed in list_checkpoints(run)}
     if not found:
         raise UserError(f"{run}: no checkpoint there")
     bad = 0
@@ -230,7 +227,7 @@ def verify(run: Annotated[str, typer.Argument(metavar="RUN", help="A run or a ch
 @app.command()
 def estimate(
     config: Annotated[Path, typer.Argument(help="A config file.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     tflops: Annotated[float, typer.Option(help="What one GPU sustains on this network.")] = 150.0,
@@ -249,7 +246,7 @@ def estimate(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    beside: Annotated[Optional[list[Path]], typer.Option(help="Another run to show beside it; may be repeated.")] = None,
+    beside: Annotated[list[Path] | None, typer.Option(help="Another run to show beside it; may be repeated.")] = None,
 ) -> None:
     """Builds report/index.html of a run."""
     from cmscale.report import build_report

@@ -94,7 +94,7 @@ def load_source(
 
 def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:
     storage = open_storage(origin)
-    steps = list_checkpoints(storage.sub("checkpoints"))
+    steps = [listed.step for listed in list_checkpoints(origin)]
     if not steps:
         raise UserError(f"{origin}: no run, checkpoint or exported weights there (no complete checkpoint found)")
     if step is not None and step not in steps:
@@ -114,4 +114,4 @@ def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) 
         raise UserError(f"{origin}: no weights {name!r}; there are {', '.join(known)}")
     if run_dir is None and not origin.startswith("s3://") and Path(origin).parent.name == "checkpoints":
         run_dir = Path(origin).parent.parent
-    return Source(origin, settings, read_weights(storage, name), name, manifest.state.step, run_dir)
+    return Source(origin, settings, read_weights(origin, name), name, manifest.state.step, run_dir)

@@ -16,12 +16,15 @@ from cmscale.consistency.networks import Networks
 from cmscale.consistency.perceptual import download_vgg
 from cmscale.consistency.sampler import sample
 from cmscale.data import Batch, Batches, open_batches, to_device
-from cmscale.engine.checkpoint import Checkpoints
+from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_generation
 from cmscale.engine.engine import Engine, StepResult
+from cmscale.engine.export import Exporter
 from cmscale.engine.preemption import Preemption
+from cmscale.engine.resume import newest, restore
+from cmscale.engine.watchdog import Watchdog
 from cmscale.errors import UserError
 from cmscale.interop import read_openai
-from cmscale.manifests import TrainState
+from cmscale.manifests import TrainState, read_dataset_manifest
 from cmscale.metrics_log import write_event
 from cmscale.model.denoiser import EDMDenoiser, denoiser_for
 from cmscale.model.unet import UNet, build_unet
@@ -29,6 +32,7 @@ from cmscale.rng import SampleRandomness
 from cmscale.run_log import RunLog
 from cmscale.rundir import RunDir
 from cmscale.source import load_source
+from cmscale.storage import open_storage
 from cmscale.world import World
 
 
@@ -59,16 +63,23 @@ def main(run_dir: str, fresh: bool = False) -> str:
 
 
 def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, fresh: bool = False) -> str:
-    """The run, from its newest checkpoint (or the start) to its end."""
-    parts = assemble(config, world)
+    """The run, from its newest checkpoint (or the start) to its end. Collective."""
+    data = read_dataset_manifest(open_storage(config.data.path)).fingerprint
+    generation = claim_generation(run)
+    found = newest(run, config, world, data_fingerprint=data, fresh=fresh)
+    parts = assemble(config, world, fresh=found is None)
     engine, shards = parts.engine, parts.engine.shards
-    checkpoints = Checkpoints(config, run, world, engine=engine)
-    state = checkpoints.restore(fresh=fresh) or TrainState()
+    state = TrainState() if found is None else restore(found, engine)
+    exporter = Exporter(run, config.checkpoint.export_to) if config.checkpoint.export_to and world.is_main else None
+    checkpoints = Checkpoints(
+        run, config, world, generation=generation, data_fingerprint=data, exporter=exporter
+    )
     batches = open_data(config, world, state)
-    checkpoints.belongs_to(batches.dataset.fingerprint)
     log = RunLog(config, run, world, batches=batches)
+    watchdog = Watchdog(run, config, world)
     log.started(state)
-    checkpoints.maybe_save(state)
+    if found is None:
+        checkpoints.save(state, engine)
 
     while state.step < config.train.total_steps and not preemption.requested():
         point = schedules.at(config, state.step)
@@ -80,14 +91,20 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         log.stepped(state, point, result)
         if result.applied and is_due(state.step, config.train.sample_every, config.train.total_steps):
             save_sample_grid(config, run, world, engine, step=state.step)
-        checkpoints.maybe_save(state)
+        checkpoints.maybe_save(state, engine)
+        watchdog.beat(state.step)
 
     finished = state.step >= config.train.total_steps
-    checkpoints.save(state)
-    checkpoints.close()
+    checkpoints.save(state, engine)
+    saved = checkpoints.close()
+    if exporter is not None:
+        exporter.close(patience=60.0 * config.engine.collective_timeout_minutes)
+    watchdog.stop()
     batches.close()
-    log.ended(state, "finished" if finished else "preempted", why=preemption.reason)
+    log.ended(state, "finished" if finished else "preempted", why="" if finished else preemption.why)
     engine.close()
+    if not saved:
+        raise CheckpointFailed(f"step {state.step}: the last checkpoint could not be written; see {run.events}")
     return "finished" if finished else "preempted"
 
 
@@ -119,19 +136,20 @@ class Parts:
             yield lambda clean=clean, numbers=numbers: self.loss(self.networks, clean, point, numbers).mean()
 
 
-def assemble(config: Config, world: World) -> Parts:
-    """Networks, engine and loss of a method; the student starts from the teacher's weights where it has one."""
+def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
+    """Networks, engine and loss of a method; a fresh student starts from the teacher's weights where it has one."""
     method = config.method
 
     def build_network() -> UNet:
         return build_unet(config.model, seed=config.train.seed)
 
-    teacher = load_teacher(config) if isinstance(method, CD | ECT) else None  # ECT only starts from it
+    needed = isinstance(method, CD) or (isinstance(method, ECT) and fresh)  # ECT only starts from it
+    teacher = load_teacher(config) if needed else None
     engine = Engine(
         config,
         world,
         build_network,
-        teacher,
+        teacher if fresh else None,
         has_target=isinstance(method, CD | CT),
     )
     frozen = None

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from cmscale.errors import UserError
 
-
 T = TypeVar("T")
 
 

@@ -1,5 +1,4 @@
-"""Owns the writing of checkpoints: staged, hashed, committed by a manifest written last, fenced by
-generation."""
+"""Owns the writing of checkpoints: staged, hashed, manifest last, fenced by generation."""
 
 import contextlib
 import json
@@ -34,8 +33,7 @@ class CheckpointFailed(RuntimeError):
 
 
 def claim_generation(run: RunDir) -> int:
-    """Makes this start of the run its newest: older ones can commit no more, their unfinished saves go.
-    Collective."""
+    """Makes this start of the run its newest: no older one can commit, its unfinished saves go. Collective."""
 
     def claim() -> int:
         generation = read_generation(run) + 1
@@ -118,6 +116,7 @@ class Checkpoints:
             num_ranks=self._world.num_ranks,
             zero_stage=self._config.engine.zero_stage,
             config_fingerprint=self._config.fingerprint(),
+            config=self._config.model_dump(mode="json"),
             trajectory=trajectory(self._config),
             data_fingerprint=self._data_fingerprint,
             quantities=shards.quantities,
@@ -216,8 +215,7 @@ class Checkpoints:
             )
 
     def _retain(self) -> None:
-        """Removes all but the last K checkpoints, those at multiples of `keep_every`, and what waits for its
-        upload."""
+        """Removes all but the last K checkpoints, multiples of `keep_every`, and what waits to be uploaded."""
         kept = self._config.checkpoint
         steps = sorted(
             step_of(path.parent.name) for path in self._run.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")

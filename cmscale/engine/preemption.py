@@ -24,8 +24,7 @@ class Preemption:
 
     @classmethod
     def install(cls) -> "Preemption":
-        """Takes over the signals of this process. Call from the main thread, after whoever else handles
-        them."""
+        """Takes over the signals of this process. Call from the main thread, after others who do."""
         watched = cls()
         signals = SIGNALS if "SLURM_JOB_ID" in os.environ else (*SIGNALS, signal.SIGINT)
         for number in signals:
@@ -36,6 +35,11 @@ class Preemption:
     def why(self) -> str:
         """The name of the signal that this rank got first; `another rank` where only others did."""
         return self._received or "another rank"
+
+    @property
+    def flagged(self) -> bool:
+        """Whether this rank was asked to leave; others may not have been."""
+        return self._received is not None
 
     def requested(self) -> bool:
         """Whether any rank was asked to leave. Collective: call on all ranks, at the step's boundary."""

@@ -1,0 +1,63 @@
+"""Owns the export command: a source's weights in a format that others load, with a card that says what they are."""
+
+import json
+from typing import Any, Literal
+
+from cmscale.errors import UserError
+from cmscale.interop import model_card, write_diffusers, write_openai, write_safetensors
+from cmscale.manifests import DatasetManifest, read_dataset_manifest
+from cmscale.rundir import RunDir
+from cmscale.source import Source
+from cmscale.storage import open_parent, open_storage
+
+Format = Literal["safetensors", "openai", "diffusers"]
+
+
+def export_weights(source: Source, *, format: Format, to: str) -> None:
+    """Writes the weights to a path or `s3://`: a file and a card beside it, or a diffusers folder with the card in it.
+
+    Raises:
+        UserError: the format can't express the network, no room, not allowed to write, or a file of the wrong name.
+    """
+    card = model_card(
+        source.config,
+        step=source.step,
+        weights_name=source.weights_name,
+        dataset=_dataset(source),
+        evaluations=_evaluations(source),
+    )
+    match format:
+        case "safetensors":
+            _must_end(to, ".safetensors")
+            write_safetensors(
+                to, source.weights, config=source.config, step=source.step, weights_name=source.weights_name
+            )
+        case "openai":
+            _must_end(to, ".pt")
+            write_openai(to, source.weights, model=source.config.model)
+        case "diffusers":
+            write_diffusers(
+                to, source.weights, config=source.config, step=source.step, weights_name=source.weights_name, card=card
+            )
+            return
+    storage, name = open_parent(to)
+    storage.write(f"{name}.md", card.encode())
+
+
+def _must_end(to: str, ending: str) -> None:
+    if not to.endswith(ending):
+        raise UserError(f"--to {to}: the file's name must end in {ending}, or no command would know it again")
+
+
+def _dataset(source: Source) -> DatasetManifest | None:
+    """The training data's manifest, where it can still be reached."""
+    try:
+        return read_dataset_manifest(open_storage(source.config.data.path))
+    except (UserError, ConnectionError):
+        return None
+
+
+def _evaluations(source: Source) -> list[dict[str, Any]]:
+    if source.run_dir is None:
+        return []
+    return [json.loads(path.read_text()) for path in sorted(RunDir(source.run_dir).evaluations.glob("*.json"))]

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# The main job, small: photographs to shards on S3, a teacher, its distillation, consistency training, evaluation,
+# export, an edited image, a report. `--long` trains for half an hour instead of minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+length=short
+case "${1:-}" in
+  "") ;;
+  --long) length=long ;;
+  *) echo "usage: bash ops/demo.sh [--long]" >&2; exit 2 ;;
+esac
+
+source ops/setup.sh demo
+
+runs=runs/demo
+rm -rf "$runs"
+mkdir -p "$runs"
+say() { printf '\n== %s\n' "$*"; }
+
+# An S3 server on a free loopback port, ours to stop however this ends.
+export AWS_ACCESS_KEY_ID=demo AWS_SECRET_ACCESS_KEY=demo AWS_DEFAULT_REGION=us-east-1
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export AWS_ENDPOINT_URL="http://127.0.0.1:$port"
+moto_server -H 127.0.0.1 -p "$port" >"$runs/s3.log" 2>&1 &
+server=$!
+trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+python - <<'PYTHON'
+import time, boto3, botocore.exceptions
+
+for _ in range(100):
+    try:
+        boto3.client("s3").create_bucket(Bucket="cmscale-demo")
+        break
+    except botocore.exceptions.EndpointConnectionError:
+        time.sleep(0.1)
+PYTHON
+
+bucket=s3://cmscale-demo
+export CMSCALE_CACHE="$PWD/$runs/cache"
+local=(--cluster local --gpus-per-node 2 --runs-dir "$runs")
+declare -A steps=()
+if [ "$length" = long ]; then steps=([edm]=6000 [cd]=6000 [ct]=6000); fi
+
+say "photographs to an LMDB, as LSUN has it"
+python data_prep/demo.py "$runs/demo_train_lmdb"
+
+say "shards on S3"
+python data_prep/prepare.py --source "lsun:$runs/demo_train_lmdb" --format mds --image-size 16 --out "$bucket/data" --workers 2
+python data_prep/reference.py "$bucket/data" --out "$runs/reference.npz" --features efficientnet --limit 1000
+
+train() { # kind [key=value ...]
+  local kind=$1
+  shift
+  say "training: $kind"
+  [ -z "${steps[$kind]:-}" ] || set -- "$@" "train.total_steps=${steps[$kind]}"
+  python launchers/submit.py "${local[@]}" --name "$kind" "configs/demo_$kind.yaml" \
+    "data.path=$bucket/data" "checkpoint.export_to=$bucket/runs" "evaluate.reference=$runs/reference.npz" "$@"
+  say "evaluation: $kind, before and after, on both processes"
+  python launchers/evaluate.py "${local[@]}" "$runs/$kind" --step 0,latest
+}
+train edm
+train cd "method.teacher=$runs/edm"
+train ct
+
+say "two steps, export, editing, report"
+cmscale sample "$runs/cd" --num 64 --steps 1 --out "$runs/samples.npz" --grid "$runs/samples.png"
+cmscale export "$runs/cd" --format safetensors --to "$bucket/exports/cd.safetensors"
+cmscale edit inpaint "$bucket/exports/cd.safetensors" "$runs/photograph.png" --out "$runs/inpainted.png"
+cmscale report "$runs/cd" --beside "$runs/edm" --beside "$runs/ct"
+
+say "what was learned (FD-EfficientNet, lower is better)"
+python ops/demo_summary.py "$runs" "$length"
+echo "report:   $PWD/$runs/cd/report/index.html"
+echo "samples:  $PWD/$runs/samples.png"
