@@ -65,7 +65,7 @@ class EndingController(Controller):
 
 
 def _first_bad(codes: Sequence[int | None]) -> dict[str, int] | None:
-    """The rank that ended badly; of several at once one that was killed, since its peers fail for want of it."""
+    """The rank that ended badly; of several at once one that was killed: its peers fail for want of it."""
     bad = sorted((code, rank) for rank, code in enumerate(codes) if code)
     return {"rank": bad[0][1], "code": bad[0][0]} if bad else None
 

@@ -1,4 +1,4 @@
-"""Owns what each rank of a job does around its worker: environment, early signals, its end."""
+"""Owns what each rank of a job does around its worker: environment, early signals, the end."""
 
 import contextlib
 import importlib
@@ -28,8 +28,8 @@ _PR_SET_PDEATHSIG = 1
 class Job:
     """What submitit pickles: a worker by name, `module:function`, and its arguments (plain values).
 
-    The worker returns `finished` or `preempted`. A UserError ends the rank with status 2 and one line, anything
-    else that is raised with status 1 and a traceback.
+    The worker returns `finished` or `preempted`. A UserError ends the rank with status 2 and one line,
+    anything else that is raised with status 1 and a traceback.
     """
 
     worker: str
@@ -42,6 +42,9 @@ class Job:
         self._stop_on_signals()
         if environment.cluster == "local":
             _die_with_parent()
+        # A rank killed while submitit wrote its result left this, and submitit would fail on it at the end.
+        result = environment.paths.result_pickle
+        result.with_suffix(f"{result.suffix}.save_tmp").unlink(missing_ok=True)
         set_rank_environment(environment, master_port=self.master_port)
         rank, folder = environment.global_rank, attempt_folder(RunDir(Path(self.run_dir)))
         host = socket.gethostname()

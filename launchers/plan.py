@@ -90,8 +90,8 @@ def parse_time(text: str) -> int:
     raise argparse.ArgumentTypeError(f"got {text!r}; write minutes, HH:MM:SS or D-HH:MM")
 
 
-def make_plan(flags: argparse.Namespace, config: Config) -> Plan:
-    """Where the job of a config runs.
+def make_plan(flags: argparse.Namespace, config: Config | None) -> Plan:
+    """Where a job runs: by its flags and its config's `engine.device` and `slurm`, or their defaults.
 
     Raises:
         UserError: what was asked for can't be had here.
@@ -104,7 +104,8 @@ def make_plan(flags: argparse.Namespace, config: Config) -> Plan:
         raise UserError(
             "--cluster slurm: there is no sbatch on the PATH; log in to the cluster, or use --cluster local"
         )
-    device = config.engine.device
+    device = config.engine.device if config else "auto"
+    slurm = config.slurm if config else Slurm()
     if cluster == "local":
         if flags.nodes > 1:
             raise UserError(
@@ -118,16 +119,16 @@ def make_plan(flags: argparse.Namespace, config: Config) -> Plan:
             )
         if count and (flags.gpus_per_node or 1) > count:
             raise UserError(f"--gpus-per-node {flags.gpus_per_node}: this machine has {count} GPUs")
-        return Plan("local", 1, flags.gpus_per_node or count or 1, count > 0, None, flags.time, config.slurm)
+        return Plan("local", 1, flags.gpus_per_node or count or 1, count > 0, None, flags.time, slurm)
     gpus = device != "cpu"
     minutes = flags.time or DEFAULT_MINUTES
-    if minutes * 60 <= config.slurm.signal_seconds:
+    if minutes * 60 <= slurm.signal_seconds:
         raise UserError(
             f"--time: {minutes} minutes leave nothing before the signal that comes slurm.signal_seconds "
-            f"{config.slurm.signal_seconds} before the end; ask for more time or lower it"
+            f"{slurm.signal_seconds} before the end; ask for more time or lower it"
         )
     ranks = flags.gpus_per_node or (8 if gpus else 1)
-    return Plan("slurm", flags.nodes, ranks, gpus, flags.partition, minutes, config.slurm)
+    return Plan("slurm", flags.nodes, ranks, gpus, flags.partition, minutes, slurm)
 
 
 def visible_gpus() -> list[str]:

@@ -13,6 +13,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from submitit.core.utils import DelayedSubmission
+
 from cmscale.rundir import RunDir
 from launchers.outcome import (
     ATTEMPT,
@@ -22,6 +24,7 @@ from launchers.outcome import (
     decide,
     judge,
     newest_step,
+    read_json,
     read_rank_ends,
     record_attempt,
     submission_folder,
@@ -42,14 +45,17 @@ def main() -> int:
     flags = parser.parse_args()
     run, job_id = RunDir(flags.run), os.environ["SLURM_JOB_ID"]
     folder = submission_folder(run)
+    ends = read_rank_ends(attempt_folder(run))
     attempt = judge(
-        read_rank_ends(attempt_folder(run)),
+        ends,
         status=flags.status,
         killed=first_bad_rank(_own_words(run, job_id)),
         step=newest_step(run),
         leaving=leaving(_job_facts(job_id), signal_seconds=flags.signal_seconds),
     )
     decision = decide(record_attempt(folder, attempt), max_restarts=flags.max_restarts)
+    if not ends and (damaged := damaged_pickle(run, job_id)):
+        decision = Decision("stop", damaged)
     print(f"{os.environ[ATTEMPT]}: {attempt.ending}; {decision.action}: {decision.why}", flush=True)
     match decision.action:
         case "requeue":
@@ -60,7 +66,7 @@ def main() -> int:
         case "restart":
             if _submit_again(run, job_id, decision):
                 write_event(run, "requeued", attempt, why=decision.why)
-                return 0
+                return 1  # this job failed, whatever becomes of the next
             decision = Decision("stop", f"Slurm did not take the job again after: {decision.why}")
     if attempt.ending in ("fault", "time_limit"):
         write_event(run, "fault", attempt, why=decision.why)
@@ -96,6 +102,16 @@ def first_bad_rank(words: str) -> tuple[int, str, str] | None:
     """(rank, node, how) of the rank that srun saw ending badly first."""
     found = _FIRST_BAD.search(words)
     return (int(found["rank"]), found["node"], found["how"]) if found else None
+
+
+def damaged_pickle(run: RunDir, job_id: str) -> str | None:
+    """Says so where the job's pickle can't be read, which no restart mends."""
+    path = run.logs / f"{job_id}_submitted.pkl"
+    try:
+        DelayedSubmission.load(path)
+    except Exception as error:
+        return f"{path}: can't be read ({type(error).__name__}: {error}); submit again with --resume"
+    return None
 
 
 def _own_words(run: RunDir, job_id: str) -> str:
@@ -141,7 +157,8 @@ def _submit_again(run: RunDir, job_id: str, decision: Decision) -> bool:
         staged = run.logs / f".{new_id}_{name}"
         shutil.copyfile(run.logs / f"{job_id}_{name}", staged)
         staged.replace(run.logs / f"{new_id}_{name}")
-    write_json(submission_folder(run) / "job.json", {"job_id": new_id})
+    job = submission_folder(run) / "job.json"
+    write_json(job, {**(read_json(job) or {}), "job_id": new_id})
     excluded = f", without {', '.join(exclude)}" if exclude else ""
     print(f"submitted again as job {new_id} in {decision.delay_seconds} s{excluded}", flush=True)
     return True

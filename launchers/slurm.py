@@ -95,7 +95,7 @@ def run_slurm(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
             error
         ).splitlines()
         raise UserError(f"Slurm refuses the job: {'; '.join(said)}") from None
-    write_json(folder / "job.json", {"job_id": job.job_id})
+    write_json(folder / "job.json", {"job_id": job.job_id, "worker": worker})
     print(f"job {job.job_id} submitted; its words: {run.logs}/{job.job_id}_0_log.out", flush=True)
     return wait_for_end(run, submission) if wait else 0
 
@@ -153,13 +153,13 @@ def job_state(job_id: str) -> str | None:
     return "gone" if "Invalid job id" in asked.stderr else None
 
 
-def refuse_running_job(run: RunDir) -> None:
-    """Raises UserError where a job of an earlier submission of this run is in the queue."""
+def refuse_running_job(run: RunDir, worker: str) -> None:
+    """Raises UserError where a job of an earlier submission of this worker is still in the queue."""
     for folder in sorted(run.logs.glob("submissions/*/job.json")):
-        ended = folder.with_name("ending.json").exists()
-        job_id = (read_json(folder) or {}).get("job_id")
-        if job_id is None or ended:
+        job = read_json(folder) or {}
+        if job.get("worker") != worker or folder.with_name("ending.json").exists():
             continue
+        job_id = job["job_id"]
         try:
             state = job_state(job_id)
         except FileNotFoundError:  # no Slurm on this machine

@@ -169,7 +169,7 @@ def launch(worker: str, args: tuple, *, run: RunDir, plan: Plan, wait: bool) -> 
     return run_local(worker, args, run=run, plan=plan, submission=submission)
 
 
-def refuse_if_running(run: RunDir) -> None:
-    """Raises UserError where a launcher or a Slurm job is still at work on a run."""
+def refuse_if_running(run: RunDir, worker: str) -> None:
+    """Raises UserError where a launcher or a Slurm job of this worker is still at work on a run."""
     refuse_second_launcher(run)
-    refuse_running_job(run)
+    refuse_running_job(run, worker)

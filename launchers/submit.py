@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
         return 0
     check_inputs(config)
     if flags.resume:
-        refuse_if_running(run)
+        refuse_if_running(run, WORKER)
         if newest_step(run) >= config.train.total_steps:
             print(f"run {run.name} is finished: step {newest_step(run)} of {config.train.total_steps}")
             print(f"run: {run.root}")
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
         write_provenance(run)
     else:
         create_run(run, config)
-        refuse_if_running(run)
+        refuse_if_running(run, WORKER)
     status = launch(WORKER, (str(run.root),), run=run, plan=plan, wait=flags.wait)
     print(f"run: {run.root}", flush=True)
     return status

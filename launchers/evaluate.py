@@ -1,0 +1,136 @@
+"""Evaluates a model on all ranks, on Slurm or here: `evaluate.py [flags] SOURCE [key=value ...]`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
+
+from cmscale.config import read_config
+from cmscale.errors import UserError
+from cmscale.rundir import RunDir
+from cmscale.storage import explained
+from launchers.checks import check_exists, check_source, is_remote
+from launchers.plan import add_cluster_flags, as_table, describe_place, make_plan
+from launchers.slurm import script_text
+from launchers.start import guarded, launch, run_of
+
+WORKER = "cmscale.evaluate:main"
+
+
+def main(arguments: list[str]) -> int:
+    flags = _parser().parse_intermixed_args(arguments)
+    config_file, run = where(flags)
+    config = read_config(config_file, flags.overrides) if config_file else None
+    if flags.overrides and config is None:
+        raise UserError(
+            f"override {flags.overrides[0]!r}: {flags.source} brings no config; give one with --config"
+        )
+    plan = make_plan(flags, config)
+    request = make_request(flags, config_file=config_file, run=run)
+    rows = {name: str(value) for name, value in request.items() if value not in (None, [])}
+    print(as_table({**describe_place(plan), **rows}), flush=True)
+    if flags.dry_run:
+        if plan.cluster == "slurm":
+            print("\n" + script_text(run, plan, submission="(name)"))
+        return 0
+    check_source(flags.source, key="SOURCE")
+    for key in ("reference", "inception_weights"):
+        if request[key]:
+            check_exists(request[key], key=f"--{key.replace('_', '-')}")
+    with explained(run.root):
+        run.logs.mkdir(parents=True, exist_ok=True)
+    status = launch(WORKER, (request,), run=run, plan=plan, wait=flags.wait)
+    print(f"run: {run.root}", flush=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+    add_cluster_flags(parser)
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a run, a checkpoint folder, an exported file, an OpenAI .pt; or s3://",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+    parser.add_argument("--config", metavar="CONFIG", help="of a SOURCE that brings none")
+    parser.add_argument(
+        "--samples", type=_at_least(2), metavar="N", help="default: evaluate.num_samples of the config"
+    )
+    parser.add_argument(
+        "--steps", type=_counts, default=[1, 2], metavar="1,2", help="numbers of sampling steps"
+    )
+    parser.add_argument(
+        "--seeds", type=_at_least(1), default=1, metavar="N", help="independent repetitions, for error bars"
+    )
+    parser.add_argument("--weights", metavar="NAME", help="target, or an EMA by name; default: the first EMA")
+    parser.add_argument(
+        "--reference", metavar="PATH", help="a prepared data set, a folder of images, a statistics file"
+    )
+    parser.add_argument("--features", choices=("inception", "efficientnet"))
+    parser.add_argument("--inception-weights", metavar="PATH")
+    parser.add_argument("--batch-size", type=_at_least(1), metavar="B")
+    parser.add_argument("--out", metavar="FILE.json", help="default: in the run's evaluations/")
+    return parser
+
+
+def _at_least(least: int) -> Any:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}; it should be a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _counts(text: str) -> list[int]:
+    return [_at_least(1)(part) for part in text.split(",")]
+
+
+def where(flags: argparse.Namespace) -> tuple[Path | None, RunDir]:
+    """The config of SOURCE (None: the worker finds one inside it), and the run in whose folder the job works.
+
+    Raises:
+        UserError: a run that gets another name or config.
+    """
+    source = Path(flags.source).expanduser()
+    if not is_remote(flags.source):
+        for root in (source, source.parent.parent):  # a run; RUN/checkpoints/step-…
+            if (root / "config.yaml").is_file():
+                if flags.name or flags.config:
+                    raise UserError(
+                        f"{flags.source} is a run's: leave out {'--name' if flags.name else '--config'}"
+                    )
+                return root.absolute() / "config.yaml", RunDir(root.absolute())
+    stem = flags.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
+    run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=f"evaluate-{stem}")
+    return (Path(flags.config).absolute() if flags.config else None), run
+
+
+def make_request(flags: argparse.Namespace, *, config_file: Path | None, run: RunDir) -> dict[str, Any]:
+    """What the worker is asked for; plain values, local paths absolute, None where the config decides."""
+    return {
+        "source": _absolute(flags.source),
+        "config": str(config_file) if config_file else None,
+        "overrides": flags.overrides,
+        "run_dir": str(run.root),
+        "steps": flags.steps,
+        "samples": flags.samples,
+        "seeds": flags.seeds,
+        "weights": flags.weights,
+        "reference": _absolute(flags.reference),
+        "features": flags.features,
+        "inception_weights": _absolute(flags.inception_weights),
+        "batch_size": flags.batch_size,
+        "out": _absolute(flags.out),
+    }
+
+
+def _absolute(path: str | None) -> str | None:
+    return path if path is None or is_remote(path) else str(Path(path).expanduser().absolute())
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,68 @@
+"""A worker without a network: counts steps over gloo, saves its count, ends by itself, by signal or by fault."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cmscale.errors import UserError
+from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, step_of
+from launchers.job import EARLY_SIGNAL
+
+
+def main(run_dir: str, total_steps: int, how: str) -> str:
+    """Runs to `total_steps`; `how` is `well`, `user_error`, `fault`, or `slow` (one step in 0.2 s)."""
+    run, asked = RunDir(Path(run_dir)), [EARLY_SIGNAL in os.environ]
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda *_: asked.append(True))
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    if how == "user_error":
+        raise UserError("train.seed: got -1; it should be at least 0")
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+    )
+    facts = {name: os.environ[name] for name in names} | {"node": os.environ.get("SLURMD_NODENAME", "")}
+    (run.root / f"facts-{rank}.json").write_text(json.dumps(facts | {"pid": os.getpid()}))
+    step = newest(run)
+    while step < total_steps:
+        said = torch.tensor([1, int(any(asked))])
+        dist.all_reduce(said)
+        step += 1
+        if rank == 0:
+            with (run.root / "steps.txt").open("a") as file:
+                file.write(f"{step} {int(said[0])}\n")
+        if how == "fault" and rank == 1 and step == 2:
+            raise RuntimeError("rank 1 is out of luck")
+        if said[1]:
+            return "preempted" if save(run, step) else "never"
+        if how == "slow":
+            time.sleep(0.2)
+            if step % 10 == 0:
+                save(run, step)
+    save(run, step)
+    return "finished"
+
+
+def save(run: RunDir, step: int) -> bool:
+    if dist.get_rank() == 0:
+        folder = run.checkpoint(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CHECKPOINT_MANIFEST).write_text("{}")
+    dist.barrier()
+    return True
+
+
+def newest(run: RunDir) -> int:
+    found = run.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")
+    return max((step_of(path.parent.name) for path in found), default=0)
