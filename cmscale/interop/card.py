@@ -85,7 +85,7 @@ def model_card(
 
 def _data_rows(dataset: DatasetManifest | None) -> Iterator[str]:
     if dataset is not None:
-        yield f"| Data, in detail | {dataset.count:,} images of {dataset.source}, cut as {dataset.preprocess} |"
+        yield f"| Data, in detail | {dataset.count:,} of {dataset.source}, cut as {dataset.preprocess} |"
         yield f"| Data, fingerprint | `{dataset.fingerprint}` |"
 
 

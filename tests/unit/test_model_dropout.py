@@ -1,0 +1,104 @@
+"""Dropout by key is shared, local to a sample and a layer, and repeated by activation checkpointing."""
+
+import pytest
+import torch
+from networks import random_weights, small_model
+
+from cmscale.model import UNet, build_unet
+from cmscale.model.blocks import keyed_dropout
+
+KEYS = (11, 22, 33)
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
+]
+
+
+def network_with(**changes) -> UNet:
+    model = small_model(**changes)
+    network = build_unet(model).train()
+    network.load_state_dict(random_weights(model))
+    return network
+
+
+def batch(size: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(5)
+    return torch.randn(size, 3, 16, 16, generator=source), torch.linspace(-500, 500, size)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_student_and_target_drop_the_same_elements(device):
+    ones = torch.ones(3, 32, 8, 8, device=device)
+    student = keyed_dropout(ones, 0.3, keys=KEYS, layer=2)
+    target = keyed_dropout(7 * ones, 0.3, keys=KEYS, layer=2)
+    halved = keyed_dropout(ones.bfloat16(), 0.3, keys=KEYS, layer=2)
+    assert torch.equal(student == 0, target == 0)
+    assert torch.equal(student == 0, halved == 0)
+
+
+def test_the_mask_of_a_sample_depends_on_its_key_and_layer_alone():
+    ones = torch.ones(3, 32, 8, 8)
+    together = keyed_dropout(ones, 0.3, keys=KEYS, layer=2)
+    torch.manual_seed(99)
+    alone = keyed_dropout(ones[:1], 0.3, keys=KEYS[1:2], layer=2)
+    assert torch.equal(together[1:2], alone)
+    assert not torch.equal(together[0] == 0, together[1] == 0)
+    assert not torch.equal(together, keyed_dropout(ones, 0.3, keys=KEYS, layer=3))
+
+
+def test_dropout_keeps_the_mean_and_drops_at_its_rate():
+    count = 3 * 32 * 64 * 64
+    dropped = keyed_dropout(torch.ones(3, 32, 64, 64), 0.3, keys=KEYS, layer=0)
+    rate = (dropped == 0).double().mean().item()
+    assert abs(rate - 0.3) < 5 * (0.3 * 0.7 / count) ** 0.5
+    assert torch.allclose(dropped[dropped != 0], torch.tensor(1 / 0.7))
+
+
+def test_keys_of_another_batch_size_are_refused():
+    with pytest.raises(ValueError, match="2 keys for a batch of 3"):
+        keyed_dropout(torch.ones(3, 1), 0.3, keys=(1, 2), layer=0)
+
+
+def test_a_network_drops_by_key_in_training_and_never_without_keys_or_in_evaluation():
+    network = network_with(dropout=0.5)
+    x, c_noise = batch()
+    with torch.no_grad():
+        dropped = network(x, c_noise, dropout_keys=KEYS)
+        again = network(x, c_noise, dropout_keys=KEYS)
+        plain = network(x, c_noise)
+        evaluated = network.eval()(x, c_noise, dropout_keys=KEYS)
+    assert torch.equal(dropped, again)
+    assert torch.equal(plain, evaluated)
+    assert not torch.allclose(dropped, plain, atol=1e-2)
+
+
+def test_every_residual_block_has_a_mask_of_its_own():
+    network = network_with(dropout=0.5)
+    layers = [module.layer for module in network.modules() if hasattr(module, "layer")]
+    assert sorted(layers) == list(range(len(layers)))
+    assert len(layers) == 14  # 2 levels: 5 down, 2 in the middle, 7 up
+
+
+def test_activation_checkpointing_changes_no_bit_of_loss_and_gradients():
+    x, c_noise = batch()
+    gradients = []
+    for checkpointing in (False, True):
+        network = network_with(dropout=0.5, activation_checkpointing=checkpointing)
+        loss = network(x, c_noise, dropout_keys=KEYS).square().mean()
+        loss.backward()
+        gradients.append([loss.detach(), *(parameter.grad for parameter in network.parameters())])
+    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*gradients, strict=True))
+
+
+def test_activation_checkpointing_keeps_fewer_activations():
+    x, c_noise = batch()
+    kept = []
+    for checkpointing in (False, True):
+        network = network_with(activation_checkpointing=checkpointing)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t
+        ):
+            network(x, c_noise)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 4
