@@ -66,6 +66,7 @@ def check_exists(url: str, *, key: str) -> None:
     Raises:
         UserError: nothing there.
     """
+    url = url.partition("#sha256=")[0]
     if is_remote(url):
         storage, name = open_parent(url)
         found = (

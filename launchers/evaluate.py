@@ -7,7 +7,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
-from cmscale.config import read_config
+from cmscale.config import Config, Slurm, read_config
 from cmscale.errors import UserError
 from cmscale.rundir import RunDir
 from cmscale.storage import explained
@@ -21,14 +21,10 @@ WORKER = "cmscale.evaluate:main"
 
 def main(arguments: list[str]) -> int:
     flags = _parser().parse_intermixed_args(arguments)
-    config_file, run = where(flags)
-    config = read_config(config_file, flags.overrides) if config_file else None
-    if flags.overrides and config is None:
-        raise UserError(
-            f"override {flags.overrides[0]!r}: {flags.source} brings no config; give one with --config"
-        )
-    plan = make_plan(flags, config)
-    request = make_request(flags, config_file=config_file, run=run)
+    config, run = where(flags)
+    device = flags.device or (config.engine.device if config else "auto")
+    plan = make_plan(flags, device=device, slurm=config.slurm if config else Slurm())
+    request = make_request(flags, device=device)
     rows = {name: str(value) for name, value in request.items() if value not in (None, [])}
     print(as_table({**describe_place(plan), **rows}), flush=True)
     if flags.dry_run:
@@ -59,17 +55,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples", type=_at_least(2), metavar="N", help="default: evaluate.num_samples of the config"
     )
+    parser.add_argument("--steps", metavar="1,2", help="numbers of sampling steps; default: the method's")
     parser.add_argument(
-        "--steps", type=_counts, default=[1, 2], metavar="1,2", help="numbers of sampling steps"
+        "--step", default="latest", metavar="0,latest", help="of a run: its checkpoints' steps"
     )
     parser.add_argument(
         "--seeds", type=_at_least(1), default=1, metavar="N", help="independent repetitions, for error bars"
     )
-    parser.add_argument("--weights", metavar="NAME", help="target, or an EMA by name; default: the first EMA")
+    parser.add_argument("--weights", metavar="NAME", help="an EMA's name, or master; default: the first EMA")
     parser.add_argument(
         "--reference", metavar="PATH", help="a prepared data set, a folder of images, a statistics file"
     )
     parser.add_argument("--features", choices=("inception", "efficientnet"))
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="default: the config's engine.device"
+    )
     parser.add_argument("--inception-weights", metavar="PATH")
     parser.add_argument("--batch-size", type=_at_least(1), metavar="B")
     parser.add_argument("--out", metavar="FILE.json", help="default: in the run's evaluations/")
@@ -85,46 +85,52 @@ def _at_least(least: int) -> Any:
     return parse
 
 
-def _counts(text: str) -> list[int]:
-    return [_at_least(1)(part) for part in text.split(",")]
-
-
-def where(flags: argparse.Namespace) -> tuple[Path | None, RunDir]:
-    """The config of SOURCE (None: the worker finds one inside it), and the run in whose folder the job works.
+def where(flags: argparse.Namespace) -> tuple[Config | None, RunDir]:
+    """The config of SOURCE (None: it is inside an exported file), and the run in whose folder the job works.
 
     Raises:
-        UserError: a run that gets another name or config.
+        UserError: a run that gets another name or config; overrides without a config.
     """
     source = Path(flags.source).expanduser()
     if not is_remote(flags.source):
         for root in (source, source.parent.parent):  # a run; RUN/checkpoints/step-…
             if (root / "config.yaml").is_file():
-                if flags.name or flags.config:
-                    raise UserError(
-                        f"{flags.source} is a run's: leave out {'--name' if flags.name else '--config'}"
-                    )
-                return root.absolute() / "config.yaml", RunDir(root.absolute())
+                for flag, value in (
+                    ("--name", flags.name),
+                    ("--config", flags.config),
+                    ("key=value", flags.overrides),
+                ):
+                    if value:
+                        raise UserError(
+                            f"{flag} {value}: {flags.source} is a run's and has its own; leave it out"
+                        )
+                return read_config(root / "config.yaml"), RunDir(root.absolute())
+    if flags.overrides and not flags.config:
+        raise UserError(
+            f"override {flags.overrides[0]!r}: {flags.source} brings its own config; see --config"
+        )
     stem = flags.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
     run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=f"evaluate-{stem}")
-    return (Path(flags.config).absolute() if flags.config else None), run
+    return (read_config(flags.config, flags.overrides) if flags.config else None), run
 
 
-def make_request(flags: argparse.Namespace, *, config_file: Path | None, run: RunDir) -> dict[str, Any]:
-    """What the worker is asked for; plain values, local paths absolute, None where the config decides."""
+def make_request(flags: argparse.Namespace, *, device: str) -> dict[str, Any]:
+    """What the worker is asked for, a `cmscale.evaluate.Request`; None: as the config says."""
     return {
         "source": _absolute(flags.source),
-        "config": str(config_file) if config_file else None,
-        "overrides": flags.overrides,
-        "run_dir": str(run.root),
+        "checkpoints": flags.step,
+        "weights": flags.weights,
         "steps": flags.steps,
         "samples": flags.samples,
         "seeds": flags.seeds,
-        "weights": flags.weights,
         "reference": _absolute(flags.reference),
         "features": flags.features,
         "inception_weights": _absolute(flags.inception_weights),
         "batch_size": flags.batch_size,
         "out": _absolute(flags.out),
+        "config": _absolute(flags.config),
+        "overrides": flags.overrides,
+        "device": device,
     }
 
 

@@ -90,8 +90,8 @@ def parse_time(text: str) -> int:
     raise argparse.ArgumentTypeError(f"got {text!r}; write minutes, HH:MM:SS or D-HH:MM")
 
 
-def make_plan(flags: argparse.Namespace, config: Config | None) -> Plan:
-    """Where a job runs: by its flags and its config's `engine.device` and `slurm`, or their defaults.
+def make_plan(flags: argparse.Namespace, *, device: str, slurm: Slurm) -> Plan:
+    """Where a job runs: by its flags, the ranks' device (`auto`, `cpu`, `cuda`) and the config's `slurm`.
 
     Raises:
         UserError: what was asked for can't be had here.
@@ -104,8 +104,6 @@ def make_plan(flags: argparse.Namespace, config: Config | None) -> Plan:
         raise UserError(
             "--cluster slurm: there is no sbatch on the PATH; log in to the cluster, or use --cluster local"
         )
-    device = config.engine.device if config else "auto"
-    slurm = config.slurm if config else Slurm()
     if cluster == "local":
         if flags.nodes > 1:
             raise UserError(

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
             raise UserError("no config given: submit.py [flags] CONFIG [key=value ...]")
         run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=Path(file).stem)
         config = with_absolute_paths(read_config(file, overrides))
-    plan = make_plan(flags, config)
+    plan = make_plan(flags, device=config.engine.device, slurm=config.slurm)
     print(describe_training(plan, config, root=run.root), flush=True)
     if flags.dry_run:
         if plan.cluster == "slurm":

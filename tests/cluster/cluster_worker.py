@@ -1,4 +1,4 @@
-"""A worker without a network: counts steps over gloo, saves its count, ends by itself, by signal or by fault."""
+"""A worker without a network: counts steps over gloo, saves its count, stops on signals."""
 
 import json
 import os
