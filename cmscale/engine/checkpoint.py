@@ -33,7 +33,7 @@ class CheckpointFailed(RuntimeError):
 
 
 def claim_generation(run: RunDir) -> int:
-    """Makes this start of the run its newest: no older one can commit, its unfinished saves go. Collective."""
+    """Makes this start of the run its newest: no older one commits, its unfinished saves go. Collective."""
 
     def claim() -> int:
         generation = read_generation(run) + 1
@@ -215,7 +215,7 @@ class Checkpoints:
             )
 
     def _retain(self) -> None:
-        """Removes all but the last K checkpoints, multiples of `keep_every`, and what waits to be uploaded."""
+        """Removes all but the last K checkpoints, multiples of `keep_every`, and what waits for upload."""
         kept = self._config.checkpoint
         steps = sorted(
             step_of(path.parent.name) for path in self._run.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")

@@ -1,5 +1,4 @@
-"""Owns the training step on DeepSpeed: the student, the networks beside it, and what never reaches the
-weights."""
+"""Owns the training step on DeepSpeed: the student, its companions, and what never reaches the weights."""
 
 import logging
 import math
@@ -37,8 +36,7 @@ class StepResult:
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss was not finite on some rank; the step was not applied, and all that DeepSpeed had gathered is
-    dropped."""
+    """The loss was not finite on some rank; the step was not applied, its gradients are dropped."""
 
     def __init__(self, *, step: int, ranks: list[int], losses: list[float]) -> None:
         named = ", ".join(f"rank {rank} has {losses[rank]}" for rank in ranks)
@@ -69,7 +67,7 @@ class Engine:
         self._deepspeed = _import_deepspeed(world)
         self._config = config
         self._world = world
-        self._dtype = settings.COMPUTE_DTYPES[config.engine.precision]
+        self.dtype = settings.COMPUTE_DTYPES[config.engine.precision]
         self._accumulation = accumulation_steps(config, num_ranks=world.num_ranks)
         module = build_network()
         if initial is not None:
@@ -141,6 +139,8 @@ class Engine:
             group["lr"] = learning_rate
         scaler = masters.loss_scaler(self._wrapped.optimizer)
         before = masters.scaler_state(scaler)
+        # at stage 0 DeepSpeed 0.19.8 divides fp16's gradients by a loss scale that it never multiplied in
+        scale = before["cur_scale"] if scaler is not None and self._config.engine.zero_stage == 0 else 1.0
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         losses: list[float] = []
         count = 0
@@ -153,7 +153,7 @@ class Engine:
                 losses = self._gather_losses(total / count)
                 if not all(map(math.isfinite, losses)):
                     loss = loss * math.nan  # DeepSpeed then drops the whole step's gradients, in every stage
-            self._wrapped.backward(loss)
+            self._wrapped.backward(loss * scale)
             self._wrapped.step()
         if count != self._accumulation:
             raise ValueError(f"a step takes {self._accumulation} micro-batches, got {count}")
@@ -167,14 +167,13 @@ class Engine:
         return StepResult(
             applied=applied,
             loss=math.fsum(losses) / len(losses),
-            grad_norm=float(norm) if applied and norm is not None else math.inf,
+            grad_norm=float(norm) / scale if applied and norm is not None else math.inf,
             loss_scale=before.get("cur_scale", 1.0),
         )
 
     @contextmanager
     def showing(self, quantity: str) -> Iterator[Network]:
-        """The student's network with the weights of another quantity (an EMA, the target), for sampling.
-        Collective."""
+        """The student with another quantity's weights (an EMA, the target), to sample from. Collective."""
         flat = self.shards.full(quantity)
         kept = self.shards.full("master") if settings.is_plain(self._config) else None
         self._show(flat)
@@ -263,7 +262,7 @@ class Engine:
             return PartitionedNetwork(self._initialize(module, optimizer=None))
         return FrozenNetwork(
             module,
-            dtype=self._dtype,
+            dtype=self.dtype,
             device=self._world.device,
             part_size=masters.flat_part_size(
                 offset, num_ranks=self._world.num_ranks, alignment=self._alignment
@@ -316,8 +315,7 @@ class Engine:
 
 
 def _import_deepspeed(world: World) -> Any:
-    """DeepSpeed, told before its import which device it serves, silent but for errors, and compiling
-    nothing."""
+    """DeepSpeed, told before its import which device it serves, almost silent, compiling nothing."""
     os.environ.setdefault("LOCAL_RANK", str(world.rank_of_node))
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,5 +1,4 @@
-"""Owns the copies of checkpoints on S3 (or another folder): data first, read back and compared, the manifest
-last."""
+"""Owns copies of checkpoints on S3 (or in a folder): data first, read back and compared, manifest last."""
 
 import threading
 import time
@@ -70,8 +69,7 @@ def export_pending(run: RunDir, export_to: str) -> list[int]:
 
 
 class Exporter:
-    """Copies checkpoints in a thread of its own; what fails is logged and tried again, and never reaches
-    training.
+    """Copies checkpoints in a thread of its own; what fails is logged, tried again, and never raised.
 
     It first ends the multipart uploads of a killed start, and copies what an earlier start left. One a run:
     it is

@@ -42,8 +42,7 @@ class FrozenNetwork:
 
 
 class PartitionedNetwork:
-    """A frozen network under ZeRO-3: an engine without optimizer, whose partitions lie as the student's
-    do."""
+    """A frozen network under ZeRO-3: an engine without optimizer, partitioned as the student is."""
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped

@@ -17,8 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """flat[start : start + length] on this rank: 1-D fp32 views of the master and its moments, by
-    quantity."""
+    """flat[start : start + length] on this rank: 1-D fp32 views of master and moments, by quantity."""
 
     start: int
     views: dict[str, torch.Tensor]
@@ -49,8 +48,7 @@ def count_elements(parameters: tuple[Parameter, ...]) -> int:
 
 
 def flat_part_size(num_elements: int, *, num_ranks: int, alignment: int) -> int:
-    """How many elements of the padded flat space a rank holds, where ranks hold one run each (stages 0 to
-    2)."""
+    """How many elements of the padded flat space a rank holds, one run a rank (stages 0 to 2)."""
     multiple = alignment * num_ranks
     return (num_elements + multiple - 1) // multiple * multiple // num_ranks
 
@@ -81,8 +79,7 @@ def segments_of_rank(
 
 
 def prepare_moments(wrapped: Any, optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> None:
-    """Puts the optimizer where no step was made: some of DeepSpeed's wrappers make one with zero
-    gradients."""
+    """Puts the optimizer where no step was made: some of DeepSpeed's wrappers make one at their start."""
     for tensor in _master_tensors(wrapped, module):
         state = optimizer.state[tensor]
         state.clear()

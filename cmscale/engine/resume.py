@@ -30,8 +30,8 @@ def newest(
     A damaged one is named in events.jsonl, and the one before it is looked at.
 
     Raises:
-        UserError: there are checkpoints and none is valid (unless `fresh`); or the config or the data are not the
-            checkpoint's in what moves the losses.
+        UserError: there are checkpoints and none is valid (unless `fresh`); or it is of another
+            config (in what moves the losses) or another data set.
     """
     folders = from_main(on_main(lambda: sorted(run.checkpoints.glob("step-*"), reverse=True)))
     problems: list[str] = []
@@ -65,7 +65,7 @@ def restore(found: Found, engine: Engine) -> TrainState:
 
 
 def _problems(folder: Path, world: World) -> list[str]:
-    """What is wrong with a checkpoint, the same on all ranks; each reads its share of the files. Collective."""
+    """What is wrong with a checkpoint, the same on all ranks, which share the reading. Collective."""
     storage = LocalStorage(folder)
     found: list[str] = []
     try:

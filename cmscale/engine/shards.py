@@ -1,5 +1,4 @@
-"""Owns this rank's parts of the flat fp32 space: masters and moments (views of DeepSpeed's), EMAs and the
-target."""
+"""Owns this rank's parts of the flat fp32 space: views of masters and moments, the EMAs, the target."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -65,8 +64,7 @@ class FlatShards:
 
     @torch.no_grad()
     def local(self, quantity: str) -> torch.Tensor:
-        """This rank's elements of a quantity, [sum of segment lengths] float32 on the device, in their
-        segments' order."""
+        """This rank's elements of a quantity, [sum of segment lengths] float32 on the device."""
         if quantity in self._followers:
             return self._followers[quantity]
         views = [piece.views[quantity] for piece in self._owned]
@@ -99,8 +97,7 @@ class FlatShards:
         self.publish_target()
 
     def publish_target(self) -> None:
-        """Puts the target's fp32 shadow into its network, in the compute dtype. Collective where there is a
-        target."""
+        """Puts the target's fp32 shadow into its network, in the compute dtype. Collective with a target."""
         if self._publish_target is not None:
             self._publish_target(self._followers["target"])
 

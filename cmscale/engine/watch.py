@@ -1,5 +1,4 @@
-"""Owns the watching process of `watchdog`: the standard library alone, started anew, sharing nothing with
-its rank."""
+"""Owns the watching process of `watchdog`: standard library only, sharing nothing with its rank."""
 
 import json
 import os
@@ -12,8 +11,7 @@ PATIENCE = 5.0  # seconds for the rank to write its stacks
 
 
 def main() -> None:
-    """Reads heartbeats (the step, 8 bytes) from standard input until the rank ends, stops the watch, or is
-    late."""
+    """Reads heartbeats (the step, 8 bytes) on standard input until the rank ends, ends it, or is late."""
     rank_process, limit, rank = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     events, stacks = sys.argv[4], sys.argv[5]
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):

@@ -56,8 +56,7 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
 
 
 def verify_checkpoint(url: str | Path) -> list[str]:
-    """What is wrong with a checkpoint, one line each naming the file; empty where all of it is as it was
-    written."""
+    """What is wrong with a checkpoint, one line each naming the file; empty where all is as it was written."""
     storage = open_storage(url)
     try:
         manifest = read_manifest(storage)
@@ -83,8 +82,7 @@ def layout_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]:
 
 
 def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart) -> list[str]:
-    """What is wrong with one rank's file: absent, another size or hash, or not the tensors that the manifest
-    promises."""
+    """What is wrong with one rank's file: absent, altered, or not the tensors that the manifest promises."""
     where = storage.join(part.file.name)
     try:
         with local_copy(storage, part.file.name) as path:
@@ -108,8 +106,7 @@ def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart
 
 
 def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
-    """The named fp32 parameters of one quantity of a checkpoint (`master`, an EMA's name, `target`), on the
-    CPU.
+    """The named fp32 parameters of one quantity of a checkpoint (`master`, an EMA's name, `target`).
 
     Every file is checked against its hash first.
 

@@ -1,5 +1,4 @@
-"""Owns the start of gloo ranks in tests: N processes that run one function of a test module on a free
-port."""
+"""Owns the start of gloo ranks in tests: N processes that run one function on a free port."""
 
 import json
 import os
@@ -57,8 +56,7 @@ def run_ranks(num_ranks: int, function: str, *arguments: Any, timeout: float = 2
 
 
 def wait(ranks: list[Rank], *, timeout: float) -> list[int]:
-    """Waits until all have ended well, or one has not; kills what still runs. The ranks that failed by
-    themselves."""
+    """Waits until all have ended well, or one has not; kills the rest. The ranks that failed by themselves."""
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:

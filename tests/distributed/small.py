@@ -26,8 +26,7 @@ def small_config(*overrides: str) -> Config:
 
 
 class SmallNetwork(nn.Module):
-    """Called as the UNet is; the sizes of its parameters divide by nothing, so that partitions need
-    padding."""
+    """Called as the UNet is; the sizes of its parameters divide by nothing, so that partitions are padded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +68,7 @@ def micro_losses(
     micro: int = 2,
     spoil: Callable[[int], bool] = lambda index: False,
 ) -> list[Callable[[], torch.Tensor]]:
-    """This rank's losses of a step: the student against the target (itself without gradient where there is
-    none)."""
+    """This rank's losses of a step: the student against the target (without one, against itself)."""
     own = images(step).chunk(world.num_ranks)[world.rank].split(micro)
 
     def loss(index: int) -> torch.Tensor:

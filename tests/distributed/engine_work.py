@@ -1,0 +1,207 @@
+"""Owns what the ranks of the engine's tests do; each function runs in every rank and prints JSON."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from small import SmallNetwork, joined, micro_losses, point_at, small_config, train
+
+from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.engine import Engine, NonFiniteLoss
+from cmscale.engine.resume import newest, restore
+from cmscale.engine.weights import read_weights
+from cmscale.manifests import TrainState
+from cmscale.rundir import RunDir
+from cmscale.world import World, barrier
+
+
+def engine_at(world: World, stage: int, *overrides: str, has_target: bool = True) -> Engine:
+    config = small_config(f"engine.zero_stage={stage}", *overrides)
+    return Engine(config, world, SmallNetwork, has_target=has_target)
+
+
+def digest(engine: Engine) -> dict[str, str]:
+    """A hash of each quantity's whole flat space. Collective."""
+    wholes = {name: engine.shards.full(name) for name in engine.shards.quantities}
+    return {name: hashlib.sha256(whole.numpy().tobytes()).hexdigest() for name, whole in wholes.items()}
+
+
+def losses(precision: str, *overrides: str) -> None:
+    """Losses and norms of four steps in each stage, with a target network and without."""
+    if precision == "fp16":
+        allow_fp16()
+    world = joined()
+    found = {}
+    for stage in range(4):
+        for has_target in (True, False):
+            engine = engine_at(
+                world, stage, f"engine.precision={precision}", *overrides, has_target=has_target
+            )
+            results = train(engine, world, range(4))
+            assert all(result.applied for result in results)
+            assert engine.applied_steps == 4
+            found[f"{stage} {has_target}"] = [[result.loss, result.grad_norm] for result in results]
+            engine.close()
+    print(json.dumps(found))
+
+
+def bad_steps() -> None:
+    """A NaN loss on one rank's first micro-batch, then a NaN gradient: neither leaves a trace."""
+    world = joined()
+    for stage, precision in (
+        (0, "fp32"),
+        (1, "fp32"),
+        (2, "fp32"),
+        (3, "fp32"),
+        (0, "bf16"),
+        (1, "bf16"),
+        (2, "bf16"),
+    ):
+        golden, engine = (engine_at(world, stage, f"engine.precision={precision}") for _ in range(2))
+        train(golden, world, range(3))
+        train(engine, world, range(2))
+        before = digest(engine)
+        on_last_rank = world.rank == world.num_ranks - 1
+        try:
+            engine.step(micro_losses(engine, 7, world, spoil=lambda i: i == 0 and on_last_rank), 1e-2)  # noqa: B023
+            raise AssertionError("a NaN loss was applied")
+        except NonFiniteLoss as error:
+            assert error.step == 2
+            assert error.ranks == [world.num_ranks - 1]
+        assert digest(engine) == before
+
+        def nan_gradient() -> torch.Tensor:
+            out = engine.network(torch.ones(2, 3, 8, 8), torch.ones(2))  # noqa: B023
+            return (out * 0.0).sum().abs().sqrt()  # 0, with a gradient of 0 / 0
+
+        result = engine.step([nan_gradient] * engine_micro_steps(world), 1e-2)
+        assert (result.applied, result.loss, result.grad_norm) == (False, 0.0, math.inf)
+        assert digest(engine) == before
+        train(engine, world, range(2, 3))
+        assert digest(engine) == digest(golden)
+        engine.close()
+        golden.close()
+    print(json.dumps("ok"))
+
+
+def engine_micro_steps(world: World) -> int:
+    return 4 // world.num_ranks
+
+
+def allow_fp16() -> None:
+    """Lets this CPU compute in fp16, which it can, if slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    from cmscale.engine import settings
+
+    settings.check_precision = lambda config, device: None
+    get_accelerator().is_fp16_supported = lambda: True
+
+
+def overflow() -> None:
+    """fp16 with far too large a loss scale: skipped steps, a falling scale, and weights that wait."""
+    allow_fp16()
+    world = joined()
+    found = {}
+    for stage in range(4):
+        engine = engine_at(world, stage, "engine.precision=fp16", "engine.initial_loss_scale_power=24")
+        before = digest(engine)
+        results = []
+        for step in range(12):
+            result = engine.step(micro_losses(engine, step, world), point_at(step).learning_rate)
+            if not any(earlier.applied for earlier in results) and not result.applied:
+                assert digest(engine) == before
+            results.append(result)
+        found[stage] = [[result.applied, result.loss_scale] for result in results]
+        assert engine.applied_steps == sum(result.applied for result in results)
+        engine.close()
+    print(json.dumps(found))
+
+
+def save_in_every_stage(folder: str) -> None:
+    """Trains five steps in each stage, saving after three; an engine restored from there ends in the same bits."""
+    world = joined()
+    found = {}
+    for stage, precision in (
+        (0, "fp32"),
+        (1, "fp32"),
+        (2, "fp32"),
+        (3, "fp32"),
+        (0, "bf16"),
+        (2, "bf16"),
+        (3, "bf16"),
+    ):
+        run = RunDir(Path(folder) / f"stage{stage}-{precision}")
+        overrides = (f"engine.zero_stage={stage}", f"engine.precision={precision}")
+        config = small_config(*overrides)
+        engine = engine_at(world, *overrides_of(stage, precision))
+        train(engine, world, range(3))
+        checkpoints = Checkpoints(
+            run, config, world, generation=claim_generation(run), data_fingerprint="data"
+        )
+        checkpoints.save(TrainState(step=3, cursor=24), engine)
+        saved = digest(engine)
+        losses_after = [result.loss for result in train(engine, world, range(3, 5))]
+        assert checkpoints.close()
+        golden = digest(engine)
+        engine.close()
+
+        again = engine_at(world, *overrides_of(stage, precision))
+        state = resume(run, again, world, *overrides)
+        assert state == TrainState(step=3, cursor=24)
+        assert digest(again) == saved
+        assert [result.loss for result in train(again, world, range(3, 5))] == losses_after
+        assert digest(again) == golden
+        again.close()
+        found[run.name] = saved
+    print(json.dumps(found))
+
+
+def overrides_of(stage: int, precision: str) -> tuple[int, str]:
+    return stage, f"engine.precision={precision}"
+
+
+def resume(run: RunDir, engine: Engine, world: World, *overrides: str) -> TrainState:
+    found = newest(run, small_config(*overrides), world, data_fingerprint="data")
+    assert found is not None
+    return restore(found, engine)
+
+
+def restore_elsewhere(folder: str) -> None:
+    """Loads every stage's checkpoint into the next stage, on this number of ranks: the same bits after gathering."""
+    world = joined()
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        stage, precision = int(path.name[5]), path.name[7:]
+        other = (stage + 1) % 4
+        engine = engine_at(world, *overrides_of(other, precision))
+        resume(RunDir(path), engine, world, f"engine.zero_stage={other}", f"engine.precision={precision}")
+        found[path.name] = digest(engine)
+        for quantity in engine.shards.quantities:
+            read = read_weights(path / "checkpoints" / "step-000000003", quantity)
+            whole = engine.shards.state_dict(quantity)
+            assert all(torch.equal(whole[name], value) for name, value in read.items())
+        shown(engine)
+        found[f"{path.name} loss"] = [result.loss for result in train(engine, world, range(3, 5))]
+        engine.close()
+        barrier()
+    print(json.dumps(found))
+
+
+def shown(engine: Engine) -> None:
+    """Sampling with an EMA's weights sees those weights, and leaves the network as it was."""
+    clean, sigma = torch.ones(2, 3, 8, 8), torch.ones(2)
+    with torch.no_grad():
+        before = engine.network(clean, sigma)
+        reference = SmallNetwork()
+        dtype = torch.bfloat16 if engine.dtype == torch.bfloat16 else torch.float32
+        reference.load_state_dict(engine.shards.state_dict("ema_0.5"))
+        expected = reference.to(dtype)(clean, sigma)
+        with engine.showing("ema_0.5") as network:
+            assert torch.equal(network(clean, sigma), expected)
+        reference.load_state_dict(engine.shards.state_dict("target"))
+        assert engine.target is not None
+        assert torch.equal(engine.target(clean, sigma), reference.to(dtype)(clean, sigma))
+        assert torch.equal(engine.network(clean, sigma), before)

@@ -1,0 +1,74 @@
+"""What the engine promises over several ranks, on gloo."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+
+def agreed(outputs: list[str]) -> dict:
+    """What every rank printed, which must be the same."""
+    told = [json.loads(output.splitlines()[-1]) for output in outputs]
+    assert all(other == told[0] for other in told)
+    return told[0]
+
+
+def assert_near(found: dict, expected: dict, *, relative: float) -> None:
+    for key, steps in found.items():
+        for step, reference in zip(steps, expected[key], strict=True):
+            assert step == pytest.approx(reference, rel=relative), key
+
+
+def test_every_zero_stage_gives_the_same_losses_on_one_rank_and_on_two() -> None:
+    two = agreed(run_ranks(2, "engine_work:losses", "fp32"))
+    one = agreed(run_ranks(1, "engine_work:losses", "fp32"))
+    for target in ("True", "False"):
+        reference = {f"{stage} {target}": one[f"0 {target}"] for stage in range(4)}
+        assert_near({key: one[key] for key in reference}, reference, relative=1e-5)
+        assert_near({key: two[key] for key in reference}, reference, relative=1e-5)
+
+
+def test_every_zero_stage_clips_alike() -> None:
+    two = agreed(run_ranks(2, "engine_work:losses", "fp32", "engine.gradient_clip=0.05"))
+    assert_near(
+        {f"{s} True": two[f"{s} True"] for s in range(4)},
+        dict.fromkeys((f"{s} True" for s in range(4)), two["0 True"]),
+        relative=1e-5,
+    )
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("bf16", 2**-8), ("fp16", 2**-11)])
+def test_low_precision_gives_the_same_losses_and_norms_in_every_stage_to_its_rounding(
+    precision: str, rounding: float
+) -> None:
+    two = agreed(run_ranks(2, "engine_work:losses", precision, "engine.initial_loss_scale_power=8"))
+    for target in ("True", "False"):
+        reference = dict.fromkeys((f"{stage} {target}" for stage in range(4)), two[f"3 {target}"])
+        assert_near({key: two[key] for key in reference}, reference, relative=rounding)
+
+
+def test_no_bad_loss_or_gradient_reaches_the_weights_and_the_next_step_is_as_if_it_had_not_been() -> None:
+    assert agreed(run_ranks(2, "engine_work:bad_steps")) == "ok"
+
+
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale() -> None:
+    found = agreed(run_ranks(2, "engine_work:overflow"))
+    for stage, results in found.items():
+        applied = [was for was, _ in results]
+        scales = [scale for _, scale in results]
+        skipped = applied.index(True)
+        assert skipped > 0, stage
+        assert scales[: skipped + 1] == [2.0 ** (24 - index) for index in range(skipped + 1)]
+        assert all(applied[skipped:])
+
+
+def test_a_restored_run_ends_in_the_same_bits_and_any_world_and_stage_restores_them(tmp_path: Path) -> None:
+    saved = agreed(run_ranks(2, "engine_work:save_in_every_stage", str(tmp_path)))
+    one = agreed(run_ranks(1, "engine_work:restore_elsewhere", str(tmp_path)))
+    four = agreed(run_ranks(4, "engine_work:restore_elsewhere", str(tmp_path)))
+    for name, digests in saved.items():
+        assert one[name] == digests
+        assert four[name] == digests
+        tolerance = 2**-8 if name.endswith("bf16") else 1e-5
+        assert one[f"{name} loss"] == pytest.approx(four[f"{name} loss"], rel=tolerance)
