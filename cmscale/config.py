@@ -52,6 +52,11 @@ class Diffusion(Section):
         return self
 
 
+def _check_scales(s0: int, s1: int) -> None:
+    if s0 > s1:
+        raise ValueError(f"s0 {s0} must not be above s1 {s1}: the grid grows from s0 to s1 + 1")
+
+
 class EDM(Diffusion):
     """A diffusion model after Karras et al. 2022: the teacher of CD, the start of ECT."""
 
@@ -90,6 +95,11 @@ class CT(_Discrete):
     mu0: Annotated[float, Field(gt=0, lt=1)] = 0.95
     convention: Convention = "paper"
 
+    @model_validator(mode="after")
+    def _growing(self) -> "CT":
+        _check_scales(self.s0, self.s1)
+        return self
+
 
 class ICT(Diffusion):
     """Improved consistency training (Song and Dhariwal 2023)."""
@@ -100,6 +110,11 @@ class ICT(Diffusion):
     p_mean: float = -1.1
     p_std: Positive = 2.0
     huber_c: Positive | None = None
+
+    @model_validator(mode="after")
+    def _growing(self) -> "ICT":
+        _check_scales(self.s0, self.s1)
+        return self
 
 
 class ECT(Diffusion):
@@ -148,14 +163,20 @@ class Model(Section):
         sizes = [self.image_size >> level for level in range(levels)]
         for size in self.attention_resolutions:
             if size not in sizes:
-                raise ValueError(f"attention_resolutions: the network has no level of {size} px, only {sizes}")
+                raise ValueError(
+                    f"attention_resolutions: the network has no level of {size} px, only {sizes}"
+                )
         if self.channels % 32:
-            raise ValueError(f"channels: {self.channels} is no multiple of 32, the groups of the normalisation")
+            raise ValueError(
+                f"channels: {self.channels} is no multiple of 32, the groups of the normalisation"
+            )
         last = len(sizes) - 1  # the smallest level attends in the middle, whatever attention_resolutions says
         for level, multiplier in enumerate(self.channel_multipliers):
             width = multiplier * self.channels
             if (level == last or sizes[level] in self.attention_resolutions) and width % self.head_channels:
-                raise ValueError(f"head_channels {self.head_channels} does not divide {width}, level {level}'s width")
+                raise ValueError(
+                    f"head_channels {self.head_channels} does not divide {width}, level {level}'s width"
+                )
         return self
 
 
@@ -403,7 +424,9 @@ def parse_config(text: str, overrides: list[str] | None = None, *, origin: str =
 
 def dump_config(config: Config) -> str:
     """Every value of a config as YAML, defaults too; `parse_config` gives the same config back."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, default_flow_style=None, width=110)
+    return yaml.safe_dump(
+        json.loads(config.model_dump_json()), sort_keys=False, default_flow_style=None, width=110
+    )
 
 
 def json_schema() -> dict[str, Any]:

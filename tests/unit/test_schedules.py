@@ -100,3 +100,9 @@ def test_each_method_gets_what_its_loss_reads():
     assert (ict.num_scales, ict.target_ema) == (161, None)
     ect = schedules.of_method(ECT(kind="ect", teacher="t"), start, total_steps=100)
     assert (ect.num_scales, ect.stage) == (None, 4)
+
+
+@pytest.mark.parametrize("kind", ["ct", "ict"])
+def test_a_grid_that_would_shrink_is_refused(kind: str):
+    with pytest.raises(ValueError, match="s0 20 must not be above s1 10"):
+        (CT if kind == "ct" else ICT)(kind=kind, s0=20, s1=10)
