@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from webdataset import TarWriter
+from webdataset.writer import TarWriter
 
 from cmscale.data import mds, webdataset
 from cmscale.data.cache import file_sha256

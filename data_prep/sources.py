@@ -39,7 +39,7 @@ class Source:
 
 
 class Reader:
-    """Reads a source in this process; opens it on first use."""
+    """Reads a source in this process; opens it on first use. Close it: LMDB opens a folder but once."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -49,6 +49,11 @@ class Reader:
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), self.source.open())
         return self.source.read(self._handle[1], key)
+
+    def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle and handle[0] == os.getpid() and hasattr(handle[1], "close"):
+            handle[1].close()
 
 
 def sample_key(key: str) -> str:

@@ -1,12 +1,15 @@
 """Owns the way from encoded bytes to pixels: formats by magic bytes, sizes checked before decoding."""
 
 import io
+import warnings
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192: far above any photograph of a data set, far below what fills the memory
+# Pillow warns where `_check_size` refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImage(Exception):
