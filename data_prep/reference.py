@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
+
 import numpy as np
 
 from cmscale.assets import local_file
@@ -61,7 +63,7 @@ def make_reference(
     kept = subset_indices(count, subset)
     with explained(out):
         write_reference(out, reference, _images(dataset, indices=kept.tolist()), num_images=len(kept))
-    return f"{out}: {count} images of {manifest.image_size} px, {extractor.label}, {len(kept)} kept for neighbours"
+    return f"{out}: {count} images of {manifest.image_size} px, {extractor.label}, {len(kept)} kept as arr_0"
 
 
 def _images(
@@ -90,9 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--limit", type=int, metavar="N", help="measure the first N images only")
-    parser.add_argument(
-        "--subset", type=int, default=SUBSET, metavar="N", help="images kept as arr_0 (default: %(default)s)"
-    )
+    parser.add_argument("--subset", type=int, default=SUBSET, metavar="N", help="images kept (%(default)s)")
     given = parser.parse_args(arguments)
     try:
         print(

@@ -129,7 +129,8 @@ class FeatureExtractor:
             raise ValueError(
                 f"images: uint8 [N, 3, H, W] are measured, not {images.dtype} {list(images.shape)}"
             )
-        with torch.inference_mode():
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), exact:  # TF32 would move features by 1e-3, and a CPU's from a GPU's
             chunks = [
                 self._of_chunk(chunk.to(self.device)) for chunk in images.split(_CHUNK[self.device.type])
             ]

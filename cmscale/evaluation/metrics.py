@@ -12,6 +12,8 @@ TORCH_FIDELITY_SEED = (
     2020  # the `rng_seed` with which torch-fidelity draws KID's subsets and shuffles for the IS
 )
 
+_KERNEL_ELEMENTS = 1 << 25  # up to 256 MiB of KID's kernel is computed once for all its subsets
+
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """||m_a - m_b||^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, equation 6).
@@ -55,23 +57,26 @@ def kernel_distance(
     if size < 2:
         raise UserError(f"KID: {size} sample(s); it needs at least 2")
     random = np.random.RandomState(seed)
+    n, m = len(samples), len(reference)
+    whole = None
+    if n * n + n * m + m * m <= _KERNEL_ELEMENTS:
+        whole = _kernel(samples, samples), _kernel(samples, reference), _kernel(reference, reference)
     values = np.empty(subsets)
-    for i in range(subsets):
-        x = samples[random.choice(len(samples), size, replace=False)].astype(np.float64)
-        y = reference[random.choice(len(reference), size, replace=False)].astype(np.float64)
-        values[i] = _mmd(x, y)
+    for number in range(subsets):
+        i, j = random.choice(n, size, replace=False), random.choice(m, size, replace=False)
+        if whole is not None:
+            xx, xy, yy = whole[0][np.ix_(i, i)], whole[1][np.ix_(i, j)], whole[2][np.ix_(j, j)]
+        else:
+            x, y = samples[i], reference[j]
+            xx, xy, yy = _kernel(x, x), _kernel(x, y), _kernel(y, y)
+        within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
+        values[number] = within / (size * (size - 1)) - 2 * xy.sum() / (size * size)
     return float(values.mean()), float(values.std())
 
 
-def _mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased estimate of MMD^2 between equally many x and y."""
-    m, width = x.shape
-    within = 0.0
-    for z in (x, y):
-        kernel = (z @ z.T / width + 1) ** 3
-        within += float(kernel.sum() - np.trace(kernel))
-    across = float(((x @ y.T / width + 1) ** 3).sum())
-    return within / (m * (m - 1)) - 2 * across / (m * m)
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """k(x, y) = (x.y / D + 1)^3 of every pair, float64."""
+    return (x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1) ** 3
 
 
 @dataclass

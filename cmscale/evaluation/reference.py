@@ -112,7 +112,8 @@ def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
         )
     if found.pooled.width != extractor.width:
         raise UserError(
-            f"reference {path}: features of width {found.pooled.width}, {extractor.label} gives {extractor.width}"
+            f"reference {path}: features of width {found.pooled.width}, "
+            f"{extractor.label} gives {extractor.width}"
         )
     return found
 
@@ -251,7 +252,8 @@ def _moments(path: Path, found: dict[str, Any], mean_key: str, covariance_key: s
     mean, covariance = (np.asarray(found[key], dtype=np.float64) for key in (mean_key, covariance_key))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(
-            f"reference {path}: {mean_key} {list(mean.shape)} and {covariance_key} {list(covariance.shape)} don't fit"
+            f"reference {path}: {mean_key} {list(mean.shape)} and {covariance_key} "
+            f"{list(covariance.shape)} don't fit"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"reference {path}: {mean_key} or {covariance_key} holds NaN or infinity")

@@ -76,10 +76,18 @@ class Moments:
     def factor(self) -> np.ndarray:
         """A matrix L [D, rank] with L L^T = covariance; computed once, then kept.
 
-        Eigenvalues within rounding of zero are dropped: a degenerate covariance gives a narrower factor, and
-        its noise never meets a square root, which would blow 1e-16 up to 1e-8.
+        Cholesky's where the covariance is safely positive. Else an eigendecomposition, whose eigenvalues
+        within rounding of zero are dropped: a degenerate covariance gives a narrower factor, and its noise
+        never meets a square root, which would blow 1e-16 up to 1e-8.
         """
-        values, vectors = np.linalg.eigh((self.covariance + self.covariance.T) / 2)
-        floor = max(values[-1], 0.0) * self.width * np.finfo(np.float64).eps
-        kept = values > floor
+        covariance = (self.covariance + self.covariance.T) / 2
+        rounding = self.width * np.finfo(np.float64).eps
+        try:
+            lower = np.linalg.cholesky(covariance)
+            if lower.diagonal().min() ** 2 > np.trace(covariance) * rounding:
+                return lower
+        except np.linalg.LinAlgError:
+            pass  # not positive: the other way
+        values, vectors = np.linalg.eigh(covariance)
+        kept = values > max(values[-1], 0.0) * rounding
         return vectors[:, kept] * np.sqrt(values[kept])

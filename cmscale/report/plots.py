@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.ticker
@@ -16,7 +17,7 @@ INK = "#010203"  # stands for the page's text colour; becomes `currentColor`
 ACCENT = "#2f6fdb"
 SECOND = "#d9722b"
 COLOURS = (ACCENT, SECOND, "#2a9d76", "#9a5fc4", "#c2456b", "#7f8a99")
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.0,

@@ -9,6 +9,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from cmscale.errors import UserError
+from cmscale.evaluation import metrics
 from cmscale.evaluation.metrics import (
     InceptionScoreSums,
     frechet_distance,
@@ -60,6 +61,7 @@ def test_fid_equals_torch_fidelitys(pair) -> None:
     )  # 1e-6: the roots of torch-fidelity's eigenvalues near 0
 
 
+@pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")  # degenerate on purpose
 def test_fid_equals_adms_definition(pair) -> None:
     (m, a), (n, b) = (
         (part.astype("f8").mean(axis=0), np.cov(part.astype("f8"), rowvar=False)) for part in pair
@@ -88,7 +90,9 @@ def test_features_of_another_width_are_refused() -> None:
         _fid(_features(20, 8, seed=1), _features(20, 9, seed=1))
 
 
-def test_kid_equals_torch_fidelitys_mean_and_deviation(pair) -> None:
+@pytest.mark.parametrize("kernel_elements", [0, 1 << 25], ids=["kernel a subset", "kernel once"])
+def test_kid_equals_torch_fidelitys_mean_and_deviation(pair, kernel_elements: int, monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "_KERNEL_ELEMENTS", kernel_elements)
     size = min(25, *map(len, pair))
     mean, deviation = kernel_distance(*pair, subset_size=size)
     theirs = kid_features_to_metric(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BlockStore
-from cmscale.evaluation.features import FeatureExtractor
+from cmscale.evaluation.features import FeatureExtractor, build_features
 from cmscale.evaluation.images import open_images
 from cmscale.evaluation.measure import image_blocks, left_out, measure
 from cmscale.evaluation.reference import (
@@ -21,6 +21,8 @@ from cmscale.evaluation.reference import (
 )
 from cmscale.evaluation.result import EvaluationResult, Metric, combine, score_name
 from cmscale.manifests import read_document
+from data_prep.prepare import main as prepare
+from data_prep.reference import main as command
 
 
 class _Projection(torch.nn.Module):
@@ -67,6 +69,28 @@ def test_a_written_reference_reads_back_whole_and_adms_reader_understands_it(ref
     assert np.array_equal(again.subset, reference.subset)
     assert (again.count, again.preprocess, again.features) == (140, "adm", "inception")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_measures_a_prepared_data_set(tmp_path, capsys) -> None:
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(IMAGES[:12]):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number:05d}.png")
+    dataset, out = tmp_path / "dataset", tmp_path / "reference.npz"
+    source = ["--source", f"folder:{tmp_path / 'images'}", "--format", "mds", "--image-size", "8"]
+    assert prepare([*source, "--encoding", "png", "--out", str(dataset)]) == 0
+    arguments = ["--features", "efficientnet", "--device", "cpu", "--subset", "7", "--out", str(out)]
+    assert command([str(dataset), *arguments]) == 0
+    assert "12 images of 8 px, efficientnet_lite0, 7 kept as arr_0" in capsys.readouterr().out
+    extractor = build_features("efficientnet")
+    found = read_reference(out, extractor)
+    assert (found.count, found.features, found.preprocess) == (12, "efficientnet_lite0", "adm")
+    images = torch.from_numpy(IMAGES[:12]).permute(0, 3, 1, 2).contiguous()
+    np.testing.assert_allclose(
+        found.pooled.mean, extractor(images)["pooled"].mean(axis=0), rtol=1e-5, atol=1e-6
+    )
+    assert measure(image_blocks(IMAGES[:12], extractor), num_samples=12, reference=found)["fid"] < 1e-6
+    assert command([str(tmp_path / "absent"), *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_adms_npz_gives_the_features_of_its_images(tmp_path) -> None:
