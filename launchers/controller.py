@@ -15,7 +15,7 @@ from submitit.local.local import Controller, LocalJobEnvironment
 from cmscale.rundir import RunDir
 from launchers.outcome import attempt_folder, write_json
 
-PEERS_SECONDS = 5.0  # what peers get to say the same (a config that every rank refuses) before they are ended
+PEERS_SECONDS = 2.0  # what peers get to say the same (a config that every rank refuses) before they are ended
 _PR_SET_PDEATHSIG = 1
 
 

@@ -1,0 +1,102 @@
+"""The configs in configs/: short, strict, the paper's numbers; and no leaf of the config that nothing reads."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmscale.config import Slurm, accumulation_steps, dump_config, known_keys, parse_config, read_config
+from launchers.plan import Plan, describe_training
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((CHECKOUT / "configs").glob("*.yaml"))
+LSUN = [path for path in CONFIGS if path.name.startswith("lsun_")]
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.stem for path in paths]
+
+
+def test_every_promised_lsun_config_is_there():
+    kinds = {"bedroom": ("edm", "cd_lpips", "cd_l2", "ct"), "cat": ("edm", "cd_lpips", "ct")}
+    assert set(names(LSUN)) == {f"lsun_{cat}_{kind}" for cat, of_cat in kinds.items() for kind in of_cat}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+def test_config_is_at_most_40_lines_and_survives_being_written_out(path: Path):
+    assert len(path.read_text().splitlines()) <= 40
+    config = read_config(path)
+    assert parse_config(dump_config(config)) == config
+
+
+@pytest.mark.parametrize("path", LSUN, ids=names(LSUN))
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8])
+def test_lsun_config_divides_over_nodes_of_eight_gpus(path: Path, nodes: int):
+    config = read_config(path)
+    plan = Plan("slurm", nodes, 8, True, None, 60, Slurm())
+    assert accumulation_steps(config, num_ranks=plan.num_ranks) * plan.num_ranks * 4 == 2048
+    assert "images" in describe_training(plan, config, root=Path("run"))
+
+
+@pytest.mark.parametrize("path", LSUN, ids=names(LSUN))
+def test_lsun_config_has_the_papers_numbers(path: Path):
+    config = read_config(path)
+    method = config.method
+    steps = {"cd": 600_000, "ct": 1_000_000, "edm": 600_000 if "bedroom" in path.name else 300_000}
+    assert config.train.total_steps == steps[method.kind]
+    assert config.train.global_batch_size == 2048
+    assert config.optimizer.learning_rate == (1e-4 if method.kind == "edm" else 1e-5)
+    assert (config.optimizer.kind, config.optimizer.weight_decay, config.optimizer.warmup_steps) == (
+        "radam",
+        0.0,
+        0,
+    )
+    assert config.model.dropout == (0.1 if method.kind == "edm" else 0.0)
+    assert (method.sigma_data, method.sigma_min, method.sigma_max, method.rho) == (0.5, 0.002, 80.0, 7.0)
+    assert config.ema.rates[0] == 0.999943
+    assert (config.engine.precision, config.data.flip) == ("fp16", True)
+    if method.kind == "cd":
+        assert (method.num_scales, method.solver, method.target_ema) == (40, "heun", 0.95)
+        assert method.distance == ("l2" if path.stem.endswith("l2") else "lpips")
+    if method.kind == "ct":
+        assert (method.s0, method.s1, method.mu0, method.convention) == (2, 150, 0.95, "paper")
+    model = config.model
+    assert (model.image_size, model.channels, model.channel_multipliers) == (256, 256, (1, 1, 2, 2, 4, 4))
+    assert (model.num_res_blocks, model.attention_resolutions, model.head_channels) == (2, (32, 16, 8), 64)
+    assert (model.resblock_updown, model.scale_shift_norm, model.num_classes) == (True, False, None)
+
+
+def _leaves_of(tree: dict, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        found |= (
+            _leaves_of(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+def test_an_override_reaches_every_leaf(path: Path):
+    leaves = _leaves_of(yaml.safe_load(dump_config(read_config(path))))
+    for key, value in leaves.items():
+        written = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+        assert parse_config(path.read_text(), [f"{key}={written}"]) == read_config(path), key
+
+
+def test_every_leaf_is_read_by_the_code():
+    """By name, as an attribute or through getattr, outside of the models that declare it."""
+    read: set[str] = set()
+    files = [
+        file for folder in ("cmscale", "launchers", "data_prep") for file in (CHECKOUT / folder).rglob("*.py")
+    ]
+    for file in files:
+        if file == CHECKOUT / "cmscale" / "config.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+                read |= {part.value for part in node.args if isinstance(part, ast.Constant)}
+    unread = [key for key in known_keys() if key.rpartition(".")[2] not in read]
+    assert unread == []
