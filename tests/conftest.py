@@ -23,7 +23,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL `s3://BUCKET` of a fresh bucket; endpoint and credentials are in the environment (children inherit it)."""
+    """The URL `s3://BUCKET` of a fresh bucket; endpoint and credentials are in the environment."""
     import boto3
 
     for name, value in {
