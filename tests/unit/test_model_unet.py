@@ -147,3 +147,16 @@ def test_labels_must_be_given_where_and_only_where_there_are_classes():
         build_unet(with_classes)(x, c_noise)
     with pytest.raises(UserError, match="num_classes is not set"):
         build_unet(without)(x, c_noise, labels=labels)
+
+
+@pytest.mark.slow
+def test_the_whole_lsun_256_network_makes_a_forward_pass_at_256_px():
+    network = build_unet(LSUN_256).eval()
+    with torch.inference_mode():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
+        output = network(torch.randn(1, 3, 256, 256), torch.tensor([1095.5]))
+    assert output.shape == (1, 3, 256, 256)
+    assert torch.isfinite(output).all()
+    assert output.std() > 0.01
