@@ -38,6 +38,11 @@ class Watchdog:
         self._pipe = self._process.stdin.fileno()
         os.set_blocking(self._pipe, False)  # a watch that hangs must not hold the rank
 
+    @property
+    def pid(self) -> int:
+        """The watching process."""
+        return self._process.pid
+
     def beat(self, step: int) -> None:
         """Says that the rank lives, at a step; starts the limit anew."""
         with contextlib.suppress(BlockingIOError, BrokenPipeError):

@@ -56,7 +56,7 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
 
 
 def verify_checkpoint(url: str | Path) -> list[str]:
-    """What is wrong with a checkpoint, one line each naming the file; empty where all is as it was written."""
+    """What is wrong with a checkpoint, one line each naming the file; none where it is as written."""
     storage = open_storage(url)
     try:
         manifest = read_manifest(storage)

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 from small import SmallNetwork, joined, micro_losses, point_at, small_config, train
 
@@ -64,12 +65,9 @@ def bad_steps() -> None:
         train(engine, world, range(2))
         before = digest(engine)
         on_last_rank = world.rank == world.num_ranks - 1
-        try:
+        with pytest.raises(NonFiniteLoss) as raised:
             engine.step(micro_losses(engine, 7, world, spoil=lambda i: i == 0 and on_last_rank), 1e-2)  # noqa: B023
-            raise AssertionError("a NaN loss was applied")
-        except NonFiniteLoss as error:
-            assert error.step == 2
-            assert error.ranks == [world.num_ranks - 1]
+        assert (raised.value.step, raised.value.ranks) == (2, [world.num_ranks - 1])
         assert digest(engine) == before
 
         def nan_gradient() -> torch.Tensor:
@@ -97,7 +95,9 @@ def allow_fp16() -> None:
     from cmscale.engine import settings
 
     settings.check_precision = lambda config, device: None
-    get_accelerator().is_fp16_supported = lambda: True
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    accelerator.is_fp16_supported = lambda: True
 
 
 def overflow() -> None:
@@ -121,18 +121,10 @@ def overflow() -> None:
 
 
 def save_in_every_stage(folder: str) -> None:
-    """Trains five steps in each stage, saving after three; an engine restored from there ends in the same bits."""
+    """Trains five steps in each stage, saving after three; an engine restored there ends in the same bits."""
     world = joined()
     found = {}
-    for stage, precision in (
-        (0, "fp32"),
-        (1, "fp32"),
-        (2, "fp32"),
-        (3, "fp32"),
-        (0, "bf16"),
-        (2, "bf16"),
-        (3, "bf16"),
-    ):
+    for stage, precision in (*((stage, "fp32") for stage in range(4)), (0, "bf16"), (2, "bf16"), (3, "bf16")):
         run = RunDir(Path(folder) / f"stage{stage}-{precision}")
         overrides = (f"engine.zero_stage={stage}", f"engine.precision={precision}")
         config = small_config(*overrides)
@@ -170,7 +162,7 @@ def resume(run: RunDir, engine: Engine, world: World, *overrides: str) -> TrainS
 
 
 def restore_elsewhere(folder: str) -> None:
-    """Loads every stage's checkpoint into the next stage, on this number of ranks: the same bits after gathering."""
+    """Loads every stage's checkpoint into the next stage, on these ranks: the same bits after gathering."""
     world = joined()
     found = {}
     for path in sorted(Path(folder).iterdir()):

@@ -56,7 +56,7 @@ def run_ranks(num_ranks: int, function: str, *arguments: Any, timeout: float = 2
 
 
 def wait(ranks: list[Rank], *, timeout: float) -> list[int]:
-    """Waits until all have ended well, or one has not; kills the rest. The ranks that failed by themselves."""
+    """Waits until all have ended well, or one has not; kills the rest. Who failed by itself."""
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:

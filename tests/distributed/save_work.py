@@ -1,0 +1,89 @@
+"""Owns what a rank does in the tests that kill it: training's saves alone, without DeepSpeed, dying at a named point."""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from flat_state import StandIn, flat_config, ranks_of
+
+from cmscale.engine import checkpoint
+from cmscale.manifests import TrainState
+from cmscale.rundir import RunDir
+from cmscale.world import World
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after(action: Callable[..., Any]) -> Callable[..., Any]:
+    def acts_then_dies(*arguments: Any, **more: Any) -> None:
+        action(*arguments, **more)
+        die()
+
+    return acts_then_dies
+
+
+def renamed_then_dies(path: Path, target: Path) -> Path:
+    os.rename(path, target)
+    die()
+    return target
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "before the file": lambda: setattr(checkpoint, "save_file", die),
+    "before the record": lambda: setattr(checkpoint, "record", die),
+    "after the record": lambda: setattr(checkpoint, "record", after(checkpoint.record)),
+    "before the manifest": lambda: setattr(checkpoint, "write_manifest", die),
+    "after the manifest": lambda: setattr(checkpoint, "write_manifest", after(checkpoint.write_manifest)),
+    "after the rename": lambda: setattr(Path, "rename", renamed_then_dies),
+    "before removal": lambda: setattr(shutil, "rmtree", die),
+}
+
+
+ON_RANK_1 = ("before the file", "before the record", "after the record")
+CASES = (*((0, point) for point in POINTS), *((1, point) for point in ON_RANK_1))
+
+
+def run_of(folder: str, rank: int, point: str) -> RunDir:
+    return RunDir(Path(folder) / f"{rank} {point}")
+
+
+def save_at_every_point(folder: str) -> None:
+    """For every case a run with step 10 saved, then two ranks that save step 20, one of which is killed there."""
+    for dying_rank, point in CASES:
+        run = run_of(folder, dying_rank, point)
+        generation = checkpoint.claim_generation(run)
+        save(run, World(), generation, step=10)
+        ranks = [
+            _forked(run, world, generation, point if world.rank == dying_rank else None)
+            for world in ranks_of(2)
+        ]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
+        assert codes[dying_rank] == -signal.SIGKILL, (point, codes)
+        assert codes[1 - dying_rank] == 0, (point, codes)
+
+
+def _forked(run: RunDir, world: World, generation: int, point: str | None) -> int:
+    """A forked rank: starting Python anew for every case would take most of the time."""
+    process = os.fork()
+    if process == 0:
+        if point is not None:
+            POINTS[point]()
+        save(run, world, generation, step=20)
+        os._exit(0)
+    return process
+
+
+def save(run: RunDir, world: World, generation: int, *, step: int) -> None:
+    config = flat_config("engine.collective_timeout_minutes=0.02")
+    writer = checkpoint.Checkpoints(run, config, world, generation=generation, data_fingerprint="data")
+    state = StandIn(world.rank, world.num_ranks, seed=step)
+    writer.save(TrainState(step=step, cursor=8 * step), state)  # pyright: ignore[reportArgumentType]
+    writer.wait()

@@ -1,0 +1,36 @@
+"""A rank killed at any named point of a save leaves the old checkpoint or the new one, never a mix."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from save_work import CASES, run_of
+
+from cmscale.engine import checkpoint, resume
+from cmscale.engine.weights import verify_checkpoint
+from cmscale.world import World
+
+from flat_state import StandIn, flat_config  # isort: skip (found through save_work)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folders that the killed saves left, one a case."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    run_ranks(1, "save_work:save_at_every_point", folder)
+    return folder
+
+
+@pytest.mark.parametrize(("rank", "point"), CASES)
+def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(runs: str, rank: int, point: str) -> None:
+    run = run_of(runs, rank, point)
+    checkpoint.claim_generation(run)
+    assert all(verify_checkpoint(folder) == [] for folder in run.checkpoints.iterdir())
+    found = resume.newest(run, flat_config(), World(), data_fingerprint="data")
+    assert found is not None
+    is_new = point in ("after the rename", "before removal") or (rank, point) == (1, "after the record")
+    assert found.manifest.state.step == (20 if is_new else 10)
+    engine = StandIn(0, 1, seed=0)
+    resume.restore(found, engine)  # pyright: ignore[reportArgumentType]
+    written = StandIn(0, 1, seed=found.manifest.state.step)
+    for quantity in engine.shards.quantities:
+        assert torch.equal(engine.shards.local(quantity), written.whole[quantity])

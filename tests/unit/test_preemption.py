@@ -1,0 +1,57 @@
+"""Requests to leave: seen once, whichever signal brings them."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from cmscale.engine.preemption import Preemption
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Preemption]:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    preemption = Preemption.install()
+    yield preemption
+    preemption.uninstall()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_is_a_request_to_leave(installed: Preemption, number: signal.Signals) -> None:
+    assert not installed.requested()
+    os.kill(os.getpid(), number)
+    assert installed.requested()
+    assert installed.why == number.name
+
+
+def test_signals_that_come_twice_are_one_request(installed: Preemption) -> None:
+    for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert installed.requested()
+    assert installed.why == "SIGTERM"
+
+
+def test_a_continued_process_is_not_asked_to_leave(installed: Preemption) -> None:
+    os.kill(os.getpid(), signal.SIGCONT)
+    assert not installed.requested()
+
+
+def test_the_second_ctrl_c_interrupts(installed: Preemption) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_under_slurm_ctrl_c_is_left_to_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    before = signal.getsignal(signal.SIGINT)
+    preemption = Preemption.install()
+    assert signal.getsignal(signal.SIGINT) is before
+    preemption.uninstall()
+
+
+def test_the_signals_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    Preemption.install().uninstall()
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,52 @@
+"""Owns a process that the watchdog's tests hang: it beats three times, then does what its name says."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from flat_state import flat_config
+
+from cmscale.engine.watchdog import Watchdog
+from cmscale.rundir import RunDir
+from cmscale.world import World
+
+
+def hold_the_gil() -> None:
+    import ctypes
+
+    ctypes.PyDLL(None).pause()  # a PyDLL call keeps the GIL
+
+
+def main() -> None:
+    how, folder, minutes = sys.argv[1:]
+    watchdog = Watchdog(
+        RunDir(Path(folder)),
+        flat_config(f"engine.step_timeout_minutes={minutes}"),
+        World(rank=3, num_ranks=4),
+    )
+    print(watchdog.pid, flush=True)
+    for step in range(3):
+        watchdog.beat(step)
+    match how:
+        case "waits":
+            threading.Event().wait()
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Event().wait()
+        case "gil":
+            hold_the_gil()
+        case "beats":
+            until = time.monotonic() + 4 * 60 * float(minutes)
+            while time.monotonic() < until:
+                watchdog.beat(5)
+                threading.Event().wait(0.02)
+            watchdog.stop()
+        case "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
