@@ -1,12 +1,10 @@
 """The `cmscale` command: what people type, turned into calls; a user's mistake is one line and exit status 2."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -30,16 +28,10 @@ DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto
 def main() -> None:
     """Entry point: exit status 2 for a user's mistake, 1 for a fault."""
     try:
-        status = app(standalone_mode=False)
+        app()  # exits by itself, with 2 where the command line is wrong
     except UserError as error:
         print(f"cmscale: {error}", file=sys.stderr)
-        status = 2
-    except click.exceptions.Abort:
-        status = 130
-    except click.ClickException as error:
-        error.show()
-        status = 2
-    sys.exit(status or 0)
+        sys.exit(2)
 
 
 def _step(text: str) -> int | None:
@@ -289,5 +281,4 @@ def schema() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     main()

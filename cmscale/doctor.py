@@ -35,7 +35,8 @@ def findings() -> Iterator[tuple[str, str]]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
     yield "CUDA devices", f"{count} ({names})" if count else "none; engine.device=auto takes the CPU"
-    yield "attention", ", ".join(f"{choose_attention("auto", torch.device(kind))} on {kind}" for kind in ("cpu", *["cuda"] * bool(count)))
+    for kind in ["cpu", "cuda"][: 2 if count else 1]:
+        yield f"attention on {kind}", choose_attention("auto", torch.device(kind))
     yield "processors", str(len(os.sched_getaffinity(0)))
     yield "Slurm", shutil.which("sbatch") or "no sbatch on the PATH; launchers run jobs on this machine"
     yield "S3 endpoint", os.environ.get("AWS_ENDPOINT_URL", "Amazon's (AWS_ENDPOINT_URL is not set)")

@@ -4,6 +4,7 @@ The blocks are committed one by one, so an evaluation that is killed or preempte
 number of ranks, with the same result.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ def _evaluate_one(
         todo = worlds.from_main(store.missing())
         mine = todo[world.rank :: world.num_ranks]
         label = f"{step_name(source.step)} seed {seed}"
-        for block in track(mine, description=label, disable=not world.is_main, transient=True):
+        for block in track(mine, description=label, disable=not (world.is_main and sys.stderr.isatty())):
             if preemption.flagged:
                 break
             store.commit(block, bench.extractor(_draw_block(source, denoise, draw, block, device=world.device)))

@@ -5,7 +5,10 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("steady", deadline=None, derandomize=True)  # tests promise results, not times
+settings.load_profile("steady")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

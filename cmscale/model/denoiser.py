@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmscale.config import EDM, Method
+from cmscale.config import ECT, EDM, Method
 
 Raw = Callable[..., Tensor]
 
@@ -76,8 +76,11 @@ class ConsistencyDenoiser:
 
 
 def denoiser_for(method: Method, raw: Raw) -> EDMDenoiser | ConsistencyDenoiser:
-    """The denoiser that a method trains and samples."""
-    if isinstance(method, EDM):
+    """The denoiser that a method trains and samples.
+
+    ECT keeps its teacher's preconditioning: its times go below eps, and it starts exactly at the teacher.
+    """
+    if isinstance(method, EDM | ECT):
         return EDMDenoiser(raw, sigma_data=method.sigma_data)
     return ConsistencyDenoiser(raw, sigma_data=method.sigma_data, sigma_min=method.sigma_min)
 

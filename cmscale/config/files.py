@@ -1,0 +1,151 @@
+"""Owns configs as text: strict YAML, `key=value` overrides, and mistakes explained in one line."""
+
+import difflib
+import json
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cmscale.config.models import Config, Section
+from cmscale.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, with 1e-4 a number (as YAML 1.2 has it), and a key given twice refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"config: {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides (values in YAML: `[1,2]`, `null`, `1e-4`).
+
+    Raises:
+        UserError: no such file, not YAML, or a key or value that is not allowed; one line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: can't be read ({error})") from None
+    return parse_config(text, overrides, origin=str(path))
+
+
+def parse_config(text: str, overrides: list[str] | None = None, *, origin: str = "config") -> Config:
+    """`read_config` of a text; `origin` names it in messages."""
+    tree = _parse_yaml(text, origin)
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin}: must hold sections (method, model, data, ...), not {type(tree).__name__}")
+    for override in overrides or []:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """Every value of a config as YAML, defaults too; `parse_config` gives the same config back."""
+    return yaml.safe_dump(
+        json.loads(config.model_dump_json()), sort_keys=False, default_flow_style=None, width=110
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors."""
+    return Config.model_json_schema()
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not YAML: {error}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write it as key=value, for example train.seed=1")
+    if key not in known_keys():
+        raise UserError(f"override {override!r}: unknown key{_nearest(key)}")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {section} is not a section in the file")
+    tree[leaf] = _parse_yaml(text, f"override {override!r}") if text else None
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's errors as one line: key, what was given, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    kinds = {"edm", "cd", "ct", "ict", "ect"}
+    path = [str(part) for index, part in enumerate(first["loc"]) if not (index == 1 and part in kinds)]
+    key = ".".join(path)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    match first["type"]:
+        case "extra_forbidden" if key in known_keys():
+            return f"{key}: not a key of this method.kind ({first['loc'][1]}){more}"
+        case "extra_forbidden":
+            return f"{key}: unknown key{_nearest(key)}{more}"
+        case "missing":
+            return f"{key}: is missing and has no default{more}"
+        case "union_tag_not_found":
+            return f"{key}.kind: is missing; one of edm, cd, ct, ict, ect{more}"
+        case "union_tag_invalid":
+            return f"{key}.kind: got {first['ctx'].get('tag')!r}; allowed: {first['ctx'].get('expected_tags')}{more}"
+        case "value_error":
+            return f"{key}: {first['ctx']['error']}{more}"
+        case _:
+            given = first["input"]
+            simple = given is None or isinstance(given, (int, float, str, list, tuple))
+            shown = repr(given) if simple else type(given).__name__
+            return f"{key}: got {shown}; {first['msg'].replace('Input should', 'it should')}{more}"
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key that a config may hold, all kinds of method included."""
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        sections = [part for part in _alternatives(field.annotation) if _is_section(part)]
+        for section in sections:
+            found += [key for key in known_keys(section, f"{prefix}{name}.") if key not in found]
+        if not sections:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [part for arg in get_args(annotation) for part in _alternatives(arg)]
+    return [annotation]
+
+
+def _is_section(part: Any) -> bool:
+    return isinstance(part, type) and issubclass(part, Section)

@@ -1,0 +1,150 @@
+"""Promises of the config: strict, explained in one line, complete, and fingerprinted by what moves the losses."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmscale.config import (
+    accumulation_steps,
+    differences,
+    dump_config,
+    json_schema,
+    known_keys,
+    leaves,
+    parse_config,
+    read_config,
+    trajectory,
+)
+from cmscale.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TEXT = """
+method: {kind: ct}
+model: {image_size: 32, channels: 32, channel_multipliers: [1, 2], num_res_blocks: 1}
+data: {path: s3://bucket/data}
+optimizer: {learning_rate: 1e-4}
+train: {total_steps: 10, global_batch_size: 8, micro_batch_size: 2}
+"""
+
+
+def test_a_dumped_config_is_the_same_config() -> None:
+    config = parse_config(TEXT)
+    again = parse_config(dump_config(config))
+    assert again == config
+    assert again.fingerprint() == config.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.sed=1", ["train.sed", "did you mean train.seed"]),
+        ("train.seed=-1", ["train.seed", "-1", "greater than or equal to 0"]),
+        ("train.seed=one", ["train.seed", "'one'", "integer"]),
+        ("model.channels=1.5", ["model.channels", "1.5", "integer"]),
+        ("model.image_size=31", ["model", "31"]),
+        ("model.attention_resolutions=[4]", ["attention_resolutions", "4 px"]),
+        ("method.kind=magic", ["method.kind", "magic", "'ct'"]),
+        ("method.solver=heun", ["method.solver", "ct"]),
+        ("engine.precision=fp8", ["engine.precision", "fp8", "bf16"]),
+        ("train.seed", ["train.seed", "key=value"]),
+        ("data.path=", ["data.path", "None"]),
+        ("train.seed=[", ["train.seed", "not YAML"]),
+        ("method.sigma_min=90", ["method", "90", "80"]),
+        ("optimizer.learning_rate=.inf", ["optimizer.learning_rate"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_key_value_and_cure(override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(TEXT, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (TEXT + "more: 1\n", "more: unknown key"),
+        (TEXT + "train: {}\n", "given twice"),
+        (TEXT.replace("data: {path: s3://bucket/data}\n", ""), "data: is missing"),
+        ("- a\n- b\n", "must hold sections"),
+        ("method: [\n", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_in_one_line(text: str, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(text)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent.yaml: no such file"):
+        read_config(tmp_path / "absent.yaml")
+
+
+def test_scientific_notation_is_a_number_as_people_write_it() -> None:
+    assert parse_config(TEXT, ["optimizer.learning_rate=3e-5"]).optimizer.learning_rate == 3e-5
+    assert parse_config(TEXT, ["optimizer.eps=1.5e-7"]).optimizer.eps == 1.5e-7
+
+
+def test_overrides_reach_every_leaf() -> None:
+    """Each known key is taken as an override by some kind of method, with the value that its default has."""
+    unreached = set(known_keys())
+    for kind in json_schema()["properties"]["method"]["discriminator"]["mapping"]:
+        more = ["method.teacher=runs/teacher"] if "method.teacher" in known_keys() and kind in _with_teacher() else []
+        config = parse_config(TEXT, [f"method.kind={kind}", *more])
+        for key, value, _ in leaves(config):
+            shown = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+            assert parse_config(TEXT, [f"method.kind={kind}", *more, f"{key}={shown}"]) == config, key
+            unreached.discard(key)
+    assert unreached == set()
+
+
+def _with_teacher() -> set[str]:
+    schema = json_schema()
+    mapping = schema["properties"]["method"]["discriminator"]["mapping"]
+    names = {kind: reference.rsplit("/", 1)[1] for kind, reference in mapping.items()}
+    return {kind for kind, name in names.items() if "teacher" in schema["$defs"][name]["properties"]}
+
+
+def test_every_leaf_is_read_by_the_code() -> None:
+    """A leaf's name occurs as an attribute (or a string of getattr) somewhere outside the config's own models."""
+    read: set[str] = set()
+    for folder in ("cmscale", "launchers", "data_prep"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    read.add(node.attr)
+    unread = [key for key in known_keys() if key.rsplit(".", 1)[1] not in read]
+    assert unread == []
+
+
+def test_the_fingerprint_is_of_what_moves_the_losses() -> None:
+    config = parse_config(TEXT)
+    same = ["train.log_every=7", "engine.zero_stage=3", "data.path=elsewhere", "train.micro_batch_size=1"]
+    other = ["train.seed=1", "method.mu0=0.9", "train.global_batch_size=16", "train.total_steps=20"]
+    assert all(parse_config(TEXT, [override]).fingerprint() == config.fingerprint() for override in same)
+    assert all(parse_config(TEXT, [override]).fingerprint() != config.fingerprint() for override in other)
+    changed = parse_config(TEXT, ["train.seed=1"])
+    assert differences(trajectory(config), trajectory(changed)) == ["train.seed: 0 -> 1"]
+
+
+def test_edm_may_train_longer_after_a_resume() -> None:
+    short, long = (parse_config(TEXT, ["method.kind=edm", f"train.total_steps={steps}"]) for steps in (10, 20))
+    assert short.fingerprint() == long.fingerprint()
+
+
+@given(ranks=st.integers(1, 64), micro=st.integers(1, 16), accumulation=st.integers(1, 16))
+def test_accumulation_is_what_makes_the_global_batch(ranks: int, micro: int, accumulation: int) -> None:
+    batch = ranks * micro * accumulation
+    config = parse_config(TEXT, [f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}"])
+    assert accumulation_steps(config, num_ranks=ranks) == accumulation
+    if ranks * micro > 1:
+        odd = parse_config(TEXT, [f"train.global_batch_size={batch + 1}", f"train.micro_batch_size={micro}"])
+        with pytest.raises(UserError, match="not divisible"):
+            accumulation_steps(odd, num_ranks=ranks)
