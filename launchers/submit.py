@@ -35,10 +35,15 @@ def main(arguments: list[str]) -> int:
         "--resume", metavar="RUN", help="continue a run: its folder, or its name in --runs-dir"
     )
     parser.add_argument(
+        "--fresh", action="store_true", help="with --resume: start anew if no checkpoint can be loaded"
+    )
+    parser.add_argument(
         "items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file; overrides of its keys"
     )
     flags = parser.parse_intermixed_args(arguments)
     file, overrides = split_items(flags.items)
+    if flags.fresh and not flags.resume:
+        raise UserError("--fresh: a new run is fresh anyway; it goes with --resume")
     if flags.resume:
         if flags.name:
             raise UserError(f"--name {flags.name}: a run that is resumed keeps its name; leave it out")
@@ -67,7 +72,7 @@ def main(arguments: list[str]) -> int:
     else:
         create_run(run, config)
         refuse_if_running(run, WORKER)
-    status = launch(WORKER, (str(run.root),), run=run, plan=plan, wait=flags.wait)
+    status = launch(WORKER, (str(run.root), flags.fresh), run=run, plan=plan, wait=flags.wait)
     print(f"run: {run.root}", flush=True)
     return status
 

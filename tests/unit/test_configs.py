@@ -1,4 +1,4 @@
-"""The configs in configs/: short, strict, the paper's numbers; and no leaf of the config that nothing reads."""
+"""The configs in configs/: short, strict, the paper's numbers; and no leaf that nothing reads."""
 
 import ast
 from pathlib import Path

@@ -94,6 +94,7 @@ def test_cpu_ranks_ask_slurm_for_no_gpus(tmp_path: Path, config_file: Path):
         ([], "no config given"),
         (["CONFIG", "CONFIG"], "one config at a time"),
         (["--name", "../up", "CONFIG"], "--name '../up'"),
+        (["--fresh", "CONFIG"], "--fresh: a new run is fresh anyway"),
         (["--resume", "nobody"], "--resume nobody: no run there"),
         (["CONFIG", "data.path=nodata"], "no such folder"),
         (["CONFIG", "model.image_size=16"], "images of 8 px, model.image_size is 16"),

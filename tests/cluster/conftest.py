@@ -1,0 +1,38 @@
+"""Owns the testbed that the tests of this folder share: a real Slurm of two nodes on this machine."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+TESTBED = CHECKOUT / "ops" / "slurm_testbed"
+
+
+@pytest.fixture(scope="session")
+def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The testbed's slurm.conf; it goes down with the session."""
+    if os.geteuid() != 0:
+        pytest.skip("the Slurm testbed needs root")
+    if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        pytest.skip("no Slurm here (apt-get install slurmctld slurmd slurm-client munge)")
+    folder = tmp_path_factory.mktemp("testbed")
+    environment = {**os.environ, "TESTBED_DIR": str(folder)}
+    up = subprocess.run(
+        [TESTBED / "up.sh", "2"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert up.returncode == 0, up.stderr
+    yield folder / "slurm.conf"
+    subprocess.run([TESTBED / "down.sh"], env=environment, check=True)
+
+
+@pytest.fixture
+def slurm(testbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The testbed in this test's environment, its queue empty before and after."""
+    monkeypatch.setenv("SLURM_CONF", str(testbed))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    yield testbed
+    subprocess.run(["scancel", "--user=root"], check=True)

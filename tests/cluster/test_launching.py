@@ -1,0 +1,235 @@
+"""Jobs on a real Slurm: ranks, preemption, time limits, cancellation, killed ranks, restarts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cmscale.config import Slurm
+from cmscale.rundir import RunDir
+from launchers.outcome import newest_step, read_json
+from launchers.plan import Plan
+from launchers.slurm import run_slurm, script_text, wait_for_end
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+SUBMISSION = "one"
+
+
+def submit(run: RunDir, *, total_steps: int, how: str, minutes: int = 60, slurm: Slurm | None = None) -> None:
+    """A job of two nodes, one rank on each."""
+    run.logs.mkdir(parents=True)
+    plan = Plan("slurm", 2, 1, False, "low", minutes, slurm or Slurm(cpus_per_task=2, signal_seconds=5))
+    args = (str(run.root), total_steps, how)
+    assert run_slurm("cluster_worker:main", args, run=run, plan=plan, submission=SUBMISSION, wait=False) == 0
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.1)
+
+
+def job_id(run: RunDir) -> str:
+    return (read_json(run.logs / "submissions" / SUBMISSION / "job.json") or {})["job_id"]
+
+
+def attempts(run: RunDir) -> list[str]:
+    """How the starts of the job ended, in order."""
+    file = run.logs / "submissions" / SUBMISSION / "attempts.jsonl"
+    return [json.loads(line)["ending"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def events(run: RunDir) -> list[str]:
+    return (
+        [json.loads(line)["event"] for line in run.events.read_text().splitlines()]
+        if run.events.exists()
+        else []
+    )
+
+
+def steps(run: RunDir) -> list[int]:
+    """The steps that were run, in order; each was seen by both ranks."""
+    file = run.root / "steps.txt"
+    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    assert all(seen == "2" for _, seen in lines)
+    return [int(step) for step, _ in lines]
+
+
+def facts(run: RunDir, rank: int) -> dict[str, str]:
+    return json.loads((run.root / f"facts-{rank}.json").read_text())
+
+
+def test_two_nodes_meet_and_each_rank_knows_its_place(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = RunDir(tmp_path / "run")
+    submit(run, total_steps=3, how="well")
+    assert wait_for_end(run, SUBMISSION) == 0, capsys.readouterr().err
+    assert steps(run) == [1, 2, 3]
+    first, second = facts(run, 0), facts(run, 1)
+    assert (first["node"], second["node"]) == ("node1", "node2")
+    assert (first["RANK"], first["LOCAL_RANK"], first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"]) == (
+        "0",
+        "0",
+        "2",
+        "1",
+    )
+    assert (second["RANK"], second["LOCAL_RANK"], second["WORLD_SIZE"]) == ("1", "0", "2")
+    assert (first["MASTER_ADDR"], first["MASTER_PORT"]) == (second["MASTER_ADDR"], second["MASTER_PORT"])
+    assert attempts(run) == ["finished"]
+
+
+def test_users_mistake_ends_the_job_with_2_and_is_not_tried_again(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = RunDir(tmp_path / "run")
+    submit(run, total_steps=3, how="user_error")
+    assert wait_for_end(run, SUBMISSION) == 2
+    assert capsys.readouterr().err == "error: train.seed: got -1; it should be at least 0\n"
+    assert attempts(run) == ["user_error"]
+
+
+def test_preempted_job_saves_returns_to_the_queue_and_repeats_no_step(slurm: Path, tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    submit(run, total_steps=60, how="slow")
+    wait_until(lambda: len(steps(run)) >= 5)
+    higher = [
+        "sbatch",
+        "--partition=high",
+        "--nodes=2",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    ]
+    subprocess.run(higher, check=True, capture_output=True)
+    assert wait_for_end(run, SUBMISSION) == 0
+    assert steps(run) == list(range(1, 61))
+    assert attempts(run) == ["preempted", "finished"]
+    assert events(run) == ["requeued"]
+
+
+def test_preemption_while_ranks_are_starting_is_no_fault(slurm: Path, tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    submit(run, total_steps=3, how="slow")
+    wait_until(lambda: list((run.logs / "submissions" / SUBMISSION).glob("*.0/rank-0000.json")))
+    assert not (run.root / "facts-0.json").exists()
+    higher = [
+        "sbatch",
+        "--partition=high",
+        "--nodes=2",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    ]
+    subprocess.run(higher, check=True, capture_output=True)
+    assert wait_for_end(run, SUBMISSION) == 0
+    assert steps(run) == [1, 2, 3]
+    assert "fault" not in attempts(run)
+
+
+def test_time_limit_saves_and_requeues_and_repeats_no_step(slurm: Path, tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    # Slurm's limits are whole minutes: the signal comes 50 s before the end of one.
+    submit(run, total_steps=50, how="slow", minutes=1, slurm=Slurm(cpus_per_task=2, signal_seconds=50))
+    assert wait_for_end(run, SUBMISSION) == 0
+    assert steps(run) == list(range(1, 51))
+    assert set(attempts(run)[:-1]) == {"time_limit"}
+    assert attempts(run)[-1] == "finished"
+
+
+def test_cancelled_job_saves_and_does_not_come_back(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = RunDir(tmp_path / "run")
+    submit(run, total_steps=1000, how="slow")
+    wait_until(lambda: len(steps(run)) >= 5)
+    subprocess.run(["scancel", job_id(run)], check=True)
+    assert wait_for_end(run, SUBMISSION) == 1
+    assert "continue with --resume" in capsys.readouterr().err
+    assert newest_step(run) == steps(run)[-1]
+    assert events(run) == []
+    state = subprocess.run(
+        ["squeue", "-h", "-o%T", "--states=all", "-j", job_id(run)], capture_output=True, text=True
+    )
+    assert state.stdout.strip() in ("CANCELLED", "COMPLETING")
+
+
+def test_killed_rank_ends_its_job_at_once_and_another_job_goes_on(slurm: Path, tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    submit(run, total_steps=30, how="slow")
+    wait_until(lambda: len(steps(run)) >= 15)
+    first_job, victims = job_id(run), [int(facts(run, rank)["pid"]) for rank in (0, 1)]
+    os.kill(victims[1], signal.SIGKILL)
+    assert wait_for_end(run, SUBMISSION) == 0
+    assert job_id(run) != first_job
+    assert attempts(run) == ["fault", "finished"]
+    resumed = steps(run)[steps(run).index(11, 11) :]
+    assert resumed == list(range(11, 31))  # from the checkpoint of step 10
+    assert "rank 1 on node2: Killed" in run.events.read_text()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in victims)
+
+
+@pytest.mark.slow
+def test_the_same_fault_three_times_stops_with_the_reason_and_the_log(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = RunDir(tmp_path / "run")
+    submit(run, total_steps=30, how="fault")
+    assert wait_for_end(run, SUBMISSION) == 1
+    said = capsys.readouterr().err
+    assert "fault: 3 failures without progress since step 0: RuntimeError: rank 1 is out of luck" in said
+    assert "Traceback" in said
+    assert attempts(run) == ["fault"] * 3
+    assert events(run) == ["requeued", "requeued", "fault"]
+
+
+def test_job_that_slurm_refuses_is_one_line(slurm: Path, tmp_path: Path):
+    from cmscale.errors import UserError
+
+    run = RunDir(tmp_path / "run")
+    run.logs.mkdir(parents=True)
+    plan = Plan("slurm", 1, 1, False, "nowhere", 60, Slurm())
+    with pytest.raises(UserError, match=r"Slurm refuses the job: sbatch: error: .*partition"):
+        run_slurm("cluster_worker:main", (), run=run, plan=plan, submission=SUBMISSION, wait=False)
+
+
+def test_slurm_itself_accepts_the_script(slurm: Path, tmp_path: Path):
+    plan = Plan("slurm", 2, 4, False, "low", 60, Slurm())
+    script = script_text(RunDir(tmp_path), plan, submission=SUBMISSION)
+    subprocess.run(["sbatch", "--test-only"], input=script, text=True, check=True, capture_output=True)
+
+
+def test_two_testbeds_do_not_clash_and_leave_nothing(slurm: Path, tmp_path: Path):
+    folder = tmp_path / "second"
+    environment = {**os.environ, "TESTBED_DIR": str(folder)}
+    del environment["SLURM_CONF"]
+    scripts = Path(__file__).resolve().parents[2] / "ops" / "slurm_testbed"
+    for _ in range(2):  # the second call finds it up
+        subprocess.run([scripts / "up.sh", "1"], env=environment, check=True, capture_output=True)
+    pids = [int(file.read_text()) for file in folder.glob("*.pid") if ".own." not in file.name]
+    assert len(pids) == 3
+    ran = subprocess.run(
+        [
+            "srun",
+            "-N1",
+            sys.executable,
+            "-c",
+            "import os; print(os.environ['TMPDIR'], os.listdir('/dev/shm'))",
+        ],
+        env={**environment, "SLURM_CONF": str(folder / "slurm.conf")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.split() == [str(folder / "node1" / "tmp"), "[]"]
+    subprocess.run([scripts / "down.sh"], env=environment, check=True)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not folder.exists()
+    assert "node2" in subprocess.run(["sinfo", "-h", "-N"], capture_output=True, text=True, check=True).stdout
