@@ -1,4 +1,4 @@
-"""The evaluation's launcher: whose config and folder it takes, what it asks the worker for, what it refuses."""
+"""The launcher of evaluations: whose config and folder it takes, what it asks for, what it refuses."""
 
 import sys
 from pathlib import Path
