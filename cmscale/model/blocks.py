@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from cmscale.model.attention import Kind, Layout, attend, split_qkv
 from cmscale.rng import key
@@ -67,10 +67,10 @@ class _Checkpointed(nn.Module):
     def _run(self, function: Callable[..., Tensor], *inputs: object) -> Tensor:
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return function(*inputs)
-        # No global generator is used inside, so none is saved. The recomputation runs to its end: hooks of a
-        # partitioned (ZeRO-3) network fire in pairs.
-        with set_checkpoint_early_stop(False):
-            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+        # No global generator is used inside, so none is saved. Under ZeRO-3 only the reentrant kind works: the other
+        # one recomputes inside a backward hook, after which DeepSpeed has let go of the weights that backward needs.
+        partitioned = hasattr(next(self.parameters()), "ds_tensor")
+        return checkpoint(function, *inputs, use_reentrant=partitioned, preserve_rng_state=False)  # pyright: ignore
 
 
 class Upsample(nn.Module):

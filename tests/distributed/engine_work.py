@@ -3,17 +3,19 @@
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from small import SmallNetwork, joined, micro_losses, point_at, small_config, train
+from small import SmallNetwork, images, joined, micro_losses, point_at, small_config, train
 
 from cmscale.engine.checkpoint import Checkpoints, claim_generation
 from cmscale.engine.engine import Engine, NonFiniteLoss
 from cmscale.engine.resume import newest, restore
 from cmscale.engine.weights import read_weights
 from cmscale.manifests import TrainState
+from cmscale.model.unet import build_unet
 from cmscale.rundir import RunDir
 from cmscale.world import World, barrier
 
@@ -37,9 +39,7 @@ def losses(precision: str, *overrides: str) -> None:
     found = {}
     for stage in range(4):
         for has_target in (True, False):
-            engine = engine_at(
-                world, stage, f"engine.precision={precision}", *overrides, has_target=has_target
-            )
+            engine = engine_at(world, stage, f"engine.precision={precision}", *overrides, has_target=has_target)
             results = train(engine, world, range(4))
             assert all(result.applied for result in results)
             assert engine.applied_steps == 4
@@ -82,6 +82,41 @@ def bad_steps() -> None:
         engine.close()
         golden.close()
     print(json.dumps("ok"))
+
+
+def unet_losses() -> None:
+    """Two steps of the real network in each stage, recomputing activations or not: target, teacher, dropout."""
+    world = joined()
+    found = {}
+    for stage in range(4):
+        for recomputes in ("false", "true"):
+            config = small_config(
+                f"engine.zero_stage={stage}",
+                f"model.activation_checkpointing={recomputes}",
+                "model.channel_multipliers=[1,2]",
+                "model.attention_resolutions=[4]",
+                "model.dropout=0.1",
+            )
+            engine = Engine(config, world, lambda: build_unet(config.model), has_target=True)  # noqa: B023
+            weights = build_unet(config.model, seed=5).state_dict()
+            teacher = engine.add_frozen("teacher", weights, lambda: build_unet(config.model))  # noqa: B023
+            results = []
+            for step in range(2):
+                own = images(step).chunk(world.num_ranks)[world.rank].split(2)
+
+                def loss(clean: torch.Tensor) -> torch.Tensor:
+                    sigma, keys = torch.full((2,), 0.5), tuple(int(1e6 * float(image.abs().sum())) for image in clean)
+                    assert engine.target is not None  # noqa: B023
+                    goal = engine.target(clean, sigma, dropout_keys=keys) + teacher(clean, sigma)  # noqa: B023
+                    out = engine.network(clean + 0.1, sigma, dropout_keys=keys)  # noqa: B023
+                    return ((out - goal - clean) ** 2).mean()
+
+                result = engine.step([partial(loss, clean) for clean in own], 1e-3)
+                engine.shards.update(point_at(step))
+                results.append([result.loss, result.grad_norm])
+            found[f"{stage} {recomputes}"] = results
+            engine.close()
+    print(json.dumps(found))
 
 
 def engine_micro_steps(world: World) -> int:
@@ -130,9 +165,7 @@ def save_in_every_stage(folder: str) -> None:
         config = small_config(*overrides)
         engine = engine_at(world, *overrides_of(stage, precision))
         train(engine, world, range(3))
-        checkpoints = Checkpoints(
-            run, config, world, generation=claim_generation(run), data_fingerprint="data"
-        )
+        checkpoints = Checkpoints(run, config, world, generation=claim_generation(run), data_fingerprint="data")
         checkpoints.save(TrainState(step=3, cursor=24), engine)
         saved = digest(engine)
         losses_after = [result.loss for result in train(engine, world, range(3, 5))]

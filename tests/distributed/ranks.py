@@ -48,9 +48,7 @@ def run_ranks(num_ranks: int, function: str, *arguments: Any, timeout: float = 2
     ranks = start_ranks(num_ranks, function, *arguments)
     failed = wait(ranks, timeout=timeout)
     if failed:
-        told = "".join(
-            f"\nrank {r}: exit {ranks[r].process.returncode}\n{ranks[r].errors()[-3000:]}" for r in failed
-        )
+        told = "".join(f"\nrank {r}: exit {ranks[r].process.returncode}\n{ranks[r].errors()[-3000:]}" for r in failed)
         raise RankFailed(f"{function} on {num_ranks} ranks failed{told}")
     return [rank.said() for rank in ranks]
 
@@ -91,9 +89,7 @@ def start_ranks(num_ranks: int, function: str, *arguments: Any) -> list[Rank]:
         }
         command = [sys.executable, str(Path(__file__)), function, json.dumps(arguments)]
         out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-        ranks.append(
-            Rank(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err), out, err)
-        )
+        ranks.append(Rank(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err), out, err))
     return ranks
 
 

@@ -1,4 +1,4 @@
-"""Owns what a rank does in the tests that kill it: training's saves alone, without DeepSpeed, dying at a named point."""
+"""Owns what a rank does in the tests that kill it: saves without DeepSpeed, dying at a named point."""
 
 import os
 import shutil
@@ -30,19 +30,13 @@ def after(action: Callable[..., Any]) -> Callable[..., Any]:
     return acts_then_dies
 
 
-def renamed_then_dies(path: Path, target: Path) -> Path:
-    os.rename(path, target)
-    die()
-    return target
-
-
 POINTS: dict[str, Callable[[], None]] = {
     "before the file": lambda: setattr(checkpoint, "save_file", die),
     "before the record": lambda: setattr(checkpoint, "record", die),
     "after the record": lambda: setattr(checkpoint, "record", after(checkpoint.record)),
     "before the manifest": lambda: setattr(checkpoint, "write_manifest", die),
     "after the manifest": lambda: setattr(checkpoint, "write_manifest", after(checkpoint.write_manifest)),
-    "after the rename": lambda: setattr(Path, "rename", renamed_then_dies),
+    "after the rename": lambda: setattr(Path, "rename", after(Path.rename)),
     "before removal": lambda: setattr(shutil, "rmtree", die),
 }
 
@@ -61,10 +55,7 @@ def save_at_every_point(folder: str) -> None:
         run = run_of(folder, dying_rank, point)
         generation = checkpoint.claim_generation(run)
         save(run, World(), generation, step=10)
-        ranks = [
-            _forked(run, world, generation, point if world.rank == dying_rank else None)
-            for world in ranks_of(2)
-        ]
+        ranks = [_forked(run, world, generation, point if world.rank == dying_rank else None) for world in ranks_of(2)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
         assert codes[dying_rank] == -signal.SIGKILL, (point, codes)
         assert codes[1 - dying_rank] == 0, (point, codes)

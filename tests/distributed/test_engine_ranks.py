@@ -29,6 +29,11 @@ def test_every_zero_stage_gives_the_same_losses_on_one_rank_and_on_two() -> None
         assert_near({key: two[key] for key in reference}, reference, relative=1e-5)
 
 
+def test_the_real_network_trains_alike_in_every_stage_with_and_without_recomputed_activations() -> None:
+    found = agreed(run_ranks(2, "engine_work:unet_losses"))
+    assert_near(found, dict.fromkeys(found, found["0 false"]), relative=1e-5)
+
+
 def test_every_zero_stage_clips_alike() -> None:
     two = agreed(run_ranks(2, "engine_work:losses", "fp32", "engine.gradient_clip=0.05"))
     assert_near(
