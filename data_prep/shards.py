@@ -1,6 +1,7 @@
 """Owns one shard's making: a range of the source's keys into one MDS file or one tar, the same bytes every
 time."""
 
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -130,13 +131,14 @@ def _write_mds(samples: Iterator[tuple[str, bytes]], path: Path) -> int:
 
 def _write_tar(samples: Iterator[tuple[str, bytes]], path: Path, *, extension: str) -> list[tuple[int, int]]:
     spans = []
-    with path.open("wb") as file:
-        writer = TarWriter(file, user="", group="", mtime=0, encoder=False)
-        for key, image in samples:
-            begin = writer.tarstream.offset
-            writer.write({"__key__": webdataset.member_key(key), extension: image})
-            spans.append((begin, writer.tarstream.offset))
-        writer.close()
+    memory = io.BytesIO()  # a tar stream that breaks in the middle (a full disk) can't be closed in peace
+    writer = TarWriter(memory, user="", group="", mtime=0, encoder=False)
+    for key, image in samples:
+        begin = writer.tarstream.offset
+        writer.write({"__key__": webdataset.member_key(key), extension: image})
+        spans.append((begin, writer.tarstream.offset))
+    writer.close()
+    path.write_bytes(memory.getbuffer())
     return spans
 
 

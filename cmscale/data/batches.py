@@ -70,9 +70,7 @@ def to_device(batch: Batch, device: torch.device) -> torch.Tensor:
 class _RankBatches(Dataset[Any]):
     """Map from a cursor to this rank's share of the global batch that starts there."""
 
-    def __init__(
-        self, samples: Samples, order: Order, *, world: World, global_batch_size: int, flip: bool
-    ) -> None:
+    def __init__(self, samples: Samples, order: Order, *, world: World, global_batch_size: int, flip: bool) -> None:
         self.samples = samples
         self.order = order
         self.world = world
@@ -122,9 +120,7 @@ class _RankBatches(Dataset[Any]):
             index = self.samples.after(index)
             if index == first:
                 name = self.samples.manifest.shards[self.samples.shard_of(index)].name
-                raise RuntimeError(
-                    f"{self.samples.url}: no image of shard {name} can be decoded ({bad[0][1]})"
-                )
+                raise RuntimeError(f"{self.samples.url}: no image of shard {name} can be decoded ({bad[0][1]})")
 
 
 class _Cursors(Sampler[int]):
@@ -183,9 +179,7 @@ class _Prefetcher:
                     if self._stopped:
                         return
                     if not samples.cache.has(name):
-                        with contextlib.suppress(
-                            Exception
-                        ):  # the reader meets the same fault, and reports it
+                        with contextlib.suppress(Exception):  # the reader meets the same fault, and reports it
                             samples.cache.path(name)
 
 
@@ -195,9 +189,7 @@ class Batches:
     Starting again with `start_cursor=cursor` continues the same sequence, on any number of ranks and workers.
     """
 
-    def __init__(
-        self, batches: _RankBatches, *, config: Data, world: World, start_cursor: int, lookahead: int
-    ) -> None:
+    def __init__(self, batches: _RankBatches, *, config: Data, world: World, start_cursor: int, lookahead: int) -> None:
         self.dataset: DatasetManifest = batches.samples.manifest
         self.bad: dict[str, str] = {}
         self._url = batches.samples.url

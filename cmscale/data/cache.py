@@ -74,13 +74,9 @@ class FileCache:
         self.wait = wait
         self.in_place = isinstance(storage, LocalStorage) and folder is None
         self.root = folder if folder is not None else default_cache_dir()
-        self.folder = (
-            storage.root if isinstance(storage, LocalStorage) and folder is None else self.root / name[:16]
-        )
+        self.folder = storage.root if isinstance(storage, LocalStorage) and folder is None else self.root / name[:16]
         self._number = {name: number for number, name in enumerate(entries)}
-        self._verified = mmap.mmap(
-            -1, max(1, len(entries))
-        )  # anonymous and shared: forked workers see each other's
+        self._verified = mmap.mmap(-1, max(1, len(entries)))  # anonymous and shared: forked workers see each other's
         self._touched: dict[str, float] = {}
         largest = max((entry.size for entry in entries.values()), default=0)
         if not self.in_place and largest > limit:
@@ -118,9 +114,7 @@ class FileCache:
             if matches(path, entry):
                 return
             path.unlink(missing_ok=True)
-            for part in path.parent.glob(
-                f".{path.name}.part*"
-            ):  # of a process that was killed: we hold the lock
+            for part in path.parent.glob(f".{path.name}.part*"):  # of a process that was killed: we hold the lock
                 part.unlink(missing_ok=True)
             self._make_room(entry.size)
             self._fetch(name, path, entry)
@@ -207,8 +201,6 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(
-                descriptor, fcntl.LOCK_UN
-            )  # a fork may have copied the descriptor: closing does not unlock
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a fork may have copied the descriptor: closing does not unlock
     finally:
         os.close(descriptor)

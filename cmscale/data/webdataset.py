@@ -1,12 +1,14 @@
-"""Owns reading WebDataset shards at random: an index of the samples, and webdataset's tar iterators.
+"""Owns reading WebDataset shards at random: an index of the samples, webdataset's grouping.
 
 Shards are opened by path only, never by URL: webdataset's own opener runs a shell for `pipe:` and rewrites
 URLs from the environment. Only the data set's own member is looked at; nothing is decoded by its extension.
 """
 
 import io
-from collections.abc import Iterable, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -53,11 +55,21 @@ class TarShards:
 
     def read(self, path: Path, shard: int, index: int) -> tuple[str, bytes]:
         """Key and encoded image of a shard's sample. Raises FileNotFoundError when the file was evicted."""
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import group_by_keys
 
         begin, end = map(int, self._spans[self._starts[shard] + index])
         with path.open("rb", buffering=0) as file:
             file.seek(begin)
-            stream = io.BytesIO(file.read(end - begin))
-        sample = next(iter(group_by_keys(tar_file_expander([{"url": path.name, "stream": stream}]))))
+            block = file.read(end - begin)
+        sample = next(iter(group_by_keys(_members(block, path.name))))
         return unquote(sample["__key__"]), sample[self._extension]
+
+
+def _members(block: bytes, url: str) -> Iterator[dict[str, Any]]:
+    """The files in a piece of a tar, as webdataset's own iterator gives them at half the speed."""
+    at = 0
+    while at < len(block):
+        header = tarfile.TarInfo.frombuf(block[at : at + 512], "utf-8", "surrogateescape")
+        at += 512
+        yield {"fname": header.name, "data": block[at : at + header.size], "__url__": url}
+        at += -(-header.size // 512) * 512

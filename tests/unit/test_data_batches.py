@@ -1,4 +1,4 @@
-"""Batches from both formats, on disk and on S3: the same sequence whatever the ranks, and no trust in any byte."""
+"""Batches from both formats, on disk and on S3: the same sequence whatever the ranks, and no byte trusted."""
 
 import hashlib
 import os
@@ -168,7 +168,7 @@ def test_read_images_takes_ids_in_any_order_and_refuses_others(sets: dict[str, s
         list(read_images(url, indices=[23]))
 
 
-# Mistakes and distrust ------------------------------------------------------------------------------------------
+# Mistakes and distrust ------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_one_line(sets: dict[str, str], tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def _publish_with(folder: Path, *, index: int, image: bytes) -> None:
     )
 
 
-# The cache ------------------------------------------------------------------------------------------------------
+# The cache ------------------------------------------------------------------------------------------------
 
 
 class Counting:
@@ -358,7 +358,7 @@ def test_a_storage_that_never_answers_is_one_fault(tmp_path: Path) -> None:
     storage = Counting(FILES, [ConnectionError(f"try {n}") for n in range(9)])
     with pytest.raises(ConnectionError, match="try 3"):
         cache_of(storage, tmp_path).path("shard-3")
-    assert [path for path in tmp_path.rglob("shard*")] == []
+    assert not list(tmp_path.rglob("shard*"))
 
 
 def test_the_cache_stays_within_its_limit_and_drops_what_was_used_longest_ago(tmp_path: Path) -> None:
@@ -397,12 +397,12 @@ def test_two_caches_of_one_node_fetch_a_file_once(tmp_path: Path) -> None:
 def test_a_lock_held_for_too_long_is_a_fault_not_a_wait_for_ever(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(cache, "LOCK_MINUTES", 0.0)
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with cache._locked(tmp_path / ".lock"), pytest.raises(RuntimeError, match="another process"):
-        with cache._locked(tmp_path / ".lock"):
-            pass
+    lock = tmp_path / ".lock"
+    with cache._locked(lock), pytest.raises(RuntimeError, match="another process"), cache._locked(lock):
+        pass
 
 
-# Processes ------------------------------------------------------------------------------------------------------
+# Processes ------------------------------------------------------------------------------------------------
 
 
 def test_a_program_that_never_closes_its_batches_still_ends(sets: dict[str, str]) -> None:
@@ -412,7 +412,8 @@ def test_a_program_that_never_closes_its_batches_still_ends(sets: dict[str, str]
         "from cmscale.config import Data\n"
         "from cmscale.data import open_batches\n"
         "from cmscale.world import World\n"
-        "b = open_batches(Data(path=sys.argv[1], workers=2), World(), seed=0, global_batch_size=4, image_size=16)\n"
+        "b = open_batches(Data(path=sys.argv[1], workers=2), World(), seed=0, global_batch_size=4,\n"
+        "                 image_size=16)\n"
         "next(b)\n"
         "print(*(w.pid for w in b._iterator._workers))\n"
         "raise SystemExit(3)\n"
