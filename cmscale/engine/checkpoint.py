@@ -127,9 +127,7 @@ class Checkpoints:
         )
         self._saved, self._failure = state, None
         self._saves += 1  # a name of its own, so that no record of a failed save counts for this one
-        staged = (
-            self._run.checkpoints / f".{step_name(state.step)}.start-{self._generation}.save-{self._saves}"
-        )
+        staged = self._run.checkpoints / f".{step_name(state.step)}.start-{self._generation}.save-{self._saves}"
         self._thread = threading.Thread(
             target=self._write, args=(staged, manifest, tensors, shards.segments), name=f"save-{state.step}"
         )
@@ -183,9 +181,7 @@ class Checkpoints:
             except FileNotFoundError:
                 self._must_be_newest()
                 if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"rank {len(parts)} has not written its part of the checkpoint"
-                    ) from None
+                    raise TimeoutError(f"rank {len(parts)} has not written its part of the checkpoint") from None
                 time.sleep(0.01)
                 continue
             if "error" in told:
@@ -210,9 +206,7 @@ class Checkpoints:
     def _must_be_newest(self) -> None:
         newest = read_generation(self._run)
         if newest != self._generation:
-            raise Fenced(
-                f"start {newest} of the run has taken over from start {self._generation}; nothing committed"
-            )
+            raise Fenced(f"start {newest} of the run has taken over from start {self._generation}; nothing committed")
 
     def _retain(self) -> None:
         """Removes all but the last K checkpoints, multiples of `keep_every`, and what waits for upload."""
@@ -226,9 +220,7 @@ class Checkpoints:
             if (kept.keep_every and step % kept.keep_every == 0) or (step in waiting and step in patient):
                 continue
             hidden = self._run.checkpoints / f".{step_name(step)}.removed-{self._generation}"
-            self._run.checkpoint(step).rename(
-                hidden
-            )  # first out of sight, so that no half of it is ever seen
+            self._run.checkpoint(step).rename(hidden)  # first out of sight, so that no half of it is ever seen
             shutil.rmtree(hidden, ignore_errors=True)
 
     def _say(self, event: str, step: int, *, why: str = "", **more: Any) -> None:
@@ -244,9 +236,7 @@ class Checkpoints:
             )
 
 
-def write_part(
-    staged: Path, world: World, tensors: dict[str, torch.Tensor], segments: tuple[Segment, ...]
-) -> None:
+def write_part(staged: Path, world: World, tensors: dict[str, torch.Tensor], segments: tuple[Segment, ...]) -> None:
     """Writes a rank's file, durably, then its record."""
     with explained(staged):
         staged.mkdir(parents=True, exist_ok=True)

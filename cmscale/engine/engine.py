@@ -264,9 +264,7 @@ class Engine:
             module,
             dtype=self.dtype,
             device=self._world.device,
-            part_size=masters.flat_part_size(
-                offset, num_ranks=self._world.num_ranks, alignment=self._alignment
-            ),
+            part_size=masters.flat_part_size(offset, num_ranks=self._world.num_ranks, alignment=self._alignment),
             num_ranks=self._world.num_ranks,
         )
 

@@ -108,9 +108,7 @@ def find_pieces(
                 place = offsets[id(parameter)]
                 begin, end = own_range(place, rank, num_ranks=num_ranks)
                 if end > begin:
-                    found.append(
-                        _piece(optimizer, flat, slice(at, at + end - begin), start=place.offset + begin)
-                    )
+                    found.append(_piece(optimizer, flat, slice(at, at + end - begin), start=place.offset + begin))
                 at += parameter.ds_tensor.ds_numel
     elif hasattr(wrapped, "single_partition_of_fp32_groups"):  # stages 1 and 2: the flat space is split
         (flat,) = wrapped.single_partition_of_fp32_groups

@@ -35,9 +35,7 @@ class GuardedStep:
         optimizer.step = self  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(self) -> None:
-        gradients = [
-            p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
+        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         value = float(norm)
         self._optimizer._global_grad_norm = value  # pyright: ignore[reportAttributeAccessIssue]

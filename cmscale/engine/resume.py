@@ -22,9 +22,7 @@ class Found:
     manifest: CheckpointManifest
 
 
-def newest(
-    run: RunDir, config: Config, world: World, *, data_fingerprint: str, fresh: bool = False
-) -> Found | None:
+def newest(run: RunDir, config: Config, world: World, *, data_fingerprint: str, fresh: bool = False) -> Found | None:
     """The newest valid checkpoint of a run, the same on all ranks; None where the run has none. Collective.
 
     A damaged one is named in events.jsonl, and the one before it is looked at.

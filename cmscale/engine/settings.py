@@ -8,9 +8,7 @@ from cmscale.config import Config, accumulation_steps
 from cmscale.errors import UserError
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LARGEST_BUCKET = (
-    100_000_000  # elements; DeepSpeed's 5e8 would take 2 GB a buffer, whatever the network's size
-)
+LARGEST_BUCKET = 100_000_000  # elements; DeepSpeed's 5e8 would take 2 GB a buffer, whatever the network's size
 
 
 def check_precision(config: Config, device: torch.device) -> None:
@@ -21,16 +19,12 @@ def check_precision(config: Config, device: torch.device) -> None:
     """
     precision = config.engine.precision
     if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise UserError(
-            "engine.precision: fp16 does not run on this machine's CPU; use fp32 or bf16, or a GPU"
-        )
+        raise UserError("engine.precision: fp16 does not run on this machine's CPU; use fp32 or bf16, or a GPU")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("engine.precision: this GPU has no bf16; use fp16 or fp32")
 
 
-def deepspeed_settings(
-    config: Config, *, num_ranks: int, num_elements: int, device: torch.device
-) -> dict[str, Any]:
+def deepspeed_settings(config: Config, *, num_ranks: int, num_elements: int, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's config for the network that is trained.
 
     Gradients travel and are reduced in fp32 whatever the compute dtype. Stages 2 and 3 also accumulate them

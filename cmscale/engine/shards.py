@@ -115,9 +115,7 @@ class FlatShards:
         whole = local.new_empty(self.num_elements)
         for part, segments in zip(gathered.view(-1, longest), self.segments_by_rank, strict=True):
             for segment in segments:
-                whole[segment.start : segment.start + segment.length] = part[
-                    segment.at : segment.at + segment.length
-                ]
+                whole[segment.start : segment.start + segment.length] = part[segment.at : segment.at + segment.length]
         return whole
 
     def state_dict(self, quantity: str) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ class Watchdog:
 
     def stop(self) -> None:
         """Ends the watch."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.communicate()
+        self._process.kill()  # closing the pipe would not do: forked data workers hold it too
+        self._process.wait()
         faulthandler.unregister(signal.SIGUSR1)
         self._stacks.close()

@@ -49,9 +49,7 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
     manifest = read_document(CheckpointManifest, raw, origin=storage.join(CHECKPOINT_MANIFEST))
     for part in manifest.parts:
         if not is_plain_name(part.file.name):
-            raise UserError(
-                f"{storage.join(CHECKPOINT_MANIFEST)}: {part.file.name!r} leaves the checkpoint; refused"
-            )
+            raise UserError(f"{storage.join(CHECKPOINT_MANIFEST)}: {part.file.name!r} leaves the checkpoint; refused")
     return manifest
 
 
@@ -76,9 +74,7 @@ def layout_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]:
         if start != at:
             return [f"{origin}: elements {min(at, start)} to {max(at, start)} are missing or held twice"]
         at = start + length
-    return (
-        [] if at == manifest.num_elements else [f"{origin}: holds {at} elements of {manifest.num_elements}"]
-    )
+    return [] if at == manifest.num_elements else [f"{origin}: holds {at} elements of {manifest.num_elements}"]
 
 
 def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart) -> list[str]:
@@ -118,9 +114,7 @@ def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
     if quantity not in manifest.quantities:
         raise UserError(f"{storage.url}: holds no {quantity!r}, only {', '.join(manifest.quantities)}")
     problems = (
-        verify_checkpoint(url)
-        if isinstance(storage, LocalStorage)
-        else layout_problems(manifest, origin=storage.url)
+        verify_checkpoint(url) if isinstance(storage, LocalStorage) else layout_problems(manifest, origin=storage.url)
     )
     if problems:
         raise UserError(problems[0])
@@ -134,9 +128,7 @@ def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
             with safe_open(path, framework="pt") as file:
                 values = file.get_tensor(quantity)
         for segment in part.segments:
-            flat[segment.start : segment.start + segment.length] = values[
-                segment.at : segment.at + segment.length
-            ]
+            flat[segment.start : segment.start + segment.length] = values[segment.at : segment.at + segment.length]
     return by_name(flat, manifest.parameters)
 
 

@@ -3,13 +3,11 @@
 import pytest
 import torch
 from ranks import run_ranks
-from save_work import CASES, run_of
+from save_work import CASES, StandIn, flat_config, run_of
 
 from cmscale.engine import checkpoint, resume
 from cmscale.engine.weights import verify_checkpoint
 from cmscale.world import World
-
-from flat_state import StandIn, flat_config  # isort: skip (found through save_work)
 
 
 @pytest.fixture(scope="module")

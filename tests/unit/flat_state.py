@@ -42,9 +42,7 @@ class StandIn:
         total = masters.count_elements(self.parameters)
         part = masters.flat_part_size(total, num_ranks=num_ranks, alignment=2)
         segments = tuple(
-            masters.segments_of_rank(
-                self.parameters, other, num_ranks=num_ranks, zero_stage=zero_stage, part_size=part
-            )
+            masters.segments_of_rank(self.parameters, other, num_ranks=num_ranks, zero_stage=zero_stage, part_size=part)
             for other in range(num_ranks)
         )
         self.whole = {
@@ -54,10 +52,7 @@ class StandIn:
         pieces = [
             masters.Piece(
                 s.start,
-                {
-                    name: self.whole[name][s.start : s.start + s.length].clone()
-                    for name in ("master", *masters.MOMENTS)
-                },
+                {name: self.whole[name][s.start : s.start + s.length].clone() for name in ("master", *masters.MOMENTS)},
             )
             for s in segments[rank]
         ]
@@ -72,9 +67,7 @@ class StandIn:
             publish_target=self._publish if has_target else None,
         )
         self._scalars = {"optimizer_step": float(seed)}
-        self.restore(
-            lambda quantity, start, length: self.whole[quantity][start : start + length], self._scalars
-        )
+        self.restore(lambda quantity, start, length: self.whole[quantity][start : start + length], self._scalars)
 
     def _publish(self, local: torch.Tensor) -> None:
         self.published = local.clone()
@@ -89,6 +82,5 @@ class StandIn:
 
 def ranks_of(num_ranks: int) -> list[World]:
     return [
-        World(rank=rank, num_ranks=num_ranks, rank_of_node=rank, ranks_per_node=num_ranks)
-        for rank in range(num_ranks)
+        World(rank=rank, num_ranks=num_ranks, rank_of_node=rank, ranks_per_node=num_ranks) for rank in range(num_ranks)
     ]

@@ -26,15 +26,12 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def save(
-    run: RunDir, *steps: int, num_ranks: int = 2, zero_stage: int = 2, config: Config | None = None
-) -> None:
+def save(run: RunDir, *steps: int, num_ranks: int = 2, zero_stage: int = 2, config: Config | None = None) -> None:
     """Saves as a new start of the run, all ranks in this process."""
     config = config or flat_config(f"engine.zero_stage={zero_stage}")
     generation = claim_generation(run)
     writers = [
-        Checkpoints(run, config, world, generation=generation, data_fingerprint="data")
-        for world in ranks_of(num_ranks)
+        Checkpoints(run, config, world, generation=generation, data_fingerprint="data") for world in ranks_of(num_ranks)
     ]
     for step in steps:
         for rank, writer in enumerate(writers):
@@ -75,9 +72,7 @@ def test_any_world_and_stage_gets_back_the_same_bits(
         for quantity in engine.shards.quantities:
             local = engine.shards.local(quantity)
             for s in engine.shards.segments:
-                assert torch.equal(
-                    local[s.at : s.at + s.length], written.whole[quantity][s.start : s.start + s.length]
-                )
+                assert torch.equal(local[s.at : s.at + s.length], written.whole[quantity][s.start : s.start + s.length])
         assert torch.equal(engine.published, engine.shards.local("target"))
 
 
@@ -196,13 +191,9 @@ def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_one(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_one(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     save(run, 10)
-    writer = Checkpoints(
-        run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data"
-    )
+    writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
     with monkeypatch.context() as broken:
         broken.setattr(checkpoint, "save_file", no_space)
         writer.save(TrainState(step=20, cursor=160), StandIn(0, 1, seed=20))  # pyright: ignore[reportArgumentType]
@@ -215,9 +206,7 @@ def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_one(
     assert writer.close() is True
 
 
-def test_a_failed_save_stops_training_where_the_config_says_so(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_stops_training_where_the_config_says_so(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     config = flat_config("checkpoint.stop_on_failure=true")
     writer = Checkpoints(run, config, World(), generation=claim_generation(run), data_fingerprint="data")
     monkeypatch.setattr(checkpoint, "save_file", no_space)
@@ -226,13 +215,10 @@ def test_a_failed_save_stops_training_where_the_config_says_so(
         writer.save(TrainState(step=30, cursor=240), StandIn(0, 1))  # pyright: ignore[reportArgumentType]
 
 
-def test_the_failure_of_one_rank_keeps_rank_0_from_committing(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_failure_of_one_rank_keeps_rank_0_from_committing(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     generation = claim_generation(run)
     writers = [
-        Checkpoints(run, flat_config(), world, generation=generation, data_fingerprint="data")
-        for world in ranks_of(2)
+        Checkpoints(run, flat_config(), world, generation=generation, data_fingerprint="data") for world in ranks_of(2)
     ]
 
     def fails_on_rank_1(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -246,15 +232,11 @@ def test_the_failure_of_one_rank_keeps_rank_0_from_committing(
     for writer in writers:
         writer.wait()
     assert list_checkpoints(run.root) == []
-    assert any(
-        event["rank"] == 0 and "rank 1: " in event["why"] for event in events(run, "checkpoint_failed")
-    )
+    assert any(event["rank"] == 0 and "rank 1: " in event["why"] for event in events(run, "checkpoint_failed"))
 
 
 def test_the_same_state_is_saved_once(run: RunDir) -> None:
-    writer = Checkpoints(
-        run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data"
-    )
+    writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
     engine = StandIn(0, 1)
     for step in (9, 10, 10):
         writer.maybe_save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]

@@ -35,11 +35,7 @@ def save(run: RunDir, *steps: int, exporter: Exporter | None = None, seed: int =
 
 
 def events(run: RunDir) -> list[tuple[str, int]]:
-    return [
-        (event["event"], event["step"])
-        for event in read_lines(run.events)
-        if event["event"].startswith("export")
-    ]
+    return [(event["event"], event["step"]) for event in read_lines(run.events) if event["event"].startswith("export")]
 
 
 def test_a_copy_on_s3_has_the_same_layout_and_reads_as_the_original(run: RunDir, s3: str) -> None:

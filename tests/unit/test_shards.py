@@ -33,9 +33,7 @@ def test_the_flat_space_holds_parameters_in_model_order_without_gaps() -> None:
     flat = flatten(tensors, parameters_of(SHAPES))
     assert flat.numel() == 3 * 5 + 3 + 8 + 1
     assert torch.equal(flat[:15], tensors["a_weight"].flatten())
-    assert all(
-        torch.equal(value, tensors[name]) for name, value in by_name(flat, parameters_of(SHAPES)).items()
-    )
+    assert all(torch.equal(value, tensors[name]) for name, value in by_name(flat, parameters_of(SHAPES)).items())
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

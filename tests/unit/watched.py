@@ -43,7 +43,11 @@ def main() -> None:
             while time.monotonic() < until:
                 watchdog.beat(5)
                 threading.Event().wait(0.02)
+            worker = os.fork()  # as a data worker does, it keeps the pipe open
+            if worker == 0:
+                signal.pause()
             watchdog.stop()
+            os.kill(worker, signal.SIGKILL)
         case "dies":
             os.kill(os.getpid(), signal.SIGKILL)
 
