@@ -51,11 +51,7 @@ def check_source(url: str, *, key: str) -> None:
     path = Path(url)
     if not path.exists():
         raise UserError(f"{key}: {url}: no such file or folder")
-    if (
-        path.is_dir()
-        and (path / "config.yaml").exists()
-        and not any(path.glob("checkpoints/step-*/manifest.json"))
-    ):
+    if path.is_dir() and (path / "config.yaml").exists() and not any(path.glob("checkpoints/step-*/manifest.json")):
         raise UserError(f"{key}: run {url} has no complete checkpoint yet")
     return None
 
@@ -69,9 +65,7 @@ def check_exists(url: str, *, key: str) -> None:
     url = url.partition("#sha256=")[0]
     if is_remote(url):
         storage, name = open_parent(url)
-        found = (
-            entry for entry in storage.list(name) if entry.key == name or entry.key.startswith(f"{name}/")
-        )
+        found = (entry for entry in storage.list(name) if entry.key == name or entry.key.startswith(f"{name}/"))
         if next(found, None) is None:
             raise UserError(f"{key}: {url}: no such object")
     elif not Path(url).exists():

@@ -52,13 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     parser.add_argument("--config", metavar="CONFIG", help="of a SOURCE that brings none")
-    parser.add_argument(
-        "--samples", type=_at_least(2), metavar="N", help="default: evaluate.num_samples of the config"
-    )
+    parser.add_argument("--samples", type=_at_least(2), metavar="N", help="default: evaluate.num_samples of the config")
     parser.add_argument("--steps", metavar="1,2", help="numbers of sampling steps; default: the method's")
-    parser.add_argument(
-        "--step", default="latest", metavar="0,latest", help="of a run: its checkpoints' steps"
-    )
+    parser.add_argument("--step", default="latest", metavar="0,latest", help="of a run: its checkpoints' steps")
     parser.add_argument(
         "--seeds", type=_at_least(1), default=1, metavar="N", help="independent repetitions, for error bars"
     )
@@ -67,9 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reference", metavar="PATH", help="a prepared data set, a folder of images, a statistics file"
     )
     parser.add_argument("--features", choices=("inception", "efficientnet"))
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), help="default: the config's engine.device"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the config's engine.device")
     parser.add_argument("--inception-weights", metavar="PATH")
     parser.add_argument("--batch-size", type=_at_least(1), metavar="B")
     parser.add_argument("--out", metavar="FILE.json", help="default: in the run's evaluations/")
@@ -101,14 +95,10 @@ def where(flags: argparse.Namespace) -> tuple[Config | None, RunDir]:
                     ("key=value", flags.overrides),
                 ):
                     if value:
-                        raise UserError(
-                            f"{flag} {value}: {flags.source} is a run's and has its own; leave it out"
-                        )
+                        raise UserError(f"{flag} {value}: {flags.source} is a run's and has its own; leave it out")
                 return read_config(root / "config.yaml"), RunDir(root.absolute())
     if flags.overrides and not flags.config:
-        raise UserError(
-            f"override {flags.overrides[0]!r}: {flags.source} brings its own config; see --config"
-        )
+        raise UserError(f"override {flags.overrides[0]!r}: {flags.source} brings its own config; see --config")
     stem = flags.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
     run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=f"evaluate-{stem}")
     return (read_config(flags.config, flags.overrides) if flags.config else None), run

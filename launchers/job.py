@@ -53,9 +53,7 @@ class Job:
             module, _, function = self.worker.partition(":")
             end = getattr(importlib.import_module(module), function)(*self.args)
         except UserError as error:
-            write_rank_end(
-                folder, RankEnd(rank=rank, host=_node_name(), end="user_error", message=str(error))
-            )
+            write_rank_end(folder, RankEnd(rank=rank, host=_node_name(), end="user_error", message=str(error)))
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
         except Exception as error:
@@ -90,9 +88,7 @@ def set_rank_environment(environment: submitit.JobEnvironment, *, master_port: i
         LOCAL_RANK=str(environment.local_rank),
         LOCAL_WORLD_SIZE=str(local_ranks),
         MASTER_ADDR="127.0.0.1" if environment.num_nodes == 1 else _first_address(environment.hostnames[0]),
-        MASTER_PORT=str(
-            master_port or slurm_port(environment.job_id, os.environ.get("SLURM_RESTART_COUNT", "0"))
-        ),
+        MASTER_PORT=str(master_port or slurm_port(environment.job_id, os.environ.get("SLURM_RESTART_COUNT", "0"))),
     )
     os.environ.setdefault("OMP_NUM_THREADS", cpus)
 

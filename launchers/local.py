@@ -62,9 +62,7 @@ class ControlledExecutor(LocalExecutor):
             env=environment,
             start_new_session=True,
         )
-        return LocalJob(
-            folder=self.folder, job_id=str(process.pid), process=process, tasks=list(range(ranks))
-        )
+        return LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=list(range(ranks)))
 
 
 class Interruption:
@@ -119,9 +117,7 @@ def run_local(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
         killed = (*_place(exits["first"]),) if exits["first"] else None
         ends = read_rank_ends(folder / name)
         attempt = judge(ends, status=exits["status"], killed=killed, step=newest_step(run), leaving=leaving)
-        decision = decide(
-            record_attempt(folder, attempt), max_restarts=plan.slurm.max_restarts, can_requeue=False
-        )
+        decision = decide(record_attempt(folder, attempt), max_restarts=plan.slurm.max_restarts, can_requeue=False)
         if decision.action in ("done", "stop"):
             if attempt.ending == "fault":
                 write_event(run, "fault", attempt, why=decision.why)

@@ -104,9 +104,7 @@ def judge(
     if killed:
         rank, node, how = killed
         own = by_rank.get(rank)
-        if (
-            own is None or own.end != "fault"
-        ):  # it had no time for a word; what its peers say follows from that
+        if own is None or own.end != "fault":  # it had no time for a word; what its peers say follows from that
             return Attempt("fault", f"rank {rank} on {node}: {how}", step, rank, node)
         wrong = own
     if wrong:
@@ -137,19 +135,13 @@ def decide(history: list[Attempt], *, max_restarts: int, can_requeue: bool = Tru
                 "stop", f"no progress before the time limit, three times; {last.message}; ask for more --time"
             )
         case "time_limit" | "preempted":
-            return Decision(
-                "requeue", f"{last.ending.replace('_', ' ')}; {last.message or f'step {last.step}'}"
-            )
+            return Decision("requeue", f"{last.ending.replace('_', ' ')}; {last.message or f'step {last.step}'}")
     faults = [attempt for attempt in history if attempt.ending == "fault"]
     row = _without_progress(faults)
     if row >= MAX_FAULTS_WITHOUT_PROGRESS:
-        return Decision(
-            "stop", f"{row} failures without progress since step {max(last.step, 0)}: {last.message}"
-        )
+        return Decision("stop", f"{row} failures without progress since step {max(last.step, 0)}: {last.message}")
     if len(faults) > max_restarts:
-        return Decision(
-            "stop", f"failed {len(faults)} times (slurm.max_restarts {max_restarts}): {last.message}"
-        )
+        return Decision("stop", f"failed {len(faults)} times (slurm.max_restarts {max_restarts}): {last.message}")
     delay = min(FIRST_BACKOFF_SECONDS * 2 ** (row - 1), LONGEST_BACKOFF_SECONDS)
     return Decision("restart", last.message, delay, _bad_nodes(faults))
 

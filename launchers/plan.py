@@ -56,9 +56,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--name", help="of the run; default: the config's name and the time")
     group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: ./runs")
-    group.add_argument(
-        "--dry-run", action="store_true", help="print the plan (and the sbatch script), start nothing"
-    )
+    group.add_argument("--dry-run", action="store_true", help="print the plan (and the sbatch script), start nothing")
     group.add_argument(
         "--wait",
         action="store_true",
@@ -82,9 +80,7 @@ def parse_time(text: str) -> int:
     for pattern in patterns:
         if match := re.fullmatch(pattern, text):
             part = {name: int(value or 0) for name, value in match.groupdict().items()}
-            seconds = 60 * (60 * (24 * part.get("d", 0) + part.get("h", 0)) + part.get("m", 0)) + part.get(
-                "s", 0
-            )
+            seconds = 60 * (60 * (24 * part.get("d", 0) + part.get("h", 0)) + part.get("m", 0)) + part.get("s", 0)
             if seconds:
                 return -(-seconds // 60)
     raise argparse.ArgumentTypeError(f"got {text!r}; write minutes, HH:MM:SS or D-HH:MM")
@@ -112,8 +108,7 @@ def make_plan(flags: argparse.Namespace, *, device: str, slurm: Slurm) -> Plan:
         count = 0 if device == "cpu" else len(visible_gpus())
         if device == "cuda" and count == 0:
             raise UserError(
-                "engine.device: cuda was asked for, but this machine has no CUDA device; "
-                "use engine.device=cpu"
+                "engine.device: cuda was asked for, but this machine has no CUDA device; use engine.device=cpu"
             )
         if count and (flags.gpus_per_node or 1) > count:
             raise UserError(f"--gpus-per-node {flags.gpus_per_node}: this machine has {count} GPUs")

@@ -83,9 +83,7 @@ def leaving(facts: dict[str, str], *, signal_seconds: int) -> Ending | None:
         return "time_limit"
     if facts.get("PreemptTime", "None") not in ("None", "Unknown", "(null)"):
         return "preempted"
-    if (
-        left := seconds_left(facts)
-    ) is not None and left <= signal_seconds + 60:  # Slurm signals up to 60 s early
+    if (left := seconds_left(facts)) is not None and left <= signal_seconds + 60:  # Slurm signals up to 60 s early
         return "time_limit"
     return None
 

@@ -91,9 +91,7 @@ def run_slurm(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
     try:
         job = executor.submit(Job(worker, args, run_dir=str(run.root)))
     except (FailedJobError, FailedSubmissionError) as error:
-        said = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(
-            error
-        ).splitlines()
+        said = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()
         raise UserError(f"Slurm refuses the job: {'; '.join(said)}") from None
     write_json(folder / "job.json", {"job_id": job.job_id, "worker": worker})
     print(f"job {job.job_id} submitted; its words: {run.logs}/{job.job_id}_0_log.out", flush=True)
@@ -131,13 +129,9 @@ def wait_for_end(run: RunDir, submission: str) -> int:
                 "BOOT_FAIL",
             ):
                 time.sleep(2 * POLL_SECONDS)  # the epilogue's last words may still be on their way
-                if (read_json(folder / "job.json") or {})["job_id"] == job_id and not (
-                    folder / "ending.json"
-                ).exists():
+                if (read_json(folder / "job.json") or {})["job_id"] == job_id and not (folder / "ending.json").exists():
                     how = "ended without a word" if state == "gone" else state.lower()
-                    return show_end(
-                        "cancelled", f"job {job_id}: {how}; continue with --resume {run.name}", log=log
-                    )
+                    return show_end("cancelled", f"job {job_id}: {how}; continue with --resume {run.name}", log=log)
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         print(f"\nno longer waiting; the job goes on (scancel ends it), run {run.root}", file=sys.stderr)

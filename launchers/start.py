@@ -98,9 +98,7 @@ def create_run(run: RunDir, config: Config) -> None:
         UserError: there is such a run already, or the folder can't be written.
     """
     if run.root.exists():
-        raise UserError(
-            f"run {run.root} exists; continue it with --resume {run.name}, or give another --name"
-        )
+        raise UserError(f"run {run.root} exists; continue it with --resume {run.name}, or give another --name")
     with explained(run.root):
         run.root.mkdir(parents=True)
     try:

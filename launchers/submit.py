@@ -31,15 +31,9 @@ WORKER = "cmscale.train:main"
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="submit.py", description=__doc__)
     add_cluster_flags(parser)
-    parser.add_argument(
-        "--resume", metavar="RUN", help="continue a run: its folder, or its name in --runs-dir"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="with --resume: start anew if no checkpoint can be loaded"
-    )
-    parser.add_argument(
-        "items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file; overrides of its keys"
-    )
+    parser.add_argument("--resume", metavar="RUN", help="continue a run: its folder, or its name in --runs-dir")
+    parser.add_argument("--fresh", action="store_true", help="with --resume: start anew if no checkpoint can be loaded")
+    parser.add_argument("items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file; overrides of its keys")
     flags = parser.parse_intermixed_args(arguments)
     file, overrides = split_items(flags.items)
     if flags.fresh and not flags.resume:

@@ -21,9 +21,7 @@ def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip("no Slurm here (apt-get install slurmctld slurmd slurm-client munge)")
     folder = tmp_path_factory.mktemp("testbed")
     environment = {**os.environ, "TESTBED_DIR": str(folder)}
-    up = subprocess.run(
-        [TESTBED / "up.sh", "2"], env=environment, capture_output=True, text=True, check=False
-    )
+    up = subprocess.run([TESTBED / "up.sh", "2"], env=environment, capture_output=True, text=True, check=False)
     assert up.returncode == 0, up.stderr
     yield folder / "slurm.conf"
     subprocess.run([TESTBED / "down.sh"], env=environment, check=True)

@@ -47,11 +47,7 @@ def attempts(run: RunDir) -> list[str]:
 
 
 def events(run: RunDir) -> list[str]:
-    return (
-        [json.loads(line)["event"] for line in run.events.read_text().splitlines()]
-        if run.events.exists()
-        else []
-    )
+    return [json.loads(line)["event"] for line in run.events.read_text().splitlines()] if run.events.exists() else []
 
 
 def steps(run: RunDir) -> list[int]:
@@ -66,9 +62,7 @@ def facts(run: RunDir, rank: int) -> dict[str, str]:
     return json.loads((run.root / f"facts-{rank}.json").read_text())
 
 
-def test_two_nodes_meet_and_each_rank_knows_its_place(
-    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_two_nodes_meet_and_each_rank_knows_its_place(slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = RunDir(tmp_path / "run")
     submit(run, total_steps=3, how="well")
     assert wait_for_end(run, SUBMISSION) == 0, capsys.readouterr().err
@@ -144,9 +138,7 @@ def test_time_limit_saves_and_requeues_and_repeats_no_step(slurm: Path, tmp_path
     assert attempts(run)[-1] == "finished"
 
 
-def test_cancelled_job_saves_and_does_not_come_back(
-    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_cancelled_job_saves_and_does_not_come_back(slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = RunDir(tmp_path / "run")
     submit(run, total_steps=1000, how="slow")
     wait_until(lambda: len(steps(run)) >= 5)
@@ -155,9 +147,7 @@ def test_cancelled_job_saves_and_does_not_come_back(
     assert "continue with --resume" in capsys.readouterr().err
     assert newest_step(run) == steps(run)[-1]
     assert events(run) == []
-    state = subprocess.run(
-        ["squeue", "-h", "-o%T", "--states=all", "-j", job_id(run)], capture_output=True, text=True
-    )
+    state = subprocess.run(["squeue", "-h", "-o%T", "--states=all", "-j", job_id(run)], capture_output=True, text=True)
     assert state.stdout.strip() in ("CANCELLED", "COMPLETING")
 
 

@@ -70,9 +70,7 @@ def test_lsun_config_has_the_papers_numbers(path: Path):
 def _leaves_of(tree: dict, prefix: str = "") -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in tree.items():
-        found |= (
-            _leaves_of(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
+        found |= _leaves_of(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
@@ -87,9 +85,7 @@ def test_an_override_reaches_every_leaf(path: Path):
 def test_every_leaf_is_read_by_the_code():
     """By name, as an attribute or through getattr, outside of the models that declare it."""
     read: set[str] = set()
-    files = [
-        file for folder in ("cmscale", "launchers", "data_prep") for file in (CHECKOUT / folder).rglob("*.py")
-    ]
+    files = [file for folder in ("cmscale", "launchers", "data_prep") for file in (CHECKOUT / folder).rglob("*.py")]
     for file in files:
         if file == CHECKOUT / "cmscale" / "config.py":
             continue

@@ -42,10 +42,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_a_run_is_evaluated_in_its_own_folder_with_its_own_config(
     source: str, asked: list, monkeypatch, tmp_path: Path
 ):
-    assert (
-        run(monkeypatch, source, "--samples", "100", "--steps", "1,2", "--seeds", "3", "--step", "0,latest")
-        == 0
-    )
+    assert run(monkeypatch, source, "--samples", "100", "--steps", "1,2", "--seeds", "3", "--step", "0,latest") == 0
     ((request, where, plan),) = asked
     assert where.root == tmp_path / "runs" / "one"
     assert request["source"] == str(tmp_path / source)
@@ -54,13 +51,8 @@ def test_a_run_is_evaluated_in_its_own_folder_with_its_own_config(
     assert plan.slurm.signal_seconds == 5
 
 
-def test_foreign_weights_get_a_folder_of_their_own_and_the_given_config(
-    asked: list, monkeypatch, tmp_path: Path
-):
-    assert (
-        run(monkeypatch, "weights.pt", "--name", "theirs", "--config", "runs/one/config.yaml", "train.seed=4")
-        == 0
-    )
+def test_foreign_weights_get_a_folder_of_their_own_and_the_given_config(asked: list, monkeypatch, tmp_path: Path):
+    assert run(monkeypatch, "weights.pt", "--name", "theirs", "--config", "runs/one/config.yaml", "train.seed=4") == 0
     ((request, where, _),) = asked
     assert where.root == tmp_path / "runs" / "theirs"
     assert (request["config"], request["overrides"]) == (
@@ -87,9 +79,7 @@ def test_every_key_of_the_request_is_one_that_the_worker_knows(asked: list, monk
         (["runs/one", "--device", "cuda"], "no CUDA device"),
     ],
 )
-def test_mistake_is_one_line_with_status_2(
-    arguments: list[str], words: str, asked: list, monkeypatch, capsys
-):
+def test_mistake_is_one_line_with_status_2(arguments: list[str], words: str, asked: list, monkeypatch, capsys):
     assert run(monkeypatch, *arguments) == 2
     said = capsys.readouterr().err
     assert words in said

@@ -123,14 +123,10 @@ class TestSlurmsWords:
     def test_why_a_job_leaves_is_read_from_scontrol(self, facts: dict[str, str], expected: str | None):
         assert leaving(facts, signal_seconds=120) == expected
 
-    def test_each_start_reads_its_own_words_in_the_log_of_all(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ):
+    def test_each_start_reads_its_own_words_in_the_log_of_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         run = RunDir(tmp_path)
         run.logs.mkdir()
-        (run.logs / "7_batch.log").write_text(
-            "srun: error: a: task 0: Killed\n7.0: fault; requeue: x\nquiet\n"
-        )
+        (run.logs / "7_batch.log").write_text("srun: error: a: task 0: Killed\n7.0: fault; requeue: x\nquiet\n")
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         assert first_bad_rank(_own_words(run, "7")) is None
         monkeypatch.delenv("SLURM_RESTART_COUNT")
@@ -150,9 +146,7 @@ def test_each_restart_has_another_port_below_the_ephemeral_ones():
 
 
 def test_script_passes_slurm_settings_and_runs_the_epilogue_after_srun(tmp_path: Path):
-    slurm = Slurm(
-        account="team", constraint="h100", mem_gb=100, cpus_per_task=6, signal_seconds=30, max_restarts=2
-    )
+    slurm = Slurm(account="team", constraint="h100", mem_gb=100, cpus_per_task=6, signal_seconds=30, max_restarts=2)
     plan = Plan("slurm", 3, 4, True, "gpu", 60, slurm)
     script = script_text(RunDir(tmp_path / "a run"), plan, submission="one")
     for flag in (
@@ -250,12 +244,8 @@ class TestLocalJob:
         assert job.returncode == 0, said
         assert len(starts(tmp_path / "run", 1)) == 2
 
-    @pytest.mark.parametrize(
-        ("how", "why"), [("fault", "RuntimeError: rank 1"), ("killed", "killed by SIGKILL")]
-    )
-    def test_three_faults_without_progress_stop_with_the_reason_and_the_log(
-        self, how: str, why: str, tmp_path: Path
-    ):
+    @pytest.mark.parametrize(("how", "why"), [("fault", "RuntimeError: rank 1"), ("killed", "killed by SIGKILL")])
+    def test_three_faults_without_progress_stop_with_the_reason_and_the_log(self, how: str, why: str, tmp_path: Path):
         job = start_job(tmp_path / "run", how)
         _, said = job.communicate(timeout=120)
         assert job.returncode == 1

@@ -36,9 +36,7 @@ def config_file(tmp_path: Path) -> Path:
 def test_dry_run_prints_plan_and_script_from_any_folder_in_two_seconds_without_torch(tmp_path: Path):
     before = os.times()
     config = str(CHECKOUT / "configs" / "lsun_bedroom_ct.yaml")
-    ran = run_submit(
-        "--nodes", "8", "--partition", "gpu", "--time", "2-00:00", "--dry-run", config, cwd=tmp_path
-    )
+    ran = run_submit("--nodes", "8", "--partition", "gpu", "--time", "2-00:00", "--dry-run", config, cwd=tmp_path)
     after = os.times()
     assert ran.returncode == 0, ran.stderr
     for words in ("2048 = 64 ranks x 8 accumulated x 4", "1,000,000", "2,048,000,000", "2 days", "s3://"):
@@ -60,9 +58,7 @@ def test_dry_run_prints_plan_and_script_from_any_folder_in_two_seconds_without_t
 def test_launchers_import_no_torch():
     code = "import sys; sys.argv[0] = 'x'; import launchers.submit, launchers.evaluate, launchers.restart;"
     code += "print([name for name in ('torch', 'numpy', 'boto3', 'deepspeed') if name in sys.modules])"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True
-    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
 
 
@@ -113,9 +109,7 @@ def test_mistake_is_one_line_with_status_2_and_leaves_nothing(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     (tmp_path / "runs" / "taken").mkdir(parents=True)
-    monkeypatch.setattr(
-        sys, "argv", ["submit.py", *(str(config_file) if a == "CONFIG" else a for a in arguments)]
-    )
+    monkeypatch.setattr(sys, "argv", ["submit.py", *(str(config_file) if a == "CONFIG" else a for a in arguments)])
     assert submit.guarded(submit.main) == 2
     said = capsys.readouterr().err
     assert words in said
@@ -147,16 +141,10 @@ def test_run_folder_holds_resolved_config_and_provenance(tmp_path: Path, config_
     assert start["packages"]["torch"]
     assert start["command"]
     assert start["host"]
-    assert (
-        existing_run("one", runs_dir=tmp_path / "runs")
-        == existing_run(str(run.root), runs_dir=Path("x"))
-        == run
-    )
+    assert existing_run("one", runs_dir=tmp_path / "runs") == existing_run(str(run.root), runs_dir=Path("x")) == run
 
 
-def test_no_room_for_the_run_leaves_no_folder(
-    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_no_room_for_the_run_leaves_no_folder(tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch):
     run = run_of(name="full", runs_dir=tmp_path / "runs", stem="tiny")
 
     def no_room(*_: object) -> None:
@@ -245,9 +233,7 @@ def test_teacher_run_without_a_checkpoint_is_refused(tmp_path: Path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     (teacher / "config.yaml").write_text("")
-    text = CONFIG.format(data=dataset(tmp_path / "data")).replace(
-        "kind: edm", f"kind: cd\n  teacher: {teacher}"
-    )
+    text = CONFIG.format(data=dataset(tmp_path / "data")).replace("kind: edm", f"kind: cd\n  teacher: {teacher}")
     with pytest.raises(UserError, match=r"method\.teacher: run .* has no complete checkpoint"):
         check_inputs(parse_config(text))
 
