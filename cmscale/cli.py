@@ -17,11 +17,18 @@ from cmscale.errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
 
-SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="A run, a checkpoint, exported weights or an OpenAI .pt; a local path or s3://.")]
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="A run, a checkpoint, exported weights or an OpenAI .pt; a local path or s3://."
+    ),
+]
 WeightsOption = Annotated[str | None, typer.Option(help="An EMA's name, or `master`; default: the config's first EMA.")]
 StepOption = Annotated[str, typer.Option(help="Of a run: the checkpoint's step, or `latest`.")]
 ConfigOption = Annotated[str | None, typer.Option(help="Config for weights that carry none (OpenAI .pt).")]
-OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides on top of --config.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides on top of --config.")
+]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where there is one.")]
 
 
@@ -92,7 +99,13 @@ def sample(
 def edit(
     task: Annotated[Literal["inpaint", "colorize", "superres", "stroke", "interpolate", "denoise"], typer.Argument()],
     source: SourceArgument,
-    images: Annotated[list[Path] | None, typer.Argument(metavar="IMAGE... [KEY=VALUE]...", help="Image files (`interpolate`: two, or none and --seed); overrides on top of --config.")] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="IMAGE... [KEY=VALUE]...",
+            help="Image files (`interpolate`: two, or none and --seed); overrides on top of --config.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="PNG: what went in beside what came out.")] = Path("edit.png"),
     mask: Annotated[Path | None, typer.Option(help="inpaint: white where pixels are missing.")] = None,
     box: Annotated[str | None, typer.Option(help="inpaint: missing box LEFT,TOP,RIGHT,BOTTOM in pixels.")] = None,
@@ -125,8 +138,16 @@ def edit(
 
 @app.command()
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="As for sample; or finished samples: .npz with arr_0, or a folder of images.")],
-    reference: Annotated[str | None, typer.Option(help="A prepared data set, a folder, a statistics file; default: the config's, else its data.")] = None,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="As for sample; or finished samples: .npz with arr_0, or a folder of images."
+        ),
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="A prepared data set, a folder, a statistics file; default: the config's, else its data."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON; default: the run's evaluations folder.")] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="Default: the config's evaluate.num_samples.")] = None,
     steps: Annotated[str | None, typer.Option(help="Numbers of steps, 1,2")] = None,
@@ -165,7 +186,9 @@ def evaluate(
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint, exported weights or an OpenAI .pt.")],
+    source: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run, a checkpoint, exported weights or an OpenAI .pt.")
+    ],
     to: Annotated[str, typer.Option(help="Path or s3:// of the file (diffusers: of the folder).")],
     format: Annotated[Literal["safetensors", "openai", "diffusers"], typer.Option()] = "safetensors",
     weights: WeightsOption = None,
@@ -195,7 +218,9 @@ def import_(
 
 
 @app.command()
-def verify(run: Annotated[str, typer.Argument(metavar="RUN", help="A run or a checkpoint; a local path or s3://.")]) -> None:
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or a checkpoint; a local path or s3://.")],
+) -> None:
     """Checks every file of every checkpoint against its manifest; no GPU needed. Exit status 1 if one is bad."""
     from cmscale.engine.weights import list_checkpoints, verify_checkpoint
     from cmscale.rundir import CHECKPOINT_MANIFEST, step_name
@@ -267,7 +292,12 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
         last = metrics[-1] if metrics else {"step": 0, "loss": float("nan")}
         events = [event["event"] for event in read_lines(run.events)]
         table.add_row(
-            run.name, config.method.kind, str(last["step"]), str(config.train.total_steps), f"{last['loss']:.4g}", events[-1] if events else "never started"
+            run.name,
+            config.method.kind,
+            str(last["step"]),
+            str(config.train.total_steps),
+            f"{last['loss']:.4g}",
+            events[-1] if events else "never started",
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 

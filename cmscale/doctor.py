@@ -45,7 +45,7 @@ def findings() -> Iterator[tuple[str, str]]:
 
 
 def _credentials() -> str:
-    import boto3
+    from boto3.session import Session
 
-    found = boto3.session.Session().get_credentials()
+    found = Session().get_credentials()
     return "none; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if found is None else f"found ({found.method})"

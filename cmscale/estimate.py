@@ -51,18 +51,20 @@ def estimates(config: Config, *, num_ranks: int, tflops: float) -> list[tuple[st
     image_flop = flop * passes(config.method)
     images = config.train.total_steps * config.train.global_batch_size
     days = images * image_flop / (num_ranks * tflops * 1e12) / 86400
-    rows = [
+    return [
         ("parameters", f"{count / 1e6:.1f} M"),
         ("ranks, micro-batch, accumulation", _batch(config, num_ranks)),
         ("weights of a rank", f"{weights / GIB:.2f} GiB ({networks} networks, {config.engine.precision})"),
         ("gradients of a rank", f"{gradients / GIB:.2f} GiB"),
-        ("fp32 states of a rank", f"{states / GIB:.2f} GiB (master, two moments, {copies} EMA{', target' * has_target})"),
+        (
+            "fp32 states of a rank",
+            f"{states / GIB:.2f} GiB (master, two moments, {copies} EMA{', target' * has_target})",
+        ),
         ("forward pass", f"{flop / 1e12:.3g} TFLOP an image"),
         ("training", f"{image_flop / 1e12:.3g} TFLOP an image, {images:,} images"),
         ("a checkpoint", f"{masters * count / GIB:.2f} GiB"),
         ("time", f"{days:.3g} days at {tflops:g} TFLOP/s a GPU (an assumption: measure yours)"),
     ]
-    return rows
 
 
 def _batch(config: Config, num_ranks: int) -> str:

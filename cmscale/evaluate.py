@@ -144,6 +144,11 @@ class Bench:
         reference = worlds.on_main(lambda: load_reference(settings.reference or data, extractor))
         return cls(world, settings, extractor, reference)
 
+    def measure(self, store: BlockStore, *, num_samples: int) -> dict[str, float]:
+        """The metrics of a complete store; for rank 0, which has the reference."""
+        assert self.reference is not None
+        return measure(store.read(), num_samples=num_samples, reference=self.reference)
+
 
 def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
     """The statistics that `named` holds, or those of the images there.
@@ -196,15 +201,15 @@ def _evaluate_one(
             store.commit(block, bench.extractor(_draw_block(source, denoise, draw, block, device=world.device)))
         if preemption.requested():
             return None
-        reference = bench.reference
-        found = worlds.on_main(lambda store=store: measure(store.read(), num_samples=number, reference=reference))
+        found = worlds.on_main(lambda store=store: bench.measure(store, num_samples=number))
         if found is not None:
             measured.append(found)
             store.remove()
-    result = worlds.on_main(
-        lambda: _write_result(request, source, bench, measured, out=out, steps=steps, seconds=time.monotonic() - started)
+    worlds.on_main(
+        lambda: _write_result(
+            request, source, bench, measured, out=out, steps=steps, seconds=time.monotonic() - started
+        )
     )
-    del result
     return out
 
 
@@ -244,7 +249,7 @@ def _write_result(
         seconds=round(seconds, 3),
         protocol={**_protocol(source, bench, draw), "cmscale": __version__, "torch": torch.__version__},
         warnings=tuple(left_out(reference, num_samples=bench.settings.num_samples)),
-        **combine(measured),
+        **as_fields(measured),
     )
     storage, key = open_parent(out)
     storage.write(key, result.to_bytes())
@@ -271,14 +276,19 @@ def evaluate_images(request: Request, world: World) -> Path:
         reference=reference.describe(),
         seconds=round(time.monotonic() - started, 3),
         protocol={"samples": images.name, "features_sha256": bench.extractor.weights_sha256},
-        warnings=tuple([*mismatches, *left_out(reference, num_samples=images.count)]),
-        **combine([measured]),
+        warnings=(*mismatches, *left_out(reference, num_samples=images.count)),
+        **as_fields([measured]),
     )
     out = Path(request.out or f"{Path(request.source).stem}-evaluation.json")
     storage, key = open_parent(out)
     storage.write(key, result.to_bytes())
     print(summary(result))
     return out
+
+
+def as_fields(measured: list[dict[str, float]]) -> dict[str, Any]:
+    """The metrics over all sets, as fields of the result."""
+    return dict(combine(measured))
 
 
 def summary(result: EvaluationResult) -> str:

@@ -1,4 +1,4 @@
-"""Owns the JSON documents that publish a folder: the data set's manifest and the checkpoint's, and the state of training."""
+"""Owns the JSON documents that publish a folder: a data set's manifest, a checkpoint's, the state of training."""
 
 import hashlib
 import json
@@ -148,7 +148,9 @@ def read_dataset_manifest(storage: Storage) -> DatasetManifest:
     """
     raw = storage.read_if_present(DATASET_MANIFEST)
     if raw is None:
-        raise UserError(f"{storage.url}: no prepared data set there (no {DATASET_MANIFEST}); make one with data_prep/prepare.py")
+        raise UserError(
+            f"{storage.url}: no prepared data set there (no {DATASET_MANIFEST}); make one with data_prep/prepare.py"
+        )
     manifest = read_document(DatasetManifest, raw, origin=storage.join(DATASET_MANIFEST))
     expected = dataset_fingerprint(
         format=manifest.format,
@@ -158,7 +160,9 @@ def read_dataset_manifest(storage: Storage) -> DatasetManifest:
         shards=manifest.shards,
     )
     if expected != manifest.fingerprint or manifest.count != sum(shard.count for shard in manifest.shards):
-        raise UserError(f"{storage.join(DATASET_MANIFEST)}: does not match its own shards; run data_prep/verify.py on it")
+        raise UserError(
+            f"{storage.join(DATASET_MANIFEST)}: does not match its own shards; run data_prep/verify.py on it"
+        )
     for entry in (*manifest.shards, *manifest.files):
         if not is_plain_name(entry.name):
             raise UserError(f"{storage.join(DATASET_MANIFEST)}: file name {entry.name!r} leaves the data set; refused")

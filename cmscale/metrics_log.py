@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -118,15 +119,13 @@ class WandbMirror:
             mirror.define_metric("*", step_metric="step")
             while (record := self._queue.get()) is not None:
                 mirror.log(record)
-            mirror.finish(quiet=True)
+            mirror.finish()
         except Exception as error:
             write_event(self._run, "wandb_failed", step=-1, rank=0, why=f"{type(error).__name__}: {error}")
 
     def _identity(self) -> str:
-        import wandb
-
         if not self._run.wandb_id.exists():
-            self._run.wandb_id.write_text(wandb.util.generate_id())
+            self._run.wandb_id.write_text(secrets.token_hex(8))
         return self._run.wandb_id.read_text().strip()
 
 

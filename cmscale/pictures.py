@@ -1,7 +1,6 @@
 """Owns how images leave the program for people's eyes: tensors as uint8, grids and strips as PNG files."""
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,13 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """[-1, 1] float [N, 3, H, W] as uint8 of the same shape, as the released code quantises: truncated.
 
     Raises:
-        UserError: a value is not a number.
+        UserError: a sample is not finite.
     """
     if not bool(torch.isfinite(images).all()):
-        raise UserError("samples: some values are NaN or infinite; the weights did not survive training")
+        bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
+        raise UserError(
+            f"samples: {bad} of {len(images)} hold NaN or infinity; the weights or the precision are broken"
+        )
     return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
 
@@ -77,8 +79,3 @@ def load_image(path: Path, *, size: int) -> torch.Tensor:
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
     """uint8 as float32 in [-1, 1]."""
     return images.to(torch.float32) / 127.5 - 1
-
-
-def rows(pictures: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Rows of equally many uint8 [3, H, W] images as one batch for `grid(columns=len(row))`."""
-    return torch.stack([image for row in pictures for image in row])

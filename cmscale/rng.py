@@ -51,7 +51,9 @@ class SampleRandomness:
 
     def uniform(self, purpose: str = "time") -> torch.Tensor:
         """Uniform on [0, 1), [B] float64, drawn on the CPU and moved to the device."""
-        drawn = [torch.rand((), dtype=torch.float64, generator=generator(self.seed, p, purpose)) for p in self.positions]
+        drawn = [
+            torch.rand((), dtype=torch.float64, generator=generator(self.seed, p, purpose)) for p in self.positions
+        ]
         return torch.stack(drawn).to(self.device)
 
     def dropout_keys(self) -> tuple[int, ...]:

@@ -24,9 +24,7 @@ class RunLog:
         self._run = run
         self._world = world
         self._batches = batches
-        self._metrics = MetricsLog(
-            run, config.wandb, config=json.loads(config.model_dump_json()), active=world.is_main
-        )
+        self._metrics = MetricsLog(run, config.wandb, config=json.loads(config.model_dump_json()), active=world.is_main)
         self._since = time.perf_counter()
         self._cursor = 0
         self._progress = Progress(
@@ -88,4 +86,3 @@ class RunLog:
     def _event(self, event: str, state: TrainState, *, why: str = "") -> None:
         if self._world.is_main:
             write_event(self._run, event, step=state.step, rank=0, why=why)
-

@@ -45,7 +45,7 @@ def draw_samples(
     request: SampleRequest,
     *,
     device: torch.device,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """The samples, float32 [num, 3, H, W] on the CPU; `advance` hears how many a batch brought."""
     denoise = source.denoiser(device)
@@ -53,7 +53,8 @@ def draw_samples(
     for start in range(0, request.num, request.batch_size):
         indices = range(start, min(start + request.batch_size, request.num))
         done.append(draw_batch(source, denoise, request, indices=indices, device=device).cpu())
-        advance(len(indices))
+        if advance is not None:
+            advance(len(indices))
     return torch.cat(done)
 
 

@@ -40,9 +40,7 @@ def of_method(method: Method, point: Point, *, total_steps: int) -> Point:
             scales = ict_num_scales(step, total_steps=total_steps, s0=method.s0, s1=method.s1)
             return Point(step, rate, num_scales=scales)
         case ECT():
-            return Point(
-                step, rate, stage=ect_stage(step, total_steps=total_steps, num_stages=method.num_stages)
-            )
+            return Point(step, rate, stage=ect_stage(step, total_steps=total_steps, num_stages=method.num_stages))
         case _:
             return point
 

@@ -1,4 +1,4 @@
-"""Owns what a command means by SOURCE: a run, a checkpoint, an exported file, an OpenAI `.pt`; and gives its denoiser."""
+"""Owns what a command means by SOURCE: a run, a checkpoint, exported weights, an OpenAI `.pt`."""
 
 import hashlib
 import json

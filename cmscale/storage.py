@@ -225,14 +225,14 @@ class S3Storage:
     def client(self) -> Any:
         """boto3's client, made on first use and never carried over a fork or a pickle."""
         if self._client is None or self._client[0] != os.getpid():
-            import boto3
+            from boto3.session import Session
             from botocore.config import Config as ClientConfig
 
             settings = ClientConfig(
                 retries={"mode": "adaptive", "total_max_attempts": 6}, connect_timeout=10, read_timeout=60
             )
             with self._explained(""):
-                self._client = (os.getpid(), boto3.session.Session().client("s3", config=settings))
+                self._client = (os.getpid(), Session().client("s3", config=settings))
         return self._client[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -254,7 +254,12 @@ class S3Storage:
             yield
         except (boto.NoCredentialsError, boto.PartialCredentialsError):
             raise UserError(f"{self.url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-        except (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ConnectionClosedError, boto.ReadTimeoutError) as error:
+        except (
+            boto.EndpointConnectionError,
+            boto.ConnectTimeoutError,
+            boto.ConnectionClosedError,
+            boto.ReadTimeoutError,
+        ) as error:
             raise ConnectionError(f"{self.url}: the S3 server does not answer ({error})") from error
         except (boto.ParamValidationError, boto.NoRegionError, boto.ProfileNotFound, ValueError) as error:
             raise UserError(f"{self.url}: {error}") from None
@@ -273,7 +278,8 @@ class S3Storage:
             case "NoSuchKey" | "404" | "NotFound":
                 raise FileNotFoundError(errno.ENOENT, "no such object", self.join(key)) from error
             case "AccessDenied" | "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "403" | "InvalidClientTokenId":
-                raise UserError(f"{self.join(key)}: S3 refuses the credentials ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+                advice = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                raise UserError(f"{self.join(key)}: S3 refuses the credentials ({code}); {advice}") from None
         raise ConnectionError(f"{self.join(key)}: S3 answered {code}: {error}") from error
 
     def read(self, key: str) -> bytes:
@@ -297,7 +303,11 @@ class S3Storage:
             try:
                 self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
             except ClientError as error:
-                if error.response["Error"].get("Code") not in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
+                if error.response["Error"].get("Code") not in (
+                    "PreconditionFailed",
+                    "ConditionalRequestConflict",
+                    "412",
+                ):
                     raise
                 return self.read_if_present(key) == data  # a retried PUT can meet itself
         return True
@@ -332,9 +342,7 @@ class S3Storage:
             )
             unfinished = [upload for page in pages for upload in page.get("Uploads", [])]
             for upload in unfinished:
-                self.client.abort_multipart_upload(
-                    Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                )
+                self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
         return len(unfinished)
 
     def sub(self, prefix: str) -> "S3Storage":

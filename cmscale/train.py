@@ -71,9 +71,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     engine, shards = parts.engine, parts.engine.shards
     state = TrainState() if found is None else restore(found, engine)
     exporter = Exporter(run, config.checkpoint.export_to) if config.checkpoint.export_to and world.is_main else None
-    checkpoints = Checkpoints(
-        run, config, world, generation=generation, data_fingerprint=data, exporter=exporter
-    )
+    checkpoints = Checkpoints(run, config, world, generation=generation, data_fingerprint=data, exporter=exporter)
     batches = open_data(config, world, state)
     log = RunLog(config, run, world, batches=batches)
     watchdog = Watchdog(run, config, world)
@@ -222,9 +220,7 @@ def save_sample_grid(config: Config, run: RunDir, world: World, engine: Engine, 
     indices = range(world.rank * share, (world.rank + 1) * share)  # all ranks evaluate as often: ZeRO-3 needs it
     with engine.showing(config.ema.names[0]) as network:
         denoise = denoiser_for(config.method, network)
-        images = sample(
-            config.method, denoise, seed=0, indices=indices, shape=(3, size, size), device=world.device
-        )
+        images = sample(config.method, denoise, seed=0, indices=indices, shape=(3, size, size), device=world.device)
     drawn = torch.cat(worlds.gather(images.cpu()))[:count]
     if world.is_main and bool(torch.isfinite(drawn).all()):
         pictures.save_png(pictures.grid(pictures.to_uint8(drawn)), run.sample_grid(step))

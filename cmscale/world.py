@@ -3,7 +3,7 @@
 import datetime
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ class World:
     num_ranks: int = 1
     rank_of_node: int = 0
     ranks_per_node: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def node(self) -> int:
@@ -67,7 +67,9 @@ def choose_device(device: str, *, rank_of_node: int = 0) -> torch.device:
     if count == 0:
         raise UserError("engine.device: cuda was asked for, but this machine has no CUDA device; use engine.device=cpu")
     if rank_of_node >= count:
-        raise UserError(f"engine.device: rank {rank_of_node} of this node has no GPU, there are {count}; lower --gpus-per-node")
+        raise UserError(
+            f"engine.device: rank {rank_of_node} of this node has no GPU, there are {count}; lower --gpus-per-node"
+        )
     return torch.device("cuda", rank_of_node)
 
 
@@ -136,7 +138,9 @@ def must_be_equal(value: Any, *, what: str) -> None:
     values = gather(value)
     odd = [rank for rank, other in enumerate(values) if other != values[0]]
     if odd:
-        raise RuntimeError(f"{what} differs between ranks: rank 0 has {values[0]!r}, rank {odd[0]} has {values[odd[0]]!r}")
+        raise RuntimeError(
+            f"{what} differs between ranks: rank 0 has {values[0]!r}, rank {odd[0]} has {values[odd[0]]!r}"
+        )
 
 
 def barrier() -> None:

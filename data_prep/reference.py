@@ -47,9 +47,7 @@ def make_reference(
     count = min(manifest.count, limit or manifest.count)
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: must end in .npz")
-    extractor = build_features(
-        features, weights=local_file(weights) if weights else None, device=choose_device(device)
-    )
+    extractor = build_features(features, weights=local_file(weights) if weights else None, device=choose_device(device))
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     reference = reference_from_images(
@@ -66,30 +64,22 @@ def make_reference(
     return f"{out}: {count} images of {manifest.image_size} px, {extractor.label}, {len(kept)} kept as arr_0"
 
 
-def _images(
-    dataset: str, *, indices: list[int] | None = None, limit: int | None = None
-) -> Iterator[np.ndarray]:
+def _images(dataset: str, *, indices: list[int] | None = None, limit: int | None = None) -> Iterator[np.ndarray]:
     return (image for image, _ in read_images(dataset, indices=indices, limit=limit))
 
 
 def _shown(images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
     from rich.progress import track
 
-    yield from track(
-        islice(images, count), total=count, description="features", disable=not sys.stderr.isatty()
-    )
+    yield from track(islice(images, count), total=count, description="features", disable=not sys.stderr.isatty())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="DATASET", help="a prepared data set: folder or s3://")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz")
     parser.add_argument("--features", choices=KINDS, default="inception")
-    parser.add_argument(
-        "--weights", metavar="FILE|s3://…", help="the features' weights (default: their home)"
-    )
+    parser.add_argument("--weights", metavar="FILE|s3://…", help="the features' weights (default: their home)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--limit", type=int, metavar="N", help="measure the first N images only")
     parser.add_argument("--subset", type=int, default=SUBSET, metavar="N", help="images kept (%(default)s)")

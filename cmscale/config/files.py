@@ -63,9 +63,7 @@ def parse_config(text: str, overrides: list[str] | None = None, *, origin: str =
 
 def dump_config(config: Config) -> str:
     """Every value of a config as YAML, defaults too; `parse_config` gives the same config back."""
-    return yaml.safe_dump(
-        json.loads(config.model_dump_json()), sort_keys=False, default_flow_style=None, width=110
-    )
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, default_flow_style=None, width=110)
 
 
 def json_schema() -> dict[str, Any]:
@@ -101,7 +99,7 @@ def _nearest(key: str) -> str:
 
 def _explain(error: ValidationError) -> str:
     """The first of pydantic's errors as one line: key, what was given, what is allowed."""
-    first = error.errors(include_url=False)[0]
+    first: Any = error.errors(include_url=False)[0]
     kinds = {"edm", "cd", "ct", "ict", "ect"}
     path = [str(part) for index, part in enumerate(first["loc"]) if not (index == 1 and part in kinds)]
     key = ".".join(path)

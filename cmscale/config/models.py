@@ -158,20 +158,14 @@ class Model(Section):
         sizes = [self.image_size >> level for level in range(levels)]
         for size in self.attention_resolutions:
             if size not in sizes:
-                raise ValueError(
-                    f"attention_resolutions: the network has no level of {size} px, only {sizes}"
-                )
+                raise ValueError(f"attention_resolutions: the network has no level of {size} px, only {sizes}")
         if self.channels % 32:
-            raise ValueError(
-                f"channels: {self.channels} is no multiple of 32, the groups of the normalisation"
-            )
+            raise ValueError(f"channels: {self.channels} is no multiple of 32, the groups of the normalisation")
         last = len(sizes) - 1  # the smallest level attends in the middle, whatever attention_resolutions says
         for level, multiplier in enumerate(self.channel_multipliers):
             width = multiplier * self.channels
             if (level == last or sizes[level] in self.attention_resolutions) and width % self.head_channels:
-                raise ValueError(
-                    f"head_channels {self.head_channels} does not divide {width}, level {level}'s width"
-                )
+                raise ValueError(f"head_channels {self.head_channels} does not divide {width}, level {level}'s width")
         return self
 
 

@@ -51,9 +51,7 @@ def build_distance(
     """
     match method:
         case CD(distance="lpips") | CT(distance="lpips"):
-            network = perceptual.LPIPS(
-                average_pooling=method.lpips_pooling == "average", resize=image_size < 256
-            )
+            network = perceptual.LPIPS(average_pooling=method.lpips_pooling == "average", resize=image_size < 256)
             network.load_features(lpips_weights if lpips_weights is not None else perceptual.download_vgg())
             return network.to(device)
         case CD(distance="l1") | CT(distance="l1"):

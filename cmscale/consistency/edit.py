@@ -34,9 +34,7 @@ class Chain:
 
     def draw(self, number: int, image: Tensor) -> Tensor:
         shape, purpose = image.shape[1:], f"edit-{number}"
-        return normal_like_samples(self.seed, self.indices, shape, purpose=purpose, device=image.device).to(
-            image
-        )
+        return normal_like_samples(self.seed, self.indices, shape, purpose=purpose, device=image.device).to(image)
 
 
 def chain(
@@ -55,9 +53,7 @@ def chain(
     released code.
     """
     times = (
-        grid.karras_grid(method, steps).flip(0)[:-1]
-        if sigmas is None
-        else torch.tensor(sigmas, dtype=torch.float64)
+        grid.karras_grid(method, steps).flip(0)[:-1] if sigmas is None else torch.tensor(sigmas, dtype=torch.float64)
     )
     denoise = clipped(denoise) if clip else denoise
     return Chain(denoise, times, method.sigma_min, seed, tuple(indices))
@@ -82,9 +78,7 @@ def inpaint(chain: Chain, image: Tensor, *, missing: Tensor) -> Tensor:
 def colorize(chain: Chain, image: Tensor) -> Tensor:
     """Colours for the image's luminance (0.2989 R + 0.5870 G + 0.1140 B), which the result keeps."""
     gray = _gray(image)
-    coloured = refine(
-        chain, keep_luminance(torch.zeros_like(image), image), lambda x: keep_luminance(x, image)
-    )
+    coloured = refine(chain, keep_luminance(torch.zeros_like(image), image), lambda x: keep_luminance(x, image))
     return _into_range(coloured, gray, spread=lambda excess: excess.amax(1, keepdim=True))
 
 

@@ -59,9 +59,7 @@ class ECTLoss:
             # Every sample is evaluated, also where r = 0 makes the clean image the target: were a rank to
             # skip the pass, the others would wait in its collectives for ever (ZeRO-3).
             safe = torch.where(lower > 0, lower, upper)
-            aim = evaluate(
-                networks.target_or_student, clean + like(safe, clean) * noise, safe, dropout_keys=keys
-            )
+            aim = evaluate(networks.target_or_student, clean + like(safe, clean) * noise, safe, dropout_keys=keys)
             aim = torch.where(like(lower, clean) > 0, aim, clean)
         estimate = evaluate(networks.student, clean + like(upper, clean) * noise, upper, dropout_keys=keys)
         return self.distance(estimate, aim) / (upper - lower).to(clean)

@@ -42,9 +42,7 @@ class EDMLoss:
     distance: Distance
 
     def __call__(self, networks: Networks, clean: Tensor, _point: Point, random: SampleRandomness) -> Tensor:
-        sigma = grid.lognormal_time(
-            random.uniform("time"), p_mean=self.method.p_mean, p_std=self.method.p_std
-        )
+        sigma = grid.lognormal_time(random.uniform("time"), p_mean=self.method.p_mean, p_std=self.method.p_std)
         noise = random.noise(clean.shape[1:]).to(clean)
         noisy = clean + like(sigma, clean) * noise
         denoised = evaluate(networks.student, noisy, sigma, dropout_keys=random.dropout_keys())

@@ -107,8 +107,7 @@ def download_vgg() -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(
-                f"VGG16 for LPIPS can't be downloaded from {url} ({error}); "
-                "set method.lpips_weights to a copy of it"
+                f"VGG16 for LPIPS can't be downloaded from {url} ({error}); set method.lpips_weights to a copy of it"
             ) from None
     return path
 

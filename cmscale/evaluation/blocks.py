@@ -7,7 +7,7 @@ result depends on no number of ranks, and a killed evaluation goes on with the b
     store = BlockStore(folder, identity={...}, num_samples=50_000)      # every rank
     todo = from_main(store.missing())
     for block in todo[world.rank :: world.num_ranks]:                   # block: a range of sample indices
-        store.commit(block, extractor(quantise(sample(seeds=block))))
+        store.commit(block, extractor(to_uint8(sample(seeds=block))))
     barrier()
     if world.is_main:
         measured = measure(store.read(), num_samples=50_000, reference=reference)
@@ -66,9 +66,7 @@ class BlockStore:
                 raise ValueError(f"{name}: {len(values)} features for the {len(block)} samples of {block}")
             if not np.isfinite(values).all():
                 raise ValueError(f"{name}: not finite in samples {block.start} to {block.stop - 1}")
-        replace_durably(
-            self._path(block), save({name: np.ascontiguousarray(v) for name, v in features.items()})
-        )
+        replace_durably(self._path(block), save({name: np.ascontiguousarray(v) for name, v in features.items()}))
 
     def read(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         """Every block with its features, in their order.

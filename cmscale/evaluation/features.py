@@ -1,5 +1,4 @@
-"""Owns what images look like to a metric: networks that turn uint8 images into features, and the samples' way
-to uint8.
+"""Owns what images look like to a metric: networks that turn uint8 images into features.
 
 Two kinds. `inception` is the FID Inception of torch-fidelity (the TensorFlow graph of 2015-12-05): images are
 resized to 299 px by TensorFlow 1's bilinear rule, without antialiasing, as every published FID did.
@@ -126,14 +125,10 @@ class FeatureExtractor:
             ValueError: not such images.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"images: uint8 [N, 3, H, W] are measured, not {images.dtype} {list(images.shape)}"
-            )
+            raise ValueError(f"images: uint8 [N, 3, H, W] are measured, not {images.dtype} {list(images.shape)}")
         exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), exact:  # TF32 would move features by 1e-3, and a CPU's from a GPU's
-            chunks = [
-                self._of_chunk(chunk.to(self.device)) for chunk in images.split(_CHUNK[self.device.type])
-            ]
+            chunks = [self._of_chunk(chunk.to(self.device)) for chunk in images.split(_CHUNK[self.device.type])]
         return {name: torch.cat([chunk[name] for chunk in chunks]).numpy() for name in chunks[0]}
 
     def _of_chunk(self, images: Tensor) -> dict[str, Tensor]:
@@ -141,9 +136,7 @@ class FeatureExtractor:
             pooled, spatial, logits = self.network(images)
             found = {"pooled": pooled, "spatial": spatial, "logits": logits}
         else:
-            resized = F.interpolate(
-                images.float(), (224, 224), mode="bilinear", antialias=True, align_corners=False
-            )
+            resized = F.interpolate(images.float(), (224, 224), mode="bilinear", antialias=True, align_corners=False)
             pooled, logits = self.network((resized - 127) / 128)
             found = {"pooled": pooled, "logits": logits}
         return {name: value.float().cpu() for name, value in found.items()}
@@ -194,20 +187,6 @@ def build_features(
     return FeatureExtractor(label, width, spatial, digest, network, torch.device(device))
 
 
-def quantise(images: Tensor) -> Tensor:
-    """Samples in [-1, 1] as uint8, the way published results were quantised (released code: truncation).
-
-    Raises:
-        UserError: a sample is not finite.
-    """
-    if not bool(torch.isfinite(images).all()):
-        bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
-        raise UserError(
-            f"samples: {bad} of {len(images)} hold NaN or infinity; the weights or the precision are broken"
-        )
-    return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-
-
 def _checked_hash(path: Path, sha256: str | None) -> str:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
@@ -216,9 +195,7 @@ def _checked_hash(path: Path, sha256: str | None) -> str:
     named = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
     for expected in (sha256, named and named[1]):
         if expected and not digest.startswith(expected.lower()):
-            raise UserError(
-                f"{path}: its SHA-256 is {digest[:16]}..., expected {expected[:16]}; fetch the file again"
-            )
+            raise UserError(f"{path}: its SHA-256 is {digest[:16]}..., expected {expected[:16]}; fetch the file again")
     return digest
 
 
@@ -229,9 +206,7 @@ def _download_inception() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with redirect_stdout(sys.stderr):
-                torch.hub.download_url_to_file(
-                    URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False
-                )
+                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise UserError(
                 f"{URL_INCEPTION_V3}: can't be downloaded ({error}); set evaluate.inception_weights to "

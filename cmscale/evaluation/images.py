@@ -117,9 +117,7 @@ def _read_file(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             if image.width * image.height > _MAX_PIXELS:
-                raise UserError(
-                    f"{file}: {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read"
-                )
+                raise UserError(f"{file}: {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise UserError(f"{file}: not an image ({error})") from None

@@ -33,9 +33,7 @@ def image_blocks(
         at += len(batch)
 
 
-def measure(
-    blocks: Iterable[tuple[range, Features]], *, num_samples: int, reference: Reference
-) -> dict[str, float]:
+def measure(blocks: Iterable[tuple[range, Features]], *, num_samples: int, reference: Reference) -> dict[str, float]:
     """Every metric of one set of samples for which the features and the reference suffice.
 
     Memory holds the pooled features [num_samples, D] in float32 (KID and nearest neighbours need them), the
@@ -58,9 +56,7 @@ def measure(
     for block, features in blocks:
         assert block.start == at, f"block {block} where sample {at} is next"
         if not np.isfinite(features["pooled"]).all():
-            raise UserError(
-                f"evaluation: samples {block.start} to {block.stop - 1} give features that are not finite"
-            )
+            raise UserError(f"evaluation: samples {block.start} to {block.stop - 1} give features that are not finite")
         pooled[block.start : block.stop] = features["pooled"]
         sums = _added(sums, features["pooled"])
         scores.add(block, features["logits"])

@@ -8,9 +8,7 @@ import numpy as np
 from cmscale.errors import UserError
 from cmscale.evaluation.statistics import Moments
 
-TORCH_FIDELITY_SEED = (
-    2020  # the `rng_seed` with which torch-fidelity draws KID's subsets and shuffles for the IS
-)
+TORCH_FIDELITY_SEED = 2020  # the `rng_seed` with which torch-fidelity draws KID's subsets and shuffles for the IS
 
 _KERNEL_ELEMENTS = 1 << 25  # up to 256 MiB of KID's kernel is computed once for all its subsets
 
@@ -99,11 +97,7 @@ class InceptionScoreSums:
 
     def __post_init__(self) -> None:
         n, splits = self.num_samples, self.splits
-        order = (
-            np.arange(n)
-            if self.shuffle_seed is None
-            else np.random.RandomState(self.shuffle_seed).permutation(n)
-        )
+        order = np.arange(n) if self.shuffle_seed is None else np.random.RandomState(self.shuffle_seed).permutation(n)
         self._part = np.empty(n, dtype=np.int64)
         for part in range(splits):
             self._part[order[part * n // splits : (part + 1) * n // splits]] = part

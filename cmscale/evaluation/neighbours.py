@@ -38,9 +38,7 @@ class Manifold:
     def __init__(self, features: np.ndarray, *, device: torch.device | str = "cpu") -> None:
         self.features = torch.from_numpy(np.ascontiguousarray(features)).to(device)
         if len(self.features) <= DENSITY_K:
-            raise ValueError(
-                f"{len(self.features)} features; nearest neighbours need at least {DENSITY_K + 1}"
-            )
+            raise ValueError(f"{len(self.features)} features; nearest neighbours need at least {DENSITY_K + 1}")
 
     def __len__(self) -> int:
         return len(self.features)
@@ -54,16 +52,10 @@ class Manifold:
         wanted = min(DENSITY_K + 1 + _SLACK, len(points))
         found = []
         for rows in _row_blocks(len(points), len(points)):
-            near = (
-                _squared_distances(points[rows], norms[rows], points, norms)
-                .topk(wanted, largest=False)
-                .indices
-            )
+            near = _squared_distances(points[rows], norms[rows], points, norms).topk(wanted, largest=False).indices
             own = torch.arange(rows.start, rows.stop, device=near.device)[:, None].expand_as(near)
             exact = _exact(self.features, own.flatten(), self.features, near.flatten()).view_as(near)
-            found.append(
-                exact.sort(dim=1).values[:, [K, DENSITY_K]]
-            )  # the nearest of all is the feature itself
+            found.append(exact.sort(dim=1).values[:, [K, DENSITY_K]])  # the nearest of all is the feature itself
         both = torch.cat(found)
         return both[:, 0], both[:, 1]
 

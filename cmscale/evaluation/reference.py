@@ -107,13 +107,10 @@ def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
         case _:
             raise UserError(f"reference {path}: statistics are .npz, .pkl (EDM2) or .pt (torch-fidelity)")
     if found.features not in (None, extractor.label):
-        raise UserError(
-            f"reference {path}: holds {found.features} features, the evaluation uses {extractor.label}"
-        )
+        raise UserError(f"reference {path}: holds {found.features} features, the evaluation uses {extractor.label}")
     if found.pooled.width != extractor.width:
         raise UserError(
-            f"reference {path}: features of width {found.pooled.width}, "
-            f"{extractor.label} gives {extractor.width}"
+            f"reference {path}: features of width {found.pooled.width}, {extractor.label} gives {extractor.width}"
         )
     return found
 
@@ -171,9 +168,7 @@ def subset_indices(count: int, subset: int = SUBSET) -> np.ndarray:
     return np.sort(drawn)
 
 
-def write_reference(
-    path: Path, reference: Reference, images: Iterable[np.ndarray], *, num_images: int
-) -> None:
+def write_reference(path: Path, reference: Reference, images: Iterable[np.ndarray], *, num_images: int) -> None:
     """Writes a reference in ADM's format, with `images` (the subset, one at a time) as `arr_0`.
 
     Extra keys: `features_0` (the subset's pooled features), `features`, `preprocess`, `image_size`, `count`,
@@ -252,8 +247,7 @@ def _moments(path: Path, found: dict[str, Any], mean_key: str, covariance_key: s
     mean, covariance = (np.asarray(found[key], dtype=np.float64) for key in (mean_key, covariance_key))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(
-            f"reference {path}: {mean_key} {list(mean.shape)} and {covariance_key} "
-            f"{list(covariance.shape)} don't fit"
+            f"reference {path}: {mean_key} {list(mean.shape)} and {covariance_key} {list(covariance.shape)} don't fit"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"reference {path}: {mean_key} or {covariance_key} holds NaN or infinity")
@@ -266,11 +260,7 @@ class _NumbersOnly(pickle.Unpickler):
 
     _ALLOWED = frozenset(
         {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-        | {
-            (f"numpy.{core}.multiarray", name)
-            for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
-        }
+        | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
         | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
     )
 
@@ -303,9 +293,7 @@ def _torch_fidelity(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(allowed):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(
-            f"reference {path}: not torch-fidelity's statistics ({str(error).splitlines()[0]})"
-        ) from None
+        raise UserError(f"reference {path}: not torch-fidelity's statistics ({str(error).splitlines()[0]})") from None
     if not isinstance(found, dict):
         raise UserError(f"reference {path}: not torch-fidelity's statistics (no mu and sigma)")
     return found

@@ -64,9 +64,7 @@ def write_diffusers(
     _write_json(storage, INDEX, index)
 
 
-def read_diffusers(
-    source: str | Path | Storage, *, model: Model | None = None
-) -> tuple[Weights, dict[str, str]]:
+def read_diffusers(source: str | Path | Storage, *, model: Model | None = None) -> tuple[Weights, dict[str, str]]:
     """The weights in a folder (a path or `s3://`) with OpenAI's names, and its metadata (see `describe`).
 
     Args:
@@ -85,15 +83,11 @@ def read_diffusers(
         card = own_card(metadata)
         if model is None:
             if card is None:
-                raise UserError(
-                    f"{storage.url}: carries no config, as cmscale did not write it; give --config CONFIG"
-                )
+                raise UserError(f"{storage.url}: carries no config, as cmscale did not write it; give --config CONFIG")
             model = parse_config(card["config"], origin=f"{origin}, its config").model
         _refuse_other_network(raw, model, origin=storage.join(UNET_CONFIG))
         shapes = {
-            name: _shape_there(
-                parameter.shape, parts=len(parameter.diffusers), pointwise=parameter.is_pointwise
-            )
+            name: _shape_there(parameter.shape, parts=len(parameter.diffusers), pointwise=parameter.is_pointwise)
             for parameter in parameters(model)
             for name in parameter.diffusers
         }
@@ -212,9 +206,7 @@ def _refuse_other_network(raw: bytes, model: Model, *, origin: str) -> None:
         if name.startswith("_") or name == "dropout" or name not in given:
             continue
         if given[name] != value:
-            raise UserError(
-                f"{origin}: {name} is {given[name]}, but the config's model section means {value}"
-            )
+            raise UserError(f"{origin}: {name} is {given[name]}, but the config's model section means {value}")
 
 
 def _shape_there(shape: tuple[int, ...], *, parts: int, pointwise: bool) -> tuple[int, ...]:

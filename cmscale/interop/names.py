@@ -54,9 +54,7 @@ def _input_side(model: Model, skips: list[int]) -> Iterator[Parameter]:
         there = f"down_blocks.{level}"
         wide = multiplier * model.channels
         for block in range(model.num_res_blocks):
-            yield from _resblock(
-                f"input_blocks.{stage}.0", f"{there}.resnets.{block}", skips[-1], wide, model
-            )
+            yield from _resblock(f"input_blocks.{stage}.0", f"{there}.resnets.{block}", skips[-1], wide, model)
             if attends(model, level):
                 yield from _attention(f"input_blocks.{stage}.1", f"{there}.attentions.{block}", wide)
             skips.append(wide)

@@ -47,9 +47,7 @@ def read_safetensors(source: str | Path) -> tuple[Weights, dict[str, str]]:
         found, metadata = load_with_metadata(path, origin=origin)
     card = own_card(metadata)
     if card is None:
-        raise UserError(
-            f"{origin}: carries no config; only files that `cmscale export` or `import` wrote are read"
-        )
+        raise UserError(f"{origin}: carries no config; only files that `cmscale export` or `import` wrote are read")
     model = parse_config(card["config"], origin=f"{origin}, its config").model
     return strict_weights(found, parameter_shapes(model), origin=origin), card
 

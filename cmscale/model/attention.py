@@ -23,9 +23,7 @@ def choose_attention(kind: Kind, device: torch.device) -> Literal["xformers", "s
     if kind == "auto":
         return "xformers" if device.type == "cuda" and _xformers() is not None else "sdpa"
     if kind == "xformers" and device.type != "cuda":
-        raise UserError(
-            f"model.attention: xformers runs on CUDA only, not on {device.type}; use auto or sdpa"
-        )
+        raise UserError(f"model.attention: xformers runs on CUDA only, not on {device.type}; use auto or sdpa")
     if kind == "xformers" and _xformers() is None:
         raise UserError("model.attention: xformers can't be imported here; install it, or use auto or sdpa")
     return kind

@@ -34,9 +34,7 @@ class UNet(nn.Module):
         super().__init__()
         self.model = model
         width = model.channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
         if model.num_classes is not None:
             self.label_emb = nn.Embedding(model.num_classes, 4 * width)
         self._num_resblocks = 0
@@ -90,11 +88,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage(*stage))
                 yield channels
             if level < last:
-                down = (
-                    self._resblock(channels, channels, halve)
-                    if self.model.resblock_updown
-                    else Downsample(channels)
-                )
+                down = self._resblock(channels, channels, halve) if self.model.resblock_updown else Downsample(channels)
                 self.input_blocks.append(Stage(down))
                 yield channels
 
@@ -109,9 +103,7 @@ class UNet(nn.Module):
                     stage.append(self._attention(channels))
                 if level and block == self.model.num_res_blocks:
                     up = (
-                        self._resblock(channels, channels, double)
-                        if self.model.resblock_updown
-                        else Upsample(channels)
+                        self._resblock(channels, channels, double) if self.model.resblock_updown else Upsample(channels)
                     )
                     stage.append(up)
                 self.output_blocks.append(Stage(*stage))
@@ -145,9 +137,7 @@ class UNet(nn.Module):
         embedding = self.time_embed(timestep_embedding(c_noise, self.model.channels).to(dtype))
         if self.model.num_classes is not None:
             if labels is None:
-                raise UserError(
-                    f"model.num_classes is {self.model.num_classes}: the network needs class labels"
-                )
+                raise UserError(f"model.num_classes is {self.model.num_classes}: the network needs class labels")
             embedding = embedding + self.label_emb(labels)
         elif labels is not None:
             raise UserError("labels were given, but model.num_classes is not set")
@@ -185,9 +175,7 @@ def initialise(network: UNet, *, seed: int) -> None:
             assert module.bias is not None
             bound = 1 / math.sqrt(module.weight[0].numel())  # of weight and bias alike
             for parameter in (module.weight, module.bias):
-                parameter.copy_(
-                    torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=source)
-                )
+                parameter.copy_(torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=source))
         elif isinstance(module, nn.Embedding):
             module.weight.copy_(torch.empty(module.weight.shape, device="cpu").normal_(generator=source))
         elif isinstance(module, GroupNorm):

@@ -65,9 +65,7 @@ class RunFacts:
     @property
     def step(self) -> int:
         """The furthest step that the run has told of."""
-        said = [record["step"] for record in self.metrics[-1:]] + [
-            event.get("step", 0) for event in self.events
-        ]
+        said = [record["step"] for record in self.metrics[-1:]] + [event.get("step", 0) for event in self.events]
         return max(said, default=0)
 
     @property

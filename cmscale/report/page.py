@@ -48,9 +48,7 @@ def build_report(run: RunDir, *, siblings: Sequence[RunDir] = ()) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("page.html.j2").render(
-        _contents(facts, [read_facts(each) for each in siblings])
-    )
+    page = environment.get_template("page.html.j2").render(_contents(facts, [read_facts(each) for each in siblings]))
     replace_durably(run.report, page.encode())
     return run.report
 
@@ -94,12 +92,8 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
             )
         if "loss" in last:
             recent = [record["loss"] for record in facts.metrics[-10:] if "loss" in record]
-            tiles.append(
-                ("loss", f"{sum(recent) / len(recent):.4g}", f"from {facts.metrics[0].get('loss', 0):.4g}")
-            )
-        rates = sorted(
-            record["images_per_second"] for record in facts.metrics if record.get("images_per_second")
-        )
+            tiles.append(("loss", f"{sum(recent) / len(recent):.4g}", f"from {facts.metrics[0].get('loss', 0):.4g}"))
+        rates = sorted(record["images_per_second"] for record in facts.metrics if record.get("images_per_second"))
         if rates:
             tiles.append(("images/s", f"{rates[len(rates) // 2]:,.4g}", "median"))
     if facts.evaluations:
@@ -195,9 +189,7 @@ def _quality(everyone: list[RunFacts]) -> list[tuple[str, str]]:
         levels: list[tuple[str, float]] = []
         for owner in everyone:
             mine = [
-                each
-                for each in owner.evaluations
-                if each.score_name == name and each.step is not None and each.nfe
+                each for each in owner.evaluations if each.score_name == name and each.step is not None and each.nfe
             ]
             for weights in sorted({each.weights or "" for each in mine}):
                 same = [each for each in mine if (each.weights or "") == weights]
@@ -234,9 +226,7 @@ def _events(facts: RunFacts) -> list[dict[str, Any]]:
     """The newest events, in their order; what they say beyond the common keys is joined to their reason."""
     shown = []
     for event in facts.events[-_MAX_EVENTS:]:
-        more = {
-            key: value for key, value in event.items() if key not in ("time", "event", "step", "rank", "why")
-        }
+        more = {key: value for key, value in event.items() if key not in ("time", "event", "step", "rank", "why")}
         details = ", ".join(f"{key} {value}" for key, value in more.items())
         shown.append({**event, "at": _time(event.get("time")), "details": details})
     return shown

@@ -72,9 +72,7 @@ def training_curve(
         return _svg(figure, name)
 
 
-def steps_curve(
-    curves: Sequence[Curve], *, name: str, y_label: str, levels: Sequence[tuple[str, float]] = ()
-) -> str:
+def steps_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Sequence[tuple[str, float]] = ()) -> str:
     """Quality against network evaluations a sample, with error bars; `levels` (label, value) are dashed
     lines."""
     with mpl.rc_context(_SETTINGS):

@@ -8,7 +8,7 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from cmscale.errors import UserError
-from cmscale.evaluation.features import FIDInception, build_features, quantise
+from cmscale.evaluation.features import FIDInception, build_features
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +113,3 @@ def test_efficientnet_recognises_what_a_picture_shows(picture: str, classes: set
     assert features["pooled"].shape == (1, 1280)
     assert set(features) == {"pooled", "logits"}
     assert int(features["logits"].argmax()) in classes  # ImageNet's cats; espresso, mug, cup
-
-
-def test_samples_are_quantised_as_published_results_are() -> None:
-    steps = torch.arange(256) / 127.5 - 1
-    exact = ((steps + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-    assert torch.equal(quantise(steps.reshape(1, 1, 16, 16)).flatten(), exact)
-    assert quantise(torch.tensor([[-7.0, -1.0, 0.0, 1.0, 9.0]])).tolist() == [[0, 0, 127, 255, 255]]
-
-
-def test_samples_with_nan_are_refused_with_their_number() -> None:
-    broken = torch.zeros(5, 3, 2, 2)
-    broken[1, 0, 0, 0] = torch.nan
-    broken[3, 2, 1, 1] = torch.inf
-    with pytest.raises(UserError, match="2 of 5 hold NaN"):
-        quantise(broken)
