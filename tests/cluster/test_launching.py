@@ -131,9 +131,9 @@ def test_preemption_while_ranks_are_starting_is_no_fault(slurm: Path, tmp_path: 
 def test_time_limit_saves_and_requeues_and_repeats_no_step(slurm: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
     # Slurm's limits are whole minutes: the signal comes 50 s before the end of one.
-    submit(run, total_steps=50, how="slow", minutes=1, slurm=Slurm(cpus_per_task=2, signal_seconds=50))
+    submit(run, total_steps=150, how="slow", minutes=1, slurm=Slurm(cpus_per_task=2, signal_seconds=50))
     assert wait_for_end(run, SUBMISSION) == 0
-    assert steps(run) == list(range(1, 51))
+    assert steps(run) == list(range(1, 151))
     assert set(attempts(run)[:-1]) == {"time_limit"}
     assert attempts(run)[-1] == "finished"
 
