@@ -33,7 +33,7 @@ from cmscale.metrics_log import write_event
 from cmscale.pictures import to_uint8
 from cmscale.rundir import RunDir, step_name
 from cmscale.sampling import SampleRequest, draw_batch
-from cmscale.source import Source, load_source
+from cmscale.source import Source, dataset_of, load_source
 from cmscale.storage import open_parent, open_storage
 from cmscale.world import World
 
@@ -237,6 +237,10 @@ def _write_result(
     reference = bench.reference
     assert reference is not None
     draw = SampleRequest(num=bench.settings.num_samples, steps=steps, batch_size=bench.settings.batch_size)
+    data = dataset_of(source)
+    mismatches = reference.mismatches(
+        preprocess=None if data is None else data.preprocess, image_size=source.config.model.image_size
+    )
     result = EvaluationResult(
         step=source.step,
         weights=source.weights_name,
@@ -248,7 +252,7 @@ def _write_result(
         reference=reference.describe(),
         seconds=round(seconds, 3),
         protocol={**_protocol(source, bench, draw), "cmscale": __version__, "torch": torch.__version__},
-        warnings=tuple(left_out(reference, num_samples=bench.settings.num_samples)),
+        warnings=(*mismatches, *left_out(reference, num_samples=bench.settings.num_samples)),
         **as_fields(measured),
     )
     storage, key = open_parent(out)

@@ -5,10 +5,9 @@ from typing import Any, Literal
 
 from cmscale.errors import UserError
 from cmscale.interop import model_card, write_diffusers, write_openai, write_safetensors
-from cmscale.manifests import DatasetManifest, read_dataset_manifest
 from cmscale.rundir import RunDir
-from cmscale.source import Source
-from cmscale.storage import open_parent, open_storage
+from cmscale.source import Source, dataset_of
+from cmscale.storage import open_parent
 
 Format = Literal["safetensors", "openai", "diffusers"]
 
@@ -23,7 +22,7 @@ def export_weights(source: Source, *, format: Format, to: str) -> None:
         source.config,
         step=source.step,
         weights_name=source.weights_name,
-        dataset=_dataset(source),
+        dataset=dataset_of(source),
         evaluations=_evaluations(source),
     )
     match format:
@@ -47,14 +46,6 @@ def export_weights(source: Source, *, format: Format, to: str) -> None:
 def _must_end(to: str, ending: str) -> None:
     if not to.endswith(ending):
         raise UserError(f"--to {to}: the file's name must end in {ending}, or no command would know it again")
-
-
-def _dataset(source: Source) -> DatasetManifest | None:
-    """The training data's manifest, where it can still be reached."""
-    try:
-        return read_dataset_manifest(open_storage(source.config.data.path))
-    except (UserError, ConnectionError):
-        return None
 
 
 def _evaluations(source: Source) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ class RunLog:
     def stepped(self, state: TrainState, point: Point, result: StepResult) -> None:
         """Logs every `train.log_every` steps, the first and the last one, and every step that was not applied."""
         if not result.applied:
-            self._event("step_not_applied", state, why=f"gradients not finite at loss scale {result.loss_scale:g}")
+            self._event("step_not_applied", state, why=f"loss {result.loss:g}, loss scale {result.loss_scale:g}")
             return
         if state.step % self._config.train.log_every and state.step not in (1, self._config.train.total_steps):
             return

@@ -14,6 +14,7 @@ from cmscale.consistency.solver import Denoise
 from cmscale.engine.weights import list_checkpoints, read_manifest, read_weights
 from cmscale.errors import UserError
 from cmscale.interop import read_diffusers, read_openai, read_safetensors
+from cmscale.manifests import DatasetManifest, read_dataset_manifest
 from cmscale.model.denoiser import denoiser_for
 from cmscale.model.unet import build_unet
 from cmscale.rundir import CHECKPOINT_MANIFEST, step_name
@@ -50,6 +51,14 @@ class Source:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return (3, self.config.model.image_size, self.config.model.image_size)
+
+
+def dataset_of(source: Source) -> DatasetManifest | None:
+    """The manifest of the data that a source was trained on, where it can still be reached."""
+    try:
+        return read_dataset_manifest(open_storage(source.config.data.path))
+    except (UserError, ConnectionError):
+        return None
 
 
 def load_source(

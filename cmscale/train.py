@@ -1,5 +1,6 @@
 """Trains a run: assembles its parts, then turns the loop until the last step or a preemption."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from cmscale import pictures, schedules
 from cmscale import world as worlds
 from cmscale.assets import cache_folder, local_file, locked
+from cmscale.bad_steps import BadSteps
 from cmscale.config import CD, CT, ECT, Config, Model, differences, leaves, read_config
 from cmscale.consistency.distance import Distance, build_distance
 from cmscale.consistency.loss import Loss, build_loss
@@ -17,7 +19,7 @@ from cmscale.consistency.perceptual import download_vgg
 from cmscale.consistency.sampler import sample
 from cmscale.data import Batch, Batches, open_batches, to_device
 from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_generation
-from cmscale.engine.engine import Engine, StepResult
+from cmscale.engine.engine import Engine, NonFiniteLoss, StepResult
 from cmscale.engine.export import Exporter
 from cmscale.engine.preemption import Preemption
 from cmscale.engine.resume import newest, restore
@@ -75,6 +77,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     batches = open_data(config, world, state)
     log = RunLog(config, run, world, batches=batches)
     watchdog = Watchdog(run, config, world)
+    bad_steps = BadSteps(config, run, world)
     log.started(state)
     if found is None:
         checkpoints.save(state, engine)
@@ -87,6 +90,11 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
             shards.update(point)
         state = state.advance(cursor, result.applied)
         log.stepped(state, point, result)
+        if bad_steps.is_lost(result, batch, state):  # back to the newest checkpoint, and past the data that led here
+            checkpoints.wait()
+            found = newest(run, config, world, data_fingerprint=data)
+            assert found is not None, "the first checkpoint is written before the first step"
+            state = TrainState(step=restore(found, engine).step, cursor=cursor)
         if result.applied and is_due(state.step, config.train.sample_every, config.train.total_steps):
             save_sample_grid(config, run, world, engine, step=state.step)
         checkpoints.maybe_save(state, engine)
@@ -95,8 +103,8 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     finished = state.step >= config.train.total_steps
     checkpoints.save(state, engine)
     saved = checkpoints.close()
-    if exporter is not None:
-        exporter.close(patience=60.0 * config.engine.collective_timeout_minutes)
+    if exporter is not None:  # a preempted job has seconds; the next start copies what is left
+        exporter.close(patience=60.0 * config.engine.collective_timeout_minutes if finished else 5.0)
     watchdog.stop()
     batches.close()
     log.ended(state, "finished" if finished else "preempted", why="" if finished else preemption.why)
@@ -122,8 +130,11 @@ class Parts:
     networks: Networks
 
     def step(self, batch: Batch, point: schedules.Point) -> StepResult:
-        """One step on one global batch; a batch that gives no finite loss is kept in logs/ for a look."""
-        return self.engine.step(self.micro_losses(batch, point), point.learning_rate)
+        """One step on one global batch; not applied where the loss is not finite."""
+        try:
+            return self.engine.step(self.micro_losses(batch, point), point.learning_rate)
+        except NonFiniteLoss:
+            return StepResult(applied=False, loss=math.nan, grad_norm=math.inf, loss_scale=1.0)
 
     def micro_losses(self, batch: Batch, point: schedules.Point) -> Iterator[Callable[[], torch.Tensor]]:
         """For each micro-batch, what computes its mean loss."""

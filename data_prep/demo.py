@@ -1,4 +1,4 @@
-"""Writes an LSUN-shaped LMDB of crops of a photograph that a pip package ships: real input where LSUN is not at hand."""
+"""Writes an LSUN-shaped LMDB of crops of a photograph that a pip package ships, where LSUN is not at hand."""
 
 import argparse
 import hashlib
@@ -65,7 +65,7 @@ def write_lmdb(folder: Path, images: Iterator[Image.Image]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
     with lmdb.open(str(folder), map_size=1 << 32) as database, database.begin(write=True) as transaction:
-        for count, image in enumerate(images, start=1):  # noqa: B007
+        for count, image in enumerate(images, start=1):
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=95)
             value = buffer.getvalue()
@@ -77,15 +77,19 @@ def write_lmdb(folder: Path, images: Iterator[Image.Image]) -> int:
 def main() -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the LMDB goes, for example demo_train_lmdb")
-    parser.add_argument("--view", choices=sorted(VIEWS), default="cat")
-    parser.add_argument("--count", type=int, default=4000)
+    parser.add_argument("folder", type=Path, nargs="?", help="where the LMDB goes, for example demo_train_lmdb")
+    parser.add_argument("--picture", type=Path, help="write one crop as a PNG, to try editing on")
+    parser.add_argument("--view", choices=sorted(VIEWS), default="flower")
+    parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--side", type=int, default=64, help="of the stored crops, in pixels")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
         images = crops(VIEWS[arguments.view], count=arguments.count, side=arguments.side, seed=arguments.seed)
-        print(f"{arguments.folder}: {write_lmdb(arguments.folder, images)} images")
+        if arguments.picture is not None:
+            next(images).save(arguments.picture)
+        if arguments.folder is not None:
+            print(f"{arguments.folder}: {write_lmdb(arguments.folder, images)} images")
     except UserError as error:
         print(f"data_prep/demo.py: {error}", file=sys.stderr)
         return 2

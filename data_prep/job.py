@@ -55,9 +55,7 @@ class Job:
         self.source = source
         self.settings = settings
         self.storage: Storage = open_storage(out)
-        self.plan = Plan(
-            settings=settings, source=source.name, keys=len(source.keys), keys_sha256=source.digest()
-        )
+        self.plan = Plan(settings=settings, source=source.name, keys=len(source.keys), keys_sha256=source.digest())
         self.num_shards = -(-len(source.keys) // settings.samples_per_shard)
         self.read = Reader(source)
 
@@ -186,8 +184,7 @@ class Job:
             skipped=len(skipped),
             shards=shards,
             files=tuple(
-                FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-                for name, data in files
+                FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files
             ),
             fingerprint=dataset_fingerprint(
                 format=settings.format,

@@ -85,9 +85,7 @@ def _make_in_processes(
         initargs=(job, max_bad, ticker.tick),
     )
     try:
-        pending: dict[Future[Record], int] = {
-            pool.submit(_make_in_worker, number): number for number in missing
-        }
+        pending: dict[Future[Record], int] = {pool.submit(_make_in_worker, number): number for number in missing}
         while pending:
             done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
@@ -145,13 +143,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source", required=True, help="lsun:DIR, folder:DIR, zip:FILE or tars:DIR")
     parser.add_argument("--format", required=True, choices=["mds", "webdataset"])
     parser.add_argument("--out", required=True, help="a folder or s3://BUCKET/PREFIX")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)"
-    )
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument(
-        "--preprocess", choices=sorted(RECIPES), default="adm", help="which published crop and resize"
-    )
+    parser.add_argument("--preprocess", choices=sorted(RECIPES), default="adm", help="which published crop and resize")
     parser.add_argument("--encoding", choices=sorted(ENCODINGS), default="jpeg")
     parser.add_argument("--samples-per-shard", type=int, default=1024)
     parser.add_argument("--max-bad", type=int, default=0, help="unusable images to skip (default: 0)")

@@ -112,9 +112,7 @@ def _lmdb_folder(path: Path) -> Path:
     if len(inner) == 1:
         return inner[0]
     if inner:
-        raise UserError(
-            f"--source lsun:{path}: holds {len(inner)} LMDBs; name one: {', '.join(p.name for p in inner)}"
-        )
+        raise UserError(f"--source lsun:{path}: holds {len(inner)} LMDBs; name one: {', '.join(p.name for p in inner)}")
     raise UserError(f"--source lsun:{path}: not an LMDB (no data.mdb in it, nor in a *_lmdb folder of it)")
 
 
@@ -129,9 +127,7 @@ def _open_lmdb(folder: Path) -> Any:
     size = (folder / "data.mdb").stat().st_size
     if claimed > size:  # reading past the end of a mapped file kills the process
         environment.close()
-        raise UserError(
-            f"--source lsun:{folder}: data.mdb is truncated ({size} of {claimed} bytes); copy it again"
-        )
+        raise UserError(f"--source lsun:{folder}: data.mdb is truncated ({size} of {claimed} bytes); copy it again")
     return environment
 
 
@@ -168,9 +164,7 @@ def _tars(path: Path) -> Source:
                     if member.isreg() and member.name.lower().endswith(SUFFIXES):
                         places[f"{tar.stem}/{member.name}"] = (tar, member.offset_data, member.size)
         except tarfile.TarError as error:
-            raise UserError(
-                f"--source tars:{path}: {tar.name} is not a tar, or a damaged one ({error})"
-            ) from None
+            raise UserError(f"--source tars:{path}: {tar.name} is not a tar, or a damaged one ({error})") from None
 
     def read(table: dict[str, tuple[Path, int, int]], key: str) -> bytes:
         tar, offset, size = table[key]

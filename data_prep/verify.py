@@ -114,9 +114,7 @@ def _make_again(
 def _preparation(storage: Storage, manifest: DatasetManifest) -> Preparation:
     entry = next((entry for entry in manifest.files if entry.name == PREPARATION), None)
     if entry is None or fault_of(storage, entry):
-        raise UserError(
-            f"{storage.join(PREPARATION)}: missing or damaged, so nothing is repaired; prepare anew"
-        )
+        raise UserError(f"{storage.join(PREPARATION)}: missing or damaged, so nothing is repaired; prepare anew")
     return read_document(Preparation, storage.read(PREPARATION), origin=storage.join(PREPARATION))
 
 

@@ -47,27 +47,31 @@ if [ "$length" = long ]; then steps=([edm]=6000 [cd]=6000 [ct]=6000); fi
 say "photographs to an LMDB, as LSUN has it"
 python data_prep/demo.py "$runs/demo_train_lmdb"
 
-say "shards on S3"
-python data_prep/prepare.py --source "lsun:$runs/demo_train_lmdb" --format mds --image-size 16 --out "$bucket/data" --workers 2
-python data_prep/reference.py "$bucket/data" --out "$runs/reference.npz" --features efficientnet --limit 1000
+say "shards on S3, in both formats"
+for format in mds webdataset; do
+  python data_prep/prepare.py --source "lsun:$runs/demo_train_lmdb" --format $format --image-size 16 --encoding png \
+    --out "$bucket/$format" --workers 2
+done
+python data_prep/reference.py "$bucket/webdataset" --out "$runs/reference.npz" --features efficientnet --limit 1000
 
-train() { # kind [key=value ...]
-  local kind=$1
-  shift
+train() { # kind format [key=value ...]
+  local kind=$1 format=$2
+  shift 2
   say "training: $kind"
   [ -z "${steps[$kind]:-}" ] || set -- "$@" "train.total_steps=${steps[$kind]}"
   python launchers/submit.py "${local[@]}" --name "$kind" "configs/demo_$kind.yaml" \
-    "data.path=$bucket/data" "checkpoint.export_to=$bucket/runs" "evaluate.reference=$runs/reference.npz" "$@"
+    "data.path=$bucket/$format" "checkpoint.export_to=$bucket/runs" "evaluate.reference=$runs/reference.npz" "$@"
   say "evaluation: $kind, before and after, on both processes"
   python launchers/evaluate.py "${local[@]}" "$runs/$kind" --step 0,latest
 }
-train edm
-train cd "method.teacher=$runs/edm"
-train ct
+train edm mds
+train cd mds "method.teacher=$runs/edm"
+train ct webdataset
 
-say "two steps, export, editing, report"
-cmscale sample "$runs/cd" --num 64 --steps 1 --out "$runs/samples.npz" --grid "$runs/samples.png"
+say "samples, export, editing, report"
+cmscale sample "$runs/cd" --num 64 --out "$runs/samples.npz" --grid "$runs/samples.png"
 cmscale export "$runs/cd" --format safetensors --to "$bucket/exports/cd.safetensors"
+python data_prep/demo.py --picture "$runs/photograph.png"
 cmscale edit inpaint "$bucket/exports/cd.safetensors" "$runs/photograph.png" --out "$runs/inpainted.png"
 cmscale report "$runs/cd" --beside "$runs/edm" --beside "$runs/ct"
 

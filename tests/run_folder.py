@@ -11,9 +11,7 @@ from cmscale.metrics_log import append_line
 from cmscale.rundir import RunDir
 
 
-def write_run(
-    root: Path, *, kind: str = "ct", total_steps: int = 200, nfes: tuple[int, ...] = (1, 2)
-) -> RunDir:
+def write_run(root: Path, *, kind: str = "ct", total_steps: int = 200, nfes: tuple[int, ...] = (1, 2)) -> RunDir:
     """A run with metrics, events, three grids, provenance, and evaluations with `nfes` at two steps."""
     run = RunDir(root)
     run.samples.mkdir(parents=True)
@@ -32,9 +30,7 @@ def write_run(
         append_line(run.metrics, record | {"target_ema": 0.95, "grad_norm": 1.0, "images_per_second": 210.0})
     happened = [("start", 0, ""), ("preempted", 80, "SIGUSR2 from Slurm"), ("resumed", 80, "")]
     for second, (event, step, why) in enumerate([*happened, ("finished", total_steps, "")]):
-        append_line(
-            run.events, {"time": 1.79e9 + second, "event": event, "step": step, "rank": 0, "why": why}
-        )
+        append_line(run.events, {"time": 1.79e9 + second, "event": event, "step": step, "rank": 0, "why": why})
     for step in (0, total_steps // 2, total_steps):
         pixels = np.random.default_rng(step).integers(0, 256, size=(64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(run.sample_grid(step))
@@ -47,9 +43,7 @@ def write_run(
         "git": "0123456789abcdef",
         "python": "3.11",
     }
-    run.provenance.write_text(
-        json.dumps({"starts": [start | {"command": ["submit.py"], "packages": {"torch": "2"}}]})
-    )
+    run.provenance.write_text(json.dumps({"starts": [start | {"command": ["submit.py"], "packages": {"torch": "2"}}]}))
     return run
 
 

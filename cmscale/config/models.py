@@ -226,6 +226,8 @@ class Train(Section):
     log_every: Count = operational(50)
     sample_every: NonNegative = operational(0)
     sample_count: Count = operational(64)
+    max_nonfinite_steps: Count = operational(3)
+    max_rollbacks: NonNegative = operational(2)
 
 
 class Checkpoint(Section):

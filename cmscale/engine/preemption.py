@@ -9,6 +9,10 @@ from cmscale.world import any_rank
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
+EARLY_SIGNAL = "CMSCALE_EARLY_SIGNAL"
+"""Set by the launcher's job where a signal came while this package was being imported."""
+
+
 class Preemption:
     """Whether this run was asked to save and leave.
 
@@ -19,7 +23,7 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self._received: str | None = None
+        self._received: str | None = os.environ.get(EARLY_SIGNAL)
         self._before: dict[int, object] = {}
 
     @classmethod

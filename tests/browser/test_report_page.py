@@ -70,9 +70,7 @@ def test_dark_mode_has_light_ink_on_dark_paper(run, tmp_path) -> None:
 def test_nothing_is_wider_than_the_window(run, tmp_path) -> None:
     page = build_report(run)
     probe = page.with_name("probe.html")
-    script = (
-        "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
-    )
+    script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
     probe.write_text(page.read_text().replace("</body>", script))
     for width in (1200, 600):
         dom = _chromium(tmp_path / "profile", f"--window-size={width},900", "--dump-dom", probe.as_uri())

@@ -27,9 +27,7 @@ def encoded(image: np.ndarray, kind: str) -> bytes:
 
 def pictures(count: int) -> dict[str, bytes]:
     """LSUN-like: 40 hexadecimal characters -> encoded bytes, the three formats in turn."""
-    return {
-        hashlib.sha1(str(n).encode()).hexdigest(): encoded(picture(n), FORMATS[n % 3]) for n in range(count)
-    }
+    return {hashlib.sha1(str(n).encode()).hexdigest(): encoded(picture(n), FORMATS[n % 3]) for n in range(count)}
 
 
 def write_lmdb(folder: Path, samples: Mapping[str, bytes]) -> Path:
@@ -44,6 +42,4 @@ def write_lmdb(folder: Path, samples: Mapping[str, bytes]) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -39,7 +39,5 @@ class Gaussian:
         ratio = (self.variances + s.double()[:, None] ** 2) / (self.variances + t.double()[:, None] ** 2)
         return self._scaled(x.double(), ratio.sqrt()).to(x)
 
-    def consistency(
-        self, x: Tensor, sigma: Tensor, *, sigma_min: float = 0.002, dropout_keys: object = None
-    ) -> Tensor:
+    def consistency(self, x: Tensor, sigma: Tensor, *, sigma_min: float = 0.002, dropout_keys: object = None) -> Tensor:
         return self.solve(x, sigma, torch.full_like(sigma, sigma_min))

@@ -130,9 +130,7 @@ class NumpyNetwork:
             return "halve" if int(position) > 0 and int(position) % per_level == 0 else None
         return "double" if side == "output_blocks" and number > 0 else None
 
-    def resblock(
-        self, block: str, x: np.ndarray, embedding: np.ndarray, resampling: str | None
-    ) -> np.ndarray:
+    def resblock(self, block: str, x: np.ndarray, embedding: np.ndarray, resampling: str | None) -> np.ndarray:
         h = silu(self.norm(f"{block}.in_layers.0", x))
         if resampling is not None:
             resample = {"halve": halve, "double": double}[resampling]
@@ -144,19 +142,13 @@ class NumpyNetwork:
             h = self.norm(f"{block}.out_layers.0", h) * (1 + scale) + shift
         else:
             h = self.norm(f"{block}.out_layers.0", h + embedded)
-        skip = (
-            self.conv(f"{block}.skip_connection", x)
-            if f"{block}.skip_connection.weight" in self.weights
-            else x
-        )
+        skip = self.conv(f"{block}.skip_connection", x) if f"{block}.skip_connection.weight" in self.weights else x
         return skip + self.conv(f"{block}.out_layers.3", silu(h))
 
     def attention(self, block: str, x: np.ndarray) -> np.ndarray:
         batch, channels, height, width = x.shape
         dim = self.model.head_channels
-        qkv = self.conv(f"{block}.qkv", self.norm(f"{block}.norm", x)).reshape(
-            batch, 3 * channels, height * width
-        )
+        qkv = self.conv(f"{block}.qkv", self.norm(f"{block}.norm", x)).reshape(batch, 3 * channels, height * width)
         per_head = []
         for head in range(channels // dim):
             if self.model.qkv_layout == "three_heads_dim":
@@ -187,10 +179,7 @@ class NumpyNetwork:
         groups = x.reshape(len(x), 32, -1)
         centred = groups - groups.mean(axis=-1, keepdims=True)
         normal = (centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)).reshape(x.shape)
-        return (
-            normal * self.weights[f"{name}.weight"][:, None, None]
-            + self.weights[f"{name}.bias"][:, None, None]
-        )
+        return normal * self.weights[f"{name}.weight"][:, None, None] + self.weights[f"{name}.bias"][:, None, None]
 
 
 def silu(x: np.ndarray) -> np.ndarray:

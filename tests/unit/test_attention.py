@@ -46,12 +46,8 @@ def test_the_reference_computes_in_float32_and_gives_the_inputs_dtype(dtype):
     assert torch.equal(found, attend(*(part.float() for part in parts), kind="reference").to(dtype))
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="xformers runs on CUDA only, there is no CUDA device"
-)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
-)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers runs on CUDA only, there is no CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_xformers_agrees_with_the_reference(dtype, tolerance):
     gradients, outputs = [], []
     for kind in ("xformers", "reference"):
@@ -64,9 +60,7 @@ def test_xformers_agrees_with_the_reference(dtype, tolerance):
     assert all(relative(a, b) < 4 * tolerance for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("layout", "place"), [("three_heads_dim", (0, 1, 2)), ("heads_three_dim", (1, 0, 2))]
-)
+@pytest.mark.parametrize(("layout", "place"), [("three_heads_dim", (0, 1, 2)), ("heads_three_dim", (1, 0, 2))])
 def test_qkv_is_split_in_the_order_of_its_layout(layout, place):
     channels = np.arange(3 * 2 * 4).reshape(3, 2, 4).transpose(place)  # the value says part, head, dim
     qkv = torch.tensor(channels.reshape(1, 24, 1).copy()).expand(1, 24, 5)

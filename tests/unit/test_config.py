@@ -83,7 +83,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(text: str, part: str) -
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="absent.yaml: no such file"):
+    with pytest.raises(UserError, match=r"absent\.yaml: no such file"):
         read_config(tmp_path / "absent.yaml")
 
 

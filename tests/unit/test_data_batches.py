@@ -52,17 +52,13 @@ def world(rank: int = 0, num_ranks: int = 1) -> World:
 
 
 def data(path: str, **more: object) -> Data:
-    return Data.model_validate(
-        {"path": path, "workers": 0, "num_canonical_nodes": 3, "shuffle_block": 6, **more}
-    )
+    return Data.model_validate({"path": path, "workers": 0, "num_canonical_nodes": 3, "shuffle_block": 6, **more})
 
 
 Sample = tuple[str, bool, bytes]
 
 
-def collect(
-    config: Data, *, num_ranks: int, batch: int, start: int, steps: int
-) -> tuple[dict[int, Sample], int]:
+def collect(config: Data, *, num_ranks: int, batch: int, start: int, steps: int) -> tuple[dict[int, Sample], int]:
     """Every sample of some steps over all ranks, by its position, and the cursor after them."""
     found: dict[int, Sample] = {}
     cursor = start
@@ -208,9 +204,7 @@ SPOILT = ("flipped", "cut at a member", "cut inside", "missing")
     [*(("folder", format, how) for format in FORMATS for how in SPOILT), ("s3", "mds", "flipped")]
     + [("s3", "webdataset", how) for how in ("cut at a member", "missing")],
 )
-def test_a_damaged_shard_stops_the_run_naming_it_and_its_hash(
-    source, tmp_path, s3, format, how, place, monkeypatch
-):
+def test_a_damaged_shard_stops_the_run_naming_it_and_its_hash(source, tmp_path, s3, format, how, place, monkeypatch):
     monkeypatch.setattr("cmscale.data.cache.ATTEMPTS", 2)
     monkeypatch.setattr("time.sleep", lambda _: None)
     url = make(source, str(tmp_path / "set") if place == "folder" else f"{s3}/set", format)
@@ -222,9 +216,7 @@ def test_a_damaged_shard_stops_the_run_naming_it_and_its_hash(
     assert shard.name in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("format", "how"), [*(("webdataset", how) for how in (*SPOILT, "stale")), ("mds", "flipped")]
-)
+@pytest.mark.parametrize(("format", "how"), [*(("webdataset", how) for how in (*SPOILT, "stale")), ("mds", "flipped")])
 def test_a_bad_file_in_the_cache_is_fetched_again(source, sets, tmp_path, s3, format: str, how: str) -> None:
     url = make(source, f"{s3}/set", format)
     config = data(url, cache_dir=str(tmp_path))
@@ -242,9 +234,7 @@ def test_a_bad_file_in_the_cache_is_fetched_again(source, sets, tmp_path, s3, fo
 def test_names_that_leave_the_data_set_are_refused(sets: dict[str, str], tmp_path: Path, name: str) -> None:
     manifest = read_dataset_manifest(open_storage(sets["mds"]))
     shards = (manifest.shards[0].model_copy(update={"name": name}), *manifest.shards[1:])
-    fingerprint = dataset_fingerprint(
-        format="mds", image_size=16, preprocess="adm", encoding="jpeg", shards=shards
-    )
+    fingerprint = dataset_fingerprint(format="mds", image_size=16, preprocess="adm", encoding="jpeg", shards=shards)
     changed = manifest.model_copy(update={"shards": shards, "fingerprint": fingerprint})
     open_storage(tmp_path).write("manifest.json", changed.to_bytes())
     with pytest.raises(UserError, match="leaves the data set"):
@@ -320,9 +310,7 @@ class Counting:
         path.write_bytes(fault if isinstance(fault, bytes) else self.files[key])
 
 
-def cache_of(
-    storage: Counting, folder: Path, *, limit: int = 10_000, waits: list[float] | None = None
-) -> FileCache:
+def cache_of(storage: Counting, folder: Path, *, limit: int = 10_000, waits: list[float] | None = None) -> FileCache:
     entries = {
         name: FileEntry(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
         for name, content in storage.files.items()
@@ -431,9 +419,7 @@ def test_a_program_that_never_closes_its_batches_still_ends(sets: dict[str, str]
 
 
 def test_workers_leave_the_signals_of_preemption_to_their_rank(sets: dict[str, str]) -> None:
-    batches = open_batches(
-        data(sets["webdataset"], workers=1), world(), seed=0, global_batch_size=4, image_size=16
-    )
+    batches = open_batches(data(sets["webdataset"], workers=1), world(), seed=0, global_batch_size=4, image_size=16)
     next(batches)
     (worker,) = batches._iterator._workers
     status = Path(f"/proc/{worker.pid}/status").read_text()

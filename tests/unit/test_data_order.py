@@ -41,13 +41,10 @@ def test_position_p_belongs_to_canonical_node_p_mod_c_and_to_its_part(order: Ord
     num_ranks=st.sampled_from([1, 2, 3, 4, 8]),
 )
 @settings(max_examples=200, deadline=None)
-def test_ranks_share_the_global_batch_without_loss_or_double(
-    order: Order, start: int, share: int, num_ranks: int
-):
+def test_ranks_share_the_global_batch_without_loss_or_double(order: Order, start: int, share: int, num_ranks: int):
     size = share * num_ranks
     pieces = [
-        order.rank_positions(start, global_batch_size=size, rank=rank, num_ranks=num_ranks)
-        for rank in range(num_ranks)
+        order.rank_positions(start, global_batch_size=size, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)
     ]
     assert all(len(piece) == share for piece in pieces)
     assert sorted(np.concatenate(pieces)) == list(range(start, start + size))
@@ -55,9 +52,7 @@ def test_ranks_share_the_global_batch_without_loss_or_double(
 
 @given(order=orders, epochs=st.integers(1, 3), cut=st.integers(0, 200))
 @settings(max_examples=100, deadline=None)
-def test_the_sequence_is_the_epochs_one_after_the_other_from_any_start(
-    order: Order, epochs: int, cut: int
-) -> None:
+def test_the_sequence_is_the_epochs_one_after_the_other_from_any_start(order: Order, epochs: int, cut: int) -> None:
     whole = np.concatenate([epoch_order(order, epoch) for epoch in range(epochs)])
     ids, of_epoch, _ = order.at(np.arange(len(whole)))
     np.testing.assert_array_equal(ids, whole)
@@ -73,9 +68,7 @@ def test_a_node_of_a_cluster_touches_its_own_parts_only() -> None:
         for rank in range(num_ranks):
             node = rank // ranks_per_node
             for cursor in range(0, 1600, 160):
-                positions = order.rank_positions(
-                    cursor, global_batch_size=160, rank=rank, num_ranks=num_ranks
-                )
+                positions = order.rank_positions(cursor, global_batch_size=160, rank=rank, num_ranks=num_ranks)
                 ids, _, _ = order.at(positions)
                 assert set(ids // (1600 // num_nodes)) == {node}
 

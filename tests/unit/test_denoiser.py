@@ -16,10 +16,7 @@ SIGMAS = torch.tensor([0.002, 0.0021, 0.1, 0.5, 3.991, 80.0])
 
 
 def noisy() -> torch.Tensor:
-    return (
-        torch.randn(len(SIGMAS), 3, 4, 4, generator=torch.Generator().manual_seed(0))
-        * SIGMAS[:, None, None, None]
-    )
+    return torch.randn(len(SIGMAS), 3, 4, 4, generator=torch.Generator().manual_seed(0)) * SIGMAS[:, None, None, None]
 
 
 class Recorder:

@@ -58,13 +58,9 @@ def test_lpips_with_max_pooling_is_the_lpips_package(features: nn.Sequential, we
     import lpips
 
     reference = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-    heads = Path(
-        next(iter(importlib.util.find_spec("lpips").submodule_search_locations)), "weights/v0.1/vgg.pth"
-    )
+    heads = Path(next(iter(importlib.util.find_spec("lpips").submodule_search_locations)), "weights/v0.1/vgg.pth")
     reference.load_state_dict(torch.load(heads, map_location="cpu", weights_only=True), strict=False)
-    for layer in [
-        layer for part in range(1, 6) for layer in getattr(reference.net, f"slice{part}")._modules.items()
-    ]:
+    for layer in [layer for part in range(1, 6) for layer in getattr(reference.net, f"slice{part}")._modules.items()]:
         if isinstance(layer[1], nn.Conv2d):
             layer[1].load_state_dict(features[int(layer[0])].state_dict())
     ours = network(weights, average=False)
@@ -80,9 +76,7 @@ def test_lpips_with_average_pooling_is_piq_with_replaced_pooling(
     shipped = [heads[f"head_{index}"] for index in range(5)]
     vgg = nn.Module()
     vgg.features = nn.Sequential(*[type(m)(2, 2) if isinstance(m, nn.MaxPool2d) else m for m in features])
-    monkeypatch.setattr(
-        piq.perceptual.torch.hub, "load_state_dict_from_url", lambda *args, **keywords: shipped
-    )
+    monkeypatch.setattr(piq.perceptual.torch.hub, "load_state_dict_from_url", lambda *args, **keywords: shipped)
     monkeypatch.setattr(piq.perceptual, "vgg16", lambda **keywords: vgg)
     reference = piq.LPIPS(replace_pooling=True, reduction="none")
     ours = network(weights, average=True)
@@ -173,9 +167,7 @@ def test_download_takes_what_is_in_the_cache(tmp_path: Path, monkeypatch: pytest
         Path(path).write_bytes(b"weights")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert (
-        perceptual.download_vgg() == perceptual.download_vgg() == tmp_path / "checkpoints/vgg16-397923af.pth"
-    )
+    assert perceptual.download_vgg() == perceptual.download_vgg() == tmp_path / "checkpoints/vgg16-397923af.pth"
     assert len(calls) == 1
 
 

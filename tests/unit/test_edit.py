@@ -41,9 +41,7 @@ def test_inpaint_never_looks_at_what_is_missing():
     missing = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.bool)
     missing[..., :8] = True
     other = torch.where(missing, image(7), image(0))
-    assert torch.equal(
-        edit.inpaint(chain(), other, missing=missing), edit.inpaint(chain(), image(0), missing=missing)
-    )
+    assert torch.equal(edit.inpaint(chain(), other, missing=missing), edit.inpaint(chain(), image(0), missing=missing))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,9 +8,7 @@ from cmscale.consistency.error import consistency_error
 
 
 def drawn(data: Gaussian, count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    noise = torch.randn(
-        count, len(data.mean), generator=torch.Generator().manual_seed(5), dtype=torch.float64
-    )
+    noise = torch.randn(count, len(data.mean), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     return data.sample(count, seed=4), noise
 
 
@@ -18,9 +16,7 @@ def drawn(data: Gaussian, count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_true_function_has_no_error_along_the_teachers_trajectories(seed: int):
     data = Gaussian.random(6, seed)
     clean, noise = drawn(data)
-    error = consistency_error(
-        Diffusion(), data.consistency, clean, noise=noise, teacher=data.denoise, count=400
-    )
+    error = consistency_error(Diffusion(), data.consistency, clean, noise=noise, teacher=data.denoise, count=400)
     # What is left is the error of 399 Heun steps of the trajectory itself.
     assert error.to_start.max() < 2e-4
     assert error.neighbours.max() < 2e-5
@@ -36,9 +32,7 @@ def test_a_function_that_is_not_constant_is_measured():
     error = consistency_error(Diffusion(), denoise, clean, noise=torch.ones_like(clean))
     level = torch.log1p(error.times.float())
     torch.testing.assert_close(error.neighbours, -level.diff()[:, None].expand(-1, 3), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(
-        error.to_start, (level[0] - level)[:, None].expand(-1, 3), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(error.to_start, (level[0] - level)[:, None].expand(-1, 3), rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_teacher_trajectories_are_straight():

@@ -42,9 +42,7 @@ def test_the_data_sets_own_numbers_are_shown_where_known():
 def test_evaluations_of_these_weights_are_a_table_and_others_are_left_out():
     others = [evaluation(step=50, nfe=9), evaluation(weights="master", nfe=8)]
     two_steps = evaluation(nfe=2, fid={"mean": 5.22, "std": 0.0, "values": [5.22]}, precision=None)
-    card = model_card(
-        CONFIG, step=60, weights_name="ema_0.999943", evaluations=[two_steps, evaluation(), *others]
-    )
+    card = model_card(CONFIG, step=60, weights_name="ema_0.999943", evaluations=[two_steps, evaluation(), *others])
     rows = [line for line in card.splitlines() if line.startswith("|") and "inception" in line]
     assert rows == [
         "| 1 | 50,000 | inception | 7.854 ± 0.05 | 0.68 |",

@@ -53,9 +53,7 @@ def test_the_real_pipeline_draws_the_same_images_from_the_same_noise(tmp_path, v
     network = build_unet(model).eval()
     network.load_state_dict(weights)
     with torch.no_grad():
-        ours = ConsistencyDenoiser(network)(80 * noise, torch.tensor([80.0, 80.0]), labels=labels).clamp(
-            -1, 1
-        )
+        ours = ConsistencyDenoiser(network)(80 * noise, torch.tensor([80.0, 80.0]), labels=labels).clamp(-1, 1)
     assert theirs.std() > 0.05
     assert relative(ours / 2 + 0.5, theirs) < 1e-5
 
@@ -68,9 +66,7 @@ def test_the_real_pipeline_agrees_in_two_steps(tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     noise, again = torch.randn(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     source = torch.Generator().manual_seed(2)
-    theirs = pipeline(
-        latents=noise, timesteps=[17, 0], num_inference_steps=None, generator=source, output_type="pt"
-    )
+    theirs = pipeline(latents=noise, timesteps=[17, 0], num_inference_steps=None, generator=source, output_type="pt")
 
     network = build_unet(model).eval()
     network.load_state_dict(weights)

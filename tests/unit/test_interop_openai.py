@@ -22,9 +22,7 @@ def test_the_names_and_shapes_are_those_of_the_network(variant):
     model = small_model(variant)
     with torch.device("meta"):
         network = build_unet(model)
-    assert list(parameter_shapes(model).items()) == [
-        (n, tuple(t.shape)) for n, t in network.state_dict().items()
-    ]
+    assert list(parameter_shapes(model).items()) == [(n, tuple(t.shape)) for n, t in network.state_dict().items()]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -50,9 +48,7 @@ def test_half_precision_files_are_read_as_float32(tmp_path):
     model = small_model()
     halved = {name: tensor.half() for name, tensor in random_weights(model).items()}
     torch.save(halved, tmp_path / "x.pt")
-    assert equal(
-        read_openai(tmp_path / "x.pt", model), {name: tensor.float() for name, tensor in halved.items()}
-    )
+    assert equal(read_openai(tmp_path / "x.pt", model), {name: tensor.float() for name, tensor in halved.items()})
 
 
 def test_attention_saved_as_one_dimensional_convolutions_is_taken(tmp_path):

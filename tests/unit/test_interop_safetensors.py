@@ -15,9 +15,7 @@ MODEL = small_model("as ImageNet 64")
 
 def test_weights_config_step_and_name_come_back_as_written(tmp_path):
     config, weights = small_config(MODEL), random_weights(MODEL)
-    write_safetensors(
-        tmp_path / "x.safetensors", weights, config=config, step=70, weights_name="ema_0.999943"
-    )
+    write_safetensors(tmp_path / "x.safetensors", weights, config=config, step=70, weights_name="ema_0.999943")
     found, card = read_safetensors(tmp_path / "x.safetensors")
     assert list(found) == list(weights)
     assert all(torch.equal(found[name], weights[name]) for name in weights)
@@ -27,17 +25,13 @@ def test_weights_config_step_and_name_come_back_as_written(tmp_path):
 
 def test_a_file_on_s3_is_written_and_read(s3):
     weights = random_weights(MODEL)
-    write_safetensors(
-        f"{s3}/x.safetensors", weights, config=small_config(MODEL), step=1, weights_name="master"
-    )
+    write_safetensors(f"{s3}/x.safetensors", weights, config=small_config(MODEL), step=1, weights_name="master")
     found, _ = read_safetensors(f"{s3}/x.safetensors")
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def test_the_header_says_what_it_is_to_any_reader(tmp_path):
-    write_safetensors(
-        tmp_path / "x", random_weights(MODEL), config=small_config(MODEL), step=1, weights_name="master"
-    )
+    write_safetensors(tmp_path / "x", random_weights(MODEL), config=small_config(MODEL), step=1, weights_name="master")
     with safe_open(tmp_path / "x", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
 

@@ -14,9 +14,7 @@ from cmscale.rng import SampleRandomness
 from cmscale.schedules import Point
 
 SIZE = 4
-RANDOM = [
-    SampleRandomness(seed, tuple(range(3 * seed, 3 * seed + 8)), torch.device("cpu")) for seed in range(12)
-]
+RANDOM = [SampleRandomness(seed, tuple(range(3 * seed, 3 * seed + 8)), torch.device("cpu")) for seed in range(12)]
 
 
 class Affine(torch.nn.Module):
@@ -69,9 +67,7 @@ def setting(random: SampleRandomness):
     return clean, uniform, clean.double().numpy(), random.noise(clean.shape[1:]).double().numpy()
 
 
-def loss_of(
-    method, networks: Networks, clean: torch.Tensor, point: Point, random: SampleRandomness
-) -> torch.Tensor:
+def loss_of(method, networks: Networks, clean: torch.Tensor, point: Point, random: SampleRandomness) -> torch.Tensor:
     loss = build_loss(method, build_distance(method, SIZE))(networks, clean, point, random)
     assert loss.dtype == torch.float32
     assert loss.shape == (8,)
@@ -137,9 +133,7 @@ def test_cd_loss(distance: str, solver: str, random: SampleRandomness):
 def test_ict_loss(random: SampleRandomness):
     method, network = ICT(kind="ict"), Affine(1)
     clean, uniform, x, z = setting(random)
-    edges = np.array(
-        [math.erf((math.log(t) + 1.1) / (math.sqrt(2) * 2)) for t in karras(np.arange(1, 22), 21)]
-    )
+    edges = np.array([math.erf((math.log(t) + 1.1) / (math.sqrt(2) * 2)) for t in karras(np.arange(1, 22), 21)])
     n = 1 + np.searchsorted((edges[1:] - edges[0]) / (edges[-1] - edges[0]), uniform, side="right")
     lower, upper = karras(n, 21), karras(n + 1, 21)
     estimate = network.in_numpy(x + at(upper) * z, upper)
@@ -216,9 +210,7 @@ def test_a_samples_loss_does_not_depend_on_its_batch(method, point: Point):
     networks = Networks(Affine(1), Affine(2), Affine(3))
     loss = build_loss(method, build_distance(method, SIZE))
     whole = loss(networks, images(0), point, RANDOM[0])
-    parts = [
-        loss(networks, images(0)[2 * i : 2 * i + 2], point, part) for i, part in enumerate(RANDOM[0].split(2))
-    ]
+    parts = [loss(networks, images(0)[2 * i : 2 * i + 2], point, part) for i, part in enumerate(RANDOM[0].split(2))]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-7)
 
 

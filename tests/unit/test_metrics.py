@@ -56,16 +56,12 @@ def _fid(x: np.ndarray, y: np.ndarray) -> float:
 def test_fid_equals_torch_fidelitys(pair) -> None:
     statistics = [fid_features_to_statistics(torch.from_numpy(part).double()) for part in pair]
     theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    assert _fid(*pair) == pytest.approx(
-        theirs, rel=1e-6
-    )  # 1e-6: the roots of torch-fidelity's eigenvalues near 0
+    assert _fid(*pair) == pytest.approx(theirs, rel=1e-6)  # 1e-6: the roots of torch-fidelity's eigenvalues near 0
 
 
 @pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")  # degenerate on purpose
 def test_fid_equals_adms_definition(pair) -> None:
-    (m, a), (n, b) = (
-        (part.astype("f8").mean(axis=0), np.cov(part.astype("f8"), rowvar=False)) for part in pair
-    )
+    (m, a), (n, b) = ((part.astype("f8").mean(axis=0), np.cov(part.astype("f8"), rowvar=False)) for part in pair)
     root = scipy.linalg.sqrtm(a @ b)
     if not np.isfinite(root).all():
         offset = np.eye(len(a)) * 1e-6

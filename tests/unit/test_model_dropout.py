@@ -96,9 +96,7 @@ def test_activation_checkpointing_keeps_fewer_activations():
     for checkpointing in (False, True):
         network = network_with(activation_checkpointing=checkpointing)
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             network(x, c_noise)
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 4

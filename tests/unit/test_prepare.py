@@ -64,9 +64,7 @@ def test_every_image_comes_back_in_the_order_of_its_keys(lsun: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("format", ["mds", "webdataset"])
-def test_a_run_killed_at_any_shard_continues_to_the_same_bytes(
-    lsun: Path, tmp_path: Path, format: str
-) -> None:
+def test_a_run_killed_at_any_shard_continues_to_the_same_bytes(lsun: Path, tmp_path: Path, format: str) -> None:
     assert call(f"lsun:{lsun}", tmp_path / "whole", format=format) == 0
     command = [sys.executable, "-c", _KILLED_AFTER, "3", "--source", f"lsun:{lsun}", "--format", format]
     command += [
@@ -150,10 +148,7 @@ def test_folder_zip_and_tars_give_the_images_of_the_lmdb(lsun: Path, tmp_path: P
         f"tars:{tmp_path}/tars",
     ):
         assert call(source, tmp_path / source[:3]) == 0
-    images = {
-        kind: [image for image, _ in read_images(str(tmp_path / kind))]
-        for kind in ("lsu", "fol", "zip", "tar")
-    }
+    images = {kind: [image for image, _ in read_images(str(tmp_path / kind))] for kind in ("lsu", "fol", "zip", "tar")}
     for kind in images:
         np.testing.assert_array_equal(images[kind], images["lsu"])
 
@@ -195,9 +190,7 @@ def test_a_folder_that_is_no_lmdb_is_one_line(tmp_path: Path, capsys, content: b
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_lmdb_is_refused_before_reading_kills_the_process(
-    lsun: Path, tmp_path: Path, capsys
-) -> None:
+def test_a_truncated_lmdb_is_refused_before_reading_kills_the_process(lsun: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "in").mkdir()
     data = (lsun / "data.mdb").read_bytes()
     (tmp_path / "in" / "data.mdb").write_bytes(data[: len(data) // 2])
@@ -230,9 +223,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("kind", UNUSABLE)
 @pytest.mark.parametrize("format", ["mds", "webdataset"])
-def test_an_unusable_image_is_named_and_refused_or_skipped(
-    tmp_path: Path, capsys, kind: str, format: str
-) -> None:
+def test_an_unusable_image_is_named_and_refused_or_skipped(tmp_path: Path, capsys, kind: str, format: str) -> None:
     data, why = UNUSABLE[kind]
     key = "0" * 40
     write_lmdb(tmp_path / "in", {**pictures(6), key: data})
@@ -256,17 +247,13 @@ def test_the_budget_counts_over_shards_and_a_larger_one_continues(tmp_path: Path
     assert "continuing" in capsys.readouterr().out
 
 
-def test_a_shard_without_a_usable_image_is_left_out_and_a_source_without_one_refused(
-    tmp_path: Path, capsys
-) -> None:
+def test_a_shard_without_a_usable_image_is_left_out_and_a_source_without_one_refused(tmp_path: Path, capsys) -> None:
     bad = {f"{n:040x}": b"no image" for n in range(4)}
     write_lmdb(tmp_path / "in", {**pictures(6), **bad})
     assert call(f"lsun:{tmp_path}/in", tmp_path / "out", "--max-bad", "4", format="mds") == 0
     assert len(list(read_images(str(tmp_path / "out")))) == 6
     write_lmdb(tmp_path / "worse", bad)
-    assert "none of its 4" in refused(
-        capsys, call(f"lsun:{tmp_path}/worse", tmp_path / "none", "--max-bad", "4")
-    )
+    assert "none of its 4" in refused(capsys, call(f"lsun:{tmp_path}/worse", tmp_path / "none", "--max-bad", "4"))
     assert not (tmp_path / "none" / "manifest.json").exists()
 
 
@@ -283,9 +270,7 @@ def test_missing_credentials_are_one_line(lsun: Path, s3: str, capsys, monkeypat
 
 
 @pytest.mark.parametrize("format", ["mds", "webdataset"])
-def test_no_room_on_the_disk_is_one_line_and_leaves_nothing(
-    lsun, tmp_path, capsys, monkeypatch, format
-) -> None:
+def test_no_room_on_the_disk_is_one_line_and_leaves_nothing(lsun, tmp_path, capsys, monkeypatch, format) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -295,9 +280,7 @@ def test_no_room_on_the_disk_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_data_set_in_the_way_is_refused_and_the_same_command_is_content(
-    lsun: Path, tmp_path, capsys
-) -> None:
+def test_another_data_set_in_the_way_is_refused_and_the_same_command_is_content(lsun: Path, tmp_path, capsys) -> None:
     assert call(f"lsun:{lsun}", tmp_path / "out") == 0
     before = tree(tmp_path / "out")
     assert call(f"lsun:{lsun}", tmp_path / "out") == 0
@@ -315,9 +298,7 @@ def test_two_at_once_are_refused(lsun: Path, tmp_path: Path, capsys, monkeypatch
 
 
 def _settings() -> prepare.Settings:
-    return prepare.Settings(
-        format="webdataset", image_size=16, preprocess="adm", encoding="jpeg", samples_per_shard=4
-    )
+    return prepare.Settings(format="webdataset", image_size=16, preprocess="adm", encoding="jpeg", samples_per_shard=4)
 
 
 # verify.py
@@ -326,9 +307,7 @@ def _settings() -> prepare.Settings:
 
 @pytest.mark.parametrize("format", ["mds", "webdataset"])
 @pytest.mark.parametrize("place", ["folder", "s3"])
-def test_verify_names_every_bad_file_and_repair_restores_the_bytes(
-    lsun, tmp_path, s3, capsys, format, place
-) -> None:
+def test_verify_names_every_bad_file_and_repair_restores_the_bytes(lsun, tmp_path, s3, capsys, format, place) -> None:
     url = str(tmp_path / "out") if place == "folder" else f"{s3}/set"
     assert call(f"lsun:{lsun}", url, format=format) == 0
     assert verify.main([url]) == 0

@@ -85,9 +85,7 @@ def test_the_command_measures_a_prepared_data_set(tmp_path, capsys) -> None:
     found = read_reference(out, extractor)
     assert (found.count, found.features, found.preprocess) == (12, "efficientnet_lite0", "adm")
     images = torch.from_numpy(IMAGES[:12]).permute(0, 3, 1, 2).contiguous()
-    np.testing.assert_allclose(
-        found.pooled.mean, extractor(images)["pooled"].mean(axis=0), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(found.pooled.mean, extractor(images)["pooled"].mean(axis=0), rtol=1e-5, atol=1e-6)
     assert measure(image_blocks(IMAGES[:12], extractor), num_samples=12, reference=found)["fid"] < 1e-6
     assert command([str(tmp_path / "absent"), *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1

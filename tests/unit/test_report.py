@@ -91,9 +91,7 @@ def test_a_run_that_has_nothing_yet_has_a_page(tmp_path) -> None:
 
 
 def test_the_status_is_what_happened_last(run) -> None:
-    append_line(
-        run.events, {"time": 1.79e9 + 10, "event": "fault", "step": 200, "rank": 1, "why": "loss <nan>"}
-    )
+    append_line(run.events, {"time": 1.79e9 + 10, "event": "fault", "step": 200, "rank": 1, "why": "loss <nan>"})
     page = _page(run)
     assert '<span class="status failed">failed</span>' in page
     assert "loss &lt;nan&gt;" in page  # what a run says is text, never markup

@@ -33,9 +33,7 @@ def numpy_denoise(x: np.ndarray, sigma: float) -> np.ndarray:
 def noises(seed: int, number: int) -> list[np.ndarray]:
     """The start noise and each step's of samples 0..2, as numpy."""
     purposes = ["start"] + [f"step-{step}" for step in range(1, number + 1)]
-    return [
-        normal_like_samples(seed, range(3), SHAPE, purpose=purpose).double().numpy() for purpose in purposes
-    ]
+    return [normal_like_samples(seed, range(3), SHAPE, purpose=purpose).double().numpy() for purpose in purposes]
 
 
 def draw(method, steps: int, *, seed: int, name: sampler.Sampler = "heun", **keywords) -> np.ndarray:
@@ -115,18 +113,14 @@ def test_a_sample_depends_on_its_seed_and_number_alone(method, name):
         return sampler.sample(method, Counted(), **keywords)
 
     whole = run(list(range(6)))
-    torch.testing.assert_close(
-        torch.cat([run([0]), run([1, 2, 3]), run([4, 5])]), whole, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(torch.cat([run([0]), run([1, 2, 3]), run([4, 5])]), whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(run([4, 1]), whole[[4, 1]], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(run([0], seed=6), whole[:1], atol=1e-2)
 
 
 def test_given_noise_replaces_the_start_alone():
     noise = normal_like_samples(9, range(3), SHAPE, purpose="start")
-    with_noise = sampler.sample(
-        CT(kind="ct"), Counted(), seed=9, indices=range(3), steps=3, shape=SHAPE, noise=noise
-    )
+    with_noise = sampler.sample(CT(kind="ct"), Counted(), seed=9, indices=range(3), steps=3, shape=SHAPE, noise=noise)
     drawn = sampler.sample(CT(kind="ct"), Counted(), seed=9, indices=range(3), steps=3, shape=SHAPE)
     assert torch.equal(with_noise, drawn)
 

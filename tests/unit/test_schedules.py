@@ -58,9 +58,7 @@ def test_target_ema_is_exp_of_s0_log_mu0_over_its_divisor(convention):
 
 def test_released_code_starts_with_mu0_squared_and_paper_with_mu0():
     assert schedules.ct_target_ema(2, s0=2, mu0=0.95, convention="paper") == pytest.approx(0.95, rel=1e-15)
-    assert schedules.ct_target_ema(2, s0=2, mu0=0.95, convention="released_code") == pytest.approx(
-        0.95**2, rel=1e-15
-    )
+    assert schedules.ct_target_ema(2, s0=2, mu0=0.95, convention="released_code") == pytest.approx(0.95**2, rel=1e-15)
 
 
 @pytest.mark.parametrize("total", [400_000, 8, 1001, 3])
@@ -73,9 +71,7 @@ def test_ict_doubles_the_grid_in_equal_parts_of_training(total: int):
 
 def test_ict_takes_the_logarithm_of_a_ratio_that_is_no_power_of_two():
     # floor(70 / 10) = 7: K' = floor(1000 / (log2 7 + 1)) = floor(1000 / 3.8073...) = 262
-    scales = [
-        schedules.ict_num_scales(k, total_steps=1000, s0=10, s1=70) for k in (0, 261, 262, 523, 524, 786, 999)
-    ]
+    scales = [schedules.ict_num_scales(k, total_steps=1000, s0=10, s1=70) for k in (0, 261, 262, 523, 524, 786, 999)]
     assert scales == [11, 11, 21, 21, 41, 71, 71]
 
 
