@@ -1,0 +1,122 @@
+"""What a whole run promises: recorded losses, exact resumption, the same samples on any number of ranks."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks, start_ranks, wait
+
+from cmscale.config import dump_config, parse_config
+from cmscale.metrics_log import latest_metrics, read_lines
+from cmscale.rundir import RunDir
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from data_fixtures import pictures, write_lmdb
+
+from data_prep.prepare import main as prepare
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"  # written anew where RECORD_GOLDEN is set
+STEPS = 8
+CONFIG = """
+model: {image_size: 8, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, attention_resolutions: [4],
+        head_channels: 32, dropout: 0.1}
+data: {path: DATA, num_canonical_nodes: 2, workers: 0}
+optimizer: {learning_rate: 1e-3}
+ema: {rates: [0.9, 0.5]}
+engine: {device: cpu}
+train: {total_steps: 8, global_batch_size: 8, micro_batch_size: 2, log_every: 1, sample_every: 4, sample_count: 4}
+checkpoint: {every_steps: 3, keep_last: 10}
+wandb: {mode: "off"}
+method: METHOD
+"""
+METHODS = {
+    "edm": "{kind: edm, sampler_steps: 3}",
+    "cd": "{kind: cd, teacher: TEACHER, distance: l1, num_scales: 5}",
+    "ct": "{kind: ct, distance: l2, s1: 6}",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set of fifty 8 px images: a batch of 8 straddles its epochs."""
+    folder = tmp_path_factory.mktemp("data")
+    source = write_lmdb(folder / "photos_lmdb", pictures(50))
+    arguments = ["--source", f"lsun:{source}", "--format", "webdataset", "--image-size", "8", "--encoding", "png"]
+    assert prepare([*arguments, "--out", str(folder / "set"), "--samples-per-shard", "20"]) == 0
+    return folder / "set"
+
+
+def make_run(root: Path, data: Path, kind: str, *overrides: str, teacher: Path | None = None) -> RunDir:
+    method = METHODS[kind].replace("TEACHER", str(teacher))
+    config = parse_config(CONFIG.replace("METHOD", method), [f"data.path={data}", *overrides])
+    root.mkdir(parents=True)
+    run = RunDir(root)
+    run.config.write_text(dump_config(config))
+    return run
+
+
+@pytest.fixture(scope="module")
+def golden(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
+    """Uninterrupted runs of every method on two ranks."""
+    root = tmp_path_factory.mktemp("golden")
+    found: dict[str, RunDir] = {}
+    for kind in METHODS:
+        found[kind] = make_run(root / kind, data, kind, teacher=root / "edm")
+        assert outcomes(run_ranks(2, "train_work:to_the_end", str(root / kind))) == ["finished"] * 2
+    return found
+
+
+def outcomes(outputs: list[str]) -> list[str]:
+    """How each rank said that it ended, its last line."""
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def losses(run: RunDir) -> list[float]:
+    metrics = latest_metrics(run)
+    assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))
+    return [record["loss"] for record in metrics]
+
+
+def last_weights(run: RunDir) -> dict[str, bytes]:
+    """Every file of the last checkpoint's ranks."""
+    return {path.name: path.read_bytes() for path in sorted(run.checkpoint(STEPS).glob("rank-*"))}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_run_gives_the_recorded_losses(golden: dict[str, RunDir], kind: str) -> None:
+    if "RECORD_GOLDEN" in os.environ:
+        GOLDEN.write_text(json.dumps({name: losses(run) for name, run in golden.items()}, indent=1) + "\n")
+    assert losses(golden[kind]) == pytest.approx(json.loads(GOLDEN.read_text())[kind], rel=2e-5)
+    assert golden[kind].sample_grid(STEPS).is_file()
+    assert [record["event"] for record in read_lines(golden[kind].events)][-1] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "outcome"), [("ct", signal.SIGTERM, "preempted"), ("cd", signal.SIGKILL, None)]
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(
+    golden: dict[str, RunDir], data: Path, tmp_path: Path, kind: str, number: int, outcome: str | None
+) -> None:
+    run = make_run(tmp_path / "run", data, kind, teacher=golden["edm"].root)
+    ranks = start_ranks(2, "train_work:until_signalled", str(run.root), 4, int(number))
+    failed = wait(ranks, timeout=200)
+    if outcome is None:
+        assert failed, "the killed rank ended well"
+    else:
+        assert outcomes([rank.said() for rank in ranks]) == [outcome] * 2, ranks[0].errors()[-2000:]
+        stopped = [record for record in read_lines(run.events) if record["event"] == "preempted"]
+        assert (stopped[0]["why"], run.checkpoint(stopped[0]["step"]).exists()) == ("SIGTERM", True)
+    assert outcomes(run_ranks(2, "train_work:to_the_end", str(run.root))) == ["finished"] * 2
+    assert losses(run) == losses(golden[kind])
+    assert last_weights(run) == last_weights(golden[kind])
+
+
+def test_another_world_and_stage_sees_the_same_samples_with_the_same_noise(
+    golden: dict[str, RunDir], data: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", data, "ct", "engine.zero_stage=0", "train.micro_batch_size=8")
+    assert outcomes(run_ranks(1, "train_work:to_the_end", str(run.root))) == ["finished"]
+    assert losses(run) == pytest.approx(losses(golden["ct"]), rel=2e-5)
