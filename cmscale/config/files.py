@@ -15,7 +15,12 @@ from cmscale.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, with 1e-4 a number (as YAML 1.2 has it), and a key given twice refused."""
+    """Safe YAML, with numbers and booleans as YAML 1.2 has them (1e-4; on, off, yes, no are words); no key twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's own table, less its booleans)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -25,6 +30,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),

@@ -29,7 +29,7 @@ ema: {rates: [0.9, 0.5]}
 engine: {device: cpu}
 train: {total_steps: 8, global_batch_size: 8, micro_batch_size: 2, log_every: 1, sample_every: 4, sample_count: 4}
 checkpoint: {every_steps: 3, keep_last: 10}
-wandb: {mode: "off"}
+wandb: {mode: off}
 method: METHOD
 """
 METHODS = {

@@ -92,6 +92,11 @@ def test_scientific_notation_is_a_number_as_people_write_it() -> None:
     assert parse_config(TEXT, ["optimizer.eps=1.5e-7"]).optimizer.eps == 1.5e-7
 
 
+def test_off_is_a_word_and_false_is_not() -> None:
+    assert parse_config(TEXT, ["wandb.mode=off"]).wandb.mode == "off"
+    assert parse_config(TEXT, ["data.flip=false"]).data.flip is False
+
+
 def test_overrides_reach_every_leaf() -> None:
     """Each known key is taken as an override by some kind of method, with the value that its default has."""
     unreached = set(known_keys())
