@@ -49,7 +49,7 @@ def edit_images(source: Source, request: EditRequest, *, out: Path, device: torc
     originals = torch.stack([pictures.load_image(path, size=size) for path in request.images])
     clean = pictures.from_uint8(originals).to(device)
     given, result = _apply(source, request, clean)
-    columns = [originals, pictures.to_uint8(given.cpu().clamp(-1, 1)), pictures.to_uint8(result.cpu())]
+    columns = [originals, pictures.to_uint8(given.cpu(), nearest=True), pictures.to_uint8(result.cpu(), nearest=True)]
     tiles = torch.stack(columns, dim=1).flatten(0, 1)
     pictures.save_png(pictures.grid(tiles, columns=3), out)
 

@@ -11,8 +11,11 @@ from cmscale.errors import UserError
 from cmscale.storage import replace_durably
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
+def to_uint8(images: torch.Tensor, *, nearest: bool = False) -> torch.Tensor:
     """[-1, 1] float [N, 3, H, W] as uint8 of the same shape, as the released code quantises: truncated.
+
+    Args:
+        nearest: Rounded instead: what came from uint8 then goes back to the same bytes.
 
     Raises:
         UserError: a sample is not finite.
@@ -22,7 +25,8 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
         raise UserError(
             f"samples: {bad} of {len(images)} hold NaN or infinity; the weights or the precision are broken"
         )
-    return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    scaled = ((images + 1) * 127.5).clamp(0, 255)
+    return (scaled.round() if nearest else scaled).to(torch.uint8)
 
 
 def grid(images: torch.Tensor, *, columns: int | None = None, scale: int | None = None, gap: int = 2) -> Image.Image:

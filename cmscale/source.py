@@ -86,17 +86,15 @@ def load_source(
         settings = read_config(config, list(overrides))
         return Source(origin, settings, read_openai(local_file(origin), settings.model), "imported", 0)
     storage = open_storage(origin)
-    if config is not None and storage.read_if_present("model_index.json") is not None:
+    is_file = origin.endswith(".safetensors")
+    is_diffusers = not is_file and storage.read_if_present("model_index.json") is not None
+    if is_diffusers and config is not None:
         settings = read_config(config, list(overrides))
         return Source(origin, settings, read_diffusers(storage, model=settings.model)[0], "imported", 0)
     if config is not None or overrides:
         raise UserError(f"--config: {origin} has its own config; --config is for weights that carry none")
-    if origin.endswith(".safetensors"):
-        state, card = read_safetensors(local_file(origin))
-        settings = parse_config(card["config"], origin=origin)
-        return Source(origin, settings, state, card["weights"], int(card["step"]))
-    if storage.read_if_present("model_index.json") is not None:
-        state, card = read_diffusers(storage)
+    if is_file or is_diffusers:
+        state, card = read_safetensors(local_file(origin)) if is_file else read_diffusers(storage)
         if not card:
             raise UserError(f"{origin}: carries no config; give --config CONFIG [key=value ...]")
         settings = parse_config(card["config"], origin=origin)
