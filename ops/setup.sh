@@ -11,6 +11,8 @@ installed=.venv/installed
 touch "$installed"
 if ! grep -qxF "$stamp" "$installed"; then
   echo "installing cmscale[$1] into .venv"
+  # First pip itself: the one that Python 3.11 brings takes minutes to resolve these packages, a current one seconds.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
   echo "$stamp" >>"$installed"
 fi
