@@ -184,6 +184,46 @@ def evaluate(
         print(path)
 
 
+@app.command("consistency-error")
+def consistency_error(
+    source: SourceArgument,
+    data: Annotated[str | None, typer.Option(help="A prepared data set, best a held-out one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON; default: the run's evaluations/consistency folder.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also a PNG of the error against time.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
+    teacher: Annotated[
+        str | None, typer.Option(help="A diffusion model whose ODE is followed; default: a distilled source's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    weights: WeightsOption = None,
+    step: StepOption = "latest",
+    config: ConfigOption = None,
+    overrides: OverridesArgument = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measures how far a consistency model is from constant along held-out trajectories, at 100 unseen times."""
+    from cmscale.consistency_error import measure_consistency_error
+    from cmscale.source import load_source
+    from cmscale.world import choose_device
+
+    chosen = choose_device(device)
+    loaded = load_source(source, weights=weights, step=_step(step), config=config, overrides=overrides or [])
+    with console.status("following trajectories"):
+        path = measure_consistency_error(
+            loaded,
+            data=data,
+            num=num,
+            seed=seed,
+            teacher=teacher,
+            out=out,
+            plot=plot,
+            batch_size=batch_size,
+            device=chosen,
+        )
+    print(path)
+
+
 @app.command()
 def export(
     source: Annotated[

@@ -1,10 +1,7 @@
-"""Owns what a run says while it trains: metrics every few steps, events, and a progress bar for people."""
+"""Owns what a run says while it trains: metrics every few steps, events, and a line that launchers turn into a bar."""
 
 import json
-import sys
 import time
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmscale.config import Config
 from cmscale.data import Batches
@@ -27,35 +24,30 @@ class RunLog:
         self._metrics = MetricsLog(run, config.wandb, config=json.loads(config.model_dump_json()), active=world.is_main)
         self._since = time.perf_counter()
         self._cursor = 0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4g}"),
-            TextColumn("{task.fields[speed]:.1f} images/s"),
-            TimeRemainingColumn(),
-            disable=not (world.is_main and sys.stderr.isatty()),
-        )
-        self._task = self._progress.add_task(run.name, total=config.train.total_steps, loss=0.0, speed=0.0)
 
     def started(self, state: TrainState) -> None:
         """Says that training starts, or goes on, here."""
         self._cursor = state.cursor
         self._event("resumed" if state.step else "start", state)
-        self._progress.start()
-        self._progress.update(self._task, completed=state.step)
 
-    def stepped(self, state: TrainState, point: Point, result: StepResult) -> None:
-        """Logs every `train.log_every` steps, the first and the last one, and every step that was not applied."""
+    def stepped(
+        self, state: TrainState, point: Point, result: StepResult, *, consistency_error: float | None = None
+    ) -> None:
+        """Logs every `train.log_every` steps, the first and the last one, and every step that was not applied.
+
+        So it does a step whose consistency error was measured.
+        """
         if not result.applied:
             self._event("step_not_applied", state, why=f"loss {result.loss:g}, loss scale {result.loss_scale:g}")
             return
-        if state.step % self._config.train.log_every and state.step not in (1, self._config.train.total_steps):
+        due = state.step % self._config.train.log_every == 0 or state.step in (1, self._config.train.total_steps)
+        if not due and consistency_error is None:
             return
         now = time.perf_counter()
         seconds, images = now - self._since, state.cursor - self._cursor
         self._since, self._cursor = now, state.cursor
         speed = images / seconds
+        measured = {} if consistency_error is None else {"consistency_error": consistency_error}
         self._metrics.write(
             {
                 "step": state.step,
@@ -68,10 +60,10 @@ class RunLog:
                 "loss_scale": result.loss_scale,
                 "seconds": round(seconds, 4),
                 "images_per_second": round(speed, 3),
+                **measured,
             }
         )
-        self._progress.update(self._task, completed=state.step, loss=result.loss, speed=speed)
-        if self._world.is_main and not sys.stderr.isatty():
+        if self._world.is_main:
             total = self._config.train.total_steps
             print(f"step {state.step}/{total}  loss {result.loss:.5g}  {speed:.1f} images/s", flush=True)
 
@@ -79,7 +71,6 @@ class RunLog:
         """Says how it ended, and closes the mirror."""
         for key, reason in self._batches.bad.items():
             self._event("bad_sample", state, why=f"{key}: {reason}")
-        self._progress.stop()
         self._event(event, state, why=why)
         self._metrics.close()
 

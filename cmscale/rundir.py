@@ -1,5 +1,6 @@
 """Owns the names of everything in a run's folder: each path of a run is written here and nowhere else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +75,20 @@ class RunDir:
     def evaluations(self) -> Path:
         return self.root / "evaluations"
 
-    def evaluation(self, *, step: int, weights: str, nfe: int) -> Path:
-        return self.evaluations / f"{step_name(step)}-{weights}-nfe{nfe}.json"
+    def evaluation(self, *, step: int, weights: str, nfe: int, times: Sequence[float] = ()) -> Path:
+        """A result; `times` are those of a sampler that was given some."""
+        at = f"-at-{'-'.join(f'{time:.5g}' for time in times)}" if times else ""
+        return self.evaluations / f"{step_name(step)}-{weights}-nfe{nfe}{at}.json"
+
+    def time_search(self, *, step: int, weights: str, steps: int) -> Path:
+        return self.evaluations / "times" / f"{step_name(step)}-{weights}-steps{steps}.json"
+
+    @property
+    def consistency_errors(self) -> Path:
+        return self.evaluations / "consistency"
+
+    def consistency_error(self, *, step: int, weights: str) -> Path:
+        return self.consistency_errors / f"{step_name(step)}-{weights}.json"
 
     @property
     def exports(self) -> Path:

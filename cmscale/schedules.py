@@ -84,3 +84,8 @@ def ict_num_scales(step: int, *, total_steps: int, s0: int, s1: int) -> int:
 def ect_stage(step: int, *, total_steps: int, num_stages: int) -> int:
     """The stage of ECT's curriculum, 0 to num_stages - 1, each an equal part of training."""
     return min(step * num_stages // total_steps, num_stages - 1)
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps (0: never), and at the last, is to be done after this step."""
+    return every > 0 and (step % every == 0 or step == last)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cmscale.assets import local_file
-from cmscale.config import Config, parse_config, read_config
+from cmscale.config import CD, ECT, Config, Model, differences, leaves, parse_config, read_config
 from cmscale.consistency.solver import Denoise
 from cmscale.engine.weights import list_checkpoints, read_manifest, read_weights
 from cmscale.errors import UserError
@@ -102,6 +102,31 @@ def load_source(
     if storage.read_if_present(CHECKPOINT_MANIFEST) is not None:
         return _read_checkpoint(origin, weights=weights, run_dir=None)
     return _read_run(origin, weights=weights, step=step)
+
+
+def load_teacher(config: Config) -> dict[str, torch.Tensor]:
+    """Weights of the diffusion model that `method.teacher` names; OpenAI's `.pt` is taken for one of this network.
+
+    Raises:
+        UserError: it is no diffusion model, or another network.
+    """
+    method = config.method
+    assert isinstance(method, CD | ECT)
+    if method.teacher.endswith((".pt", ".pth")):
+        return read_openai(local_file(method.teacher), config.model)
+    teacher = load_source(method.teacher, weights=method.teacher_weights)
+    if teacher.config.method.kind != "edm":
+        kind = teacher.config.method.kind
+        raise UserError(f"method.teacher: {method.teacher} is of kind {kind}; a diffusion model (edm) is needed")
+    mine, its = (trajectory_of(section) for section in (config.model, teacher.config.model))
+    if different := differences(its, mine):
+        raise UserError(f"method.teacher: {method.teacher} is another network: {'; '.join(different)}")
+    return teacher.weights
+
+
+def trajectory_of(model: Model) -> dict[str, object]:
+    """What must be alike in two networks for one to start from the other's weights."""
+    return {f"model.{key}": value for key, value, operational in leaves(model) if not operational and key != "dropout"}
 
 
 def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:

@@ -11,7 +11,7 @@ from cmscale import pictures, schedules
 from cmscale import world as worlds
 from cmscale.assets import cache_folder, local_file, locked
 from cmscale.bad_steps import BadSteps
-from cmscale.config import CD, CT, ECT, Config, Model, differences, leaves, read_config
+from cmscale.config import CD, CT, ECT, Config, read_config
 from cmscale.consistency.distance import Distance, build_distance
 from cmscale.consistency.loss import Loss, build_loss
 from cmscale.consistency.networks import Networks
@@ -24,8 +24,7 @@ from cmscale.engine.export import Exporter
 from cmscale.engine.preemption import Preemption
 from cmscale.engine.resume import newest, restore
 from cmscale.engine.watchdog import Watchdog
-from cmscale.errors import UserError
-from cmscale.interop import read_openai
+from cmscale.held_out import Probe
 from cmscale.manifests import TrainState, read_dataset_manifest
 from cmscale.metrics_log import write_event
 from cmscale.model.denoiser import EDMDenoiser, denoiser_for
@@ -33,7 +32,7 @@ from cmscale.model.unet import UNet, build_unet
 from cmscale.rng import SampleRandomness
 from cmscale.run_log import RunLog
 from cmscale.rundir import RunDir
-from cmscale.source import load_source
+from cmscale.source import load_teacher
 from cmscale.storage import open_storage
 from cmscale.world import World
 
@@ -76,11 +75,14 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     checkpoints = Checkpoints(run, config, world, generation=generation, data_fingerprint=data, exporter=exporter)
     batches = open_data(config, world, state)
     log = RunLog(config, run, world, batches=batches)
+    probe = Probe(config, world)
     watchdog = Watchdog(run, config, world)
     bad_steps = BadSteps(config, run, world)
     log.started(state)
-    if found is None:
+    if found is None:  # no step before there is something to go back to
         checkpoints.save(state, engine)
+        if not checkpoints.close():
+            raise CheckpointFailed(f"the first checkpoint could not be written; see {run.events}")
 
     while state.step < config.train.total_steps and not preemption.requested():
         point = schedules.at(config, state.step)
@@ -89,13 +91,14 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         if result.applied:
             shards.update(point)
         state = state.advance(cursor, result.applied)
-        log.stepped(state, point, result)
+        error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
+        log.stepped(state, point, result, consistency_error=error)
         if bad_steps.is_lost(result, batch, state):  # back to the newest checkpoint, and past the data that led here
             checkpoints.wait()
             found = newest(run, config, world, data_fingerprint=data)
             assert found is not None, "the first checkpoint is written before the first step"
             state = TrainState(step=restore(found, engine).step, cursor=cursor)
-        if result.applied and is_due(state.step, config.train.sample_every, config.train.total_steps):
+        if result.applied and schedules.is_due(state.step, config.train.sample_every, config.train.total_steps):
             save_sample_grid(config, run, world, engine, step=state.step)
         checkpoints.maybe_save(state, engine)
         watchdog.beat(state.step)
@@ -112,11 +115,6 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     if not saved:
         raise CheckpointFailed(f"step {state.step}: the last checkpoint could not be written; see {run.events}")
     return "finished" if finished else "preempted"
-
-
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps (0: never), and at the last, is to be done after this step."""
-    return every > 0 and (step % every == 0 or step == last)
 
 
 @dataclass(frozen=True)
@@ -172,31 +170,6 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
         teacher=frozen,
     )
     return Parts(config, world, engine, build_loss(method, load_distance(config, world)), networks)
-
-
-def load_teacher(config: Config) -> dict[str, torch.Tensor]:
-    """Weights of the diffusion model that `method.teacher` names; OpenAI's `.pt` is taken for one of this network.
-
-    Raises:
-        UserError: it is no diffusion model, or another network.
-    """
-    method = config.method
-    assert isinstance(method, CD | ECT)
-    if method.teacher.endswith((".pt", ".pth")):
-        return read_openai(local_file(method.teacher), config.model)
-    teacher = load_source(method.teacher, weights=method.teacher_weights)
-    if teacher.config.method.kind != "edm":
-        kind = teacher.config.method.kind
-        raise UserError(f"method.teacher: {method.teacher} is of kind {kind}; a diffusion model (edm) is needed")
-    mine, its = (trajectory_of(section) for section in (config.model, teacher.config.model))
-    if different := differences(its, mine):
-        raise UserError(f"method.teacher: {method.teacher} is another network: {'; '.join(different)}")
-    return teacher.weights
-
-
-def trajectory_of(model: Model) -> dict[str, object]:
-    """What must be alike in two networks for one to start from the other's weights."""
-    return {f"model.{key}": value for key, value, operational in leaves(model) if not operational and key != "dropout"}
 
 
 def load_distance(config: Config, world: World) -> Distance:

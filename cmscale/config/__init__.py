@@ -1,18 +1,11 @@
 """The config of a run: its models, and its way from YAML and `key=value` overrides."""
 
 from cmscale.config.files import dump_config, json_schema, known_keys, parse_config, read_config
+from cmscale.config.methods import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, Convention, Diffusion, Method
 from cmscale.config.models import (
-    CD,
-    CT,
-    ECT,
-    EDM,
-    ICT,
     Config,
-    Convention,
     Data,
-    Diffusion,
     Evaluate,
-    Method,
     Model,
     Optimizer,
     Slurm,
@@ -29,6 +22,9 @@ __all__ = [
     "ECT",
     "EDM",
     "ICT",
+    "PD",
+    "SCD",
+    "SCT",
     "Config",
     "Convention",
     "Data",

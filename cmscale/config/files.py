@@ -10,8 +10,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cmscale.config.models import Config, Section
+from cmscale.config.models import Config
+from cmscale.config.section import Section
 from cmscale.errors import UserError
+
+KINDS = ("edm", "cd", "ct", "ict", "ect", "sct", "scd", "pd")
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,8 +111,7 @@ def _nearest(key: str) -> str:
 def _explain(error: ValidationError) -> str:
     """The first of pydantic's errors as one line: key, what was given, what is allowed."""
     first: Any = error.errors(include_url=False)[0]
-    kinds = {"edm", "cd", "ct", "ict", "ect"}
-    path = [str(part) for index, part in enumerate(first["loc"]) if not (index == 1 and part in kinds)]
+    path = [str(part) for index, part in enumerate(first["loc"]) if not (index == 1 and part in KINDS)]
     key = ".".join(path)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     match first["type"]:
@@ -120,11 +122,11 @@ def _explain(error: ValidationError) -> str:
         case "missing":
             return f"{key}: is missing and has no default{more}"
         case "union_tag_not_found":
-            return f"{key}.kind: is missing; one of edm, cd, ct, ict, ect{more}"
+            return f"{key}.kind: is missing; one of {', '.join(KINDS)}{more}"
         case "union_tag_invalid":
             return f"{key}.kind: got {first['ctx'].get('tag')!r}; allowed: {first['ctx'].get('expected_tags')}{more}"
         case "value_error":
-            return f"{key}: {first['ctx']['error']}{more}"
+            return f"{key}: {first['ctx']['error']}{more}" if key else f"{first['ctx']['error']}{more}"
         case _:
             given = first["input"]
             simple = given is None or isinstance(given, (int, float, str, list, tuple))

@@ -5,129 +5,11 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from cmscale.config.methods import Method
+from cmscale.config.section import AsTuple, Count, Counts, NonNegative, Positive, Rate, Section, operational
 from cmscale.errors import UserError
-
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-_AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Counts = Annotated[tuple[Count, ...], _AsTuple]
-Rates = Annotated[tuple[Rate, ...], _AsTuple]
-Distance = Literal["l1", "l2", "lpips", "pseudo_huber"]
-Convention = Literal["paper", "released_code"]
-Solver = Literal["euler", "heun"]
-
-
-class Section(BaseModel):
-    """A part of the config. Frozen; unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def operational(default: Any, **constraints: Any) -> Any:
-    """A field that may change between a run and its resumption: it moves no loss (beyond rounding)."""
-    return Field(default, json_schema_extra={"operational": True}, **constraints)
-
-
-class Diffusion(Section):
-    """What every method shares: the noise range and the Karras grid (PAPER.md; EDM, equation 5)."""
-
-    sigma_data: Positive = 0.5
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
-    rho: Positive = 7.0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Diffusion":
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
-        return self
-
-
-def _check_scales(s0: int, s1: int) -> None:
-    if s0 > s1:
-        raise ValueError(f"s0 {s0} must not be above s1 {s1}: the grid grows from s0 to s1 + 1")
-
-
-class EDM(Diffusion):
-    """A diffusion model after Karras et al. 2022: the teacher of CD, the start of ECT."""
-
-    kind: Literal["edm"]
-    p_mean: float = -1.2
-    p_std: Positive = 1.2
-    sampler_steps: Annotated[int, Field(ge=2)] = Field(40, json_schema_extra={"operational": True})
-
-
-class _Discrete(Diffusion):
-    """What CD and CT share: a distance between neighbours on the grid."""
-
-    distance: Distance = "lpips"
-    lpips_pooling: Literal["average", "max"] = "average"
-    lpips_weights: str | None = operational(None)
-    huber_c: Positive | None = None
-
-
-class CD(_Discrete):
-    """Consistency distillation (algorithm 2)."""
-
-    kind: Literal["cd"]
-    teacher: str = operational(...)
-    teacher_weights: str | None = operational(None)
-    num_scales: Annotated[int, Field(ge=2)] = 40
-    solver: Solver = "heun"
-    target_ema: Rate = 0.95
-
-
-class CT(_Discrete):
-    """Consistency training (algorithm 3)."""
-
-    kind: Literal["ct"]
-    s0: Annotated[int, Field(ge=2)] = 2
-    s1: Annotated[int, Field(ge=2)] = 150
-    mu0: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    convention: Convention = "paper"
-
-    @model_validator(mode="after")
-    def _growing(self) -> "CT":
-        _check_scales(self.s0, self.s1)
-        return self
-
-
-class ICT(Diffusion):
-    """Improved consistency training (Song and Dhariwal 2023)."""
-
-    kind: Literal["ict"]
-    s0: Annotated[int, Field(ge=2)] = 10
-    s1: Annotated[int, Field(ge=2)] = 1280
-    p_mean: float = -1.1
-    p_std: Positive = 2.0
-    huber_c: Positive | None = None
-
-    @model_validator(mode="after")
-    def _growing(self) -> "ICT":
-        _check_scales(self.s0, self.s1)
-        return self
-
-
-class ECT(Diffusion):
-    """Easy consistency tuning (Geng et al. 2024), from a diffusion model."""
-
-    kind: Literal["ect"]
-    teacher: str = operational(...)
-    teacher_weights: str | None = operational(None)
-    p_mean: float = -1.1
-    p_std: Positive = 2.0
-    q: Annotated[float, Field(gt=1)] = 2.0
-    k: Positive = 8.0
-    b: Positive = 1.0
-    num_stages: Count = 8
-    huber_c: Positive | None = None
-
-
-Method = Annotated[EDM | CD | CT | ICT | ECT, Field(discriminator="kind")]
 
 
 class Model(Section):
@@ -137,7 +19,7 @@ class Model(Section):
     channels: Count
     channel_multipliers: Counts
     num_res_blocks: Count
-    attention_resolutions: Annotated[tuple[Count, ...], _AsTuple] = ()
+    attention_resolutions: Annotated[tuple[Count, ...], AsTuple] = ()
     head_channels: Count = 64
     dropout: Rate = 0.0
     resblock_updown: bool = True
@@ -188,7 +70,7 @@ class Optimizer(Section):
 
     kind: Literal["radam", "adam"] = "radam"
     learning_rate: Positive
-    betas: Annotated[tuple[Rate, Rate], _AsTuple] = (0.9, 0.999)
+    betas: Annotated[tuple[Rate, Rate], AsTuple] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: NonNegative = 0
@@ -197,7 +79,7 @@ class Optimizer(Section):
 class EMA(Section):
     """Averages of the weights, kept for sampling; the first one is the default of every command."""
 
-    rates: Annotated[tuple[Rate, ...], _AsTuple, Field(min_length=1)] = (0.999943,)
+    rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1)] = (0.999943,)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -226,6 +108,8 @@ class Train(Section):
     log_every: Count = operational(50)
     sample_every: NonNegative = operational(0)
     sample_count: Count = operational(64)
+    consistency_error_every: NonNegative = operational(0)
+    consistency_error_data: str | None = operational(None)
     max_nonfinite_steps: Count = operational(3)
     max_rollbacks: NonNegative = operational(2)
 
@@ -243,11 +127,11 @@ class Checkpoint(Section):
 class Evaluate(Section):
     """What an evaluation measures with, unless its command says otherwise."""
 
-    features: Literal["inception", "efficientnet"] = operational("inception")
+    features: Literal["inception", "dinov2", "efficientnet"] = operational("inception")
     inception_weights: str | None = operational(None)
+    dinov2_weights: str | None = operational(None)
     reference: str | None = operational(None)
     num_samples: Annotated[int, Field(ge=2)] = operational(50000)
-    batch_size: Count = operational(64)
 
 
 class Wandb(Section):
@@ -268,6 +152,7 @@ class Slurm(Section):
     mem_gb: NonNegative = operational(0)
     signal_seconds: Count = operational(120)
     max_restarts: NonNegative = operational(10)
+    backoff_seconds: NonNegative = operational(10)
 
 
 class Config(Section):
@@ -284,6 +169,17 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     wandb: Wandb = Wandb()
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Config":
+        kind = self.method.kind
+        if self.train.consistency_error_every and kind in ("edm", "pd"):
+            raise ValueError(f"train.consistency_error_every: {kind} has no consistency function; set it to 0")
+        if self.engine.zero_stage == 3 and kind in ("sct", "scd"):
+            raise ValueError(
+                f"engine.zero_stage: 3 gathers weights in a way that forward differentiation ({kind}) can't pass; use 2"
+            )
+        return self
 
     def fingerprint(self) -> str:
         """Hash of every value that moves the losses; equal fingerprints may resume each other's checkpoints."""
@@ -318,9 +214,9 @@ def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool
 
 
 def trajectory(config: Config) -> dict[str, Any]:
-    """The leaves that move the losses. How long EDM and CD train moves none of theirs; CT's schedules do."""
+    """The leaves that move the losses. How long EDM, CD and sCM train moves none of theirs; CT's schedules do."""
     kept = {key: value for key, value, is_operational in leaves(config) if not is_operational}
-    if config.method.kind in ("edm", "cd"):
+    if config.method.kind in ("edm", "cd", "sct", "scd"):
         del kept["train.total_steps"]
     return json.loads(json.dumps(kept))
 

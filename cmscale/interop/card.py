@@ -14,6 +14,9 @@ METHODS = {
     "ct": "a consistency model trained from scratch (CT, Song et al. 2023, algorithm 3)",
     "ict": "a consistency model by improved consistency training (iCT, Song and Dhariwal 2023)",
     "ect": "a consistency model by easy consistency tuning (ECT, Geng et al. 2024)",
+    "sct": "a consistency model by continuous-time consistency training (sCT, Lu and Song 2024)",
+    "scd": "a consistency model by continuous-time consistency distillation (sCD, Lu and Song 2024)",
+    "pd": "a diffusion model by progressive distillation (Salimans and Ho 2022)",
 }
 METRICS = {
     "fid": "Fréchet distance",

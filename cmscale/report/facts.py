@@ -20,6 +20,9 @@ METHODS = {
     "ct": "Consistency training",
     "ict": "Improved consistency training",
     "ect": "Easy consistency tuning",
+    "sct": "Continuous-time consistency training",
+    "scd": "Continuous-time consistency distillation",
+    "pd": "Progressive distillation",
 }
 _ENDINGS = {"finished": "finished", "preempted": "preempted", "fault": "failed"}
 
@@ -34,6 +37,7 @@ class RunFacts:
         events: events.jsonl in the order written.
         evaluations: by step, weights and number of evaluations; `unreadable` names files that are none.
         grids: (step, file) of the sample grids, by step.
+        consistency: what `cmscale consistency-error` wrote, by step.
     """
 
     run: RunDir
@@ -45,6 +49,7 @@ class RunFacts:
     unreadable: list[str]
     grids: list[tuple[int, Path]]
     provenance: dict[str, Any]
+    consistency: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -110,6 +115,7 @@ def read_facts(run: RunDir) -> RunFacts:
         unreadable=unreadable,
         grids=[(step_of(path.stem), path) for path in sorted(run.samples.glob("step-?????????.png"))],
         provenance=provenance if isinstance(provenance, dict) else {},
+        consistency=[json.loads(path.read_bytes()) for path in sorted(run.consistency_errors.glob("step-*.json"))],
     )
 
 

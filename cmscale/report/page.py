@@ -13,7 +13,7 @@ from PIL import Image
 from cmscale.evaluation.result import EvaluationResult, Metric
 from cmscale.report.facts import RunFacts, read_facts
 from cmscale.report.paper import PAPER
-from cmscale.report.plots import Curve, progress_curve, steps_curve, training_curve
+from cmscale.report.plots import Curve, progress_curve, steps_curve, time_curve, training_curve
 from cmscale.rundir import RunDir
 from cmscale.storage import replace_durably
 
@@ -129,6 +129,7 @@ def _training(facts: RunFacts) -> list[tuple[str, str]]:
         ("Discretisation N(k)", "num_scales", False, False),
         ("Target network's EMA μ(k)", "target_ema", False, False),
         ("Gradient norm", "grad_norm", True, True),
+        ("Consistency error", "consistency_error", True, False),
         ("Images a second", "images_per_second", False, True),
     ]
     found = []
@@ -137,7 +138,20 @@ def _training(facts: RunFacts) -> list[tuple[str, str]]:
         if points:
             x, y = zip(*points, strict=True)
             found.append((title, training_curve(x, y, name=title, log=log, smooth=smooth)))
-    return found
+    return found + _consistency(facts)
+
+
+def _consistency(facts: RunFacts) -> list[tuple[str, str]]:
+    """(title, svg) of the newest consistency error against time, where one was measured."""
+    if not facts.consistency:
+        return []
+    last = facts.consistency[-1]
+    curves = [
+        Curve("to the next time", last["times"][1:], last["neighbours"]),
+        Curve("to the one-step sample", last["times"][1:], last["to_start"][1:]),
+    ]
+    title = f"Consistency error against time, step {last['step']:,}, {last['weights']}"
+    return [(title, time_curve(curves, name=title, y_label="difference of f"))]
 
 
 def _is_number(value: Any) -> bool:

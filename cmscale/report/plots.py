@@ -104,6 +104,20 @@ def progress_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
         return _svg(figure, name)
 
 
+def time_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
+    """Quantities over the noise level, both axes logarithmic."""
+    with mpl.rc_context(_SETTINGS):
+        figure, axes = _panel(4.6, 2.7)
+        for curve, colour in zip(curves, cycle(COLOURS), strict=False):
+            axes.plot(curve.x, curve.y, label=curve.label, color=colour, linewidth=1.6)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("time t")
+        axes.set_ylabel(y_label)
+        axes.legend(loc="best")
+        return _svg(figure, name)
+
+
 def _panel(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()

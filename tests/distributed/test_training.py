@@ -51,7 +51,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_run(root: Path, data: Path, kind: str, *overrides: str, teacher: Path | None = None) -> RunDir:
     method = METHODS[kind].replace("TEACHER", str(teacher))
-    config = parse_config(CONFIG.replace("METHOD", method), [f"data.path={data}", *overrides])
+    probed = [] if kind in ("edm", "pd") else ["train.consistency_error_every=5"]
+    config = parse_config(CONFIG.replace("METHOD", method), [f"data.path={data}", *probed, *overrides])
     root.mkdir(parents=True)
     run = RunDir(root)
     run.config.write_text(dump_config(config))
@@ -92,6 +93,9 @@ def test_a_run_gives_the_recorded_losses(golden: dict[str, RunDir], kind: str) -
     assert losses(golden[kind]) == pytest.approx(json.loads(GOLDEN.read_text())[kind], rel=2e-5)
     assert golden[kind].sample_grid(STEPS).is_file()
     assert [record["event"] for record in read_lines(golden[kind].events)][-1] == "finished"
+    measured = {record["step"]: record.get("consistency_error") for record in latest_metrics(golden[kind])}
+    probed = [] if kind in ("edm", "pd") else [5, STEPS]
+    assert [step for step, error in measured.items() if error is not None and 0 < error < 1] == probed
 
 
 @pytest.mark.parametrize(
