@@ -1,0 +1,39 @@
+"""What a waiting launcher shows: every line as it was written, and on a terminal a bar."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers.follow import Follower
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_lines_are_shown_as_they_come_and_steps_move_the_bar(
+    stream: type[io.StringIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = stream()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    log, follower = tmp_path / "log", Follower()
+    follower.show(log)
+    for text in ("hello\n", "step 1/4  loss 0.5  10.0 images/s\n", "step 4/4  loss 0.25  11.0 images/s\nbye\n"):
+        with log.open("a") as file:
+            file.write(text)
+        follower.show(log)
+    follower.close()
+    said = shown.getvalue()
+    assert "hello" in said
+    assert "bye" in said
+    assert "loss 0.25  11.0 images/s" in said
+    if shown.isatty():
+        assert "4/4" in said
+        assert "step 1/4" not in said
+    else:
+        assert said == log.read_text()
