@@ -10,26 +10,23 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cmscale import cli_evaluate
+from cmscale.cli_options import (
+    ConfigOption,
+    DeviceOption,
+    OverridesArgument,
+    SourceArgument,
+    StepOption,
+    TimesOption,
+    WeightsOption,
+)
 from cmscale.errors import UserError
 
 # Heavy imports stand in the commands: `cmscale --help` and `cmscale runs` answer at once.
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(cli_evaluate.app)
 console = Console(stderr=True)
-
-SourceArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SOURCE", help="A run, a checkpoint, exported weights or an OpenAI .pt; a local path or s3://."
-    ),
-]
-WeightsOption = Annotated[str | None, typer.Option(help="An EMA's name, or `master`; default: the config's first EMA.")]
-StepOption = Annotated[str, typer.Option(help="Of a run: the checkpoint's step, or `latest`.")]
-ConfigOption = Annotated[str | None, typer.Option(help="Config for weights that carry none (OpenAI .pt).")]
-OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides on top of --config.")
-]
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where there is one.")]
 
 
 def main() -> None:
@@ -69,7 +66,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     grid: Annotated[Path | None, typer.Option(help="Also a PNG of the samples.")] = None,
     noise: Annotated[Path | None, typer.Option(help="`.npy` of unit-variance start noise, float32 NCHW.")] = None,
-    times: Annotated[str | None, typer.Option(help="Descending sigmas in place of the default ones, 80,4.4")] = None,
+    times: TimesOption = None,
     sampler: Annotated[Literal["heun", "euler", "dpm2", "ancestral"], typer.Option(help="Of an EDM model.")] = "heun",
     raw: Annotated[bool, typer.Option(help="Keep float32 in [-1, 1], NCHW, unclipped estimates included.")] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -134,54 +131,6 @@ def edit(
     with console.status(task):
         edit_images(loaded, request, out=out, device=chosen)
     print(out)
-
-
-@app.command()
-def evaluate(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE", help="As for sample; or finished samples: .npz with arr_0, or a folder of images."
-        ),
-    ],
-    reference: Annotated[
-        str | None,
-        typer.Option(help="A prepared data set, a folder, a statistics file; default: the config's, else its data."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON; default: the run's evaluations folder.")] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="Default: the config's evaluate.num_samples.")] = None,
-    steps: Annotated[str | None, typer.Option(help="Numbers of steps, 1,2")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Independent sets of samples, for the error bars.")] = 1,
-    features: Annotated[Literal["inception", "efficientnet"] | None, typer.Option()] = None,
-    inception_weights: Annotated[str | None, typer.Option(help="Local path or s3://, maybe with #sha256=HEX.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    weights: WeightsOption = None,
-    step: Annotated[str, typer.Option(help="Of a run: steps of checkpoints, 0,latest")] = "latest",
-    config: ConfigOption = None,
-    overrides: OverridesArgument = None,
-    device: DeviceOption = "auto",
-) -> None:
-    """Measures FID, sFID, IS, KID, precision and recall on this machine (`launchers/evaluate.py`: on many)."""
-    from cmscale.evaluate import Request, run_here
-
-    request = Request(
-        source=source,
-        reference=reference,
-        out=None if out is None else str(out),
-        samples=samples,
-        steps=steps,
-        seeds=seeds,
-        features=features,
-        inception_weights=inception_weights,
-        batch_size=batch_size,
-        weights=weights,
-        checkpoints=step,
-        config=config,
-        overrides=overrides or [],
-        device=device,
-    )
-    for path in run_here(request):
-        print(path)
 
 
 @app.command("consistency-error")

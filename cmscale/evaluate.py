@@ -1,47 +1,36 @@
-"""Evaluates a source: every rank samples and measures its blocks of seeds, rank 0 turns them into numbers.
+"""Evaluates a source: which checkpoints, weights and times are measured, and the document that each leaves.
 
-The blocks are committed one by one, so an evaluation that is killed or preempted goes on where it was, on any
-number of ranks, with the same result.
+An evaluation that is killed or preempted goes on where it was, on any number of ranks, with the same result.
 """
 
-import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.progress import track
 
-from cmscale import __version__
 from cmscale import world as worlds
-from cmscale.assets import cache_folder, local_file
 from cmscale.config import Config, Evaluate
 from cmscale.consistency.sampler import num_evaluations
-from cmscale.data import read_images
 from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
-from cmscale.evaluation.blocks import BlockStore
-from cmscale.evaluation.features import FeatureExtractor, build_features
 from cmscale.evaluation.images import open_images
 from cmscale.evaluation.measure import image_blocks, left_out, measure
-from cmscale.evaluation.reference import Reference, read_reference, reference_from_images
 from cmscale.evaluation.result import EvaluationResult, combine, score_name
-from cmscale.manifests import DATASET_MANIFEST, read_dataset_manifest
+from cmscale.measuring import Bench, describe_step, machine_protocol, sampling_protocol, work_folder
 from cmscale.metrics_log import write_event
-from cmscale.pictures import to_uint8
-from cmscale.rundir import RunDir, step_name
-from cmscale.sampling import SampleRequest, draw_batch
+from cmscale.rundir import RunDir
+from cmscale.sampling import SampleRequest
 from cmscale.source import Source, dataset_of, load_source
-from cmscale.storage import open_parent, open_storage
+from cmscale.storage import open_parent
 from cmscale.world import World
-
-MAX_REFERENCE_IMAGES = 50_000  # measured on the spot; larger data sets want data_prep/reference.py once
 
 
 class Request(BaseModel):
-    """What to evaluate and how; `None` leaves a value to the source's config."""
+    """What to evaluate and how; `None` leaves a value to the source's config. Lists are written `1,2`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,10 +39,11 @@ class Request(BaseModel):
     out: str | None = None
     samples: int | None = None
     steps: str | None = None
+    times: str | None = None
     seeds: int = 1
     features: str | None = None
     inception_weights: str | None = None
-    batch_size: int | None = None
+    dinov2_weights: str | None = None
     weights: str | None = None
     checkpoints: str = "latest"
     config: str | None = None
@@ -61,14 +51,41 @@ class Request(BaseModel):
     device: str = "auto"
     work_dir: str | None = None
 
-    @property
-    def steps_list(self) -> list[int | None]:
-        return [None] if self.steps is None else list(_numbers(self.steps, flag="--steps"))
+    def given(self) -> dict[str, Any]:
+        """What stands before the config's `evaluate` section, by its keys."""
+        return {
+            "features": self.features,
+            "inception_weights": self.inception_weights,
+            "dinov2_weights": self.dinov2_weights,
+            "reference": self.reference,
+            "num_samples": self.samples,
+        }
+
+    def draws(self, *, num: int) -> list[SampleRequest]:
+        """The ways of sampling asked for, seed 0: each number of steps, or the given times."""
+        if self.times is not None:
+            if self.steps is not None:
+                raise UserError(f"--steps {self.steps}: --times says how many steps there are; leave one out")
+            return [SampleRequest(num=num).with_files(noise=None, times=self.times, shape=())]
+        steps = [None] if self.steps is None else _numbers(self.steps, flag="--steps")
+        return [SampleRequest(num=num, steps=each) for each in steps]
+
+    def sources(self) -> Iterator[Source]:
+        """Every checkpoint asked for with every weights asked for."""
+        for part in self.checkpoints.split(","):
+            step = None if part == "latest" else _numbers(part, flag="--step")[0]
+            for weights in self.weights_list:
+                yield load_source(self.source, weights=weights, step=step, config=self.config, overrides=self.overrides)
 
     @property
-    def checkpoint_list(self) -> list[int | None]:
-        """Steps of checkpoints; None is the newest."""
-        return [None if part == "latest" else _numbers(part, flag="--step")[0] for part in self.checkpoints.split(",")]
+    def weights_list(self) -> list[str | None]:
+        return [None] if self.weights is None else [name.strip() for name in self.weights.split(",")]
+
+    @property
+    def count(self) -> int:
+        """How many evaluations that makes."""
+        steps = 1 if self.steps is None else len(self.steps.split(","))
+        return len(self.checkpoints.split(",")) * len(self.weights_list) * steps
 
 
 def main(request: dict[str, Any]) -> str:
@@ -94,184 +111,110 @@ def run_here(request: Request) -> list[Path]:
     preemption = Preemption.install()
     world = worlds.detect(request.device)
     if _is_finished_samples(request.source):
-        return [evaluate_images(request, world)]
+        return [evaluate_images(request, world, preemption=preemption)]
     return evaluate(request, world, preemption=preemption) or []
 
 
 def evaluate(request: Request, world: World, *, preemption: Preemption) -> list[Path] | None:
-    """Every asked checkpoint at every asked number of steps. Collective.
+    """Every asked checkpoint with every asked weights at every asked number of steps. Collective.
 
     Returns:
         The results' files, or None where a preemption came between.
     """
+    if request.out is not None and request.count > 1:
+        raise UserError(f"--out {request.out}: one file can't hold {request.count} evaluations; ask for one")
     bench: Bench | None = None
     done = []
-    for step in request.checkpoint_list:
-        source = load_source(
-            request.source, weights=request.weights, step=step, config=request.config, overrides=request.overrides
+    for source in request.sources():
+        bench = bench or Bench.build(
+            source.config.evaluate, world, given=request.given(), data=source.config.data.path, preemption=preemption
         )
-        bench = bench or Bench.build(request, source.config.evaluate, world, data=source.config.data.path)
-        for steps in request.steps_list:
-            path = _evaluate_one(request, source, bench, steps=steps, preemption=preemption)
+        for draw in request.draws(num=bench.settings.num_samples):
+            path = _evaluate_one(request, source, bench, draw)
             if path is None:
                 return None
             done.append(path)
     return done
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all evaluations of one call share: features, and on rank 0 the reference."""
-
-    world: World
-    settings: Evaluate
-    extractor: FeatureExtractor
-    reference: Reference | None
-
-    @classmethod
-    def build(cls, request: Request, settings: Evaluate, world: World, *, data: str | None) -> "Bench":
-        """The request's values before the config's; the training data where neither names a reference. Collective."""
-        given = {
-            "features": request.features,
-            "inception_weights": request.inception_weights,
-            "reference": request.reference,
-            "num_samples": request.samples,
-            "batch_size": request.batch_size,
-        }
-        settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
-        weights = None if settings.inception_weights is None else local_file(settings.inception_weights)
-        extractor = build_features(settings.features, weights=weights, device=world.device)
-        reference = worlds.on_main(lambda: load_reference(settings.reference or data, extractor))
-        return cls(world, settings, extractor, reference)
-
-    def measure(self, store: BlockStore, *, num_samples: int) -> dict[str, float]:
-        """The metrics of a complete store; for rank 0, which has the reference."""
-        assert self.reference is not None
-        return measure(store.read(), num_samples=num_samples, reference=self.reference)
-
-
-def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
-    """The statistics that `named` holds, or those of the images there.
-
-    Raises:
-        UserError: nothing is named, nothing is there, or more images than are measured on the spot.
-    """
-    if named is None:
-        raise UserError("evaluate: nothing to compare with; give --reference DATASET|FOLDER|FILE.npz")
-    if named.endswith((".npz", ".pkl", ".pt", ".pth")):
-        return read_reference(local_file(named), extractor)
-    storage = open_storage(named)
-    if storage.read_if_present(DATASET_MANIFEST) is None:
-        return read_reference(named, extractor)
-    manifest = read_dataset_manifest(storage)
-    if manifest.count > MAX_REFERENCE_IMAGES:
-        raise UserError(
-            f"{named}: {manifest.count} images are too many to measure on the spot; "
-            "make statistics once with data_prep/reference.py and give them as --reference"
-        )
-    return reference_from_images(
-        (image for image, _ in read_images(named)),
-        extractor,
-        name=f"{named} {manifest.fingerprint[:12]}",
-        count=manifest.count,
-        preprocess=manifest.preprocess,
-    )
-
-
-def _evaluate_one(
-    request: Request, source: Source, bench: Bench, *, steps: int | None, preemption: Preemption
-) -> Path | None:
-    """One checkpoint at one number of steps, over all seeds. Collective."""
+def _evaluate_one(request: Request, source: Source, bench: Bench, draw: SampleRequest) -> Path | None:
+    """One network sampled in one way, over all seeds. Collective."""
     started = time.monotonic()
-    config, world = source.config, bench.world
-    denoise = source.denoiser(world.device)
-    out = _result_path(request, source, nfe=_nfe(config, steps))
-    number = bench.settings.num_samples
+    out = _result_path(request, source, draw)
+    worlds.on_main(lambda: _check_fit(source, bench))
+    denoise = source.denoiser(bench.world.device)
+    work_dir = work_folder(source, request.work_dir)
     measured = []
     for seed in range(request.seeds):
-        draw = SampleRequest(num=number, steps=steps, seed=seed, batch_size=bench.settings.batch_size)
-        identity = {**_protocol(source, bench, draw), "seed": seed}
-        store = BlockStore(_work_dir(request, source), identity=identity, num_samples=number)
-        todo = worlds.from_main(store.missing())
-        mine = todo[world.rank :: world.num_ranks]
-        label = f"{step_name(source.step)} seed {seed}"
-        for block in track(mine, description=label, disable=not (world.is_main and sys.stderr.isatty())):
-            if preemption.flagged:
-                break
-            store.commit(block, bench.extractor(_draw_block(source, denoise, draw, block, device=world.device)))
-        if preemption.requested():
+        label = f"{describe_step(source)} seed {seed}"
+        found = bench.measure_samples(source, denoise, replace(draw, seed=seed), work_dir=work_dir, label=label)
+        if found is None:
             return None
-        found = worlds.on_main(lambda store=store: bench.measure(store, num_samples=number))
-        if found is not None:
-            measured.append(found)
-            store.remove()
-    worlds.on_main(
-        lambda: _write_result(
-            request, source, bench, measured, out=out, steps=steps, seconds=time.monotonic() - started
-        )
-    )
+        measured.append(found)
+    seconds = time.monotonic() - started
+    worlds.on_main(lambda: _write_result(source, bench, draw, measured, out=out, seconds=seconds))
     return out
 
 
-def _draw_block(
-    source: Source, denoise: Any, draw: SampleRequest, block: range, *, device: torch.device
-) -> torch.Tensor:
-    """The block's samples as uint8, drawn `batch_size` at a time."""
-    drawn = [
-        to_uint8(draw_batch(source, denoise, draw, indices=block[at : at + draw.batch_size], device=device))
-        for at in range(0, len(block), draw.batch_size)
-    ]
-    return torch.cat(drawn)
+def _check_fit(source: Source, bench: Bench) -> None:
+    size = source.config.model.image_size
+    assert bench.reference is not None, "rank 0 has the reference"
+    bench.reference.refuse_other_size((size, size), whose="the model")
 
 
 def _write_result(
-    request: Request,
     source: Source,
     bench: Bench,
+    draw: SampleRequest,
     measured: list[dict[str, float]],
     *,
     out: Path,
-    steps: int | None,
     seconds: float,
 ) -> None:
     reference = bench.reference
-    assert reference is not None
-    draw = SampleRequest(num=bench.settings.num_samples, steps=steps, batch_size=bench.settings.batch_size)
+    assert reference is not None, "rank 0 has the reference"
     data = dataset_of(source)
-    mismatches = reference.mismatches(
-        preprocess=None if data is None else data.preprocess, image_size=source.config.model.image_size
-    )
     result = EvaluationResult(
         step=source.step,
         weights=source.weights_name,
-        nfe=_nfe(source.config, steps),
-        num_samples=bench.settings.num_samples,
-        seeds=tuple(range(request.seeds)),
+        nfe=_nfe(source.config, draw),
+        times=None if draw.sigmas is None else tuple(draw.sigmas.tolist()),
+        num_samples=draw.num,
+        seeds=tuple(range(len(measured))),
         features=bench.extractor.label,
         score_name=score_name(bench.extractor.label),
         reference=reference.describe(),
         seconds=round(seconds, 3),
-        protocol={**_protocol(source, bench, draw), "cmscale": __version__, "torch": torch.__version__},
-        warnings=(*mismatches, *left_out(reference, num_samples=bench.settings.num_samples)),
+        protocol={
+            "source": source.origin,
+            **sampling_protocol(source, draw),
+            **bench.features_protocol(),
+            **machine_protocol(bench.world),
+            "data": None if data is None else {"fingerprint": data.fingerprint, "preprocess": data.preprocess},
+        },
+        warnings=(
+            *reference.mismatches(preprocess=None if data is None else data.preprocess),
+            *left_out(reference, num_samples=draw.num, features=bench.extractor.label),
+        ),
         **as_fields(measured),
     )
     storage, key = open_parent(out)
     storage.write(key, result.to_bytes())
-    print(f"{step_name(source.step)} {source.weights_name}: {summary(result)}", flush=True)
+    print(f"{describe_step(source)}: {summary(result)}", flush=True)
     if source.run_dir is not None:
         write_event(RunDir(source.run_dir), "evaluated", step=source.step, rank=0, why=summary(result))
 
 
-def evaluate_images(request: Request, world: World) -> Path:
+def evaluate_images(request: Request, world: World, *, preemption: Preemption) -> Path:
     """Finished samples, anybody's: an `.npz` with `arr_0`, or a folder of images."""
     started = time.monotonic()
     images = open_images(request.source)
-    bench = Bench.build(request, Evaluate(), world, data=None)
+    bench = Bench.build(Evaluate(), world, given=request.given(), data=None, preemption=preemption)
     reference = bench.reference
-    assert reference is not None
+    assert reference is not None, "a world of one has the reference"
+    reference.refuse_other_size((images.height, images.width), whose=request.source)
     blocks = image_blocks(images.read(), bench.extractor)
     measured = measure(blocks, num_samples=images.count, reference=reference)
-    mismatches = reference.mismatches(preprocess=None, image_size=images.height)
     result = EvaluationResult(
         num_samples=images.count,
         seeds=(0,),
@@ -279,8 +222,8 @@ def evaluate_images(request: Request, world: World) -> Path:
         score_name=score_name(bench.extractor.label),
         reference=reference.describe(),
         seconds=round(time.monotonic() - started, 3),
-        protocol={"samples": images.name, "features_sha256": bench.extractor.weights_sha256},
-        warnings=(*mismatches, *left_out(reference, num_samples=images.count)),
+        protocol={"source": images.name, **bench.features_protocol(), **machine_protocol(world)},
+        warnings=tuple(left_out(reference, num_samples=images.count, features=bench.extractor.label)),
         **as_fields([measured]),
     )
     out = Path(request.out or f"{Path(request.source).stem}-evaluation.json")
@@ -306,47 +249,29 @@ def summary(result: EvaluationResult) -> str:
     return f"{', '.join(parts)} ({result.num_samples} samples{nfe})"
 
 
-def _protocol(source: Source, bench: Bench, draw: SampleRequest) -> dict[str, Any]:
-    """What decides the features of a sample, but for its seed."""
-    return {
-        "weights_sha256": source.fingerprint,
-        "sampler": draw.sampler,
-        "steps": draw.steps,
-        "clip": draw.clip,
-        "quantisation": "truncated to uint8",
-        "features": bench.extractor.label,
-        "features_sha256": bench.extractor.weights_sha256,
-    }
-
-
-def _result_path(request: Request, source: Source, *, nfe: int) -> Path:
+def _result_path(request: Request, source: Source, draw: SampleRequest) -> Path:
     """Where the result goes: `--out`, or the run's evaluations folder."""
-    if source.run_dir is not None and request.out is None:
-        return RunDir(source.run_dir).evaluation(step=source.step, weights=source.weights_name, nfe=nfe)
-    if request.out is None:
+    if request.out is not None:
+        return Path(request.out)
+    if source.run_dir is None:
         raise UserError(f"{request.source}: not a run on this machine; say where the result goes with --out FILE.json")
-    if len(request.checkpoint_list) * len(request.steps_list) > 1:
-        raise UserError(f"--out {request.out}: one file can't hold several evaluations; give one step and one --steps")
-    return Path(request.out)
+    return RunDir(source.run_dir).evaluation(
+        step=source.step,
+        weights=source.weights_name,
+        nfe=_nfe(source.config, draw),
+        times=() if draw.sigmas is None else draw.sigmas.tolist(),
+    )
 
 
-def _work_dir(request: Request, source: Source) -> Path:
-    """Where blocks are kept until they are measured; on Slurm all nodes must see it."""
-    if request.work_dir is not None:
-        return Path(request.work_dir)
-    if source.run_dir is not None:
-        return RunDir(source.run_dir).evaluations / ".blocks"
-    return cache_folder() / "evaluations"
-
-
-def _nfe(config: Config, steps: int | None) -> int:
+def _nfe(config: Config, draw: SampleRequest) -> int:
+    steps = draw.steps if draw.sigmas is None else int(torch.count_nonzero(draw.sigmas))
     default = config.method.sampler_steps if config.method.kind == "edm" else 1
-    return num_evaluations(config.method, steps or default)
+    return num_evaluations(config.method, steps or default, draw.sampler)
 
 
 def _numbers(text: str, *, flag: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isdecimal() and int(part) >= (flag == "--steps") for part in parts):
         raise UserError(f"{flag}: got {text!r}; write whole numbers, 1,2")
     return [int(part) for part in parts]
 

@@ -10,7 +10,7 @@ import torch
 
 from cmscale import pictures
 from cmscale.config import EDM
-from cmscale.consistency.sampler import Sampler, sample
+from cmscale.consistency.sampler import Sampler, default_sigmas, sample
 from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
 from cmscale.source import Source
@@ -72,7 +72,7 @@ def draw_batch(
         shape=source.image_shape,
         device=device,
         noise=noise,
-        sigmas=_closed(source, request.sigmas),
+        sigmas=used_sigmas(source, request),
         sampler=request.sampler,
         clip=request.clip,
     )
@@ -89,11 +89,13 @@ def write_samples(images: torch.Tensor, out: Path, *, raw: bool, grid: Path | No
         pictures.save_png(pictures.grid(pixels[:256]), grid)
 
 
-def _closed(source: Source, sigmas: torch.Tensor | None) -> torch.Tensor | None:
-    """Given times as the sampler wants them: an EDM model's end with 0."""
-    if sigmas is None or not isinstance(source.config.method, EDM) or sigmas[-1] == 0:
-        return sigmas
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
+def used_sigmas(source: Source, request: SampleRequest) -> torch.Tensor:
+    """The descending times that a request samples at, float64: its own, or the default ones of its steps."""
+    if request.sigmas is None:
+        return default_sigmas(source.config.method, request.steps)
+    if not isinstance(source.config.method, EDM) or request.sigmas[-1] == 0:
+        return request.sigmas
+    return torch.cat([request.sigmas, request.sigmas.new_zeros(1)])  # an EDM model's times end with 0
 
 
 def _read_noise(path: Path, *, shape: tuple[int, ...]) -> torch.Tensor:

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
             print("\n" + script_text(run, plan, submission="(name)"))
         return 0
     check_source(flags.source, key="SOURCE")
-    for key in ("reference", "inception_weights"):
+    for key in ("reference", "inception_weights", "dinov2_weights"):
         if request[key]:
             check_exists(request[key], key=f"--{key.replace('_', '-')}")
     with explained(run.root):
@@ -54,18 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="CONFIG", help="of a SOURCE that brings none")
     parser.add_argument("--samples", type=_at_least(2), metavar="N", help="default: evaluate.num_samples of the config")
     parser.add_argument("--steps", metavar="1,2", help="numbers of sampling steps; default: the method's")
+    parser.add_argument("--times", metavar="80,4.4|FILE.json", help="the sampler's times, or a search-times result")
     parser.add_argument("--step", default="latest", metavar="0,latest", help="of a run: its checkpoints' steps")
     parser.add_argument(
         "--seeds", type=_at_least(1), default=1, metavar="N", help="independent repetitions, for error bars"
     )
-    parser.add_argument("--weights", metavar="NAME", help="an EMA's name, or master; default: the first EMA")
+    parser.add_argument("--weights", metavar="A,B", help="EMAs' names, or master; default: the first EMA")
     parser.add_argument(
         "--reference", metavar="PATH", help="a prepared data set, a folder of images, a statistics file"
     )
-    parser.add_argument("--features", choices=("inception", "efficientnet"))
+    parser.add_argument("--features", choices=("inception", "dinov2", "efficientnet"))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the config's engine.device")
     parser.add_argument("--inception-weights", metavar="PATH")
-    parser.add_argument("--batch-size", type=_at_least(1), metavar="B")
+    parser.add_argument("--dinov2-weights", metavar="PATH")
     parser.add_argument("--out", metavar="FILE.json", help="default: in the run's evaluations/")
     return parser
 
@@ -111,12 +112,13 @@ def make_request(flags: argparse.Namespace, *, device: str) -> dict[str, Any]:
         "checkpoints": flags.step,
         "weights": flags.weights,
         "steps": flags.steps,
+        "times": _absolute(flags.times) if flags.times and flags.times.endswith(".json") else flags.times,
         "samples": flags.samples,
         "seeds": flags.seeds,
         "reference": _absolute(flags.reference),
         "features": flags.features,
         "inception_weights": _absolute(flags.inception_weights),
-        "batch_size": flags.batch_size,
+        "dinov2_weights": _absolute(flags.dinov2_weights),
         "out": _absolute(flags.out),
         "config": _absolute(flags.config),
         "overrides": flags.overrides,

@@ -34,6 +34,7 @@ _PATHS = (
     "method.lpips_weights",
     "checkpoint.export_to",
     "evaluate.inception_weights",
+    "evaluate.dinov2_weights",
     "evaluate.reference",
 )
 

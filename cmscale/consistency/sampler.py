@@ -119,10 +119,9 @@ def sample(
     def draw(number: int) -> Tensor:
         return normal_like_samples(seed, indices, shape, purpose=f"step-{number}", device=device)
 
+    times = default_sigmas(method, steps) if sigmas is None else sigmas
     if not isinstance(method, EDM):
-        times = grid.consistency_sigmas(method, steps or 1) if sigmas is None else sigmas
         return multistep(denoise, noise, times, draw=draw, sigma_min=method.sigma_min)
-    times = grid.ode_sigmas(method, steps or method.sampler_steps) if sigmas is None else sigmas
     match sampler:
         case "heun":
             return heun(denoise, noise, times)
@@ -132,6 +131,13 @@ def sample(
             return dpm2(denoise, noise, times)
         case "ancestral":
             return ancestral(denoise, noise, times, draw=draw)
+
+
+def default_sigmas(method: Method, steps: int | None = None) -> Tensor:
+    """The descending times of `sample`, float64: algorithm 1's, 1 by default; EDM's, method.sampler_steps and 0."""
+    if isinstance(method, EDM):
+        return grid.ode_sigmas(method, steps or method.sampler_steps)
+    return grid.consistency_sigmas(method, steps or 1)
 
 
 def num_evaluations(method: Method, steps: int, sampler: Sampler = "heun") -> int:

@@ -1,10 +1,11 @@
 """Owns what images look like to a metric: networks that turn uint8 images into features.
 
-Two kinds. `inception` is the FID Inception of torch-fidelity (the TensorFlow graph of 2015-12-05): images are
+Three kinds. `inception` is the FID Inception of torch-fidelity (the TensorFlow graph of 2015-12-05): images are
 resized to 299 px by TensorFlow 1's bilinear rule, without antialiasing, as every published FID did.
 `efficientnet` is EfficientNet-Lite0, whose ImageNet weights a pip package ships, for machines without
 internet: images are resized to 224 px by antialiased bilinear interpolation and normalised as (x - 127) /
-128. A Fréchet distance over it is called FD-EfficientNet, never FID.
+128. A Fréchet distance over it is called FD-EfficientNet, never FID. `dinov2` is DINOv2's class token, from its
+published weights in a local file; the distance over it is FD-DINOv2.
 
   extractor = build_features("inception", weights="weights-inception-2015-12-05-6726825d.pth", device=device)
   features = extractor(images)  # uint8 [N, 3, H, W]
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,13 +38,14 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from cmscale.errors import UserError
+from cmscale.evaluation.dinov2 import DINOv2
 from cmscale.evaluation.efficientnet import EfficientNetLite0
 
 Features = Mapping[
     str, np.ndarray
-]  # "pooled" [N, D], "logits" [N, classes], "spatial" [N, 2023] where there is one; float32
+]  # "pooled" [N, D]; "logits" [N, classes], "spatial" [N, 2023] where there are such; float32
 
-KINDS = ("inception", "efficientnet")
+KINDS = ("inception", "dinov2", "efficientnet")
 _SPATIAL_CHANNELS = 7
 _CHUNK = {
     "cpu": 10,
@@ -105,7 +108,7 @@ class FeatureExtractor:
     """A network that images are measured by.
 
     Attributes:
-        label: what results are labelled with: `inception` or `efficientnet_lite0`.
+        label: what results are labelled with: `inception`, `dinov2_vitl14`, `efficientnet_lite0`.
         width: numbers in a pooled feature.
         spatial_width: numbers in a spatial feature (sFID); None where the network has none.
         weights_sha256: hash of the weights' file.
@@ -135,6 +138,8 @@ class FeatureExtractor:
         if isinstance(self.network, FIDInception):
             pooled, spatial, logits = self.network(images)
             found = {"pooled": pooled, "spatial": spatial, "logits": logits}
+        elif isinstance(self.network, DINOv2):
+            found = {"pooled": self.network(images)}
         else:
             resized = F.interpolate(images.float(), (224, 224), mode="bilinear", antialias=True, align_corners=False)
             pooled, logits = self.network((resized - 127) / 128)
@@ -152,9 +157,10 @@ def build_features(
     """Builds an extractor.
 
     Args:
-        kind: `inception` or `efficientnet`.
+        kind: `inception`, `dinov2` or `efficientnet`.
         weights: the weights' local file. None takes the Inception from torch-fidelity's home (a download,
             checked against its hash, cached by torch) and EfficientNet-Lite0 from its pip package.
+            DINOv2's size (vits14, vitb14, vitl14, vitg14) is that of its file.
         sha256: what the file must hash to. A name that ends in `-` and 8 hex digits (torch hub's custom) is
             always held against its hash.
 
@@ -163,28 +169,42 @@ def build_features(
     """
     match kind:
         case "inception":
-            kind_of_network: type[nn.Module] = FIDInception
             path = Path(weights) if weights else _download_inception()
-            label, width, spatial = "inception", 2048, 17 * 17 * _SPATIAL_CHANNELS
         case "efficientnet":
-            kind_of_network = EfficientNetLite0
             path = Path(weights) if weights else _packaged_efficientnet()
-            label, width, spatial = "efficientnet_lite0", 1280, None
+        case "dinov2":
+            if not weights:
+                raise UserError("features dinov2: set evaluate.dinov2_weights to a file of DINOv2's published weights")
+            path = Path(weights)
         case _:
             raise UserError(f"features {kind!r}: unknown kind; one of {', '.join(KINDS)}")
     digest = _checked_hash(path, sha256)
-    with torch.device("meta"):  # no time for an initialisation that the weights replace
-        network = kind_of_network()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.device("meta"):  # no time for an initialisation that the weights replace
+            network = _NETWORKS[kind](state)
+        network.load_state_dict(state, assign=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: not the weights of {label} ({reason})") from None
+        raise UserError(f"{path}: not the weights of {kind} ({reason})") from None
     network.eval().requires_grad_(False)
-    if isinstance(network, EfficientNetLite0):
-        network.fold()
-    network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    match network:
+        case FIDInception():
+            label, width, spatial = "inception", 2048, 17 * 17 * _SPATIAL_CHANNELS
+        case DINOv2():
+            label, width, spatial = network.label, network.width, None
+        case _:
+            label, width, spatial = "efficientnet_lite0", 1280, None
+            network.fold()
+    network.to(device=device, memory_format=torch.channels_last)
     return FeatureExtractor(label, width, spatial, digest, network, torch.device(device))
+
+
+_NETWORKS: dict[str, Any] = {
+    "inception": lambda _: FIDInception(),
+    "efficientnet": lambda _: EfficientNetLite0(),
+    "dinov2": DINOv2.shaped_like,
+}
 
 
 def _checked_hash(path: Path, sha256: str | None) -> str:

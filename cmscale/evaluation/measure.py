@@ -59,7 +59,8 @@ def measure(blocks: Iterable[tuple[range, Features]], *, num_samples: int, refer
             raise UserError(f"evaluation: samples {block.start} to {block.stop - 1} give features that are not finite")
         pooled[block.start : block.stop] = features["pooled"]
         sums = _added(sums, features["pooled"])
-        scores.add(block, features["logits"])
+        if "logits" in features:
+            scores.add(block, features["logits"])
         if "spatial" in features and reference.spatial is not None:
             spatial = _added(spatial, features["spatial"])
         at = block.stop
@@ -68,7 +69,8 @@ def measure(blocks: Iterable[tuple[range, Features]], *, num_samples: int, refer
     found = {"fid": frechet_distance(sums.moments(), reference.pooled)}
     if spatial is not None and reference.spatial is not None:
         found["sfid"] = frechet_distance(spatial.moments(), reference.spatial)
-    found["inception_score"], found["inception_score_split_std"] = scores.score()
+    if scores.has_samples:
+        found["inception_score"], found["inception_score_split_std"] = scores.score()
     return found | _against_subset(pooled, reference)
 
 
@@ -92,9 +94,11 @@ def _against_subset(pooled: np.ndarray, reference: Reference) -> dict[str, float
     return found
 
 
-def left_out(reference: Reference, *, num_samples: int) -> list[str]:
+def left_out(reference: Reference, *, num_samples: int, features: str) -> list[str]:
     """One line for each group of metrics that `measure` can't give, and why."""
     lines = []
+    if features.startswith("dinov2"):
+        lines.append("no Inception Score: DINOv2 has no classes")
     if reference.spatial is None:
         lines.append("no sFID: the reference or the network has no spatial features")
     if reference.subset is None:

@@ -118,6 +118,10 @@ class InceptionScoreSums:
             self._entropies[part] += (p[mine] * log_p[mine]).sum()
             self._probabilities[part] += p[mine].sum(axis=0)
 
+    @property
+    def has_samples(self) -> bool:
+        return self._probabilities is not None
+
     def score(self) -> tuple[float, float]:
         """Mean and deviation over the parts that hold samples."""
         if self._probabilities is None:

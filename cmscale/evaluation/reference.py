@@ -71,14 +71,19 @@ class Reference:
             "image_size": self.image_size,
         }
 
-    def mismatches(self, *, preprocess: str | None, image_size: int | None) -> list[str]:
-        """One line for each known difference to how the model's data was made: each moves an FID."""
-        pairs = [("preprocessing", self.preprocess, preprocess), ("image size", self.image_size, image_size)]
-        return [
-            f"reference and training data differ in {what}: {mine} against {theirs}"
-            for what, mine, theirs in pairs
-            if mine is not None and theirs is not None and mine != theirs
-        ]
+    def mismatches(self, *, preprocess: str | None) -> list[str]:
+        """One line for a known difference to how the model's data was made, which moves an FID."""
+        if None in (self.preprocess, preprocess) or self.preprocess == preprocess:
+            return []
+        return [f"reference and training data differ in preprocessing: {self.preprocess} against {preprocess}"]
+
+    def refuse_other_size(self, size: tuple[int, int], *, whose: str) -> None:
+        """Raises UserError where the reference is known to be of images of another size."""
+        if self.image_size is not None and size != (self.image_size, self.image_size):
+            raise UserError(
+                f"reference {self.name}: made of images of {self.image_size} px, {whose} has {size[0]} x {size[1]}; "
+                "compare images of one size"
+            )
 
 
 def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
@@ -219,8 +224,10 @@ def _read_npz(path: Path, digest: str, extractor: FeatureExtractor) -> Reference
         return reference_from_images(images.read(), extractor, name=str(path), count=images.count)
     label = str(found["features"]) if "features" in found else None
     subset = found.get("features_0")
+    shape = npz_header(path, "arr_0")[0] if "arr_0" in names else ()
+    if len(shape) == 4:
+        found.setdefault("image_size", shape[1])
     if subset is None and "arr_0" in names and label in (None, extractor.label):
-        shape, _ = npz_header(path, "arr_0")
         rows = batches(npz_rows(path, "arr_0"), BLOCK)
         subset = np.concatenate([extractor(batch)["pooled"] for batch in rows]) if shape[0] else None
     return _from_mapping(path, digest, {**found, "subset": subset}, extractor)
@@ -271,19 +278,21 @@ class _NumbersOnly(pickle.Unpickler):
 
 
 def _edm2(path: Path, extractor: FeatureExtractor) -> dict[str, Any]:
-    if extractor.label != "inception":
+    key = {"inception": "fid", "dinov2_vitl14": "fd_dinov2"}.get(extractor.label)
+    if key is None:
         raise UserError(
-            f"reference {path}: EDM2 files hold Inception statistics, the evaluation uses {extractor.label}"
+            f"reference {path}: EDM2 files hold Inception and dinov2_vitl14 statistics, the evaluation uses "
+            f"{extractor.label}"
         )
     try:
         with path.open("rb") as file:
             found = _NumbersOnly(file).load()
     except Exception as error:
         raise UserError(f"reference {path}: more than numbers in it, refused ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("fid"), dict):
-        raise UserError(f"reference {path}: not EDM2's statistics (no 'fid')")
+    if not isinstance(found, dict) or not isinstance(found.get(key), dict):
+        raise UserError(f"reference {path}: not EDM2's statistics (no {key!r})")
     counted = {"count": found["num_images"]} if "num_images" in found else {}
-    return {**found["fid"], **counted, "features": "inception"}
+    return {**found[key], **counted, "features": extractor.label}
 
 
 def _torch_fidelity(path: Path) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class EvaluationResult(Document):
     Attributes:
         step, weights, nfe: the checkpoint, its weights and the network's evaluations a sample; None for
         finished images.
+        times: the sampler's times where they were given; None for those that follow from the number of steps
+        (`protocol` has them in either case).
         seeds: one for each independent set of samples.
         reference: what `Reference.describe` says.
         protocol: sampler, times, quantisation, hashes of the networks' weights, versions: what a repetition
@@ -45,6 +47,7 @@ class EvaluationResult(Document):
     step: int | None = None
     weights: str | None = None
     nfe: int | None = None
+    times: tuple[float, ...] | None = None
     num_samples: int
     seeds: tuple[int, ...]
     features: str
@@ -72,4 +75,6 @@ def combine(measured: Sequence[dict[str, float]]) -> dict[str, Metric]:
 
 def score_name(features: str) -> str:
     """What the Fréchet distance over these features is called: FID over the FID Inception alone."""
+    if features.startswith("dinov2"):
+        return "FD-DINOv2"
     return {"inception": "FID", "efficientnet_lite0": "FD-EfficientNet"}.get(features, f"FD-{features}")

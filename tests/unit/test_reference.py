@@ -221,7 +221,7 @@ def test_statistics_alone_leave_out_what_needs_images_and_say_so(tmp_path) -> No
     reference = read_reference(tmp_path / "edm.npz", EXTRACTOR)
     found = measure(image_blocks(IMAGES[:20], EXTRACTOR), num_samples=20, reference=reference)
     assert set(found) == {"fid", "inception_score", "inception_score_split_std"}
-    assert any("KID, precision, recall" in line for line in left_out(reference, num_samples=20))
+    assert any("KID, precision, recall" in line for line in left_out(reference, num_samples=20, features="inception"))
 
 
 def test_fewer_than_two_samples_are_refused(reference) -> None:
@@ -230,10 +230,19 @@ def test_fewer_than_two_samples_are_refused(reference) -> None:
 
 
 def test_another_preprocessing_is_named(reference) -> None:
-    assert reference.mismatches(preprocess="adm", image_size=8) == []
-    (line,) = reference.mismatches(preprocess="edm", image_size=8)
+    assert reference.mismatches(preprocess="adm") == []
+    (line,) = reference.mismatches(preprocess="edm")
     assert "preprocessing: adm against edm" in line
-    assert reference.mismatches(preprocess=None, image_size=None) == []
+    assert reference.mismatches(preprocess=None) == []
+
+
+def test_another_resolution_is_refused_and_adms_images_tell_theirs(reference, tmp_path) -> None:
+    reference.refuse_other_size((8, 8), whose="the model")
+    with pytest.raises(UserError, match="of 8 px, the model has 16 x 16"):
+        reference.refuse_other_size((16, 16), whose="the model")
+    np.savez(tmp_path / "adm.npz", arr_0=IMAGES[:30], mu=MEAN, sigma=COVARIANCE)
+    with pytest.raises(UserError, match="of 8 px"):
+        read_reference(tmp_path / "adm.npz", EXTRACTOR).refuse_other_size((8, 4), whose="samples.npz")
 
 
 def test_a_result_holds_each_metric_in_three_parts_and_reads_back(reference) -> None:

@@ -1,0 +1,68 @@
+"""Owns the commands that measure samples: `cmscale evaluate`, `cmscale search-times`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cmscale.cli_options import (
+    ConfigOption,
+    DeviceOption,
+    DINOv2Option,
+    FeaturesOption,
+    InceptionOption,
+    OverridesArgument,
+    ReferenceOption,
+    TimesOption,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="As for sample; or finished samples: .npz with arr_0, or a folder of images."
+        ),
+    ],
+    reference: ReferenceOption = None,
+    out: Annotated[Path | None, typer.Option(help="JSON; default: the run's evaluations folder.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Default: the config's evaluate.num_samples.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Numbers of steps, 1,2,4,8")] = None,
+    times: TimesOption = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Independent sets of samples, for the error bars.")] = 1,
+    features: FeaturesOption = None,
+    inception_weights: InceptionOption = None,
+    dinov2_weights: DINOv2Option = None,
+    weights: Annotated[
+        str | None, typer.Option(help="EMAs' names, or `master`, several as A,B; default: the config's first EMA.")
+    ] = None,
+    step: Annotated[str, typer.Option(help="Of a run: steps of checkpoints, 0,latest")] = "latest",
+    config: ConfigOption = None,
+    overrides: OverridesArgument = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measures FID, sFID, IS, KID, precision and recall on this machine (`launchers/evaluate.py`: on many)."""
+    from cmscale.evaluate import Request, run_here
+
+    request = Request(
+        source=source,
+        reference=reference,
+        out=None if out is None else str(out),
+        samples=samples,
+        steps=steps,
+        times=times,
+        seeds=seeds,
+        features=features,
+        inception_weights=inception_weights,
+        dinov2_weights=dinov2_weights,
+        weights=weights,
+        checkpoints=step,
+        config=config,
+        overrides=overrides or [],
+        device=device,
+    )
+    for path in run_here(request):
+        print(path)

@@ -1,0 +1,170 @@
+"""Owns one measurement of samples: drawn and measured on all ranks in blocks, turned into numbers on rank 0."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from cmscale import __version__
+from cmscale import world as worlds
+from cmscale.assets import cache_folder, local_file
+from cmscale.config import Evaluate
+from cmscale.consistency.solver import Denoise
+from cmscale.data import read_images
+from cmscale.engine.preemption import Preemption
+from cmscale.errors import UserError
+from cmscale.evaluation.blocks import BlockStore
+from cmscale.evaluation.features import FeatureExtractor, build_features
+from cmscale.evaluation.measure import measure
+from cmscale.evaluation.reference import Reference, read_reference, reference_from_images
+from cmscale.manifests import DATASET_MANIFEST, read_dataset_manifest
+from cmscale.pictures import to_uint8
+from cmscale.rundir import RunDir, step_name
+from cmscale.sampling import SampleRequest, draw_batch, used_sigmas
+from cmscale.source import Source
+from cmscale.storage import open_storage
+from cmscale.world import World
+
+MAX_REFERENCE_IMAGES = 50_000  # measured on the spot; larger data sets want data_prep/reference.py once
+_PIXELS_A_PASS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements of one call share: ranks, settings, features, and on rank 0 the reference."""
+
+    world: World
+    settings: Evaluate
+    extractor: FeatureExtractor
+    reference: Reference | None
+    preemption: Preemption
+
+    @classmethod
+    def build(
+        cls, settings: Evaluate, world: World, *, given: dict[str, Any], data: str | None, preemption: Preemption
+    ) -> "Bench":
+        """The values given on the command line before the config's; the training data where neither names a
+        reference. Collective.
+        """
+        settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+        named = {"inception": settings.inception_weights, "dinov2": settings.dinov2_weights}.get(settings.features)
+        weights = None if named is None else local_file(named)
+        extractor = build_features(settings.features, weights=weights, device=world.device)
+        reference = worlds.on_main(lambda: load_reference(settings.reference or data, extractor))
+        return cls(world, settings, extractor, reference, preemption)
+
+    def measure_samples(
+        self, source: Source, denoise: Denoise, draw: SampleRequest, *, work_dir: Path, label: str
+    ) -> dict[str, float] | None:
+        """Every metric of the samples that `draw` asks for, on every rank. Collective.
+
+        Blocks that an earlier, interrupted call committed to `work_dir` are taken as they are.
+
+        Returns:
+            None where a preemption came between; the blocks so far are kept.
+        """
+        identity = {**sampling_protocol(source, draw), **self.features_protocol(), "seed": draw.seed}
+        store = BlockStore(work_dir, identity=identity, num_samples=draw.num)
+        todo = worlds.from_main(store.missing())
+        mine = todo[self.world.rank :: self.world.num_ranks]
+        for block in track(mine, description=label, disable=not (self.world.is_main and sys.stderr.isatty())):
+            if self.preemption.flagged:
+                break
+            store.commit(block, self.extractor(draw_block(source, denoise, draw, block, device=self.world.device)))
+        if self.preemption.requested():
+            return None
+        found = worlds.from_main(worlds.on_main(lambda: self._measured(store)))
+        worlds.on_main(store.remove)
+        return found
+
+    def features_protocol(self) -> dict[str, Any]:
+        """What decides the features of an image."""
+        return {"features": self.extractor.label, "features_sha256": self.extractor.weights_sha256}
+
+    def _measured(self, store: BlockStore) -> dict[str, float]:
+        assert self.reference is not None, "rank 0 has the reference"
+        return measure(store.read(), num_samples=store.num_samples, reference=self.reference)
+
+
+def draw_block(
+    source: Source, denoise: Denoise, draw: SampleRequest, block: range, *, device: torch.device
+) -> torch.Tensor:
+    """The block's samples as uint8.
+
+    They are drawn so many at a time as the image size alone says: a convolution's rounding may depend on its
+    batch, a result must not depend on who had how much memory.
+    """
+    size = max(1, _PIXELS_A_PASS // source.config.model.image_size**2)
+    return torch.cat(
+        [
+            to_uint8(draw_batch(source, denoise, draw, indices=block[at : at + size], device=device))
+            for at in range(0, len(block), size)
+        ]
+    )
+
+
+def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
+    """The statistics that `named` holds, or those of the images there.
+
+    Raises:
+        UserError: nothing is named, nothing is there, or more images than are measured on the spot.
+    """
+    if named is None:
+        raise UserError("evaluate: nothing to compare with; give --reference DATASET|FOLDER|FILE.npz")
+    if named.endswith((".npz", ".pkl", ".pt", ".pth")):
+        return read_reference(local_file(named), extractor)
+    storage = open_storage(named)
+    if storage.read_if_present(DATASET_MANIFEST) is None:
+        return read_reference(named, extractor)
+    manifest = read_dataset_manifest(storage)
+    if manifest.count > MAX_REFERENCE_IMAGES:
+        raise UserError(
+            f"{named}: {manifest.count} images are too many to measure on the spot; "
+            "make statistics once with data_prep/reference.py and give them as --reference"
+        )
+    return reference_from_images(
+        (image for image, _ in read_images(named)),
+        extractor,
+        name=f"{named} {manifest.fingerprint[:12]}",
+        count=manifest.count,
+        preprocess=manifest.preprocess,
+    )
+
+
+def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
+    """What decides a sample, but for its seed."""
+    return {
+        "weights_sha256": source.fingerprint,
+        "sampler": draw.sampler if source.config.method.kind == "edm" else "multistep",
+        "sigmas": used_sigmas(source, draw).tolist(),
+        "clip": draw.clip,
+        "quantisation": "truncated to uint8",
+    }
+
+
+def machine_protocol(world: World) -> dict[str, Any]:
+    """Versions and device: what moves a result by rounding."""
+    cuda = world.device.type == "cuda"
+    return {
+        "cmscale": __version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+        "num_ranks": world.num_ranks,
+    }
+
+
+def work_folder(source: Source, asked: str | None) -> Path:
+    """Where blocks are kept until they are measured; on Slurm all nodes must see it."""
+    if asked is not None:
+        return Path(asked)
+    if source.run_dir is not None:
+        return RunDir(source.run_dir).evaluations / ".blocks"
+    return cache_folder() / "evaluations"
+
+
+def describe_step(source: Source) -> str:
+    """A source's checkpoint in a few words, for progress bars and results."""
+    return f"{step_name(source.step)} {source.weights_name}"
