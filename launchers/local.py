@@ -109,6 +109,7 @@ def run_local(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
             follower.show(run.logs / f"{process.pid}_0_log.out")
             time.sleep(0.1)
         follower.show(run.logs / f"{process.pid}_0_log.out")
+        follower.close()
         end_group(process)
         leaving: Ending | None = "cancelled" if interruption.signal else None
         if plan.minutes and time.monotonic() - began >= plan.minutes * 60 - plan.slurm.signal_seconds:
@@ -117,7 +118,12 @@ def run_local(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
         killed = (*_place(exits["first"]),) if exits["first"] else None
         ends = read_rank_ends(folder / name)
         attempt = judge(ends, status=exits["status"], killed=killed, step=newest_step(run), leaving=leaving)
-        decision = decide(record_attempt(folder, attempt), max_restarts=plan.slurm.max_restarts, can_requeue=False)
+        decision = decide(
+            record_attempt(folder, attempt),
+            max_restarts=plan.slurm.max_restarts,
+            backoff_seconds=plan.slurm.backoff_seconds,
+            can_requeue=False,
+        )
         if decision.action in ("done", "stop"):
             if attempt.ending == "fault":
                 write_event(run, "fault", attempt, why=decision.why)

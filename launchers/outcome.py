@@ -14,7 +14,6 @@ from cmscale.storage import replace_durably
 SUBMISSION = "CMSCALE_SUBMISSION"  # one name for all starts of one submission
 ATTEMPT = "CMSCALE_ATTEMPT"  # one name for each start
 MAX_FAULTS_WITHOUT_PROGRESS = 3
-FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
 
 Ending = Literal["finished", "preempted", "time_limit", "cancelled", "user_error", "fault"]
@@ -114,10 +113,13 @@ def judge(
     return Attempt("fault", f"the job's processes ended with status {status} and without a word", step)
 
 
-def decide(history: list[Attempt], *, max_restarts: int, can_requeue: bool = True) -> Decision:
+def decide(
+    history: list[Attempt], *, max_restarts: int, backoff_seconds: int = 10, can_requeue: bool = True
+) -> Decision:
     """What to do after the last of the starts in `history`. Preemptions and time limits spend no restart.
 
     Args:
+        backoff_seconds: before the first restart; doubled while nothing moves.
         can_requeue: whether there is a queue to go back to after a time limit (Slurm).
     """
     last = history[-1]
@@ -142,7 +144,7 @@ def decide(history: list[Attempt], *, max_restarts: int, can_requeue: bool = Tru
         return Decision("stop", f"{row} failures without progress since step {max(last.step, 0)}: {last.message}")
     if len(faults) > max_restarts:
         return Decision("stop", f"failed {len(faults)} times (slurm.max_restarts {max_restarts}): {last.message}")
-    delay = min(FIRST_BACKOFF_SECONDS * 2 ** (row - 1), LONGEST_BACKOFF_SECONDS)
+    delay = min(backoff_seconds * 2 ** (row - 1), LONGEST_BACKOFF_SECONDS)
     return Decision("restart", last.message, delay, _bad_nodes(faults))
 
 

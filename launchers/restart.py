@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--status", type=int, required=True)
     parser.add_argument("--max-restarts", type=int, required=True)
+    parser.add_argument("--backoff-seconds", type=int, required=True)
     parser.add_argument("--signal-seconds", type=int, required=True)
     flags = parser.parse_args()
     run, job_id = RunDir(flags.run), os.environ["SLURM_JOB_ID"]
@@ -53,7 +54,9 @@ def main() -> int:
         step=newest_step(run),
         leaving=leaving(_job_facts(job_id), signal_seconds=flags.signal_seconds),
     )
-    decision = decide(record_attempt(folder, attempt), max_restarts=flags.max_restarts)
+    decision = decide(
+        record_attempt(folder, attempt), max_restarts=flags.max_restarts, backoff_seconds=flags.backoff_seconds
+    )
     if not ends and (damaged := damaged_pickle(run, job_id)):
         decision = Decision("stop", damaged)
     print(f"{os.environ[ATTEMPT]}: {attempt.ending}; {decision.action}: {decision.why}", flush=True)

@@ -43,7 +43,8 @@ def _executor(run: RunDir, plan: Plan, *, submission: str) -> PlannedExecutor:
         executor.python,
         "-m launchers.restart",
         shlex.quote(str(run.root)),
-        f"--status $status --max-restarts {slurm.max_restarts} --signal-seconds {slurm.signal_seconds}",
+        f"--status $status --max-restarts {slurm.max_restarts} --backoff-seconds {slurm.backoff_seconds} "
+        f"--signal-seconds {slurm.signal_seconds}",
     ]
     executor.update_parameters(
         job_name=run.name,
@@ -136,6 +137,8 @@ def wait_for_end(run: RunDir, submission: str) -> int:
     except KeyboardInterrupt:
         print(f"\nno longer waiting; the job goes on (scancel ends it), run {run.root}", file=sys.stderr)
         return 130
+    finally:
+        follower.close()
 
 
 def job_state(job_id: str) -> str | None:

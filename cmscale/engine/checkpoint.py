@@ -38,7 +38,10 @@ def claim_generation(run: RunDir) -> int:
     def claim() -> int:
         generation = read_generation(run) + 1
         replace_durably(run.generation, json.dumps({"generation": generation}).encode())
-        for leftover in run.checkpoints.glob(".*"):
+        for leftover in run.checkpoints.glob(".step-*"):
+            if ".save-" in leftover.name:
+                why = f"{leftover.name}: an earlier start ended before it was complete; removed"
+                write_event(run, "unfinished_save", step=step_of(leftover.name[1:]), rank=0, why=why)
             shutil.rmtree(leftover, ignore_errors=True)
         return generation
 
@@ -56,10 +59,9 @@ def read_generation(run: RunDir) -> int:
 
 
 class Checkpoints:
-    """Saves of one start of a run. Call on every rank alike; no save communicates.
+    """Saves of one start of a run. Call on every rank alike; a save agrees on one flag and communicates nothing else.
 
-    `save` copies to host memory and returns; a thread writes, and a save waits only for the one before. Rank
-    0's
+    `save` copies to host memory and returns; a thread writes, and a save waits only for the one before. Rank 0's
     thread commits when every rank's part is recorded.
 
     Args:
@@ -100,12 +102,13 @@ class Checkpoints:
 
         Raises:
             CheckpointFailed: on every rank, where the save before failed on any and
-            `checkpoint.stop_on_failure` is set.
+                `checkpoint.stop_on_failure` is set, or a newer start of the run has taken over.
         """
         if state == self._saved:
             return
         self.wait()
-        if self._config.checkpoint.stop_on_failure and any_rank(self._failure is not None):
+        stop = self._config.checkpoint.stop_on_failure or isinstance(self._failure, Fenced)
+        if any_rank(stop and self._failure is not None):
             why = self._failure or "on another rank"
             raise CheckpointFailed(f"the checkpoint before was not written: {why}") from self._failure
         shards = engine.shards

@@ -8,7 +8,7 @@ from cmscale.engine.engine import Engine
 from cmscale.engine.weights import FlatReader, layout_problems, part_problems, read_manifest
 from cmscale.errors import UserError
 from cmscale.manifests import CheckpointManifest, TrainState
-from cmscale.metrics_log import write_event
+from cmscale.metrics_log import read_lines, write_event
 from cmscale.rundir import RunDir, step_of
 from cmscale.storage import LocalStorage
 from cmscale.world import World, from_main, gather, on_main
@@ -28,8 +28,8 @@ def newest(run: RunDir, config: Config, world: World, *, data_fingerprint: str, 
     A damaged one is named in events.jsonl, and the one before it is looked at.
 
     Raises:
-        UserError: there are checkpoints and none is valid (unless `fresh`); or it is of another
-            config (in what moves the losses) or another data set.
+        UserError: there are checkpoints and none is valid, or steps and no checkpoint (unless `fresh`); or it is of
+            another config (in what moves the losses) or another data set.
     """
     folders = from_main(on_main(lambda: sorted(run.checkpoints.glob("step-*"), reverse=True)))
     problems: list[str] = []
@@ -45,6 +45,11 @@ def newest(run: RunDir, config: Config, world: World, *, data_fingerprint: str, 
         raise UserError(
             f"{run.checkpoints}: none of the {len(folders)} checkpoints is valid ({problems[0]}); "
             "mend them, or start again from step 0 with --fresh"
+        )
+    if not folders and not fresh and any(True for _ in read_lines(run.metrics)):
+        raise UserError(
+            f"{run.checkpoints}: no checkpoint there, though {run.metrics} has steps of this run; "
+            "bring them back, or start again from step 0 with --fresh"
         )
     return None
 

@@ -16,7 +16,7 @@ from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_gener
 from cmscale.engine.weights import list_checkpoints, read_weights, verify_checkpoint
 from cmscale.errors import UserError
 from cmscale.manifests import TrainState
-from cmscale.metrics_log import read_lines
+from cmscale.metrics_log import append_line, read_lines
 from cmscale.rundir import RunDir
 from cmscale.world import World
 
@@ -140,6 +140,13 @@ def test_where_none_is_valid_a_fresh_start_is_never_silent(run: RunDir) -> None:
     assert newest(run, fresh=True) is None
 
 
+def test_a_run_that_took_steps_and_has_no_checkpoint_does_not_start_anew_by_itself(run: RunDir) -> None:
+    append_line(run.metrics, {"step": 1, "loss": 0.5})
+    with pytest.raises(UserError, match=r"no checkpoint there, though .*metrics.jsonl has steps.*--fresh"):
+        newest(run)
+    assert newest(run, fresh=True) is None
+
+
 def test_a_manifest_that_names_a_file_outside_is_refused(run: RunDir) -> None:
     save(run, 10)
     manifest = run.checkpoint(10) / "manifest.json"
@@ -170,13 +177,18 @@ def test_an_older_start_can_commit_no_more(run: RunDir) -> None:
     assert [listed.step for listed in list_checkpoints(run.root)] == [10]
     (event,) = events(run, "checkpoint_failed")
     assert "taken over" in event["why"]
+    with pytest.raises(CheckpointFailed, match="taken over"):  # and it does not go on beside the new one
+        old.save(TrainState(step=30, cursor=240), StandIn(0, 1, seed=30))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_new_start_clears_what_a_killed_one_left_half_written(run: RunDir) -> None:
+def test_a_new_start_clears_what_a_killed_one_left_half_written_and_says_so(run: RunDir) -> None:
     save(run, 10)
     shutil.copytree(run.checkpoint(10), run.checkpoints / ".step-000000020.start-1.save-2")
+    shutil.copytree(run.checkpoint(10), run.checkpoints / ".step-000000005.removed-1")
     assert claim_generation(run) == 2
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000010"]
+    (event,) = events(run, "unfinished_save")
+    assert (event["step"], ".step-000000020.start-1.save-2" in event["why"]) == (20, True)
 
 
 def test_a_step_saved_again_replaces_the_damaged_one(run: RunDir) -> None:

@@ -178,12 +178,11 @@ def start_job(folder: Path, how: str) -> subprocess.Popen[str]:
         from pathlib import Path
         from cmscale.config import Slurm
         from cmscale.rundir import RunDir
-        from launchers import outcome, start
+        from launchers import start
         from launchers.plan import Plan
-        outcome.FIRST_BACKOFF_SECONDS = 0
         run = RunDir(Path({str(folder)!r}))
         run.logs.mkdir(parents=True)
-        plan = Plan("local", 1, 2, False, None, None, Slurm(signal_seconds=5))
+        plan = Plan("local", 1, 2, False, None, None, Slurm(signal_seconds=5, backoff_seconds=0))
         args = ({str(folder)!r}, {how!r})
         raise SystemExit(start.launch("launch_fixtures:worker", args, run=run, plan=plan, wait=True))
     """

@@ -1,0 +1,308 @@
+"""Kills a small run at random moments until it is done, and compares it with a run that nobody killed."""
+
+import argparse
+import collections
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
+
+from cmscale.metrics_log import read_lines
+from cmscale.rundir import RunDir
+from data_prep.demo import write_lmdb
+from data_prep.prepare import main as prepare
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+NUM_RANKS = 2
+EVERY = 5  # steps between checkpoints
+PATIENCE = 180.0  # seconds without the awaited moment: something hangs
+CONFIG = """
+method: {kind: ct, distance: l2, s1: 20}
+model: {image_size: 8, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, attention_resolutions: [4],
+        head_channels: 32, dropout: 0.1}
+data: {path: DATA, num_canonical_nodes: 2, workers: 1}
+optimizer: {learning_rate: 1e-3}
+ema: {rates: [0.9, 0.99]}
+engine: {device: cpu}
+train: {total_steps: STEPS, global_batch_size: 8, micro_batch_size: 4, log_every: 1}
+checkpoint: {every_steps: EVERY, keep_last: 3}
+wandb: {mode: off}
+slurm: {max_restarts: 1000000, backoff_seconds: 0, signal_seconds: 5}
+"""
+MOMENTS = ("while starting", "between steps", "during a save")
+TARGETS = ("rank 0", "rank 1", "the controller", "launcher, controller and ranks")
+
+
+class Stuck(RuntimeError):
+    """The run does not come to where it should."""
+
+
+@dataclass
+class Soak:
+    """One run under kills. Counts what it did to it."""
+
+    root: Path
+    config: Path
+    random: random.Random
+    run: RunDir = field(init=False)
+    seen: set[int] = field(default_factory=set)
+    kills: list[tuple[str, str, int]] = field(default_factory=list)
+    launcher: subprocess.Popen[bytes] = field(init=False)
+    revived_after: int = -1
+
+    def __post_init__(self) -> None:
+        self.run = RunDir(self.root / "soak")
+
+    def go(self, number: int) -> None:
+        """Starts the run, kills it `number` times, and lets it come to its end.
+
+        Raises:
+            Stuck: it hangs, or ends otherwise than well.
+        """
+        self.launcher = start(self.root, "soak", self.config)
+        while len(self.kills) < number:
+            self._revive()
+            if self._kill(self.launcher):
+                target, moment, step = self.kills[-1]
+                print(f"kill {len(self.kills)}/{number}: {target}, {moment}, at step {step}", flush=True)
+        until = time.monotonic() + PATIENCE + number
+        while self.launcher.poll() != 0:
+            self._revive()
+            if time.monotonic() > until:
+                raise Stuck(f"after the last kill the run did not come to its end: {log_of(self.root, 'soak')}")
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        """Ends what is still at work on the run."""
+        kill(family(self.launcher.pid))
+
+    def _revive(self) -> None:
+        """Another launcher resumes what one left that was killed, or gave up after three kills without progress."""
+        if self.launcher.poll() is None:
+            return
+        if self.launcher.returncode == 0:
+            raise Stuck("the run came to its end before the last kill")
+        if self.launcher.returncode == 2 or not self.run.config.exists() or self.revived_after == len(self.kills):
+            raise Stuck(f"the run ended, though not by a kill: see {log_of(self.root, 'soak')}")
+        self.revived_after = len(self.kills)
+        self.launcher = start(self.root, "soak", None)
+
+    def _kill(self, launcher: subprocess.Popen[bytes]) -> bool:
+        """Waits for a moment of a start and kills; False where the launcher ended before it came."""
+        moment, target = self.random.choice(MOMENTS), self.random.choice(TARGETS)
+        last, leftovers = self._step(), self._staged()
+        fresh: dict[int, psutil.Process] = {}
+
+        def started() -> bool:
+            fresh.update(enumerate(rank for rank in ranks_of(launcher.pid) if rank.pid not in self.seen))
+            return len(fresh) == NUM_RANKS
+
+        if not wait_for(started, launcher):
+            return False
+        match moment:
+            case "while starting":
+                time.sleep(self.random.uniform(0, 5))
+            case "between steps":
+                goal = last + self.random.randint(1, 2 * EVERY)
+                if not wait_for(lambda: self._step() >= goal, launcher):
+                    return False
+                time.sleep(self.random.uniform(0, 0.05))
+            case _:
+                if not wait_for(lambda: bool(self._staged() - leftovers), launcher):
+                    return False
+                time.sleep(self.random.uniform(0, 0.02))
+        everybody = family(launcher.pid)
+        self.seen |= {process.pid for process in everybody}
+        match target:
+            case "rank 0" | "rank 1":
+                victims = [fresh[int(target[-1])]]
+            case "the controller":
+                victims = [process for process in everybody if process.pid == fresh[0].ppid()]
+            case _:
+                victims = everybody
+        kill(victims)
+        if launcher.pid in [victim.pid for victim in victims]:
+            launcher.wait()
+        self.kills.append((target, moment, self._step()))
+        return True
+
+    def _step(self) -> int:
+        return max((record["step"] for record in read_lines(self.run.metrics)), default=0)
+
+    def _staged(self) -> set[str]:
+        return {path.name for path in self.run.checkpoints.glob(".step-*")}
+
+
+def start(root: Path, name: str, config: Path | None) -> subprocess.Popen[bytes]:
+    """The launcher of a new run, or (without a config) of its resumption."""
+    command = [sys.executable, str(CHECKOUT / "launchers" / "submit.py"), "--cluster", "local"]
+    command += ["--gpus-per-node", str(NUM_RANKS), "--runs-dir", str(root)]
+    command += ["--resume", name] if config is None else ["--name", name, str(config)]
+    with log_of(root, name).open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def log_of(root: Path, name: str) -> Path:
+    return root / f"{name}.log"
+
+
+def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[bytes]) -> bool:
+    """Whether it came before the launcher ended."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        if launcher.poll() is not None:
+            return False
+        if time.monotonic() > until:
+            raise Stuck(f"nothing for {PATIENCE:g} s")
+        time.sleep(0.002)
+    return True
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all below it, itself first."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The ranks' processes under a launcher, in the order of their ranks."""
+    found: dict[int, psutil.Process] = {}
+    for process in family(launcher):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            environment = process.environ()
+            is_rank = "submitit.core._submit" in process.cmdline() and "SUBMITIT_LOCAL_GLOBALID" in environment
+            parent = process.parent()
+            if is_rank and parent is not None and "launchers.controller" in parent.cmdline():
+                found[int(environment["SUBMITIT_LOCAL_GLOBALID"])] = process
+    return [found[rank] for rank in sorted(found)] if len(found) == NUM_RANKS else []
+
+
+def differences(golden: RunDir, run: RunDir, *, steps: int) -> list[str]:
+    """Every line of metrics, replayed ones too, and every file of the last checkpoint that is not as golden."""
+    expected = {record["step"]: record["loss"] for record in read_lines(golden.metrics)}
+    got = [(record["step"], record["loss"]) for record in read_lines(run.metrics)]
+    found = [f"step {step}: loss {loss!r}, golden {expected[step]!r}" for step, loss in got if loss != expected[step]]
+    found += [f"step {step}: never logged" for step in sorted(expected.keys() - dict(got).keys())]
+    ends = [{path.name: path.read_bytes() for path in each.checkpoint(steps).glob("rank-*")} for each in (golden, run)]
+    if not ends[0]:
+        found.append("the golden run has no last checkpoint")
+    found += [f"{name}: other weights" for name in sorted(ends[0] | ends[1]) if ends[0].get(name) != ends[1].get(name)]
+    return found
+
+
+def redone(run: RunDir) -> list[int]:
+    """How many steps each start repeated of those before it."""
+    counts: list[int] = []
+    last = 0
+    for record in read_lines(run.metrics):
+        if record["step"] <= last:
+            counts.append(last - record["step"] + 1)
+        last = record["step"]
+    return counts
+
+
+def prepared(folder: Path, *, steps: int) -> Path:
+    """A data set of fifty 8 px images, and the config that trains on it."""
+    rows, columns = np.mgrid[0:32, 0:32]
+    images = (
+        np.stack([(37 * number + 3 * (c + 1) * rows + 5 * columns) % 256 for c in range(3)], axis=-1)
+        for number in range(50)
+    )
+    write_lmdb(folder / "images_lmdb", (Image.fromarray(image.astype(np.uint8)) for image in images))
+    where = ["--source", f"lsun:{folder / 'images_lmdb'}", "--out", str(folder / "data"), "--samples-per-shard", "20"]
+    with contextlib.redirect_stdout(sys.stderr):
+        if prepare([*where, "--format", "webdataset", "--image-size", "8", "--encoding", "png"]) != 0:
+            raise Stuck("the data set could not be prepared")
+    config = folder / "config.yaml"
+    text = CONFIG.replace("DATA", str(folder / "data")).replace("STEPS", str(steps)).replace("EVERY", str(EVERY))
+    config.write_text(text)
+    return config
+
+
+def orphans(pids: set[int]) -> list[int]:
+    """Those of the processes that are still there, a few seconds later."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        left = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+        if not left:
+            return []
+        time.sleep(0.2)
+    return left
+
+
+def report(golden: RunDir, soak: Soak, *, steps: int, asked: int) -> int:
+    """Prints the figures. Returns the exit status."""
+    events = collections.Counter(record["event"] for record in read_lines(soak.run.events))
+    found = differences(golden, soak.run, steps=steps)
+    found += [f"process {pid} of a killed start is still there" for pid in orphans(soak.seen)]
+    repeated = redone(soak.run)
+    by = [collections.Counter(kill[place] for kill in soak.kills) for place in (0, 1)]
+    print(f"kills: {len(soak.kills)} of {asked}")
+    for counter in by:
+        print("  " + ", ".join(f"{name}: {count}" for name, count in sorted(counter.items())))
+    print(f"steps: {steps}, redone: {sum(repeated)}, at most {max(repeated, default=0)} after one kill")
+    rejected, unfinished = events["damaged_checkpoint"], events["unfinished_save"]
+    print(f"checkpoints rejected: {rejected} damaged, {unfinished} unfinished saves removed")
+    print(f"differences: {len(found)}")
+    for line in found[:20]:
+        print(f"  {line}")
+    return 1 if found or len(soak.kills) < asked else 0
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="soak.py", description=__doc__)
+    parser.add_argument("--kills", type=int, default=50, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
+    parser.add_argument("--folder", type=Path, help="a new folder, kept; default: a temporary one, kept if not equal")
+    flags = parser.parse_args(arguments)
+    if flags.folder is not None and flags.folder.exists():
+        print(f"error: --folder {flags.folder}: exists; name a new one", file=sys.stderr)
+        return 2
+    root = flags.folder or Path(tempfile.mkdtemp(prefix="cmscale-soak-"))
+    root.mkdir(parents=True, exist_ok=True)
+    steps = 2 * EVERY * (flags.kills + 1)
+    config = prepared(root, steps=steps)
+    began = time.monotonic()
+    if start(root, "golden", config).wait() != 0:
+        print(f"fault: the golden run failed: {log_of(root, 'golden')}", file=sys.stderr)
+        return 1
+    soak = Soak(root, config, random.Random(flags.seed))
+    status = 1
+    try:
+        soak.go(flags.kills)
+        status = report(RunDir(root / "golden"), soak, steps=steps, asked=flags.kills)
+    except Stuck as stuck:
+        print(f"fault: {stuck}", file=sys.stderr)
+    finally:
+        soak.end()
+    print(f"seconds: {time.monotonic() - began:.0f}")
+    if status == 0 and flags.folder is None:
+        shutil.rmtree(root)
+    else:
+        print(f"runs: {root}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
