@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from cmscale import pictures
-from cmscale.config import EDM
+from cmscale.config import EDM, PD
 from cmscale.consistency import edit
 from cmscale.errors import UserError
 from cmscale.rng import normal_like_samples
@@ -38,8 +38,10 @@ def edit_images(source: Source, request: EditRequest, *, out: Path, device: torc
         UserError: images, mask or box that don't fit the task; a model that is no consistency model.
     """
     method, size = source.config.method, source.config.model.image_size
-    if isinstance(method, EDM):
-        raise UserError(f"edit: {source.origin} is an EDM diffusion model; editing needs a consistency model")
+    if isinstance(method, EDM | PD):
+        raise UserError(f"edit: {source.origin} is a diffusion model ({method.kind}); it takes consistency models")
+    if source.config.model.num_classes is not None:
+        raise UserError(f"edit: {source.origin} is class-conditional; editing takes unconditional models")
     if request.task == "interpolate":
         tiles = _interpolate(source, request, device=device)
         pictures.save_png(pictures.grid(tiles, columns=len(tiles)), out)

@@ -32,6 +32,10 @@ def passes(method: Method) -> float:
             return 3
         case "cd":
             return 4 + (2 if method.solver == "heun" else 1)
+        case "sct" | "scd":  # a forward pass with its derivative costs two
+            return 5 + (method.kind == "scd")
+        case "pd":
+            return 5
         case _:
             return 4
 
@@ -40,10 +44,10 @@ def estimates(config: Config, *, num_ranks: int, tflops: float) -> list[tuple[st
     """Rows of (what, estimate) for `num_ranks` GPUs that sustain `tflops` each."""
     count, low = num_parameters(config), BYTES[config.engine.precision]
     stage, copies = config.engine.zero_stage, len(config.ema.rates)
-    has_target = config.method.kind in ("cd", "ct")
+    has_target = config.method.kind in ("cd", "ct", "pd")
     masters = 3 * 4 + 4 * copies + 4 * has_target  # fp32 weights and two moments, shadows
     share = num_ranks if stage >= 1 else 1
-    networks = 1 + has_target + (config.method.kind == "cd")
+    networks = 1 + has_target + (config.method.kind in ("cd", "scd"))
     weights = networks * low * count / (num_ranks if stage == 3 else 1)
     gradients = low * count / (num_ranks if stage >= 2 else 1)
     states = masters * count / share

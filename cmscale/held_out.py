@@ -18,7 +18,7 @@ from cmscale.consistency.solver import Denoise
 from cmscale.data import read_images
 from cmscale.engine.engine import Engine
 from cmscale.errors import UserError
-from cmscale.model.denoiser import denoiser_for
+from cmscale.model.choice import denoiser_for
 from cmscale.rng import normal_like_samples
 from cmscale.world import World
 

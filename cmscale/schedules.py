@@ -6,7 +6,7 @@ Integers are computed in integer arithmetic, so that no rounding moves a boundar
 import math
 from dataclasses import dataclass
 
-from cmscale.config import CD, CT, ECT, ICT, Config, Convention, Method, Optimizer
+from cmscale.config import CD, CT, ECT, ICT, PD, Config, Convention, Method, Optimizer
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ def of_method(method: Method, point: Point, *, total_steps: int) -> Point:
             return Point(step, rate, num_scales=scales)
         case ECT():
             return Point(step, rate, stage=ect_stage(step, total_steps=total_steps, num_stages=method.num_stages))
+        case PD():
+            scales = pd_num_scales(step, total_steps=total_steps, start_scales=method.start_scales)
+            after = pd_num_scales(step + 1, total_steps=total_steps, start_scales=method.start_scales)
+            return Point(step, rate, num_scales=scales, target_ema=1.0 if after == scales else 0.0)
         case _:
             return point
 
@@ -84,6 +88,26 @@ def ict_num_scales(step: int, *, total_steps: int, s0: int, s1: int) -> int:
 def ect_stage(step: int, *, total_steps: int, num_stages: int) -> int:
     """The stage of ECT's curriculum, 0 to num_stages - 1, each an equal part of training."""
     return min(step * num_stages // total_steps, num_stages - 1)
+
+
+def pd_num_scales(step: int, *, total_steps: int, start_scales: int) -> int:
+    """N of progressive distillation: start_scales, halved stage by stage down to 1, each an equal part of training.
+
+    The stages of N = 2 and 1 are twice as long, as the released consistency code has them.
+    """
+    stages = start_scales.bit_length()
+    parts = [1] * max(stages - 2, 0) + [2] * min(stages, 2)
+    done = (min(step, total_steps - 1) * sum(parts)) // total_steps  # whole parts that lie behind
+    for stage, length in enumerate(parts):
+        done -= length
+        if done < 0:
+            return start_scales >> stage
+    raise AssertionError((step, total_steps))
+
+
+def tangent_ratio(step: int, *, warmup_steps: int) -> float:
+    """r = min(1, k / H), the tangent warm-up; sCM, section 4.2."""
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
 def is_due(step: int, every: int, last: int) -> bool:

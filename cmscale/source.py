@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from cmscale.assets import local_file
-from cmscale.config import CD, ECT, Config, Model, differences, leaves, parse_config, read_config
+from cmscale.config import CD, ECT, PD, SCD, SCT, Config, Model, differences, leaves, parse_config, read_config
 from cmscale.consistency.solver import Denoise
 from cmscale.engine.weights import list_checkpoints, read_manifest, read_weights
 from cmscale.errors import UserError
 from cmscale.interop import read_diffusers, read_openai, read_safetensors
 from cmscale.manifests import DatasetManifest, read_dataset_manifest
-from cmscale.model.denoiser import denoiser_for
+from cmscale.model.choice import denoiser_for
 from cmscale.model.unet import build_unet
+from cmscale.model.weighting import without_weighting
 from cmscale.rundir import CHECKPOINT_MANIFEST, step_name
 from cmscale.storage import open_storage
 
@@ -111,7 +112,8 @@ def load_teacher(config: Config) -> dict[str, torch.Tensor]:
         UserError: it is no diffusion model, or another network.
     """
     method = config.method
-    assert isinstance(method, CD | ECT)
+    assert isinstance(method, CD | ECT | PD | SCD | SCT)
+    assert method.teacher is not None
     if method.teacher.endswith((".pt", ".pth")):
         return read_openai(local_file(method.teacher), config.model)
     teacher = load_source(method.teacher, weights=method.teacher_weights)
@@ -151,4 +153,4 @@ def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) 
         raise UserError(f"{origin}: no weights {name!r}; there are {', '.join(known)}")
     if run_dir is None and not origin.startswith("s3://") and Path(origin).parent.name == "checkpoints":
         run_dir = Path(origin).parent.parent
-    return Source(origin, settings, read_weights(origin, name), name, manifest.state.step, run_dir)
+    return Source(origin, settings, without_weighting(read_weights(origin, name)), name, manifest.state.step, run_dir)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from cmscale import pictures, schedules
 from cmscale import world as worlds
 from cmscale.assets import cache_folder, local_file, locked
 from cmscale.bad_steps import BadSteps
-from cmscale.config import CD, CT, ECT, Config, read_config
+from cmscale.config import CD, CT, ECT, PD, SCD, SCT, Config, read_config
 from cmscale.consistency.distance import Distance, build_distance
 from cmscale.consistency.loss import Loss, build_loss
 from cmscale.consistency.networks import Networks
@@ -24,11 +25,15 @@ from cmscale.engine.export import Exporter
 from cmscale.engine.preemption import Preemption
 from cmscale.engine.resume import newest, restore
 from cmscale.engine.watchdog import Watchdog
+from cmscale.errors import UserError
 from cmscale.held_out import Probe
 from cmscale.manifests import TrainState, read_dataset_manifest
 from cmscale.metrics_log import write_event
-from cmscale.model.denoiser import EDMDenoiser, denoiser_for
-from cmscale.model.unet import UNet, build_unet
+from cmscale.model.choice import denoiser_for
+from cmscale.model.denoiser import EDMDenoiser
+from cmscale.model.trigflow import TrigFlow
+from cmscale.model.unet import build_unet
+from cmscale.model.weighting import build_weighted_unet
 from cmscale.rng import SampleRandomness
 from cmscale.run_log import RunLog
 from cmscale.rundir import RunDir
@@ -144,39 +149,45 @@ class Parts:
 
 
 def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
-    """Networks, engine and loss of a method; a fresh student starts from the teacher's weights where it has one."""
+    """Networks, engine and loss of a method; a fresh student starts from the teacher's weights where it has one.
+
+    Raises:
+        UserError: a class-conditional network, which can be sampled and evaluated, but not trained here.
+    """
     method = config.method
-
-    def build_network() -> UNet:
-        return build_unet(config.model, seed=config.train.seed)
-
-    needed = isinstance(method, CD) or (isinstance(method, ECT) and fresh)  # ECT only starts from it
-    teacher = load_teacher(config) if needed else None
-    engine = Engine(
-        config,
-        world,
-        build_network,
-        teacher if fresh else None,
-        has_target=isinstance(method, CD | CT),
+    if config.model.num_classes is not None:
+        raise UserError("model.num_classes: data sets carry no classes, so conditional networks can't be trained here")
+    distilled = isinstance(method, CD | SCD)
+    starts = isinstance(method, CD | ECT | PD | SCD) or (isinstance(method, SCT) and method.start == "teacher")
+    teacher = load_teacher(config) if distilled or (starts and fresh) else None
+    build_network = partial(
+        build_weighted_unet if isinstance(method, SCT | SCD) else build_unet, config.model, seed=config.train.seed
     )
-    frozen = None
-    if isinstance(method, CD):
-        assert teacher is not None
-        raw = engine.add_frozen("teacher", teacher, build_network)
-        frozen = EDMDenoiser(raw, sigma_data=method.sigma_data)
+    start = None
+    if fresh and teacher is not None:
+        start = {**build_network().state_dict(), **teacher}  # sCM's weighting is no teacher's
+    engine = Engine(config, world, build_network, start, has_target=isinstance(method, CD | CT | PD))
     networks = Networks(
         student=denoiser_for(method, engine.network),
         target=None if engine.target is None else denoiser_for(method, engine.target),
-        teacher=frozen,
+        teacher=build_teacher(config, engine, teacher) if distilled and teacher is not None else None,
     )
     return Parts(config, world, engine, build_loss(method, load_distance(config, world)), networks)
+
+
+def build_teacher(config: Config, engine: Engine, weights: dict[str, torch.Tensor]) -> EDMDenoiser | TrigFlow:
+    """The frozen diffusion model that a distillation follows; sCD sees it in TrigFlow's terms."""
+    raw = engine.add_frozen("teacher", weights, partial(build_unet, config.model))
+    if isinstance(config.method, SCD):
+        return TrigFlow(raw, sigma_data=config.method.sigma_data, time="log_sigma")
+    return EDMDenoiser(raw, sigma_data=config.method.sigma_data)
 
 
 def load_distance(config: Config, world: World) -> Distance:
     """The distance of the loss; LPIPS' VGG from where the config says, else from its home, one process a node."""
     method = config.method
     weights = None
-    if isinstance(method, CD | CT) and method.distance == "lpips":
+    if isinstance(method, CD | CT | PD) and method.distance == "lpips":
         if method.lpips_weights is not None:
             weights = local_file(method.lpips_weights)
         else:
@@ -201,10 +212,13 @@ def save_sample_grid(config: Config, run: RunDir, world: World, engine: Engine, 
     """A grid of fixed seeds' samples under the first EMA, drawn by all ranks. Collective."""
     size, count = config.model.image_size, config.train.sample_count
     share = -(-count // world.num_ranks)
+    steps = schedules.at(config, step - 1).num_scales if isinstance(config.method, PD) else None  # as now trained
     indices = range(world.rank * share, (world.rank + 1) * share)  # all ranks evaluate as often: ZeRO-3 needs it
     with engine.showing(config.ema.names[0]) as network:
         denoise = denoiser_for(config.method, network)
-        images = sample(config.method, denoise, seed=0, indices=indices, shape=(3, size, size), device=world.device)
+        images = sample(
+            config.method, denoise, seed=0, indices=indices, steps=steps, shape=(3, size, size), device=world.device
+        )
     drawn = torch.cat(worlds.gather(images.cpu()))[:count]
     if world.is_main and bool(torch.isfinite(drawn).all()):
         pictures.save_png(pictures.grid(pictures.to_uint8(drawn)), run.sample_grid(step))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmscale.config import CD, CT, ECT, ICT, Method
+from cmscale.config import CD, CT, ECT, ICT, PD, Method
 from cmscale.consistency import perceptual
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -50,13 +50,13 @@ def build_distance(
         UserError: LPIPS's weights are missing or not VGG16's.
     """
     match method:
-        case CD(distance="lpips") | CT(distance="lpips"):
+        case CD(distance="lpips") | CT(distance="lpips") | PD(distance="lpips"):
             network = perceptual.LPIPS(average_pooling=method.lpips_pooling == "average", resize=image_size < 256)
             network.load_features(lpips_weights if lpips_weights is not None else perceptual.download_vgg())
             return network.to(device)
-        case CD(distance="l1") | CT(distance="l1"):
+        case CD(distance="l1") | CT(distance="l1") | PD(distance="l1"):
             return l1
-        case CD(distance="pseudo_huber") | CT(distance="pseudo_huber") | ICT() | ECT():
+        case CD(distance="pseudo_huber") | CT(distance="pseudo_huber") | PD(distance="pseudo_huber") | ICT() | ECT():
             return partial(pseudo_huber, c=method.huber_c or default_huber_c(image_size))
         case _:
             return l2

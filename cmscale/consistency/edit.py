@@ -56,7 +56,7 @@ def chain(
         grid.karras_grid(method, steps).flip(0)[:-1] if sigmas is None else torch.tensor(sigmas, dtype=torch.float64)
     )
     denoise = clipped(denoise) if clip else denoise
-    return Chain(denoise, times, method.sigma_min, seed, tuple(indices))
+    return Chain(denoise, times, grid.boundary(method), seed, tuple(indices))
 
 
 @torch.no_grad()

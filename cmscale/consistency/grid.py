@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cmscale.config import CD, CT, Diffusion
+from cmscale.config import CD, CT, ECT, SCD, SCT, Diffusion
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """An irrational offset: times at it lie on no Karras grid, whatever its N."""
@@ -82,18 +82,33 @@ def consistency_sigmas(method: Diffusion, steps: int) -> Tensor:
     """The times of `steps` steps of algorithm 1, descending from T, [steps] float64.
 
     One step: T. Two: the indices that the paper's authors found on LSUN Bedroom (17 of 39 for CD with LPIPS,
-    18 of 39 with other distances, 67 of 150 for CT). Otherwise, and for other methods, evenly on the Karras
-    curve: indices 0..steps-1 of the descending grid 0..steps.
+    18 of 39 with other distances, 67 of 150 for CT); sCM's second is sd tan(1.1) = 0.982. Otherwise, and for
+    other methods, evenly on the Karras curve: indices 0..steps-1 of the descending grid 0..steps.
     """
-    match method, steps:
-        case CD(distance="lpips"), 2:
-            return indexed_sigmas(method, (0, 17), last=39)
-        case CD(), 2:
-            return indexed_sigmas(method, (0, 18), last=39)
-        case CT(), 2:
-            return indexed_sigmas(method, (0, 67), last=150)
+    if steps == 2 and isinstance(method, SCT | SCD):
+        return torch.tensor([method.sigma_max, method.sigma_data * math.tan(1.1)], dtype=torch.float64)
+    if steps == 2:
+        indices, last = authors_indices(method)
+        return indexed_sigmas(method, indices, last=last)
+    return indexed_sigmas(method, range(steps), last=steps)
+
+
+def authors_indices(method: Diffusion) -> tuple[tuple[int, ...], int]:
+    """(indices of two times, last index of their grid), as the paper's authors found them on LSUN Bedroom."""
+    match method:
+        case CD(distance="lpips"):
+            return (0, 17), 39
+        case CD():
+            return (0, 18), 39
+        case CT():
+            return (0, 67), 150
         case _:
-            return indexed_sigmas(method, range(steps), last=steps)
+            return (0, 75), 150  # nobody's finding: the middle of the curve
+
+
+def boundary(method: Diffusion) -> float:
+    """The time at which a method's f is the identity, below which no noise lies: eps, or 0 (ECT, sCM)."""
+    return 0.0 if isinstance(method, ECT | SCT | SCD) else method.sigma_min
 
 
 def held_out_times(diffusion: HasTimes, count: int = 100) -> Tensor:

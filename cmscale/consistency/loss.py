@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmscale.config import CD, CT, ECT, EDM, ICT, Method
+from cmscale.config import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, Method
 from cmscale.consistency import grid, improved
+from cmscale.consistency.continuous import ContinuousLoss
 from cmscale.consistency.distance import Distance
 from cmscale.consistency.networks import Networks
+from cmscale.consistency.progressive import ProgressiveLoss
 from cmscale.consistency.solver import STEPS, evaluate, like
 from cmscale.rng import SampleRandomness
 from cmscale.schedules import Point
@@ -29,6 +31,10 @@ def build_loss(method: Method, distance: Distance) -> Loss:
             return improved.ICTLoss(method, distance)
         case ECT():
             return improved.ECTLoss(method, distance)
+        case SCT() | SCD():
+            return ContinuousLoss(method)
+        case PD():
+            return ProgressiveLoss(method, distance)
 
 
 @dataclass(frozen=True)

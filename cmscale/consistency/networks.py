@@ -9,7 +9,8 @@ from cmscale.consistency.solver import Denoise
 class Networks:
     """Denoisers (x, sigma [B], *, dropout_keys) -> x0. Only the student is differentiated.
 
-    target None means: the student itself, without gradient (iCT, ECT). The teacher is an EDM denoiser.
+    target None means: the student itself, without gradient (iCT, ECT). The teacher is an EDM denoiser (of sCD: in
+    TrigFlow's terms); of progressive distillation the target is the teacher.
     """
 
     student: Denoise

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmscale.config import EDM, Method
+from cmscale.config import EDM, PD, Method
 from cmscale.consistency import grid
 from cmscale.consistency.solver import Denoise, euler_step, evaluate, heun_step, like, slope
 from cmscale.rng import normal_like_samples
@@ -105,10 +105,10 @@ def sample(
     """Samples [len(indices), *shape] of a trained denoiser; sample i is a function of (seed, i) alone.
 
     Args:
-        steps: Steps: of algorithm 1 (default 1), or of EDM's sampler (default method.sampler_steps).
+        steps: Steps: of algorithm 1 (default 1; of PD, Euler's), or of EDM's sampler (default method.sampler_steps).
         noise: Unit-variance start noise instead of the one drawn.
         sigmas: Descending times in place of the default ones of `steps`; for EDM they end with 0.
-        sampler: How an EDM model is sampled; consistency models always take algorithm 1.
+        sampler: How an EDM model is sampled; consistency models always take algorithm 1, PD Euler's.
         clip: Hold every estimate in [-1, 1], as the released code does.
     """
     if noise is None:
@@ -120,8 +120,10 @@ def sample(
         return normal_like_samples(seed, indices, shape, purpose=f"step-{number}", device=device)
 
     times = default_sigmas(method, steps) if sigmas is None else sigmas
+    if isinstance(method, PD):  # the last estimate is the sample: an Euler step to 0
+        return euler(denoise, noise, torch.cat([times, times.new_zeros(1)]))
     if not isinstance(method, EDM):
-        return multistep(denoise, noise, times, draw=draw, sigma_min=method.sigma_min)
+        return multistep(denoise, noise, times, draw=draw, sigma_min=grid.boundary(method))
     match sampler:
         case "heun":
             return heun(denoise, noise, times)

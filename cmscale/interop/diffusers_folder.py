@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmscale.config import CD, CT, EDM, ICT, Config, Method, Model, parse_config
+from cmscale.config import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, Config, Method, Model, parse_config
 from cmscale.errors import UserError
 from cmscale.interop.files import folder, readable, writable
 from cmscale.interop.names import Weights, attends, parameter_shapes, parameters, reorder_qkv
@@ -172,7 +172,8 @@ def scheduler_config(method: Method) -> dict[str, Any]:
         "_class_name": "CMStochasticIterativeScheduler",
         "_diffusers_version": VERSION,
         "num_train_timesteps": scales,
-        "sigma_min": method.sigma_min,
+        # with 0 the scheduler's preconditioning is EDM's own, which these methods keep
+        "sigma_min": 0.0 if isinstance(method, ECT | SCT | SCD) else method.sigma_min,
         "sigma_max": method.sigma_max,
         "sigma_data": method.sigma_data,
         "rho": method.rho,
@@ -182,10 +183,11 @@ def scheduler_config(method: Method) -> dict[str, Any]:
 
 
 def _refuse_inexpressible(config: Config, url: str) -> None:
-    if isinstance(config.method, EDM):
-        raise UserError(
-            f"{url}: an EDM model is no consistency model, diffusers has no pipeline for it; use safetensors"
-        )
+    if isinstance(config.method, EDM | PD):
+        kind = config.method.kind.upper()
+        raise UserError(f"{url}: {kind} gives no consistency model, diffusers has no pipeline for it; use safetensors")
+    if isinstance(config.method, SCT) and config.method.start == "random":
+        raise UserError(f"{url}: diffusers can't tell the network the time that this sCT model takes; use safetensors")
     if config.model.channel_multipliers[0] != 1:
         raise UserError(
             f"{url}: diffusers can't express model.channel_multipliers that start with "

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cmscale.errors import UserError
 
@@ -61,6 +62,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, kind: Kind = "auto") ->
         UserError: see `choose_attention`.
     """
     chosen = choose_attention(kind, query.device)
+    if forward_ad.unpack_dual(query).tangent is not None:  # the fast kernels have no forward-mode derivative
+        chosen = "reference"
     if chosen == "xformers":
         return _xformers().memory_efficient_attention(query, key, value)
     if chosen == "sdpa":

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmscale.config import ECT, EDM, Method
-
 Raw = Callable[..., Tensor]
 
 
@@ -73,16 +71,6 @@ class ConsistencyDenoiser:
         c_skip = self.sigma_data**2 / ((sigma - boundary) ** 2 + self.sigma_data**2)
         c_out = self.sigma_data * (sigma - boundary) / (sigma**2 + self.sigma_data**2).sqrt()
         return c_skip, c_out
-
-
-def denoiser_for(method: Method, raw: Raw) -> EDMDenoiser | ConsistencyDenoiser:
-    """The denoiser that a method trains and samples.
-
-    ECT keeps its teacher's preconditioning: its times go below eps, and it starts exactly at the teacher.
-    """
-    if isinstance(method, EDM | ECT):
-        return EDMDenoiser(raw, sigma_data=method.sigma_data)
-    return ConsistencyDenoiser(raw, sigma_data=method.sigma_data, sigma_min=method.sigma_min)
 
 
 def _preconditioned(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -152,14 +153,22 @@ class UNet(nn.Module):
         return self.out(h).float()
 
 
+Built = TypeVar("Built", bound=UNet)
+
+
 def build_unet(model: Model, *, seed: int = 0) -> UNet:
     """The network with its first weights, a function of the seed alone (the global generator is left alone).
 
     Built on the default device; under `with torch.device("meta")` without values.
     """
+    return built(UNet, model, seed=seed)
+
+
+def built(kind: type[Built], model: Model, *, seed: int) -> Built:
+    """`build_unet` of a kind of UNet."""
     device = torch.get_default_device()
     with torch.device("meta"):
-        network = UNet(model)
+        network = kind(model)
     if device.type != "meta":
         network.to_empty(device=device)
         initialise(network, seed=seed)
