@@ -19,6 +19,7 @@ from cmscale.cli_options import (
     StepOption,
     TimesOption,
     WeightsOption,
+    checkpoint_step,
 )
 from cmscale.errors import UserError
 
@@ -36,14 +37,6 @@ def main() -> None:
     except UserError as error:
         print(f"cmscale: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _step(text: str) -> int | None:
-    if text == "latest":
-        return None
-    if not text.isdecimal():
-        raise UserError(f"--step: got {text!r}; it should be a number or latest")
-    return int(text)
 
 
 @app.command()
@@ -82,7 +75,7 @@ def sample(
     from cmscale.world import choose_device
 
     chosen = choose_device(device)
-    loaded = load_source(source, weights=weights, step=_step(step), config=config, overrides=overrides or [])
+    loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     request = SampleRequest(num=num, steps=steps, seed=seed, sampler=sampler, clip=not raw, batch_size=batch_size)
     request = request.with_files(noise=noise, times=times, shape=loaded.image_shape)
     with Progress(console=console, transient=True) as progress:
@@ -124,7 +117,7 @@ def edit(
     chosen = choose_device(device)
     overrides = [text for text in map(str, images or []) if "=" in text and not Path(text).exists()]
     files = tuple(path for path in images or [] if str(path) not in overrides)
-    loaded = load_source(source, weights=weights, step=_step(step), config=config, overrides=overrides)
+    loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides)
     request = EditRequest(
         task=task, images=files, mask=mask, box=box, factor=factor, sigma=sigma, steps=steps, count=count, seed=seed
     )
@@ -157,7 +150,7 @@ def consistency_error(
     from cmscale.world import choose_device
 
     chosen = choose_device(device)
-    loaded = load_source(source, weights=weights, step=_step(step), config=config, overrides=overrides or [])
+    loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     with console.status("following trajectories"):
         path = measure_consistency_error(
             loaded,
@@ -189,7 +182,7 @@ def export(
     from cmscale.exporting import export_weights
     from cmscale.source import load_source
 
-    loaded = load_source(source, weights=weights, step=_step(step), config=config, overrides=overrides or [])
+    loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     with console.status(f"writing {to}"):
         export_weights(loaded, format=format, to=to)
     print(to)

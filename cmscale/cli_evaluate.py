@@ -1,7 +1,8 @@
 """Owns the commands that measure samples: `cmscale evaluate`, `cmscale search-times`."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -13,9 +14,14 @@ from cmscale.cli_options import (
     InceptionOption,
     OverridesArgument,
     ReferenceOption,
+    SourceArgument,
+    StepOption,
     TimesOption,
+    WeightsOption,
+    checkpoint_step,
 )
 
+T = TypeVar("T")
 app = typer.Typer()
 
 
@@ -64,5 +70,52 @@ def evaluate(
         overrides=overrides or [],
         device=device,
     )
-    for path in run_here(request):
+    for path in or_interrupted(run_here(request)):
         print(path)
+
+
+@app.command("search-times")
+def search_times(
+    source: SourceArgument,
+    steps: Annotated[int, typer.Option(min=2, help="How many times to find; the first is sigma_max.")] = 2,
+    reference: ReferenceOption = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Of each trial; default: evaluate.num_samples.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON; default: the run's evaluations/times folder.")] = None,
+    features: FeaturesOption = None,
+    inception_weights: InceptionOption = None,
+    dinov2_weights: DINOv2Option = None,
+    weights: WeightsOption = None,
+    step: StepOption = "latest",
+    config: ConfigOption = None,
+    overrides: OverridesArgument = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Finds the times of multistep sampling: greedy ternary search on FID; goes on where it was interrupted."""
+    from cmscale.search_times import Request, run
+
+    request = Request(
+        source=source,
+        steps=steps,
+        reference=reference,
+        samples=samples,
+        seed=seed,
+        out=out,
+        features=features,
+        inception_weights=inception_weights,
+        dinov2_weights=dinov2_weights,
+        weights=weights,
+        step=checkpoint_step(step),
+        config=config,
+        overrides=tuple(overrides or ()),
+        device=device,
+    )
+    print(or_interrupted(run(request)))
+
+
+def or_interrupted(result: T | None) -> T:
+    """The result, or the end of the command where a signal came between."""
+    if result is None:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        raise typer.Exit(1)
+    return result

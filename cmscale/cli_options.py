@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from cmscale.errors import UserError
+
 SourceArgument = Annotated[
     str,
     typer.Argument(
@@ -27,3 +29,12 @@ DINOv2Option = Annotated[str | None, typer.Option(help="DINOv2's published weigh
 TimesOption = Annotated[
     str | None, typer.Option(help="Descending sigmas in place of the default ones, 80,4.4; or a search's JSON.")
 ]
+
+
+def checkpoint_step(text: str) -> int | None:
+    """What `--step` says of one checkpoint: its step, or None for the newest."""
+    if text == "latest":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--step: got {text!r}; it should be a number or latest")
+    return int(text)

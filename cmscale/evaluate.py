@@ -106,13 +106,13 @@ def main(request: dict[str, Any]) -> str:
         worlds.disconnect()
 
 
-def run_here(request: Request) -> list[Path]:
-    """Evaluates in this process alone, finished samples too. Returns the result's files."""
+def run_here(request: Request) -> list[Path] | None:
+    """Evaluates in this process alone, finished samples too. The results' files; None where a signal interrupted."""
     preemption = Preemption.install()
     world = worlds.detect(request.device)
     if _is_finished_samples(request.source):
         return [evaluate_images(request, world, preemption=preemption)]
-    return evaluate(request, world, preemption=preemption) or []
+    return evaluate(request, world, preemption=preemption)
 
 
 def evaluate(request: Request, world: World, *, preemption: Preemption) -> list[Path] | None:

@@ -138,7 +138,7 @@ def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
     """What decides a sample, but for its seed."""
     return {
         "weights_sha256": source.fingerprint,
-        "sampler": draw.sampler if source.config.method.kind == "edm" else "multistep",
+        "sampler": {"edm": draw.sampler, "pd": "euler"}.get(source.config.method.kind, "multistep"),
         "sigmas": used_sigmas(source, draw).tolist(),
         "clip": draw.clip,
         "quantisation": "truncated to uint8",

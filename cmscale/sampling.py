@@ -9,10 +9,13 @@ import numpy as np
 import torch
 
 from cmscale import pictures
+from cmscale.assets import local_file
 from cmscale.config import EDM
 from cmscale.consistency.sampler import Sampler, default_sigmas, sample
 from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
+from cmscale.evaluation.time_search import TimeSearch
+from cmscale.manifests import read_document
 from cmscale.source import Source
 from cmscale.storage import replace_durably
 
@@ -31,7 +34,7 @@ class SampleRequest:
     sigmas: torch.Tensor | None = None
 
     def with_files(self, *, noise: Path | None, times: str | None, shape: Sequence[int]) -> "SampleRequest":
-        """The request with `--noise FILE.npy` and `--times 80,4.4` read and checked."""
+        """The request with `--noise FILE.npy` and `--times 80,4.4` (or a search's JSON) read and checked."""
         request = self
         if noise is not None:
             request = replace(request, noise=_read_noise(noise, shape=(self.num, *shape)))
@@ -111,10 +114,15 @@ def _read_noise(path: Path, *, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _parse_times(text: str) -> torch.Tensor:
+    if text.endswith(".json"):
+        found = read_document(TimeSearch, local_file(text).read_bytes(), origin=text)
+        if not found.times:
+            raise UserError(f"--times {text}: the search has found nothing yet; let cmscale search-times end")
+        return torch.tensor(found.times, dtype=torch.float64)
     try:
         times = torch.tensor([float(part) for part in text.split(",")], dtype=torch.float64)
     except ValueError:
         raise UserError(f"--times: got {text!r}; write descending numbers, 80,4.4") from None
-    if not bool((times[:-1] > times[1:]).all()) or bool((times < 0).any()):
+    if not bool(torch.isfinite(times).all()) or not bool((times[:-1] > times[1:]).all()) or bool((times < 0).any()):
         raise UserError(f"--times: got {text!r}; the times must descend and not be negative")
     return times
