@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
-from cmscale.storage import open_parent
+from cmscale.storage import open_parent, replace_durably
 
 
 def cache_folder() -> Path:
@@ -24,8 +24,8 @@ def cache_folder() -> Path:
 def local_file(url: str) -> Path:
     """A local path of the file at `url`: the path itself, or a cached copy of an `s3://` object.
 
-    Several processes of a node may ask at once; one fetches. A cached copy is used as long as the object has
-    the size it had, and its own hash still holds.
+    Several processes of a node may ask at once; one fetches. A cached copy is used as long as the object is the
+    same one (its ETag), and the copy's hash is what it was when it came.
 
     Raises:
         UserError: no such file, or not the hash that the URL names.
@@ -39,14 +39,16 @@ def local_file(url: str) -> Path:
         _check(path, expected, url=plain)
         return path
     storage, key = open_parent(plain)
-    size = next((entry.size for entry in storage.list(key) if entry.key == key), None)
-    if size is None:
+    entry = next((entry for entry in storage.list(key) if entry.key == key), None)
+    if entry is None:
         raise UserError(f"{plain}: no such object")
-    name = hashlib.sha256(f"{plain} {size}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{plain} {entry.size} {entry.version}".encode()).hexdigest()[:16]
     target = cache_folder() / "files" / f"{name}-{key}"
+    recorded = target.with_name(f"{target.name}.sha256")
     with locked(target.with_name(f"{target.name}.lock")):
-        if not (target.is_file() and target.stat().st_size == size):
+        if not (target.is_file() and recorded.is_file() and recorded.read_text() == file_sha256(target)):
             storage.download(key, target)
+            replace_durably(recorded, file_sha256(target).encode())
         try:
             _check(target, expected, url=plain)
         except UserError:
@@ -64,10 +66,15 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a local file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _check(path: Path, expected: str | None, *, url: str) -> None:
     if expected is None:
         return
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    actual = file_sha256(path)
     if actual != expected:
         raise UserError(f"{url}: has SHA-256 {actual}, not {expected} as asked for; the file is not the one you mean")

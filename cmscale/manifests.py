@@ -107,7 +107,7 @@ class CheckpointManifest(Document):
     """Written last; a checkpoint is its manifest (DESIGN.md, section 4).
 
     Each rank's file holds one 1-D float32 tensor of its segments per quantity: `master`, `exp_avg`, `exp_avg_sq`,
-    `target` where the method has one, and each EMA by name. `buffers` are tensors that every rank has alike.
+    `target` where the method has one, and each EMA by name. `scalars` are numbers that every rank has alike.
     """
 
     version: Literal[1] = 1
@@ -119,6 +119,7 @@ class CheckpointManifest(Document):
     config: dict[str, Any]
     trajectory: dict[str, Any]
     data_fingerprint: str
+    teacher_fingerprint: str | None = None
     quantities: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     num_elements: int

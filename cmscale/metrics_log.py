@@ -13,17 +13,21 @@ from typing import Any
 
 from cmscale.config import Wandb
 from cmscale.rundir import RunDir
+from cmscale.storage import explained
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Appends one JSON line in a single write, so that lines of several processes never mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record, allow_nan=True) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash; its record is lost, not ours
+            os.write(descriptor, b"\n" + line if torn else line)
+        finally:
+            os.close(descriptor)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

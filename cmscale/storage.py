@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +17,11 @@ from cmscale.errors import UserError
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored object: its key relative to the storage's root, and its size in bytes."""
+    """A stored object: its key relative to the storage's root, its size in bytes, and what changes when it does."""
 
     key: str
     size: int
+    version: str = field(default="", compare=False)
 
 
 class Storage(Protocol):
@@ -202,7 +203,7 @@ class LocalStorage:
         for path in self.root.rglob("*"):
             key = path.relative_to(self.root).as_posix()
             if path.is_file() and key.startswith(prefix) and not path.name.startswith("."):
-                found.append(Entry(key, path.stat().st_size))
+                found.append(Entry(key, path.stat().st_size, str(path.stat().st_mtime_ns)))
         yield from sorted(found, key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
@@ -247,20 +248,15 @@ class S3Storage:
     @contextmanager
     def _explained(self, key: str) -> Iterator[None]:
         """Turns botocore's errors into FileNotFoundError, or one line for the user."""
-        from boto3.exceptions import S3UploadFailedError
+        from boto3.exceptions import RetriesExceededError, S3UploadFailedError
         from botocore import exceptions as boto
 
         try:
             yield
         except (boto.NoCredentialsError, boto.PartialCredentialsError):
             raise UserError(f"{self.url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-        except (
-            boto.EndpointConnectionError,
-            boto.ConnectTimeoutError,
-            boto.ConnectionClosedError,
-            boto.ReadTimeoutError,
-        ) as error:
-            raise ConnectionError(f"{self.url}: the S3 server does not answer ({error})") from error
+        except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, RetriesExceededError) as error:
+            raise ConnectionError(f"{self.url}: the S3 server does not answer, or not to the end ({error})") from error
         except (boto.ParamValidationError, boto.NoRegionError, boto.ProfileNotFound, ValueError) as error:
             raise UserError(f"{self.url}: {error}") from None
         except S3UploadFailedError as error:
@@ -328,7 +324,7 @@ class S3Storage:
             for page in pages:
                 for item in page.get("Contents", []):
                     key = item["Key"][len(self.prefix) + 1 :] if self.prefix else item["Key"]
-                    yield Entry(key, item["Size"])
+                    yield Entry(key, item["Size"], item["ETag"])
 
     def delete(self, key: str) -> None:
         with self._explained(key):

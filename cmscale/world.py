@@ -62,6 +62,9 @@ def detect(device: str = "auto") -> World:
 def choose_device(device: str, *, rank_of_node: int = 0) -> torch.device:
     """The device of a rank. Raises UserError for `cuda` on a machine without enough GPUs."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto" and count == 0 and os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
+        node = os.environ.get("SLURMD_NODENAME", "this node")
+        raise RuntimeError(f"{node}: Slurm gave it GPUs and CUDA finds none; its driver may have failed")
     if device == "cpu" or (device == "auto" and count == 0):
         return torch.device("cpu")
     if count == 0:

@@ -38,6 +38,10 @@ def claim_generation(run: RunDir) -> int:
     def claim() -> int:
         generation = read_generation(run) + 1
         replace_durably(run.generation, json.dumps({"generation": generation}).encode())
+        for replaced in run.checkpoints.glob(".step-*.replaced-*"):
+            final = run.checkpoint(step_of(replaced.name[1:]))
+            if not final.exists():  # killed between the two renames of a commit
+                replaced.rename(final)
         for leftover in run.checkpoints.glob(".step-*"):
             if ".save-" in leftover.name:
                 why = f"{leftover.name}: an earlier start ended before it was complete; removed"
@@ -67,6 +71,7 @@ class Checkpoints:
     Args:
         generation: from `claim_generation`.
         exporter: receives every committed step, on rank 0.
+        loaded: the state that this start took from a checkpoint: it is saved already.
     """
 
     def __init__(
@@ -77,7 +82,9 @@ class Checkpoints:
         *,
         generation: int,
         data_fingerprint: str,
+        teacher_fingerprint: str | None = None,
         exporter: Exporter | None = None,
+        loaded: TrainState | None = None,
     ) -> None:
         self._run = run
         self._config = config
@@ -86,7 +93,8 @@ class Checkpoints:
         self._data_fingerprint = data_fingerprint
         self._exporter = exporter
         self._thread: threading.Thread | None = None
-        self._saved: TrainState | None = None
+        self._teacher_fingerprint = teacher_fingerprint
+        self._saved = loaded
         self._failure: BaseException | None = None
         self._saves = 0
 
@@ -122,6 +130,7 @@ class Checkpoints:
             config=self._config.model_dump(mode="json"),
             trajectory=trajectory(self._config),
             data_fingerprint=self._data_fingerprint,
+            teacher_fingerprint=self._teacher_fingerprint,
             quantities=shards.quantities,
             parameters=shards.parameters,
             num_elements=shards.num_elements,

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ class Engine:
         self._world = world
         self.dtype = settings.COMPUTE_DTYPES[config.engine.precision]
         self._accumulation = accumulation_steps(config, num_ranks=world.num_ranks)
+        self.arrived = 0.0
+        """When, by `time.perf_counter`, this rank began to wait for the others in the last step."""
         module = build_network()
         if initial is not None:
             module.load_state_dict(initial)
@@ -85,6 +88,7 @@ class Engine:
         self._wrapped = self._initialize(module, optimizer=self._optimizer)
         if settings.is_plain(config):
             GuardedStep(self._optimizer, clip=config.engine.gradient_clip)
+        masters.keep_going_at_smallest_scale(masters.loss_scaler(self._wrapped.optimizer))
         masters.prepare_moments(self._wrapped.optimizer, self._optimizer, self._wrapped.module)
         self._target = self._build_frozen(build_network, start) if has_target else None
         self.shards = self._build_shards()
@@ -217,6 +221,7 @@ class Engine:
         elif hasattr(wrapped, "fp32_groups"):
             for low, master in zip(wrapped.fp16_groups[0], wrapped.fp32_groups[0], strict=True):
                 low.data.copy_(master.data)
+        masters.settle(self._world.device)
 
     def close(self) -> None:
         """Drops DeepSpeed's hooks and buffers, so that another engine may follow in this process."""
@@ -234,6 +239,7 @@ class Engine:
                 parameter.ds_tensor.data[: own.numel()].copy_(own)
             else:
                 parameter.data.copy_(values.view(parameter.shape))
+        masters.settle(self._world.device)
 
     def _initialize(self, module: nn.Module, *, optimizer: torch.optim.Optimizer | None) -> Any:
         common: dict[str, Any] = {"num_elements": masters.count_elements(masters.number_parameters(module))}
@@ -302,6 +308,7 @@ class Engine:
     def _gather_losses(self, mean: torch.Tensor) -> list[float]:
         """Every rank's mean loss, by rank: the one wait for the device in a step."""
         own = mean.cpu().view(1)
+        self.arrived = time.perf_counter()
         if self._world.num_ranks == 1:
             return own.tolist()
         gathered = [torch.zeros_like(own) for _ in range(self._world.num_ranks)]

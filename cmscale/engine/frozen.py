@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cmscale.engine.masters import settle
+
 
 class FrozenNetwork:
     """A network whose parameters are views of one flat buffer in the compute dtype.
@@ -59,6 +61,7 @@ class PartitionedNetwork:
         for parameter, length in zip(self.module.parameters(), own_lengths, strict=True):
             parameter.ds_tensor.data[:length].copy_(local[at : at + length])  # pyright: ignore[reportAttributeAccessIssue]
             at += length
+        settle(local.device)
 
 
 Network = Callable[..., torch.Tensor]

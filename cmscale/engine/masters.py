@@ -151,6 +151,18 @@ def loss_scaler(wrapped: Any) -> Any:
     return None
 
 
+def keep_going_at_smallest_scale(scaler: Any) -> None:
+    """Has overflow at a loss scale of 1 skip the step, as at any other, instead of raising; nothing for None."""
+    if scaler is not None:
+        scaler.raise_error_at_min_scale = False
+
+
+def settle(device: torch.device) -> None:
+    """Waits for copies into partitions: DeepSpeed gathers them on a stream of its own, which waits for none of ours."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def scaler_state(scaler: Any) -> dict[str, float]:
     """The loss scaler's numbers (fp16), {} for None."""
     names = ("cur_scale", "cur_iter", "last_overflow_iter")

@@ -23,7 +23,7 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self._received: str | None = os.environ.get(EARLY_SIGNAL)
+        self._received: str | None = None
         self._before: dict[int, object] = {}
 
     @classmethod
@@ -33,6 +33,7 @@ class Preemption:
         signals = SIGNALS if "SLURM_JOB_ID" in os.environ else (*SIGNALS, signal.SIGINT)
         for number in signals:
             watched._before[number] = signal.signal(number, watched._receive)
+        watched._received = watched._received or os.environ.get(EARLY_SIGNAL)  # after: none falls in between
         return watched
 
     @property

@@ -1,6 +1,7 @@
 """Owns the return to a checkpoint: the newest valid one on all ranks, into any world size and ZeRO stage."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cmscale.config import Config, differences, trajectory
@@ -33,15 +34,18 @@ def newest(run: RunDir, config: Config, world: World, *, data_fingerprint: str, 
     """
     folders = from_main(on_main(lambda: sorted(run.checkpoints.glob("step-*"), reverse=True)))
     problems: list[str] = []
-    for folder in folders:
+    for number, folder in enumerate(folders):
         problems = _problems(folder, world)
         if not problems:
             found = Found(folder, read_manifest(LocalStorage(folder)))
             _must_continue(found, config, data_fingerprint=data_fingerprint)
+            on_main(partial(_set_aside, folders[:number]))
             return found
         if world.is_main:
             write_event(run, "damaged_checkpoint", step=step_of(folder.name), rank=0, why=problems[0])
-    if folders and not fresh:
+    if fresh:
+        on_main(partial(_set_aside, folders))
+    elif folders:
         raise UserError(
             f"{run.checkpoints}: none of the {len(folders)} checkpoints is valid ({problems[0]}); "
             "mend them, or start again from step 0 with --fresh"
@@ -65,6 +69,15 @@ def restore(found: Found, engine: Engine) -> TrainState:
         raise UserError(f"{found.folder}: holds another network or other averages than the config describes")
     engine.restore(FlatReader(found.folder, manifest), manifest.scalars)
     return manifest.state
+
+
+def _set_aside(folders: list[Path]) -> None:
+    """Renames damaged checkpoints: kept for a look, they count as none."""
+    for folder in folders:
+        aside = folder.with_name(f"damaged-{folder.name}")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
+        folder.rename(aside)
 
 
 def _problems(folder: Path, world: World) -> list[str]:

@@ -8,6 +8,7 @@ import sys
 import time
 
 PATIENCE = 5.0  # seconds for the rank to write its stacks
+LINGER = 10.0  # seconds before the kill, at most: peers that wait for this rank write their stacks, too
 
 
 def main() -> None:
@@ -30,7 +31,11 @@ def main() -> None:
 
 
 def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks: str) -> None:
-    """Lets the rank write its stacks, tells events.jsonl, and kills it."""
+    """Lets the rank write its stacks, tells events.jsonl, and kills it.
+
+    The first kill ends the job. A rank that hangs has all others wait for it, so that all are late within moments
+    and only their stacks tell which is the one: the kill waits for them.
+    """
     state = state_of(process)
     stopped = " (the process was stopped)" if state in "Tt" else ""
     before = size(stacks)
@@ -45,6 +50,7 @@ def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks
     try:
         descriptor = os.open(events, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.write(descriptor, (json.dumps(line) + "\n").encode())
+        time.sleep(min(LINGER, limit / 2))
     finally:
         os.kill(process, signal.SIGKILL)  # whatever the disk says
 

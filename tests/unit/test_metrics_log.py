@@ -36,6 +36,8 @@ def test_a_line_cut_by_a_crash_is_passed_over(run: RunDir) -> None:
     with run.events.open("a") as file:
         file.write('{"event": "chec')
     assert [record["event"] for record in read_lines(run.events)] == ["start"]
+    write_event(run, "resumed", step=0, rank=0)
+    assert [record["event"] for record in read_lines(run.events)] == ["start", "resumed"]
 
 
 def test_a_replayed_step_counts_once_with_its_last_value(run: RunDir) -> None:

@@ -103,8 +103,11 @@ def test_an_asset_is_fetched_once_and_checked(s3: str, tmp_path: Path, monkeypat
     good = "a2e4ee7a1b1ee3a3d0a8a3a2f4d0f0f0"
     path = local_file(f"{s3}/weights.pth")
     assert path.read_bytes() == b"numbers"
-    path.write_bytes(b"NUMBERS")  # the cache is used again, and so not fetched, as the size is the same
-    assert local_file(f"{s3}/weights.pth").read_bytes() == b"NUMBERS"
+    assert local_file(f"{s3}/weights.pth") == path
+    path.write_bytes(b"NUMBERS")  # a copy that rotted is fetched again
+    assert local_file(f"{s3}/weights.pth").read_bytes() == b"numbers"
+    storage.write("weights.pth", b"another")  # and so is an object that was replaced, be its size the same
+    assert local_file(f"{s3}/weights.pth").read_bytes() == b"another"
     with pytest.raises(UserError, match=good):
         local_file(f"{s3}/weights.pth#sha256={good}")
     with pytest.raises(UserError, match="no such object"):
