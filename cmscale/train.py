@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cmscale import pictures, schedules
+from cmscale import pictures, preflight, schedules
 from cmscale import world as worlds
 from cmscale.assets import cache_folder, local_file, locked
 from cmscale.bad_steps import BadSteps
@@ -39,6 +39,7 @@ from cmscale.run_log import RunLog
 from cmscale.rundir import RunDir
 from cmscale.source import load_teacher
 from cmscale.storage import open_storage
+from cmscale.stragglers import Stragglers
 from cmscale.world import World
 
 
@@ -60,6 +61,7 @@ def main(run_dir: str, fresh: bool = False) -> str:
     world = worlds.detect(config.engine.device)
     worlds.connect(world, timeout_minutes=config.engine.collective_timeout_minutes)
     try:
+        preflight.check(config, run, world)
         return train(config, run, world, preemption=preemption, fresh=fresh)
     except Exception as error:
         write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(error).__name__}: {error}")
@@ -83,6 +85,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     probe = Probe(config, world)
     watchdog = Watchdog(run, config, world)
     bad_steps = BadSteps(config, run, world)
+    stragglers = Stragglers(run, world, every=config.train.log_every)
     log.started(state)
     if found is None:  # no step before there is something to go back to
         checkpoints.save(state, engine)
@@ -90,12 +93,15 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
             raise CheckpointFailed(f"the first checkpoint could not be written; see {run.events}")
 
     while state.step < config.train.total_steps and not preemption.requested():
+        stragglers.begin()
         point = schedules.at(config, state.step)
         batch, cursor = next(batches)
         result = parts.step(batch, point)
         if result.applied:
             shards.update(point)
         state = state.advance(cursor, result.applied)
+        if result.applied:
+            stragglers.stepped(state.step, arrived=engine.arrived)
         error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
         log.stepped(state, point, result, consistency_error=error)
         if bad_steps.is_lost(result, batch, state):  # back to the newest checkpoint, and past the data that led here

@@ -1,0 +1,152 @@
+"""Owns what a rank does in the tests of faults: train a run in which something goes wrong, once or always."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmscale import train
+from cmscale import world as worlds
+from cmscale.engine import checkpoint
+
+GLOBAL_BATCH = 8
+
+
+def main(run_dir: str, fault: str) -> str:
+    """A job's worker: on rank 1 something happens before step 4; all but `raises` happen in the first start only."""
+    marker = Path(run_dir) / "happened"
+    if os.environ["RANK"] == "1" and (fault == "raises" or not marker.exists()):
+        actions = {"stops": stop, "holds the GIL": hold_the_gil, "raises": fail}
+
+        def happen(_: train.Parts) -> None:
+            marker.touch()
+            actions[fault]()
+
+        before_step(4, happen)
+    return train.main(run_dir)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    threading.Event().wait()  # it is continued for its stacks, and steps no more
+
+
+def hold_the_gil() -> None:
+    import ctypes
+
+    ctypes.PyDLL(None).pause()  # a PyDLL call keeps the GIL
+
+
+def fail() -> None:
+    raise RuntimeError("rank 1 is out of luck")
+
+
+def before_step(step: int, action: Callable[[train.Parts], None]) -> None:
+    """Has `action` happen before the attempt at the step after `step` applied ones."""
+    original = train.Parts.step
+
+    def acting(self: train.Parts, batch: Any, point: Any) -> Any:
+        if point.step == step:
+            action(self)
+        return original(self, batch, point)
+
+    train.Parts.step = acting
+
+
+def scenarios(root: str) -> None:
+    """Trains run after run in these ranks, each with a fault of its own; prints how each ended."""
+    worlds.connect(worlds.detect("cpu"))
+    worlds.disconnect = lambda: None  # the ranks stay together from run to run
+    ends = {name: ended(Path(root) / name, fault) for name, fault in FAULTS.items()}
+    ends["signals, resumed"] = ended(Path(root) / "signals", contextlib.nullcontext)
+    print(json.dumps(ends))
+
+
+def ended(run_dir: Path, fault: Callable[[], Any]) -> str:
+    with fault():
+        try:
+            return train.main(str(run_dir))
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def signals_during_a_save() -> Any:
+    """Both signals come twice while the second checkpoint is being written, on each rank."""
+    write, saves = checkpoint.save_file, []
+
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        saves.append(1)
+        for number in (signal.SIGTERM, signal.SIGUSR2) * 2 if len(saves) == 2 else ():
+            os.kill(os.getpid(), number)
+        write(*arguments, **more)
+
+    return patched(checkpoint, "save_file", interrupted)
+
+
+def signals_to_data_workers() -> Any:
+    """Before every step the data workers of this rank get the signals of preemption."""
+    import multiprocessing
+
+    original = train.Parts.step
+
+    def signalling(self: train.Parts, batch: Any, point: Any) -> Any:
+        workers = multiprocessing.active_children()
+        assert workers
+        for worker in workers:
+            for number in (signal.SIGUSR2, signal.SIGTERM):
+                os.kill(worker.pid or 0, number)
+        return original(self, batch, point)
+
+    return patched(train.Parts, "step", signalling)
+
+
+def nan_in(batches: Collection[int]) -> Callable[[], Any]:
+    """Rank 1's images of these global batches (counted from 0) are not numbers."""
+
+    def spoilt() -> Any:
+        original = train.to_device
+
+        def to_device(batch: Any, device: torch.device) -> torch.Tensor:
+            images = original(batch, device)
+            bad = batch.positions[0] // GLOBAL_BATCH in batches and os.environ["RANK"] == "1"
+            return images * math.nan if bad else images
+
+        return patched(train, "to_device", to_device)
+
+    return spoilt
+
+
+def fp16_on_this_cpu() -> Any:
+    """Lets this CPU compute in fp16, which it can, if slowly."""
+    from engine_work import allow_fp16
+
+    allow_fp16()
+    return contextlib.nullcontext()
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "golden": contextlib.nullcontext,
+    "signals": signals_during_a_save,
+    "workers": signals_to_data_workers,
+    "nan once": nan_in([4]),
+    "nan three times": nan_in([4, 5, 6]),
+    "nan for ever": nan_in(range(4, 1000)),
+    "overflow": fp16_on_this_cpu,
+}

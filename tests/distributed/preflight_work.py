@@ -1,0 +1,40 @@
+"""Owns what a rank does in the tests of the preflight: look, and say how it ended."""
+
+import json
+import os
+from pathlib import Path
+
+from small import joined, small_config
+
+from cmscale import preflight
+from cmscale.rundir import RunDir
+
+
+def look(folder: str) -> None:
+    """Both ranks look three times: all is well; rank 1's node has another torch; rank 1 adds wrongly."""
+    world = joined()
+    os.environ["SLURMD_NODENAME"] = f"node{world.rank + 1}"
+    preflight.PEERS_SECONDS = 0.05
+    original = preflight.versions
+
+    def other_torch(config: object) -> dict[str, str]:
+        found = original(config)  # pyright: ignore[reportArgumentType]
+        return found | ({"torch": "1.0"} if world.rank == 1 else {"torch": "2.0"})
+
+    def wrong_sum(run: RunDir, own: object) -> None:
+        preflight_collective(run, own)
+        if world.rank == 1:
+            raise RuntimeError("a sum over 2 ranks gave 1.5")
+
+    preflight_collective = preflight.check_collective
+    ends = []
+    for name, value in (("versions", original), ("versions", other_torch), ("check_collective", wrong_sum)):
+        before = getattr(preflight, name)
+        setattr(preflight, name, value)
+        try:
+            preflight.check(small_config(), RunDir(Path(folder)), world)
+            ends.append("well")
+        except preflight.PreflightFailed as error:
+            ends.append(str(error))
+        setattr(preflight, name, before)
+    print(json.dumps(ends))

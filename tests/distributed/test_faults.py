@@ -1,0 +1,139 @@
+"""What a run makes of signals, numbers that are none, and ranks that stop: the fault matrix on gloo ranks."""
+
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from safetensors import safe_open
+from small_runs import STEPS, assert_equal, events, last_weights, launch, losses, make_data, make_run, outcomes
+
+from cmscale.metrics_log import latest_metrics, read_lines
+from cmscale.rundir import RunDir
+
+OVERRIDES = {
+    "workers": ("data.workers=1",),
+    "nan for ever": ("train.max_rollbacks=1",),
+    "overflow": ("engine.precision=fp16", "engine.initial_loss_scale_power=24"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The folder of the runs of `fault_work.scenarios`, and how each ended, on two ranks that started once."""
+    root = tmp_path_factory.mktemp("runs")
+    for name in ("golden", "signals", "workers", "nan once", "nan three times", "nan for ever", "overflow"):
+        make_run(root / name, data, *OVERRIDES.get(name, ()))
+    first, second = outcomes(run_ranks(2, "fault_work:scenarios", str(root)))
+    assert first == second
+    return root, first
+
+
+def golden(runs: tuple[Path, dict[str, str]]) -> RunDir:
+    return RunDir(runs[0] / "golden")
+
+
+def test_both_signals_twice_during_a_save_are_one_save_and_one_preemption(runs: tuple[Path, dict[str, str]]) -> None:
+    root, ends = runs
+    run = RunDir(root / "signals")
+    assert (ends["golden"], ends["signals"], ends["signals, resumed"]) == ("finished", "preempted", "finished")
+    (left,) = events(run, "preempted")
+    saved = [record["step"] for record in events(run, "checkpoint")]
+    assert saved.count(left["step"]) == 1
+    assert len(saved) == len(set(saved))
+    assert [record["step"] for record in read_lines(run.metrics)] == list(range(1, STEPS + 1))  # no step twice
+    assert_equal(run, golden(runs))
+
+
+def test_signals_to_a_data_worker_are_ignored(runs: tuple[Path, dict[str, str]]) -> None:
+    root, ends = runs
+    assert ends["workers"] == "finished"
+    assert_equal(RunDir(root / "workers"), golden(runs))
+
+
+def test_a_batch_without_a_finite_loss_is_not_applied_and_is_kept(runs: tuple[Path, dict[str, str]]) -> None:
+    root, ends = runs
+    run = RunDir(root / "nan once")
+    assert ends["nan once"] == "finished"
+    metrics, expected = latest_metrics(run), latest_metrics(golden(runs))
+    assert losses(run)[:4] == losses(golden(runs))[:4]
+    assert [record["samples"] for record in metrics] == [8, 16, 24, 32, 48, 56, 64, 72, 80]  # the fifth is passed over
+    for name in ("num_scales", "target_ema", "lr"):
+        assert [record[name] for record in metrics] == [record[name] for record in expected]
+    files = sorted(run.logs.glob("nonfinite-*"))
+    assert [file.name[-21:-12] for file in files] == ["rank-0000", "rank-0001"]
+    with safe_open(files[1], framework="pt") as file:
+        assert file.metadata()["positions"] == "33,35,37,39"
+        assert tuple(file.get_tensor("images").shape) == (4, 3, 8, 8)
+    assert events(run, "rolled_back") == []
+
+
+def test_bad_batches_in_a_row_roll_back_and_are_passed_over(runs: tuple[Path, dict[str, str]]) -> None:
+    root, ends = runs
+    run = RunDir(root / "nan three times")
+    assert ends["nan three times"] == "finished"
+    (back,) = events(run, "rolled_back")
+    assert back["step"] == 4
+    taken = [(record["step"], record["samples"]) for record in read_lines(run.metrics)]
+    assert taken == [(1, 8), (2, 16), (3, 24), (4, 32), (4, 64), (5, 72), (6, 80), (7, 88), (8, 96), (9, 104)]
+
+
+def test_going_back_is_bounded(runs: tuple[Path, dict[str, str]]) -> None:
+    root, ends = runs
+    run = RunDir(root / "nan for ever")
+    assert ends["nan for ever"].startswith("RuntimeError: after step 3: 3 batches in a row gave no finite loss")
+    assert "after going back 1 times" in ends["nan for ever"]
+    assert len(events(run, "rolled_back")) == 1
+    assert "going back 1 times" in events(run, "fault")[-1]["why"]
+
+
+def test_an_fp16_overflow_lowers_the_scale_and_is_no_bad_batch(runs: tuple[Path, dict[str, str]]) -> None:
+    root, ends = runs
+    run = RunDir(root / "overflow")
+    assert ends["overflow"] == "finished"
+    assert events(run, "step_not_applied")
+    assert events(run, "rolled_back", "nonfinite_step") == []
+    assert latest_metrics(run)[0]["loss_scale"] < 2**24
+    assert len(losses(run)) == STEPS
+    assert last_weights(run)
+
+
+@pytest.mark.parametrize("how", ["stops", pytest.param("holds the GIL", marks=pytest.mark.slow)])
+def test_a_rank_that_hangs_is_named_with_its_stacks_and_the_job_goes_on_by_itself(
+    runs: tuple[Path, dict[str, str]], data: Path, tmp_path: Path, how: str
+) -> None:
+    run = make_run(tmp_path / "run", data, "engine.step_timeout_minutes=0.2")
+    job = launch(run, "fault_work:main", how)
+    _, said = job.communicate(timeout=200)
+    assert job.returncode == 0, said
+    named = [record for record in events(run, "fault") if "no step within 12 s" in record["why"]]
+    assert sorted((record["rank"], record["step"]) for record in named) == [(0, 4), (1, 4)]  # rank 0 waits for rank 1
+    stopped = [record["rank"] for record in named if "was stopped" in record["why"]]
+    assert stopped == ([1] if how == "stops" else [])
+    stacks = [(run.logs / f"stacks-rank-{rank}.txt").read_text() for rank in (0, 1)]
+    function = {"stops": "in stop", "holds the GIL": "in hold_the_gil"}[how]
+    assert [function in text for text in stacks] == [False, True]
+    assert len(events(run, "requeued")) == 1
+    assert_equal(run, golden(runs))
+
+
+@pytest.mark.slow
+def test_the_same_fault_at_the_same_step_stops_the_run_after_three(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", data)
+    job = launch(run, "fault_work:main", "raises")
+    _, said = job.communicate(timeout=200)
+    assert job.returncode == 1
+    why = "fault: 3 failures without progress since step 3: RuntimeError: rank 1 is out of luck"
+    assert said.splitlines()[-1].startswith(why)
+    assert "Traceback" in said  # the log's tail
+    assert [record["event"] for record in events(run, "requeued", "start", "resumed")] == [
+        "start",
+        "requeued",
+        "resumed",
+        "requeued",
+        "resumed",
+    ]
