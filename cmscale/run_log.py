@@ -14,7 +14,7 @@ from cmscale.world import World
 
 
 class RunLog:
-    """Rank 0 speaks for the run; the other ranks' logs are silent."""
+    """Rank 0 speaks for the run; the other ranks' logs only name what they had to replace in their data."""
 
     def __init__(self, config: Config, run: RunDir, world: World, *, batches: Batches) -> None:
         self._config = config
@@ -24,6 +24,7 @@ class RunLog:
         self._metrics = MetricsLog(run, config.wandb, config=json.loads(config.model_dump_json()), active=world.is_main)
         self._since = time.perf_counter()
         self._cursor = 0
+        self._replaced: set[str] = set()
 
     def started(self, state: TrainState) -> None:
         """Says that training starts, or goes on, here."""
@@ -37,6 +38,7 @@ class RunLog:
 
         So it does a step whose consistency error was measured.
         """
+        self._say_what_was_replaced(state)
         if not result.applied:
             self._event("step_not_applied", state, why=f"loss {result.loss:g}, loss scale {result.loss_scale:g}")
             return
@@ -69,10 +71,16 @@ class RunLog:
 
     def ended(self, state: TrainState, event: str, *, why: str) -> None:
         """Says how it ended, and closes the mirror."""
-        for key, reason in self._batches.bad.items():
-            self._event("bad_sample", state, why=f"{key}: {reason}")
+        self._say_what_was_replaced(state)
         self._event(event, state, why=why)
         self._metrics.close()
+
+    def _say_what_was_replaced(self, state: TrainState) -> None:
+        """Each rank names the undecodable samples and the bad shards among its own, once."""
+        for event, found in (("bad_sample", self._batches.bad), ("bad_shard", self._batches.bad_shards)):
+            for name in found.keys() - self._replaced:
+                self._replaced.add(name)
+                write_event(self._run, event, step=state.step, rank=self._world.rank, why=f"{name}: {found[name]}")
 
     def _event(self, event: str, state: TrainState, *, why: str = "") -> None:
         if self._world.is_main:

@@ -63,6 +63,7 @@ class Data(Section):
     cache_dir: str | None = operational(None)
     cache_gb: Positive = operational(200.0)
     max_bad_samples: NonNegative = operational(0)
+    max_bad_shards: NonNegative = operational(0)
 
 
 class Optimizer(Section):

@@ -14,6 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmscale.config import Data
+from cmscale.data.buffers import Buffers
+from cmscale.data.cache import BadFile
 from cmscale.data.decode import BadImage, decode_into
 from cmscale.data.order import Order, flips
 from cmscale.data.samples import Samples
@@ -42,13 +44,14 @@ class Batch:
 
 @dataclass
 class _Raw:
-    """What a worker sends: pixels as uint8 [b, H, W, 3], and the samples it had to replace."""
+    """What a worker sends: pixels as uint8 [b, H, W, 3], and the samples and shards it had to replace, with reasons."""
 
     pixels: torch.Tensor
     positions: tuple[int, ...]
     keys: tuple[str, ...]
     flips: torch.Tensor
-    bad: tuple[tuple[str, str], ...]
+    bad: dict[str, str]
+    bad_shards: dict[str, str]
 
     def pin_memory(self) -> "_Raw":
         self.pixels = self.pixels.pin_memory()
@@ -76,6 +79,8 @@ class _RankBatches(Dataset[Any]):
         self.world = world
         self.global_batch_size = global_batch_size
         self.flip = flip
+        size = samples.manifest.image_size
+        self.buffers = Buffers((global_batch_size // world.num_ranks, size, size, 3))
 
     def ids(self, cursor: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions, sample ids and epochs of the share."""
@@ -96,31 +101,41 @@ class _RankBatches(Dataset[Any]):
 
     def _read(self, cursor: int) -> _Raw:
         positions, ids, epochs = self.ids(cursor)
-        size = self.samples.manifest.image_size
-        pixels = torch.empty((len(ids), size, size, 3), dtype=torch.uint8)
-        keys, bad = [], []
-        for row, index in zip(pixels.numpy(), ids, strict=True):
-            key, replaced = self._read_into(int(index), row)
-            keys.append(key)
-            bad += replaced
-        mirrored = flips(self.order, tuple(keys), epochs) if self.flip else [False] * len(keys)
-        return _Raw(pixels, tuple(positions.tolist()), tuple(keys), torch.tensor(mirrored), tuple(bad))
+        pixels = self.buffers.take()
+        bad: dict[str, str] = {}
+        bad_shards: dict[str, str] = {}
+        keys = tuple(
+            self._read_into(int(index), row, bad=bad, bad_shards=bad_shards)
+            for row, index in zip(pixels.numpy(), ids, strict=True)
+        )
+        mirrored = flips(self.order, keys, epochs) if self.flip else [False] * len(keys)
+        return _Raw(pixels, tuple(positions.tolist()), keys, torch.tensor(mirrored), bad, bad_shards)
 
-    def _read_into(self, index: int, row: np.ndarray) -> tuple[str, list[tuple[str, str]]]:
-        """Decodes a sample, or the next one of its shard that can be: the same stand-in on any rank."""
-        bad: list[tuple[str, str]] = []
-        first = index
+    def _read_into(self, index: int, row: np.ndarray, *, bad: dict[str, str], bad_shards: dict[str, str]) -> str:
+        """Decodes a sample, or the next one of its shard that can be; where the shard is bad, the one at its place in
+        the next good shard: the same stand-in on any rank. Returns its key, notes what was replaced."""
+        shards = self.samples.manifest.shards
+        tried = 0
         while True:
-            key, data = self.samples.read(index)
+            shard = shards[self.samples.shard_of(index)]
             try:
+                key, data = self.samples.read(index)
                 decode_into(data, row)
-                return key, bad
+                return key
+            except BadFile as error:
+                bad_shards[shard.name] = str(error)
+                if len(bad_shards) == len(shards):
+                    raise
+                index = self.samples.in_next_shard(index)
+                tried = 0
             except BadImage as error:
-                bad.append((key, str(error)))
-            index = self.samples.after(index)
-            if index == first:
-                name = self.samples.manifest.shards[self.samples.shard_of(index)].name
-                raise RuntimeError(f"{self.samples.url}: no image of shard {name} can be decoded ({bad[0][1]})")
+                bad[key] = str(error)
+                index = self.samples.after(index)
+                tried += 1
+                if tried == shard.count:
+                    raise RuntimeError(
+                        f"{self.samples.url}: no image of shard {shard.name} can be decoded ({error})"
+                    ) from None
 
 
 class _Cursors(Sampler[int]):
@@ -192,8 +207,10 @@ class Batches:
     def __init__(self, batches: _RankBatches, *, config: Data, world: World, start_cursor: int, lookahead: int) -> None:
         self.dataset: DatasetManifest = batches.samples.manifest
         self.bad: dict[str, str] = {}
+        self.bad_shards: dict[str, str] = {}
         self._url = batches.samples.url
         self._max_bad = config.max_bad_samples
+        self._max_bad_shards = config.max_bad_shards
         self._step = batches.global_batch_size
         self._cursor = start_cursor
         loader = DataLoader(
@@ -222,14 +239,19 @@ class Batches:
         raw = next(self._iterator)
         if isinstance(raw, Exception):
             raise raw
-        self._count_bad(raw.bad)
+        self._count_bad(raw)
         self._cursor += self._step
         if self._prefetcher:
             self._prefetcher.move_to(self._cursor)
         return Batch(raw.pixels.permute(0, 3, 1, 2), raw.positions, raw.keys, raw.flips), self._cursor
 
-    def _count_bad(self, bad: tuple[tuple[str, str], ...]) -> None:
-        self.bad.update(bad)
+    def _count_bad(self, raw: _Raw) -> None:
+        self.bad |= raw.bad
+        self.bad_shards |= raw.bad_shards
+        if len(self.bad_shards) > self._max_bad_shards:
+            why = next(reversed(self.bad_shards.values()))
+            allowed = f"; data.max_bad_shards allows {self._max_bad_shards}" if self._max_bad_shards else ""
+            raise RuntimeError(f"{why}{allowed}")
         if len(self.bad) > self._max_bad:
             key, why = next(reversed(self.bad.items()))
             raise RuntimeError(

@@ -18,6 +18,11 @@ from cmscale.storage import LocalStorage, Storage
 ATTEMPTS = 4
 LOCK_MINUTES = 15.0
 _TOUCH_SECONDS = 60.0
+_UNKNOWN, _VERIFIED, _BAD = 0, 1, 2
+
+
+class BadFile(RuntimeError):
+    """A stored file that is missing or not what the manifest says, fetched again and still; one line with both."""
 
 
 def default_cache_dir() -> Path:
@@ -76,7 +81,7 @@ class FileCache:
         self.root = folder if folder is not None else default_cache_dir()
         self.folder = storage.root if isinstance(storage, LocalStorage) and folder is None else self.root / name[:16]
         self._number = {name: number for number, name in enumerate(entries)}
-        self._verified = mmap.mmap(-1, max(1, len(entries)))  # anonymous and shared: forked workers see each other's
+        self._state = mmap.mmap(-1, max(1, len(entries)))  # anonymous and shared: forked workers see each other's
         self._touched: dict[str, float] = {}
         largest = max((entry.size for entry in entries.values()), default=0)
         if not self.in_place and largest > limit:
@@ -88,21 +93,39 @@ class FileCache:
         """The verified local file; fetches it when it isn't there.
 
         Raises:
-            RuntimeError: the stored file is missing or damaged, after fetching it again; names it and its
-                hash.
+                BadFile: the stored file is missing or damaged, after fetching it again; names it and its hash.
             ConnectionError: the storage does not answer, after several attempts.
         """
         path = self.folder / name
         number = self._number[name]
-        if not self._verified[number] or not path.exists():
-            self._obtain(name, path)
-            self._verified[number] = 1
-        self._touch(path)
+        if self._state[number] == _BAD:  # known: not fetched and hashed again for each of its samples
+            raise _damaged(self.storage.join(name), self.entries[name], "missing or damaged")
+        if self._state[number] != _VERIFIED or not path.exists():
+            try:
+                self._obtain(name, path)
+            except BadFile:
+                self._state[number] = _BAD
+                raise
+            self._state[number] = _VERIFIED
+        self.touch(name)
         return path
 
     def has(self, name: str) -> bool:
-        """Whether `path` would return at once."""
-        return bool(self._verified[self._number[name]]) and (self.folder / name).exists()
+        """Whether `path` would return, or raise, at once."""
+        state = self._state[self._number[name]]
+        return state == _BAD or (state == _VERIFIED and (self.folder / name).exists())
+
+    def touch(self, name: str) -> bool:
+        """Marks a file as used, now and then: the modification time orders the eviction. False where it was found
+        evicted."""
+        now = time.monotonic()
+        if not self.in_place and now - self._touched.get(name, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
+            self._touched[name] = now
+            try:
+                os.utime(self.folder / name)
+            except FileNotFoundError:
+                return False
+        return True
 
     def _obtain(self, name: str, path: Path) -> None:
         entry = self.entries[name]
@@ -158,19 +181,9 @@ class FileCache:
                     path.unlink(missing_ok=True)
                     total -= size
 
-    def _touch(self, path: Path) -> None:
-        """Marks a file as used, now and then: the modification time orders the eviction."""
-        if self.in_place:
-            return
-        now = time.monotonic()
-        if now - self._touched.get(path.name, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
-            self._touched[path.name] = now
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
 
-
-def _damaged(where: str, entry: FileEntry, what: str) -> RuntimeError:
-    return RuntimeError(
+def _damaged(where: str, entry: FileEntry, what: str) -> BadFile:
+    return BadFile(
         f"{where}: {what}; expected {entry.size} bytes with SHA-256 {entry.sha256}; "
         f"data_prep/verify.py --repair can write it again"
     )

@@ -1,12 +1,16 @@
-"""Owns reading MDS shards, with mosaicml-streaming's own reader; `index.json` is the one that it defines.
+"""Owns reading MDS shards, mosaicml-streaming's format, and `index.json` as it defines it.
 
-StreamingDataset is not used: its barriers spin for ever when a rank dies, its shared memory survives a
-SIGKILL and blocks the next start, it serves what lies in its cache unchecked, and its resume state knows no
-batch size. Order, cache and resumption are this package's, the same for both formats; StreamingDataset can
-read the data sets all the same.
+prepare.py writes with mosaicml-streaming's MDSWriter, StreamingDataset reads the data sets, and tests hold every
+sample against its MDSReader. Reading here imports nothing of it: its package imports transformers, three seconds and
+250 MB a rank, and its reader opens the file anew for every sample. StreamingDataset itself is not used: its barriers
+spin for ever when a rank dies, its shared memory survives a SIGKILL and blocks the next start, it serves what lies in
+its cache unchecked, and its resume state knows no batch size. Order, cache and resumption are this package's, the same
+for both formats.
 """
 
 import json
+import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,28 +55,25 @@ class MDSShards:
         shards: The manifest's shards, in its order.
 
     Raises:
-        UserError: the index does not list the manifest's shards.
+        UserError: the index does not list the manifest's shards, or lists other columns than prepare.py writes.
     """
 
     def __init__(self, index: Path, shards: Sequence[ShardEntry]) -> None:
-        self._objects: list[dict[str, Any]] = json.loads(index.read_bytes())["shards"]
-        listed = [(item["raw_data"]["basename"], item["samples"], item["zip_data"]) for item in self._objects]
-        if listed != [(shard.name, shard.count, None) for shard in shards]:
+        objects: list[dict[str, Any]] = json.loads(index.read_bytes())["shards"]
+        listed = [(item["raw_data"]["basename"], item["samples"], item["zip_data"]) for item in objects]
+        columns = [dict(zip(item["column_names"], item["column_encodings"], strict=True)) for item in objects]
+        if listed != [(shard.name, shard.count, None) for shard in shards] or any(one != COLUMNS for one in columns):
             raise UserError(
                 f"{index}: does not list the shards of the manifest; run data_prep/verify.py on the data set"
             )
-        self._readers: dict[int, Any] = {}
 
-    def read(self, path: Path, shard: int, index: int) -> tuple[str, bytes]:
-        """Key and encoded image of a shard's sample. Raises FileNotFoundError when the file was evicted."""
-        reader = self._readers.get(shard)
-        if reader is None:
-            from streaming.base.format import (
-                reader_from_json,
-            )  # slow to import, and WebDataset readers don't need it
-
-            reader = reader_from_json(str(path.parent), "", self._objects[shard])
-            reader.validate(allow_unsafe_types=False)
-            self._readers[shard] = reader
-        sample = reader[index]
-        return sample["key"], sample["image"]
+    def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]:
+        """Key and encoded image of a sample; `file` is the shard's descriptor."""
+        # A shard: its count, the offsets of its samples and of their end (uint32), its columns, the samples. A sample:
+        # the sizes of its columns (both vary, in the order of their names), then their bytes.
+        begin, end = struct.unpack("<2I", os.pread(file, 8, 4 * (1 + index)))
+        block = os.pread(file, end - begin, begin)
+        image, key = struct.unpack_from("<2I", block)
+        if 8 + image + key != len(block):
+            raise RuntimeError(f"shard {shard}, sample {index}: not an MDS sample of the columns {sorted(COLUMNS)}")
+        return block[8 + image :].decode(), block[8 : 8 + image]

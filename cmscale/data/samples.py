@@ -1,5 +1,6 @@
 """Owns a prepared data set as a sequence: the sample with an id, whatever the format and the place."""
 
+import io
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
@@ -16,12 +17,13 @@ from cmscale.manifests import DatasetManifest, read_dataset_manifest
 from cmscale.storage import open_storage
 
 _EVICTED_AT_MOST = 10
+_OPEN_AT_MOST = 256
 
 
 class Shards(Protocol):
-    """What a format offers: the sample `index` of shard number `shard`, whose verified file is `path`."""
+    """What a format offers: the sample `index` of shard number `shard`, whose verified file is open as `file`."""
 
-    def read(self, path: Path, shard: int, index: int) -> tuple[str, bytes]: ...
+    def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]: ...
 
 
 class Samples:
@@ -49,6 +51,10 @@ class Samples:
             limit=int(cache_gb * 1e9),
         )
         self._shards = self._open_shards()
+        # An evicted file takes its space while it is open: what is held is a small part of the cache.
+        largest = max(shard.size for shard in self.manifest.shards)
+        self._open_at_most = min(_OPEN_AT_MOST, 1 + self.cache.limit // (8 * largest))
+        self._files: dict[int, io.FileIO] = {}
 
     def _open_shards(self) -> Shards:
         is_mds = self.manifest.format == "mds"
@@ -71,15 +77,29 @@ class Samples:
         """Key and encoded bytes of a sample.
 
         Raises:
-            RuntimeError: its shard is missing or damaged; names shard and hash.
+            BadFile: its shard is missing or damaged; names shard and hash.
         """
         shard = self.shard_of(index)
+        return self._shards.read(self._open(shard).fileno(), shard, index - self.starts[shard])
+
+    def _open(self, shard: int) -> io.FileIO:
+        """A shard's verified file. The most recently used stay open: eviction by a peer does them no harm."""
+        name = self.manifest.shards[shard].name
+        file = self._files.pop(shard, None)
+        if file is None or not self.cache.touch(name):
+            file = self._open_verified(name)
+            while len(self._files) >= self._open_at_most:
+                self._files.pop(next(iter(self._files))).close()
+        self._files[shard] = file
+        return file
+
+    def _open_verified(self, name: str) -> io.FileIO:
         for _ in range(_EVICTED_AT_MOST):
-            path = self.cache.path(self.manifest.shards[shard].name)
+            path = self.cache.path(name)
             try:
-                return self._shards.read(path, shard, index - self.starts[shard])
+                return path.open("rb", buffering=0)
             except FileNotFoundError:
-                continue  # evicted by a peer between the look and the read
+                continue  # evicted by a peer between the look and the opening
         raise RuntimeError(f"{path}: evicted as often as it is fetched; raise data.cache_gb")
 
     def after(self, index: int) -> int:
@@ -87,6 +107,12 @@ class Samples:
         start = self.starts[self.shard_of(index)]
         count = self.starts[self.shard_of(index) + 1] - start
         return start + (index - start + 1) % count
+
+    def in_next_shard(self, index: int) -> int:
+        """The sample that stands in for one of a bad shard: at its place in the next shard, or a place before."""
+        shard = self.shard_of(index)
+        stand_in = (shard + 1) % len(self.manifest.shards)
+        return self.starts[stand_in] + (index - self.starts[shard]) % self.manifest.shards[stand_in].count
 
 
 def read_images(

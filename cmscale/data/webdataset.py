@@ -5,13 +5,14 @@ URLs from the environment. Only the data set's own member is looked at; nothing 
 """
 
 import io
-import tarfile
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
+from webdataset.tariterators import group_by_keys
 
 from cmscale.errors import UserError
 from cmscale.manifests import ShardEntry
@@ -47,29 +48,27 @@ class TarShards:
     def __init__(self, index: Path, shards: Sequence[ShardEntry], *, encoding: str) -> None:
         self._extension = EXTENSIONS[encoding]
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
-        self._spans = np.load(index, mmap_mode="r", allow_pickle=False)
+        self._spans = np.asarray(np.load(index, mmap_mode="r", allow_pickle=False))  # a memmap is slow to index
         if self._spans.shape != (self._starts[-1], 2):
             raise UserError(
                 f"{index}: does not list the samples of the manifest; run data_prep/verify.py on the data set"
             )
 
-    def read(self, path: Path, shard: int, index: int) -> tuple[str, bytes]:
-        """Key and encoded image of a shard's sample. Raises FileNotFoundError when the file was evicted."""
-        from webdataset.tariterators import group_by_keys
-
-        begin, end = map(int, self._spans[self._starts[shard] + index])
-        with path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            block = file.read(end - begin)
-        sample = next(iter(group_by_keys(_members(block, path.name))))
+    def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]:
+        """Key and encoded image of a sample; `file` is the shard's descriptor."""
+        begin, end = self._spans[self._starts[shard] + index].tolist()
+        block = os.pread(file, end - begin, begin)
+        sample = next(iter(group_by_keys(_members(block))))
         return unquote(sample["__key__"]), sample[self._extension]
 
 
-def _members(block: bytes, url: str) -> Iterator[dict[str, Any]]:
-    """The files in a piece of a tar, as webdataset's own iterator gives them at half the speed."""
+def _members(block: bytes) -> Iterator[dict[str, Any]]:
+    """The files in a piece of a tar (POSIX ustar, names of at most 100 bytes: what prepare.py writes), as webdataset's
+    own iterator gives them at a tenth of the speed."""
     at = 0
     while at < len(block):
-        header = tarfile.TarInfo.frombuf(block[at : at + 512], "utf-8", "surrogateescape")
+        name = block[at : at + 100].rstrip(b"\0").decode("ascii")
+        size = int(block[at + 124 : at + 135], 8)
         at += 512
-        yield {"fname": header.name, "data": block[at : at + header.size], "__url__": url}
-        at += -(-header.size // 512) * 512
+        yield {"fname": name, "data": block[at : at + size], "__url__": ""}
+        at += -(-size // 512) * 512

@@ -61,6 +61,32 @@ def test_the_sequence_is_the_epochs_one_after_the_other_from_any_start(order: Or
     np.testing.assert_array_equal(later, whole[min(cut, len(whole) - 1) :])
 
 
+@given(
+    order=orders,
+    start=st.integers(0, 300),
+    legs=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=5
+    ),
+)
+@settings(max_examples=400, deadline=None)
+def test_a_run_that_stops_and_moves_anywhere_sees_what_a_straight_one_sees(order: Order, start: int, legs):
+    """Legs of (ranks, samples a rank, steps): every position once, in its place among the steps, with its sample."""
+    cursor = start
+    for num_ranks, share, steps in legs:
+        size = num_ranks * share
+        for _ in range(steps):
+            ranks = [
+                order.rank_positions(cursor, global_batch_size=size, rank=rank, num_ranks=num_ranks)
+                for rank in range(num_ranks)
+            ]
+            assert sorted(np.concatenate(ranks)) == list(range(cursor, cursor + size))
+            ids = dict(zip(np.concatenate(ranks), np.concatenate([order.at(one)[0] for one in ranks]), strict=True))
+            for position, sample in ids.items():
+                epoch, within = divmod(int(position), order.num_samples)
+                assert sample == epoch_order(order, epoch)[within]
+            cursor += size
+
+
 def test_a_node_of_a_cluster_touches_its_own_parts_only() -> None:
     order = Order((100,) * 16, num_canonical_nodes=8, seed=1, shuffle_block=64)
     for num_nodes, ranks_per_node in ((2, 1), (2, 4), (4, 2), (8, 1)):
