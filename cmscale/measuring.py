@@ -50,6 +50,8 @@ class Bench:
         reference. Collective.
         """
         settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+        if settings.num_samples < 2:
+            raise UserError(f"--samples {settings.num_samples}: an evaluation takes at least 2 samples")
         named = {"inception": settings.inception_weights, "dinov2": settings.dinov2_weights}.get(settings.features)
         weights = None if named is None else local_file(named)
         extractor = build_features(settings.features, weights=weights, device=world.device)

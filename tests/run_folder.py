@@ -48,13 +48,21 @@ def write_run(root: Path, *, kind: str = "ct", total_steps: int = 200, nfes: tup
 
 
 def write_evaluation(
-    run: RunDir, *, step: int, nfe: int, values: tuple[float, ...], features: str = "efficientnet_lite0"
+    run: RunDir,
+    *,
+    step: int,
+    nfe: int,
+    values: tuple[float, ...],
+    features: str = "efficientnet_lite0",
+    weights: str = "ema_0.999",
+    times: tuple[float, ...] | None = None,
 ) -> None:
     """An evaluation of a run in its place."""
     result = EvaluationResult(
         step=step,
-        weights="ema_0.999",
+        weights=weights,
         nfe=nfe,
+        times=times,
         num_samples=500,
         seeds=tuple(range(len(values))),
         features=features,
@@ -64,6 +72,6 @@ def write_evaluation(
         precision=Metric.of([0.5] * len(values)),
         seconds=1.0,
     )
-    path = run.evaluation(step=step, weights="ema_0.999", nfe=nfe)
+    path = run.evaluation(step=step, weights=weights, nfe=nfe, times=times or ())
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(result.to_bytes())

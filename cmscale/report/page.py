@@ -13,7 +13,8 @@ from PIL import Image
 from cmscale.evaluation.result import EvaluationResult, Metric
 from cmscale.report.facts import RunFacts, read_facts
 from cmscale.report.paper import PAPER
-from cmscale.report.plots import Curve, progress_curve, steps_curve, time_curve, training_curve
+from cmscale.report.plots import Curve, time_curve, training_curve
+from cmscale.report.quality import quality_panels
 from cmscale.rundir import RunDir
 from cmscale.storage import replace_durably
 
@@ -68,7 +69,7 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
         "several_runs": bool(siblings),
         "score_names": sorted({each.score_name for owner in everyone for each in owner.evaluations}),
         "warnings": _warnings(everyone),
-        "quality": _quality(everyone),
+        "quality": quality_panels(everyone),
         "paper": PAPER,
         "events": _events(facts),
         "timeline": _timeline(facts),
@@ -172,6 +173,7 @@ def _row(result: EvaluationResult, owner: RunFacts) -> dict[str, Any]:
     return {
         "result": result,
         "run": owner.name,
+        "times": ", ".join(f"{time:.4g}" for time in result.times or ()),
         "features": _FEATURES.get(result.features, result.features),
         "cells": {name: _cell(metric, form) for name, (metric, form) in metrics.items()},
     }
@@ -192,48 +194,6 @@ def _warnings(everyone: list[RunFacts]) -> list[str]:
         for warning in each.warnings
     ]
     return said + [line for owner in everyone for line in owner.unreadable]
-
-
-def _quality(everyone: list[RunFacts]) -> list[tuple[str, str]]:
-    """(title, svg): for each score, quality against evaluations a sample and against training."""
-    found = []
-    for name in sorted({each.score_name for owner in everyone for each in owner.evaluations}):
-        newest: list[Curve] = []
-        over_training: list[Curve] = []
-        levels: list[tuple[str, float]] = []
-        for owner in everyone:
-            mine = [
-                each for each in owner.evaluations if each.score_name == name and each.step is not None and each.nfe
-            ]
-            for weights in sorted({each.weights or "" for each in mine}):
-                same = [each for each in mine if (each.weights or "") == weights]
-                last = [each for each in same if each.step == max(each.step or 0 for each in same)]
-                label = f"{owner.name}, {weights}"
-                if owner is not everyone[0] and len(last) == 1:
-                    levels.append((f"{owner.name}, {last[0].nfe} NFE", last[0].fid.mean))
-                else:
-                    newest.append(_curve(label, [(each.nfe, each.fid) for each in last]))
-                for nfe in sorted({each.nfe or 0 for each in same}):
-                    points = [(each.step, each.fid) for each in same if each.nfe == nfe]
-                    if owner is everyone[0] and len(points) > 1:
-                        over_training.append(_curve(f"{weights}, {nfe} NFE", points))
-        if any(len(curve.x) > 1 for curve in newest):
-            plot = steps_curve(newest, name=f"{name} against steps", y_label=name, levels=levels)
-            found.append((f"{name} against the number of sampling steps", plot))
-        if over_training:
-            plot = progress_curve(over_training, name=f"{name} over training", y_label=name)
-            found.append((f"{name} over training", plot))
-    return found
-
-
-def _curve(label: str, points: list[tuple[Any, Metric]]) -> Curve:
-    ordered = sorted(points, key=lambda point: point[0])
-    return Curve(
-        label,
-        [float(x) for x, _ in ordered],
-        [metric.mean for _, metric in ordered],
-        [metric.std for _, metric in ordered],
-    )
 
 
 def _events(facts: RunFacts) -> list[dict[str, Any]]:

@@ -77,9 +77,7 @@ def steps_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seq
     lines."""
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
-        _draw(axes, curves)
-        for label, value in levels:
-            axes.axhline(value, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.55, label=label)
+        _draw(axes, curves, levels)
         axes.set_xscale("log", base=2)
         ticks = sorted({value for curve in curves for value in curve.x})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -118,6 +116,23 @@ def time_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
         return _svg(figure, name)
 
 
+def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Sequence[tuple[str, float]] = ()) -> str:
+    """Quality against how many steps an EMA averages over, with error bars; `levels` as in `steps_curve`."""
+    with mpl.rc_context(_SETTINGS):
+        figure, axes = _panel(4.6, 2.7)
+        _draw(axes, curves, levels)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
+        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        ticks = sorted({round(value) for curve in curves for value in curve.x})
+        axes.set_xticks(ticks)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("steps averaged over, 1 / (1 − rate)")
+        axes.set_ylabel(y_label)
+        axes.legend(loc="upper right")
+        return _svg(figure, name)
+
+
 def _panel(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
@@ -126,11 +141,13 @@ def _panel(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
+def _draw(axes: Axes, curves: Sequence[Curve], levels: Sequence[tuple[str, float]] = ()) -> None:
     for curve, colour in zip(curves, cycle(COLOURS), strict=False):
         bars = curve.errors if curve.errors and any(curve.errors) else None
         style = {"color": colour, "linewidth": 1.6, "marker": "o", "markersize": 4.5, "capsize": 3}
         axes.errorbar(curve.x, curve.y, yerr=bars, label=curve.label, **style)
+    for label, value in levels:
+        axes.axhline(value, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.55, label=label)
 
 
 def _log_scale(axes: Axes, low: float, high: float) -> None:

@@ -75,6 +75,24 @@ def test_the_papers_numbers_stand_beside(run) -> None:
         assert f'<td class="n">{number}</td>' in page
 
 
+def test_quality_against_the_emas_rate_where_there_are_several(run) -> None:
+    assert "against the EMA" not in _page(run)
+    write_evaluation(run, step=200, nfe=1, values=(20.0, 21.0), weights="ema_0.9999")
+    write_evaluation(run, step=200, nfe=1, values=(30.0, 31.0), weights="master")
+    page = _page(run)
+    assert "<h3>FD-EfficientNet against the EMA&#39;s length</h3>" in page
+    for label in ("step 200, 1 NFE", "no EMA, 1 NFE", "10k", "steps averaged over"):
+        assert label in page
+
+
+def test_searched_times_are_a_curve_of_their_own(run) -> None:
+    write_evaluation(run, step=200, nfe=2, values=(9.0,), times=(80.0, 4.0))
+    write_evaluation(run, step=200, nfe=2, values=(8.0,), times=(80.0, 3.0))
+    page = _page(run)
+    assert "my_run, ema_0.999, searched times" in page
+    assert "<small>at 80, 3</small>" in page
+
+
 def test_siblings_share_tables_and_curves(run, tmp_path) -> None:
     teacher = write_run(tmp_path / "my_teacher", kind="edm", nfes=(79,))
     page = _page(run, siblings=[teacher])

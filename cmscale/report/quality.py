@@ -1,0 +1,111 @@
+"""Owns the curves of quality: against sampling steps, training and the EMA's rate, one set a score."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cmscale.evaluation.result import EvaluationResult, Metric
+from cmscale.report.facts import RunFacts
+from cmscale.report.plots import Curve, ema_curve, progress_curve, steps_curve
+
+Level = tuple[str, float]
+
+
+def quality_panels(everyone: Sequence[RunFacts]) -> list[tuple[str, str]]:
+    """(title, svg) of every curve for which a score has at least two points; the first run is the page's own."""
+    found = []
+    for name in sorted({each.score_name for owner in everyone for each in owner.evaluations}):
+        for title, plot in (
+            (f"{name} against the number of sampling steps", _against_steps(everyone, name)),
+            (f"{name} over training", _over_training(everyone[0], name)),
+            (f"{name} against the EMA's length", _against_ema(everyone[0], name)),
+        ):
+            if plot is not None:
+                found.append((title, plot))
+    return found
+
+
+def _against_steps(everyone: Sequence[RunFacts], name: str) -> str | None:
+    """Each run's newest evaluations; one that has a single number of steps (a teacher) is a line across."""
+    curves: list[Curve] = []
+    levels: list[Level] = []
+    for owner in everyone:
+        for weights, mine in _grouped(_evaluations(owner, name), lambda each: each.weights or ""):
+            newest = _newest(mine)
+            plain = [each for each in newest if each.times is None]
+            if owner is not everyone[0] and len(plain) == 1:
+                levels.append((f"{owner.name}, {plain[0].nfe} NFE", plain[0].fid.mean))
+            elif plain:
+                curves.append(_curve(f"{owner.name}, {weights}", [(each.nfe, each.fid) for each in plain]))
+            if searched := _best_of_each([each for each in newest if each.times is not None]):
+                points = [(each.nfe, each.fid) for each in searched]
+                curves.append(_curve(f"{owner.name}, {weights}, searched times", points))
+    if not any(len(curve.x) > 1 for curve in curves):
+        return None
+    return steps_curve(curves, name=f"{name} against steps", y_label=name, levels=levels)
+
+
+def _over_training(owner: RunFacts, name: str) -> str | None:
+    curves = []
+    for weights, mine in _grouped(_evaluations(owner, name), lambda each: each.weights or ""):
+        plain = [each for each in mine if each.times is None]
+        for nfe, same in _grouped(plain, lambda each: each.nfe or 0):
+            if len(same) > 1:
+                curves.append(_curve(f"{weights}, {nfe} NFE", [(each.step, each.fid) for each in same]))
+    return progress_curve(curves, name=f"{name} over training", y_label=name) if curves else None
+
+
+def _against_ema(owner: RunFacts, name: str) -> str | None:
+    """The newest step that has several EMAs; the weights without one are a line across."""
+    curves: list[Curve] = []
+    levels: list[Level] = []
+    plain = [each for each in _evaluations(owner, name) if each.times is None]
+    for nfe, mine in _grouped(plain, lambda each: each.nfe or 0):
+        averaged = [(rate, each) for each in mine if (rate := _rate(each.weights)) is not None]
+        steps = [each.step or 0 for _, each in averaged]
+        several = [step for step in steps if steps.count(step) > 1]
+        if not several:
+            continue
+        points = [(1 / (1 - rate), each.fid) for rate, each in averaged if each.step == max(several)]
+        curves.append(_curve(f"step {max(several)}, {nfe} NFE", points))
+        levels += [
+            (f"no EMA, {nfe} NFE", each.fid.mean)
+            for each in mine
+            if each.weights == "master" and each.step == max(several)
+        ]
+    return ema_curve(curves, name=f"{name} against EMA", y_label=name, levels=levels) if curves else None
+
+
+def _evaluations(owner: RunFacts, name: str) -> list[EvaluationResult]:
+    return [each for each in owner.evaluations if each.score_name == name and each.step is not None and each.nfe]
+
+
+def _newest(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
+    return [each for each in results if each.step == max(other.step or 0 for other in results)]
+
+
+def _best_of_each(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
+    """The best result of each number of evaluations."""
+    return [min(same, key=lambda each: each.fid.mean) for _, same in _grouped(results, lambda each: each.nfe or 0)]
+
+
+def _grouped(
+    results: Sequence[EvaluationResult], key: Callable[[EvaluationResult], Any]
+) -> list[tuple[Any, list[EvaluationResult]]]:
+    return [(value, [each for each in results if key(each) == value]) for value in sorted({key(r) for r in results})]
+
+
+def _rate(weights: str | None) -> float | None:
+    """The rate in an EMA's name, `ema_0.999943`."""
+    named = re.fullmatch(r"ema_(0?\.\d+)", weights or "")
+    return float(named[1]) if named else None
+
+
+def _curve(label: str, points: Sequence[tuple[Any, Metric]]) -> Curve:
+    ordered = sorted(points, key=lambda point: point[0])
+    return Curve(
+        label,
+        [float(x) for x, _ in ordered],
+        [metric.mean for _, metric in ordered],
+        [metric.std for _, metric in ordered],
+    )

@@ -1,0 +1,83 @@
+"""Owns what ranks do in the tests of evaluations: one process imports everything, its forks are the ranks."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+import torch
+from evaluation_fixtures import build_cheap_features, write_dataset, write_trained_run
+from ranks import free_port
+
+from cmscale import evaluate, measuring
+from cmscale.evaluation.blocks import BlockStore
+from cmscale.rundir import RunDir
+
+REQUEST = {"samples": 300, "device": "cpu"}  # three blocks, the last of 44: no number of ranks divides them
+
+
+def evaluate_on_ranks(folder: str) -> None:
+    """A run evaluated on 1, 2 and 3 ranks; and on 2 of which one is killed, then on 3."""
+    torch.set_num_threads(1)
+    measuring.build_features = build_cheap_features
+    root = Path(folder)
+    run = write_trained_run(root / "run", data=write_dataset(root))
+    for num_ranks in (1, 2, 3):
+        copy = RunDir(shutil.copytree(run.root, root / f"on {num_ranks}"))
+        codes = forked(num_ranks, copy, steps="1,2", seeds=2)
+        assert codes == [0] * num_ranks, codes
+    copy = RunDir(shutil.copytree(run.root, root / "killed"))
+    codes = forked(2, copy, steps="1", before={1: die_at_commit})
+    assert codes[1] == -signal.SIGKILL, codes
+    assert codes[0] == 1, codes
+    (root / "left.json").write_text(json.dumps(sorted(path.name for path in copy.evaluations.rglob("block-*"))))
+    codes = forked(3, copy, steps="1", before=dict.fromkeys(range(3), note_commits(root / "commits")))
+    assert codes == [0, 0, 0], codes
+
+
+def forked(
+    num_ranks: int, run: RunDir, *, before: dict[int, Callable[[], None]] | None = None, **asked: Any
+) -> list[int]:
+    """The exit codes of ranks that evaluate a run, by rank; `before` happens in a rank first."""
+    port = free_port()
+    ranks = []
+    for rank in range(num_ranks):
+        if (process := os.fork()) == 0:
+            place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
+            os.environ.update({name: str(value) for name, value in place.items()}, MASTER_PORT=str(port))
+            os._exit(_evaluates(run, before=(before or {}).get(rank), asked=asked))
+        ranks.append(process)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
+
+
+def _evaluates(run: RunDir, *, before: Callable[[], None] | None, asked: dict[str, Any]) -> int:
+    try:
+        if before is not None:
+            before()
+        assert evaluate.main({"source": str(run.root), **REQUEST, **asked}) == "finished"
+        sys.stdout.flush()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def die_at_commit() -> None:
+    BlockStore.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def note_commits(path: Path) -> Callable[[], None]:
+    commit = BlockStore.commit
+
+    def noted(store: BlockStore, block: range, features: Any) -> None:
+        with path.open("a") as file:
+            file.write(f"{block.start}\n")
+        commit(store, block, features)
+
+    return lambda: setattr(BlockStore, "commit", noted)

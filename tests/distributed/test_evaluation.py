@@ -1,0 +1,49 @@
+"""An evaluation is the same on any number of ranks, and after one of them was killed in its middle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluations")
+    run_ranks(1, "evaluate_work:evaluate_on_ranks", str(path))
+    return path
+
+
+def results(run: Path) -> dict[str, dict[str, Any]]:
+    """Every result of a run by its file's name, without what may differ."""
+    found = {path.name: json.loads(path.read_text()) for path in (run / "evaluations").glob("*.json")}
+    for result in found.values():
+        del result["seconds"], result["protocol"]["num_ranks"], result["protocol"]["source"]
+    return found
+
+
+def test_results_are_equal_to_the_bit_on_1_2_and_3_ranks(folder: Path) -> None:
+    alone = results(folder / "on 1")
+    assert sorted(alone) == ["step-000000007-ema_0.9-nfe1.json", "step-000000007-ema_0.9-nfe2.json"]
+    for result in alone.values():
+        assert len(set(result["fid"]["values"])) == 2  # two seeds, two values
+        assert result["fid"]["std"] > 0
+        assert result["num_samples"] == 300
+    assert results(folder / "on 2") == alone
+    assert results(folder / "on 3") == alone
+
+
+def test_after_a_rank_was_killed_another_number_of_ranks_goes_on_and_the_result_is_the_same(folder: Path) -> None:
+    left = json.loads((folder / "left.json").read_text())
+    assert left == ["block-000000000.safetensors", "block-000000256.safetensors"]  # rank 1 had the other
+    assert (folder / "commits").read_text().split() == ["128"]
+    (resumed,) = results(folder / "killed").values()
+    whole = results(folder / "on 1")["step-000000007-ema_0.9-nfe1.json"]
+    assert resumed["fid"]["values"] == whole["fid"]["values"][:1]
+    for name in ("inception_score", "precision", "recall", "kid", "density", "coverage"):
+        assert resumed[name]["values"] == whole[name]["values"][:1], name
+
+
+def test_no_progress_is_left_behind(folder: Path) -> None:
+    assert not list(folder.glob("*/evaluations/.blocks/*"))
