@@ -61,7 +61,9 @@ def sample(
     noise: Annotated[Path | None, typer.Option(help="`.npy` of unit-variance start noise, float32 NCHW.")] = None,
     times: TimesOption = None,
     sampler: Annotated[Literal["heun", "euler", "dpm2", "ancestral"], typer.Option(help="Of an EDM model.")] = "heun",
-    raw: Annotated[bool, typer.Option(help="Keep float32 in [-1, 1], NCHW, unclipped estimates included.")] = False,
+    raw: Annotated[bool, typer.Option(help="Keep float32, NCHW, unclipped estimates included.")] = False,
+    clip: Annotated[bool, typer.Option(help="Hold every estimate in [-1, 1], as the released code does.")] = True,
+    classes: Annotated[str | None, typer.Option(help="Of a conditional model: 1,2 in turn, or `random`.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     weights: WeightsOption = None,
     step: StepOption = "latest",
@@ -70,13 +72,21 @@ def sample(
     device: DeviceOption = "auto",
 ) -> None:
     """Draws samples; sample i depends on (seed, i) alone."""
-    from cmscale.sampling import SampleRequest, draw_samples, write_samples
+    from cmscale.sampling import SampleRequest, draw_samples, parse_classes, write_samples
     from cmscale.source import load_source
     from cmscale.world import choose_device
 
     chosen = choose_device(device)
     loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
-    request = SampleRequest(num=num, steps=steps, seed=seed, sampler=sampler, clip=not raw, batch_size=batch_size)
+    request = SampleRequest(
+        num=num,
+        steps=steps,
+        seed=seed,
+        sampler=sampler,
+        clip=clip and not raw,
+        batch_size=batch_size,
+        classes=parse_classes(classes),
+    )
     request = request.with_files(noise=noise, times=times, shape=loaded.image_shape)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("sampling", total=num)
@@ -171,17 +181,27 @@ def export(
     source: Annotated[
         str, typer.Argument(metavar="RUN", help="A run, a checkpoint, exported weights or an OpenAI .pt.")
     ],
-    to: Annotated[str, typer.Option(help="Path or s3:// of the file (diffusers: of the folder).")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="Path or s3:// of the file (diffusers: of the folder); without it, copies of a run's checkpoints "
+            "that its checkpoint.export_to lacks are finished."
+        ),
+    ] = None,
     format: Annotated[Literal["safetensors", "openai", "diffusers"], typer.Option()] = "safetensors",
     weights: WeightsOption = None,
     step: StepOption = "latest",
     config: ConfigOption = None,
     overrides: OverridesArgument = None,
 ) -> None:
-    """Writes weights in a format that others load."""
-    from cmscale.exporting import export_weights
+    """Writes weights in a format that others load, or finishes a run's copies of its checkpoints."""
+    from cmscale.exporting import export_weights, finish_copies
     from cmscale.source import load_source
 
+    if to is None:
+        for copied in finish_copies(Path(source)):
+            print(f"step {copied}: copied")
+        return
     loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     with console.status(f"writing {to}"):
         export_weights(loaded, format=format, to=to)

@@ -1,8 +1,11 @@
 """Owns the export command: a source's weights in a format that others load, with a card that says what they are."""
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
+from cmscale.config import read_config
+from cmscale.engine.export import export_pending
 from cmscale.errors import UserError
 from cmscale.interop import model_card, write_diffusers, write_openai, write_safetensors
 from cmscale.rundir import RunDir
@@ -41,6 +44,21 @@ def export_weights(source: Source, *, format: Format, to: str) -> None:
             return
     storage, name = open_parent(to)
     storage.write(f"{name}.md", card.encode())
+
+
+def finish_copies(folder: Path) -> list[int]:
+    """Copies the checkpoints of a run that its `checkpoint.export_to` still lacks. Returns their steps.
+
+    Raises:
+        UserError: not a run's folder, or a run that exports nowhere.
+    """
+    run = RunDir(folder)
+    if not run.config.is_file():
+        raise UserError(f"{folder}: not a run (no config.yaml); without --to, the copies of a run are finished")
+    export_to = read_config(run.config).checkpoint.export_to
+    if export_to is None:
+        raise UserError(f"{folder}: checkpoint.export_to is not set, nothing is copied; say --to PATH for its weights")
+    return export_pending(RunDir(folder.absolute()), export_to)
 
 
 def _must_end(to: str, ending: str) -> None:

@@ -10,7 +10,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import submitit
 
@@ -37,7 +37,7 @@ class Job:
     run_dir: str
     master_port: int | None = None
 
-    def __call__(self) -> str:
+    def __call__(self) -> NoReturn:
         environment = submitit.JobEnvironment()
         self._stop_on_signals()
         if environment.cluster == "local":
@@ -66,7 +66,11 @@ class Job:
             os._exit(1)
         assert end in ("finished", "preempted"), f"{self.worker} returned {end!r}"
         write_rank_end(folder, RankEnd(rank=rank, host=_node_name(), end=end))
-        return end
+        # Not by returning: an upload to storage that hangs, or wandb's last words, would keep the rank until the
+        # cluster kills it, and with it what follows in the batch script.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
     def _stop_on_signals(self) -> None:
         """Takes both signals from submitit, which drops SIGTERM and requeues on a count of time limits."""

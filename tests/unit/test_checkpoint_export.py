@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 from flat_state import StandIn, flat_config
 
+from cmscale.config import dump_config
 from cmscale.engine import export
 from cmscale.engine.checkpoint import Checkpoints, claim_generation
 from cmscale.engine.export import DamagedUpload, Exporter, export_checkpoint, export_pending, pending_exports
 from cmscale.engine.weights import list_checkpoints, read_weights, verify_checkpoint
 from cmscale.errors import UserError
+from cmscale.exporting import finish_copies
 from cmscale.manifests import TrainState
 from cmscale.metrics_log import read_lines
 from cmscale.rundir import RunDir
@@ -137,3 +139,14 @@ def test_a_checkpoint_removed_before_its_copy_is_dropped_with_a_word(run: RunDir
     exporter.offer(77)
     assert exporter.close(patience=60) == set()
     assert ("export_dropped", 77) in events(run)
+
+
+def test_the_export_command_finishes_the_copies_of_a_run(run: RunDir, tmp_path: Path) -> None:
+    copies = tmp_path / "copies"
+    run.config.write_text(dump_config(flat_config(f"checkpoint.export_to={copies}")))
+    assert finish_copies(run.root) == [10, 20]
+    assert verify_checkpoint(copies / "run" / "checkpoints" / "step-000000020") == []
+    assert finish_copies(run.root) == []
+    run.config.write_text(dump_config(flat_config()))
+    with pytest.raises(UserError, match=r"checkpoint.export_to is not set"):
+        finish_copies(run.root)
