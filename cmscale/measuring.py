@@ -1,7 +1,7 @@
 """Owns one measurement of samples: drawn and measured on all ranks in blocks, turned into numbers on rank 0."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class Bench:
         Returns:
             None where a preemption came between; the blocks so far are kept.
         """
+        if source.config.model.num_classes is not None:
+            draw = replace(draw, classes="random")
         identity = {**sampling_protocol(source, draw), **self.features_protocol(), "seed": draw.seed}
         store = BlockStore(work_dir, identity=identity, num_samples=draw.num)
         todo = worlds.from_main(store.missing())
@@ -144,6 +146,7 @@ def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
         "sigmas": used_sigmas(source, draw).tolist(),
         "clip": draw.clip,
         "quantisation": "truncated to uint8",
+        **({} if source.config.model.num_classes is None else {"classes": "random"}),
     }
 
 

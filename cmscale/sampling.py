@@ -3,7 +3,9 @@
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,13 +18,18 @@ from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
 from cmscale.evaluation.time_search import TimeSearch
 from cmscale.manifests import read_document
+from cmscale.rng import generator
 from cmscale.source import Source
 from cmscale.storage import replace_durably
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw. `noise` is unit-variance start noise [num, 3, H, W]; `sigmas` descending times."""
+    """What to draw. `noise` is unit-variance start noise [num, 3, H, W]; `sigmas` descending times.
+
+    Of a class-conditional network sample i has class `classes[i % len(classes)]`, or with `random` one that (seed, i)
+    draws.
+    """
 
     num: int
     steps: int | None = None
@@ -32,6 +39,7 @@ class SampleRequest:
     batch_size: int = 64
     noise: torch.Tensor | None = None
     sigmas: torch.Tensor | None = None
+    classes: tuple[int, ...] | Literal["random"] | None = None
 
     def with_files(self, *, noise: Path | None, times: str | None, shape: Sequence[int]) -> "SampleRequest":
         """The request with `--noise FILE.npy` and `--times 80,4.4` (or a search's JSON) read and checked."""
@@ -66,6 +74,9 @@ def draw_batch(
 ) -> torch.Tensor:
     """The samples of `indices`, float32 [len(indices), 3, H, W] on the device."""
     noise = None if request.noise is None else request.noise[list(indices)]
+    labels = class_labels(source, request, indices=indices)
+    if labels is not None:
+        denoise = partial(denoise, labels=labels.to(device))
     return sample(
         source.config.method,
         denoise,
@@ -79,6 +90,38 @@ def draw_batch(
         sampler=request.sampler,
         clip=request.clip,
     )
+
+
+def class_labels(source: Source, request: SampleRequest, *, indices: Sequence[int]) -> torch.Tensor | None:
+    """The classes of the samples `indices`, int64; None of an unconditional network.
+
+    Raises:
+        UserError: classes where the network has none, none where it needs them, or one that it doesn't have.
+    """
+    count, classes = source.config.model.num_classes, request.classes
+    if count is None:
+        if classes is not None:
+            raise UserError(f"--classes: {source.origin} is unconditional (model.num_classes is not set)")
+        return None
+    if classes is None:
+        raise UserError(f"{source.origin}: is class-conditional; give --classes random, or numbers of 0 to {count - 1}")
+    if classes == "random":
+        drawn = [torch.randint(count, (), generator=generator(request.seed, i, "class")) for i in indices]
+        return torch.stack(drawn)
+    if max(classes) >= count:
+        raise UserError(f"--classes: {max(classes)} is no class of {source.origin}, they are 0 to {count - 1}")
+    return torch.tensor([classes[i % len(classes)] for i in indices])
+
+
+def parse_classes(text: str | None) -> tuple[int, ...] | Literal["random"] | None:
+    """`--classes 1,2|random`."""
+    if text is None:
+        return None
+    if text == "random":
+        return "random"
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise UserError(f"--classes: got {text!r}; write whole numbers, 1,2, or random")
+    return tuple(int(part) for part in text.split(","))
 
 
 def write_samples(images: torch.Tensor, out: Path, *, raw: bool, grid: Path | None) -> None:
