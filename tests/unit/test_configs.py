@@ -12,6 +12,8 @@ from launchers.plan import Plan, describe_training
 CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((CHECKOUT / "configs").glob("*.yaml"))
 LSUN = [path for path in CONFIGS if path.name.startswith("lsun_")]
+SUCCESSORS = ("ict", "ect", "sct", "scd", "pd")
+PAPERS = [path for path in LSUN if not path.stem.endswith(SUCCESSORS)]
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -19,7 +21,7 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def test_every_promised_lsun_config_is_there():
-    kinds = {"bedroom": ("edm", "cd_lpips", "cd_l2", "ct"), "cat": ("edm", "cd_lpips", "ct")}
+    kinds = {"bedroom": ("edm", "cd_lpips", "cd_l2", "ct", *SUCCESSORS), "cat": ("edm", "cd_lpips", "ct")}
     assert set(names(LSUN)) == {f"lsun_{cat}_{kind}" for cat, of_cat in kinds.items() for kind in of_cat}
 
 
@@ -39,7 +41,25 @@ def test_lsun_config_divides_over_nodes_of_eight_gpus(path: Path, nodes: int):
     assert "images" in describe_training(plan, config, root=Path("run"))
 
 
-@pytest.mark.parametrize("path", LSUN, ids=names(LSUN))
+@pytest.mark.parametrize("kind", SUCCESSORS)
+def test_a_successors_config_has_its_papers_method_on_the_same_network(kind: str):
+    config = read_config(CHECKOUT / "configs" / f"lsun_bedroom_{kind}.yaml")
+    told = config.method.model_dump()
+    expected = {
+        "ict": {"s0": 10, "s1": 1280, "p_mean": -1.1, "p_std": 2.0, "huber_c": None},
+        "ect": {"p_mean": -1.1, "p_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0},
+        "sct": {"p_mean": -1.0, "p_std": 1.4, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1, "start": "random"},
+        "scd": {"p_mean": -1.0, "p_std": 1.4, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1},
+        "pd": {"start_scales": 64, "weighting": "truncated_snr", "distance": "l2"},
+    }[kind]
+    assert {key: told[key] for key in expected} == expected
+    assert (told["kind"], config.train.global_batch_size) == (kind, 2048)
+    network = {key: value for key, value in config.model.model_dump().items() if key != "dropout"}
+    papers = read_config(CHECKOUT / "configs" / "lsun_bedroom_ct.yaml").model.model_dump()
+    assert network == {key: value for key, value in papers.items() if key != "dropout"}
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=names(PAPERS))
 def test_lsun_config_has_the_papers_numbers(path: Path):
     config = read_config(path)
     method = config.method

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmscale.config import CD, CT, ECT, EDM, ICT
+from cmscale.config import CD, CT, ECT, EDM, ICT, PD
 from cmscale.consistency.distance import build_distance
 from cmscale.consistency.loss import Networks, build_loss
 from cmscale.rng import SampleRandomness
@@ -130,6 +130,28 @@ def test_cd_loss(distance: str, solver: str, random: SampleRandomness):
 
 
 @pytest.mark.parametrize("random", RANDOM)
+@pytest.mark.parametrize("weighting", ["truncated_snr", "uniform"])
+@pytest.mark.parametrize("scales", [1, 8])
+def test_pd_loss(scales: int, weighting: str, random: SampleRandomness):
+    method, student, teacher = PD(kind="pd", teacher="t", weighting=weighting), Affine(1), Affine(3)
+    clean, uniform, x, z = setting(random)
+    n = 1 + np.floor(uniform * scales)  # the interval from grid time n + 1 down to n of N + 1 times
+    upper, middle, lower = (karras(place, 2 * scales + 1) for place in (2 * n + 1, 2 * n, 2 * n - 1))
+    noisy = x + at(upper) * z
+    halfway = noisy + at((middle - upper) / upper) * (noisy - teacher.in_numpy(noisy, upper))
+    landed = halfway + at((lower - middle) / middle) * (halfway - teacher.in_numpy(halfway, middle))
+    # One Euler step with the estimate D from noisy ends at `landed`: D = noisy - t (landed - noisy) / (s - t).
+    aim = noisy - at(upper) * (landed - noisy) / at(lower - upper)
+    weight = np.maximum(1 / upper**2, 1) if weighting == "truncated_snr" else 1.0
+    expected = weight * numpy_distance("l2", student.in_numpy(noisy, upper), aim)
+    given = loss_of(method, Networks(student, teacher), clean, Point(0, 1.0, num_scales=scales, target_ema=1.0), random)
+    # at tiny times float32 rounds the difference of two near images, which the division by s - t magnifies
+    np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-3, atol=1e-6)
+    assert teacher.calls == [None, None]  # a teacher drops nothing
+    assert student.calls == [random.dropout_keys()]
+
+
+@pytest.mark.parametrize("random", RANDOM)
 def test_ict_loss(random: SampleRandomness):
     method, network = ICT(kind="ict"), Affine(1)
     clean, uniform, x, z = setting(random)
@@ -214,6 +236,41 @@ def test_a_samples_loss_does_not_depend_on_its_batch(method, point: Point):
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
+def test_cd_gradient_is_the_formulas(distance: str, solver: str):
+    """Against central differences of the float64 formula in each of the network's numbers."""
+    method = CD(kind="cd", teacher="t", distance=distance, solver=solver)
+    student, target, teacher = Affine(1), Affine(2), Affine(3)
+    clean, uniform, x, z = setting(RANDOM[3])
+    point = Point(0, 1.0, num_scales=40, target_ema=0.95)
+    loss_of(method, Networks(student, target, teacher), clean, point, RANDOM[3]).mean().backward()
+    n = 1 + np.floor(uniform * 39)
+    lower, upper = karras(n, 40), karras(n + 1, 40)
+    noisy = x + at(upper) * z
+    slope = (noisy - teacher.in_numpy(noisy, upper)) / at(upper)
+    if solver == "heun":
+        ahead = noisy + at(lower - upper) * slope
+        slope = (slope + (ahead - teacher.in_numpy(ahead, lower)) / at(lower)) / 2
+    aim = target.in_numpy(noisy + at(lower - upper) * slope, lower)
+
+    def value(matrix: np.ndarray) -> float:
+        estimate = np.einsum("cd,bdhw->bchw", matrix, noisy) / (1 + at(upper)) + np.sin(noisy)
+        return numpy_distance(distance, estimate, aim).mean()
+
+    assert_gradient(student, value)
+
+
+def assert_gradient(student: Affine, value) -> None:
+    matrix = student.matrix.detach().double().numpy()
+    for place in np.ndindex(3, 3):
+        nudge = np.zeros((3, 3))
+        nudge[place] = 1e-6
+        slope = (value(matrix + nudge) - value(matrix - nudge)) / 2e-6
+        assert student.matrix.grad is not None
+        assert student.matrix.grad[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
 def test_ct_gradient_is_the_formulas(distance: str):
     """Against central differences of the float64 formula in each of the network's numbers."""
@@ -230,10 +287,4 @@ def test_ct_gradient_is_the_formulas(distance: str):
         estimate = np.einsum("cd,bdhw->bchw", matrix, noisy) / (1 + at(upper)) + np.sin(noisy)
         return numpy_distance(distance, estimate, aim).mean()
 
-    matrix = student.matrix.detach().double().numpy()
-    for place in np.ndindex(3, 3):
-        nudge = np.zeros((3, 3))
-        nudge[place] = 1e-6
-        slope = (value(matrix + nudge) - value(matrix - nudge)) / 2e-6
-        assert student.matrix.grad is not None
-        assert student.matrix.grad[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+    assert_gradient(student, value)

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from cmscale import schedules
-from cmscale.config import CT, ECT, ICT, Optimizer
+from cmscale.config import CT, ECT, ICT, PD, Optimizer
 
 CASES = [(2, 150, 1_000_000), (2, 200, 800_000), (2, 150, 300), (10, 30, 977), (3, 3, 50)]
 
@@ -79,6 +79,26 @@ def test_ect_stages_part_training_equally():
     stages = [schedules.ect_stage(k, total_steps=800, num_stages=8) for k in range(800)]
     assert stages == [k // 100 for k in range(800)]
     assert schedules.ect_stage(5000, total_steps=800, num_stages=8) == 7
+
+
+@pytest.mark.parametrize("total", [9, 90, 100, 450_000])
+def test_pd_halves_its_scales_stage_by_stage_and_stays_twice_as_long_at_2_and_1(total: int):
+    scales = [schedules.pd_num_scales(step, total_steps=total, start_scales=64) for step in range(min(total, 2000))]
+    if total <= 2000:
+        assert sorted(set(scales), reverse=True) == [64, 32, 16, 8, 4, 2, 1]
+        assert scales == sorted(scales, reverse=True)
+        for found, parts in ((64, 1), (4, 1), (2, 2), (1, 2)):
+            assert abs(scales.count(found) - parts * total / 9) < 1
+    assert schedules.pd_num_scales(total - 1, total_steps=total, start_scales=64) == 1
+    ends = [schedules.pd_num_scales(part * total // 9, total_steps=total, start_scales=64) for part in range(9)]
+    assert total % 9 or ends == [64, 32, 16, 8, 4, 2, 2, 1, 1]
+
+
+def test_pds_teacher_stands_still_within_a_stage_and_becomes_the_student_at_its_end():
+    method = PD(kind="pd", teacher="t", start_scales=4)
+    points = [schedules.of_method(method, schedules.Point(k, 1.0), total_steps=10) for k in range(10)]
+    assert [point.num_scales for point in points] == [4, 4, 2, 2, 2, 2, 1, 1, 1, 1]
+    assert [point.target_ema for point in points] == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1]
 
 
 def test_warm_up_is_linear_and_ends_at_the_rate():
