@@ -12,7 +12,10 @@ from torch import nn
 from cmscale.config import CD, CT, ECT, EDM, ICT
 from cmscale.consistency import perceptual
 from cmscale.consistency.distance import build_distance, default_huber_c, l1, l2, pseudo_huber
+from cmscale.consistency.loss import Networks, build_loss
 from cmscale.errors import UserError
+from cmscale.rng import SampleRandomness
+from cmscale.schedules import Point
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,37 @@ def test_lpips_is_frozen_and_gives_gradients_to_its_inputs(weights: Path):
     lpips(a, b).sum().backward()
     assert a.grad is not None
     assert a.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("kind", "average"), [("ct", True), ("cd", False)])
+def test_lpips_losses_have_the_gradient_of_central_differences(weights: Path, kind: str, average: bool, monkeypatch):
+    """CT's and CD's loss with LPIPS, in float64 throughout, along each number of a small student."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double())
+    method = CT(kind="ct") if kind == "ct" else CD(kind="cd", teacher="t")
+    lpips = network(weights, average=average).double()
+    numbers = torch.tensor([0.7, -0.2, 0.4], dtype=torch.float64, requires_grad=True)
+
+    def student(x: torch.Tensor, sigma: torch.Tensor, *, dropout_keys: object = None) -> torch.Tensor:
+        gain = (1 / (1 + sigma)).view(-1, 1, 1, 1)
+        return numbers[0] * gain * x + numbers[1] * torch.sin(x) + numbers[2] * x.roll(1, 3) * gain
+
+    def still(x: torch.Tensor, sigma: torch.Tensor, *, dropout_keys: object = None) -> torch.Tensor:
+        return 0.5 * torch.sin(x) / (1 + sigma).view(-1, 1, 1, 1)
+
+    clean = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    random = SampleRandomness(0, (0, 1), torch.device("cpu"))
+    point = Point(0, 1.0, num_scales=20, target_ema=0.9)
+    loss = build_loss(method, lpips)
+    loss(Networks(student, still, still), clean, point, random).mean().backward()
+    assert numbers.grad is not None
+    with torch.no_grad():
+        for place in range(3):
+            ends = []
+            for nudge in (1e-6, -1e-6):
+                numbers[place] += nudge
+                ends.append(loss(Networks(student, still, still), clean, point, random).mean().item())
+                numbers[place] -= nudge
+            assert numbers.grad[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4, abs=1e-8)
 
 
 def test_lpips_gradient_is_finite_where_all_features_are_zero(weights: Path):

@@ -7,10 +7,13 @@ import torch
 from networks import VARIANTS, random_weights, relative, small_config, small_model
 
 from cmscale.config import Model
+from cmscale.consistency.grid import boundary
+from cmscale.consistency.sampler import clipped, multistep
 from cmscale.errors import UserError
 from cmscale.interop import read_diffusers, write_diffusers
 from cmscale.interop.diffusers_folder import scheduler_config
 from cmscale.model import ConsistencyDenoiser, build_unet
+from cmscale.source import load_source
 from cmscale.storage import open_storage
 
 
@@ -81,6 +84,35 @@ def test_the_real_pipeline_agrees_in_two_steps(tmp_path):
     assert relative(x / 2 + 0.5, theirs.images) < 1e-5
 
 
+SCD = {"kind": "scd", "teacher": "t"}
+
+
+@pytest.mark.parametrize("method", [{"kind": "ect", "teacher": "t"}, SCD, {**SCD, "kind": "sct", "start": "teacher"}])
+def test_the_real_pipeline_agrees_for_methods_that_keep_edms_preconditioning(tmp_path, method):
+    """One step and two, the second at a time of its own grid: f is the identity at 0, not at 0.002."""
+    diffusers = pytest.importorskip("diffusers", reason="the extra `export` is not installed")
+    model = small_model()
+    exported(tmp_path, model, method=method)
+    source = load_source(str(tmp_path))
+    pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    theirs = pipeline(
+        latents=noise,
+        timesteps=[20, 0],
+        num_inference_steps=None,
+        generator=torch.Generator().manual_seed(2),
+        output_type="pt",
+    ).images
+    again = torch.randn(noise.shape, generator=torch.Generator().manual_seed(2))
+    sigmas = torch.tensor([80.0, 80 * (19 / 39) ** 7], dtype=torch.float64)
+    denoise = clipped(source.denoiser(torch.device("cpu")))
+    ours = multistep(denoise, noise, sigmas, draw=lambda number: again, sigma_min=boundary(source.config.method))
+    assert relative(ours / 2 + 0.5, theirs) < 1e-5
+    ours = denoise(80 * noise, torch.tensor([80.0]))
+    assert relative(ours / 2 + 0.5, pipeline(latents=noise, output_type="pt").images) < 1e-5
+
+
 def test_the_scheduler_has_the_last_grid_of_the_training():
     model = small_model()
     for method, scales in (
@@ -95,8 +127,11 @@ def test_the_scheduler_has_the_last_grid_of_the_training():
 
 
 def test_an_edm_model_and_a_wide_first_level_are_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(UserError, match="an EDM model is no consistency model"):
-        exported(tmp_path, small_model(), method={"kind": "edm"})
+    for method in ({"kind": "edm"}, {"kind": "pd", "teacher": "t"}):
+        with pytest.raises(UserError, match=f"{method['kind'].upper()} gives no consistency model"):
+            exported(tmp_path, small_model(), method=method)
+    with pytest.raises(UserError, match="can't tell the network the time"):
+        exported(tmp_path, small_model(), method={"kind": "sct"})
     with pytest.raises(UserError, match="channel_multipliers that start with 2"):
         exported(tmp_path, small_model(channel_multipliers=(2, 2)))
     assert list(tmp_path.iterdir()) == []

@@ -95,7 +95,6 @@ def test_continuous_training_reaches_the_consistency_function_within_5_percent(k
         with torch.no_grad():
             found = VectorFlow(average, SD, time)((x + sigma * noise).float(), times)
         error = (found.double() - exact).square().mean() / (exact - exact.mean(0)).square().mean()
-        print(kind, sigma, error.sqrt())
         assert error.sqrt() < 0.05, (sigma, error.sqrt())
 
 
@@ -143,5 +142,4 @@ def test_one_distilled_step_is_the_teachers_whole_euler_chain():
     expected = top - 10.0 / (0.02 - 10.0) * (landed - top)
     found = sample(method, student, seed=0, indices=range(4096), shape=(DIMENSION,), noise=noise, clip=False).double()
     error = (found - expected).square().mean() / (expected - expected.mean(0)).square().mean()
-    print("pd", error.sqrt())
     assert error.sqrt() < 0.05, error.sqrt()
