@@ -14,6 +14,12 @@ from typing import Any, Protocol
 
 from cmscale.errors import UserError
 
+_CONNECT_SECONDS, _READ_SECONDS = 10.0, 60.0  # of silence, an attempt
+
+
+class DamagedOnTheWay(ConnectionError):
+    """Bytes that arrived are not what the server's own checksum says; one line naming the object."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -22,6 +28,10 @@ class Entry:
     key: str
     size: int
     version: str = field(default="", compare=False)
+
+
+class ArrivedChanged(ConnectionError):
+    """What was read from a storage does not have the checksum that it was stored with."""
 
 
 class Storage(Protocol):
@@ -229,8 +239,11 @@ class S3Storage:
             from boto3.session import Session
             from botocore.config import Config as ClientConfig
 
+            # "adaptive" would hold all requests of a client back for a minute after a few 503.
             settings = ClientConfig(
-                retries={"mode": "adaptive", "total_max_attempts": 6}, connect_timeout=10, read_timeout=60
+                retries={"mode": "standard", "total_max_attempts": 6},
+                connect_timeout=_CONNECT_SECONDS,
+                read_timeout=_READ_SECONDS,
             )
             with self._explained(""):
                 self._client = (os.getpid(), Session().client("s3", config=settings))
@@ -257,6 +270,10 @@ class S3Storage:
             raise UserError(f"{self.url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
         except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, RetriesExceededError) as error:
             raise ConnectionError(f"{self.url}: the S3 server does not answer, or not to the end ({error})") from error
+        except boto.FlexibleChecksumError as error:
+            raise ArrivedChanged(f"{self.join(key)}: arrived changed ({error})") from error
+        except boto.FlexibleChecksumError as error:
+            raise DamagedOnTheWay(f"{self.join(key)}: damaged on the way ({error})") from error
         except (boto.ParamValidationError, boto.NoRegionError, boto.ProfileNotFound, ValueError) as error:
             raise UserError(f"{self.url}: {error}") from None
         except S3UploadFailedError as error:

@@ -2,13 +2,14 @@
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from cmscale.engine.weights import hash_of, list_checkpoints, local_copy, read_manifest
 from cmscale.manifests import FileEntry
 from cmscale.metrics_log import write_event
 from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, step_name
-from cmscale.storage import LocalStorage, S3Storage, Storage, open_storage
+from cmscale.storage import ArrivedChanged, LocalStorage, S3Storage, Storage, open_storage
 
 TRIES = 3  # uploads of one file before the step waits for the next round
 
@@ -45,7 +46,7 @@ def export_checkpoint(folder: Path, target: Storage) -> bool:
 def _upload_checked(path: Path, target: Storage, entry: FileEntry) -> None:
     for _ in range(TRIES):
         target.upload(entry.name, path)
-        with local_copy(target, entry.name) as copy:
+        with suppress(ArrivedChanged), local_copy(target, entry.name) as copy:
             if copy.stat().st_size == entry.size and hash_of(copy) == entry.sha256:
                 return
         target.delete(entry.name)

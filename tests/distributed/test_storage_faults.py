@@ -1,0 +1,123 @@
+"""Storage that is slow, failing, lying or away: training goes on, and what S3 shows is whole."""
+
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from fault_proxy import FaultProxy
+from ranks import run_ranks
+from small_runs import CHECKOUT, assert_equal, events, launch, make_data, make_run
+
+from cmscale.engine.export import Exporter
+from cmscale.engine.weights import list_checkpoints, verify_checkpoint
+from cmscale.exporting import finish_copies
+from cmscale.rundir import RunDir
+from cmscale.storage import S3Storage, open_storage
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def golden(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run on one rank that copies nothing."""
+    run = make_run(tmp_path_factory.mktemp("golden") / "run", data, "wandb.mode=off")
+    run_ranks(1, "train_work:to_the_end", str(run.root))
+    return run
+
+
+def copies(run: RunDir, s3: str) -> list[int]:
+    """The steps that S3 shows, each whole."""
+    found = list_checkpoints(f"{s3}/{run.name}")
+    assert all(verify_checkpoint(copy.url) == [] for copy in found)
+    return [copy.step for copy in found]
+
+
+def copy_all(run: RunDir, s3: str, *, patience: float = 60) -> set[int]:
+    """Copies in a thread, as training does; the steps that are left."""
+    return Exporter(run, s3, retry_seconds=0.05).close(patience)
+
+
+SLOW = (pytest.param(fault, marks=pytest.mark.slow) for fault in ("slow", "reset"))
+
+
+@pytest.mark.parametrize("fault", ["503", "reset after", *SLOW])
+def test_storage_that_fails_for_a_while_gets_every_copy(golden: RunDir, s3: str, proxy: FaultProxy, fault: str) -> None:
+    rule = proxy.add(fault, times=3)
+    assert copy_all(golden, s3) == set()
+    assert rule.used == 3
+    assert copies(golden, s3) == [0, 3, 6, 9]
+
+
+def test_a_proxy_that_alters_the_body_is_caught_and_shows_nothing(golden: RunDir, s3: str, proxy: FaultProxy) -> None:
+    proxy.add("corrupt upload", match="PUT .*rank-")
+    assert copy_all(golden, s3) == {0, 3, 6, 9}
+    assert "came back changed, 3 times" in events(golden, "export_failed")[-1]["why"]
+    assert copies(golden, s3) == []
+    proxy.clear()
+    assert copy_all(golden, s3) == set()
+    assert copies(golden, s3) == [0, 3, 6, 9]
+
+
+def test_an_exporter_killed_in_a_multipart_upload_shows_nothing_and_the_next_ends_its_parts(
+    golden: RunDir, s3: str, proxy: FaultProxy
+) -> None:
+    rule = proxy.add("stall", match="PUT .*partNumber=2")
+    code = """
+        import sys
+        from pathlib import Path
+        from boto3.s3.transfer import TransferConfig
+        from cmscale.engine.export import export_pending
+        from cmscale.rundir import RunDir
+        from cmscale.storage import S3Storage
+
+        def upload(self, key, path):  # in parts, as only large files go
+            in_parts = TransferConfig(multipart_threshold=1, multipart_chunksize=5 * 2**20)
+            padded = path.with_name("padded")
+            padded.write_bytes(path.read_bytes() + bytes(6 * 2**20))
+            self.client.upload_file(str(padded), self.bucket, self._key(key), Config=in_parts)
+
+        S3Storage.upload = upload
+        export_pending(RunDir(Path(sys.argv[1])), sys.argv[2])
+    """
+    exporter = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(golden.root), s3], cwd=CHECKOUT)
+    until = time.monotonic() + 60
+    while not rule.used:
+        assert time.monotonic() < until, "the second part never came"
+        time.sleep(0.02)
+    exporter.kill()
+    exporter.wait()
+    for padded in golden.checkpoints.glob("*/padded"):
+        padded.unlink()
+    proxy.clear()
+    storage = open_storage(f"{s3}/{golden.name}")
+    assert isinstance(storage, S3Storage)
+    pending = storage.client.list_multipart_uploads(Bucket=storage.bucket).get("Uploads", [])
+    assert len(pending) == 1
+    assert copies(golden, s3) == []
+    assert copy_all(golden, s3) == set()
+    assert storage.client.list_multipart_uploads(Bucket=storage.bucket).get("Uploads", []) == []
+    assert copies(golden, s3) == [0, 3, 6, 9]
+
+
+def test_storage_away_through_the_exit_holds_up_neither_training_nor_its_end(
+    golden: RunDir, data: Path, s3: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    rule = proxy.add("stall", match="PUT .*rank-")
+    run = make_run(tmp_path / "run", data, f"checkpoint.export_to={s3}", "engine.collective_timeout_minutes=0.1")
+    job = launch(run, "cmscale.train:main", num_ranks=1)
+    _, said = job.communicate(timeout=200)
+    assert job.returncode == 0, said
+    assert rule.used
+    (finished,) = events(run, "finished")
+    assert time.time() - finished["time"] < 20  # seconds of patience are over, minutes of an upload's are not
+    assert_equal(run, golden)
+    assert copies(run, s3) == []
+    proxy.clear()
+    assert finish_copies(run.root) == [0, 3, 6, 9]
+    assert copies(run, s3) == [0, 3, 6, 9]
