@@ -18,8 +18,9 @@ DENSITY_K = 5  # density and coverage: Naeem et al. 2020, as its released code
 
 _SLACK = 4  # neighbours beyond the k-th whose distances are computed exactly
 _ROUNDING = 128 * torch.finfo(torch.float32).eps  # generous: it decides only what is computed twice
-_BLOCK_ELEMENTS = 1 << 24  # of a block of distances: 64 MiB
-_PAIR_ELEMENTS = 1 << 22  # of the pairs computed exactly at a time
+_BLOCK_ELEMENTS = 1 << 23  # of a block of distances: 32 MiB
+_ROWS = 256  # features taken to float64 at a time
+_PAIR_ELEMENTS = 1 << 18  # of the pairs computed exactly at a time: what a cache holds
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Manifold:
     def radii(self) -> tuple[Tensor, Tensor]:
         """Squared distance of each feature to its K-th and its DENSITY_K-th nearest other, float64 [N]
         each."""
-        centre = self.features.double().mean(dim=0)
+        centre = _centre(self.features)
         points, norms = _centred(self.features, centre)
         wanted = min(DENSITY_K + 1 + _SLACK, len(points))
         found = []
@@ -70,7 +71,7 @@ def compare(samples: Manifold, reference: Manifold) -> Neighbourhood:
     """
     reference_k, reference_density_k = reference.radii
     samples_k, _ = samples.radii
-    centre = reference.features.double().mean(dim=0)
+    centre = _centre(reference.features)
     x, x_norms = _centred(samples.features, centre)
     y, y_norms = _centred(reference.features, centre)
     precise = density = 0
@@ -117,10 +118,22 @@ class _Block:
         return inside
 
 
+def _centre(features: Tensor) -> Tensor:
+    """The mean, float64 [D], without a float64 copy of all features."""
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for part in features.split(_ROWS):
+        total += part.double().sum(dim=0)
+    return total / len(features)
+
+
 def _centred(features: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Float32 features around `centre`, and their squared norms: what a float32 product loses least of."""
-    points = (features.double() - centre).float()
-    return points, points.double().square().sum(dim=1).float()
+    points = torch.empty_like(features)
+    norms = torch.empty(len(features), device=features.device)
+    for part, centred, norm in zip(features.split(_ROWS), points.split(_ROWS), norms.split(_ROWS), strict=True):
+        centred.copy_(part.double() - centre)
+        norm.copy_(centred.double().square().sum(dim=1))
+    return points, norms
 
 
 def _squared_distances(x: Tensor, x_norms: Tensor, y: Tensor, y_norms: Tensor) -> Tensor:
