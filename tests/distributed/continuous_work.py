@@ -1,0 +1,52 @@
+"""Owns what the ranks of sCM's and progressive distillation's engine tests do; prints JSON."""
+
+import json
+
+from small import images, joined
+
+from cmscale import schedules
+from cmscale.config import parse_config
+from cmscale.rng import SampleRandomness
+from cmscale.train import assemble
+
+TEXT = """
+method: METHOD
+model: {image_size: 8, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, attention_resolutions: [4],
+        head_channels: 32, dropout: 0.1}
+data: {path: nowhere}
+optimizer: {learning_rate: 1.0e-2}
+train: {total_steps: 6, global_batch_size: 8, micro_batch_size: 2}
+ema: {rates: [0.9]}
+"""
+
+
+def losses(method: str) -> None:
+    """Losses and norms of three steps in stages 0 to 2, and how far the weighting moved."""
+    world = joined()
+    found = {}
+    for stage in range(3):
+        config = parse_config(TEXT.replace("METHOD", method), [f"engine.zero_stage={stage}"])
+        parts = assemble(config, world, fresh=True)
+        before = parts.engine.shards.state_dict("master")
+        results = []
+        for step in range(4):
+            point = schedules.at(config, step)
+            own = images(step).clamp(-1, 1).chunk(world.num_ranks)[world.rank]
+            positions = range(8 * step + world.rank * len(own), 8 * step + (world.rank + 1) * len(own))
+            numbers = SampleRandomness(0, tuple(positions), world.device).split(2)
+            micro = [
+                lambda clean=clean, drawn=drawn: parts.loss(parts.networks, clean, point, drawn).mean()  # noqa: B023
+                for clean, drawn in zip(own.split(2), numbers, strict=True)
+            ]
+            result = parts.engine.step(micro, point.learning_rate)
+            assert result.applied
+            parts.engine.shards.update(point)
+            results.append([result.loss, result.grad_norm])
+        after = parts.engine.shards.state_dict("master")
+        moved = {name: float((after[name] - before[name]).abs().max()) for name in after}
+        found[str(stage)] = results
+        watched = [name for name in moved if name.startswith("weighting.") or name == "out.2.weight"]
+        assert len(watched) == (1 if config.method.kind == "pd" else 3)
+        assert all(moved[name] > 0 for name in watched), moved
+        parts.engine.close()
+    print(json.dumps(found))
