@@ -35,6 +35,9 @@ from launchers.outcome import (
 _WAITS = (2, 4, 8, 16, 32, 60)  # seconds between tries: slurmctld may be away for a minute or two
 _FIRST_BAD = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<how>.+)")
 
+# srun's word where Slurm limits memory by cgroups, slurmstepd's where it polls, the kernel's through slurmstepd
+_OUT_OF_MEMORY = re.compile(r"Out Of Memory|exceeded memory limit|oom[-_ ]kill")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -45,6 +48,10 @@ def main() -> int:
     parser.add_argument("--signal-seconds", type=int, required=True)
     flags = parser.parse_args()
     run, job_id = RunDir(flags.run), os.environ["SLURM_JOB_ID"]
+    facts = _job_facts(job_id)
+    if superseded(facts):
+        print(f"{os.environ[ATTEMPT]}: Slurm has started the job again elsewhere; what follows is up to that start")
+        return 1
     folder = submission_folder(run)
     ends = read_rank_ends(attempt_folder(run))
     attempt = judge(
@@ -52,7 +59,7 @@ def main() -> int:
         status=flags.status,
         killed=first_bad_rank(_own_words(run, job_id)),
         step=newest_step(run),
-        leaving=leaving(_job_facts(job_id), signal_seconds=flags.signal_seconds),
+        leaving=leaving(facts, signal_seconds=flags.signal_seconds),
     )
     decision = decide(
         record_attempt(folder, attempt), max_restarts=flags.max_restarts, backoff_seconds=flags.backoff_seconds
@@ -75,6 +82,11 @@ def main() -> int:
         write_event(run, "fault", attempt, why=decision.why)
     write_json(folder / "ending.json", {**asdict(attempt), "why": decision.why})
     return {"finished": 0, "user_error": 2}.get(attempt.ending, 1)
+
+
+def superseded(facts: dict[str, str]) -> bool:
+    """Whether this is an older start of the job: its node was given up as dead, and this script lives on."""
+    return int(facts.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def leaving(facts: dict[str, str], *, signal_seconds: int) -> Ending | None:
@@ -102,7 +114,10 @@ def seconds_left(facts: dict[str, str]) -> float | None:
 def first_bad_rank(words: str) -> tuple[int, str, str] | None:
     """(rank, node, how) of the rank that srun saw ending badly first."""
     found = _FIRST_BAD.search(words)
-    return (int(found["rank"]), found["node"], found["how"]) if found else None
+    if found is None:
+        return None
+    how = "out of memory; ask for more with slurm.mem_gb" if _OUT_OF_MEMORY.search(words) else found["how"]
+    return int(found["rank"]), found["node"], how
 
 
 def damaged_pickle(run: RunDir, job_id: str) -> str | None:

@@ -37,6 +37,10 @@ PY
 sed -e "s|@DIR@|$dir|g" -e "s|@HOST@|$(hostname -s)|g" -e "s|@CONTROL_PORT@|${ports[0]}|g" \
   -e "s|@KILL_WAIT@|${TESTBED_KILL_WAIT:-15}|g" "$here/slurm.conf.in" >"$SLURM_CONF"
 if [ "${TESTBED_USER_SIGNAL:-0}" = 1 ]; then echo "SlurmctldParameters=preempt_send_user_signal" >>"$SLURM_CONF"; fi
+if [ "${TESTBED_MEMORY:-0}" = 1 ]; then # without cgroups a limit is held by looking, every second
+  sed -i "s|^SelectTypeParameters=.*|SelectTypeParameters=CR_Core_Memory|" "$SLURM_CONF"
+  printf '%s\n' JobAcctGatherType=jobacct_gather/linux JobAcctGatherFrequency=task=1 JobAcctGatherParams=OverMemoryKill >>"$SLURM_CONF"
+fi
 cp /etc/hosts "$dir/hosts"
 for k in $(seq "$nodes"); do
   echo "NodeName=node$k NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=${ports[$k]} CPUs=64 Boards=1 SocketsPerBoard=1 CoresPerSocket=64 ThreadsPerCore=1 RealMemory=1000000 State=UNKNOWN" >>"$SLURM_CONF"

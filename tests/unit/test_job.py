@@ -16,7 +16,7 @@ from cmscale.rundir import RunDir
 from launchers.job import slurm_port
 from launchers.outcome import Attempt, RankEnd, decide, judge, newest_step
 from launchers.plan import Plan
-from launchers.restart import _own_words, damaged_pickle, first_bad_rank, leaving
+from launchers.restart import _own_words, damaged_pickle, first_bad_rank, leaving, superseded
 from launchers.slurm import script_text
 
 FAULT = Attempt("fault", "boom", 10, 1, "node2")
@@ -122,6 +122,25 @@ class TestSlurmsWords:
     )
     def test_why_a_job_leaves_is_read_from_scontrol(self, facts: dict[str, str], expected: str | None):
         assert leaving(facts, signal_seconds=120) == expected
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "srun: error: node2: task 1: Out Of Memory\n",
+            "slurmstepd: error: StepId=7.0 exceeded memory limit, being killed\nsrun: error: node2: task 1: Killed\n",
+            "srun: error: node2: task 1: Killed\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n",
+        ],
+    )
+    def test_memory_that_ran_out_is_named(self, words: str):
+        assert first_bad_rank(words) == (1, "node2", "out of memory; ask for more with slurm.mem_gb")
+
+    def test_an_older_start_of_a_job_knows_that_it_is_one(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+        assert not superseded({"Restarts": "0"})
+        assert superseded({"Restarts": "1"})
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert not superseded({"Restarts": "1"})
+        assert not superseded({})  # slurmctld is away
 
     def test_each_start_reads_its_own_words_in_the_log_of_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         run = RunDir(tmp_path)
