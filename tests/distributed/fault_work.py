@@ -150,3 +150,12 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "nan for ever": nan_in(range(4, 1000)),
     "overflow": fp16_on_this_cpu,
 }
+
+
+def as_a_job_does(run_dir: str) -> None:
+    """Trains; a fault ends the rank at once, with status 1."""
+    try:
+        print(json.dumps(train.main(run_dir)), flush=True)
+    except Exception as error:
+        print(json.dumps(f"{type(error).__name__}: {error}"), flush=True)
+        os._exit(1)

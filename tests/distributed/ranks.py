@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -71,8 +72,19 @@ def wait(ranks: list[Rank], *, timeout: float) -> list[int]:
             rank.process.wait()
 
 
-def start_ranks(num_ranks: int, function: str, *arguments: Any) -> list[Rank]:
-    """Starts the processes of `run_ranks` and leaves them to the caller."""
+def start_ranks(
+    num_ranks: int,
+    function: str,
+    *arguments: Any,
+    inside: Sequence[Sequence[str]] | None = None,
+    more: Mapping[str, str] | None = None,
+) -> list[Rank]:
+    """Starts the processes of `run_ranks` and leaves them to the caller.
+
+    Args:
+        inside: for each rank a command that runs its command (`ip netns exec NAME`).
+        more: environment variables beside the usual ones.
+    """
     port = free_port()
     ranks = []
     for rank in range(num_ranks):
@@ -86,8 +98,10 @@ def start_ranks(num_ranks: int, function: str, *arguments: Any) -> list[Rank]:
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": str(ROOT),
+            **(more or {}),
         }
-        command = [sys.executable, str(Path(__file__)), function, json.dumps(arguments)]
+        command = [*(inside[rank] if inside else ()), sys.executable, str(Path(__file__))]
+        command += [function, json.dumps(arguments)]
         out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         ranks.append(Rank(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err), out, err))
     return ranks

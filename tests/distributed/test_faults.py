@@ -1,9 +1,15 @@
 """What a run makes of signals, numbers that are none, and ranks that stop: the fault matrix on gloo ranks."""
 
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from ranks import run_ranks, start_ranks, wait
 from safetensors import safe_open
 from small_runs import STEPS, assert_equal, events, last_weights, launch, losses, make_data, make_run, outcomes
 
@@ -137,3 +143,94 @@ def test_the_same_fault_at_the_same_step_stops_the_run_after_three(data: Path, t
         "requeued",
         "resumed",
     ]
+
+
+def test_wandb_that_is_away_holds_up_neither_training_nor_its_end(
+    runs: tuple[Path, dict[str, str]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    run = make_run(tmp_path / "run", data, "wandb.mode=online")
+    job = launch(run, "cmscale.train:main")
+    _, said = job.communicate(timeout=200)
+    assert job.returncode == 0, said
+    (finished,) = events(run, "finished")
+    assert time.time() - finished["time"] < 40  # ten seconds of patience; wandb's own at exit are sixty
+    assert_equal(run, golden(runs))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_other_numbers_of_ranks_and_stages(
+    runs: tuple[Path, dict[str, str]], data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for number, (num_ranks, stage, until) in enumerate([(2, 1, 3), (1, 3, 6), (4, 2, None)]):
+        made = make_run(tmp_path / str(number), data, f"engine.zero_stage={stage}")
+        shutil.copytree(made.root, run, dirs_exist_ok=True)
+        if until is None:
+            assert outcomes(run_ranks(num_ranks, "train_work:to_the_end", str(run))) == ["finished"] * num_ranks
+            continue
+        ranks = start_ranks(num_ranks, "train_work:until_signalled", str(run), until, int(signal.SIGTERM))
+        assert wait(ranks, timeout=200) == []
+        assert outcomes([rank.said() for rank in ranks]) == ["preempted"] * num_ranks
+    assert losses(RunDir(run)) == pytest.approx(losses(golden(runs)), rel=2e-5)
+    for record, expected in zip(latest_metrics(RunDir(run)), latest_metrics(golden(runs)), strict=True):
+        assert record["samples"] == expected["samples"]
+    assert len(list(RunDir(run).checkpoint(STEPS).glob("rank-*"))) == 4
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two network namespaces on one bridge; the ranks in them see each other by it alone."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"cms{os.getpid() % 100000}{letter}" for letter in "ab"]
+    bridge = f"cmsbr{os.getpid() % 100000}"
+
+    def ip(*words: str, check: bool = True) -> None:
+        subprocess.run(["ip", *words], check=check, capture_output=True)
+
+    try:
+        ip("link", "add", bridge, "type", "bridge")
+        ip("link", "set", bridge, "up")
+        for number, name in enumerate(names, start=1):
+            ip("netns", "add", name)
+            ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", name, "master", bridge, "up")
+            ip("-n", name, "address", "add", f"10.213.7.{number}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    else:
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "delete", name, check=False)
+        ip("link", "delete", bridge, check=False)
+
+
+@pytest.mark.slow
+def test_ranks_cut_off_from_each_other_leave_together_and_the_next_start_is_exact(
+    runs: tuple[Path, dict[str, str]], data: Path, tmp_path: Path, namespaces: list[str]
+) -> None:
+    # No address in the namespaces is the host name's, so that gloo must be told its interface.
+    overrides = ("engine.collective_timeout_minutes=0.1", "train.log_every=1")
+    run = make_run(tmp_path / "run", data, *overrides)
+    places = [["ip", "netns", "exec", name] for name in namespaces]
+    where = {"MASTER_ADDR": "10.213.7.1", "GLOO_SOCKET_IFNAME": "eth0"}
+    ranks = start_ranks(2, "fault_work:as_a_job_does", str(run.root), inside=places, more=where)
+    until = time.monotonic() + 120
+    while not any(record["step"] >= 2 for record in read_lines(run.metrics)):
+        assert time.monotonic() < until, "training never came to step 2"
+        time.sleep(0.002)
+    subprocess.run(["ip", "link", "set", namespaces[1], "down"], check=True)
+    cut = time.monotonic()
+    for rank in ranks:
+        rank.process.wait(60)
+    assert time.monotonic() - cut < 45  # 6 s of patience, and what a busy machine adds
+    assert [rank.process.returncode for rank in ranks] == [1, 1]
+    subprocess.run(["ip", "link", "set", namespaces[1], "up"], check=True)
+    again = start_ranks(2, "train_work:to_the_end", str(run.root), inside=places, more=where)
+    assert wait(again, timeout=200) == [], again[0].errors()[-2000:]
+    assert_equal(run, golden(runs))
