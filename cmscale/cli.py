@@ -37,6 +37,9 @@ def main() -> None:
     except UserError as error:
         print(f"cmscale: {error}", file=sys.stderr)
         sys.exit(2)
+    except ConnectionError as error:
+        print(f"cmscale: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 @app.command()
@@ -289,7 +292,11 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
     table = Table("run", "method", "step", "of", "loss", "last event", box=None)
     for path in sorted(child.parent for child in runs_dir.glob("*/config.yaml")):
         run = RunDir(path)
-        config = read_config(run.config)
+        try:
+            config = read_config(run.config)
+        except UserError as error:
+            table.add_row(run.name, "?", "", "", "", str(error))
+            continue
         metrics = latest_metrics(run)
         last = metrics[-1] if metrics else {"step": 0, "loss": float("nan")}
         events = [event["event"] for event in read_lines(run.events)]

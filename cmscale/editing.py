@@ -76,12 +76,16 @@ def _apply(source: Source, request: EditRequest, clean: torch.Tensor) -> tuple[t
             gray = edit.luminance(clean).expand_as(clean)
             return gray, edit.colorize(chain, clean)
         case "superres":
+            if clean.shape[-1] % request.factor:
+                raise UserError(f"--factor {request.factor}: does not divide the image's {clean.shape[-1]} pixels")
             coarse = torch.nn.functional.avg_pool2d(clean, request.factor)
             shown = torch.nn.functional.interpolate(coarse, scale_factor=request.factor, mode="nearest")
             return shown, edit.superres(chain, clean, factor=request.factor)
         case "stroke":
             return clean, edit.stroke(chain, clean)
         case "denoise":
+            if request.sigma <= 0:
+                raise UserError(f"--sigma {request.sigma}: must be above 0")
             noise = normal_like_samples(
                 request.seed, range(len(clean)), clean.shape[1:], purpose="noisy", device=clean.device
             )

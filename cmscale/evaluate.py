@@ -49,7 +49,8 @@ class Request(BaseModel):
     config: str | None = None
     overrides: list[str] = []
     device: str = "auto"
-    work_dir: str | None = None
+    run_dir: str | None = None
+    """Where results and progress go for a source that is no run; on a cluster all nodes see it."""
 
     def given(self) -> dict[str, Any]:
         """What stands before the config's `evaluate` section, by its keys."""
@@ -98,10 +99,10 @@ def main(request: dict[str, Any]) -> str:
     world = worlds.detect(wanted.device)
     worlds.connect(world, timeout_minutes=120.0)  # rank 0 measures a reference while the others wait
     try:
-        for path in evaluate(wanted, world, preemption=preemption) or []:
-            if world.is_main:
-                print(path, flush=True)
-        return "preempted" if preemption.requested() else "finished"
+        done = evaluate(wanted, world, preemption=preemption)
+        for path in (done or []) if world.is_main else []:
+            print(path, flush=True)
+        return "preempted" if done is None else "finished"
     finally:
         worlds.disconnect()
 
@@ -143,7 +144,7 @@ def _evaluate_one(request: Request, source: Source, bench: Bench, draw: SampleRe
     out = _result_path(request, source, draw)
     worlds.on_main(lambda: _check_fit(source, bench))
     denoise = source.denoiser(bench.world.device)
-    work_dir = work_folder(source, request.work_dir)
+    work_dir = work_folder(source, request.run_dir)
     measured = []
     for seed in range(request.seeds):
         label = f"{describe_step(source)} seed {seed}"
@@ -253,9 +254,10 @@ def _result_path(request: Request, source: Source, draw: SampleRequest) -> Path:
     """Where the result goes: `--out`, or the run's evaluations folder."""
     if request.out is not None:
         return Path(request.out)
-    if source.run_dir is None:
+    home = source.run_dir or (None if request.run_dir is None else Path(request.run_dir))
+    if home is None:
         raise UserError(f"{request.source}: not a run on this machine; say where the result goes with --out FILE.json")
-    return RunDir(source.run_dir).evaluation(
+    return RunDir(home).evaluation(
         step=source.step,
         weights=source.weights_name,
         nfe=_nfe(source.config, draw),

@@ -63,7 +63,7 @@ class Bench:
     ) -> dict[str, float] | None:
         """Every metric of the samples that `draw` asks for, on every rank. Collective.
 
-        Blocks that an earlier, interrupted call committed to `work_dir` are taken as they are.
+        What an earlier, interrupted call committed to `work_dir`, blocks or all metrics, is taken as it is.
 
         Returns:
             None where a preemption came between; the blocks so far are kept.
@@ -72,6 +72,9 @@ class Bench:
             draw = replace(draw, classes="random")
         identity = {**sampling_protocol(source, draw), **self.features_protocol(), "seed": draw.seed}
         store = BlockStore(work_dir, identity=identity, num_samples=draw.num)
+        known = worlds.from_main(worlds.on_main(lambda: store.metrics(self._against)))
+        if known is not None:
+            return known
         todo = worlds.from_main(store.missing())
         mine = todo[self.world.rank :: self.world.num_ranks]
         for block in track(mine, description=label, disable=not (self.world.is_main and sys.stderr.isatty())):
@@ -80,17 +83,22 @@ class Bench:
             store.commit(block, self.extractor(draw_block(source, denoise, draw, block, device=self.world.device)))
         if self.preemption.requested():
             return None
-        found = worlds.from_main(worlds.on_main(lambda: self._measured(store)))
-        worlds.on_main(store.remove)
-        return found
+        return worlds.from_main(worlds.on_main(lambda: self._measured(store)))
 
     def features_protocol(self) -> dict[str, Any]:
         """What decides the features of an image."""
         return {"features": self.extractor.label, "features_sha256": self.extractor.weights_sha256}
 
+    @property
+    def _against(self) -> str:
+        assert self.reference is not None, "rank 0 has the reference"
+        return self.reference.sha256
+
     def _measured(self, store: BlockStore) -> dict[str, float]:
         assert self.reference is not None, "rank 0 has the reference"
-        return measure(store.read(), num_samples=store.num_samples, reference=self.reference)
+        found = measure(store.read(), num_samples=store.num_samples, reference=self.reference)
+        store.finish(found, against=self._against)
+        return found
 
 
 def draw_block(
@@ -161,13 +169,10 @@ def machine_protocol(world: World) -> dict[str, Any]:
     }
 
 
-def work_folder(source: Source, asked: str | None) -> Path:
-    """Where blocks are kept until they are measured; on Slurm all nodes must see it."""
-    if asked is not None:
-        return Path(asked)
-    if source.run_dir is not None:
-        return RunDir(source.run_dir).evaluations / ".blocks"
-    return cache_folder() / "evaluations"
+def work_folder(source: Source, run_dir: str | None) -> Path:
+    """Where blocks are kept until they are measured: with the source's run, else with the given one, else here."""
+    home = source.run_dir or (None if run_dir is None else Path(run_dir))
+    return cache_folder() / "evaluations" if home is None else RunDir(home).evaluations / ".blocks"
 
 
 def describe_step(source: Source) -> str:

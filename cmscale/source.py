@@ -43,15 +43,21 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """Hash of the weights and of what turns them into samples."""
-        digest = hashlib.sha256(self.config.method.model_dump_json().encode())
-        for name in sorted(self.weights):
-            digest.update(name.encode())
-            digest.update(self.weights[name].numpy().data)
-        return digest.hexdigest()
+        method = self.config.method.model_dump_json()
+        return hashlib.sha256(f"{method} {weights_fingerprint(self.weights)}".encode()).hexdigest()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return (3, self.config.model.image_size, self.config.model.image_size)
+
+
+def weights_fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    """Hash of named tensors, whatever their order."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def dataset_of(source: Source) -> DatasetManifest | None:

@@ -1,5 +1,6 @@
 """Trains a run: assembles its parts, then turns the loop until the last step or a preemption."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from cmscale.model.weighting import build_weighted_unet
 from cmscale.rng import SampleRandomness
 from cmscale.run_log import RunLog
 from cmscale.rundir import RunDir
-from cmscale.source import load_teacher
+from cmscale.source import load_teacher, weights_fingerprint
 from cmscale.storage import open_storage
 from cmscale.stragglers import Stragglers
 from cmscale.world import World
@@ -64,7 +65,8 @@ def main(run_dir: str, fresh: bool = False) -> str:
         preflight.check(config, run, world)
         return train(config, run, world, preemption=preemption, fresh=fresh)
     except Exception as error:
-        write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError, UserError):  # a full disk must not hide what happened
+            write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(error).__name__}: {error}")
         raise
     finally:
         worlds.disconnect()
@@ -78,9 +80,21 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     parts = assemble(config, world, fresh=found is None)
     engine, shards = parts.engine, parts.engine.shards
     state = TrainState() if found is None else restore(found, engine)
+    teacher = parts.teacher_fingerprint
+    if found is not None:
+        teacher = must_be_its_teacher(config, found.manifest.teacher_fingerprint, teacher)
+    batches = open_data(config, world, state)  # before any thread: its workers are forked
     exporter = Exporter(run, config.checkpoint.export_to) if config.checkpoint.export_to and world.is_main else None
-    checkpoints = Checkpoints(run, config, world, generation=generation, data_fingerprint=data, exporter=exporter)
-    batches = open_data(config, world, state)
+    checkpoints = Checkpoints(
+        run,
+        config,
+        world,
+        generation=generation,
+        data_fingerprint=data,
+        teacher_fingerprint=teacher,
+        exporter=exporter,
+        loaded=None if found is None else state,
+    )
     log = RunLog(config, run, world, batches=batches)
     probe = Probe(config, world)
     watchdog = Watchdog(run, config, world)
@@ -137,6 +151,7 @@ class Parts:
     engine: Engine
     loss: Loss
     networks: Networks
+    teacher_fingerprint: str | None
 
     def step(self, batch: Batch, point: schedules.Point) -> StepResult:
         """One step on one global batch; not applied where the loss is not finite."""
@@ -178,7 +193,23 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
         target=None if engine.target is None else denoiser_for(method, engine.target),
         teacher=build_teacher(config, engine, teacher) if distilled and teacher is not None else None,
     )
-    return Parts(config, world, engine, build_loss(method, load_distance(config, world)), networks)
+    loss = build_loss(method, load_distance(config, world))
+    return Parts(config, world, engine, loss, networks, None if teacher is None else weights_fingerprint(teacher))
+
+
+def must_be_its_teacher(config: Config, trained_with: str | None, now: str | None) -> str | None:
+    """The fingerprint of the run's teacher: a distillation goes on with the one it began with.
+
+    Raises:
+        UserError: another teacher, for example a run that was trained on since.
+    """
+    if now is not None and trained_with is not None and now != trained_with:
+        teacher = getattr(config.method, "teacher", None)
+        raise UserError(
+            f"method.teacher: {teacher} holds other weights (fingerprint {now[:12]}) than this run began with "
+            f"({trained_with[:12]}); name the checkpoint that it was, or start a new run"
+        )
+    return trained_with or now
 
 
 def build_teacher(config: Config, engine: Engine, weights: dict[str, torch.Tensor]) -> EDMDenoiser | TrigFlow:
@@ -220,11 +251,11 @@ def save_sample_grid(config: Config, run: RunDir, world: World, engine: Engine, 
     share = -(-count // world.num_ranks)
     steps = schedules.at(config, step - 1).num_scales if isinstance(config.method, PD) else None  # as now trained
     indices = range(world.rank * share, (world.rank + 1) * share)  # all ranks evaluate as often: ZeRO-3 needs it
+    size_of_pass = config.train.micro_batch_size  # what is known to fit beside the training state
     with engine.showing(config.ema.names[0]) as network:
         denoise = denoiser_for(config.method, network)
-        images = sample(
-            config.method, denoise, seed=0, indices=indices, steps=steps, shape=(3, size, size), device=world.device
-        )
-    drawn = torch.cat(worlds.gather(images.cpu()))[:count]
+        draw = partial(sample, config.method, denoise, seed=0, steps=steps, shape=(3, size, size), device=world.device)
+        images = [draw(indices=indices[at : at + size_of_pass]) for at in range(0, share, size_of_pass)]
+    drawn = torch.cat(worlds.gather(torch.cat(images).cpu()))[:count]
     if world.is_main and bool(torch.isfinite(drawn).all()):
         pictures.save_png(pictures.grid(pictures.to_uint8(drawn)), run.sample_grid(step))

@@ -22,6 +22,20 @@ def check_inputs(config: Config) -> DatasetManifest:
     return manifest
 
 
+def check_export(export_to: str, name: str, *, is_new: bool) -> None:
+    """Checkpoints can be exported: the place answers, and holds none of another run of this name.
+
+    Raises:
+        UserError: no such bucket, no credentials, or another run's checkpoints; one line.
+    """
+    there = open_storage(export_to).sub(name)
+    if next(iter(there.list("checkpoints/")), None) is not None and is_new:
+        raise UserError(
+            f"checkpoint.export_to: {there.url} holds checkpoints of an earlier run {name}; "
+            "take another --name or checkpoint.export_to"
+        )
+
+
 def check_dataset(url: str, *, image_size: int) -> DatasetManifest:
     """The manifest of a prepared data set that fits the network.
 

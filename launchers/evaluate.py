@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     config, run = where(flags)
     device = flags.device or (config.engine.device if config else "auto")
     plan = make_plan(flags, device=device, slurm=config.slurm if config else Slurm())
-    request = make_request(flags, device=device)
+    request = make_request(flags, device=device, run=run)
     rows = {name: str(value) for name, value in request.items() if value not in (None, [])}
     print(as_table({**describe_place(plan), **rows}), flush=True)
     if flags.dry_run:
@@ -89,7 +89,8 @@ def where(flags: argparse.Namespace) -> tuple[Config | None, RunDir]:
     source = Path(flags.source).expanduser()
     if not is_remote(flags.source):
         for root in (source, source.parent.parent):  # a run; RUN/checkpoints/step-…
-            if (root / "config.yaml").is_file():
+            inside = root == source or source.parent.name == "checkpoints"
+            if inside and (root / "config.yaml").is_file():
                 for flag, value in (
                     ("--name", flags.name),
                     ("--config", flags.config),
@@ -105,7 +106,7 @@ def where(flags: argparse.Namespace) -> tuple[Config | None, RunDir]:
     return (read_config(flags.config, flags.overrides) if flags.config else None), run
 
 
-def make_request(flags: argparse.Namespace, *, device: str) -> dict[str, Any]:
+def make_request(flags: argparse.Namespace, *, device: str, run: RunDir) -> dict[str, Any]:
     """What the worker is asked for, a `cmscale.evaluate.Request`; None: as the config says."""
     return {
         "source": _absolute(flags.source),
@@ -123,6 +124,7 @@ def make_request(flags: argparse.Namespace, *, device: str) -> dict[str, Any]:
         "config": _absolute(flags.config),
         "overrides": flags.overrides,
         "device": device,
+        "run_dir": str(run.root.absolute()),
     }
 
 

@@ -54,7 +54,7 @@ class CD(_Discrete):
 
     kind: Literal["cd"]
     teacher: str = operational(...)
-    teacher_weights: str | None = operational(None)
+    teacher_weights: str | None = None
     num_scales: Annotated[int, Field(ge=2)] = 40
     solver: Solver = "heun"
     target_ema: Rate = 0.95
@@ -96,7 +96,7 @@ class ECT(Diffusion):
 
     kind: Literal["ect"]
     teacher: str = operational(...)
-    teacher_weights: str | None = operational(None)
+    teacher_weights: str | None = None
     p_mean: float = -1.1
     p_std: Positive = 2.0
     q: Annotated[float, Field(gt=1)] = 2.0
@@ -120,7 +120,7 @@ class SCT(_Continuous):
 
     kind: Literal["sct"]
     teacher: str | None = operational(None)
-    teacher_weights: str | None = operational(None)
+    teacher_weights: str | None = None
     start: Literal["random", "teacher"] = "random"
 
     @model_validator(mode="after")
@@ -135,7 +135,7 @@ class SCD(_Continuous):
 
     kind: Literal["scd"]
     teacher: str = operational(...)
-    teacher_weights: str | None = operational(None)
+    teacher_weights: str | None = None
 
 
 class PD(_Discrete):
@@ -143,7 +143,7 @@ class PD(_Discrete):
 
     kind: Literal["pd"]
     teacher: str = operational(...)
-    teacher_weights: str | None = operational(None)
+    teacher_weights: str | None = None
     distance: Distance = "l2"
     start_scales: Annotated[int, Field(ge=2)] = 64
     weighting: Literal["truncated_snr", "uniform"] = "truncated_snr"

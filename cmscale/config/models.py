@@ -84,7 +84,13 @@ class EMA(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(f"ema_{rate:.10g}" for rate in self.rates)
+        return tuple(f"ema_{rate:.7g}" for rate in self.rates)
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> "EMA":
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"rates {list(self.rates)}: two have the same name {self.names} to seven digits")
+        return self
 
 
 class Engine(Section):

@@ -11,7 +11,7 @@ result depends on no number of ranks, and a killed evaluation goes on with the b
     barrier()
     if world.is_main:
         measured = measure(store.read(), num_samples=50_000, reference=reference)
-        store.remove()
+        store.finish(measured, against=reference.sha256)
 """
 
 import hashlib
@@ -77,9 +77,18 @@ class BlockStore:
         for block in blocks(self.num_samples):
             yield block, load_file(self._path(block))
 
-    def remove(self) -> None:
-        """Deletes the blocks, once they have been measured."""
+    def metrics(self, against: str) -> dict[str, float] | None:
+        """What `finish` kept of this evaluation against this reference; None where it is not finished."""
+        path = self._metrics_path(against)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, metrics: Mapping[str, float], *, against: str) -> None:
+        """Keeps the metrics against a reference (its hash) in the place of the blocks, which are deleted."""
+        replace_durably(self._metrics_path(against), json.dumps(dict(metrics)).encode())
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _metrics_path(self, against: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}-against-{against[:16]}.json")
 
     def _path(self, block: range) -> Path:
         return self.folder / f"block-{block.start:09d}.safetensors"
