@@ -7,7 +7,7 @@ import pytest
 import torch
 from gaussian import Gaussian
 
-from cmscale.config import CT, EDM, Diffusion
+from cmscale.config import CT, EDM, PD, Diffusion
 from cmscale.consistency import grid, sampler
 from cmscale.rng import normal_like_samples
 
@@ -92,12 +92,25 @@ def test_edm_samplers_are_their_algorithms(name, seed: int):
 @pytest.mark.parametrize(
     ("method", "steps", "name"),
     [(EDM(kind="edm"), 40, name) for name in ("heun", "euler", "dpm2", "ancestral")]
-    + [(CT(kind="ct"), steps, "heun") for steps in (1, 2, 7)],
+    + [(CT(kind="ct"), steps, "heun") for steps in (1, 2, 7)]
+    + [(PD(kind="pd", teacher="t"), steps, "heun") for steps in (1, 4)],
 )
 def test_number_of_evaluations(method, steps: int, name):
     denoise = Counted()
     sampler.sample(method, denoise, seed=0, indices=[0], steps=steps, shape=SHAPE, sampler=name)
     assert len(denoise.sigmas) == sampler.num_evaluations(method, steps, name)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_pd_takes_eulers_steps_on_its_stages_grid_and_gives_the_last_estimate(steps: int):
+    """The grid of the student's training: N intervals of the Karras curve; at N = 1 the sample is D(T z, T)."""
+    (noise,) = noises(0, 0)
+    times = [*(karras(index, steps) for index in range(steps)), 0.0]
+    x = 80 * noise
+    for t, s in itertools.pairwise(times):
+        x = x + (s - t) * (x - numpy_denoise(x, t)) / t
+    # in float32 a step from 80 to 0 takes hundreds from hundreds: their last place is 1.5e-5
+    np.testing.assert_allclose(draw(PD(kind="pd", teacher="t"), steps, seed=0), x, rtol=1e-5, atol=4e-5)
 
 
 def test_forty_heun_steps_are_79_evaluations():
