@@ -48,7 +48,7 @@ if [ "$length" = long ]; then
   longer=(
     [edm]="train.total_steps=2500 train.sample_every=500"
     [cd]="train.total_steps=2000 train.sample_every=500"
-    [ct]="train.total_steps=3500 train.sample_every=500 method.s1=20"
+    [ct]="train.total_steps=3500 train.sample_every=500"
   )
 fi
 
@@ -84,6 +84,8 @@ cmscale edit inpaint "$bucket/exports/cd.safetensors" "$runs/photograph.png" --o
 cmscale report "$runs/cd" --beside "$runs/edm" --beside "$runs/ct"
 
 say "what was learned (FD-EfficientNet, lower is better)"
-python ops/demo_summary.py "$runs" "$length"
+learned=0
+python ops/demo_summary.py "$runs" "$length" || learned=$?
 echo "report:   $PWD/$runs/cd/report/index.html"
 echo "samples:  $PWD/$runs/samples.png"
+exit "$learned"
