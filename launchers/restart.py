@@ -78,7 +78,7 @@ def main() -> int:
                 write_event(run, "requeued", attempt, why=decision.why)
                 return 1  # this job failed, whatever becomes of the next
             decision = Decision("stop", f"Slurm did not take the job again after: {decision.why}")
-    if attempt.ending in ("fault", "time_limit"):
+    if attempt.ending in ("fault", "time_limit", "preempted"):  # the last: Slurm did not take it back
         write_event(run, "fault", attempt, why=decision.why)
     write_json(folder / "ending.json", {**asdict(attempt), "why": decision.why})
     return {"finished": 0, "user_error": 2}.get(attempt.ending, 1)
