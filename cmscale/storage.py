@@ -17,10 +17,6 @@ from cmscale.errors import UserError
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 60.0  # of silence, an attempt
 
 
-class DamagedOnTheWay(ConnectionError):
-    """Bytes that arrived are not what the server's own checksum says; one line naming the object."""
-
-
 @dataclass(frozen=True)
 class Entry:
     """A stored object: its key relative to the storage's root, its size in bytes, and what changes when it does."""
@@ -272,8 +268,6 @@ class S3Storage:
             raise ConnectionError(f"{self.url}: the S3 server does not answer, or not to the end ({error})") from error
         except boto.FlexibleChecksumError as error:
             raise ArrivedChanged(f"{self.join(key)}: arrived changed ({error})") from error
-        except boto.FlexibleChecksumError as error:
-            raise DamagedOnTheWay(f"{self.join(key)}: damaged on the way ({error})") from error
         except (boto.ParamValidationError, boto.NoRegionError, boto.ProfileNotFound, ValueError) as error:
             raise UserError(f"{self.url}: {error}") from None
         except S3UploadFailedError as error:

@@ -21,7 +21,7 @@ from cmscale.manifests import (
     read_dataset_manifest,
     read_document,
 )
-from cmscale.storage import LocalStorage, Storage, explained, open_storage
+from cmscale.storage import LocalStorage, S3Storage, Storage, explained, open_storage
 from data_prep.preprocess import ENCODINGS, RECIPES
 from data_prep.shards import Record, Settings, build_shard, deliver, index_file
 from data_prep.sources import Reader, Source
@@ -120,6 +120,8 @@ class Job:
         Raises:
             UserError: something else is being made there.
         """
+        if isinstance(self.storage, S3Storage):
+            self.storage.abort_uploads()  # of a run that was killed
         raw = self.storage.read_if_present(f"{PROGRESS}/plan.json")
         if raw is None:
             self.storage.write(f"{PROGRESS}/plan.json", self.plan.to_bytes())
@@ -129,6 +131,10 @@ class Job:
                 f"{self.storage.url}: an unfinished data set of another source or other settings is there; "
                 f"finish it with its own command, or use another --out"
             )
+        return self.records()
+
+    def records(self) -> dict[int, Record]:
+        """The shards that are finished, by number."""
         sizes = {entry.key: entry.size for entry in self.storage.list()}
         numbers = [n for n in range(self.num_shards) if self.record_key(n) in sizes]
         with ThreadPoolExecutor(16) as threads:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from cmscale.data import mds, webdataset
 from cmscale.errors import UserError
 from cmscale.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
-from cmscale.storage import Storage, open_storage
+from cmscale.storage import ArrivedChanged, Storage, open_storage
 from data_prep.job import PREPARATION, Preparation
 from data_prep.progress import Ticker
 from data_prep.shards import Settings, build_shard, index_file, shard_name
@@ -31,6 +31,8 @@ def fault_of(storage: Storage, entry: FileEntry) -> str | None:
         data = storage.read(entry.name)
     except FileNotFoundError:
         return "missing"
+    except ArrivedChanged as error:
+        return str(error)
     if len(data) != entry.size:
         return f"{len(data)} bytes, expected {entry.size}"
     found = hashlib.sha256(data).hexdigest()

@@ -13,16 +13,21 @@ from pathlib import Path
 
 from cmscale.errors import UserError
 from cmscale.manifests import FileEntry
-from cmscale.storage import LocalStorage, Storage
+from cmscale.storage import ArrivedChanged, LocalStorage, Storage
 
 ATTEMPTS = 4
 LOCK_MINUTES = 15.0
 _TOUCH_SECONDS = 60.0
-_UNKNOWN, _VERIFIED, _BAD = 0, 1, 2
+_UNKNOWN, _VERIFIED, _MISSING, _DAMAGED = range(4)
+_BAD = {_MISSING: "missing", _DAMAGED: "damaged"}
 
 
 class BadFile(RuntimeError):
     """A stored file that is missing or not what the manifest says, fetched again and still; one line with both."""
+
+
+def _wait(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def default_cache_dir() -> Path:
@@ -60,7 +65,7 @@ class FileCache:
         folder: The root of the cache; None reads local data in place and caches S3 in `default_cache_dir()`.
         name: The data set's folder within the cache: its fingerprint, so that data sets never mix.
         limit: Bytes that all data sets in the cache may take together; the least recently used files go.
-        wait: Sleeps between attempts, replaced in tests.
+        wait: Sleeps between attempts; None: really.
     """
 
     def __init__(
@@ -71,12 +76,12 @@ class FileCache:
         folder: Path | None,
         name: str,
         limit: int,
-        wait: Callable[[float], None] = time.sleep,
+        wait: Callable[[float], None] | None = None,
     ) -> None:
         self.storage = storage
         self.entries = entries
         self.limit = limit
-        self.wait = wait
+        self.wait = wait or _wait
         self.in_place = isinstance(storage, LocalStorage) and folder is None
         self.root = folder if folder is not None else default_cache_dir()
         self.folder = storage.root if isinstance(storage, LocalStorage) and folder is None else self.root / name[:16]
@@ -97,23 +102,15 @@ class FileCache:
             ConnectionError: the storage does not answer, after several attempts.
         """
         path = self.folder / name
-        number = self._number[name]
-        if self._state[number] == _BAD:  # known: not fetched and hashed again for each of its samples
-            raise _damaged(self.storage.join(name), self.entries[name], "missing or damaged")
-        if self._state[number] != _VERIFIED or not path.exists():
-            try:
-                self._obtain(name, path)
-            except BadFile:
-                self._state[number] = _BAD
-                raise
-            self._state[number] = _VERIFIED
+        if self._state[self._number[name]] != _VERIFIED or not path.exists():
+            self._obtain(name, path)
         self.touch(name)
         return path
 
     def has(self, name: str) -> bool:
         """Whether `path` would return, or raise, at once."""
         state = self._state[self._number[name]]
-        return state == _BAD or (state == _VERIFIED and (self.folder / name).exists())
+        return state in _BAD or (state == _VERIFIED and (self.folder / name).exists())
 
     def touch(self, name: str) -> bool:
         """Marks a file as used, now and then: the modification time orders the eviction. False where it was found
@@ -128,41 +125,54 @@ class FileCache:
         return True
 
     def _obtain(self, name: str, path: Path) -> None:
-        entry = self.entries[name]
-        if self.in_place:
-            if not (matches(path, entry) or matches(path, entry)):  # a network file system may err once
-                raise _damaged(self.storage.join(name), entry, "missing" if not path.exists() else "damaged")
-            return
-        with _locked(path.with_name(f".{path.name}.lock")):
-            if matches(path, entry):
-                return
-            path.unlink(missing_ok=True)
-            for part in path.parent.glob(f".{path.name}.part*"):  # of a process that was killed: we hold the lock
-                part.unlink(missing_ok=True)
-            self._make_room(entry.size)
-            self._fetch(name, path, entry)
+        """Verifies or fetches a file, and remembers the outcome: a bad one is not fetched for each of its samples."""
+        number, entry = self._number[name], self.entries[name]
+        with contextlib.nullcontext() if self.in_place else _locked(path.with_name(f".{path.name}.lock")):
+            if self._state[number] not in _BAD:
+                self._state[number] = self._check(path, entry) if self.in_place else self._bring(name, path, entry)
+        if self._state[number] in _BAD:
+            raise BadFile(
+                f"{self.storage.join(name)}: {_BAD[self._state[number]]}; expected {entry.size} bytes with SHA-256 "
+                f"{entry.sha256}; data_prep/verify.py --repair can write it again"
+            )
 
-    def _fetch(self, name: str, path: Path, entry: FileEntry) -> None:
+    def _check(self, path: Path, entry: FileEntry) -> int:
+        if matches(path, entry) or matches(path, entry):  # a network file system may err once
+            return _VERIFIED
+        return _DAMAGED if path.exists() else _MISSING
+
+    def _bring(self, name: str, path: Path, entry: FileEntry) -> int:
+        if matches(path, entry):
+            return _VERIFIED
+        path.unlink(missing_ok=True)
+        for part in path.parent.glob(f".{path.name}.part*"):  # of a process that was killed: we hold the lock
+            part.unlink(missing_ok=True)
+        self._make_room(entry.size)
+        return self._fetch(name, path, entry)
+
+    def _fetch(self, name: str, path: Path, entry: FileEntry) -> int:
         part = path.with_name(f".{path.name}.part")
-        fault: Exception | None = None
+        outcome: int | ConnectionError = _MISSING
         for attempt in range(ATTEMPTS):
             if attempt:
                 self.wait(2.0 ** (attempt - 1))
             try:
                 self.storage.download(name, part)
             except FileNotFoundError:
-                fault = _damaged(self.storage.join(name), entry, "missing")
-                continue
+                outcome = _MISSING
+            except ArrivedChanged:
+                outcome = _DAMAGED
             except ConnectionError as error:
-                fault = error
-                continue
-            if matches(part, entry):
-                part.replace(path)
-                return
-            part.unlink(missing_ok=True)
-            fault = _damaged(self.storage.join(name), entry, "damaged")
-        assert fault is not None
-        raise fault
+                outcome = error
+            else:
+                if matches(part, entry):
+                    part.replace(path)
+                    return _VERIFIED
+                part.unlink(missing_ok=True)
+                outcome = _DAMAGED
+        if isinstance(outcome, ConnectionError):
+            raise outcome
+        return outcome
 
     def _make_room(self, needed: int) -> None:
         """Deletes the least recently used files until `needed` more bytes fit."""
@@ -180,13 +190,6 @@ class FileCache:
                 if not path.name.startswith("."):
                     path.unlink(missing_ok=True)
                     total -= size
-
-
-def _damaged(where: str, entry: FileEntry, what: str) -> BadFile:
-    return BadFile(
-        f"{where}: {what}; expected {entry.size} bytes with SHA-256 {entry.sha256}; "
-        f"data_prep/verify.py --repair can write it again"
-    )
 
 
 @contextmanager

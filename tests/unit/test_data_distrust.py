@@ -53,7 +53,7 @@ SPOILT = ("flipped", "cut at a member", "cut inside", "missing")
 )
 def test_a_damaged_shard_stops_the_run_naming_it_and_its_hash(source, tmp_path, s3, format, how, place, monkeypatch):
     monkeypatch.setattr("cmscale.data.cache.ATTEMPTS", 2)
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("cmscale.data.cache._wait", lambda _: None)
     url = make(source, str(tmp_path / "set") if place == "folder" else f"{s3}/set", format)
     shard = read_dataset_manifest(open_storage(url)).shards[2]
     spoil(url, shard.name, how)

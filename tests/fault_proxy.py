@@ -1,0 +1,191 @@
+"""Owns an HTTP proxy that stands in front of an S3 server and misbehaves by rule, over real sockets.
+
+    with FaultProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        proxy.add("503", match="PUT .*manifest", times=2)
+
+A request goes to the first rule that matches and is not used up; without one it passes.
+"""
+
+import http.client
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+FAULTS = {
+    "503": "answers SlowDown, without asking the server",
+    "403": "answers InvalidAccessKeyId, without asking the server",
+    "reset": "reads the request and resets the connection",
+    "reset after": "lets the server do it, then resets the connection instead of answering",
+    "stall": "answers nothing until the proxy ends",
+    "slow": "sends the body in small pieces with pauses",
+    "truncate": "announces the whole body, sends half of it and closes",
+    "corrupt": "flips a bit in the middle of the body",
+    "corrupt upload": "flips a bit in the middle of what the server is sent",
+}
+_PAUSE_SECONDS = 0.02
+_CODES = {"503": "SlowDown", "403": "InvalidAccessKeyId"}
+
+
+@dataclass
+class Rule:
+    """One misbehaviour: `match` is searched for in `METHOD /path?query`; `times` None means always."""
+
+    fault: str
+    match: str
+    times: int | None
+    after: int
+    used: int = 0
+
+    def takes(self, request: str) -> bool:
+        if not re.search(self.match, request):
+            return False
+        if self.after:  # lets so many matching requests pass first
+            self.after -= 1
+            return False
+        if self.times is not None and self.used >= self.times:
+            return False
+        self.used += 1
+        return True
+
+
+@dataclass
+class FaultProxy:
+    """A proxy on a free loopback port while it is entered.
+
+    Attributes:
+        upstream: The real server's URL.
+        log: What came: (`METHOD /path?query`, the fault or an empty text), in order.
+    """
+
+    upstream: str
+    rules: list[Rule] = field(default_factory=list)
+    log: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, fault: str, *, match: str = "", times: int | None = None, after: int = 0) -> Rule:
+        """Adds a rule; the rule counts in `used` how often it was applied."""
+        assert fault in FAULTS, fault
+        self.rules.append(Rule(fault, match, times, after))
+        return self.rules[-1]
+
+    def clear(self) -> None:
+        """From now on everything passes."""
+        self.rules.clear()
+
+    def __enter__(self) -> "FaultProxy":
+        self._lock = threading.Lock()
+        self.ended = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fault_of(self, request: str) -> str:
+        """The fault that this request gets; noted."""
+        with self._lock:
+            fault = next((rule.fault for rule in self.rules if rule.takes(request)), "")
+            self.log.append((request, fault))
+            return fault
+
+
+class _Handler(BaseHTTPRequestHandler):
+    proxy: FaultProxy
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: tests read `FaultProxy.log`."""
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # a client that gave up
+            super().handle()
+
+    def _serve(self) -> None:
+        body = b"".join(self._body())
+        fault = self.proxy.fault_of(f"{self.command} {self.path}")
+        if fault in _CODES:
+            text = f"<Error><Code>{_CODES[fault]}</Code><Message>by rule</Message></Error>".encode()
+            self._answer(int(fault), [("Content-Type", "application/xml")], text)
+        elif fault == "reset":
+            self._reset()
+        elif fault == "stall":
+            self.proxy.ended.wait()
+            self.close_connection = True
+        else:
+            self._forward(_flipped(body) if fault == "corrupt upload" else body, fault)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
+
+    def _body(self) -> Iterator[bytes]:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+
+    def _forward(self, body: bytes, fault: str) -> None:
+        server = urlsplit(self.proxy.upstream)
+        connection = http.client.HTTPConnection(str(server.hostname), server.port, timeout=60)
+        dropped = ("transfer-encoding", "content-length", "connection", "expect")
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
+        try:
+            connection.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        if fault == "reset after":
+            self._reset()
+            return
+        kept = [(k, v) for k, v in response.getheaders() if k.lower() not in ("transfer-encoding", "connection")]
+        self._answer(response.status, kept, content, fault=fault)
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, *, fault: str = "") -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() != "content-length" or self.command == "HEAD":
+                self.send_header(name, value)
+        if self.command == "HEAD":
+            self.end_headers()
+            return
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if fault == "corrupt":
+            content = _flipped(content)
+        if fault == "truncate":
+            content = content[: len(content) // 2]
+            self.close_connection = True
+        if fault != "slow":
+            self.wfile.write(content)
+            return
+        piece = max(1, len(content) // 10)
+        for at in range(0, len(content), piece):
+            self.wfile.write(content[at : at + piece])
+            self.proxy.ended.wait(_PAUSE_SECONDS)
+
+    def _reset(self) -> None:
+        # Linger of zero: closing sends RST, not FIN.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+
+def _flipped(content: bytes) -> bytes:
+    changed = bytearray(content)
+    if changed:
+        changed[len(changed) // 2] ^= 1
+    return bytes(changed)
