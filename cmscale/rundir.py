@@ -98,6 +98,10 @@ class RunDir:
     def logs(self) -> Path:
         return self.root / "logs"
 
+    def asked_evaluation(self, step: int) -> Path:
+        """Says that the evaluation of a step was asked for."""
+        return self.logs / "evaluations-asked" / step_name(step)
+
     @property
     def report(self) -> Path:
         return self.root / "report" / "index.html"

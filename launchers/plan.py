@@ -18,7 +18,7 @@ DEFAULT_MINUTES = 24 * 60
 
 @dataclass(frozen=True)
 class Plan:
-    """A job's place. `minutes` None means no limit (only on this machine)."""
+    """A job's place. `minutes` None means no limit (only on this machine); `beside` starts `launchers.beside`."""
 
     cluster: Literal["slurm", "local"]
     nodes: int
@@ -27,6 +27,7 @@ class Plan:
     partition: str | None
     minutes: int | None
     slurm: Slurm
+    beside: tuple[str, ...] = ()
 
     @property
     def num_ranks(self) -> int:

@@ -46,6 +46,7 @@ def _executor(run: RunDir, plan: Plan, *, submission: str) -> PlannedExecutor:
         f"--status $status --max-restarts {slurm.max_restarts} --backoff-seconds {slurm.backoff_seconds} "
         f"--signal-seconds {slurm.signal_seconds}",
     ]
+    beside = [executor.python, "-m launchers.beside", shlex.join(plan.beside)] if plan.beside else []
     executor.update_parameters(
         job_name=run.name,
         nodes=plan.nodes,
@@ -62,8 +63,13 @@ def _executor(run: RunDir, plan: Plan, *, submission: str) -> PlannedExecutor:
             f"export {SUBMISSION}={shlex.quote(submission)}",
             f'export {ATTEMPT}="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"',
             "trap : TERM  # the epilogue runs, too, when Slurm ends the job; ranks have their own handlers",
+            *([f"{' '.join(beside)} &"] if beside else []),
         ],
-        teardown=["status=$?", " ".join(epilogue)],
+        teardown=[
+            "status=$?",
+            *([" ".join([*beside[:2], "--once", *beside[2:]])] if beside else []),
+            " ".join(epilogue),
+        ],
         additional_parameters={"requeue": True, "output": str(run.logs / "%j_batch.log")},
         **({"gpus_per_node": plan.ranks_per_node} if plan.gpus else {}),
         **{name: value for name, value in optional.items() if value},

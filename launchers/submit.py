@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
@@ -10,7 +11,8 @@ from cmscale.config import Config, differences, dump_config, parse_config, read_
 from cmscale.errors import UserError
 from cmscale.rundir import RunDir
 from cmscale.storage import replace_durably
-from launchers.checks import check_inputs
+from launchers.beside import arguments_of, kept_beside, with_kept_checkpoints
+from launchers.checks import check_export, check_inputs
 from launchers.outcome import newest_step
 from launchers.plan import add_cluster_flags, describe_training, make_plan
 from launchers.slurm import script_text
@@ -33,6 +35,12 @@ def main(arguments: list[str]) -> int:
     add_cluster_flags(parser)
     parser.add_argument("--resume", metavar="RUN", help="continue a run: its folder, or its name in --runs-dir")
     parser.add_argument("--fresh", action="store_true", help="with --resume: start anew if no checkpoint can be loaded")
+    parser.add_argument(
+        "--evaluate-every",
+        type=int,
+        metavar="N",
+        help="evaluate every N-th step's checkpoint in a job of its own; those checkpoints are kept",
+    )
     parser.add_argument("items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file; overrides of its keys")
     flags = parser.parse_intermixed_args(arguments)
     file, overrides = split_items(flags.items)
@@ -49,12 +57,17 @@ def main(arguments: list[str]) -> int:
         run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=Path(file).stem)
         config = with_absolute_paths(read_config(file, overrides))
     plan = make_plan(flags, device=config.engine.device, slurm=config.slurm)
+    if flags.evaluate_every is not None:
+        config = with_kept_checkpoints(config, flags.evaluate_every)
+        plan = replace(plan, beside=arguments_of(run, plan, flags.evaluate_every))
     print(describe_training(plan, config, root=run.root), flush=True)
     if flags.dry_run:
         if plan.cluster == "slurm":
             print("\n" + script_text(run, plan, submission="(name)"))
         return 0
     check_inputs(config)
+    if config.checkpoint.export_to is not None:
+        check_export(config.checkpoint.export_to, run.name, is_new=not flags.resume)
     if flags.resume:
         refuse_if_running(run, WORKER)
         if newest_step(run) >= config.train.total_steps:
@@ -66,7 +79,10 @@ def main(arguments: list[str]) -> int:
     else:
         create_run(run, config)
         refuse_if_running(run, WORKER)
-    status = launch(WORKER, (str(run.root), flags.fresh), run=run, plan=plan, wait=flags.wait)
+    with kept_beside(plan.beside if plan.cluster == "local" else ()) as finish:
+        status = launch(WORKER, (str(run.root), flags.fresh), run=run, plan=plan, wait=flags.wait)
+        if status == 0:
+            finish()
     print(f"run: {run.root}", flush=True)
     return status
 

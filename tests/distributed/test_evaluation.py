@@ -1,11 +1,19 @@
 """An evaluation is the same on any number of ranks, and after one of them was killed in its middle."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
+from ranks import ROOT, run_ranks
+
+from cmscale.metrics_log import read_lines
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from evaluation_fixtures import write_dataset, write_trained_run
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +55,15 @@ def test_after_a_rank_was_killed_another_number_of_ranks_goes_on_and_the_result_
 
 def test_no_progress_is_left_behind(folder: Path) -> None:
     assert not list(folder.glob("*/evaluations/.blocks/*"))
+
+
+def test_the_launcher_evaluates_what_is_due_beside_training_in_a_job_of_its_own(tmp_path: Path) -> None:
+    run = write_trained_run(tmp_path / "run", data=write_dataset(tmp_path, count=8), step=100, samples=8)
+    arguments = ["--once", str(run.root), "--every", "50", "--", "--cluster", "local", "--gpus-per-node", "2"]
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-m", "launchers.beside", *arguments], cwd=ROOT, check=True, capture_output=True
+        )
+    (result,) = results(run.root).values()
+    assert (result["step"], result["num_samples"], result["score_name"]) == (100, 8, "FD-EfficientNet")
+    assert [event["event"] for event in read_lines(run.events)] == ["evaluated"]  # once

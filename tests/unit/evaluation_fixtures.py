@@ -24,7 +24,7 @@ optimizer: {{learning_rate: 1.0e-2}}
 train: {{total_steps: 100, global_batch_size: 8, micro_batch_size: 2}}
 ema: {{rates: [0.9, 0.5]}}
 engine: {{device: cpu}}
-evaluate: {{features: efficientnet, num_samples: 300}}
+evaluate: {{features: efficientnet, num_samples: {samples}}}
 """
 
 
@@ -59,11 +59,11 @@ def write_dataset(folder: Path, *, count: int = 40, size: int = 8) -> Path:
 
 
 def write_trained_run(
-    root: Path, *, data: Path, kind: str = "ct", method: str = "distance: l2", step: int = 7
+    root: Path, *, data: Path, kind: str = "ct", method: str = "distance: l2", step: int = 7, samples: int = 300
 ) -> RunDir:
     """A run of random weights (each EMA its own) with one checkpoint."""
     run = RunDir(root)
-    config = parse_config(TEXT.format(kind=kind, method=method, data=data))
+    config = parse_config(TEXT.format(kind=kind, method=method, data=data, samples=samples))
     run.checkpoint(step).mkdir(parents=True)
     run.config.write_text(dump_config(config))
     write_checkpoint(run, config, step=step)
