@@ -36,7 +36,7 @@ _WAITS = (2, 4, 8, 16, 32, 60)  # seconds between tries: slurmctld may be away f
 _FIRST_BAD = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<how>.+)")
 
 # srun's word where Slurm limits memory by cgroups, slurmstepd's where it polls, the kernel's through slurmstepd
-_OUT_OF_MEMORY = re.compile(r"Out Of Memory|exceeded memory limit|oom[-_ ]kill")
+_OUT_OF_MEMORY = re.compile(r"Out Of Memory|[Ee]xceeded (job |step )?memory limit|oom[-_ ]kill")
 
 
 def main() -> int:

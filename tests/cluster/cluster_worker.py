@@ -45,7 +45,7 @@ def main(run_dir: str, total_steps: int, how: str) -> str:
         if how == "fault" and rank == 1 and step == 2:
             raise RuntimeError("rank 1 is out of luck")
         if how == "hungry" and rank == 1 and step == 2:
-            eaten = bytearray(b"x") * (1500 * 2**20)
+            eaten = bytearray(b"x") * (3 * 2**30)
             time.sleep(60)
             assert eaten
         if said[1]:

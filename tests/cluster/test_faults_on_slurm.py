@@ -178,6 +178,7 @@ def configured(slurm: Path, request: pytest.FixtureRequest, monkeypatch: pytest.
     subprocess.run([scripts / "up.sh", "2"], env=environment, check=True, capture_output=True)
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     yield folder
+    monkeypatch.setenv("SLURM_CONF", str(slurm))
     subprocess.run([scripts / "down.sh"], env=environment, check=True)
 
 
@@ -199,7 +200,7 @@ def test_a_rank_that_takes_more_memory_than_the_job_has_is_named_and_restarts_ar
     configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunDir(tmp_path / "run")
-    submit(run, total_steps=5, how="hungry", slurm=Slurm(cpus_per_task=1, mem_gb=1, max_restarts=1, backoff_seconds=1))
+    submit(run, total_steps=5, how="hungry", slurm=Slurm(cpus_per_task=1, mem_gb=2, max_restarts=1, backoff_seconds=1))
     assert wait_for_end(run, SUBMISSION) == 1
     assert "out of memory; ask for more with slurm.mem_gb" in capsys.readouterr().err
     assert attempts(run) == ["fault", "fault"]

@@ -1,9 +1,11 @@
 """Owns what a rank does in the tests of faults: train a run in which something goes wrong, once or always."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -15,6 +17,7 @@ import torch
 from cmscale import train
 from cmscale import world as worlds
 from cmscale.engine import checkpoint
+from cmscale.rundir import RunDir
 
 GLOBAL_BATCH = 8
 
@@ -65,6 +68,10 @@ def scenarios(root: str) -> None:
     worlds.connect(worlds.detect("cpu"))
     worlds.disconnect = lambda: None  # the ranks stay together from run to run
     ends = {name: ended(Path(root) / name, fault) for name, fault in FAULTS.items()}
+    if os.environ["RANK"] == "0":
+        damage(Path(root) / "golden", Path(root) / "damaged")
+    worlds.barrier()
+    ends["damaged"] = ended(Path(root) / "damaged", contextlib.nullcontext)
     ends["signals, resumed"] = ended(Path(root) / "signals", contextlib.nullcontext)
     print(json.dumps(ends))
 
@@ -141,6 +148,29 @@ def fp16_on_this_cpu() -> Any:
     return contextlib.nullcontext()
 
 
+def no_space_for_step_6() -> Any:
+    """The disk of rank 1 has no room for the third checkpoint."""
+    write = checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if "step-000000006" in str(path) and os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(tensors, path)
+
+    return patched(checkpoint, "save_file", full)
+
+
+def damage(whole: Path, copy: Path) -> None:
+    """A copy of a finished run whose newest checkpoint has a flipped byte and whose second newest has no manifest."""
+    shutil.copytree(whole, copy)
+    run = RunDir(copy)
+    file = run.checkpoint(9) / "rank-0001-of-0002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    (run.checkpoint(6) / "manifest.json").unlink()
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "golden": contextlib.nullcontext,
     "signals": signals_during_a_save,
@@ -148,6 +178,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "nan once": nan_in([4]),
     "nan three times": nan_in([4, 5, 6]),
     "nan for ever": nan_in(range(4, 1000)),
+    "no space": no_space_for_step_6,
     "overflow": fp16_on_this_cpu,
 }
 

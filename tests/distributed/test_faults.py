@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """The folder of the runs of `fault_work.scenarios`, and how each ended, on two ranks that started once."""
     root = tmp_path_factory.mktemp("runs")
-    for name in ("golden", "signals", "workers", "nan once", "nan three times", "nan for ever", "overflow"):
+    for name in ("golden", "signals", "workers", "nan once", "nan three times", "nan for ever", "no space", "overflow"):
         make_run(root / name, data, *OVERRIDES.get(name, ()))
     first, second = outcomes(run_ranks(2, "fault_work:scenarios", str(root)))
     assert first == second
@@ -106,6 +106,29 @@ def test_an_fp16_overflow_lowers_the_scale_and_is_no_bad_batch(runs: tuple[Path,
     assert latest_metrics(run)[0]["loss_scale"] < 2**24
     assert len(losses(run)) == STEPS
     assert last_weights(run)
+
+
+def test_a_disk_that_is_full_loses_that_save_alone_and_says_so(runs: tuple[Path, dict[str, str]]) -> None:
+    root, ends = runs
+    run = RunDir(root / "no space")
+    assert ends["no space"] == "finished"
+    failed = events(run, "checkpoint_failed")
+    assert {record["step"] for record in failed} == {6}
+    assert any("no space left on the device" in record["why"] for record in failed if record["rank"] == 1)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"step-00000000{step}" for step in (0, 3, 9)]
+    assert_equal(run, golden(runs))
+
+
+def test_damaged_checkpoints_are_named_and_all_ranks_take_the_one_before(runs: tuple[Path, dict[str, str]]) -> None:
+    root, ends = runs
+    run = RunDir(root / "damaged")
+    assert ends["damaged"] == "finished"
+    named = events(run, "damaged_checkpoint")
+    assert [record["step"] for record in named] == [9, 6]
+    assert "rank-0001-of-0002.safetensors: its contents are not what was written" in named[0]["why"]
+    assert "no manifest.json" in named[1]["why"]
+    assert events(run, "resumed")[-1]["step"] == 3
+    assert_equal(run, golden(runs))
 
 
 @pytest.mark.parametrize("how", ["stops", pytest.param("holds the GIL", marks=pytest.mark.slow)])

@@ -127,7 +127,7 @@ class TestSlurmsWords:
         "words",
         [
             "srun: error: node2: task 1: Out Of Memory\n",
-            "slurmstepd: error: StepId=7.0 exceeded memory limit, being killed\nsrun: error: node2: task 1: Killed\n",
+            "slurmstepd-node2: error: Exceeded job memory limit\nsrun: error: node2: task 1: Killed\n",
             "srun: error: node2: task 1: Killed\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n",
         ],
     )
