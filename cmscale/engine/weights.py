@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cmscale.assets import local_file
 from cmscale.errors import UserError
 from cmscale.manifests import CheckpointManifest, RankPart, is_plain_name, read_document
 from cmscale.rundir import CHECKPOINT_MANIFEST, step_of
@@ -104,7 +105,7 @@ def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart
 def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
     """The named fp32 parameters of one quantity of a checkpoint (`master`, an EMA's name, `target`).
 
-    Every file is checked against its hash first.
+    Every file is checked against its hash first; from S3 each is fetched once a node, into the cache.
 
     Raises:
         UserError: no complete checkpoint there, no such quantity in it, or a damaged file; one line.
@@ -120,13 +121,10 @@ def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
         raise UserError(problems[0])
     flat = torch.empty(manifest.num_elements)
     for part in manifest.parts:
-        with local_copy(storage, part.file.name) as path:
-            if not isinstance(storage, LocalStorage) and hash_of(path) != part.file.sha256:
-                raise UserError(
-                    f"{storage.join(part.file.name)}: its contents are not what was written (SHA-256 differs)"
-                )
-            with safe_open(path, framework="pt") as file:
-                values = file.get_tensor(quantity)
+        where = storage.join(part.file.name)
+        path = where if isinstance(storage, LocalStorage) else local_file(f"{where}#sha256={part.file.sha256}")
+        with safe_open(path, framework="pt") as file:
+            values = file.get_tensor(quantity)
         for segment in part.segments:
             flat[segment.start : segment.start + segment.length] = values[segment.at : segment.at + segment.length]
     return by_name(flat, manifest.parameters)
