@@ -7,15 +7,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cmscale.config import Slurm
 from cmscale.rundir import RunDir
+from launchers.beside import arguments_of
 from launchers.outcome import newest_step, read_json
 from launchers.plan import Plan
 from launchers.slurm import run_slurm, script_text, wait_for_end
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from launch_fixtures import CONFIG
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 SUBMISSION = "one"
@@ -194,6 +200,21 @@ def test_slurm_itself_accepts_the_script(slurm: Path, tmp_path: Path):
     plan = Plan("slurm", 2, 4, False, "low", 60, Slurm())
     script = script_text(RunDir(tmp_path), plan, submission=SUBMISSION)
     subprocess.run(["sbatch", "--test-only"], input=script, text=True, check=True, capture_output=True)
+
+
+def test_evaluations_beside_training_are_jobs_of_their_own_that_the_batch_script_asks_for(slurm: Path, tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    run.logs.mkdir(parents=True)
+    text = CONFIG.format(data="data").replace("signal_seconds: 5", "signal_seconds: 5, cpus_per_task: 1")
+    run.config.write_text(text.replace("total_steps: 3", "total_steps: 5"))
+    plan = Plan("slurm", 1, 1, False, "low", 60, Slurm(cpus_per_task=1, signal_seconds=5))
+    plan = replace(plan, beside=arguments_of(run, plan, 2))
+    args = (str(run.root), 5, "well")
+    assert run_slurm("cluster_worker:main", args, run=run, plan=plan, submission=SUBMISSION, wait=True) == 0
+    jobs = [read_json(path) or {} for path in run.logs.glob("submissions/*/job.json")]
+    assert sorted(job["worker"] for job in jobs) == ["cluster_worker:main", "cmscale.evaluate:main"]
+    assert [path.name for path in run.asked_evaluation(5).parent.iterdir()] == [run.asked_evaluation(5).name]
+    assert len({job["job_id"] for job in jobs}) == 2
 
 
 def test_two_testbeds_do_not_clash_and_leave_nothing(slurm: Path, tmp_path: Path):
