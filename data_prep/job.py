@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -49,9 +50,10 @@ class Preparation(Document):
 
 
 class Job:
-    """One preparation: its source, its plan, and where it goes."""
+    """One preparation: its source, its plan, and where it goes. Tasks that work at the same one have a `lane` each."""
 
-    def __init__(self, source: Source, settings: Settings, out: str) -> None:
+    def __init__(self, source: Source, settings: Settings, out: str, *, lane: str = "") -> None:
+        self.lane = lane
         self.source = source
         self.settings = settings
         self.storage: Storage = open_storage(out)
@@ -63,9 +65,13 @@ class Job:
     def scratch(self) -> Path:
         """Where shards are written before they move to their place: beside it, or in TMPDIR for S3."""
         if isinstance(self.storage, LocalStorage):
-            return self.storage.root / PROGRESS / "scratch"
-        identity = hashlib.sha256(self.storage.url.encode() + self.plan.to_bytes()).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"cmscale-prepare-{os.getuid()}-{identity}"
+            return self.storage.root / PROGRESS / f"scratch{self.lane}"
+        return Path(tempfile.gettempdir()) / f"cmscale-prepare-{os.getuid()}-{self.identity}{self.lane}"
+
+    @property
+    def identity(self) -> str:
+        """Short, and no other preparation's."""
+        return hashlib.sha256(self.storage.url.encode() + self.plan.to_bytes()).hexdigest()[:16]
 
     def keys(self, number: int) -> list[str]:
         size = self.settings.samples_per_shard
@@ -223,8 +229,8 @@ class Job:
     def abandon(self) -> None:
         """After a refusal: leaves nothing behind, unless finished shards are there for the same command to
         use."""
-        noted = [entry.key for entry in self.storage.list(f"{PROGRESS}/")]
-        if noted in ([f"{PROGRESS}/plan.json"], []):
+        notes = (entry.key for entry in self.storage.list(f"{PROGRESS}/"))
+        if not any(re.fullmatch(rf"{PROGRESS}/\d+\.json", key) for key in notes):
             self.forget()
             if isinstance(self.storage, LocalStorage):
                 with contextlib.suppress(OSError):  # holds other things, or was never made

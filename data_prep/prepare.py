@@ -1,7 +1,7 @@
 """Owns the command that turns a source of images into a prepared data set, on disk or on S3.
 
-    python data_prep/prepare.py --source lsun:DIR|folder:DIR|zip:FILE|tars:DIR --format mds|webdataset --out
-    DIR|s3://...
+    python data_prep/prepare.py --source lsun:DIR|folder:DIR|zip:FILE|tars:DIR --format mds|webdataset
+        --out DIR|s3://... [--workers W] [--slurm --nodes N]
 
 Shard k holds the k-th `--samples-per-shard` keys of the sorted source, so each is made by itself, by any
 worker, with the same bytes. A finished shard is noted under `.progress/`; the same command continues after an
@@ -27,14 +27,22 @@ from data_prep.job import Job
 from data_prep.preprocess import ENCODINGS, RECIPES
 from data_prep.progress import Ticker
 from data_prep.shards import Record, Settings, TooManyBad
+from data_prep.slurm_array import ArrayFailed, Cluster, running, share
 from data_prep.sources import open_source
 
 _NAMED = 5
 _PR_SET_PDEATHSIG = 1
 
 
-def prepare(job: Job, *, workers: int, max_bad: int, say: Callable[[str], None] = print) -> DatasetManifest:
-    """Makes and publishes the data set; continues an interrupted run of the same plan.
+def prepare(
+    job: Job,
+    *,
+    workers: int,
+    max_bad: int,
+    cluster: Cluster | None = None,
+    say: Callable[[str], None] = print,
+) -> DatasetManifest:
+    """Makes and publishes the data set, here or on a cluster; continues an interrupted run of the same plan.
 
     Raises:
         UserError: what a user can mend; nothing is published.
@@ -44,25 +52,38 @@ def prepare(job: Job, *, workers: int, max_bad: int, say: Callable[[str], None] 
         say("already prepared")
         job.forget()
         return finished
-    records = job.begin()
+    array = running(job) if cluster else None
+    records = job.records() if array else job.begin()
+    if records and not array:
+        say(f"continuing: {len(records)} of {job.num_shards} shards are there")
     try:
-        if records:
-            say(f"continuing: {len(records)} of {job.num_shards} shards are there")
         with job.alone():
-            _make_all(job, records, workers=workers, max_bad=max_bad)
-        return job.publish(records)
-    except UserError:
-        job.abandon()
-        raise
+            return _make_and_publish(job, records, workers=workers, max_bad=max_bad, cluster=cluster, array=array)
     finally:
         job.read.close()
 
 
-def _make_all(job: Job, records: dict[int, Record], *, workers: int, max_bad: int) -> None:
+def _make_and_publish(
+    job: Job, records: dict[int, Record], *, workers: int, max_bad: int, cluster: Cluster | None, array: str | None
+) -> DatasetManifest:
+    try:
+        missing = [n for n in range(job.num_shards) if n not in records]
+        if cluster and missing:
+            records = share(job, cluster, array=array, max_bad=max_bad)
+            _check_budget(records.values(), max_bad)
+        else:
+            make_missing(job, records, missing, workers=workers, max_bad=max_bad)
+        return job.publish(records)
+    except UserError:
+        job.abandon()
+        raise
+
+
+def make_missing(job: Job, records: dict[int, Record], missing: list[int], *, workers: int, max_bad: int) -> None:
     """Adds the missing shards' records, while the unusable images stay within the budget."""
-    missing = [n for n in range(job.num_shards) if n not in records]
     _check_budget(records.values(), max_bad)
-    with Ticker(total=job.plan.keys, done=sum(len(job.keys(n)) for n in records)) as ticker:
+    done = sum(len(job.keys(n)) for n in records)
+    with Ticker(total=done + sum(len(job.keys(n)) for n in missing), done=done) as ticker:
         if workers == 1 or len(missing) <= 1:
             for number in missing:
                 records[number] = _make_one(job, number, max_bad, ticker.tick)
@@ -149,10 +170,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoding", choices=sorted(ENCODINGS), default="jpeg")
     parser.add_argument("--samples-per-shard", type=int, default=1024)
     parser.add_argument("--max-bad", type=int, default=0, help="unusable images to skip (default: 0)")
+    parser.add_argument("--slurm", action="store_true", help="as a Slurm array, one task a node")
+    parser.add_argument("--nodes", type=int, default=1, help="with --slurm: tasks; each runs --workers processes")
+    parser.add_argument("--partition", help="with --slurm")
+    parser.add_argument("--time", type=int, default=1440, metavar="MINUTES", help="with --slurm: a task's limit")
     options = parser.parse_args(arguments)
-    for name, least in (("workers", 1), ("image_size", 1), ("samples_per_shard", 1), ("max_bad", 0)):
+    for name, least in (
+        ("workers", 1),
+        ("image_size", 1),
+        ("samples_per_shard", 1),
+        ("max_bad", 0),
+        ("nodes", 1),
+        ("time", 1),
+    ):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)} must be at least {least}")
+    if not options.slurm and (options.nodes > 1 or options.partition):
+        parser.error("--nodes and --partition: go with --slurm")
     return options
 
 
@@ -167,7 +201,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         samples_per_shard=options.samples_per_shard,
     )
     job = Job(open_source(options.source), settings, options.out)
-    manifest = prepare(job, workers=options.workers, max_bad=options.max_bad)
+    cluster = None
+    if options.slurm:
+        cluster = Cluster(nodes=options.nodes, cpus=options.workers, minutes=options.time, partition=options.partition)
+    manifest = prepare(job, workers=options.workers, max_bad=options.max_bad, cluster=cluster)
     print(f"{manifest.count} images in {len(manifest.shards)} shards, {manifest.skipped} skipped")
     print(f"fingerprint: {manifest.fingerprint}")
     print(f"dataset: {job.storage.url}")
@@ -180,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ConnectionError as error:
+    except (ConnectionError, ArrayFailed) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

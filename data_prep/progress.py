@@ -44,6 +44,11 @@ class Ticker:
         with self._count.get_lock():
             self._count.value += 1
 
+    def set(self, done: int) -> None:
+        """So many items are done; shown at once."""
+        self._count.value = done
+        self.show()
+
     def show(self) -> None:
         """Moves the bar to the count; in the process that made it."""
         self._progress.update(self._task, completed=self._count.value)

@@ -1,0 +1,61 @@
+"""prepare.py over the nodes of a real Slurm: the bytes of one machine, through refusals and a killed submitter."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "unit"))
+
+from data_fixtures import pictures, tree, write_lmdb  # noqa: E402
+
+from data_prep import prepare  # noqa: E402
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+
+
+def arguments(source: Path, out: Path, *more: str) -> list[str]:
+    common = ["--source", f"lsun:{source}", "--out", str(out), "--format", "webdataset", "--image-size", "16"]
+    return [*common, "--samples-per-shard", "4", "--workers", "1", *more]
+
+
+def test_an_array_makes_the_bytes_of_one_machine_and_a_killed_submitter_is_taken_over(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lmdb(tmp_path / "lmdb", pictures(23))
+    assert prepare.main(arguments(source, tmp_path / "here")) == 0
+    command = arguments(source, tmp_path / "there", "--slurm", "--nodes", "2", "--partition", "low")
+    first = subprocess.Popen(
+        [sys.executable, str(ROOT / "data_prep" / "prepare.py"), *command], stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline().startswith("array ")
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    capsys.readouterr()
+    assert prepare.main(command) == 0
+    assert "still at it" in capsys.readouterr().out
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
+def test_an_image_that_a_task_refuses_ends_the_array_in_one_line_and_leaves_nothing(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lmdb(tmp_path / "lmdb", {"0" * 40: b"no image"})
+    assert prepare.main(arguments(source, tmp_path / "out", "--slurm", "--nodes", "2")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "0" * 40 in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_array_that_slurm_refuses_is_one_line(slurm: Path, tmp_path: Path, capsys) -> None:
+    source = write_lmdb(tmp_path / "lmdb", pictures(3))
+    assert prepare.main(arguments(source, tmp_path / "out", "--slurm", "--partition", "nowhere")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "partition" in error
+    assert not (tmp_path / "out").exists()
