@@ -93,6 +93,13 @@ def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
     )
 
 
+def bound_collectives(*, timeout_minutes: float) -> None:
+    """Gives every process group its timeout: a library that makes groups of its own gives them torch's 30 minutes."""
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.set_timeout(datetime.timedelta(minutes=timeout_minutes), group)
+
+
 def disconnect() -> None:
     """Leaves the process group, where there is one."""
     if dist.is_initialized():

@@ -20,7 +20,7 @@ from cmscale.engine import masters, settings
 from cmscale.engine.frozen import FrozenNetwork, Network, PartitionedNetwork
 from cmscale.engine.optimizer import GuardedStep, build_optimizer
 from cmscale.engine.shards import FlatShards, Read, flatten
-from cmscale.world import World
+from cmscale.world import World, bound_collectives
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,7 @@ class Engine:
         wrapped, *_ = self._deepspeed.initialize(
             model=module, optimizer=optimizer, config=told, dist_init_required=False
         )
+        bound_collectives(timeout_minutes=self._config.engine.collective_timeout_minutes)
         return wrapped
 
     def _build_frozen(
