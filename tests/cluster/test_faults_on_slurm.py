@@ -83,6 +83,7 @@ def test_a_truncated_pickle_is_named_and_not_tried_again(
     assert attempts(run) == ["fault"]
 
 
+@pytest.mark.slow
 def test_a_node_given_up_with_its_tasks_alive_can_commit_no_more(
     slurm: Path, data: Path, golden: RunDir, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def test_the_same_fault_at_the_same_step_stops_the_run_after_three(data: Path, t
     ]
 
 
+@pytest.mark.slow
 def test_wandb_that_is_away_holds_up_neither_training_nor_its_end(
     runs: tuple[Path, dict[str, str]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_proxy_that_alters_the_body_is_caught_and_shows_nothing(golden: RunDir
     assert copies(golden, s3) == [0, 3, 6, 9]
 
 
+@pytest.mark.slow
 def test_an_exporter_killed_in_a_multipart_upload_shows_nothing_and_the_next_ends_its_parts(
     golden: RunDir, s3: str, proxy: FaultProxy
 ) -> None:
