@@ -196,7 +196,7 @@ def build_features(
         case _:
             label, width, spatial = "efficientnet_lite0", 1280, None
             network.fold()
-    network.to(device=device, memory_format=torch.channels_last)
+    network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return FeatureExtractor(label, width, spatial, digest, network, torch.device(device))
 
 

@@ -224,12 +224,11 @@ def _read_npz(path: Path, digest: str, extractor: FeatureExtractor) -> Reference
         return reference_from_images(images.read(), extractor, name=str(path), count=images.count)
     label = str(found["features"]) if "features" in found else None
     subset = found.get("features_0")
-    shape = npz_header(path, "arr_0")[0] if "arr_0" in names else ()
-    if len(shape) == 4:
+    shape = npz_header(path, "arr_0")[0] if "arr_0" in names else None
+    if shape is not None and len(shape) == 4:
         found.setdefault("image_size", shape[1])
-    if subset is None and "arr_0" in names and label in (None, extractor.label):
-        rows = batches(npz_rows(path, "arr_0"), BLOCK)
-        subset = np.concatenate([extractor(batch)["pooled"] for batch in rows]) if shape[0] else None
+    if subset is None and shape and shape[0] and label in (None, extractor.label):
+        subset = np.concatenate([extractor(batch)["pooled"] for batch in batches(npz_rows(path, "arr_0"), BLOCK)])
     return _from_mapping(path, digest, {**found, "subset": subset}, extractor)
 
 

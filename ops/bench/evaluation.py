@@ -113,7 +113,7 @@ def _neighbours(given: argparse.Namespace, clock: Callable[[], float], *, sizes:
     def bare() -> None:
         for left, right in ((a, a), (b, b), (a, b)):
             for rows in left.split(max(1, (1 << 24) // len(right))):
-                rows @ right.T
+                torch.mm(rows, right.T)
 
     actions: dict[str, Action] = {"ours": ours, "bare": bare}
     if not given.full:  # torch-fidelity keeps distances in float64: hours at full size

@@ -37,7 +37,7 @@ def pictures(count: int, *, seed: int, contrast: float) -> np.ndarray:
     return found
 
 
-SAMPLES, REAL = pictures(10, seed=0, contrast=50), pictures(9, seed=1, contrast=60)
+SAMPLES, REAL = pictures(10, seed=0, contrast=15), pictures(9, seed=1, contrast=60)
 
 
 @pytest.fixture(scope="module")
