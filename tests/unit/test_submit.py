@@ -12,8 +12,9 @@ from launch_fixtures import CHECKOUT, CONFIG, dataset
 from cmscale.config import parse_config, read_config
 from cmscale.errors import UserError
 from cmscale.rundir import RunDir
+from cmscale.storage import open_storage
 from launchers import submit
-from launchers.checks import check_inputs
+from launchers.checks import check_export, check_inputs
 from launchers.plan import parse_time
 from launchers.start import create_run, existing_run, run_of, with_absolute_paths
 
@@ -208,6 +209,17 @@ class TestS3:
     def test_no_such_bucket(self, s3: str):
         with pytest.raises(UserError, match="no bucket 'nobody-has-this'"):
             check_inputs(self.config("s3://nobody-has-this/data"))
+
+    def test_no_such_bucket_to_export_to(self, s3: str):
+        with pytest.raises(UserError, match="no bucket 'nobody-has-this'"):
+            check_export("s3://nobody-has-this/runs", "one", is_new=True)
+
+    def test_an_earlier_run_of_the_name_exported_there(self, s3: str):
+        open_storage(f"{s3}/runs/one").write("checkpoints/step-000000001/manifest.json", b"{}")
+        check_export(f"{s3}/runs", "one", is_new=False)
+        check_export(f"{s3}/runs", "two", is_new=True)
+        with pytest.raises(UserError, match="holds checkpoints of an earlier run one"):
+            check_export(f"{s3}/runs", "one", is_new=True)
 
     def test_missing_credentials(self, s3: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
