@@ -204,6 +204,7 @@ def _locked(path: Path) -> Iterator[None]:
         ) from error
     try:
         deadline = time.monotonic() + 60 * LOCK_MINUTES
+        pause = 0.001
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,7 +214,8 @@ def _locked(path: Path) -> Iterator[None]:
                     raise RuntimeError(
                         f"{path}: another process has held this lock for {LOCK_MINUTES:g} minutes"
                     ) from None
-                time.sleep(0.02)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
         try:
             yield
         finally:

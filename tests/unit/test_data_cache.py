@@ -1,13 +1,20 @@
 """The shard cache: fetched once, checked, bounded, retried, never waited for without end."""
 
+import collections
 import hashlib
 import os
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from data_fixtures import COUNT, collect, data, world
 
-from cmscale.data import cache
+from cmscale.data import cache, open_batches
 from cmscale.data.cache import FileCache
 from cmscale.errors import UserError
 from cmscale.manifests import FileEntry
@@ -112,3 +119,55 @@ def test_a_lock_held_for_too_long_is_a_fault_not_a_wait_for_ever(tmp_path: Path,
     lock = tmp_path / ".lock"
     with cache._locked(lock), pytest.raises(RuntimeError, match="another process"), cache._locked(lock):
         pass
+
+
+def test_a_lock_ends_with_its_holder_and_what_a_killed_reader_left_is_cleared(sets: dict[str, str], tmp_path: Path):
+    """SIGKILL in the middle of a download, with workers: no lock, no shared memory, no process, no half file stays."""
+    code = (
+        "import sys\n"
+        "from cmscale.config import Data\n"
+        "from cmscale.data import open_batches\n"
+        "from cmscale.storage import LocalStorage\n"
+        "from cmscale.world import World\n"
+        "download = LocalStorage.download\n"
+        "def stuck(self, key, path):\n"
+        "    if '00003' not in key:\n"
+        "        return download(self, key, path)\n"
+        "    path.write_bytes(self.read(key)[:1000])\n"
+        "    print('stuck', flush=True)\n"
+        "    sys.stdin.read()\n"
+        "config = Data(path=sys.argv[1], cache_dir=sys.argv[2], workers=1, num_canonical_nodes=3, shuffle_block=6)\n"
+        "batches = open_batches(config, World(), seed=4, global_batch_size=2, image_size=16)\n"
+        "LocalStorage.download = stuck\n"
+        "print(*(w.pid for w in batches._iterator._workers), flush=True)\n"
+        "while True: next(batches)\n"
+    )
+    command = [sys.executable, "-c", code, sets["mds"], str(tmp_path)]
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None
+    worker = int(reader.stdout.readline())
+    assert reader.stdout.readline() == "stuck\n"
+    (left,) = tmp_path.glob("*/.shard.00003*.part*")
+    reader.kill()
+    reader.wait()
+
+    config = data(sets["mds"], cache_dir=str(tmp_path))
+    assert collect(config, num_ranks=1, batch=COUNT, start=0, steps=1) == collect(
+        data(sets["mds"]), num_ranks=1, batch=COUNT, start=0, steps=1
+    )
+    assert not left.exists()
+    until = time.monotonic() + 60
+    while Path(f"/proc/{worker}").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < until, "the worker outlives its rank"
+        time.sleep(0.05)
+    owners = (f"torch_{pid}_" for pid in (reader.pid, worker))
+    assert not [path for owner in owners for path in Path("/dev/shm").glob(f"{owner}*")]
+
+
+def test_a_killed_worker_is_a_fault_not_a_wait_for_ever(sets: dict[str, str]) -> None:
+    batches = open_batches(data(sets["mds"], workers=1), world(), seed=0, global_batch_size=4, image_size=16)
+    with closing(batches):
+        next(batches)
+        os.kill(batches._iterator._workers[0].pid, signal.SIGKILL)
+        with pytest.raises((RuntimeError, OSError, EOFError)):  # a batch that it sent can't be fetched, or it is missed
+            collections.deque(batches, maxlen=0)

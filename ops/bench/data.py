@@ -1,0 +1,305 @@
+"""Owns the speed of the data path: ours, a plain PIL loader, mosaicml-streaming, webdataset, bare decoding, in one run.
+
+    python ops/bench/data.py [--json FILE] [--source lsun:DIR|folder:DIR|...] [--images 512] [--rounds 5]
+
+Every round measures everything once, in turn; shown are medians over the rounds, and medians of each round's ratio to
+its own baseline. `cpu` rows count the process's own seconds, so that neighbours on the machine do not count; `wall`
+rows can't: they wait for a server or for workers. Small by default; without --source the pictures are made up.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from the checkout
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+from webdataset.compat import WebDataset
+
+from cmscale.config import Data
+from cmscale.data import Batches, open_batches
+from cmscale.data.samples import Samples
+from cmscale.manifests import read_dataset_manifest
+from cmscale.storage import open_storage
+from cmscale.world import World
+from data_prep import prepare
+from data_prep.preprocess import convert
+from data_prep.sources import Reader, open_source
+
+SIZE = 256
+BATCH = 32
+PER_SHARD = 64
+# What each row is held against, its clock, and the ratio that issue 4 asks for.
+ROWS: dict[str, tuple[str | None, str, float | None]] = {
+    "bare simplejpeg.decode_jpeg": (None, "cpu", None),
+    "ours, MDS, warm": ("bare simplejpeg.decode_jpeg", "cpu", 0.85),
+    "ours, WebDataset, warm": ("bare simplejpeg.decode_jpeg", "cpu", 0.85),
+    "plain PIL loader": ("bare simplejpeg.decode_jpeg", "cpu", None),
+    "mosaicml StreamingDataset, warm": ("bare simplejpeg.decode_jpeg", "cpu", None),
+    "webdataset, warm": ("bare simplejpeg.decode_jpeg", "cpu", None),
+    "bare simplejpeg.decode_jpeg, wall": (None, "wall", None),
+    "ours, MDS, cold from S3": ("bare simplejpeg.decode_jpeg, wall", "wall", 0.5),
+    "bare decode + resize + encode": (None, "cpu", None),
+    "prepare.py, one worker": ("bare decode + resize + encode", "cpu", 0.8),
+    "ours, MDS, 1 worker": (None, "wall", None),
+    "ours, MDS, 2 workers": ("ours, MDS, 1 worker", "wall", 1.7),
+}
+
+
+class Bench:
+    """The data sets of one run, and a function for each row: it reads, and returns how many images."""
+
+    def __init__(self, folder: Path, *, source: str, images: int, s3: str) -> None:
+        self.folder, self.images, self.s3 = folder, images, s3
+        self.source = source
+        for format in ("mds", "webdataset"):
+            self.prepare(folder / format, format)
+        self.prepare(f"{s3}/mds", "mds")
+        self.manifests = {f: read_dataset_manifest(open_storage(folder / f)) for f in ("mds", "webdataset")}
+        samples = Samples(str(folder / "mds"))
+        self.encoded = [samples.read(index)[1] for index in range(len(samples))]
+        self.files = folder / "files"
+        self.files.mkdir()
+        for number, data in enumerate(self.encoded):
+            (self.files / f"{number:06d}.jpg").write_bytes(data)
+        opened = open_source(source)
+        read = Reader(opened)
+        self.originals = [read(key) for key in opened.keys]
+        read.close()
+        self.warm = {format: self.open(str(folder / format)) for format in self.manifests}
+        self.round = 0
+
+    def prepare(self, out: object, format: str) -> None:
+        command = ["--source", self.source, "--out", str(out), "--format", format, "--image-size", str(SIZE)]
+        with redirect_stdout(io.StringIO()):
+            assert prepare.main([*command, "--samples-per-shard", str(PER_SHARD), "--workers", "1"]) == 0
+
+    def open(self, path: str, **more: object) -> Batches:
+        config = Data.model_validate({"path": path, "workers": 0, "shuffle_block": PER_SHARD, **more})
+        return open_batches(config, World(), seed=0, global_batch_size=BATCH, image_size=SIZE)
+
+    def actions(self) -> dict[str, Callable[[], int]]:
+        return {
+            "bare simplejpeg.decode_jpeg": self.bare,
+            "ours, MDS, warm": lambda: self.take(self.warm["mds"]),
+            "ours, WebDataset, warm": lambda: self.take(self.warm["webdataset"]),
+            "plain PIL loader": self.pil,
+            "mosaicml StreamingDataset, warm": self.streaming,
+            "webdataset, warm": self.webdataset,
+            "bare simplejpeg.decode_jpeg, wall": self.bare,
+            "bare decode + resize + encode": self.convert,
+            "prepare.py, one worker": self.prepare_again,
+        }
+
+    def take(self, batches: Batches) -> int:
+        for _ in range(self.images // BATCH):
+            next(batches)
+        return self.images // BATCH * BATCH
+
+    def bare(self) -> int:
+        for data in self.encoded[: self.images]:
+            simplejpeg.decode_jpeg(data)
+        return min(self.images, len(self.encoded))
+
+    def pil(self) -> int:
+        loader = DataLoader(_Files(sorted(self.files.iterdir())[: self.images]), batch_size=BATCH)
+        return sum(len(batch) for batch in loader)
+
+    def streaming(self) -> int:
+        # Each sample is decoded as ours are; what differs is the way to it, and the batch.
+        return sum(len(batch) for batch in DataLoader(self._streaming, batch_size=BATCH, collate_fn=_decoded))
+
+    def webdataset(self) -> int:
+        shards = [str(self.folder / "webdataset" / shard.name) for shard in self.manifests["webdataset"].shards]
+        dataset: Any = WebDataset(shards, shardshuffle=False).to_tuple("jpg").map(lambda pair: {"image": pair[0]})
+        return sum(len(batch) for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=_decoded))
+
+    def convert(self) -> int:
+        for data in self.originals:
+            convert(data, size=SIZE, preprocess="adm", encoding="jpeg")
+        return len(self.originals)
+
+    def prepare_again(self) -> int:
+        self.round += 1
+        self.prepare(self.folder / f"again-{self.round}", "mds")
+        shutil.rmtree(self.folder / f"again-{self.round}")
+        return len(self.originals)
+
+    def cold(self) -> float:
+        """Images a second of wall time from an open data set on S3, nothing of it in the cache, over one epoch."""
+        cache = self.folder / "cache"
+        shutil.rmtree(cache, ignore_errors=True)
+        with closing(self.open(f"{self.s3}/mds", cache_dir=str(cache), num_canonical_nodes=1)) as batches:
+            since = time.perf_counter()
+            for _ in range(len(self.encoded) // BATCH):
+                next(batches)
+            return len(self.encoded) // BATCH * BATCH / (time.perf_counter() - since)
+
+    def workers(self, count: int) -> float:
+        """Images a second of wall time with so many workers, once they run."""
+        with closing(self.open(str(self.folder / "mds"), workers=count, prefetch_batches=2)) as batches:
+            for _ in range(4 * count):  # more than what waits
+                next(batches)
+            since = time.perf_counter()
+            return self.take(batches) / (time.perf_counter() - since)
+
+    def __enter__(self) -> "Bench":
+        from streaming import StreamingDataset
+        from streaming.base.util import clean_stale_shared_memory
+
+        clean_stale_shared_memory()
+        self._streaming: Any = StreamingDataset(local=str(self.folder / "mds"), shuffle=True, batch_size=BATCH)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for batches in self.warm.values():
+            batches.close()
+
+    def memory(self) -> dict[str, float]:
+        """Resident MiB after a tenth of an epoch, and the most until the epoch's end."""
+        epoch = max(10, len(self.encoded) // BATCH)
+        batches = self.warm["mds"]
+        for _ in range(epoch // 10):
+            next(batches)
+        early = most = _resident()
+        for _ in range(epoch):
+            next(batches)
+            most = max(most, _resident())
+        return {"early_mib": round(early, 1), "most_mib": round(most, 1)}
+
+
+class _Files(Dataset[torch.Tensor]):
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with Image.open(self.paths[index]) as image:
+            return torch.from_numpy(np.asarray(image.convert("RGB")).copy())
+
+
+def _decoded(samples: list[dict[str, bytes]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([simplejpeg.decode_jpeg(sample["image"]) for sample in samples]))
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def made_up(folder: Path, count: int) -> str:
+    """A folder of pictures with some detail: as many bytes a pixel as photographs."""
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for number in range(count):
+        coarse = draws.integers(0, 256, (18, 20, 3), dtype=np.uint8)
+        image = np.asarray(Image.fromarray(coarse).resize((320, 288), Image.Resampling.BICUBIC)).astype(np.int16)
+        image = np.clip(image + draws.normal(0, 9, image.shape), 0, 255).astype(np.uint8)
+        (folder / f"{number:06d}.jpg").write_bytes(simplejpeg.encode_jpeg(image, quality=90))
+    return f"folder:{folder}"
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """A moto server in a process of its own, and a bucket in it."""
+    code = (
+        "from moto.server import ThreadedMotoServer as S; import sys\n"
+        "s = S(ip_address='127.0.0.1', port=0, verbose=False); s.start()\n"
+        "print(s.get_host_and_port()[1], flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert process.stdout is not None
+        keys = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}
+        os.environ.update(keys, AWS_ENDPOINT_URL=f"http://127.0.0.1:{int(process.stdout.readline())}")
+        from boto3.session import Session
+
+        Session().client("s3").create_bucket(Bucket="bench")
+        yield "s3://bench"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure(bench: Bench, rounds: int) -> dict[str, list[float]]:
+    """Images a second of every row in every round."""
+    clocks = {"cpu": time.process_time, "wall": time.perf_counter}
+    rates: dict[str, list[float]] = {name: [] for name in ROWS}
+    for _ in range(rounds):
+        for name, action in bench.actions().items():
+            clock = clocks[ROWS[name][1]]
+            since = clock()
+            count = action()
+            rates[name].append(count / (clock() - since))
+        rates["ours, MDS, cold from S3"].append(bench.cold())
+        for count in (1, 2):
+            rates[f"ours, MDS, {count} worker{'s' if count > 1 else ''}"].append(bench.workers(count))
+    return rates
+
+
+def summary(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """One row each: median rate, and the median of the rounds' ratios to the baseline."""
+    rows = []
+    for name, (base, clock, wanted) in ROWS.items():
+        ratio = None
+        if base:
+            ratio = round(statistics.median(a / b for a, b in zip(rates[name], rates[base], strict=True)), 3)
+        rate = round(statistics.median(rates[name]), 1)
+        rows.append({"what": name, "images_per_second": rate, "clock": clock, "against": base, "ratio": ratio})
+        rows[-1]["wanted"] = wanted
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--source", help="images as prepare.py takes them (default: made up)")
+    parser.add_argument("--images", type=int, default=512, help="read a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="cmscale-bench-") as folder, s3_server() as s3:
+        source = given.source or made_up(Path(folder) / "made-up", given.images)
+        with Bench(Path(folder), source=source, images=given.images, s3=s3) as bench:
+            measure(bench, 1)  # warms caches, imports and the page cache
+            load = os.getloadavg()[0]
+            rows = summary(measure(bench, given.rounds))
+            memory = bench.memory()
+    table = Table("", "images/s", "clock", "against", "ratio", "wanted", box=None)
+    for row in rows:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        wanted = "" if row["wanted"] is None else f">= {row['wanted']}"
+        table.add_row(row["what"], f"{row['images_per_second']:.0f}", row["clock"], row["against"] or "", ratio, wanted)
+    Console(width=140).print(table)
+    print(f"memory over an epoch: {memory['early_mib']:.0f} MiB early, at most {memory['most_mib']:.0f} MiB")
+    print(f"{os.cpu_count()} cores, load {load:.1f} before the first round")
+    if given.json:
+        facts = {"cores": os.cpu_count(), "load": load, "rounds": given.rounds, "images": given.images}
+        given.json.write_text(json.dumps({"rows": rows, "memory": memory, **facts}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
