@@ -12,7 +12,7 @@ MARGIN = 0.05  # seconds above it: less is the noise of small runs
 
 
 class Stragglers:
-    """Compares the ranks' own seconds of a step, from its begin (data included) to where it waits for the others."""
+    """Compares the ranks' own seconds of a step: getting the data, and the first forward pass."""
 
     def __init__(self, run: RunDir, world: World, *, every: int) -> None:
         self._run = run
@@ -25,9 +25,14 @@ class Stragglers:
         """A step begins."""
         self._began = time.perf_counter()
 
-    def stepped(self, step: int, *, arrived: float) -> None:
-        """A step was applied; `arrived` is when this rank began to wait for the others. Collective every so often."""
-        self._seconds.append(arrived - self._began)
+    def stepped(self, step: int, *, ready: float, forward: float) -> None:
+        """A step was applied. Collective every so often.
+
+        Args:
+            ready: when, by `time.perf_counter`, its data was there.
+            forward: seconds of its first forward pass.
+        """
+        self._seconds.append(ready - self._began + forward)
         if step % self._every:
             return
         means = gather(statistics.fmean(self._seconds))

@@ -115,7 +115,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
             shards.update(point)
         state = state.advance(cursor, result.applied)
         if result.applied:
-            stragglers.stepped(state.step, arrived=engine.arrived)
+            stragglers.stepped(state.step, ready=engine.clock.started, forward=engine.clock.seconds())
         error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
         log.stepped(state, point, result, consistency_error=error)
         if bad_steps.is_lost(result, batch, state):  # back to the newest checkpoint, and past the data that led here

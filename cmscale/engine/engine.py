@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import nn
 
 from cmscale.config import Config, accumulation_steps
 from cmscale.engine import masters, settings
+from cmscale.engine.clock import ForwardClock
 from cmscale.engine.frozen import FrozenNetwork, Network, PartitionedNetwork
 from cmscale.engine.optimizer import GuardedStep, build_optimizer
 from cmscale.engine.shards import FlatShards, Read, flatten
@@ -70,8 +70,7 @@ class Engine:
         self._world = world
         self.dtype = settings.COMPUTE_DTYPES[config.engine.precision]
         self._accumulation = accumulation_steps(config, num_ranks=world.num_ranks)
-        self.arrived = 0.0
-        """When, by `time.perf_counter`, this rank began to wait for the others in the last step."""
+        self.clock = ForwardClock(world.device)
         module = build_network()
         if initial is not None:
             module.load_state_dict(initial)
@@ -149,8 +148,11 @@ class Engine:
         losses: list[float] = []
         count = 0
         self._wrapped.train()
+        self.clock.start()
         for compute in micro_losses:
             loss = compute()
+            if count == 0:
+                self.clock.stop()
             count += 1
             total += loss.detach()
             if count == self._accumulation:
@@ -309,7 +311,6 @@ class Engine:
     def _gather_losses(self, mean: torch.Tensor) -> list[float]:
         """Every rank's mean loss, by rank: the one wait for the device in a step."""
         own = mean.cpu().view(1)
-        self.arrived = time.perf_counter()
         if self._world.num_ranks == 1:
             return own.tolist()
         gathered = [torch.zeros_like(own) for _ in range(self._world.num_ranks)]

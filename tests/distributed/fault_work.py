@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,17 @@ def signals_to_data_workers() -> Any:
     return patched(train.Parts, "step", signalling)
 
 
+def rank_1_is_slow() -> Any:
+    original = train.Parts.step
+
+    def slow(self: train.Parts, batch: Any, point: Any) -> Any:
+        if os.environ["RANK"] == "1" and point.step >= 7:
+            time.sleep(1.0)
+        return original(self, batch, point)
+
+    return patched(train.Parts, "step", slow)
+
+
 def nan_in(batches: Collection[int]) -> Callable[[], Any]:
     """Rank 1's images of these global batches (counted from 0) are not numbers."""
 
@@ -178,6 +190,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "nan once": nan_in([4]),
     "nan three times": nan_in([4, 5, 6]),
     "nan for ever": nan_in(range(4, 1000)),
+    "straggler": rank_1_is_slow,
     "no space": no_space_for_step_6,
     "overflow": fp16_on_this_cpu,
 }

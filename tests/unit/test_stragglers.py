@@ -40,7 +40,7 @@ def test_the_straggler_is_named_every_so_often_by_the_mean_of_its_steps(
     watch = Stragglers(run, World(rank=0, num_ranks=2), every=2)
     for step in range(1, 5):
         watch.begin()
-        watch.stepped(step, arrived=watch._began + step)
+        watch.stepped(step, ready=watch._began + step - 0.25, forward=0.25)
     assert gathered == pytest.approx([1.5, 3.5])
     (first,) = read_lines(run.events)
     assert (first["event"], first["step"], first["rank"]) == ("straggler", 2, 1)
