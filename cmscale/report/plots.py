@@ -122,14 +122,14 @@ def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seque
         figure, axes = _panel(4.6, 2.7)
         _draw(axes, curves, levels)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.3g}k" if value >= 10_000 else f"{value:g}")
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         ticks = sorted({round(value) for curve in curves for value in curve.x})
         axes.set_xticks(ticks)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("steps averaged over, 1 / (1 − rate)")
         axes.set_ylabel(y_label)
-        axes.legend(loc="upper right")
+        axes.legend(loc="best")
         return _svg(figure, name)
 
 

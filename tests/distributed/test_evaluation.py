@@ -53,8 +53,10 @@ def test_after_a_rank_was_killed_another_number_of_ranks_goes_on_and_the_result_
         assert resumed[name]["values"] == whole[name]["values"][:1], name
 
 
-def test_no_progress_is_left_behind(folder: Path) -> None:
-    assert not list(folder.glob("*/evaluations/.blocks/*"))
+def test_no_features_are_left_behind(folder: Path) -> None:
+    left = list(folder.glob("*/evaluations/.blocks/*"))
+    assert left  # each seed's metrics
+    assert all(path.is_file() and path.stat().st_size < 1000 for path in left)
 
 
 def test_the_launcher_evaluates_what_is_due_beside_training_in_a_job_of_its_own(tmp_path: Path) -> None:

@@ -83,8 +83,12 @@ def test_a_killed_evaluation_goes_on_with_the_missing_blocks_and_another_never_r
     assert other.missing() == blocks(300)
     with pytest.raises(FileNotFoundError):
         list(again.read())
-    again.remove()
-    assert again.missing() == blocks(300)
+    assert again.metrics("reference") is None
+    again.finish({"fid": 1.5}, against="reference")
+    assert again.missing() == blocks(300)  # the metrics stand in their place, for this reference alone
+    assert again.metrics("reference") == {"fid": 1.5}
+    assert again.metrics("another") is None
+    assert other.metrics("reference") is None
 
 
 def test_a_block_that_is_short_or_not_finite_is_refused(tmp_path) -> None:
