@@ -91,10 +91,6 @@ class RunDir:
         return self.consistency_errors / f"{step_name(step)}-{weights}.json"
 
     @property
-    def exports(self) -> Path:
-        return self.root / "exports"
-
-    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -143,16 +143,6 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def must_be_equal(value: Any, *, what: str) -> None:
-    """Stops every rank, naming the odd one out, unless all hold the same value. Collective."""
-    values = gather(value)
-    odd = [rank for rank, other in enumerate(values) if other != values[0]]
-    if odd:
-        raise RuntimeError(
-            f"{what} differs between ranks: rank 0 has {values[0]!r}, rank {odd[0]} has {values[odd[0]]!r}"
-        )
-
-
 def barrier() -> None:
     """Waits for every rank. Collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:

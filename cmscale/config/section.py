@@ -10,7 +10,6 @@ NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Counts = Annotated[tuple[Count, ...], AsTuple]
-Rates = Annotated[tuple[Rate, ...], AsTuple]
 
 
 class Section(BaseModel):
