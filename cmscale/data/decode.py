@@ -1,5 +1,6 @@
 """Owns the way from encoded bytes to pixels: formats by magic bytes, sizes checked before decoding."""
 
+import contextlib
 import io
 import warnings
 
@@ -46,13 +47,9 @@ def decode(data: bytes) -> np.ndarray:
 def decode_into(data: bytes, pixels: np.ndarray) -> None:
     """Decodes an image of known size into `pixels`, uint8 [H, W, 3]. Raises BadImage (another size too)."""
     if data[:3] == b"\xff\xd8\xff":
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-            if (height, width) == pixels.shape[:2]:
-                simplejpeg.decode_jpeg(data, buffer=pixels)
+        with contextlib.suppress(ValueError):  # damaged, too large, another colour space: looked at below
+            if simplejpeg.decode_jpeg(data, buffer=pixels).shape == pixels.shape:
                 return
-        except ValueError as error:
-            raise BadImage(f"damaged jpeg: {error}") from error
     image = decode(data)
     if image.shape != pixels.shape:
         raise BadImage(f"is {image.shape[1]}x{image.shape[0]}, not {pixels.shape[1]}x{pixels.shape[0]}")
