@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,6 +220,14 @@ class LocalStorage:
         return LocalStorage(self.root / prefix)
 
 
+@lru_cache(maxsize=1)
+def _service_models() -> Any:
+    """What botocore knows of S3's interface: parsed once a process, not once a client."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
 class S3Storage:
     """A prefix in an S3 bucket. Credentials, region and endpoint (AWS_ENDPOINT_URL) are boto3's own."""
 
@@ -234,6 +243,7 @@ class S3Storage:
         if self._client is None or self._client[0] != os.getpid():
             from boto3.session import Session
             from botocore.config import Config as ClientConfig
+            from botocore.session import get_session
 
             # "adaptive" would hold all requests of a client back for a minute after a few 503.
             settings = ClientConfig(
@@ -242,7 +252,9 @@ class S3Storage:
                 read_timeout=_READ_SECONDS,
             )
             with self._explained(""):
-                self._client = (os.getpid(), Session().client("s3", config=settings))
+                core = get_session()
+                core.register_component("data_loader", _service_models())
+                self._client = (os.getpid(), Session(botocore_session=core).client("s3", config=settings))
         return self._client[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -236,7 +236,10 @@ class Batches:
         return self
 
     def __next__(self) -> tuple[Batch, int]:
-        raw = next(self._iterator)
+        try:
+            raw = next(self._iterator)
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"DataLoader worker ended while its batch was on the way ({error!r})") from error
         if isinstance(raw, Exception):
             raise raw
         self._count_bad(raw)
