@@ -1,11 +1,10 @@
-"""Owns reading MDS shards, mosaicml-streaming's format, and `index.json` as it defines it.
+"""Owns reading MDS shards with mosaicml-streaming's own reader, and `index.json` as it defines it.
 
-prepare.py writes with mosaicml-streaming's MDSWriter, StreamingDataset reads the data sets, and tests hold every
-sample against its MDSReader. Reading here imports nothing of it: its package imports transformers, three seconds and
-250 MB a rank, and its reader opens the file anew for every sample. StreamingDataset itself is not used: its barriers
-spin for ever when a rank dies, its shared memory survives a SIGKILL and blocks the next start, it serves what lies in
-its cache unchecked, and its resume state knows no batch size. Order, cache and resumption are this package's, the same
-for both formats.
+The reader parses the index, refuses columns that would unpickle, and decodes the samples; the bytes come from files
+that stay open, where its own way opens the file anew for every sample. StreamingDataset can read the data sets, and is
+not used: its barriers spin for ever when a rank dies, its shared memory survives a SIGKILL and blocks the next start,
+it serves what lies in its cache unchecked, and its resume state knows no batch size. Order, cache and resumption are
+this package's, the same for both formats.
 """
 
 import json
@@ -66,14 +65,16 @@ class MDSShards:
             raise UserError(
                 f"{index}: does not list the shards of the manifest; run data_prep/verify.py on the data set"
             )
+        # Here: the package takes seconds to import (it imports transformers), and WebDataset's readers don't need it.
+        from streaming.base.format import reader_from_json
+
+        self._readers = [reader_from_json(str(index.parent), "", item) for item in objects]
+        for reader in self._readers:
+            reader.validate(allow_unsafe_types=False)
 
     def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]:
         """Key and encoded image of a sample; `file` is the shard's descriptor."""
-        # A shard: its count, the offsets of its samples and of their end (uint32), its columns, the samples. A sample:
-        # the sizes of its columns (both vary, in the order of their names), then their bytes.
+        # A shard: its count, then the offsets of its samples and of their end (uint32).
         begin, end = struct.unpack("<2I", os.pread(file, 8, 4 * (1 + index)))
-        block = os.pread(file, end - begin, begin)
-        image, key = struct.unpack_from("<2I", block)
-        if 8 + image + key != len(block):
-            raise RuntimeError(f"shard {shard}, sample {index}: not an MDS sample of the columns {sorted(COLUMNS)}")
-        return block[8 + image :].decode(), block[8 : 8 + image]
+        sample = self._readers[shard].decode_sample(os.pread(file, end - begin, begin))
+        return sample["key"], sample["image"]

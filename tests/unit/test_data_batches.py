@@ -138,7 +138,8 @@ def test_read_images_takes_ids_in_any_order_and_refuses_others(sets: dict[str, s
 
 
 def test_a_program_that_never_closes_its_batches_still_ends(sets: dict[str, str]) -> None:
-    """Workers ignore SIGTERM; the end of the program must not wait for them. Nor is its start burdened with imports."""
+    """Workers ignore SIGTERM; the end of the program must not wait for them. Nor does the other format's
+    package, slow to import, burden its start."""
     code = (
         "import sys\n"
         "from cmscale.config import Data\n"
@@ -152,7 +153,7 @@ def test_a_program_that_never_closes_its_batches_still_ends(sets: dict[str, str]
         "raise SystemExit(3)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, sets["mds"]],
+        [sys.executable, "-c", code, sets["webdataset"]],
         capture_output=True,
         text=True,
         timeout=60,
