@@ -68,9 +68,12 @@ def ct_num_scales(step: int, *, total_steps: int, s0: int, s1: int) -> int:
 
 
 def ct_target_ema(num_scales: int, *, s0: int, mu0: float, convention: Convention) -> float:
-    """mu(k) = exp(s0 ln(mu0) / N(k)); Consistency Models, appendix C. Released code: / (N(k) - 1)."""
+    """mu(k) = exp(s0 ln(mu0) / N(k)); Consistency Models, appendix C. Released code: / (N(k) - 1).
+
+    mu0 = 0 is no average at all: the target is the student (iCT, section 3.2).
+    """
     divisor = num_scales if convention == "paper" else num_scales - 1
-    return math.exp(s0 * math.log(mu0) / divisor)
+    return math.exp(s0 * math.log(mu0) / divisor) if mu0 else 0.0
 
 
 def ict_num_scales(step: int, *, total_steps: int, s0: int, s1: int) -> int:

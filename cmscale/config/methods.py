@@ -66,8 +66,9 @@ class CT(_Discrete):
     kind: Literal["ct"]
     s0: Annotated[int, Field(ge=2)] = 2
     s1: Annotated[int, Field(ge=2)] = 150
-    mu0: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    mu0: Annotated[float, Field(ge=0, lt=1)] = 0.95
     convention: Convention = "paper"
+    weighting: Literal["uniform", "inverse_gap"] = "uniform"
 
     @model_validator(mode="after")
     def _growing(self) -> "CT":

@@ -58,11 +58,12 @@ class EDMLoss:
 
 @dataclass(frozen=True)
 class DiscreteLoss:
-    """d(f(x_{n+1}, t_{n+1}), f-(x_n, t_n)), lambda = 1, x_{n+1} = x + t_{n+1} z; Consistency Models.
+    """lambda d(f(x_{n+1}, t_{n+1}), f-(x_n, t_n)), x_{n+1} = x + t_{n+1} z; Consistency Models.
 
     CD (algorithm 2, equation 7): x_n is one step of the ODE solver with the teacher from x_{n+1}. CT
     (algorithm 3, equation 10): x_n = x + t_n z with the same z. Student and target are given the same dropout
-    keys; the teacher drops nothing.
+    keys; the teacher drops nothing. lambda is 1, as the paper has it; CT's `weighting: inverse_gap` is iCT's
+    1 / (t_{n+1} - t_n).
     """
 
     method: CD | CT
@@ -82,4 +83,7 @@ class DiscreteLoss:
             else:
                 less_noisy = clean + like(lower, clean) * noise
             aim = evaluate(networks.target_or_student, less_noisy, lower, dropout_keys=keys)
-        return self.distance(evaluate(networks.student, noisy, upper, dropout_keys=keys), aim)
+        distance = self.distance(evaluate(networks.student, noisy, upper, dropout_keys=keys), aim)
+        if isinstance(self.method, CT) and self.method.weighting == "inverse_gap":
+            return distance / (upper - lower).to(distance)
+        return distance

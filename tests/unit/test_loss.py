@@ -93,13 +93,16 @@ def test_edm_loss(random: SampleRandomness):
 
 @pytest.mark.parametrize("random", RANDOM)
 @pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
-def test_ct_loss(distance: str, random: SampleRandomness):
-    method, student, target = CT(kind="ct", distance=distance), Affine(1), Affine(2)
+@pytest.mark.parametrize("weighting", ["uniform", "inverse_gap"])
+def test_ct_loss(weighting: str, distance: str, random: SampleRandomness):
+    method, student, target = CT(kind="ct", distance=distance, weighting=weighting), Affine(1), Affine(2)
     clean, uniform, x, z = setting(random)
     n = 1 + np.floor(uniform * 33)
     lower, upper = karras(n, 34), karras(n + 1, 34)
     aim = target.in_numpy(x + at(lower) * z, lower)
     expected = numpy_distance(distance, student.in_numpy(x + at(upper) * z, upper), aim)
+    if weighting == "inverse_gap":
+        expected /= upper - lower
     point = Point(0, 1.0, num_scales=34, target_ema=0.9)
     assert_close(loss_of(method, Networks(student, target), clean, point, random), expected)
 

@@ -56,6 +56,11 @@ def test_target_ema_is_exp_of_s0_log_mu0_over_its_divisor(convention):
             assert abs(Decimal(given) - exact) < Decimal(2) ** -52
 
 
+@pytest.mark.parametrize("convention", ["paper", "released_code"])
+def test_without_an_average_the_target_is_the_student(convention):
+    assert [schedules.ct_target_ema(n, s0=2, mu0=0.0, convention=convention) for n in (2, 40, 151)] == [0.0] * 3
+
+
 def test_released_code_starts_with_mu0_squared_and_paper_with_mu0():
     assert schedules.ct_target_ema(2, s0=2, mu0=0.95, convention="paper") == pytest.approx(0.95, rel=1e-15)
     assert schedules.ct_target_ema(2, s0=2, mu0=0.95, convention="released_code") == pytest.approx(0.95**2, rel=1e-15)
