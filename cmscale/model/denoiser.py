@@ -19,8 +19,8 @@ def c_noise(sigma: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class EDMDenoiser:
-    """The denoiser of a diffusion model (Karras et al. 2022, equation 7 and table 1)."""
+class _Preconditioned:
+    """c_out F(c_in x, c_noise) + c_skip x; coefficients from float64, products in float32."""
 
     raw: Raw
     sigma_data: float = 0.5
@@ -33,9 +33,21 @@ class EDMDenoiser:
         labels: Tensor | None = None,
         dropout_keys: Sequence[int] | None = None,
     ) -> Tensor:
-        """D(x, sigma): the clean image in x, whose noise has std sigma [B]; [B, C, H, W] float32."""
+        """What the class says it gives, of noisy images x and their noise's std sigma [B]; [B, C, H, W] float32."""
         c_skip, c_out = self.coefficients(sigma)
-        return _preconditioned(self, x, sigma, c_skip, c_out, labels, dropout_keys)
+        c_in = (sigma.double() ** 2 + self.sigma_data**2).rsqrt()
+        skip, out, scaled = (value.float()[:, None, None, None] for value in (c_skip, c_out, c_in))
+        x = x.float()
+        return out * self.raw(scaled * x, c_noise(sigma), labels=labels, dropout_keys=dropout_keys) + skip * x
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """c_skip and c_out, float64."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class EDMDenoiser(_Preconditioned):
+    """The denoiser of a diffusion model, D(x, sigma): the clean image in x (Karras et al. 2022, eq. 7, table 1)."""
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out, float64."""
@@ -45,24 +57,13 @@ class EDMDenoiser:
 
 
 @dataclass(frozen=True)
-class ConsistencyDenoiser:
-    """The consistency function (Song et al. 2023, equation 5, appendix C): f(x, sigma_min) = x, exactly."""
+class ConsistencyDenoiser(_Preconditioned):
+    """The consistency function f(x, sigma): where the trajectory through x at time sigma begins.
 
-    raw: Raw
-    sigma_data: float = 0.5
+    f(x, sigma_min) = x, exactly (Song et al. 2023, equation 5, appendix C).
+    """
+
     sigma_min: float = 0.002
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        *,
-        labels: Tensor | None = None,
-        dropout_keys: Sequence[int] | None = None,
-    ) -> Tensor:
-        """f(x, sigma): where the trajectory through x at time sigma [B] begins, [B, C, H, W] float32."""
-        c_skip, c_out = self.coefficients(sigma)
-        return _preconditioned(self, x, sigma, c_skip, c_out, labels, dropout_keys)
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out, float64; exactly 1 and 0 where sigma is sigma_min in sigma's own precision."""
@@ -71,20 +72,3 @@ class ConsistencyDenoiser:
         c_skip = self.sigma_data**2 / ((sigma - boundary) ** 2 + self.sigma_data**2)
         c_out = self.sigma_data * (sigma - boundary) / (sigma**2 + self.sigma_data**2).sqrt()
         return c_skip, c_out
-
-
-def _preconditioned(
-    denoiser: EDMDenoiser | ConsistencyDenoiser,
-    x: Tensor,
-    sigma: Tensor,
-    c_skip: Tensor,
-    c_out: Tensor,
-    labels: Tensor | None,
-    dropout_keys: Sequence[int] | None,
-) -> Tensor:
-    """c_out F(c_in x, c_noise) + c_skip x; coefficients from float64, products in float32."""
-    c_in = (sigma.double() ** 2 + denoiser.sigma_data**2).rsqrt()
-    skip, out, scaled = (value.float()[:, None, None, None] for value in (c_skip, c_out, c_in))
-    x = x.float()
-    output = denoiser.raw(scaled * x, c_noise(sigma), labels=labels, dropout_keys=dropout_keys)
-    return out * output + skip * x
