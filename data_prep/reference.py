@@ -1,11 +1,12 @@
 """Owns a data set's reference statistics: reads a prepared data set, writes what evaluations compare samples
 with.
 
-    python data_prep/reference.py DATASET --out FILE.npz [--features inception|efficientnet] [--weights
-    FILE|s3://…]
+    python data_prep/reference.py DATASET --out FILE [--format adm|edm|edm2] [--features inception|dinov2|efficientnet]
+        [--weights FILE|s3://...]
 
-The file is ADM's format (`arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`), which other evaluators read too, with
-extra keys for preprocessing and the kind of features.
+adm: `.npz` with `arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`, and extra keys for preprocessing and the kind of features;
+the one to evaluate against here, for it keeps images for KID, precision and recall. edm: `.npz` with `mu` and `sigma`.
+edm2: `.pkl` with `num_images` and `fid` or `fd_dinov2`; a second run with the other features adds to it.
 """
 
 import argparse
@@ -22,16 +23,26 @@ from cmscale.assets import local_file
 from cmscale.data import read_images
 from cmscale.errors import UserError
 from cmscale.evaluation.features import KINDS, build_features
-from cmscale.evaluation.reference import SUBSET, reference_from_images, subset_indices, write_reference
+from cmscale.evaluation.reference import (
+    SUBSET,
+    reference_from_images,
+    subset_indices,
+    write_edm,
+    write_edm2,
+    write_reference,
+)
 from cmscale.manifests import read_dataset_manifest
 from cmscale.storage import explained, open_storage
 from cmscale.world import choose_device
+
+_SUFFIXES = {"adm": ".npz", "edm": ".npz", "edm2": ".pkl"}
 
 
 def make_reference(
     dataset: str,
     out: Path,
     *,
+    format: str,
     features: str,
     weights: str | None,
     device: str,
@@ -41,12 +52,14 @@ def make_reference(
     """Measures a data set, writes `out`, and says in a line what it holds.
 
     Raises:
-        UserError: no such data set, fewer than two images, no weights, no room.
+        UserError: no such data set, fewer than two images, no weights, features that the format doesn't hold, no room.
     """
     manifest = read_dataset_manifest(open_storage(dataset))
     count = min(manifest.count, limit or manifest.count)
-    if out.suffix != ".npz":
-        raise UserError(f"--out {out}: must end in .npz")
+    if out.suffix != _SUFFIXES[format]:
+        raise UserError(f"--out {out}: must end in {_SUFFIXES[format]} (--format {format})")
+    if format != "adm" and features not in ("inception", "dinov2")[: 1 + (format == "edm2")]:
+        raise UserError(f"--format {format}: holds no {features} statistics; use --format adm")
     extractor = build_features(features, weights=local_file(weights) if weights else None, device=choose_device(device))
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,12 +69,17 @@ def make_reference(
         name=f"{manifest.source} {manifest.fingerprint[:12]}",
         count=count,
         preprocess=manifest.preprocess,
-        subset=subset,
+        subset=subset if format == "adm" else 0,
     )
+    said = f"{out}: {count} images of {manifest.image_size} px, {extractor.label}"
+    if format != "adm":
+        with explained(out):
+            (write_edm if format == "edm" else write_edm2)(out, reference)
+        return said
     kept = subset_indices(count, subset)
     with explained(out):
         write_reference(out, reference, _images(dataset, indices=kept.tolist()), num_images=len(kept))
-    return f"{out}: {count} images of {manifest.image_size} px, {extractor.label}, {len(kept)} kept as arr_0"
+    return f"{said}, {len(kept)} kept as arr_0"
 
 
 def _images(dataset: str, *, indices: list[int] | None = None, limit: int | None = None) -> Iterator[np.ndarray]:
@@ -77,18 +95,20 @@ def _shown(images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="DATASET", help="a prepared data set: folder or s3://")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--format", choices=sorted(_SUFFIXES), default="adm", help="adm (default), edm, edm2")
     parser.add_argument("--features", choices=KINDS, default="inception")
     parser.add_argument("--weights", metavar="FILE|s3://…", help="the features' weights (default: their home)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--limit", type=int, metavar="N", help="measure the first N images only")
-    parser.add_argument("--subset", type=int, default=SUBSET, metavar="N", help="images kept (%(default)s)")
+    parser.add_argument("--subset", type=int, default=SUBSET, metavar="N", help="adm: images kept (%(default)s)")
     given = parser.parse_args(arguments)
     try:
         print(
             make_reference(
                 given.dataset,
                 given.out,
+                format=given.format,
                 features=given.features,
                 weights=given.weights,
                 device=given.device,

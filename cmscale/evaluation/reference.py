@@ -2,7 +2,8 @@
 
 Read: ADM `.npz` (`arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`), EDM `.npz` (`mu`, `sigma`), EDM2 `.pkl` (nothing
 in it is executed), torch-fidelity's cached statistics (`.pt`), and plain images (`.npz` with `arr_0` alone,
-or a folder). Written: ADM's format, with extra keys that say what it was made of.
+or a folder). Written: ADM's format, with extra keys that say what it was made of, and the statistics alone as EDM
+and EDM2 keep them.
 """
 
 import hashlib
@@ -201,6 +202,50 @@ def write_reference(path: Path, reference: Reference, images: Iterable[np.ndarra
         staged.unlink(missing_ok=True)
 
 
+def write_edm(path: Path, reference: Reference) -> None:
+    """Writes the statistics alone, as EDM's `fid.py` reads them: `.npz` with `mu` and `sigma`, float64.
+
+    Raises:
+        UserError: features other than Inception's.
+    """
+    if reference.features != "inception":
+        raise UserError(f"{path}: EDM's files hold Inception statistics, not {reference.features}")
+    staged = path.with_name(f".{path.name}.npz")
+    try:
+        np.savez(staged, mu=reference.pooled.mean, sigma=reference.pooled.covariance)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def write_edm2(path: Path, reference: Reference) -> None:
+    """Writes the statistics alone, as EDM2's `calculate_metrics.py` reads them: a `.pkl` of numbers.
+
+    {"num_images": int, "fid" or "fd_dinov2": {"mu", "sigma"}}. A file of as many images that is there already keeps
+    its statistics of other features, so that two runs make EDM2's two metrics.
+
+    Raises:
+        UserError: features that EDM2 knows nothing of; another file in the way.
+    """
+    key = _EDM2_KEYS.get(str(reference.features))
+    if key is None:
+        raise UserError(f"{path}: EDM2's files hold Inception and dinov2_vitl14 statistics, not {reference.features}")
+    found = _read_numbers(path) if path.exists() else {}
+    if not isinstance(found, dict) or found.get("num_images", reference.count) != reference.count:
+        raise UserError(f"{path}: is there already, of other images than these {reference.count}; name another file")
+    found |= {
+        "num_images": reference.count,
+        key: {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance},
+    }
+    staged = path.with_name(f".{path.name}")
+    try:
+        with staged.open("wb") as file:
+            _NumbersPickler(file, protocol=4).dump(found)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 def _write_images(file: Any, images: Iterable[np.ndarray], count: int) -> None:
     written = 0
     for image in images:
@@ -260,6 +305,18 @@ def _moments(path: Path, found: dict[str, Any], mean_key: str, covariance_key: s
     return Moments(mean, covariance)
 
 
+_EDM2_KEYS = {"inception": "fid", "dinov2_vitl14": "fd_dinov2"}
+
+
+class _NumbersPickler(pickle.Pickler):
+    """Pickles arrays as calls of `numpy.ndarray`: numpy's own way names modules that differ between its versions."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, np.ndarray):
+            return np.ndarray, (obj.shape, obj.dtype.str, obj.tobytes())
+        return NotImplemented
+
+
 class _NumbersOnly(pickle.Unpickler):
     """Unpickles numpy arrays and plain containers; any other name in the file is refused, so nothing is
     executed."""
@@ -277,21 +334,25 @@ class _NumbersOnly(pickle.Unpickler):
 
 
 def _edm2(path: Path, extractor: FeatureExtractor) -> dict[str, Any]:
-    key = {"inception": "fid", "dinov2_vitl14": "fd_dinov2"}.get(extractor.label)
+    key = _EDM2_KEYS.get(extractor.label)
     if key is None:
         raise UserError(
             f"reference {path}: EDM2 files hold Inception and dinov2_vitl14 statistics, the evaluation uses "
             f"{extractor.label}"
         )
-    try:
-        with path.open("rb") as file:
-            found = _NumbersOnly(file).load()
-    except Exception as error:
-        raise UserError(f"reference {path}: more than numbers in it, refused ({error})") from None
+    found = _read_numbers(path)
     if not isinstance(found, dict) or not isinstance(found.get(key), dict):
         raise UserError(f"reference {path}: not EDM2's statistics (no {key!r})")
     counted = {"count": found["num_images"]} if "num_images" in found else {}
     return {**found[key], **counted, "features": extractor.label}
+
+
+def _read_numbers(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            return _NumbersOnly(file).load()
+    except Exception as error:
+        raise UserError(f"reference {path}: more than numbers in it, refused ({error})") from None
 
 
 def _torch_fidelity(path: Path) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """References come from every format that the field uses; measuring against one is one pass over blocks."""
 
+import dataclasses
 import os
 import pickle
+import pickletools
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,9 +20,12 @@ from cmscale.evaluation.reference import (
     read_reference,
     reference_from_images,
     subset_indices,
+    write_edm,
+    write_edm2,
     write_reference,
 )
 from cmscale.evaluation.result import EvaluationResult, Metric, combine, score_name
+from cmscale.evaluation.statistics import Moments
 from cmscale.manifests import read_document
 from data_prep.prepare import main as prepare
 from data_prep.reference import main as command
@@ -69,6 +75,95 @@ def test_a_written_reference_reads_back_whole_and_adms_reader_understands_it(ref
     assert np.array_equal(again.subset, reference.subset)
     assert (again.count, again.preprocess, again.features) == (140, "adm", "inception")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_adms_evaluator_finds_all_its_keys_and_can_stream_the_images(reference, tmp_path) -> None:
+    """It reads mu, sigma, mu_s and sigma_s without pickle, and arr_0's rows behind a header of version 1.0."""
+    spatial = Moments(MEAN[:7], COVARIANCE[:7, :7])
+    whole = dataclasses.replace(reference, spatial=spatial)
+    write_reference(tmp_path / "r.npz", whole, (IMAGES[i] for i in subset_indices(140, 50)), num_images=50)
+    with np.load(tmp_path / "r.npz", allow_pickle=False) as archive:
+        found = {key: archive[key] for key in archive.files}
+    assert {found[key].dtype for key in ("mu", "sigma", "mu_s", "sigma_s")} == {np.dtype("f8")}
+    assert [found[key].shape for key in ("mu", "sigma", "mu_s", "sigma_s")] == [(16,), (16, 16), (7,), (7, 7)]
+    with zipfile.ZipFile(tmp_path / "r.npz").open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        assert (shape, fortran_order, dtype) == ((50, 8, 8, 3), False, np.uint8)
+        assert file.read(192) == IMAGES[subset_indices(140, 50)[0]].tobytes()
+
+
+def test_edms_evaluator_finds_mean_and_covariance_and_nothing_else(reference, tmp_path) -> None:
+    write_edm(tmp_path / "edm.npz", reference)
+    with (tmp_path / "edm.npz").open("rb") as file:
+        found = dict(np.load(file))
+    assert {key: (value.dtype, value.shape) for key, value in found.items()} == {
+        "mu": (np.dtype("f8"), (16,)),
+        "sigma": (np.dtype("f8"), (16, 16)),
+    }
+    np.testing.assert_allclose(found["sigma"], COVARIANCE, rtol=1e-9, atol=1e-12)  # unbiased, as theirs
+    assert np.array_equal(read_reference(tmp_path / "edm.npz", EXTRACTOR).pooled.covariance, found["sigma"])
+    with pytest.raises(UserError, match="Inception statistics, not dinov2_vitl14"):
+        write_edm(tmp_path / "edm.npz", dataclasses.replace(reference, features="dinov2_vitl14"))
+    assert [path.name for path in tmp_path.iterdir()] == ["edm.npz"]
+
+
+def test_edm2s_evaluator_finds_both_metrics_in_a_pickle_that_any_numpy_reads(reference, tmp_path) -> None:
+    path = tmp_path / "edm2.pkl"
+    write_edm2(path, reference)
+    write_edm2(path, dataclasses.replace(reference, features="dinov2_vitl14", pooled=Moments(MEAN + 1, COVARIANCE)))
+    found = pickle.loads(path.read_bytes())
+    assert set(found) == {"num_images", "fid", "fd_dinov2"}
+    assert (type(found["num_images"]), found["num_images"]) == (int, 140)
+    for key, mean in (("fid", MEAN), ("fd_dinov2", MEAN + 1)):
+        assert (found[key]["mu"].dtype, found[key]["sigma"].dtype) == (np.dtype("f8"), np.dtype("f8"))
+        np.testing.assert_allclose(found[key]["mu"], mean, rtol=1e-12)
+        np.testing.assert_allclose(found[key]["sigma"], COVARIANCE, rtol=1e-9, atol=1e-12)
+    names = [arg for opcode, arg, _ in pickletools.genops(path.read_bytes()) if opcode.name == "SHORT_BINUNICODE"]
+    assert {name for name in names if "numpy" in name or "multiarray" in name} == {"numpy"}  # not numpy.(_)core
+    again = read_reference(path, EXTRACTOR)
+    assert np.array_equal(again.pooled.covariance, reference.pooled.covariance)
+    assert again.count == 140
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_edm2_file_of_other_images_or_other_features_is_not_written_over(reference, tmp_path) -> None:
+    path = tmp_path / "edm2.pkl"
+    write_edm2(path, reference)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="of other images than these 139"):
+        write_edm2(path, dataclasses.replace(reference, count=139))
+    with pytest.raises(UserError, match="not efficientnet_lite0"):
+        write_edm2(path, dataclasses.replace(reference, features="efficientnet_lite0"))
+    assert path.read_bytes() == before
+
+
+def test_the_command_writes_edms_and_edm2s_formats(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(IMAGES[:12]):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number:05d}.png")
+    source = ["--source", f"folder:{tmp_path / 'images'}", "--format", "webdataset", "--image-size", "8"]
+    dataset = str(tmp_path / "dataset")
+    assert prepare([*source, "--encoding", "png", "--out", dataset]) == 0
+    monkeypatch.setattr("data_prep.reference.build_features", lambda *_, **__: EXTRACTOR)
+    ((_, features),) = image_blocks(IMAGES[:12], EXTRACTOR)
+    pooled = features["pooled"].astype("f8")
+    for format, name in (("edm", "edm.npz"), ("edm2", "edm2.pkl")):
+        out = tmp_path / name
+        capsys.readouterr()
+        assert command([dataset, "--out", str(out), "--format", format, "--device", "cpu"]) == 0
+        assert capsys.readouterr().out == f"{out}: 12 images of 8 px, inception\n"
+        found = read_reference(out, EXTRACTOR).pooled
+        np.testing.assert_allclose(found.mean, pooled.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(found.covariance, np.cov(pooled, rowvar=False), rtol=1e-9, atol=1e-12)
+    for wrong in (
+        ["--format", "edm2", "--out", str(tmp_path / "x.npz")],
+        ["--format", "edm", "--out", str(tmp_path / "x.npz"), "--features", "dinov2"],
+        ["--format", "edm2", "--out", str(tmp_path / "x.pkl"), "--features", "efficientnet"],
+    ):
+        capsys.readouterr()
+        assert command([dataset, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_command_measures_a_prepared_data_set(tmp_path, capsys) -> None:
