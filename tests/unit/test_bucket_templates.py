@@ -1,4 +1,4 @@
-"""The bucket's templates: their policy allows what storage does and nothing else, their lifecycle is one that S3 takes."""
+"""The templates for a bucket: the policy allows what storage does and nothing else, S3 takes the lifecycle."""
 
 import json
 import os
