@@ -1,10 +1,11 @@
-"""Owns one measurement of samples: drawn and measured on all ranks in blocks, turned into numbers on rank 0."""
+"""Owns one measurement of samples: drawn and measured on all ranks in blocks, then turned into numbers."""
 
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
 
@@ -18,7 +19,8 @@ from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BlockStore
 from cmscale.evaluation.features import FeatureExtractor, build_features
-from cmscale.evaluation.measure import measure
+from cmscale.evaluation.measure import measure_distributions, measure_neighbours
+from cmscale.evaluation.neighbours import DENSITY_K, Manifold
 from cmscale.evaluation.reference import Reference, read_reference, reference_from_images
 from cmscale.manifests import DATASET_MANIFEST, read_dataset_manifest
 from cmscale.pictures import to_uint8
@@ -34,12 +36,16 @@ _PIXELS_A_PASS = 1 << 20
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements of one call share: ranks, settings, features, and on rank 0 the reference."""
+    """What all measurements of one call share: ranks, settings, features, and on rank 0 the reference.
+
+    Every rank has the reference's features for nearest neighbours (`manifold`), where there are such.
+    """
 
     world: World
     settings: Evaluate
     extractor: FeatureExtractor
     reference: Reference | None
+    manifold: Manifold | None
     preemption: Preemption
 
     @classmethod
@@ -56,7 +62,7 @@ class Bench:
         weights = None if named is None else local_file(named)
         extractor = build_features(settings.features, weights=weights, device=world.device)
         reference = worlds.on_main(lambda: load_reference(settings.reference or data, extractor))
-        return cls(world, settings, extractor, reference, preemption)
+        return cls(world, settings, extractor, reference, shared_manifold(reference, extractor, world), preemption)
 
     def measure_samples(
         self, source: Source, denoise: Denoise, draw: SampleRequest, *, work_dir: Path, label: str
@@ -83,7 +89,7 @@ class Bench:
             store.commit(block, self.extractor(draw_block(source, denoise, draw, block, device=self.world.device)))
         if self.preemption.requested():
             return None
-        return worlds.from_main(worlds.on_main(lambda: self._measured(store)))
+        return self._measured(store)
 
     def features_protocol(self) -> dict[str, Any]:
         """What decides the features of an image."""
@@ -95,10 +101,25 @@ class Bench:
         return self.reference.sha256
 
     def _measured(self, store: BlockStore) -> dict[str, float]:
+        """Distributions on rank 0, where the reference is; nearest neighbours on all ranks. Collective."""
+        found, pooled = worlds.on_main(lambda: self._distributions(store)) or ({}, None)
+        if self.manifold is not None and store.num_samples > DENSITY_K:
+            features = worlds.array_from_main(pooled)
+            found |= measure_neighbours(Manifold(features, device=self.world.device, world=self.world), self.manifold)
+        worlds.on_main(lambda: store.finish(found, against=self._against))
+        return worlds.from_main(found)
+
+    def _distributions(self, store: BlockStore) -> tuple[dict[str, float], np.ndarray]:
         assert self.reference is not None, "rank 0 has the reference"
-        found = measure(store.read(), num_samples=store.num_samples, reference=self.reference)
-        store.finish(found, against=self._against)
-        return found
+        return measure_distributions(store.read(), num_samples=store.num_samples, reference=self.reference)
+
+
+def shared_manifold(reference: Reference | None, extractor: FeatureExtractor, world: World) -> Manifold | None:
+    """Rank 0's reference for nearest neighbours, on every rank; None where it has too few features. Collective."""
+    subset = None if reference is None else reference.subset
+    if not worlds.from_main(subset is not None and len(subset) > DENSITY_K):
+        return None
+    return Manifold(worlds.array_from_main(subset), device=extractor.device, world=world)
 
 
 def draw_block(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -141,6 +142,17 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def array_from_main(array: np.ndarray | None) -> np.ndarray:
+    """Rank 0's array (the others give None), of any size, on every rank. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        assert array is not None, "rank 0 has the array"
+        return array
+    shape, dtype = from_main(None if array is None else (array.shape, array.dtype))
+    sent = np.empty(shape, dtype) if array is None else np.ascontiguousarray(array)
+    dist.broadcast(torch.from_numpy(sent), src=0)  # on the CPU: by gloo
+    return sent
 
 
 def barrier() -> None:

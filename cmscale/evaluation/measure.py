@@ -10,6 +10,7 @@ reference=reference)`.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 
 import numpy as np
 
@@ -34,17 +35,28 @@ def image_blocks(
 
 
 def measure(blocks: Iterable[tuple[range, Features]], *, num_samples: int, reference: Reference) -> dict[str, float]:
-    """Every metric of one set of samples for which the features and the reference suffice.
+    """Every metric of one set of samples for which the features and the reference suffice, in this process.
 
-    Memory holds the pooled features [num_samples, D] in float32 (KID and nearest neighbours need them), the
-    sums and one block. The covariance's square root and the reference's neighbours are computed once a
-    reference, not once a call.
+    The covariance's square root and the reference's neighbours are computed once a reference, not once a call.
 
     Args:
         blocks: index ranges and their features, ascending, 0 to num_samples without a gap.
 
     Raises:
         UserError: fewer than two samples, a feature that is not finite, other widths than the reference's.
+    """
+    found, pooled = measure_distributions(blocks, num_samples=num_samples, reference=reference)
+    if reference.manifold is not None and num_samples > DENSITY_K:
+        found |= measure_neighbours(Manifold(pooled, device=reference.device), reference.manifold)
+    return found
+
+
+def measure_distributions(
+    blocks: Iterable[tuple[range, Features]], *, num_samples: int, reference: Reference
+) -> tuple[dict[str, float], np.ndarray]:
+    """`measure` without the metrics of nearest neighbours, and the pooled features [num_samples, D] for those.
+
+    Memory holds the pooled features in float32, the sums and one block.
     """
     if num_samples < 2:
         raise UserError(f"evaluation: {num_samples} sample(s); it takes at least 2")
@@ -71,27 +83,18 @@ def measure(blocks: Iterable[tuple[range, Features]], *, num_samples: int, refer
         found["sfid"] = frechet_distance(spatial.moments(), reference.spatial)
     if scores.has_samples:
         found["inception_score"], found["inception_score_split_std"] = scores.score()
-    return found | _against_subset(pooled, reference)
+    if reference.subset is not None and len(reference.subset) > 1:
+        found["kid"], found["kid_subset_std"] = kernel_distance(pooled, reference.subset)
+    return found, pooled
 
 
 def _added(sums: Sums | None, features: np.ndarray) -> Sums:
     return total(part for part in (sums, Sums.of(features)) if part is not None)
 
 
-def _against_subset(pooled: np.ndarray, reference: Reference) -> dict[str, float]:
-    """The metrics that compare features one by one: KID, precision, recall, density, coverage."""
-    found: dict[str, float] = {}
-    if reference.subset is not None and len(reference.subset) > 1:
-        found["kid"], found["kid_subset_std"] = kernel_distance(pooled, reference.subset)
-    if reference.manifold is not None and len(pooled) > DENSITY_K:
-        near = compare(Manifold(pooled, device=reference.device), reference.manifold)
-        found |= {
-            "precision": near.precision,
-            "recall": near.recall,
-            "density": near.density,
-            "coverage": near.coverage,
-        }
-    return found
+def measure_neighbours(samples: Manifold, reference: Manifold) -> dict[str, float]:
+    """Precision, recall, density, coverage, on all ranks of the samples' world. Collective."""
+    return asdict(compare(samples, reference))
 
 
 def left_out(reference: Reference, *, num_samples: int, features: str) -> list[str]:

@@ -3,15 +3,23 @@ in memory.
 
 Distances come from float32 matrix products of centred features, a block of rows at a time; whatever such a
 product can't decide (a distance within rounding of a radius: duplicates, above all) is computed again
-directly in float64. So results are those of exact distances, at the rate of a matrix product.
+directly in float64. So results are those of exact distances, at the rate of a matrix product. Features stay
+float32: rounded to float16 they would have other nearest neighbours.
+
+The blocks follow from the numbers of features alone and are dealt to the ranks. What ranks find is put
+together by integer counts and flags, so that every number of ranks gives the same bits.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cmscale import world as worlds
+from cmscale.world import World
 
 K = 3  # precision and recall: Kynkäänniemi et al. 2019, as ADM's evaluator and torch-fidelity
 DENSITY_K = 5  # density and coverage: Naeem et al. 2020, as its released code
@@ -21,6 +29,8 @@ _ROUNDING = 128 * torch.finfo(torch.float32).eps  # generous: it decides only wh
 _BLOCK_ELEMENTS = 1 << 23  # of a block of distances: 32 MiB
 _ROWS = 256  # features taken to float64 at a time
 _PAIR_ELEMENTS = 1 << 18  # of the pairs computed exactly at a time: what a cache holds
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,15 @@ class Neighbourhood:
 
 
 class Manifold:
-    """A set of features [N, D] and, once asked for, the distances to each one's k nearest others."""
+    """A set of features [N, D] and, once asked for, the distances to each one's k nearest others.
 
-    def __init__(self, features: np.ndarray, *, device: torch.device | str = "cpu") -> None:
+    Args:
+        features: all of them, on every rank.
+        world: the ranks that share the work.
+    """
+
+    def __init__(self, features: np.ndarray, *, device: torch.device | str = "cpu", world: World | None = None) -> None:
+        self.world = world or World()
         self.features = torch.from_numpy(np.ascontiguousarray(features)).to(device)
         if len(self.features) <= DENSITY_K:
             raise ValueError(f"{len(self.features)} features; nearest neighbours need at least {DENSITY_K + 1}")
@@ -46,38 +62,65 @@ class Manifold:
 
     @cached_property
     def radii(self) -> tuple[Tensor, Tensor]:
-        """Squared distance of each feature to its K-th and its DENSITY_K-th nearest other, float64 [N]
-        each."""
+        """Squared distance of each feature to its K-th and its DENSITY_K-th nearest other, float64 [N] each.
+        Collective.
+        """
         centre = _centre(self.features)
         points, norms = _centred(self.features, centre)
         wanted = min(DENSITY_K + 1 + _SLACK, len(points))
         found = []
-        for rows in _row_blocks(len(points), len(points)):
+        for rows in _shared_out(_row_blocks(len(points), len(points)), self.world):
             near = _squared_distances(points[rows], norms[rows], points, norms).topk(wanted, largest=False).indices
             own = torch.arange(rows.start, rows.stop, device=near.device)[:, None].expand_as(near)
             exact = _exact(self.features, own.flatten(), self.features, near.flatten()).view_as(near)
-            found.append(exact.sort(dim=1).values[:, [K, DENSITY_K]])  # the nearest of all is the feature itself
-        both = torch.cat(found)
-        return both[:, 0], both[:, 1]
+            nearest = exact.sort(dim=1).values[:, [K, DENSITY_K]]  # the nearest of all is the feature itself
+            found.append((rows, nearest.cpu().numpy()))
+        both = np.empty((len(points), 2))
+        for rows, nearest in (part for of_rank in _of_all_ranks(found, self.world) for part in of_rank):
+            both[rows] = nearest
+        radii = torch.from_numpy(both).to(self.features.device)
+        return radii[:, 0], radii[:, 1]
 
 
 def compare(samples: Manifold, reference: Manifold) -> Neighbourhood:
-    """Precision, recall, density and coverage of samples [N, D] against a reference [M, D].
+    """Precision, recall, density and coverage of samples [N, D] against a reference [M, D], on the samples'
+    ranks. Collective.
 
     Precision: samples within the K-th neighbour's distance of a reference feature; recall: the reverse (`<=`,
     as ADM's evaluator and torch-fidelity). Density: reference balls of radius DENSITY_K that hold a sample,
     over DENSITY_K;
     coverage: reference balls that hold any sample (`<`, as the released code of Naeem et al.).
     """
+    parts = _of_all_ranks(_count(samples, reference), samples.world)
+    return Neighbourhood(
+        precision=sum(part.precise for part in parts) / len(samples),
+        recall=float(np.any([part.recalled for part in parts], axis=0).mean()),
+        density=sum(part.dense for part in parts) / (DENSITY_K * len(samples)),
+        coverage=float(np.any([part.covered for part in parts], axis=0).mean()),
+    )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What one rank's samples give: samples near the reference, balls that hold one, and which features of the
+    reference [M] are recalled and covered."""
+
+    precise: int
+    dense: int
+    recalled: np.ndarray
+    covered: np.ndarray
+
+
+def _count(samples: Manifold, reference: Manifold) -> _Counts:
     reference_k, reference_density_k = reference.radii
     samples_k, _ = samples.radii
     centre = _centre(reference.features)
     x, x_norms = _centred(samples.features, centre)
     y, y_norms = _centred(reference.features, centre)
-    precise = density = 0
+    precise = dense = 0
     recalled = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     covered = torch.zeros_like(recalled)
-    for rows in _row_blocks(len(x), len(y)):
+    for rows in _shared_out(_row_blocks(len(x), len(y)), samples.world):
         distances = _squared_distances(x[rows], x_norms[rows], y, y_norms)
         block = _Block(
             distances, samples.features[rows], reference.features, float(x_norms[rows].max() + y_norms.max())
@@ -85,14 +128,9 @@ def compare(samples: Manifold, reference: Manifold) -> Neighbourhood:
         precise += int(block.within(reference_k[None], inclusive=True).any(dim=1).sum())
         recalled |= block.within(samples_k[rows, None], inclusive=True).any(dim=0)
         inside = block.within(reference_density_k[None], inclusive=False)
-        density += int(inside.sum())
+        dense += int(inside.sum())
         covered |= inside.any(dim=0)
-    return Neighbourhood(
-        precision=precise / len(x),
-        recall=float(recalled.double().mean()),
-        density=density / (DENSITY_K * len(x)),
-        coverage=float(covered.double().mean()),
-    )
+    return _Counts(precise, dense, recalled.cpu().numpy(), covered.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -160,3 +198,13 @@ def _exact(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
 def _row_blocks(rows: int, columns: int) -> list[slice]:
     size = max(1, _BLOCK_ELEMENTS // columns)
     return [slice(at, min(at + size, rows)) for at in range(0, rows, size)]
+
+
+def _shared_out(blocks: list[slice], world: World) -> list[slice]:
+    """This rank's blocks."""
+    return blocks[world.rank :: world.num_ranks]
+
+
+def _of_all_ranks(mine: T, world: World) -> list[T]:
+    """What each rank of this world found. Collective where there are several."""
+    return worlds.gather(mine) if world.num_ranks > 1 else [mine]

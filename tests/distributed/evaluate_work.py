@@ -16,6 +16,7 @@ from evaluation_fixtures import build_cheap_features, write_dataset, write_train
 from ranks import free_port
 
 from cmscale import evaluate, measuring
+from cmscale.evaluation import neighbours
 from cmscale.evaluation.blocks import BlockStore
 from cmscale.rundir import RunDir
 
@@ -24,14 +25,31 @@ REQUEST = {"samples": 300, "device": "cpu"}  # three blocks, the last of 44: no 
 
 def evaluate_on_ranks(folder: str) -> None:
     """A run evaluated on 1, 2 and 3 ranks; and on 2 of which one is killed, then on 3."""
-    torch.set_num_threads(1)
     measuring.build_features = build_cheap_features
+    neighbours._BLOCK_ELEMENTS = 700  # or one block would hold all distances, and one rank
     root = Path(folder)
     run = write_trained_run(root / "run", data=write_dataset(root))
+    _on_1_2_and_3_ranks(run, root, steps="1,2", seeds=2)
+    _killed_and_continued(run, root)
+
+
+def evaluate_trained(folder: str) -> None:
+    """The same with a run that was trained, in features of a real network."""
+    root = Path(folder)
+    _on_1_2_and_3_ranks(RunDir(root / "run"), root, steps="1")
+    _killed_and_continued(RunDir(root / "run"), root)
+
+
+def _on_1_2_and_3_ranks(run: RunDir, root: Path, **asked: Any) -> None:
+    torch.set_num_threads(1)
     for num_ranks in (1, 2, 3):
         copy = RunDir(shutil.copytree(run.root, root / f"on {num_ranks}"))
-        codes = forked(num_ranks, copy, steps="1,2", seeds=2)
+        noted = {rank: note_rows(root / f"rows on {num_ranks}", rank) for rank in range(num_ranks)}
+        codes = forked(num_ranks, copy, before=noted, **asked)
         assert codes == [0] * num_ranks, codes
+
+
+def _killed_and_continued(run: RunDir, root: Path) -> None:
     copy = RunDir(shutil.copytree(run.root, root / "killed"))
     codes = forked(2, copy, steps="1", before={1: die_at_commit})
     assert codes[1] == -signal.SIGKILL, codes
@@ -81,3 +99,15 @@ def note_commits(path: Path) -> Callable[[], None]:
         commit(store, block, features)
 
     return lambda: setattr(BlockStore, "commit", noted)
+
+
+def note_rows(path: Path, rank: int) -> Callable[[], None]:
+    """Writes down how many rows of distances a rank computes."""
+    compute = neighbours._squared_distances
+
+    def noted(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        with path.open("a") as file:
+            file.write(f"{rank} {len(x)}\n")
+        return compute(x, *others)
+
+    return lambda: setattr(neighbours, "_squared_distances", noted)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ranks import ROOT, run_ranks
+from small_runs import launch, make_data, make_run
 
 from cmscale.metrics_log import read_lines
 
@@ -51,6 +52,34 @@ def test_after_a_rank_was_killed_another_number_of_ranks_goes_on_and_the_result_
     assert resumed["fid"]["values"] == whole["fid"]["values"][:1]
     for name in ("inception_score", "precision", "recall", "kid", "density", "coverage"):
         assert resumed[name]["values"] == whole[name]["values"][:1], name
+
+
+def test_the_ranks_share_the_work_of_nearest_neighbours(folder: Path) -> None:
+    for num_ranks in (1, 2, 3):
+        rows = dict.fromkeys(range(num_ranks), 0)
+        for line in (folder / f"rows on {num_ranks}").read_text().splitlines():
+            rank, count = map(int, line.split())
+            rows[rank] += count
+        total = 4 * (300 + 300) + 40  # of each set against itself and the reference; of the reference, once
+        assert sum(rows.values()) == total
+        assert max(rows.values()) < 1.15 * total / num_ranks, rows
+
+
+@pytest.mark.slow
+def test_a_trained_run_in_real_features_is_the_same_on_1_2_and_3_ranks_and_after_one_was_killed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_data(tmp_path), "evaluate.features=efficientnet")
+    trainer = launch(run, "cmscale.train:main", num_ranks=1)
+    said, _ = trainer.communicate()
+    assert trainer.returncode == 0, said
+    run_ranks(1, "evaluate_work:evaluate_trained", str(tmp_path), timeout=600)
+    alone = results(tmp_path / "on 1")
+    (found,) = alone.values()
+    assert (found["score_name"], found["step"], found["num_samples"]) == ("FD-EfficientNet", 9, 300)
+    assert found["fid"]["mean"] > 0
+    assert results(tmp_path / "on 2") == alone
+    assert results(tmp_path / "on 3") == alone
+    assert (tmp_path / "commits").read_text().split() == ["128"]
+    assert results(tmp_path / "killed") == alone
 
 
 def test_no_features_are_left_behind(folder: Path) -> None:
