@@ -12,12 +12,13 @@ sys.path.append(str(ROOT / "tests" / "unit"))
 
 from data_fixtures import pictures, tree, write_lmdb  # noqa: E402
 
-from data_prep import prepare  # noqa: E402
+from cmscale.storage import open_storage  # noqa: E402
+from data_prep import prepare, verify  # noqa: E402
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
 
-def arguments(source: Path, out: Path, *more: str) -> list[str]:
+def arguments(source: Path, out: Path | str, *more: str) -> list[str]:
     common = ["--source", f"lsun:{source}", "--out", str(out), "--format", "webdataset", "--image-size", "16"]
     return [*common, "--samples-per-shard", "4", "--workers", "1", *more]
 
@@ -50,6 +51,31 @@ def test_an_image_that_a_task_refuses_ends_the_array_in_one_line_and_leaves_noth
     assert error.count("\n") == 1
     assert "0" * 40 in error
     assert not (tmp_path / "out").exists()
+
+
+def test_an_array_fills_a_bucket_with_the_bytes_of_one_machine_and_leaves_no_notes_there(
+    slurm: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the tasks' logs stand below it
+    source = write_lmdb(tmp_path / "lmdb", pictures(23))
+    assert prepare.main(arguments(source, tmp_path / "here")) == 0
+    assert prepare.main(arguments(source, f"{s3}/there", "--slurm", "--nodes", "2")) == 0
+    assert ".cmscale-prepare/" in capsys.readouterr().out
+    bucket = open_storage(f"{s3}/there")
+    assert {entry.key: bucket.read(entry.key) for entry in bucket.list()} == tree(tmp_path / "here")
+    assert verify.main([f"{s3}/there"]) == 0
+
+
+def test_a_task_that_refuses_leaves_nothing_in_a_bucket(
+    slurm: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_lmdb(tmp_path / "lmdb", {"0" * 40: b"no image"})
+    assert prepare.main(arguments(source, f"{s3}/out", "--slurm", "--nodes", "2")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "0" * 40 in error
+    assert list(open_storage(f"{s3}/out").list()) == []
 
 
 def test_an_array_that_slurm_refuses_is_one_line(slurm: Path, tmp_path: Path, capsys) -> None:
