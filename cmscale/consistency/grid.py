@@ -82,11 +82,14 @@ def consistency_sigmas(method: Diffusion, steps: int) -> Tensor:
     """The times of `steps` steps of algorithm 1, descending from T, [steps] float64.
 
     One step: T. Two: the indices that the paper's authors found on LSUN Bedroom (17 of 39 for CD with LPIPS,
-    18 of 39 with other distances, 67 of 150 for CT); sCM's second is sd tan(1.1) = 0.982. Otherwise, and for
-    other methods, evenly on the Karras curve: indices 0..steps-1 of the descending grid 0..steps.
+    18 of 39 with other distances, 67 of 150 for CT); sCM's second is sd tan(1.1) = 0.982 (appendix G.2), ECT's 0.821
+    (its released code, for CIFAR-10). Otherwise, and for other methods, evenly on the Karras curve: indices
+    0..steps-1 of the descending grid 0..steps.
     """
     if steps == 2 and isinstance(method, SCT | SCD):
         return torch.tensor([method.sigma_max, method.sigma_data * math.tan(1.1)], dtype=torch.float64)
+    if steps == 2 and isinstance(method, ECT):
+        return torch.tensor([method.sigma_max, 0.821], dtype=torch.float64)
     if steps == 2:
         indices, last = authors_indices(method)
         return indexed_sigmas(method, indices, last=last)
@@ -103,7 +106,7 @@ def authors_indices(method: Diffusion) -> tuple[tuple[int, ...], int]:
         case CT():
             return (0, 67), 150
         case _:
-            return (0, 75), 150  # nobody's finding: the middle of the curve
+            return (0, 75), 150  # no finding at 256 px: the middle of the curve
 
 
 def boundary(method: Diffusion) -> float:

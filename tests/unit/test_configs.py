@@ -47,13 +47,20 @@ def test_a_successors_config_has_its_papers_method_on_the_same_network(kind: str
     told = config.method.model_dump()
     expected = {
         "ict": {"s0": 10, "s1": 1280, "p_mean": -1.1, "p_std": 2.0, "huber_c": None},
-        "ect": {"p_mean": -1.1, "p_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0},
-        "sct": {"p_mean": -1.0, "p_std": 1.4, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1, "start": "random"},
+        "ect": {"p_mean": -1.1, "p_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0, "num_stages": 8},
+        "sct": {"p_mean": -1.0, "p_std": 1.4, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1, "start": "teacher"},
         "scd": {"p_mean": -1.0, "p_std": 1.4, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1},
         "pd": {"start_scales": 64, "weighting": "truncated_snr", "distance": "l2"},
     }[kind]
     assert {key: told[key] for key in expected} == expected
     assert (told["kind"], config.train.global_batch_size) == (kind, 2048)
+    dropout = {"ict": 0.3, "ect": 0.2, "sct": 0.2, "scd": 0.0, "pd": 0.0}[kind]
+    betas = (0.9, 0.99) if kind in ("sct", "scd") else (0.9, 0.999)
+    assert (config.model.dropout, config.optimizer.betas) == (dropout, betas)
+    assert (config.optimizer.kind, config.optimizer.learning_rate) == ("radam", 1e-5 if kind == "pd" else 1e-4)
+    steps = {"ict": 400_000, "ect": 100_000, "sct": 400_000, "scd": 400_000, "pd": 9 * 50_000}[kind]
+    rate = {"ict": 0.99993, "ect": 0.9999, "sct": 1 - 1 / (0.05 * steps), "scd": 1 - 1 / (0.05 * steps)}
+    assert (config.train.total_steps, config.ema.rates[0]) == (steps, rate.get(kind, 0.999943))
     network = {key: value for key, value in config.model.model_dump().items() if key != "dropout"}
     papers = read_config(CHECKOUT / "configs" / "lsun_bedroom_ct.yaml").model.model_dump()
     assert network == {key: value for key, value in papers.items() if key != "dropout"}

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmscale.config import CD, CT, EDM, ICT, Diffusion
+from cmscale.config import CD, CT, ECT, EDM, ICT, Diffusion
 from cmscale.consistency import grid
 from cmscale.rng import SampleRandomness
 
@@ -34,6 +34,7 @@ def test_grid_is_the_papers_formula():
         (CD(kind="cd", teacher="t"), 4.366),
         (CD(kind="cd", teacher="t", distance="l2"), 3.520),
         (CT(kind="ct"), 3.991),
+        (ECT(kind="ect", teacher="t"), 0.821),
     ],
 )
 def test_two_step_sampling_takes_the_authors_times(method, sigma: float):
