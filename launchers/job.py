@@ -42,9 +42,9 @@ class Job:
         self._stop_on_signals()
         if environment.cluster == "local":
             _die_with_parent()
-        # A rank killed while submitit wrote its result left this, and submitit would fail on it at the end.
-        result = environment.paths.result_pickle
-        result.with_suffix(f"{result.suffix}.save_tmp").unlink(missing_ok=True)
+        # A rank killed while submitit wrote a pickle left these, and submitit would fail on them.
+        for pickle in (environment.paths.result_pickle, environment.paths.submitted_pickle):
+            pickle.with_suffix(f"{pickle.suffix}.save_tmp").unlink(missing_ok=True)
         set_rank_environment(environment, master_port=self.master_port)
         rank, folder = environment.global_rank, attempt_folder(RunDir(Path(self.run_dir)))
         host = socket.gethostname()

@@ -15,7 +15,7 @@ from launchers.job import EARLY_SIGNAL
 
 
 def main(run_dir: str, total_steps: int, how: str) -> str:
-    """Runs to `total_steps`; `how` is `well`, `user_error`, `fault`, `hungry`, or `slow` (one step in 0.2 s)."""
+    """Runs to `total_steps`; `how` is `well`, `user_error`, `fault`, or `slow` (one step in 0.2 s)."""
     run, asked = RunDir(Path(run_dir)), [EARLY_SIGNAL in os.environ]
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda *_: asked.append(True))
@@ -44,10 +44,6 @@ def main(run_dir: str, total_steps: int, how: str) -> str:
                 file.write(f"{step} {int(said[0])}\n")
         if how == "fault" and rank == 1 and step == 2:
             raise RuntimeError("rank 1 is out of luck")
-        if how == "hungry" and rank == 1 and step == 2:
-            eaten = bytearray(b"x") * (3 * 2**30)
-            time.sleep(60)
-            assert eaten
         if said[1]:
             return "preempted" if save(run, step) else "never"
         if how == "slow":

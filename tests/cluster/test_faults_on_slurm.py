@@ -1,14 +1,21 @@
-"""Faults of the cluster itself: lost nodes, a controller that is away, short graces, damaged pickles, no memory."""
+"""What a cluster does to real training: preemption, time limits, scancel, killed ranks, lost nodes, no memory.
+
+Every run comes to its end in one way or another, and then equals one that nothing happened to.
+"""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_launching import SUBMISSION, attempts, events, job_id, steps, submit, wait_until
+from slow_worker import AT_THE_START
+from test_launching import SUBMISSION, attempts, events, job_id, submit, wait_until
+from test_training_on_slurm import ranks_of
 
 from cmscale.config import Slurm
 from cmscale.metrics_log import read_lines
@@ -19,7 +26,7 @@ from launchers.slurm import run_slurm, wait_for_end
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from ranks import run_ranks
-from small_runs import assert_equal, make_data, make_run
+from small_runs import STEPS, assert_equal, make_data, make_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(290)]
 
@@ -29,17 +36,47 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture
-def golden(data: Path, tmp_path: Path) -> RunDir:
-    """An uninterrupted run on one rank."""
-    run = make_run(tmp_path / "golden", data, "checkpoint.every_steps=5", "checkpoint.keep_last=99")
+@pytest.fixture(scope="module")
+def golden(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """An uninterrupted run on two ranks."""
+    run = make_run(tmp_path_factory.mktemp("golden") / "run", data, "checkpoint.keep_last=99")
+    run_ranks(2, "train_work:to_the_end", str(run.root))
+    return run
+
+
+@pytest.fixture(scope="module")
+def golden_of_one_rank(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run = make_run(
+        tmp_path_factory.mktemp("golden") / "run", data, "checkpoint.every_steps=5", "checkpoint.keep_last=99"
+    )
     run_ranks(1, "train_work:to_the_end", str(run.root))
     return run
 
 
-def submit_training(run: RunDir, worker: str) -> None:
-    plan = Plan("slurm", 1, 1, False, "low", 60, Slurm(cpus_per_task=1, signal_seconds=5, backoff_seconds=1))
-    assert run_slurm(worker, (str(run.root),), run=run, plan=plan, submission=SUBMISSION, wait=False) == 0
+def submit_training(
+    run: RunDir,
+    worker: str,
+    *arguments: object,
+    nodes: int = 2,
+    minutes: int = 60,
+    slurm: Slurm | None = None,
+    submission: str = SUBMISSION,
+) -> None:
+    """A job of one rank on each node."""
+    slurm = slurm or Slurm(cpus_per_task=1, signal_seconds=5, backoff_seconds=1)
+    plan = Plan("slurm", nodes, 1, False, "low", minutes, slurm)
+    args = (str(run.root), *arguments)
+    assert run_slurm(f"slow_worker:{worker}", args, run=run, plan=plan, submission=submission, wait=False) == 0
+
+
+def resume(run: RunDir) -> int:
+    """What `submit.py --resume` does, to the end."""
+    submit_training(run, "stay", (), submission="two")
+    return wait_for_end(run, "two")
+
+
+def wait_for_stay(run: RunDir, start: int) -> None:
+    wait_until(lambda: (run.root / f"staying-{start}").exists(), seconds=120)
 
 
 def preempt(*, nodes: int) -> None:
@@ -66,6 +103,82 @@ def logged(run: RunDir) -> list[int]:
     return [record["step"] for record in read_lines(run.metrics)]
 
 
+def resumed_from(run: RunDir) -> list[int]:
+    return [record["step"] for record in read_lines(run.events) if record["event"] == "resumed"]
+
+
+@dataclass(frozen=True)
+class History:
+    """What became of a run that was preempted, lost a rank, was cancelled, and was resumed."""
+
+    run: RunDir
+    jobs: list[str]
+    orphans: list[int]
+    saved_when_cancelled: int
+    logged_when_cancelled: list[int]
+    endings: Sequence[str]
+    statuses: list[int]
+
+
+@pytest.fixture(scope="module")
+def history(testbed: Path, data: Path, golden: RunDir, tmp_path_factory: pytest.TempPathFactory) -> History:
+    """One run on two nodes through all of it; each start's last rank stays where the next thing happens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(testbed))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        run = make_run(tmp_path_factory.mktemp("history") / "run", data, "checkpoint.keep_last=99")
+        submit_training(run, "stay", (1, 5, 6))
+        wait_for_stay(run, 1)
+        for name in ("0_result.pkl", "1_result.pkl", "submitted.pkl"):  # as killed starts may leave them
+            (run.logs / f"{job_id(run)}_{name}.save_tmp").write_bytes(b"cut o")
+        jobs = [job_id(run)]
+        preempt(nodes=2)
+        wait_for_stay(run, 2)
+        jobs.append(job_id(run))
+        ranks = ranks_of(run)
+        os.kill(int((run.root / "staying-2").read_text()), signal.SIGKILL)
+        wait_for_stay(run, 3)
+        jobs.append(job_id(run))
+        orphans = [rank.pid for rank in ranks if rank.is_running()]
+        subprocess.run(["scancel", jobs[-1]], check=True)
+        statuses = [wait_for_end(run, SUBMISSION)]
+        saved, before = newest_step(run), logged(run)
+        statuses.append(resume(run))
+        return History(run, jobs, orphans, saved, before, attempts(run), statuses)
+
+
+def test_a_run_through_preemption_a_killed_rank_and_scancel_ends_as_if_nothing_had_happened(
+    history: History, golden: RunDir
+) -> None:
+    assert history.endings == ["preempted", "fault", "cancelled"]
+    assert history.statuses == [1, 0]
+    assert_equal(history.run, golden)
+
+
+def test_a_preempted_job_saves_at_the_boundary_goes_back_by_itself_and_repeats_no_step(history: History) -> None:
+    assert history.jobs[1] == history.jobs[0]  # the same job
+    assert resumed_from(history.run)[0] == 2  # of the step that the ranks were in
+    assert logged(history.run)[:5] == [1, 2, 3, 4, 5]
+
+
+def test_a_killed_rank_ends_its_job_at_once_and_another_loses_no_more_than_the_interval(history: History) -> None:
+    assert history.jobs[2] != history.jobs[1]
+    assert history.orphans == []
+    assert resumed_from(history.run)[1] == 3  # the newest checkpoint; step 5 was done
+    assert logged(history.run)[5:] == [4, 5, 6, 7, 8, 9]
+    assert "rank 1 on node2: Killed" in history.run.events.read_text()
+
+
+def test_a_cancelled_job_saves_within_the_kill_wait_and_does_not_come_back(history: History) -> None:
+    assert history.saved_when_cancelled == history.logged_when_cancelled[-1] == 7
+    assert resumed_from(history.run)[2] == 7
+    assert events(history.run).count("requeued") == 2  # after the preemption and the kill
+
+
+def test_what_killed_starts_left_of_a_pickle_is_removed(history: History) -> None:
+    assert list(history.run.logs.glob("*.save_tmp")) == []
+
+
 def test_a_truncated_pickle_is_named_and_not_tried_again(
     slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,10 +198,10 @@ def test_a_truncated_pickle_is_named_and_not_tried_again(
 
 @pytest.mark.slow
 def test_a_node_given_up_with_its_tasks_alive_can_commit_no_more(
-    slurm: Path, data: Path, golden: RunDir, tmp_path: Path
+    slurm: Path, data: Path, golden_of_one_rank: RunDir, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", data, "checkpoint.every_steps=1", "checkpoint.keep_last=99")
-    submit_training(run, "slow_worker:wait_for_another_start")
+    submit_training(run, "wait_for_another_start", nodes=1)
     wait_until(lambda: len(logged(run)) >= 4)
     (rank,) = run.logs.glob("submissions/*/*.0/rank-0000.json")
     node = "node1" if "node1" in rank.read_text() else "node2"
@@ -99,7 +212,7 @@ def test_a_node_given_up_with_its_tasks_alive_can_commit_no_more(
         assert wait_for_end(run, SUBMISSION) == 0
         told = [record for record in read_lines(run.events) if record["event"] == "checkpoint_failed"]
         assert "start 2 of the run has taken over from start 1; nothing committed" in told[0]["why"]
-        assert_equal(run, golden)
+        assert_equal(run, golden_of_one_rank)
         assert len(list(run.logs.glob("*_submitted.pkl"))) == 1  # the old start's script submitted nothing
         wait_until(lambda: "Slurm has started the job again elsewhere" in batch_log(run))
     finally:
@@ -115,12 +228,12 @@ def batch_log(run: RunDir) -> str:
 
 @pytest.mark.slow
 def test_a_grace_shorter_than_the_save_leaves_the_checkpoint_before_and_says_so(
-    slurm: Path, data: Path, golden: RunDir, tmp_path: Path
+    slurm: Path, data: Path, golden_of_one_rank: RunDir, tmp_path: Path
 ) -> None:
     scontrol("update", "PartitionName=low", "GraceTime=2")
     try:
         run = make_run(tmp_path / "run", data, "checkpoint.every_steps=5", "checkpoint.keep_last=99")
-        submit_training(run, "slow_worker:save_slowly_once")
+        submit_training(run, "save_slowly_once", nodes=1)
         wait_until(lambda: (run.root / "slow").exists())
         preempt(nodes=2)
         assert wait_for_end(run, SUBMISSION) == 0
@@ -130,43 +243,71 @@ def test_a_grace_shorter_than_the_save_leaves_the_checkpoint_before_and_says_so(
     assert "step-000000005" in partial["why"]
     starts = [record["step"] for record in read_lines(run.events) if record["event"] in ("start", "resumed")]
     assert starts == [0, 0]  # from the checkpoint of step 0
-    assert_equal(run, golden)
+    assert_equal(run, golden_of_one_rank)
 
 
 @pytest.mark.slow
-def test_a_controller_that_is_away_while_a_job_goes_back_is_waited_for(slurm: Path, tmp_path: Path) -> None:
-    run, folder = RunDir(tmp_path / "run"), slurm.parent
-    submit(run, total_steps=60, how="slow")
-    wait_until(lambda: len(steps(run)) >= 5)
+def test_a_controller_that_is_away_while_a_job_goes_back_is_waited_for(
+    slurm: Path, data: Path, golden: RunDir, tmp_path: Path
+) -> None:
+    run, folder = make_run(tmp_path / "run", data), slurm.parent
+    submit_training(run, "stay", (4,))
+    wait_for_stay(run, 1)
     os.kill(process_of(folder / "slurmctld.pid"), signal.SIGKILL)
     try:
-        for rank in (0, 1):  # leave, without Slurm having a hand in it
-            os.kill(
-                int((run.root / f"facts-{rank}.json").read_text().partition('"pid": ')[2].rstrip("}")), signal.SIGUSR2
-            )
+        for rank in ranks_of(run):  # they leave without Slurm having a hand in it
+            rank.send_signal(signal.SIGUSR2)
         wait_until(lambda: attempts(run) == ["preempted"])
         saved = newest_step(run)
         time.sleep(60)
-        assert events(run)[:1] == ["requeued"]
+        assert events(run).count("requeued") == 1
     finally:
         restart_daemon(folder, "slurmctld", ["slurmctld", "-D", "-i", "-f", str(slurm)])
     assert wait_for_end(run, SUBMISSION) == 0
     assert attempts(run) == ["preempted", "finished"]
-    assert steps(run) == list(range(1, 61))
-    assert saved >= 5
+    assert saved == 5
+    assert "scontrol requeue" in batch_log(run)  # what was tried in vain
+    assert logged(run) == list(range(1, STEPS + 1))
+    assert_equal(run, golden)
 
 
 @pytest.mark.slow
-def test_five_preemptions_spend_no_restart_and_no_time_limit(slurm: Path, tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    submit(run, total_steps=40, how="slow", minutes=5, slurm=Slurm(cpus_per_task=2, signal_seconds=5, max_restarts=0))
+@pytest.mark.timeout(600)
+def test_five_preemptions_within_five_minutes_limits_spend_no_restart(
+    slurm: Path, data: Path, golden: RunDir, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", data)
+    none_to_spend = Slurm(cpus_per_task=1, signal_seconds=5, max_restarts=0)
+    submit_training(run, "stay", (1, 2, 3, 5, 7), minutes=5, slurm=none_to_spend)
     for number in range(1, 6):
-        wait_until(lambda number=number: len(steps(run)) >= 5 * number, seconds=120)
+        wait_for_stay(run, number)
         preempt(nodes=2)
-        wait_until(lambda number=number: len(attempts(run)) >= number, seconds=60)
     assert wait_for_end(run, SUBMISSION) == 0
     assert attempts(run) == ["preempted"] * 5 + ["finished"]
-    assert steps(run) == list(range(1, 41))
+    assert logged(run) == list(range(1, STEPS + 1))
+    assert_equal(run, golden)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_three_time_limits_are_saved_and_requeued_and_three_without_a_step_stop_the_run_with_the_reason(
+    slurm: Path, data: Path, golden: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", data)
+    # Slurm's limits are whole minutes: the signal comes 50 s before the end of one, or up to 30 s later.
+    limits = Slurm(cpus_per_task=1, signal_seconds=50, max_restarts=0)
+    submit_training(run, "stay", (2, 4, 6, AT_THE_START, AT_THE_START), minutes=1, slurm=limits)
+    assert wait_for_end(run, SUBMISSION) == 1
+    assert capsys.readouterr().err == (
+        "stopped: no progress before the time limit, three times; newest checkpoint: step 7; ask for more --time\n"
+    )
+    assert attempts(run) == ["time_limit"] * 5
+    assert resumed_from(run) == [3, 5, 7, 7]
+    assert events(run).count("requeued") == 4
+    assert "ask for more --time" in run.events.read_text().splitlines()[-1]
+    assert resume(run) == 0
+    assert logged(run) == list(range(1, STEPS + 1))
+    assert_equal(run, golden)
 
 
 @pytest.fixture
@@ -185,23 +326,34 @@ def configured(slurm: Path, request: pytest.FixtureRequest, monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("configured", ["TESTBED_USER_SIGNAL"], indirect=True)
-def test_a_preemption_that_brings_the_user_signal_too_saves_once(configured: Path, tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    submit(run, total_steps=30, how="slow")
-    wait_until(lambda: len(steps(run)) >= 5)
+def test_a_preemption_that_brings_the_user_signal_too_saves_once(
+    configured: Path, data: Path, golden: RunDir, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", data)
+    submit_training(run, "stay", (4,))
+    wait_for_stay(run, 1)
     preempt(nodes=2)
     assert wait_for_end(run, SUBMISSION) == 0
-    assert steps(run) == list(range(1, 31))
     assert attempts(run) == ["preempted", "finished"]
+    saved = [record["step"] for record in read_lines(run.events) if record["event"] == "checkpoint"]
+    assert saved == [0, 3, 5, 6, 9]
+    assert logged(run) == list(range(1, STEPS + 1))
+    assert_equal(run, golden)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("configured", ["TESTBED_MEMORY"], indirect=True)
 def test_a_rank_that_takes_more_memory_than_the_job_has_is_named_and_restarts_are_bounded(
-    configured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    configured: Path, data: Path, golden: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = RunDir(tmp_path / "run")
-    submit(run, total_steps=5, how="hungry", slurm=Slurm(cpus_per_task=1, mem_gb=2, max_restarts=1, backoff_seconds=1))
+    run = make_run(tmp_path / "run", data)
+    limited = Slurm(cpus_per_task=1, mem_gb=2, max_restarts=1, backoff_seconds=1)
+    submit_training(run, "eat_all_memory", 2, slurm=limited)
     assert wait_for_end(run, SUBMISSION) == 1
-    assert "out of memory; ask for more with slurm.mem_gb" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "failed 2 times (slurm.max_restarts 1): rank 1 on node2: out of memory; ask for more with slurm.mem_gb" in said
+    )
     assert attempts(run) == ["fault", "fault"]
+    assert resume(run) == 0
+    assert_equal(run, golden)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import pytest
 from cmscale.config import Slurm
 from cmscale.rundir import RunDir
 from launchers.beside import arguments_of
-from launchers.outcome import newest_step, read_json
+from launchers.outcome import read_json
 from launchers.plan import Plan
 from launchers.slurm import run_slurm, script_text, wait_for_end
 
@@ -96,25 +95,6 @@ def test_users_mistake_ends_the_job_with_2_and_is_not_tried_again(
     assert attempts(run) == ["user_error"]
 
 
-def test_preempted_job_saves_returns_to_the_queue_and_repeats_no_step(slurm: Path, tmp_path: Path):
-    run = RunDir(tmp_path / "run")
-    submit(run, total_steps=60, how="slow")
-    wait_until(lambda: len(steps(run)) >= 5)
-    higher = [
-        "sbatch",
-        "--partition=high",
-        "--nodes=2",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap=sleep 1",
-    ]
-    subprocess.run(higher, check=True, capture_output=True)
-    assert wait_for_end(run, SUBMISSION) == 0
-    assert steps(run) == list(range(1, 61))
-    assert attempts(run) == ["preempted", "finished"]
-    assert events(run) == ["requeued"]
-
-
 def test_preemption_while_ranks_are_starting_is_no_fault(slurm: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
     submit(run, total_steps=3, how="slow")
@@ -142,34 +122,6 @@ def test_time_limit_saves_and_requeues_and_repeats_no_step(slurm: Path, tmp_path
     assert steps(run) == list(range(1, 151))
     assert set(attempts(run)[:-1]) == {"time_limit"}
     assert attempts(run)[-1] == "finished"
-
-
-def test_cancelled_job_saves_and_does_not_come_back(slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run = RunDir(tmp_path / "run")
-    submit(run, total_steps=1000, how="slow")
-    wait_until(lambda: len(steps(run)) >= 5)
-    subprocess.run(["scancel", job_id(run)], check=True)
-    assert wait_for_end(run, SUBMISSION) == 1
-    assert "continue with --resume" in capsys.readouterr().err
-    assert newest_step(run) == steps(run)[-1]
-    assert events(run) == []
-    state = subprocess.run(["squeue", "-h", "-o%T", "--states=all", "-j", job_id(run)], capture_output=True, text=True)
-    assert state.stdout.strip() in ("CANCELLED", "COMPLETING")
-
-
-def test_killed_rank_ends_its_job_at_once_and_another_job_goes_on(slurm: Path, tmp_path: Path):
-    run = RunDir(tmp_path / "run")
-    submit(run, total_steps=30, how="slow")
-    wait_until(lambda: len(steps(run)) >= 15)
-    first_job, victims = job_id(run), [int(facts(run, rank)["pid"]) for rank in (0, 1)]
-    os.kill(victims[1], signal.SIGKILL)
-    assert wait_for_end(run, SUBMISSION) == 0
-    assert job_id(run) != first_job
-    assert attempts(run) == ["fault", "finished"]
-    resumed = steps(run)[steps(run).index(11, 11) :]
-    assert resumed == list(range(11, 31))  # from the checkpoint of step 10
-    assert "rank 1 on node2: Killed" in run.events.read_text()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in victims)
 
 
 @pytest.mark.slow
