@@ -284,7 +284,7 @@ def report(
 def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds runs.")] = Path("runs")) -> None:
     """Lists runs: method, step, loss, how they stand."""
     from cmscale.config import read_config
-    from cmscale.metrics_log import latest_metrics, read_lines
+    from cmscale.metrics_log import is_of_evaluation, latest_metrics, read_lines
     from cmscale.rundir import RunDir
 
     if not runs_dir.is_dir():
@@ -299,7 +299,7 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
             continue
         metrics = latest_metrics(run)
         last = metrics[-1] if metrics else {"step": 0, "loss": float("nan")}
-        events = [event["event"] for event in read_lines(run.events)]
+        events = [event["event"] for event in read_lines(run.events) if not is_of_evaluation(event["event"])]
         table.add_row(
             run.name,
             config.method.kind,

@@ -39,6 +39,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def is_of_evaluation(event: str) -> bool:
+    """Whether an event tells of an evaluation, which stands beside the training and says nothing of its end."""
+    return event == "evaluated" or event.startswith("evaluation_")
+
+
 def write_event(run: RunDir, event: str, *, step: int, rank: int, why: str = "", **more: Any) -> None:
     """One line in events.jsonl: start, checkpoint, preempted, requeued, resumed, fault, finished, ..."""
     append_line(run.events, {"time": time.time(), "event": event, "step": step, "rank": rank, "why": why, **more})

@@ -75,6 +75,11 @@ class RunDir:
     def evaluations(self) -> Path:
         return self.root / "evaluations"
 
+    @property
+    def evaluation_progress(self) -> Path:
+        """What evaluations under way have measured, and the metrics of each seed that they have finished."""
+        return self.evaluations / ".blocks"
+
     def evaluation(self, *, step: int, weights: str, nfe: int, times: Sequence[float] = ()) -> Path:
         """A result; `times` are those of a sampler that was given some."""
         at = f"-at-{'-'.join(f'{time:.5g}' for time in times)}" if times else ""

@@ -12,11 +12,10 @@ from cmscale.errors import UserError
 from cmscale.rundir import RunDir
 from cmscale.storage import explained
 from launchers.checks import check_exists, check_source, is_remote
+from launchers.outcome import EVALUATION
 from launchers.plan import add_cluster_flags, as_table, describe_place, make_plan
 from launchers.slurm import script_text
 from launchers.start import guarded, launch, run_of
-
-WORKER = "cmscale.evaluate:main"
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +36,7 @@ def main(arguments: list[str]) -> int:
             check_exists(request[key], key=f"--{key.replace('_', '-')}")
     with explained(run.root):
         run.logs.mkdir(parents=True, exist_ok=True)
-    status = launch(WORKER, (request,), run=run, plan=plan, wait=flags.wait)
+    status = launch(EVALUATION, (request,), run=run, plan=plan, wait=flags.wait)
     print(f"run: {run.root}", flush=True)
     return status
 

@@ -20,13 +20,13 @@ from launchers.outcome import (
     ATTEMPT,
     SUBMISSION,
     Ending,
+    begin_submission,
     decide,
     judge,
     newest_step,
     read_json,
     read_rank_ends,
     record_attempt,
-    submission_folder,
     write_event,
 )
 from launchers.plan import Plan, visible_gpus
@@ -98,7 +98,7 @@ def run_local(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
         The exit status: 0, 1, 2, or 128 + the signal that stopped the launcher.
     """
     interruption = Interruption()
-    folder = submission_folder(run, submission)
+    folder = begin_submission(run, submission, worker=worker)
     for number in range(10**9):
         name = f"attempt-{number}"
         began = time.monotonic()
@@ -119,18 +119,18 @@ def run_local(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
         ends = read_rank_ends(folder / name)
         attempt = judge(ends, status=exits["status"], killed=killed, step=newest_step(run), leaving=leaving)
         decision = decide(
-            record_attempt(folder, attempt),
+            record_attempt(run, folder, attempt),
             max_restarts=plan.slurm.max_restarts,
             backoff_seconds=plan.slurm.backoff_seconds,
             can_requeue=False,
         )
         if decision.action in ("done", "stop"):
             if attempt.ending == "fault":
-                write_event(run, "fault", attempt, why=decision.why)
+                write_event(run, "fault", attempt, folder=folder, why=decision.why)
             log = run.logs / f"{process.pid}_{attempt.rank}_log.out"
             status = show_end(attempt.ending, decision.why, log=log)
             return 128 + interruption.signal if interruption.signal and status else status
-        write_event(run, "requeued", attempt, why=decision.why)
+        write_event(run, "requeued", attempt, folder=folder, why=decision.why)
         print(
             f"{attempt.ending}: {decision.why}; starts again in {decision.delay_seconds} s",
             file=sys.stderr,

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ SUBMISSION = "CMSCALE_SUBMISSION"  # one name for all starts of one submission
 ATTEMPT = "CMSCALE_ATTEMPT"  # one name for each start
 MAX_FAULTS_WITHOUT_PROGRESS = 3
 LONGEST_BACKOFF_SECONDS = 300
+EVALUATION = "cmscale.evaluate:main"  # the worker whose jobs stand beside a run's training and are not its end
 
 Ending = Literal["finished", "preempted", "time_limit", "cancelled", "user_error", "fault"]
 Action = Literal["done", "requeue", "restart", "stop"]
@@ -32,13 +33,17 @@ class RankEnd:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job, ended: how, why, and the newest checkpoint's step (-1: none)."""
+    """One start of a job, ended: how, why, and the newest checkpoint's step (-1: none).
+
+    `measured` is what an evaluation had done by then; two starts that say the same brought nothing between them.
+    """
 
     ending: Ending
     message: str
     step: int
     rank: int = 0
     node: str = ""
+    measured: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,24 @@ class Decision:
 def submission_folder(run: RunDir, submission: str | None = None) -> Path:
     """The files of one submission: a folder for each start, `attempts.jsonl`, `job.json`, `ending.json`."""
     return run.logs / "submissions" / (submission or os.environ[SUBMISSION])
+
+
+def begin_submission(run: RunDir, submission: str, *, worker: str) -> Path:
+    """Makes the submission's folder, which says whose job it is."""
+    folder = submission_folder(run, submission)
+    write_json(folder / "worker.json", {"worker": worker})
+    return folder
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether a submission's job evaluates."""
+    return (read_json(folder / "worker.json") or {}).get("worker") == EVALUATION
+
+
+def measured_so_far(run: RunDir) -> str:
+    """What the evaluations of a run have on disk."""
+    sets, blocks = (len(list(run.evaluation_progress.glob(names))) for names in ("*.json", "*/block-*"))
+    return f"{sets} sets and {blocks} blocks of samples"
 
 
 def attempt_folder(run: RunDir) -> Path:
@@ -149,10 +172,10 @@ def decide(
 
 
 def _without_progress(attempts: list[Attempt]) -> int:
-    """How many of the last attempts ended at the last one's step."""
+    """How many of the last attempts ended where the last one did."""
     count = 0
     for attempt in reversed(attempts):
-        if attempt.step != attempts[-1].step:
+        if (attempt.step, attempt.measured) != (attempts[-1].step, attempts[-1].measured):
             break
         count += 1
     return count
@@ -185,18 +208,23 @@ def append_json(path: Path, record: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def record_attempt(folder: Path, attempt: Attempt) -> list[Attempt]:
+def record_attempt(run: RunDir, folder: Path, attempt: Attempt) -> list[Attempt]:
     """Adds a start to the submission's history and gives all of it."""
+    if is_evaluation(folder):
+        attempt = replace(attempt, measured=measured_so_far(run))
     append_json(folder / "attempts.jsonl", asdict(attempt))
     lines = (folder / "attempts.jsonl").read_text().splitlines()
     return [Attempt(**json.loads(line)) for line in lines]
 
 
-def write_event(run: RunDir, event: str, attempt: Attempt, *, why: str) -> None:
-    """A line of the launcher's in events.jsonl, in the form that the run's own lines have."""
+def write_event(run: RunDir, event: str, attempt: Attempt, *, folder: Path, why: str) -> None:
+    """A line of the launcher's in events.jsonl, in the form that the run's own lines have.
+
+    An evaluation's are called `evaluation_fault`, `evaluation_requeued`: how it ends says nothing of the training.
+    """
     line = {
         "time": time.time(),
-        "event": event,
+        "event": f"evaluation_{event}" if is_evaluation(folder) else event,
         "step": max(attempt.step, 0),
         "rank": attempt.rank,
         "why": why,

@@ -62,24 +62,24 @@ def main() -> int:
         leaving=leaving(facts, signal_seconds=flags.signal_seconds),
     )
     decision = decide(
-        record_attempt(folder, attempt), max_restarts=flags.max_restarts, backoff_seconds=flags.backoff_seconds
+        record_attempt(run, folder, attempt), max_restarts=flags.max_restarts, backoff_seconds=flags.backoff_seconds
     )
     if not ends and (damaged := damaged_pickle(run, job_id)):
         decision = Decision("stop", damaged)
     print(f"{os.environ[ATTEMPT]}: {attempt.ending}; {decision.action}: {decision.why}", flush=True)
     match decision.action:
         case "requeue":
-            write_event(run, "requeued", attempt, why=decision.why)
+            write_event(run, "requeued", attempt, folder=folder, why=decision.why)
             if _insist(["scontrol", "requeue", job_id]):
                 return 0
             decision = Decision("stop", "Slurm did not take the job back; continue with --resume")
         case "restart":
             if _submit_again(run, job_id, decision):
-                write_event(run, "requeued", attempt, why=decision.why)
+                write_event(run, "requeued", attempt, folder=folder, why=decision.why)
                 return 1  # this job failed, whatever becomes of the next
             decision = Decision("stop", f"Slurm did not take the job again after: {decision.why}")
     if attempt.ending in ("fault", "time_limit", "preempted"):  # the last: Slurm did not take it back
-        write_event(run, "fault", attempt, why=decision.why)
+        write_event(run, "fault", attempt, folder=folder, why=decision.why)
     write_json(folder / "ending.json", {**asdict(attempt), "why": decision.why})
     return {"finished": 0, "user_error": 2}.get(attempt.ending, 1)
 

@@ -13,7 +13,7 @@ from cmscale.errors import UserError
 from cmscale.rundir import RunDir
 from launchers.follow import Follower, show_end
 from launchers.job import Job
-from launchers.outcome import ATTEMPT, SUBMISSION, read_json, submission_folder, write_json
+from launchers.outcome import ATTEMPT, SUBMISSION, begin_submission, read_json, submission_folder, write_json
 from launchers.plan import Plan
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -93,8 +93,7 @@ def run_slurm(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
         UserError: sbatch refuses the job.
     """
     executor = _executor(run, plan, submission=submission)
-    folder = submission_folder(run, submission)
-    folder.mkdir(parents=True)
+    folder = begin_submission(run, submission, worker=worker)
     try:
         job = executor.submit(Job(worker, args, run_dir=str(run.root)))
     except (FailedJobError, FailedSubmissionError) as error:

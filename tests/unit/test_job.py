@@ -9,12 +9,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from launch_fixtures import CHECKOUT
+from launch_fixtures import CHECKOUT, CONFIG
 
+from cmscale import cli
 from cmscale.config import Slurm
+from cmscale.metrics_log import read_lines, write_event
+from cmscale.report.facts import read_facts
 from cmscale.rundir import RunDir
+from launchers import evaluate
 from launchers.job import slurm_port
-from launchers.outcome import Attempt, RankEnd, decide, judge, newest_step
+from launchers.outcome import Attempt, RankEnd, begin_submission, decide, judge, newest_step, record_attempt
 from launchers.plan import Plan
 from launchers.restart import _own_words, damaged_pickle, first_bad_rank, leaving, superseded
 from launchers.slurm import script_text
@@ -62,6 +66,18 @@ class TestDecision:
         assert decide(limits, max_restarts=0).action == "requeue"
         assert decide([*limits, limits[-1]], max_restarts=0).action == "stop"
         assert decide(limits, max_restarts=0, can_requeue=False).action == "stop"
+
+    def test_an_evaluation_goes_on_as_long_as_it_measures_though_no_step_is_trained(self, tmp_path: Path):
+        run = RunDir(tmp_path)
+        folder = begin_submission(run, "one", worker=evaluate.EVALUATION)
+        for number in range(4):
+            run.evaluation_progress.joinpath("a set").mkdir(parents=True, exist_ok=True)
+            (run.evaluation_progress / "a set" / f"block-{number}.safetensors").touch()
+            history = record_attempt(run, folder, Attempt("time_limit", "", 9))
+            assert decide(history, max_restarts=0).action == "requeue"
+        for action in ("requeue", "stop"):
+            history = record_attempt(run, folder, Attempt("time_limit", "", 9))
+            assert decide(history, max_restarts=0).action == action
 
 
 class TestJudgement:
@@ -191,14 +207,16 @@ def test_newest_step_counts_only_checkpoints_with_a_manifest(tmp_path: Path):
     assert newest_step(run) == 5
 
 
-def start_job(folder: Path, how: str) -> subprocess.Popen[str]:
-    """A launcher of two ranks in a process of its own."""
+def start_job(folder: Path, how: str, *, evaluation: bool = False) -> subprocess.Popen[str]:
+    """A launcher of two ranks in a process of its own; with `evaluation` its worker is taken for an evaluation's."""
     code = f"""
         from pathlib import Path
         from cmscale.config import Slurm
         from cmscale.rundir import RunDir
-        from launchers import start
+        from launchers import outcome, start
         from launchers.plan import Plan
+        if {evaluation}:
+            outcome.EVALUATION = "launch_fixtures:worker"
         run = RunDir(Path({str(folder)!r}))
         run.logs.mkdir(parents=True)
         plan = Plan("local", 1, 2, False, None, None, Slurm(signal_seconds=5, backoff_seconds=0))
@@ -272,6 +290,22 @@ class TestLocalJob:
         assert why in last
         assert "_1_log.out" in last
         assert not any(alive(start[0]) for rank in (0, 1) for start in starts(tmp_path / "run", rank))
+
+    def test_a_failed_evaluation_leaves_its_finished_run_finished(self, tmp_path: Path, monkeypatch, capsys):
+        run = RunDir(tmp_path / "run")
+        run.root.mkdir()
+        run.config.write_text(CONFIG.format(data="data"))
+        write_event(run, "finished", step=3, rank=0)
+        job = start_job(run.root, "fault", evaluation=True)
+        job.communicate(timeout=120)
+        assert job.returncode == 1
+        names = [event["event"] for event in read_lines(run.events)]
+        assert names == ["finished", "evaluation_requeued", "evaluation_requeued", "evaluation_fault"]
+        assert read_facts(run).status == "finished"
+        monkeypatch.setattr(sys, "argv", ["cmscale", "runs", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "finished"
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     def test_ending_the_launcher_ends_every_rank(self, number: signal.Signals, tmp_path: Path):
