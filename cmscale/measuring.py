@@ -33,6 +33,12 @@ from cmscale.world import World
 MAX_REFERENCE_IMAGES = 50_000  # measured on the spot; larger data sets want data_prep/reference.py once
 _PIXELS_A_PASS = 1 << 20
 
+PROTOCOL = 1
+"""Counts the definitions of samples, features and metrics: whatever changes a number by more than rounding (another
+preprocessing, another tap of a network, another estimator) takes the next one, and measures kept under the last are
+not taken for its own.
+"""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -92,8 +98,13 @@ class Bench:
         return self._measured(store)
 
     def features_protocol(self) -> dict[str, Any]:
-        """What decides the features of an image."""
-        return {"features": self.extractor.label, "features_sha256": self.extractor.weights_sha256}
+        """What decides the numbers that images give: network, its weights, the code."""
+        return {
+            "features": self.extractor.label,
+            "features_sha256": self.extractor.weights_sha256,
+            "protocol": PROTOCOL,
+            "cmscale": __version__,
+        }
 
     @property
     def _against(self) -> str:
@@ -180,10 +191,9 @@ def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
 
 
 def machine_protocol(world: World) -> dict[str, Any]:
-    """Versions and device: what moves a result by rounding."""
+    """Torch and the device: what moves a result by rounding."""
     cuda = world.device.type == "cuda"
     return {
-        "cmscale": __version__,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
         "num_ranks": world.num_ranks,
@@ -193,7 +203,7 @@ def machine_protocol(world: World) -> dict[str, Any]:
 def work_folder(source: Source, run_dir: str | None) -> Path:
     """Where blocks are kept until they are measured: with the source's run, else with the given one, else here."""
     home = source.run_dir or (None if run_dir is None else Path(run_dir))
-    return cache_folder() / "evaluations" if home is None else RunDir(home).evaluations / ".blocks"
+    return cache_folder() / "evaluations" if home is None else RunDir(home).evaluation_progress
 
 
 def describe_step(source: Source) -> str:

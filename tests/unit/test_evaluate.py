@@ -15,6 +15,7 @@ from cmscale import cli, measuring
 from cmscale.config import read_config
 from cmscale.consistency.grid import indexed_sigmas
 from cmscale.engine.preemption import Preemption
+from cmscale.evaluation.blocks import BlockStore
 from cmscale.evaluation.result import EvaluationResult
 from cmscale.evaluation.time_search import TimeSearch
 from cmscale.manifests import read_document
@@ -84,6 +85,32 @@ def test_the_same_evaluation_again_gives_the_same_numbers(run: RunDir, monkeypat
         assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 150, "--out", out, "--device", "cpu") == 0
         values.append(result(out).model_copy(update={"seconds": 0.0}))
     assert values[0] == values[1]
+
+
+def test_what_another_version_or_protocol_measured_is_measured_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    commit, distributions = BlockStore.commit, measuring.measure_distributions
+    monkeypatch.setattr(BlockStore, "commit", lambda *args: [made.append("block"), commit(*args)])
+    monkeypatch.setattr(
+        measuring, "measure_distributions", lambda *a, **k: made.append("set") or distributions(*a, **k)
+    )
+
+    def evaluated() -> list[str]:
+        made.clear()
+        assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 20, "--device", "cpu") == 0
+        return list(made)
+
+    assert evaluated() == ["block", "set"]
+    assert evaluated() == []
+    monkeypatch.setattr(measuring, "PROTOCOL", measuring.PROTOCOL + 1)
+    assert evaluated() == ["block", "set"]
+    monkeypatch.setattr(measuring, "__version__", "next")
+    assert evaluated() == ["block", "set"]
+    assert evaluated() == []
+    (found,) = (result(path).protocol for path in run.evaluations.glob("*.json"))
+    assert (found["protocol"], found["cmscale"]) == (measuring.PROTOCOL, "next")
 
 
 def test_another_preprocessing_of_the_reference_is_a_warning_in_the_result(
