@@ -56,6 +56,7 @@ def write_evaluation(
     features: str = "efficientnet_lite0",
     weights: str = "ema_0.999",
     times: tuple[float, ...] | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> None:
     """An evaluation of a run in its place."""
     result = EvaluationResult(
@@ -71,6 +72,7 @@ def write_evaluation(
         fid=Metric.of(values),
         precision=Metric.of([0.5] * len(values)),
         seconds=1.0,
+        warnings=warnings,
     )
     path = run.evaluation(step=step, weights=weights, nfe=nfe, times=times or ())
     path.parent.mkdir(exist_ok=True)

@@ -187,13 +187,20 @@ def _cell(metric: Metric | None, form: str) -> tuple[str, str]:
 
 
 def _warnings(everyone: list[RunFacts]) -> list[str]:
-    said = [
-        f"{owner.name}, step {each.step}: {warning}"
-        for owner in everyone
-        for each in owner.evaluations
-        for warning in each.warnings
-    ]
-    return said + [line for owner in everyone for line in owner.unreadable]
+    """A line for each different warning, with the evaluations that it came with."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for owner in everyone:
+        for each in owner.evaluations:
+            for warning in each.warnings:
+                whose = said.setdefault(warning, {}).setdefault(owner.name, [])
+                whose.append(f"step {each.step} {each.weights} NFE {each.nfe}")
+    total = sum(len(owner.evaluations) for owner in everyone)
+    lines = []
+    for warning, owners in said.items():
+        which = "; ".join(f"{name}, {', '.join(evaluations)}" for name, evaluations in owners.items())
+        count = sum(map(len, owners.values()))
+        lines.append(f"{warning} ({f'all {total} evaluations' if count == total > 1 else which})")
+    return lines + [line for owner in everyone for line in owner.unreadable]
 
 
 def _events(facts: RunFacts) -> list[dict[str, Any]]:

@@ -69,6 +69,19 @@ def test_a_distance_over_other_features_is_never_called_fid(run) -> None:
     assert "<td>FD-EfficientNet</td>" in table
 
 
+def test_equal_warnings_are_one_line_that_says_which_evaluations_they_are_of(run) -> None:
+    for nfe in (4, 8):
+        write_evaluation(run, step=200, nfe=nfe, values=(9.0,), warnings=("no sFID", f"only of {nfe}"))
+    notes = re.findall(r'<p class="note">([^<]*)</p>', _page(run))
+    both = "step 200 ema_0.999 NFE 4, step 200 ema_0.999 NFE 8"
+    assert [note for note in notes if "no sFID" in note] == [f"no sFID (my_run, {both})"]
+    assert "only of 8 (my_run, step 200 ema_0.999 NFE 8)" in notes
+    for step in (100, 200):
+        for nfe in (1, 2):
+            write_evaluation(run, step=step, nfe=nfe, values=(9.0,), warnings=("no sFID",))
+    assert "no sFID (all 6 evaluations)" in _page(run)
+
+
 def test_the_papers_numbers_stand_beside(run) -> None:
     page = _page(run)
     for number in ("7.80", "5.22", "3.57", "11.00", "20.70"):
