@@ -37,6 +37,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from cmscale.assets import cache_folder, locked
 from cmscale.errors import UserError
 from cmscale.evaluation.dinov2 import DINOv2
 from cmscale.evaluation.efficientnet import EfficientNetLite0
@@ -222,7 +223,9 @@ def _checked_hash(path: Path, sha256: str | None) -> str:
 def _download_inception() -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / URL_INCEPTION_V3.rpartition("/")[2]
-    if not path.exists():
+    with locked(cache_folder() / "inception.lock"):  # one process of a node
+        if path.exists():
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with redirect_stdout(sys.stderr):

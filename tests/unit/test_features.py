@@ -1,14 +1,18 @@
 """Features equal those of torch-fidelity's own extractor; EfficientNet-Lite0 sees what is in a picture."""
 
+import fcntl
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from cmscale.assets import locked
 from cmscale.errors import UserError
-from cmscale.evaluation.features import FIDInception, build_features
+from cmscale.evaluation.features import FIDInception, _download_inception, build_features
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +117,22 @@ def test_efficientnet_recognises_what_a_picture_shows(picture: str, classes: set
     assert features["pooled"].shape == (1, 1280)
     assert set(features) == {"pooled", "logits"}
     assert int(features["logits"].argmax()) in classes  # ImageNet's cats; espresso, mug, cup
+
+
+def test_one_process_of_a_node_downloads_inception_and_the_others_wait_for_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    asked = []
+
+    def download(url: str, target: str, **_) -> None:
+        asked.append(url)
+        with (tmp_path / "cache" / "inception.lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Path(target).write_bytes(b"weights")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with ThreadPoolExecutor() as ranks, locked(tmp_path / "cache" / "inception.lock"):
+        waiting = [ranks.submit(_download_inception) for _ in range(3)]
+        assert not any(each.done() for each in waiting)
+    assert len({each.result() for each in waiting}) == 1
+    assert len(asked) == 1
