@@ -18,6 +18,7 @@ from cmscale.consistency.distance import Distance, build_distance
 from cmscale.consistency.loss import Loss, build_loss
 from cmscale.consistency.networks import Networks
 from cmscale.consistency.perceptual import download_vgg
+from cmscale.consistency.progressive import ends_stage
 from cmscale.consistency.sampler import sample
 from cmscale.data import Batch, Batches, open_batches, to_device
 from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_generation
@@ -113,6 +114,8 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         result = parts.step(batch, point)
         if result.applied:
             shards.update(point)
+            if ends_stage(config.method, point):
+                engine.start_over()
         state = state.advance(cursor, result.applied)
         if result.applied:
             stragglers.stepped(state.step, ready=engine.clock.started, forward=engine.clock.seconds())

@@ -8,13 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmscale.config import PD
+from cmscale.config import PD, Method
 from cmscale.consistency import grid
 from cmscale.consistency.distance import Distance
 from cmscale.consistency.networks import Networks
 from cmscale.consistency.solver import euler_step, evaluate, like
 from cmscale.rng import SampleRandomness
 from cmscale.schedules import Point
+
+
+def ends_stage(method: Method, point: Point) -> bool:
+    """Whether a stage ends with this step: then optimizer and EMAs begin anew, as the released code's do.
+
+    The learning rate stays what it is; Salimans and Ho, and the released code, let it fall to 0 in each stage.
+    """
+    return isinstance(method, PD) and point.target_ema == 0.0
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Engine:
 
     @property
     def applied_steps(self) -> int:
-        """How many updates the weights have seen."""
+        """How many updates the optimizer has made since it last started."""
         return int(self._step_counters()[0].item())
 
     def add_frozen(
@@ -176,6 +176,12 @@ class Engine:
             grad_norm=float(norm) / scale if applied and norm is not None else math.inf,
             loss_scale=before.get("cur_scale", 1.0),
         )
+
+    def start_over(self) -> None:
+        """Keeps the weights: the optimizer is as before its first step, the averages begin anew. Collective."""
+        for counter in self._step_counters():
+            counter.zero_()
+        self.shards.start_over()
 
     @contextmanager
     def showing(self, quantity: str) -> Iterator[Network]:

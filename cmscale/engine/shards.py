@@ -80,6 +80,14 @@ class FlatShards:
         self.publish_target()
 
     @torch.no_grad()
+    def start_over(self) -> None:
+        """Zeroes the moments, and sets the EMAs and the target to the masters. Collective with a target."""
+        for piece in self._held:
+            for name in MOMENTS:
+                piece.views[name].zero_()
+        self.reset_followers()
+
+    @torch.no_grad()
     def update(self, point: Point) -> None:
         """Moves the EMAs and the target after an applied step: shadow <- rate shadow + (1 - rate) master, in
         fp32.

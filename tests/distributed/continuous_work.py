@@ -2,10 +2,12 @@
 
 import json
 
+import torch
 from small import images, joined
 
 from cmscale import schedules
 from cmscale.config import parse_config
+from cmscale.consistency.progressive import ends_stage
 from cmscale.rng import SampleRandomness
 from cmscale.train import assemble
 
@@ -41,6 +43,12 @@ def losses(method: str) -> None:
             result = parts.engine.step(micro, point.learning_rate)
             assert result.applied
             parts.engine.shards.update(point)
+            if ends_stage(config.method, point):
+                parts.engine.start_over()
+                shards = parts.engine.shards
+                assert parts.engine.applied_steps == 0
+                assert torch.equal(shards.full("ema_0.9"), shards.full("master"))
+                assert not any(shards.full(name).any() for name in ("exp_avg", "exp_avg_sq"))
             results.append([result.loss, result.grad_norm])
         after = parts.engine.shards.state_dict("master")
         moved = {name: float((after[name] - before[name]).abs().max()) for name in after}

@@ -54,6 +54,17 @@ def test_a_target_rate_of_zero_makes_the_target_the_master_exactly() -> None:
     assert torch.equal(state.shards.local("target"), state.shards.local("master"))
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_starting_over_keeps_the_masters_and_nothing_else(zero_stage: int) -> None:
+    state = StandIn(1, 2, zero_stage=zero_stage)
+    before = state.shards.local("master").clone()
+    state.shards.start_over()
+    for name in ("master", "target", "ema_0.9", "ema_0.5"):
+        assert torch.equal(state.shards.local(name), before)
+    assert not any(state.shards.local(name).any() for name in masters.MOMENTS)
+    assert torch.equal(state.published, before)
+
+
 def test_a_target_without_a_rate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"step 7.*target_ema"):
         StandIn(0, 1).shards.update(Point(step=7, learning_rate=1.0))
