@@ -120,6 +120,20 @@ def explained(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def local_copy(storage: Storage, key: str) -> Iterator[Path]:
+    """A stored file as a local path: itself, or a copy that is removed afterwards. Raises FileNotFoundError."""
+    if isinstance(storage, LocalStorage):
+        if not (storage.root / key).is_file():
+            raise FileNotFoundError(storage.join(key))
+        yield storage.root / key
+        return
+    with tempfile.TemporaryDirectory(prefix="cmscale-") as folder:
+        path = Path(folder) / "copy"
+        storage.download(key, path)
+        yield path
+
+
 def replace_durably(path: Path, data: bytes) -> None:
     """Writes a file so that, after a crash at any moment, it holds the old bytes or the new ones."""
     with explained(path):

@@ -10,8 +10,8 @@ from typing import Literal
 
 from webdataset.writer import TarWriter
 
+from cmscale.assets import file_sha256
 from cmscale.data import mds, webdataset
-from cmscale.data.cache import file_sha256
 from cmscale.data.decode import BadImage
 from cmscale.errors import UserError
 from cmscale.manifests import Document, ShardEntry

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import mmap
 import os
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cmscale.assets import file_sha256
 from cmscale.errors import UserError
 from cmscale.manifests import FileEntry
 from cmscale.storage import ArrivedChanged, LocalStorage, Storage
@@ -33,12 +33,6 @@ def _wait(seconds: float) -> None:
 def default_cache_dir() -> Path:
     """A folder of this user's in TMPDIR, which clusters point at a node's own disk."""
     return Path(tempfile.gettempdir()) / f"cmscale-cache-{os.getuid()}"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def matches(path: Path, entry: FileEntry) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from cmscale.assets import file_sha256
 from cmscale.config import Config, trajectory
 from cmscale.engine.engine import Engine
 from cmscale.engine.export import Exporter
-from cmscale.engine.weights import hash_of
 from cmscale.errors import UserError
 from cmscale.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
 from cmscale.metrics_log import write_event
@@ -256,7 +256,7 @@ def write_part(staged: Path, world: World, tensors: dict[str, torch.Tensor], seg
         save_file(tensors, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    entry = FileEntry(name=path.name, size=path.stat().st_size, sha256=hash_of(path))
+    entry = FileEntry(name=path.name, size=path.stat().st_size, sha256=file_sha256(path))
     record(staged, world.rank, RankPart(file=entry, segments=segments).model_dump(mode="json"))
 
 

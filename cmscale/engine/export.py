@@ -5,11 +5,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cmscale.engine.weights import hash_of, list_checkpoints, local_copy, read_manifest
+from cmscale.assets import file_sha256
+from cmscale.engine.weights import list_checkpoints, read_manifest
 from cmscale.manifests import FileEntry
 from cmscale.metrics_log import write_event
 from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, step_name
-from cmscale.storage import ArrivedChanged, LocalStorage, S3Storage, Storage, open_storage
+from cmscale.storage import ArrivedChanged, LocalStorage, S3Storage, Storage, local_copy, open_storage
 
 TRIES = 3  # uploads of one file before the step waits for the next round
 
@@ -47,7 +48,7 @@ def _upload_checked(path: Path, target: Storage, entry: FileEntry) -> None:
     for _ in range(TRIES):
         target.upload(entry.name, path)
         with suppress(ArrivedChanged), local_copy(target, entry.name) as copy:
-            if copy.stat().st_size == entry.size and hash_of(copy) == entry.sha256:
+            if copy.stat().st_size == entry.size and file_sha256(copy) == entry.sha256:
                 return
         target.delete(entry.name)
     raise DamagedUpload(f"{target.join(entry.name)}: came back changed, {TRIES} times")

@@ -1,10 +1,7 @@
 """Owns the reading of checkpoints, local or on S3, without DeepSpeed: list, verify, read."""
 
 import bisect
-import hashlib
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cmscale.assets import local_file
+from cmscale.assets import file_sha256, local_file
 from cmscale.errors import UserError
 from cmscale.manifests import CheckpointManifest, RankPart, is_plain_name, read_document
 from cmscale.rundir import CHECKPOINT_MANIFEST, step_of
-from cmscale.storage import LocalStorage, Storage, open_storage
+from cmscale.storage import LocalStorage, Storage, local_copy, open_storage
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart
         with local_copy(storage, part.file.name) as path:
             if path.stat().st_size != part.file.size:
                 return [f"{where}: has {path.stat().st_size} bytes, the manifest says {part.file.size}"]
-            if hash_of(path) != part.file.sha256:
+            if file_sha256(path) != part.file.sha256:
                 return [f"{where}: its contents are not what was written (SHA-256 differs)"]
             length = sum(segment.length for segment in part.segments)
             with safe_open(path, framework="pt") as file:
@@ -169,23 +166,3 @@ def by_name(flat: torch.Tensor, parameters: Sequence[Any]) -> dict[str, torch.Te
         numel = torch.Size(parameter.shape).numel()
         found[parameter.name] = flat[parameter.offset : parameter.offset + numel].view(parameter.shape)
     return found
-
-
-def hash_of(path: Path) -> str:
-    """SHA-256 of a local file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def local_copy(storage: Storage, key: str) -> Iterator[Path]:
-    """A stored file as a local path, fetched where it is not local. Raises FileNotFoundError."""
-    if isinstance(storage, LocalStorage):
-        if not (storage.root / key).is_file():
-            raise FileNotFoundError(storage.join(key))
-        yield storage.root / key
-        return
-    with tempfile.TemporaryDirectory(prefix="cmscale-") as folder:
-        path = Path(folder) / "part"
-        storage.download(key, path)
-        yield path

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cmscale.assets import file_sha256
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
 from cmscale.evaluation.features import FeatureExtractor
@@ -101,8 +102,7 @@ def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
         return reference_from_images(images.read(), extractor, name=str(path), count=images.count)
     if not path.is_file():
         raise UserError(f"reference {path}: no such file or folder")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     match path.suffix:
         case ".npz":
             found = _read_npz(path, digest, extractor)

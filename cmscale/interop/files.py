@@ -4,11 +4,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
-from cmscale.storage import LocalStorage, Storage, explained, open_parent, open_storage, sync_folder
+from cmscale.storage import LocalStorage, Storage, explained, local_copy, open_parent, open_storage, sync_folder
 
 
 def located(source: str | Path) -> tuple[Storage, str]:
@@ -28,18 +28,12 @@ def readable(storage: Storage, key: str) -> Iterator[Path]:
     Raises:
         UserError: no such object.
     """
-    if isinstance(storage, LocalStorage):
-        path = storage.root / key
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="cmscale-") as temporary:
-        path = Path(temporary) / "weights"
+    with ExitStack() as stack:
         try:
-            storage.download(key, path)
+            path = stack.enter_context(local_copy(storage, key))
         except FileNotFoundError:
-            raise UserError(f"{storage.join(key)}: no such object") from None
+            what = "file" if isinstance(storage, LocalStorage) else "object"
+            raise UserError(f"{storage.join(key)}: no such {what}") from None
         yield path
 
 
