@@ -24,7 +24,6 @@ class Preemption:
 
     def __init__(self) -> None:
         self._received: str | None = None
-        self._before: dict[int, object] = {}
 
     @classmethod
     def install(cls) -> "Preemption":
@@ -32,7 +31,7 @@ class Preemption:
         watched = cls()
         signals = SIGNALS if "SLURM_JOB_ID" in os.environ else (*SIGNALS, signal.SIGINT)
         for number in signals:
-            watched._before[number] = signal.signal(number, watched._receive)
+            signal.signal(number, watched._receive)
         watched._received = watched._received or os.environ.get(EARLY_SIGNAL)  # after: none falls in between
         return watched
 
@@ -49,12 +48,6 @@ class Preemption:
     def requested(self) -> bool:
         """Whether any rank was asked to leave. Collective: call on all ranks, at the step's boundary."""
         return any_rank(self._received is not None)
-
-    def uninstall(self) -> None:
-        """Gives the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-        self._before.clear()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if number == signal.SIGINT and self._received is not None:

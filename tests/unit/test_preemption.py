@@ -9,12 +9,20 @@ import pytest
 from cmscale.engine.preemption import Preemption
 
 
+@pytest.fixture(autouse=True)
+def signals_of_the_tests() -> Iterator[None]:
+    """What a test does to this process's signals ends with it."""
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Preemption]:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Preemption:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    preemption = Preemption.install()
-    yield preemption
-    preemption.uninstall()
+    return Preemption.install()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -46,12 +54,5 @@ def test_the_second_ctrl_c_interrupts(installed: Preemption) -> None:
 def test_under_slurm_ctrl_c_is_left_to_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     before = signal.getsignal(signal.SIGINT)
-    preemption = Preemption.install()
+    Preemption.install()
     assert signal.getsignal(signal.SIGINT) is before
-    preemption.uninstall()
-
-
-def test_the_signals_are_given_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    Preemption.install().uninstall()
-    assert signal.getsignal(signal.SIGTERM) is before
