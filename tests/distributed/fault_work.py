@@ -45,7 +45,9 @@ def stop() -> None:
 def hold_the_gil() -> None:
     import ctypes
 
-    ctypes.PyDLL(None).pause()  # a PyDLL call keeps the GIL
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)  # a PyDLL call keeps the GIL
+    for _ in range(2):  # the second waits for ever, whatever signals come
+        library.pthread_mutex_lock(mutex)
 
 
 def fail() -> None:
