@@ -31,9 +31,7 @@ def main(arguments: list[str]) -> int:
             print("\n" + script_text(run, plan, submission="(name)"))
         return 0
     check_source(flags.source, key="SOURCE")
-    for key in ("reference", "inception_weights", "dinov2_weights"):
-        if request[key]:
-            check_exists(request[key], key=f"--{key.replace('_', '-')}")
+    check_files(request, config)
     with explained(run.root):
         run.logs.mkdir(parents=True, exist_ok=True)
     status = launch(EVALUATION, (request,), run=run, plan=plan, wait=flags.wait)
@@ -103,6 +101,23 @@ def where(flags: argparse.Namespace) -> tuple[Config | None, RunDir]:
     stem = flags.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
     run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=f"evaluate-{stem}")
     return (read_config(flags.config, flags.overrides) if flags.config else None), run
+
+
+def check_files(request: dict[str, Any], config: Config | None) -> None:
+    """What samples will be compared with, and the features' weights, are there: those asked for, else the config's.
+
+    Raises:
+        UserError: something is not; one line.
+    """
+    features = request["features"] or (config.evaluate.features if config else None)
+    weights = {"inception": ("inception_weights",), "dinov2": ("dinov2_weights",)}.get(features, ())
+    for key in ("reference", "inception_weights", "dinov2_weights"):
+        if request[key]:
+            check_exists(request[key], key=f"--{key.replace('_', '-')}")
+        elif config and key in ("reference", *weights) and (named := getattr(config.evaluate, key)):
+            check_exists(named, key=f"evaluate.{key}")
+    if config and not (request["reference"] or config.evaluate.reference):
+        check_exists(config.data.path, key="data.path")
 
 
 def make_request(flags: argparse.Namespace, *, device: str, run: RunDir) -> dict[str, Any]:

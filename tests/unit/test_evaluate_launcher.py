@@ -30,6 +30,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     (tmp_path / "weights.pt").write_text("")
+    (tmp_path / "data").mkdir()
     return launched
 
 
@@ -66,6 +67,43 @@ def test_every_key_of_the_request_is_one_that_the_worker_knows(asked: list, monk
 
     assert run(monkeypatch, "runs/one") == 0
     Request.model_validate(asked[0][0])
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("{reference: gone.npz}", "evaluate.reference: gone.npz: no such file or folder"),
+        ("{inception_weights: gone.pth}", "evaluate.inception_weights: gone.pth: no such file or folder"),
+        ("{features: dinov2, dinov2_weights: gone.pth}", "evaluate.dinov2_weights: gone.pth: no such file or folder"),
+    ],
+)
+def test_what_the_runs_config_names_must_be_there_before_a_job_is_queued(
+    section: str, words: str, asked: list, monkeypatch, capsys, tmp_path: Path
+):
+    with (tmp_path / "runs" / "one" / "config.yaml").open("a") as file:
+        file.write(f"evaluate: {section}\n")
+    assert run(monkeypatch, "runs/one") == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert asked == []
+    (tmp_path / "gone.npz").touch()
+    (tmp_path / "gone.pth").touch()
+    assert run(monkeypatch, "runs/one") == 0
+
+
+def test_the_training_data_must_be_there_where_nothing_else_is_named(asked: list, monkeypatch, capsys, tmp_path: Path):
+    (tmp_path / "data").rmdir()
+    assert run(monkeypatch, "runs/one") == 2
+    assert "data.path: data: no such file or folder" in capsys.readouterr().err
+    (tmp_path / "theirs.npz").touch()
+    assert run(monkeypatch, "runs/one", "--reference", "theirs.npz") == 0
+
+
+def test_weights_that_the_features_do_not_need_are_not_asked_for(asked: list, monkeypatch, tmp_path: Path):
+    with (tmp_path / "runs" / "one" / "config.yaml").open("a") as file:
+        file.write("evaluate: {inception_weights: gone.pth}\n")
+    assert run(monkeypatch, "runs/one", "--features", "efficientnet") == 0
 
 
 @pytest.mark.parametrize(
