@@ -182,6 +182,7 @@ def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
     """What decides a sample, but for its seed."""
     return {
         "weights_sha256": source.fingerprint,
+        "model": source.config.model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"}),
         "sampler": {"edm": draw.sampler, "pd": "euler"}.get(source.config.method.kind, "multistep"),
         "sigmas": used_sigmas(source, draw).tolist(),
         "clip": draw.clip,
