@@ -11,7 +11,7 @@ from cmscale.config import Config, Slurm, read_config
 from cmscale.errors import UserError
 from cmscale.rundir import RunDir
 from cmscale.storage import explained
-from launchers.checks import check_exists, check_source, is_remote
+from launchers.checks import check_dataset, check_exists, check_source, is_remote
 from launchers.outcome import EVALUATION
 from launchers.plan import add_cluster_flags, as_table, describe_place, make_plan
 from launchers.slurm import script_text
@@ -117,7 +117,7 @@ def check_files(request: dict[str, Any], config: Config | None) -> None:
         elif config and key in ("reference", *weights) and (named := getattr(config.evaluate, key)):
             check_exists(named, key=f"evaluate.{key}")
     if config and not (request["reference"] or config.evaluate.reference):
-        check_exists(config.data.path, key="data.path")
+        check_dataset(config.data.path, image_size=config.model.image_size)
 
 
 def make_request(flags: argparse.Namespace, *, device: str, run: RunDir) -> dict[str, Any]:

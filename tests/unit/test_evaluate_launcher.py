@@ -1,10 +1,11 @@
 """The launcher of evaluations: whose config and folder it takes, what it asks for, what it refuses."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from launch_fixtures import CONFIG
+from launch_fixtures import CONFIG, dataset
 
 from launchers import evaluate
 from launchers.start import guarded
@@ -30,7 +31,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     (tmp_path / "weights.pt").write_text("")
-    (tmp_path / "data").mkdir()
+    dataset(tmp_path / "data")
     return launched
 
 
@@ -93,9 +94,9 @@ def test_what_the_runs_config_names_must_be_there_before_a_job_is_queued(
 
 
 def test_the_training_data_must_be_there_where_nothing_else_is_named(asked: list, monkeypatch, capsys, tmp_path: Path):
-    (tmp_path / "data").rmdir()
+    shutil.rmtree(tmp_path / "data")
     assert run(monkeypatch, "runs/one") == 2
-    assert "data.path: data: no such file or folder" in capsys.readouterr().err
+    assert "data.path: data: no such folder" in capsys.readouterr().err
     (tmp_path / "theirs.npz").touch()
     assert run(monkeypatch, "runs/one", "--reference", "theirs.npz") == 0
 
