@@ -118,7 +118,25 @@ def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
         raise UserError(
             f"reference {path}: features of width {found.pooled.width}, {extractor.label} gives {extractor.width}"
         )
+    _check_further(path, found, extractor)
     return found
+
+
+def _check_further(path: Path, found: Reference, extractor: FeatureExtractor) -> None:
+    """Spatial statistics and single features of the right widths, while nothing has been sampled yet."""
+    if found.spatial is not None and extractor.spatial_width not in (None, found.spatial.width):
+        raise UserError(
+            f"reference {path}: spatial features of width {found.spatial.width}, {extractor.label} gives "
+            f"{extractor.spatial_width}"
+        )
+    if found.subset is not None:
+        if found.subset.ndim != 2 or found.subset.shape[1] != extractor.width:
+            raise UserError(
+                f"reference {path}: features_0 {list(found.subset.shape)}, {extractor.label} gives width "
+                f"{extractor.width}"
+            )
+        if not np.isfinite(found.subset).all():
+            raise UserError(f"reference {path}: features_0 holds NaN or infinity")
 
 
 def reference_from_images(

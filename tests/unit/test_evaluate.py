@@ -148,12 +148,24 @@ def test_bad_input_is_one_line_and_status_2(
     np.savez(tmp_path / "big.npz", mu=np.zeros(16), sigma=np.eye(16), image_size=np.array(256))
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "nan.npz", mu=np.full(16, np.nan), sigma=np.eye(16))
+    np.savez(tmp_path / "few.npz", mu=np.zeros(16), sigma=np.eye(16), features_0=np.zeros((9, 17), np.float32))
+    np.savez(tmp_path / "holes.npz", mu=np.zeros(16), sigma=np.eye(16), features_0=np.full((9, 16), np.nan))
+    np.savez(tmp_path / "floats.npz", arr_0=np.full((9, 8, 8, 3), np.nan, np.float32))
+    (tmp_path / "sizes").mkdir()
+    for size in (8, 16):
+        Image.new("RGB", (size, size)).save(tmp_path / "sizes" / f"{size:02}.png")
     data = read_config(run.config).data.path
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"other")
     out = ["--out", tmp_path / "out.json", "--device", "cpu"]
     cases = {
         "features of width 17, efficientnet gives 16": [run.root, "--reference", tmp_path / "wide.npz"],
+        "mu or sigma holds NaN": [run.root, "--reference", tmp_path / "nan.npz"],
+        "features_0 [9, 17], efficientnet gives width 16": [run.root, "--reference", tmp_path / "few.npz"],
+        "features_0 holds NaN": [run.root, "--reference", tmp_path / "holes.npz"],
+        "must be uint8 [N, H, W, 3], it is float32": [tmp_path / "floats.npz", "--reference", data],
+        "images of different sizes": [tmp_path / "sizes", "--reference", data],
         "at least 2": [run.root, "--samples", 1],
         "1 sample(s); it takes at least 2": [tmp_path / "one.npz", "--reference", data],
         "of 8 px, ": [tmp_path / "large.npz", "--reference", data],
@@ -171,6 +183,21 @@ def test_bad_input_is_one_line_and_status_2(
         assert said in told, told
         assert told.count("\n") == 1, told
     assert not (tmp_path / "out.json").exists()
+
+
+def test_weights_of_features_that_are_not_what_their_name_or_kind_says_are_refused(
+    trained: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    published.write_bytes(b"other")
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(b"other")
+    for said, weights in (("expected 6726825d", published), ("not the weights of inception", damaged)):
+        arguments = ["--features", "inception", "--inception-weights", weights, "--device", "cpu"]
+        assert cmscale(monkeypatch, "evaluate", trained.root, *arguments) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1, told
 
 
 def test_samples_that_are_not_finite_are_refused_in_a_line(
