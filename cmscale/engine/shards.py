@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from cmscale.engine.masters import MOMENTS, Piece, count_elements
-from cmscale.engine.weights import by_name
 from cmscale.manifests import Parameter, Segment
 from cmscale.schedules import Point
 
@@ -125,10 +124,6 @@ class FlatShards:
             for segment in segments:
                 whole[segment.start : segment.start + segment.length] = part[segment.at : segment.at + segment.length]
         return whole
-
-    def state_dict(self, quantity: str) -> dict[str, torch.Tensor]:
-        """`full`, by parameter name and in the parameters' shapes. Collective."""
-        return by_name(self.full(quantity), self.parameters)
 
     @torch.no_grad()
     def restore(self, read: Read) -> None:

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from small import images, joined
+from small import images, joined, whole
 
 from cmscale import schedules
 from cmscale.config import parse_config
@@ -29,7 +29,7 @@ def losses(method: str) -> None:
     for stage in range(3):
         config = parse_config(TEXT.replace("METHOD", method), [f"engine.zero_stage={stage}"])
         parts = assemble(config, world, fresh=True)
-        before = parts.engine.shards.state_dict("master")
+        before = whole(parts.engine, "master")
         results = []
         for step in range(4):
             point = schedules.at(config, step)
@@ -50,7 +50,7 @@ def losses(method: str) -> None:
                 assert torch.equal(shards.full("ema_0.9"), shards.full("master"))
                 assert not any(shards.full(name).any() for name in ("exp_avg", "exp_avg_sq"))
             results.append([result.loss, result.grad_norm])
-        after = parts.engine.shards.state_dict("master")
+        after = whole(parts.engine, "master")
         moved = {name: float((after[name] - before[name]).abs().max()) for name in after}
         found[str(stage)] = results
         watched = [name for name in moved if name.startswith("weighting.") or name == "out.2.weight"]

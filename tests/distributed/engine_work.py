@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SmallNetwork, images, joined, micro_losses, point_at, small_config, train
+from small import SmallNetwork, images, joined, micro_losses, point_at, small_config, train, whole
 
 from cmscale.engine.checkpoint import Checkpoints, claim_generation
 from cmscale.engine.engine import Engine, NonFiniteLoss
@@ -27,8 +27,8 @@ def engine_at(world: World, stage: int, *overrides: str, has_target: bool = True
 
 def digest(engine: Engine) -> dict[str, str]:
     """A hash of each quantity's whole flat space. Collective."""
-    wholes = {name: engine.shards.full(name) for name in engine.shards.quantities}
-    return {name: hashlib.sha256(whole.numpy().tobytes()).hexdigest() for name, whole in wholes.items()}
+    flats = {name: engine.shards.full(name) for name in engine.shards.quantities}
+    return {name: hashlib.sha256(flat.numpy().tobytes()).hexdigest() for name, flat in flats.items()}
 
 
 def losses(precision: str, *overrides: str) -> None:
@@ -206,8 +206,8 @@ def restore_elsewhere(folder: str) -> None:
         found[path.name] = digest(engine)
         for quantity in engine.shards.quantities:
             read = read_weights(path / "checkpoints" / "step-000000003", quantity)
-            whole = engine.shards.state_dict(quantity)
-            assert all(torch.equal(whole[name], value) for name, value in read.items())
+            restored = whole(engine, quantity)
+            assert all(torch.equal(restored[name], value) for name, value in read.items())
         shown(engine)
         found[f"{path.name} loss"] = [result.loss for result in train(engine, world, range(3, 5))]
         engine.close()
@@ -222,11 +222,11 @@ def shown(engine: Engine) -> None:
         before = engine.network(clean, sigma)
         reference = SmallNetwork()
         dtype = torch.bfloat16 if engine.dtype == torch.bfloat16 else torch.float32
-        reference.load_state_dict(engine.shards.state_dict("ema_0.5"))
+        reference.load_state_dict(whole(engine, "ema_0.5"))
         expected = reference.to(dtype)(clean, sigma)
         with engine.showing("ema_0.5") as network:
             assert torch.equal(network(clean, sigma), expected)
-        reference.load_state_dict(engine.shards.state_dict("target"))
+        reference.load_state_dict(whole(engine, "target"))
         assert engine.target is not None
         assert torch.equal(engine.target(clean, sigma), reference.to(dtype)(clean, sigma))
         assert torch.equal(engine.network(clean, sigma), before)

@@ -8,6 +8,7 @@ from torch import nn
 
 from cmscale.config import Config, parse_config
 from cmscale.engine.engine import Engine, StepResult
+from cmscale.engine.weights import by_name
 from cmscale.schedules import Point
 from cmscale.world import World, connect, detect
 
@@ -19,6 +20,11 @@ optimizer: {learning_rate: 1.0e-2}
 train: {total_steps: 100, global_batch_size: 8, micro_batch_size: 2}
 ema: {rates: [0.9, 0.5]}
 """
+
+
+def whole(engine: Engine, quantity: str) -> dict[str, torch.Tensor]:
+    """All of a quantity, by parameter name and in the parameters' shapes. Collective."""
+    return by_name(engine.shards.full(quantity), engine.shards.parameters)
 
 
 def small_config(*overrides: str) -> Config:
