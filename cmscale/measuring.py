@@ -87,7 +87,7 @@ class Bench:
         known = worlds.from_main(worlds.on_main(lambda: store.metrics(self._against)))
         if known is not None:
             return known
-        todo = worlds.from_main(store.missing())
+        todo = worlds.from_main(worlds.on_main(store.missing))
         mine = todo[self.world.rank :: self.world.num_ranks]
         for block in track(mine, description=label, disable=not (self.world.is_main and sys.stderr.isatty())):
             if self.preemption.flagged:

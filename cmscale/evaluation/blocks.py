@@ -52,8 +52,13 @@ class BlockStore:
         self.num_samples = num_samples
 
     def missing(self) -> list[range]:
-        """The blocks not yet committed, in their order."""
-        return [block for block in blocks(self.num_samples) if not self._path(block).exists()]
+        """The blocks not yet committed, in their order.
+
+        By one look at the folder: a shared file system may go on saying of a name that it was asked for that there is
+        no such file, when another node has made it.
+        """
+        there = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        return [block for block in blocks(self.num_samples) if self._path(block).name not in there]
 
     def commit(self, block: range, features: Features) -> None:
         """Stores a block's features: whole, or not at all.

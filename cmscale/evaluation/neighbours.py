@@ -68,16 +68,16 @@ class Manifold:
         centre = _centre(self.features)
         points, norms = _centred(self.features, centre)
         wanted = min(DENSITY_K + 1 + _SLACK, len(points))
-        found = []
-        for rows in _shared_out(_row_blocks(len(points), len(points)), self.world):
+        mine = _shared_out(_row_blocks(len(points), len(points)), self.world)
+        found = [torch.empty(0, 2, dtype=torch.float64, device=points.device)]
+        for rows in mine:
             near = _squared_distances(points[rows], norms[rows], points, norms).topk(wanted, largest=False).indices
             own = torch.arange(rows.start, rows.stop, device=near.device)[:, None].expand_as(near)
             exact = _exact(self.features, own.flatten(), self.features, near.flatten()).view_as(near)
-            nearest = exact.sort(dim=1).values[:, [K, DENSITY_K]]  # the nearest of all is the feature itself
-            found.append((rows, nearest.cpu().numpy()))
+            found.append(exact.sort(dim=1).values[:, [K, DENSITY_K]])  # the nearest of all is the feature itself
         both = np.empty((len(points), 2))
-        for rows, nearest in (part for of_rank in _of_all_ranks(found, self.world) for part in of_rank):
-            both[rows] = nearest
+        for blocks, theirs in _of_all_ranks((mine, torch.cat(found).cpu().numpy()), self.world):
+            both[[row for rows in blocks for row in range(rows.start, rows.stop)]] = theirs
         radii = torch.from_numpy(both).to(self.features.device)
         return radii[:, 0], radii[:, 1]
 
