@@ -102,7 +102,7 @@ def left_out(reference: Reference, *, num_samples: int, features: str) -> list[s
     lines = []
     if features.startswith("dinov2"):
         lines.append("no Inception Score: DINOv2 has no classes")
-    if reference.spatial is None:
+    if reference.spatial is None or features != "inception":
         lines.append("no sFID: the reference or the network has no spatial features")
     if reference.subset is None:
         lines.append("no KID, precision, recall: the reference holds statistics without images")
