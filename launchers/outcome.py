@@ -146,15 +146,16 @@ def decide(
         can_requeue: whether there is a queue to go back to after a time limit (Slurm).
     """
     last = history[-1]
+    again = "the same command goes on where it was" if last.measured else "continue with --resume"
     match last.ending:
         case "finished":
             return Decision("done", "finished")
         case "user_error":
             return Decision("stop", last.message)
         case "cancelled":
-            return Decision("stop", f"cancelled; {last.message}; continue with --resume")
+            return Decision("stop", f"cancelled; {last.message}; {again}")
         case "time_limit" if not can_requeue:
-            return Decision("stop", f"time limit reached; {last.message}; continue with --resume")
+            return Decision("stop", f"time limit reached; {last.message}; {again}")
         case "time_limit" if _without_progress(history) >= MAX_FAULTS_WITHOUT_PROGRESS:
             return Decision(
                 "stop", f"no progress before the time limit, three times; {last.message}; ask for more --time"
@@ -164,7 +165,11 @@ def decide(
     faults = [attempt for attempt in history if attempt.ending == "fault"]
     row = _without_progress(faults)
     if row >= MAX_FAULTS_WITHOUT_PROGRESS:
-        return Decision("stop", f"{row} failures without progress since step {max(last.step, 0)}: {last.message}")
+        since = last.measured or f"step {max(last.step, 0)}"
+        return Decision(
+            "stop",
+            f"{row} failures without progress since {since}: {last.message}",
+        )
     if len(faults) > max_restarts:
         return Decision("stop", f"failed {len(faults)} times (slurm.max_restarts {max_restarts}): {last.message}")
     delay = min(backoff_seconds * 2 ** (row - 1), LONGEST_BACKOFF_SECONDS)
@@ -211,7 +216,9 @@ def append_json(path: Path, record: dict[str, Any]) -> None:
 def record_attempt(run: RunDir, folder: Path, attempt: Attempt) -> list[Attempt]:
     """Adds a start to the submission's history and gives all of it."""
     if is_evaluation(folder):
-        attempt = replace(attempt, measured=measured_so_far(run))
+        measured = measured_so_far(run)
+        words = measured if attempt.ending in ("preempted", "time_limit", "cancelled") else attempt.message
+        attempt = replace(attempt, measured=measured, message=words)
     append_json(folder / "attempts.jsonl", asdict(attempt))
     lines = (folder / "attempts.jsonl").read_text().splitlines()
     return [Attempt(**json.loads(line)) for line in lines]

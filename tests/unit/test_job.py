@@ -78,6 +78,8 @@ class TestDecision:
         for action in ("requeue", "stop"):
             history = record_attempt(run, folder, Attempt("time_limit", "", 9))
             assert decide(history, max_restarts=0).action == action
+        cancelled = decide(record_attempt(run, folder, Attempt("cancelled", "newest", 9)), max_restarts=0)
+        assert cancelled.why == "cancelled; 0 sets and 4 blocks of samples; the same command goes on where it was"
 
 
 class TestJudgement:
