@@ -106,6 +106,21 @@ def test_an_exporter_killed_in_a_multipart_upload_shows_nothing_and_the_next_end
     assert copies(golden, s3) == [0, 3, 6, 9]
 
 
+@pytest.mark.slow
+def test_a_run_trains_on_exactly_while_storage_fails_is_slow_and_cuts_connections(
+    golden: RunDir, data: Path, s3: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    rules = [proxy.add(fault, times=2) for fault in ("503", "slow", "reset", "reset after")]
+    run = make_run(tmp_path / "run", data, f"checkpoint.export_to={s3}")
+    job = launch(run, "cmscale.train:main", num_ranks=1)
+    _, said = job.communicate(timeout=200)
+    assert job.returncode == 0, said
+    assert [rule.used for rule in rules] == [2, 2, 2, 2]
+    assert_equal(run, golden)
+    finish_copies(run.root)  # what a try that failed left for the next start
+    assert copies(run, s3) == [0, 3, 6, 9]
+
+
 def test_storage_away_through_the_exit_holds_up_neither_training_nor_its_end(
     golden: RunDir, data: Path, s3: str, proxy: FaultProxy, tmp_path: Path
 ) -> None:
