@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import zlib
 from contextlib import closing
 from pathlib import Path
 
@@ -63,7 +65,10 @@ def test_a_damaged_shard_stops_the_run_naming_it_and_its_hash(source, tmp_path, 
     assert shard.name in str(caught.value)
 
 
-@pytest.mark.parametrize(("format", "how"), [*(("webdataset", how) for how in (*SPOILT, "stale")), ("mds", "flipped")])
+@pytest.mark.parametrize(
+    ("format", "how"),
+    [("webdataset", how) for how in (*SPOILT, "stale")] + [("mds", how) for how in ("flipped", "missing", "stale")],
+)
 def test_a_bad_file_in_the_cache_is_fetched_again(source, sets, tmp_path, s3, format: str, how: str) -> None:
     url = make(source, f"{s3}/set", format)
     config = data(url, cache_dir=str(tmp_path))
@@ -110,6 +115,44 @@ def test_undecodable_images_stop_the_run_or_are_replaced_within_the_budget(tmp_p
     assert collect(config, num_ranks=2, batch=8, start=0, steps=2)[0] == whole
     with pytest.raises(RuntimeError, match=f"{keys[1]}: is 8x8, not 16x16"):
         collect(data(str(tmp_path / "set")), num_ranks=1, batch=8, start=0, steps=2)
+
+
+def _png_claiming(side: int) -> bytes:
+    chunks = (b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0]), b"IDAT" + zlib.compress(b"\0"), b"IEND")
+    written = ((len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+def _jpeg_claiming(side: int) -> bytes:
+    data = bytearray(encoded(picture(0, width=8, height=8), "jpeg"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = side.to_bytes(2, "big") * 2
+    return bytes(data)
+
+
+BOMBS = {"png": _png_claiming(10_000), "larger png": _png_claiming(60_000), "jpeg": _jpeg_claiming(60_000)}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
+def test_a_decompression_bomb_is_never_unpacked_and_counts_within_the_budget(tmp_path: Path, bomb: bytes) -> None:
+    samples = pictures(8)
+    make(write_lmdb(tmp_path / "lmdb", samples), str(tmp_path / "set"), "webdataset")
+    keys = sorted(samples)
+    _publish_with(tmp_path / "set", index=1, image=bomb)
+    whole, _ = collect(data(str(tmp_path / "set"), max_bad_samples=1), num_ranks=1, batch=8, start=0, steps=2)
+    assert [sample[0] for sample in whole.values()].count(keys[2]) == 4
+    with pytest.raises(RuntimeError, match=f"{keys[1]}: (claims|damaged png: Image size).*0000"):
+        collect(data(str(tmp_path / "set")), num_ranks=1, batch=8, start=0, steps=2)
+
+
+def test_no_shell_and_no_rewriting_of_urls_stands_between_a_shard_and_its_reader(sets, monkeypatch) -> None:
+    """webdataset's own opener obeys GOPEN_REWRITE, and hands what begins with `pipe:` to a shell."""
+    expected = collect(data(sets["webdataset"]), num_ranks=1, batch=COUNT, start=0, steps=1)
+    monkeypatch.setenv("GOPEN_REWRITE", f"{sets['webdataset']}=pipe:echo;file:=pipe:")
+    for name in ("Popen", "run", "call", "check_output"):
+        monkeypatch.setattr(subprocess, name, lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr("os.system", lambda *_: pytest.fail("a shell was started"))
+    assert collect(data(sets["webdataset"]), num_ranks=1, batch=COUNT, start=0, steps=1) == expected
 
 
 @pytest.mark.parametrize("format", FORMATS)
