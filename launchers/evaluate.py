@@ -110,11 +110,10 @@ def check_files(request: dict[str, Any], config: Config | None) -> None:
         UserError: something is not; one line.
     """
     features = request["features"] or (config.evaluate.features if config else None)
-    weights = {"inception": ("inception_weights",), "dinov2": ("dinov2_weights",)}.get(features, ())
     for key in ("reference", "inception_weights", "dinov2_weights"):
         if request[key]:
             check_exists(request[key], key=f"--{key.replace('_', '-')}")
-        elif config and key in ("reference", *weights) and (named := getattr(config.evaluate, key)):
+        elif config and key in ("reference", f"{features}_weights") and (named := getattr(config.evaluate, key)):
             check_exists(named, key=f"evaluate.{key}")
     if config and not (request["reference"] or config.evaluate.reference):
         check_dataset(config.data.path, image_size=config.model.image_size)
