@@ -63,7 +63,7 @@ class TrigFlow:
     ) -> tuple[Tensor, Tensor]:
         """F(x_t / sd, t) and cos(t) sin(t) dF/dt along dx_t/dt = slope, by forward-mode differentiation.
 
-        The factor goes in before the network, as sCM has it (section 4.2): what goes through stays bounded.
+        The factor goes in before the network, as sCM has it (section 5.1): what goes through stays bounded.
         """
         factor = t.cos() * t.sin()
         moved = factor.reshape(-1, *[1] * (x.ndim - 1)) * slope / self.sigma_data
