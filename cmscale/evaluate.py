@@ -108,12 +108,23 @@ def main(request: dict[str, Any]) -> str:
 
 
 def run_here(request: Request) -> list[Path] | None:
-    """Evaluates in this process alone, finished samples too. The results' files; None where a signal interrupted."""
+    """Evaluates in this process, alone or as one of torchrun's ranks, finished samples too.
+
+    Returns:
+        The results' files; None where a signal interrupted.
+    """
     preemption = Preemption.install()
     world = worlds.detect(request.device)
     if _is_finished_samples(request.source):
+        if world.num_ranks > 1:
+            raise UserError(f"{request.source}: finished samples are measured by one process, not {world.num_ranks}")
         return [evaluate_images(request, world, preemption=preemption)]
-    return evaluate(request, world, preemption=preemption)
+    if world.num_ranks > 1:
+        worlds.connect(world, timeout_minutes=120.0)
+    try:
+        return evaluate(request, world, preemption=preemption)
+    finally:
+        worlds.disconnect()
 
 
 def evaluate(request: Request, world: World, *, preemption: Preemption) -> list[Path] | None:

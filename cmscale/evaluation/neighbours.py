@@ -207,4 +207,6 @@ def _shared_out(blocks: list[slice], world: World) -> list[slice]:
 
 def _of_all_ranks(mine: T, world: World) -> list[T]:
     """What each rank of this world found. Collective where there are several."""
-    return worlds.gather(mine) if world.num_ranks > 1 else [mine]
+    found = worlds.gather(mine) if world.num_ranks > 1 else [mine]
+    assert len(found) == world.num_ranks, f"{world.num_ranks} ranks that are not connected"
+    return found

@@ -45,7 +45,7 @@ def _on_1_2_and_3_ranks(run: RunDir, root: Path, **asked: Any) -> None:
     for num_ranks in (1, 2, 3):
         copy = RunDir(shutil.copytree(run.root, root / f"on {num_ranks}"))
         noted = {rank: note_rows(root / f"rows on {num_ranks}", rank) for rank in range(num_ranks)}
-        codes = forked(num_ranks, copy, before=noted, **asked)
+        codes = forked(num_ranks, copy, before=noted, by_command=num_ranks == 2, **asked)
         assert codes == [0] * num_ranks, codes
 
 
@@ -60,25 +60,37 @@ def _killed_and_continued(run: RunDir, root: Path) -> None:
 
 
 def forked(
-    num_ranks: int, run: RunDir, *, before: dict[int, Callable[[], None]] | None = None, **asked: Any
+    num_ranks: int,
+    run: RunDir,
+    *,
+    before: dict[int, Callable[[], None]] | None = None,
+    by_command: bool = False,
+    **asked: Any,
 ) -> list[int]:
-    """The exit codes of ranks that evaluate a run, by rank; `before` happens in a rank first."""
+    """The exit codes of ranks that evaluate a run, by rank; `before` happens in a rank first.
+
+    They are a job's, or with `by_command` do what `cmscale evaluate` does under torchrun.
+    """
     port = free_port()
     ranks = []
     for rank in range(num_ranks):
         if (process := os.fork()) == 0:
             place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
             os.environ.update({name: str(value) for name, value in place.items()}, MASTER_PORT=str(port))
-            os._exit(_evaluates(run, before=(before or {}).get(rank), asked=asked))
+            os._exit(_evaluates(run, before=(before or {}).get(rank), by_command=by_command, asked=asked))
         ranks.append(process)
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
 
 
-def _evaluates(run: RunDir, *, before: Callable[[], None] | None, asked: dict[str, Any]) -> int:
+def _evaluates(run: RunDir, *, before: Callable[[], None] | None, by_command: bool, asked: dict[str, Any]) -> int:
     try:
         if before is not None:
             before()
-        assert evaluate.main({"source": str(run.root), **REQUEST, **asked}) == "finished"
+        request = {"source": str(run.root), **REQUEST, **asked}
+        if by_command:
+            assert evaluate.run_here(evaluate.Request(**request))
+        else:
+            assert evaluate.main(request) == "finished"
         sys.stdout.flush()
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
