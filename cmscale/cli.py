@@ -91,7 +91,7 @@ def sample(
         classes=parse_classes(classes),
     )
     request = request.with_files(noise=noise, times=times, shape=loaded.image_shape)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("sampling", total=num)
         images = draw_samples(loaded, request, device=chosen, advance=lambda count: progress.advance(task, count))
     write_samples(images, out, raw=raw, grid=grid)
