@@ -16,9 +16,20 @@ from cmscale.config import Slurm
 from cmscale.metrics_log import read_lines, write_event
 from cmscale.report.facts import read_facts
 from cmscale.rundir import RunDir
-from launchers import evaluate
+from launchers import evaluate, restart
 from launchers.job import slurm_port
-from launchers.outcome import Attempt, RankEnd, begin_submission, decide, judge, newest_step, record_attempt
+from launchers.outcome import (
+    ATTEMPT,
+    SUBMISSION,
+    Attempt,
+    RankEnd,
+    begin_submission,
+    decide,
+    judge,
+    newest_step,
+    record_attempt,
+    write_rank_end,
+)
 from launchers.plan import Plan
 from launchers.restart import _own_words, damaged_pickle, first_bad_rank, leaving, superseded
 from launchers.slurm import script_text
@@ -207,6 +218,31 @@ def test_newest_step_counts_only_checkpoints_with_a_manifest(tmp_path: Path):
         run.checkpoint(step).mkdir(parents=True)
     (run.checkpoint(5) / "manifest.json").write_text("{}")
     assert newest_step(run) == 5
+
+
+@pytest.mark.parametrize(
+    ("worker", "event"), [(evaluate.EVALUATION, "evaluation_fault"), ("cmscale.train:main", "fault")]
+)
+def test_on_slurm_too_the_end_of_an_evaluation_has_a_name_of_its_own(
+    worker: str, event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho JobState=RUNNING Restarts=0\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    for name, value in (("SLURM_JOB_ID", "7"), (SUBMISSION, "one"), (ATTEMPT, "7.0")):
+        monkeypatch.setenv(name, value)
+    run = RunDir(tmp_path / "run")
+    folder = begin_submission(run, "one", worker=worker)
+    write_rank_end(folder / "7.0", RankEnd(0, "node1", "fault", "boom"))
+    flags = ["--max-restarts", "0", "--backoff-seconds", "1", "--signal-seconds", "1"]
+    monkeypatch.setattr(sys, "argv", ["restart", str(run.root), "--status", "1", *flags])
+    assert restart.main() == 1
+    (said,) = read_lines(run.events)
+    assert said["event"] == event
+    assert "boom" in said["why"]
+    assert json.loads((folder / "ending.json").read_text())["ending"] == "fault"
 
 
 def start_job(folder: Path, how: str, *, evaluation: bool = False) -> subprocess.Popen[str]:
