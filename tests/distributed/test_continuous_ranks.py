@@ -1,4 +1,4 @@
-"""sCT, sCD and progressive distillation on the engine: the same losses in ZeRO 0 to 2, on one rank and on two."""
+"""sCT, sCD (ZeRO 0 to 2) and progressive distillation (0 to 3): the same losses on one rank and on two."""
 
 import json
 import sys
