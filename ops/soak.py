@@ -5,6 +5,7 @@ import collections
 import contextlib
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -251,11 +252,19 @@ def orphans(pids: set[int]) -> list[int]:
     return left
 
 
+def left_in_shared_memory(pids: set[int]) -> list[Path]:
+    """What is named after one of the processes in /dev/shm: `torch_PID_...`, for instance."""
+    folder = Path("/dev/shm")
+    named = ((file, re.search(r"\d+", file.name)) for file in (folder.iterdir() if folder.is_dir() else ()))
+    return [file for file, number in named if number and int(number[0]) in pids]
+
+
 def report(golden: RunDir, soak: Soak, *, steps: int, asked: int) -> int:
     """Prints the figures. Returns the exit status."""
     events = collections.Counter(record["event"] for record in read_lines(soak.run.events))
     found = differences(golden, soak.run, steps=steps)
     found += [f"process {pid} of a killed start is still there" for pid in orphans(soak.seen)]
+    found += [f"{file} was left by a killed start" for file in left_in_shared_memory(soak.seen)]
     repeated = redone(soak.run)
     by = [collections.Counter(kill[place] for kill in soak.kills) for place in (0, 1)]
     print(f"kills: {len(soak.kills)} of {asked}")
