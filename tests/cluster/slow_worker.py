@@ -1,6 +1,7 @@
 """Real training, slowed down so that a cluster has time to do to it what it likes."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,28 +16,29 @@ AT_THE_START = -1
 
 
 def stay(run_dir: str, places: tuple[int, ...]) -> str:
-    """Real training whose last rank stays, in its n-th start, before the step after `places[n]` until asked to leave.
+    """Real training whose last rank stays, once before the step after each of `places`, until asked to leave.
 
     The others wait for it in the middle of that step. `AT_THE_START` is before the rank has met the others. Where it
-    stays, it says so with its process id in `staying-N`.
+    stays for the n-th time it says so, with its process id, in `staying-N`.
     """
     run, last = RunDir(Path(run_dir)), os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
-    start = checkpoint.read_generation(run) + 1  # nobody takes the next number before all ranks have met
-    place = places[start - 1] if last and start <= len(places) else None
-    if place == AT_THE_START:
-        wait_for(lambda: EARLY_SIGNAL in os.environ, run, start)
-    elif place is not None:
-        install, installed = train.Preemption.install, []
-        train.Preemption.install = lambda: installed.append(install()) or installed[0]
-        before_every_step(lambda step: wait_for(lambda: installed[0].flagged, run, start) if step == place else None)
+    number = len(list(run.root.glob("staying-*")))  # only one rank's
+    to_come = list(places[number:]) if last else []
+    install, installed = train.Preemption.install, []
+    train.Preemption.install = lambda: installed.append(install()) or installed[0]
+
+    def wait_here(asked: Callable[[], bool]) -> None:
+        to_come.pop(0)
+        (run.root / f"staying-{len(places) - len(to_come)}").write_text(str(os.getpid()))
+        until = time.monotonic() + 200
+        while not asked() and time.monotonic() < until:
+            time.sleep(0.05)
+
+    if to_come[:1] == [AT_THE_START]:
+        wait_here(lambda: EARLY_SIGNAL in os.environ)
+    else:
+        before_every_step(lambda step: wait_here(lambda: installed[0].flagged) if to_come[:1] == [step] else None)
     return train.main(run_dir)
-
-
-def wait_for(condition: Callable[[], bool], run: RunDir, start: int) -> None:
-    (run.root / f"staying-{start}").write_text(str(os.getpid()))
-    until = time.monotonic() + 200
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.05)
 
 
 def eat_all_memory(run_dir: str, starts: int) -> str:
@@ -50,6 +52,21 @@ def eat_all_memory(run_dir: str, starts: int) -> str:
             assert eaten
 
     before_every_step(eat)
+    return train.main(run_dir)
+
+
+def die_on_one_node(run_dir: str) -> str:
+    """Real training that dies before the step after 4 on the node where it first came to it."""
+    marker = Path(run_dir) / "bad-node"
+
+    def die(step: int) -> None:
+        if step == 4:
+            if not marker.exists():
+                marker.write_text(os.environ["SLURMD_NODENAME"])
+            if marker.read_text() == os.environ["SLURMD_NODENAME"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    before_every_step(die)
     return train.main(run_dir)
 
 
