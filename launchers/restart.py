@@ -16,10 +16,12 @@ from pathlib import Path
 from submitit.core.utils import DelayedSubmission
 
 from cmscale.rundir import RunDir
+from launchers.follow import tail
 from launchers.outcome import (
     ATTEMPT,
     Decision,
     Ending,
+    RankEnd,
     attempt_folder,
     decide,
     judge,
@@ -36,6 +38,7 @@ _WAITS = (2, 4, 8, 16, 32, 60)  # seconds between tries: slurmctld may be away f
 _FIRST_BAD = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<how>.+)")
 
 # srun's word where Slurm limits memory by cgroups, slurmstepd's where it polls, the kernel's through slurmstepd
+_NO_MEMORY = "out of memory; ask for more with slurm.mem_gb"
 _OUT_OF_MEMORY = re.compile(r"Out Of Memory|[Ee]xceeded (job |step )?memory limit|oom[-_ ]kill")
 
 
@@ -57,7 +60,7 @@ def main() -> int:
     attempt = judge(
         ends,
         status=flags.status,
-        killed=first_bad_rank(_own_words(run, job_id)),
+        killed=killed_rank(run, job_id, ends),
         step=newest_step(run),
         leaving=leaving(facts, signal_seconds=flags.signal_seconds),
     )
@@ -111,12 +114,25 @@ def seconds_left(facts: dict[str, str]) -> float | None:
     return end - time.time()
 
 
+def killed_rank(run: RunDir, job_id: str, ends: list[RankEnd]) -> tuple[int, str, str] | None:
+    """(rank, node, how) of the rank that ended badly first; of memory that ran out, the one that took it.
+
+    Where Slurm polls, all ranks of the step are killed at once, and only the log of the greedy one says why.
+    """
+    killed = first_bad_rank(_own_words(run, job_id))
+    if killed and killed[2] == _NO_MEMORY:
+        for end in ends:
+            if _OUT_OF_MEMORY.search(tail(run.logs / f"{job_id}_{end.rank}_log.out")):
+                return end.rank, end.host, _NO_MEMORY
+    return killed
+
+
 def first_bad_rank(words: str) -> tuple[int, str, str] | None:
     """(rank, node, how) of the rank that srun saw ending badly first."""
     found = _FIRST_BAD.search(words)
     if found is None:
         return None
-    how = "out of memory; ask for more with slurm.mem_gb" if _OUT_OF_MEMORY.search(words) else found["how"]
+    how = _NO_MEMORY if _OUT_OF_MEMORY.search(words) else found["how"]
     return int(found["rank"]), found["node"], how
 
 

@@ -31,7 +31,7 @@ from launchers.outcome import (
     write_rank_end,
 )
 from launchers.plan import Plan
-from launchers.restart import _own_words, damaged_pickle, first_bad_rank, leaving, superseded
+from launchers.restart import _own_words, damaged_pickle, first_bad_rank, killed_rank, leaving, superseded
 from launchers.slurm import script_text
 
 FAULT = Attempt("fault", "boom", 10, 1, "node2")
@@ -162,6 +162,21 @@ class TestSlurmsWords:
     )
     def test_memory_that_ran_out_is_named(self, words: str):
         assert first_bad_rank(words) == (1, "node2", "out of memory; ask for more with slurm.mem_gb")
+
+    def test_of_ranks_that_are_killed_together_the_one_that_took_the_memory_is_named(self, tmp_path: Path):
+        run = RunDir(tmp_path)
+        run.logs.mkdir()
+        (run.logs / "7_batch.log").write_text(
+            "slurmstepd-node1: error: Exceeded job memory limit\n"
+            "srun: error: node1: task 0: Killed\nsrun: error: node2: task 1: Killed\n"
+        )
+        (run.logs / "7_0_log.out").write_text("slurmstepd-node1: error: *** STEP 7.0 ON node1 CANCELLED ***\n")
+        words = "slurmstepd-node2: error: StepId=7.0 exceeded memory limit (3 > 2), being killed\n"
+        (run.logs / "7_1_log.out").write_text(words)
+        ends = [RankEnd(0, "node1", "running"), RankEnd(1, "node2", "running")]
+        assert killed_rank(run, "7", ends) == (1, "node2", "out of memory; ask for more with slurm.mem_gb")
+        (run.logs / "7_1_log.out").unlink()
+        assert killed_rank(run, "7", ends) == (0, "node1", "out of memory; ask for more with slurm.mem_gb")
 
     def test_an_older_start_of_a_job_knows_that_it_is_one(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
