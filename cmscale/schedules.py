@@ -42,9 +42,9 @@ def of_method(method: Method, point: Point, *, total_steps: int) -> Point:
         case ECT():
             return Point(step, rate, stage=ect_stage(step, total_steps=total_steps, num_stages=method.num_stages))
         case PD():
-            scales = pd_num_scales(step, total_steps=total_steps, start_scales=method.start_scales)
-            after = pd_num_scales(step + 1, total_steps=total_steps, start_scales=method.start_scales)
-            return Point(step, rate, num_scales=scales, target_ema=1.0 if after == scales else 0.0)
+            scales, behind = pd_stage(step, total_steps=total_steps, start_scales=method.start_scales)
+            after, _ = pd_stage(step + 1, total_steps=total_steps, start_scales=method.start_scales)
+            return Point(step, rate * (1 - behind), num_scales=scales, target_ema=1.0 if after == scales else 0.0)
         case _:
             return point
 
@@ -93,18 +93,19 @@ def ect_stage(step: int, *, total_steps: int, num_stages: int) -> int:
     return min(step * num_stages // total_steps, num_stages - 1)
 
 
-def pd_num_scales(step: int, *, total_steps: int, start_scales: int) -> int:
-    """N of progressive distillation: start_scales, halved stage by stage down to 1, each an equal part of training.
+def pd_stage(step: int, *, total_steps: int, start_scales: int) -> tuple[int, float]:
+    """N of progressive distillation, and the part of its stage that lies behind, in which the learning rate falls to 0.
 
-    The stages of N = 2 and 1 are twice as long, as the released consistency code has them.
+    N is start_scales, halved stage by stage down to 1 (Salimans and Ho 2022, algorithm 2). The stages of N = 2 and 1
+    are twice as long as the others, as the released consistency code has them.
     """
     stages = start_scales.bit_length()
-    parts = [1] * max(stages - 2, 0) + [2] * min(stages, 2)
-    done = (min(step, total_steps - 1) * sum(parts)) // total_steps  # whole parts that lie behind
-    for stage, length in enumerate(parts):
-        done -= length
-        if done < 0:
-            return start_scales >> stage
+    lengths = [1] * max(stages - 2, 0) + [2] * min(stages, 2)
+    place = min(step, total_steps - 1) * sum(lengths)  # in units of 1 / total_steps of a length
+    for stage, length in enumerate(lengths):
+        if place < length * total_steps:
+            return start_scales >> stage, place / (length * total_steps)
+        place -= length * total_steps
     raise AssertionError((step, total_steps))
 
 

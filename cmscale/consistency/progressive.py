@@ -18,10 +18,7 @@ from cmscale.schedules import Point
 
 
 def ends_stage(method: Method, point: Point) -> bool:
-    """Whether a stage ends with this step: then optimizer and EMAs begin anew, as the released code's do.
-
-    The learning rate stays what it is; Salimans and Ho, and the released code, let it fall to 0 in each stage.
-    """
+    """Whether a stage ends with this step: then optimizer and EMAs begin anew, as the released code's do."""
     return isinstance(method, PD) and point.target_ema == 0.0
 
 

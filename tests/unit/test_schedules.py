@@ -88,14 +88,14 @@ def test_ect_stages_part_training_equally():
 
 @pytest.mark.parametrize("total", [9, 90, 100, 450_000])
 def test_pd_halves_its_scales_stage_by_stage_and_stays_twice_as_long_at_2_and_1(total: int):
-    scales = [schedules.pd_num_scales(step, total_steps=total, start_scales=64) for step in range(min(total, 2000))]
+    scales = [schedules.pd_stage(step, total_steps=total, start_scales=64)[0] for step in range(min(total, 2000))]
     if total <= 2000:
         assert sorted(set(scales), reverse=True) == [64, 32, 16, 8, 4, 2, 1]
         assert scales == sorted(scales, reverse=True)
         for found, parts in ((64, 1), (4, 1), (2, 2), (1, 2)):
             assert abs(scales.count(found) - parts * total / 9) < 1
-    assert schedules.pd_num_scales(total - 1, total_steps=total, start_scales=64) == 1
-    ends = [schedules.pd_num_scales(part * total // 9, total_steps=total, start_scales=64) for part in range(9)]
+    assert schedules.pd_stage(total - 1, total_steps=total, start_scales=64)[0] == 1
+    ends = [schedules.pd_stage(part * total // 9, total_steps=total, start_scales=64)[0] for part in range(9)]
     assert total % 9 or ends == [64, 32, 16, 8, 4, 2, 2, 1, 1]
 
 
@@ -104,6 +104,12 @@ def test_pds_teacher_stands_still_within_a_stage_and_becomes_the_student_at_its_
     points = [schedules.of_method(method, schedules.Point(k, 1.0), total_steps=10) for k in range(10)]
     assert [point.num_scales for point in points] == [4, 4, 2, 2, 2, 2, 1, 1, 1, 1]
     assert [point.target_ema for point in points] == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1]
+
+
+def test_pds_learning_rate_falls_to_0_in_each_stage():
+    method = PD(kind="pd", teacher="t", start_scales=4)
+    rates = [schedules.of_method(method, schedules.Point(k, 1.0), total_steps=10).learning_rate for k in range(10)]
+    assert rates == [1, 0.5, 1, 0.75, 0.5, 0.25, 1, 0.75, 0.5, 0.25]
 
 
 def test_warm_up_is_linear_and_ends_at_the_rate():
