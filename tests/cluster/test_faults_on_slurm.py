@@ -1,6 +1,6 @@
 """What a cluster does to real training: preemption, time limits, scancel, killed ranks, lost nodes, no memory.
 
-Every run comes to its end in one way or another, and then equals one that nothing happened to.
+Every run that trains comes to its end in one way or another, and then equals one that nothing happened to.
 """
 
 import os
