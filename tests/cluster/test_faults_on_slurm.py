@@ -259,6 +259,7 @@ def test_a_grace_shorter_than_the_save_leaves_the_checkpoint_before_and_says_so(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_controller_that_is_away_while_a_job_goes_back_is_waited_for(
     slurm: Path, data: Path, golden: RunDir, tmp_path: Path
 ) -> None:
