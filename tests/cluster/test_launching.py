@@ -20,7 +20,7 @@ from launchers.slurm import run_slurm, script_text, wait_for_end
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from launch_fixtures import CONFIG
+from launch_fixtures import CONFIG, dataset
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 SUBMISSION = "one"
@@ -157,7 +157,8 @@ def test_slurm_itself_accepts_the_script(slurm: Path, tmp_path: Path):
 def test_evaluations_beside_training_are_jobs_of_their_own_that_the_batch_script_asks_for(slurm: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
     run.logs.mkdir(parents=True)
-    text = CONFIG.format(data="data").replace("signal_seconds: 5", "signal_seconds: 5, cpus_per_task: 1")
+    text = CONFIG.format(data=dataset(tmp_path / "data"))
+    text = text.replace("signal_seconds: 5", "signal_seconds: 5, cpus_per_task: 1")
     run.config.write_text(text.replace("total_steps: 3", "total_steps: 5"))
     plan = Plan("slurm", 1, 1, False, "low", 60, Slurm(cpus_per_task=1, signal_seconds=5))
     plan = replace(plan, beside=arguments_of(run, plan, 2))
