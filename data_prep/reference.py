@@ -25,6 +25,7 @@ from cmscale.errors import UserError
 from cmscale.evaluation.features import KINDS, build_features
 from cmscale.evaluation.reference import (
     SUBSET,
+    edm2_beside,
     reference_from_images,
     subset_indices,
     write_edm,
@@ -61,12 +62,15 @@ def make_reference(
     if format != "adm" and features not in ("inception", "dinov2")[: 1 + (format == "edm2")]:
         raise UserError(f"--format {format}: holds no {features} statistics; use --format adm")
     extractor = build_features(features, weights=local_file(weights) if weights else None, device=choose_device(device))
+    name = f"{manifest.source} {manifest.fingerprint[:12]}"
+    if format == "edm2":
+        edm2_beside(out, features=extractor.label, count=count, source=name)  # before the work, not after
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     reference = reference_from_images(
         _shown(_images(dataset, limit=count), count),
         extractor,
-        name=f"{manifest.source} {manifest.fingerprint[:12]}",
+        name=name,
         count=count,
         preprocess=manifest.preprocess,
         subset=subset if format == "adm" else 0,

@@ -223,6 +223,8 @@ def _checked_hash(path: Path, sha256: str | None) -> str:
 def _download_inception() -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / URL_INCEPTION_V3.rpartition("/")[2]
+    if path.exists():
+        return path
     with locked(cache_folder() / "inception.lock"):  # one process of a node
         if path.exists():
             return path

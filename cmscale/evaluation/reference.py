@@ -236,24 +236,37 @@ def write_edm(path: Path, reference: Reference) -> None:
         staged.unlink(missing_ok=True)
 
 
-def write_edm2(path: Path, reference: Reference) -> None:
-    """Writes the statistics alone, as EDM2's `calculate_metrics.py` reads them: a `.pkl` of numbers.
-
-    {"num_images": int, "fid" or "fd_dinov2": {"mu", "sigma"}}. A file of as many images that is there already keeps
-    its statistics of other features, so that two runs make EDM2's two metrics.
+def edm2_beside(path: Path, *, features: str, count: int, source: str) -> dict[str, Any]:
+    """What an EDM2 file holds already, to keep beside new statistics; nothing where there is none.
 
     Raises:
         UserError: features that EDM2 knows nothing of; another file in the way.
     """
-    key = _EDM2_KEYS.get(str(reference.features))
-    if key is None:
-        raise UserError(f"{path}: EDM2's files hold Inception and dinov2_vitl14 statistics, not {reference.features}")
+    if features not in _EDM2_KEYS:
+        raise UserError(f"{path}: EDM2's files hold Inception and dinov2_vitl14 statistics, not {features}")
     found = _read_numbers(path) if path.exists() else {}
-    if not isinstance(found, dict) or found.get("num_images", reference.count) != reference.count:
-        raise UserError(f"{path}: is there already, of other images than these {reference.count}; name another file")
+    same = {"num_images": count, "source": source}
+    if not isinstance(found, dict) or (found and {key: found.get(key) for key in same} != same):
+        raise UserError(f"{path}: is there already, of other images than these {count}; name another file")
+    return found
+
+
+def write_edm2(path: Path, reference: Reference) -> None:
+    """Writes the statistics alone, as EDM2's `calculate_metrics.py` reads them: a `.pkl` of numbers.
+
+    {"num_images": int, "source": str, "fid" or "fd_dinov2": {"mu", "sigma"}}. A file of the same images that is there
+    already keeps its statistics of other features, so that two runs make EDM2's two metrics.
+
+    Raises:
+        UserError: see `edm2_beside`.
+    """
+    assert reference.features is not None
+    assert reference.count is not None
+    found = edm2_beside(path, features=reference.features, count=reference.count, source=reference.name)
     found |= {
         "num_images": reference.count,
-        key: {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance},
+        "source": reference.name,
+        _EDM2_KEYS[reference.features]: {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance},
     }
     staged = path.with_name(f".{path.name}")
     try:
@@ -303,11 +316,18 @@ def _from_mapping(path: Path, digest: str, found: dict[str, Any], extractor: Fea
         count=int(found["count"]) if "count" in found else None,
         pooled=_moments(path, found, "mu", "sigma"),
         spatial=_moments(path, found, "mu_s", "sigma_s") if "mu_s" in found else None,
-        subset=found.get("subset"),
+        subset=_single(path, found.get("subset")),
         preprocess=str(found["preprocess"]) if "preprocess" in found else None,
         image_size=int(found["image_size"]) if "image_size" in found else None,
         device=extractor.device,
     )
+
+
+def _single(path: Path, features: np.ndarray | None) -> np.ndarray | None:
+    """Single features in the precision that ours have."""
+    if features is None or features.dtype.kind in "fiu":
+        return None if features is None else np.asarray(features, dtype=np.float32)
+    raise UserError(f"reference {path}: features_0 are no numbers ({features.dtype})")
 
 
 def _moments(path: Path, found: dict[str, Any], mean_key: str, covariance_key: str) -> Moments:

@@ -1,5 +1,6 @@
 """Owns what ranks do in the tests of evaluations: one process imports everything, its forks are the ranks."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -75,6 +76,7 @@ def forked(
     ranks = []
     for rank in range(num_ranks):
         if (process := os.fork()) == 0:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the test
             place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
             os.environ.update({name: str(value) for name, value in place.items()}, MASTER_PORT=str(port))
             os._exit(_evaluates(run, before=(before or {}).get(rank), by_command=by_command, asked=asked))

@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from networks import random_weights
 
 
-@pytest.mark.parametrize("method", ["{kind: sct}", "{kind: scd, teacher: TEACHER}", "{kind: pd, teacher: TEACHER}"])
+@pytest.mark.parametrize(
+    "method", ["{kind: sct}", "{kind: scd, teacher: TEACHER}", "{kind: pd, teacher: TEACHER, start_scales: 4}"]
+)
 def test_every_stage_trains_alike_on_one_rank_and_on_two(method: str, tmp_path: Path) -> None:
     config = parse_config(TEXT.replace("METHOD", "{kind: edm}"))
     teacher = tmp_path / "teacher.safetensors"

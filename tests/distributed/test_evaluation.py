@@ -66,6 +66,7 @@ def test_the_ranks_share_the_work_of_nearest_neighbours(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_trained_run_in_real_features_is_the_same_on_1_2_and_3_ranks_and_after_one_was_killed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_data(tmp_path), "evaluate.features=efficientnet")
     trainer = launch(run, "cmscale.train:main", num_ranks=1)

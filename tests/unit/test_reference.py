@@ -93,6 +93,18 @@ def test_adms_evaluator_finds_all_its_keys_and_can_stream_the_images(reference, 
         assert file.read(192) == IMAGES[subset_indices(140, 50)[0]].tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f8", "i4"])
+def test_single_features_come_in_the_precision_of_ours_or_not_at_all(reference, tmp_path, dtype: str) -> None:
+    arrays = {"mu": MEAN, "sigma": COVARIANCE}
+    np.savez(tmp_path / "r.npz", **arrays, features_0=np.ones((5, 16), dtype=dtype))
+    found = read_reference(tmp_path / "r.npz", EXTRACTOR).subset
+    assert found is not None
+    assert found.dtype == np.float32
+    np.savez(tmp_path / "words.npz", **arrays, features_0=np.full((5, 16), "a"))
+    with pytest.raises(UserError, match="features_0 are no numbers"):
+        read_reference(tmp_path / "words.npz", EXTRACTOR)
+
+
 def test_edms_evaluator_finds_mean_and_covariance_and_nothing_else(reference, tmp_path) -> None:
     write_edm(tmp_path / "edm.npz", reference)
     with (tmp_path / "edm.npz").open("rb") as file:
@@ -113,7 +125,7 @@ def test_edm2s_evaluator_finds_both_metrics_in_a_pickle_that_any_numpy_reads(ref
     write_edm2(path, reference)
     write_edm2(path, dataclasses.replace(reference, features="dinov2_vitl14", pooled=Moments(MEAN + 1, COVARIANCE)))
     found = pickle.loads(path.read_bytes())
-    assert set(found) == {"num_images", "fid", "fd_dinov2"}
+    assert set(found) == {"num_images", "source", "fid", "fd_dinov2"}
     assert (type(found["num_images"]), found["num_images"]) == (int, 140)
     for key, mean in (("fid", MEAN), ("fd_dinov2", MEAN + 1)):
         assert (found[key]["mu"].dtype, found[key]["sigma"].dtype) == (np.dtype("f8"), np.dtype("f8"))
@@ -133,6 +145,8 @@ def test_an_edm2_file_of_other_images_or_other_features_is_not_written_over(refe
     before = path.read_bytes()
     with pytest.raises(UserError, match="of other images than these 139"):
         write_edm2(path, dataclasses.replace(reference, count=139))
+    with pytest.raises(UserError, match="of other images than these 140"):
+        write_edm2(path, dataclasses.replace(reference, name="another data set of 140"))
     with pytest.raises(UserError, match="not efficientnet_lite0"):
         write_edm2(path, dataclasses.replace(reference, features="efficientnet_lite0"))
     assert path.read_bytes() == before
