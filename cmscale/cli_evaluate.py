@@ -52,6 +52,7 @@ def evaluate(
 ) -> None:
     """Measures FID, sFID, IS, KID, precision and recall on this machine (`launchers/evaluate.py`: on many)."""
     from cmscale.evaluate import Request, run_here
+    from cmscale.world import detect
 
     request = Request(
         source=source,
@@ -70,8 +71,10 @@ def evaluate(
         overrides=overrides or [],
         device=device,
     )
-    for path in or_interrupted(run_here(request)):
-        print(path)
+    paths = or_interrupted(run_here(request))
+    if detect("cpu").is_main:  # torchrun starts this on every rank
+        for path in paths:
+            print(path)
 
 
 @app.command("search-times")

@@ -52,6 +52,13 @@ def run(request: Request) -> Path | None:
     world = worlds.detect(request.device)
     if world.num_ranks > 1:
         worlds.connect(world, timeout_minutes=120.0)
+    try:
+        return _search(request, world, preemption=preemption)
+    finally:
+        worlds.disconnect()
+
+
+def _search(request: Request, world: worlds.World, *, preemption: Preemption) -> Path | None:
     source = load_source(
         request.source,
         weights=request.weights,
@@ -71,16 +78,11 @@ def run(request: Request) -> Path | None:
         "reference": request.reference,
         "num_samples": request.samples,
     }
-    try:
-        bench = Bench.build(
-            source.config.evaluate, world, given=given, data=source.config.data.path, preemption=preemption
-        )
-        trials = Trials(request, source, bench, denoise=source.denoiser(world.device))
-        with contextlib.suppress(Interrupted):
-            return trials.find()
-        return None
-    finally:
-        worlds.disconnect()
+    bench = Bench.build(source.config.evaluate, world, given=given, data=source.config.data.path, preemption=preemption)
+    trials = Trials(request, source, bench, denoise=source.denoiser(world.device))
+    with contextlib.suppress(Interrupted):
+        return trials.find()
+    return None
 
 
 class Trials:

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def ask_for_all(run: RunDir, *, every: int, flags: list[str]) -> None:
-    """Starts the evaluation of each checkpoint that is due; what can't be started is tried at the next look."""
+    """Starts the evaluation of each checkpoint that is due; what Slurm did not take is tried at the next look."""
     for step in due(run, every=every):
         marker = run.asked_evaluation(step)
         marker.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def ask_for_all(run: RunDir, *, every: int, flags: list[str]) -> None:
             command = [sys.executable, str(_CHECKOUT / "launchers" / "evaluate.py"), *flags, str(run.root)]
             ran = subprocess.run([*command, "--step", str(step)], env=outside_of_jobs(), check=False)
             print(f"evaluation of step {step}: exit status {ran.returncode}", flush=True)
-            if ran.returncode and "local" not in flags:  # nothing was submitted
+            if ran.returncode not in (0, 2) and "local" not in flags:  # not submitted, and another try may be
                 marker.unlink()
 
 

@@ -1,6 +1,8 @@
 """Owns what is looked at before anything is created or submitted: data set, teacher, weight files."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cmscale.config import Config
 from cmscale.errors import UserError
@@ -20,6 +22,25 @@ def check_inputs(config: Config) -> DatasetManifest:
     if weights := getattr(config.method, "lpips_weights", None):
         check_exists(weights, key="method.lpips_weights")
     return manifest
+
+
+def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None:
+    """What samples will be compared with, and the features' weights, are there: those asked for, else the config's.
+
+    Args:
+        asked: of an evaluation's request `features`, `reference` and the weights' paths, where they are given.
+
+    Raises:
+        UserError: something is not; one line.
+    """
+    features = asked.get("features") or (config.evaluate.features if config else None)
+    for key in ("reference", "inception_weights", "dinov2_weights"):
+        if asked.get(key):
+            check_exists(asked[key], key=f"--{key.replace('_', '-')}")
+        elif config and key in ("reference", f"{features}_weights") and (named := getattr(config.evaluate, key)):
+            check_exists(named, key=f"evaluate.{key}")
+    if config and not (asked.get("reference") or config.evaluate.reference):
+        check_dataset(config.data.path, image_size=config.model.image_size)
 
 
 def check_export(export_to: str, name: str, *, is_new: bool) -> None:

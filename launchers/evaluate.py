@@ -11,7 +11,7 @@ from cmscale.config import Config, Slurm, read_config
 from cmscale.errors import UserError
 from cmscale.rundir import RunDir
 from cmscale.storage import explained
-from launchers.checks import check_dataset, check_exists, check_source, is_remote
+from launchers.checks import check_evaluation, check_source, is_remote
 from launchers.outcome import EVALUATION
 from launchers.plan import add_cluster_flags, as_table, describe_place, make_plan
 from launchers.slurm import script_text
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
             print("\n" + script_text(run, plan, submission="(name)"))
         return 0
     check_source(flags.source, key="SOURCE")
-    check_files(request, config)
+    check_evaluation(config, asked=request)
     with explained(run.root):
         run.logs.mkdir(parents=True, exist_ok=True)
     status = launch(EVALUATION, (request,), run=run, plan=plan, wait=flags.wait)
@@ -101,22 +101,6 @@ def where(flags: argparse.Namespace) -> tuple[Config | None, RunDir]:
     stem = flags.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
     run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=f"evaluate-{stem}")
     return (read_config(flags.config, flags.overrides) if flags.config else None), run
-
-
-def check_files(request: dict[str, Any], config: Config | None) -> None:
-    """What samples will be compared with, and the features' weights, are there: those asked for, else the config's.
-
-    Raises:
-        UserError: something is not; one line.
-    """
-    features = request["features"] or (config.evaluate.features if config else None)
-    for key in ("reference", "inception_weights", "dinov2_weights"):
-        if request[key]:
-            check_exists(request[key], key=f"--{key.replace('_', '-')}")
-        elif config and key in ("reference", f"{features}_weights") and (named := getattr(config.evaluate, key)):
-            check_exists(named, key=f"evaluate.{key}")
-    if config and not (request["reference"] or config.evaluate.reference):
-        check_dataset(config.data.path, image_size=config.model.image_size)
 
 
 def make_request(flags: argparse.Namespace, *, device: str, run: RunDir) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from launchers.outcome import (
     Ending,
     begin_submission,
     decide,
+    how_to_go_on,
     judge,
     newest_step,
     read_json,
@@ -118,11 +119,14 @@ def run_local(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
         killed = (*_place(exits["first"]),) if exits["first"] else None
         ends = read_rank_ends(folder / name)
         attempt = judge(ends, status=exits["status"], killed=killed, step=newest_step(run), leaving=leaving)
+        history = record_attempt(run, folder, attempt)
+        attempt = history[-1]
         decision = decide(
-            record_attempt(run, folder, attempt),
+            history,
             max_restarts=plan.slurm.max_restarts,
             backoff_seconds=plan.slurm.backoff_seconds,
             can_requeue=False,
+            go_on=how_to_go_on(folder),
         )
         if decision.action in ("done", "stop"):
             if attempt.ending == "fault":
@@ -140,7 +144,7 @@ def run_local(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
         while time.monotonic() < until and not interruption.signal:
             time.sleep(0.1)
         if interruption.signal:
-            show_end("cancelled", "cancelled before the next start; continue with --resume", log=None)
+            show_end("cancelled", f"cancelled before the next start; {how_to_go_on(folder)}", log=None)
             return 128 + interruption.signal
     raise AssertionError("unreachable")
 

@@ -35,7 +35,8 @@ class RankEnd:
 class Attempt:
     """One start of a job, ended: how, why, and the newest checkpoint's step (-1: none).
 
-    `measured` is what an evaluation had done by then; two starts that say the same brought nothing between them.
+    `measured` is, of an evaluation, what all evaluations of its run had on disk by then: two starts that say the same
+    brought nothing between them.
     """
 
     ending: Ending
@@ -71,9 +72,16 @@ def is_evaluation(folder: Path) -> bool:
     return (read_json(folder / "worker.json") or {}).get("worker") == EVALUATION
 
 
+def how_to_go_on(folder: Path) -> str:
+    """What a user does to go on with a submission's job after it was stopped."""
+    return "the same command goes on where it was" if is_evaluation(folder) else "continue with --resume"
+
+
 def measured_so_far(run: RunDir) -> str:
     """What the evaluations of a run have on disk."""
-    sets, blocks = (len(list(run.evaluation_progress.glob(names))) for names in ("*.json", "*/block-*"))
+    # Not by globs, which fail where another evaluation of the run removes its blocks meanwhile.
+    names = [name for _, _, files in os.walk(run.evaluation_progress) for name in files]
+    sets, blocks = sum(name.endswith(".json") for name in names), sum(name.startswith("block-") for name in names)
     return f"{sets} sets and {blocks} blocks of samples"
 
 
@@ -137,25 +145,30 @@ def judge(
 
 
 def decide(
-    history: list[Attempt], *, max_restarts: int, backoff_seconds: int = 10, can_requeue: bool = True
+    history: list[Attempt],
+    *,
+    max_restarts: int,
+    backoff_seconds: int = 10,
+    can_requeue: bool = True,
+    go_on: str = "continue with --resume",
 ) -> Decision:
     """What to do after the last of the starts in `history`. Preemptions and time limits spend no restart.
 
     Args:
         backoff_seconds: before the first restart; doubled while nothing moves.
         can_requeue: whether there is a queue to go back to after a time limit (Slurm).
+        go_on: what a user does after a stop; see `how_to_go_on`.
     """
     last = history[-1]
-    again = "the same command goes on where it was" if last.measured else "continue with --resume"
     match last.ending:
         case "finished":
             return Decision("done", "finished")
         case "user_error":
             return Decision("stop", last.message)
         case "cancelled":
-            return Decision("stop", f"cancelled; {last.message}; {again}")
+            return Decision("stop", f"cancelled; {last.message}; {go_on}")
         case "time_limit" if not can_requeue:
-            return Decision("stop", f"time limit reached; {last.message}; {again}")
+            return Decision("stop", f"time limit reached; {last.message}; {go_on}")
         case "time_limit" if _without_progress(history) >= MAX_FAULTS_WITHOUT_PROGRESS:
             return Decision(
                 "stop", f"no progress before the time limit, three times; {last.message}; ask for more --time"

@@ -24,6 +24,7 @@ from launchers.outcome import (
     RankEnd,
     attempt_folder,
     decide,
+    how_to_go_on,
     judge,
     newest_step,
     read_json,
@@ -64,8 +65,10 @@ def main() -> int:
         step=newest_step(run),
         leaving=leaving(facts, signal_seconds=flags.signal_seconds),
     )
+    history = record_attempt(run, folder, attempt)
+    attempt = history[-1]
     decision = decide(
-        record_attempt(run, folder, attempt), max_restarts=flags.max_restarts, backoff_seconds=flags.backoff_seconds
+        history, max_restarts=flags.max_restarts, backoff_seconds=flags.backoff_seconds, go_on=how_to_go_on(folder)
     )
     if not ends and (damaged := damaged_pickle(run, job_id)):
         decision = Decision("stop", damaged)
@@ -75,7 +78,7 @@ def main() -> int:
             write_event(run, "requeued", attempt, folder=folder, why=decision.why)
             if _insist(["scontrol", "requeue", job_id]):
                 return 0
-            decision = Decision("stop", "Slurm did not take the job back; continue with --resume")
+            decision = Decision("stop", f"Slurm did not take the job back; {how_to_go_on(folder)}")
         case "restart":
             if _submit_again(run, job_id, decision):
                 write_event(run, "requeued", attempt, folder=folder, why=decision.why)

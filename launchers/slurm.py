@@ -13,7 +13,15 @@ from cmscale.errors import UserError
 from cmscale.rundir import RunDir
 from launchers.follow import Follower, show_end
 from launchers.job import Job
-from launchers.outcome import ATTEMPT, SUBMISSION, begin_submission, read_json, submission_folder, write_json
+from launchers.outcome import (
+    ATTEMPT,
+    SUBMISSION,
+    begin_submission,
+    how_to_go_on,
+    read_json,
+    submission_folder,
+    write_json,
+)
 from launchers.plan import Plan
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -137,7 +145,7 @@ def wait_for_end(run: RunDir, submission: str) -> int:
                 time.sleep(2 * POLL_SECONDS)  # the epilogue's last words may still be on their way
                 if (read_json(folder / "job.json") or {})["job_id"] == job_id and not (folder / "ending.json").exists():
                     how = "ended without a word" if state == "gone" else state.lower()
-                    return show_end("cancelled", f"job {job_id}: {how}; continue with --resume {run.name}", log=log)
+                    return show_end("cancelled", f"job {job_id}: {how}; {how_to_go_on(folder)}", log=log)
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         print(f"\nno longer waiting; the job goes on (scancel ends it), run {run.root}", file=sys.stderr)

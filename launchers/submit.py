@@ -12,7 +12,7 @@ from cmscale.errors import UserError
 from cmscale.rundir import RunDir
 from cmscale.storage import replace_durably
 from launchers.beside import arguments_of, kept_beside, with_kept_checkpoints
-from launchers.checks import check_export, check_inputs
+from launchers.checks import check_evaluation, check_export, check_inputs
 from launchers.outcome import newest_step
 from launchers.plan import add_cluster_flags, describe_training, make_plan
 from launchers.slurm import script_text
@@ -66,6 +66,8 @@ def main(arguments: list[str]) -> int:
             print("\n" + script_text(run, plan, submission="(name)"))
         return 0
     check_inputs(config)
+    if flags.evaluate_every is not None:
+        check_evaluation(config, asked={})
     if config.checkpoint.export_to is not None:
         check_export(config.checkpoint.export_to, run.name, is_new=not flags.resume)
     if flags.resume:

@@ -39,10 +39,9 @@ class StepResult:
 class NonFiniteLoss(ArithmeticError):
     """The loss was not finite on some rank; the step was not applied, its gradients are dropped."""
 
-    def __init__(self, *, step: int, ranks: list[int], losses: list[float]) -> None:
+    def __init__(self, *, ranks: list[int], losses: list[float]) -> None:
         named = ", ".join(f"rank {rank} has {losses[rank]}" for rank in ranks)
-        super().__init__(f"step {step}: the loss is not finite: {named}")
-        self.step = step
+        super().__init__(f"the loss is not finite: {named}")
         self.ranks = ranks
 
 
@@ -168,7 +167,7 @@ class Engine:
         if bad:
             assert not applied
             masters.restore_scaler(scaler, before)  # the scale is not to blame
-            raise NonFiniteLoss(step=self.applied_steps, ranks=bad, losses=losses)
+            raise NonFiniteLoss(ranks=bad, losses=losses)
         norm = self._wrapped.get_global_grad_norm()
         return StepResult(
             applied=applied,

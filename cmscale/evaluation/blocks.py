@@ -10,7 +10,7 @@ result depends on no number of ranks, and a killed evaluation goes on with the b
         store.commit(block, extractor(to_uint8(sample(seeds=block))))
     barrier()
     if world.is_main:
-        measured = measure(store.read(), num_samples=50_000, reference=reference)
+        measured = ...  # of store.read()
         store.finish(measured, against=reference.sha256)
 """
 

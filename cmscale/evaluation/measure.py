@@ -2,11 +2,10 @@
 
     extractor = build_features("inception", weights=path, device=device)
     reference = read_reference("lsun_bedroom.npz", extractor)
-    sets = [measure(store.read(), num_samples=n, reference=reference) for store in stores]  # a store a seed
-    result = EvaluationResult(..., **combine(sets))
+    blocks = image_blocks(images.read(), extractor)
+    measured = measure(blocks, num_samples=images.count, reference=reference)  # finished images, one process
 
-For finished images: `measure(image_blocks(images.read(), extractor), num_samples=images.count,
-reference=reference)`.
+Of samples on ranks rank 0 measures the distributions, all ranks share the nearest neighbours: `measuring.Bench`.
 """
 
 from collections.abc import Iterable, Iterator

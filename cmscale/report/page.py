@@ -193,7 +193,9 @@ def _warnings(everyone: list[RunFacts]) -> list[str]:
         for each in owner.evaluations:
             for warning in each.warnings:
                 whose = said.setdefault(warning, {}).setdefault(owner.name, [])
-                whose.append(f"step {each.step} {each.weights} NFE {each.nfe}")
+                whose.append(
+                    "finished samples" if each.step is None else f"step {each.step} {each.weights} NFE {each.nfe}"
+                )
     total = sum(len(owner.evaluations) for owner in everyone)
     lines = []
     for warning, owners in said.items():

@@ -32,5 +32,6 @@ def slurm(testbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The testbed in this test's environment, its queue empty before and after."""
     monkeypatch.setenv("SLURM_CONF", str(testbed))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    subprocess.run(["scancel", "--user=root"], check=True)  # what a module's fixture may have left
     yield testbed
     subprocess.run(["scancel", "--user=root"], check=True)

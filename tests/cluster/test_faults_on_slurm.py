@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from ranks import run_ranks
 from small_runs import STEPS, assert_equal, make_data, make_run
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,9 @@ def history(testbed: Path, data: Path, golden: RunDir, tmp_path_factory: pytest.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(testbed))
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        run = make_run(tmp_path_factory.mktemp("history") / "run", data, "checkpoint.keep_last=99")
+        folder = tmp_path_factory.mktemp("history") / "run"
+        patient = "engine.collective_timeout_minutes=5"  # the ranks beside the one that stays wait in a collective
+        run = make_run(folder, data, "checkpoint.keep_last=99", patient)
         submit_training(run, "stay", (1, 5, 6))
         wait_for_stay(run, 1)
         for name in ("0_result.pkl", "1_result.pkl", "submitted.pkl"):  # as killed starts may leave them

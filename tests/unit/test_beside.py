@@ -62,6 +62,16 @@ def test_each_is_asked_for_once_and_again_where_nothing_was_submitted(run: RunDi
     assert [command[-1] for command in asked] == ["2", "5", "2"]
 
 
+def test_an_evaluation_that_was_refused_is_not_asked_for_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = subprocess.CompletedProcess([], returncode=2)
+    monkeypatch.setattr(beside.subprocess, "run", lambda *_, **__: refused)
+    ask_for_all(run, every=2, flags=["--cluster", "slurm"])
+    assert capsys.readouterr().out.count("exit status 2") == 2
+    assert list(due(run, every=2)) == []
+
+
 def test_slurms_word_to_the_training_job_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_CONF", "SBATCH_REQUEUE", "HOME"):
         monkeypatch.setenv(name, "here")

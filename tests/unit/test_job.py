@@ -25,6 +25,7 @@ from launchers.outcome import (
     RankEnd,
     begin_submission,
     decide,
+    how_to_go_on,
     judge,
     newest_step,
     record_attempt,
@@ -89,7 +90,8 @@ class TestDecision:
         for action in ("requeue", "stop"):
             history = record_attempt(run, folder, Attempt("time_limit", "", 9))
             assert decide(history, max_restarts=0).action == action
-        cancelled = decide(record_attempt(run, folder, Attempt("cancelled", "newest", 9)), max_restarts=0)
+        history = record_attempt(run, folder, Attempt("cancelled", "newest", 9))
+        cancelled = decide(history, max_restarts=0, go_on=how_to_go_on(folder))
         assert cancelled.why == "cancelled; 0 sets and 4 blocks of samples; the same command goes on where it was"
 
 

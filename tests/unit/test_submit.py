@@ -95,6 +95,10 @@ def test_cpu_ranks_ask_slurm_for_no_gpus(tmp_path: Path, config_file: Path):
         (["--resume", "nobody"], "--resume nobody: no run there"),
         (["CONFIG", "data.path=nodata"], "no such folder"),
         (["CONFIG", "model.image_size=16"], "images of 8 px, model.image_size is 16"),
+        (
+            ["--evaluate-every", "1000", "CONFIG", "evaluate.inception_weights=nofile.pth"],
+            "nofile.pth: no such file or folder",
+        ),
         (["--name", "taken", "CONFIG"], "exists; continue it with --resume taken"),
     ],
 )
