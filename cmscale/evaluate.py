@@ -137,15 +137,15 @@ def evaluate(request: Request, world: World, *, preemption: Preemption) -> list[
         raise UserError(f"--out {request.out}: one file can't hold {request.count} evaluations; ask for one")
     bench: Bench | None = None
     done = []
-    for source in request.sources():
-        bench = bench or Bench.build(
-            source.config.evaluate, world, given=request.given(), data=source.config.data.path, preemption=preemption
-        )
-        for draw in request.draws(num=bench.settings.num_samples):
-            path = _evaluate_one(request, source, bench, draw)
-            if path is None:
-                return None
-            done.append(path)
+    with worlds.same_arithmetic(world.device):
+        for source in request.sources():
+            evaluating, data = source.config.evaluate, source.config.data.path
+            bench = bench or Bench.build(evaluating, world, given=request.given(), data=data, preemption=preemption)
+            for draw in request.draws(num=bench.settings.num_samples):
+                path = _evaluate_one(request, source, bench, draw)
+                if path is None:
+                    return None
+                done.append(path)
     return done
 
 

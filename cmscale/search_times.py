@@ -78,10 +78,10 @@ def _search(request: Request, world: worlds.World, *, preemption: Preemption) ->
         "reference": request.reference,
         "num_samples": request.samples,
     }
-    bench = Bench.build(source.config.evaluate, world, given=given, data=source.config.data.path, preemption=preemption)
-    trials = Trials(request, source, bench, denoise=source.denoiser(world.device))
-    with contextlib.suppress(Interrupted):
-        return trials.find()
+    evaluating, data = source.config.evaluate, source.config.data.path
+    with worlds.same_arithmetic(world.device), contextlib.suppress(Interrupted):
+        bench = Bench.build(evaluating, world, given=given, data=data, preemption=preemption)
+        return Trials(request, source, bench, denoise=source.denoiser(world.device)).find()
     return None
 
 

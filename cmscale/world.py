@@ -2,7 +2,8 @@
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -75,6 +76,20 @@ def choose_device(device: str, *, rank_of_node: int = 0) -> torch.device:
             f"engine.device: rank {rank_of_node} of this node has no GPU, there are {count}; lower --gpus-per-node"
         )
     return torch.device("cuda", rank_of_node)
+
+
+@contextmanager
+def same_arithmetic(device: torch.device) -> Iterator[None]:
+    """On a CPU one thread: how a sum is split over threads moves its last digits, and some results must be the same on
+    any number of ranks, which share a node's processors.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def connect(world: World, *, timeout_minutes: float = 10.0) -> None:

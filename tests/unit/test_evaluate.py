@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from evaluation_fixtures import build_cheap_features, write_checkpoint, write_dataset, write_trained_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from cmscale.evaluation.result import EvaluationResult
 from cmscale.evaluation.time_search import TimeSearch
 from cmscale.manifests import read_document
 from cmscale.rundir import RunDir
+from cmscale.sampling import draw_batch
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,27 @@ def test_the_same_evaluation_again_gives_the_same_numbers(run: RunDir, monkeypat
         assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 150, "--out", out, "--device", "cpu") == 0
         values.append(result(out).model_copy(update={"seconds": 0.0}))
     assert values[0] == values[1]
+
+
+def test_a_processor_counts_with_one_thread_however_many_a_lone_process_has(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process on two processors would have two threads, two have one each: other last digits."""
+    threads = set()
+
+    def noted(*arguments: object, **more: object) -> torch.Tensor:
+        threads.add(torch.get_num_threads())
+        return draw_batch(*arguments, **more)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(measuring, "draw_batch", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 20, "--device", "cpu") == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {1}
 
 
 def test_what_another_version_or_protocol_measured_is_measured_again(
