@@ -205,6 +205,19 @@ def test_wandb_that_is_away_holds_up_neither_training_nor_its_end(
 
 
 @pytest.mark.slow
+def test_wandb_that_goes_away_in_the_middle_and_hangs_at_the_end_changes_nothing_and_stays_one_run(
+    runs: tuple[Path, dict[str, str]], data: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", data, "wandb.mode=online")
+    assert outcomes(run_ranks(2, "train_work:while_wandb_breaks", str(run.root), 3, 5)) == ["preempted"] * 2
+    assert outcomes(run_ranks(2, "train_work:while_wandb_breaks", str(run.root), 99, None)) == ["finished"] * 2
+    assert "ConnectionError: wandb went away" in events(run, "wandb_failed")[0]["why"]
+    first, second = (run.root / "wandb-ids").read_text().splitlines()
+    assert first == second == f"{run.wandb_id.read_text()} allow"
+    assert_equal(run, golden(runs))
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_over_other_numbers_of_ranks_and_stages(
     runs: tuple[Path, dict[str, str]], data: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,39 @@ def until_signalled(run_dir: str, step: int, number: int) -> None:
     to_the_end(run_dir)
 
 
+class BreakingWandb:
+    """A wandb run that goes away in `log` from a step on, and never comes back from `finish`."""
+
+    def __init__(self, *, breaks_at: int) -> None:
+        self.breaks_at = breaks_at
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+    def log(self, record: dict[str, float]) -> None:
+        if record["step"] >= self.breaks_at:
+            raise ConnectionError("wandb went away")
+
+    def finish(self) -> None:
+        threading.Event().wait()
+
+
+def while_wandb_breaks(run_dir: str, breaks_at: int, until: int | None) -> None:
+    """Trains, to the end or until a SIGTERM, beside such a wandb; its ids are written down."""
+    import wandb  # slow, and the other runs want none
+
+    def init(**asked: str) -> BreakingWandb:
+        with (Path(run_dir) / "wandb-ids").open("a") as file:
+            file.write(f"{asked['id']} {asked['resume']}\n")
+        return BreakingWandb(breaks_at=breaks_at)
+
+    wandb.init = init  # pyright: ignore[reportAttributeAccessIssue]
+    if until is None:
+        to_the_end(run_dir)
+    else:
+        until_signalled(run_dir, until, signal.SIGTERM)
+
+
 def _signal_at(run: RunDir, step: int, number: int) -> None:
     while not any(record["step"] >= step for record in read_lines(run.metrics)):
         time.sleep(0.002)
