@@ -110,7 +110,7 @@ def search_times(
         weights=weights,
         step=checkpoint_step(step),
         config=config,
-        overrides=tuple(overrides or ()),
+        overrides=overrides or [],
         device=device,
     )
     print(or_interrupted(run(request)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cmscale import world as worlds
 from cmscale.config import Config, Evaluate
@@ -20,7 +20,15 @@ from cmscale.errors import UserError
 from cmscale.evaluation.images import open_images
 from cmscale.evaluation.measure import image_blocks, left_out, measure
 from cmscale.evaluation.result import EvaluationResult, combine, score_name
-from cmscale.measuring import Bench, describe_step, machine_protocol, sampling_protocol, work_folder
+from cmscale.measuring import (
+    TIMEOUT_MINUTES,
+    Bench,
+    MeasuringRequest,
+    describe_step,
+    machine_protocol,
+    sampling_protocol,
+    work_folder,
+)
 from cmscale.metrics_log import write_event
 from cmscale.rundir import RunDir
 from cmscale.sampling import SampleRequest
@@ -29,38 +37,16 @@ from cmscale.storage import open_parent
 from cmscale.world import World
 
 
-class Request(BaseModel):
-    """What to evaluate and how; `None` leaves a value to the source's config. Lists are written `1,2`."""
+class Request(MeasuringRequest):
+    """What to evaluate and how. Lists are written `1,2`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str
-    reference: str | None = None
     out: str | None = None
-    samples: int | None = None
     steps: str | None = None
     times: str | None = None
     seeds: int = 1
-    features: str | None = None
-    inception_weights: str | None = None
-    dinov2_weights: str | None = None
-    weights: str | None = None
     checkpoints: str = "latest"
-    config: str | None = None
-    overrides: list[str] = []
-    device: str = "auto"
     run_dir: str | None = None
     """Where results and progress go for a source that is no run; on a cluster all nodes see it."""
-
-    def given(self) -> dict[str, Any]:
-        """What stands before the config's `evaluate` section, by its keys."""
-        return {
-            "features": self.features,
-            "inception_weights": self.inception_weights,
-            "dinov2_weights": self.dinov2_weights,
-            "reference": self.reference,
-            "num_samples": self.samples,
-        }
 
     def draws(self, *, num: int) -> list[SampleRequest]:
         """The ways of sampling asked for, seed 0: each number of steps, or the given times."""
@@ -97,14 +83,11 @@ def main(request: dict[str, Any]) -> str:
         raise UserError(f"evaluation request: {error.errors(include_url=False)[0]['msg']}") from None
     preemption = Preemption.install()
     world = worlds.detect(wanted.device)
-    worlds.connect(world, timeout_minutes=120.0)  # rank 0 measures a reference while the others wait
-    try:
+    with worlds.joined(world, timeout_minutes=TIMEOUT_MINUTES):
         done = evaluate(wanted, world, preemption=preemption)
-        for path in (done or []) if world.is_main else []:
-            print(path, flush=True)
-        return "preempted" if done is None else "finished"
-    finally:
-        worlds.disconnect()
+    for path in (done or []) if world.is_main else []:
+        print(path, flush=True)
+    return "preempted" if done is None else "finished"
 
 
 def run_here(request: Request) -> list[Path] | None:
@@ -119,12 +102,8 @@ def run_here(request: Request) -> list[Path] | None:
         if world.num_ranks > 1:
             raise UserError(f"{request.source}: finished samples are measured by one process, not {world.num_ranks}")
         return [evaluate_images(request, world, preemption=preemption)]
-    if world.num_ranks > 1:
-        worlds.connect(world, timeout_minutes=120.0)
-    try:
+    with worlds.joined(world, timeout_minutes=TIMEOUT_MINUTES):
         return evaluate(request, world, preemption=preemption)
-    finally:
-        worlds.disconnect()
 
 
 def evaluate(request: Request, world: World, *, preemption: Preemption) -> list[Path] | None:

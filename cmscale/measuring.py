@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from rich.progress import track
 
 from cmscale import __version__
@@ -38,6 +39,37 @@ PROTOCOL = 1
 preprocessing, another tap of a network, another estimator) takes the next one, and measures kept under the last are
 not taken for its own.
 """
+
+
+TIMEOUT_MINUTES = 120.0
+"""Of the ranks' collectives: rank 0 measures a reference while the others wait."""
+
+
+class MeasuringRequest(BaseModel):
+    """Which network is measured and against what; `None` leaves a value to the source's config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    reference: str | None = None
+    samples: int | None = None
+    features: str | None = None
+    inception_weights: str | None = None
+    dinov2_weights: str | None = None
+    weights: str | None = None
+    config: str | None = None
+    overrides: list[str] = []
+    device: str = "auto"
+
+    def given(self) -> dict[str, Any]:
+        """What stands before the config's `evaluate` section, by its keys."""
+        return {
+            "features": self.features,
+            "inception_weights": self.inception_weights,
+            "dinov2_weights": self.dinov2_weights,
+            "reference": self.reference,
+            "num_samples": self.samples,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Searches a source's sampling times: every trial is measured on all ranks, written down, and never made twice."""
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,31 +14,28 @@ from cmscale.errors import UserError
 from cmscale.evaluation.result import score_name
 from cmscale.evaluation.time_search import Indices, TimeSearch, Trial, search
 from cmscale.manifests import read_document
-from cmscale.measuring import Bench, describe_step, machine_protocol, sampling_protocol, work_folder
+from cmscale.measuring import (
+    TIMEOUT_MINUTES,
+    Bench,
+    MeasuringRequest,
+    describe_step,
+    machine_protocol,
+    sampling_protocol,
+    work_folder,
+)
 from cmscale.rundir import RunDir
 from cmscale.sampling import SampleRequest
 from cmscale.source import Source, load_source
 from cmscale.storage import replace_durably
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to search and how; `None` leaves a value to the source's config."""
+class Request(MeasuringRequest):
+    """What to search and how."""
 
-    source: str
     steps: int = 2
-    reference: str | None = None
-    samples: int | None = None
     seed: int = 0
     out: Path | None = None
-    features: str | None = None
-    inception_weights: str | None = None
-    dinov2_weights: str | None = None
-    weights: str | None = None
     step: int | None = None
-    config: str | None = None
-    overrides: tuple[str, ...] = ()
-    device: str = "auto"
 
 
 class Interrupted(Exception):
@@ -50,12 +46,8 @@ def run(request: Request) -> Path | None:
     """Searches, alone or as one of torchrun's ranks. The result's file; None where a signal interrupted."""
     preemption = Preemption.install()
     world = worlds.detect(request.device)
-    if world.num_ranks > 1:
-        worlds.connect(world, timeout_minutes=120.0)
-    try:
+    with worlds.joined(world, timeout_minutes=TIMEOUT_MINUTES):
         return _search(request, world, preemption=preemption)
-    finally:
-        worlds.disconnect()
 
 
 def _search(request: Request, world: worlds.World, *, preemption: Preemption) -> Path | None:
@@ -71,16 +63,9 @@ def _search(request: Request, world: worlds.World, *, preemption: Preemption) ->
         raise UserError(f"{request.source}: a diffusion model has no multistep times; give a consistency model")
     if request.steps > last:
         raise UserError(f"--steps {request.steps}: the grid of times has {last} steps at the most")
-    given = {
-        "features": request.features,
-        "inception_weights": request.inception_weights,
-        "dinov2_weights": request.dinov2_weights,
-        "reference": request.reference,
-        "num_samples": request.samples,
-    }
     evaluating, data = source.config.evaluate, source.config.data.path
     with worlds.same_arithmetic(world.device), contextlib.suppress(Interrupted):
-        bench = Bench.build(evaluating, world, given=given, data=data, preemption=preemption)
+        bench = Bench.build(evaluating, world, given=request.given(), data=data, preemption=preemption)
         return Trials(request, source, bench, denoise=source.denoiser(world.device)).find()
     return None
 

@@ -93,7 +93,7 @@ def same_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
-    """Joins the process group (gloo for CPU tensors, NCCL for CUDA); a world of one joins nobody's."""
+    """Joins the process group (gloo for CPU tensors, NCCL for CUDA), of one rank too: DeepSpeed wants it."""
     if dist.is_initialized():
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -107,6 +107,17 @@ def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
         world_size=world.num_ranks,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
+
+
+@contextmanager
+def joined(world: World, *, timeout_minutes: float) -> Iterator[None]:
+    """The process group of several ranks, left at the end however that comes; a world of one needs none."""
+    if world.num_ranks > 1:
+        connect(world, timeout_minutes=timeout_minutes)
+    try:
+        yield
+    finally:
+        disconnect()
 
 
 def bound_collectives(*, timeout_minutes: float) -> None:

@@ -160,6 +160,7 @@ def _too_many(bad: Sequence[tuple[str, str]], max_bad: int) -> UserError:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, its limits held; exits with 2 where it is wrong."""
     parser = argparse.ArgumentParser(prog="prepare.py", description="Images to shards, on disk or on S3.")
     parser.add_argument("--source", required=True, help="lsun:DIR, folder:DIR, zip:FILE or tars:DIR")
     parser.add_argument("--format", required=True, choices=["mds", "webdataset"])

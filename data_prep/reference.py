@@ -22,21 +22,21 @@ import numpy as np
 from cmscale.assets import local_file
 from cmscale.data import read_images
 from cmscale.errors import UserError
+from cmscale.evaluation.edm2 import edm2_beside, write_edm2
 from cmscale.evaluation.features import KINDS, build_features
 from cmscale.evaluation.reference import (
     SUBSET,
-    edm2_beside,
     reference_from_images,
     subset_indices,
     write_edm,
-    write_edm2,
     write_reference,
 )
 from cmscale.manifests import read_dataset_manifest
 from cmscale.storage import explained, open_storage
 from cmscale.world import choose_device
 
-_SUFFIXES = {"adm": ".npz", "edm": ".npz", "edm2": ".pkl"}
+# How a format's files are called, and the features whose statistics they hold.
+_FORMATS = {"adm": (".npz", KINDS), "edm": (".npz", ("inception",)), "edm2": (".pkl", ("inception", "dinov2"))}
 
 
 def make_reference(
@@ -57,9 +57,10 @@ def make_reference(
     """
     manifest = read_dataset_manifest(open_storage(dataset))
     count = min(manifest.count, limit or manifest.count)
-    if out.suffix != _SUFFIXES[format]:
-        raise UserError(f"--out {out}: must end in {_SUFFIXES[format]} (--format {format})")
-    if format != "adm" and features not in ("inception", "dinov2")[: 1 + (format == "edm2")]:
+    suffix, held = _FORMATS[format]
+    if out.suffix != suffix:
+        raise UserError(f"--out {out}: must end in {suffix} (--format {format})")
+    if features not in held:
         raise UserError(f"--format {format}: holds no {features} statistics; use --format adm")
     extractor = build_features(features, weights=local_file(weights) if weights else None, device=choose_device(device))
     name = f"{manifest.source} {manifest.fingerprint[:12]}"
@@ -76,12 +77,14 @@ def make_reference(
         subset=subset if format == "adm" else 0,
     )
     said = f"{out}: {count} images of {manifest.image_size} px, {extractor.label}"
-    if format != "adm":
-        with explained(out):
-            (write_edm if format == "edm" else write_edm2)(out, reference)
-        return said
-    kept = subset_indices(count, subset)
     with explained(out):
+        if format == "edm":
+            write_edm(out, reference)
+            return said
+        if format == "edm2":
+            write_edm2(out, reference.pooled, features=extractor.label, count=count, source=name)
+            return said
+        kept = subset_indices(count, subset)
         write_reference(out, reference, _images(dataset, indices=kept.tolist()), num_images=len(kept))
     return f"{said}, {len(kept)} kept as arr_0"
 
@@ -97,10 +100,11 @@ def _shown(images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="DATASET", help="a prepared data set: folder or s3://")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--format", choices=sorted(_SUFFIXES), default="adm", help="adm (default), edm, edm2")
+    parser.add_argument("--format", choices=sorted(_FORMATS), default="adm", help="adm (default), edm, edm2")
     parser.add_argument("--features", choices=KINDS, default="inception")
     parser.add_argument("--weights", metavar="FILE|s3://…", help="the features' weights (default: their home)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

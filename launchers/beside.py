@@ -28,6 +28,7 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: list[str]) -> int:
+    """Looks for due checkpoints until SIGTERM, and then once more. `RUN --every N [--once] -- FLAGS of evaluate.py`."""
     own, flags = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     parser = argparse.ArgumentParser(prog="launchers.beside", usage="%(prog)s RUN --every N [--once] -- FLAG ...")
     parser.add_argument("run", type=Path)

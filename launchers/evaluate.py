@@ -19,6 +19,7 @@ from launchers.start import guarded, launch, run_of
 
 
 def main(arguments: list[str]) -> int:
+    """Submits or runs the evaluation. Returns its exit status, 0 once submitted. Raises UserError."""
     flags = _parser().parse_intermixed_args(arguments)
     config, run = where(flags)
     device = flags.device or (config.engine.device if config else "auto")

@@ -24,6 +24,7 @@ class Follower:
         self._bar: Progress | None = None
 
     def show(self, path: Path) -> None:
+        """Prints what a log has gained since the last look; another path is shown from its beginning."""
         if path != self._path:
             self._path, self._offset = path, 0
         if not path.exists():

@@ -63,13 +63,13 @@ def submission_folder(run: RunDir, submission: str | None = None) -> Path:
 def begin_submission(run: RunDir, submission: str, *, worker: str) -> Path:
     """Makes the submission's folder, which says whose job it is."""
     folder = submission_folder(run, submission)
-    write_json(folder / "worker.json", {"worker": worker})
+    write_json(folder / "job.json", {"worker": worker})
     return folder
 
 
 def is_evaluation(folder: Path) -> bool:
     """Whether a submission's job evaluates."""
-    return (read_json(folder / "worker.json") or {}).get("worker") == EVALUATION
+    return (read_json(folder / "job.json") or {}).get("worker") == EVALUATION
 
 
 def how_to_go_on(folder: Path) -> str:

@@ -44,6 +44,7 @@ _OUT_OF_MEMORY = re.compile(r"Out Of Memory|[Ee]xceeded (job |step )?memory limi
 
 
 def main() -> int:
+    """The batch script's last command. Returns the job's exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--status", type=int, required=True)

@@ -169,7 +169,8 @@ def refuse_running_job(run: RunDir, worker: str) -> None:
         job = read_json(folder) or {}
         if job.get("worker") != worker or folder.with_name("ending.json").exists():
             continue
-        job_id = job["job_id"]
+        if (job_id := job.get("job_id")) is None:  # a launcher's on this machine, or not submitted
+            continue
         try:
             state = job_state(job_id)
         except FileNotFoundError:  # no Slurm on this machine

@@ -31,6 +31,7 @@ WORKER = "cmscale.train:main"
 
 
 def main(arguments: list[str]) -> int:
+    """Submits or runs the training. Returns its exit status, 0 once submitted. Raises UserError."""
     parser = argparse.ArgumentParser(prog="submit.py", description=__doc__)
     add_cluster_flags(parser)
     parser.add_argument("--resume", metavar="RUN", help="continue a run: its folder, or its name in --runs-dir")

@@ -74,7 +74,8 @@ def kernel_distance(
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """k(x, y) = (x.y / D + 1)^3 of every pair, float64."""
-    return (x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1) ** 3
+    base = x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1
+    return base * base * base  # numpy takes six times as long for `** 3`
 
 
 @dataclass

@@ -3,11 +3,10 @@
 Read: ADM `.npz` (`arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`), EDM `.npz` (`mu`, `sigma`), EDM2 `.pkl` (nothing
 in it is executed), torch-fidelity's cached statistics (`.pt`), and plain images (`.npz` with `arr_0` alone,
 or a folder). Written: ADM's format, with extra keys that say what it was made of, and the statistics alone as EDM
-and EDM2 keep them.
+keeps them (`edm2`: as EDM2 does).
 """
 
 import hashlib
-import pickle
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import torch
 from cmscale.assets import file_sha256
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
+from cmscale.evaluation.edm2 import read_edm2
 from cmscale.evaluation.features import FeatureExtractor
 from cmscale.evaluation.images import batches, npz_header, npz_rows, open_images
 from cmscale.evaluation.neighbours import DENSITY_K, Manifold
@@ -107,7 +107,7 @@ def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
         case ".npz":
             found = _read_npz(path, digest, extractor)
         case ".pkl":
-            found = _from_mapping(path, digest, _edm2(path, extractor), extractor)
+            found = _from_mapping(path, digest, read_edm2(path, features=extractor.label), extractor)
         case ".pt" | ".pth":
             found = _from_mapping(path, digest, _torch_fidelity(path), extractor)
         case _:
@@ -236,47 +236,6 @@ def write_edm(path: Path, reference: Reference) -> None:
         staged.unlink(missing_ok=True)
 
 
-def edm2_beside(path: Path, *, features: str, count: int, source: str) -> dict[str, Any]:
-    """What an EDM2 file holds already, to keep beside new statistics; nothing where there is none.
-
-    Raises:
-        UserError: features that EDM2 knows nothing of; another file in the way.
-    """
-    if features not in _EDM2_KEYS:
-        raise UserError(f"{path}: EDM2's files hold Inception and dinov2_vitl14 statistics, not {features}")
-    found = _read_numbers(path) if path.exists() else {}
-    same = {"num_images": count, "source": source}
-    if not isinstance(found, dict) or (found and {key: found.get(key) for key in same} != same):
-        raise UserError(f"{path}: is there already, of other images than these {count}; name another file")
-    return found
-
-
-def write_edm2(path: Path, reference: Reference) -> None:
-    """Writes the statistics alone, as EDM2's `calculate_metrics.py` reads them: a `.pkl` of numbers.
-
-    {"num_images": int, "source": str, "fid" or "fd_dinov2": {"mu", "sigma"}}. A file of the same images that is there
-    already keeps its statistics of other features, so that two runs make EDM2's two metrics.
-
-    Raises:
-        UserError: see `edm2_beside`.
-    """
-    assert reference.features is not None
-    assert reference.count is not None
-    found = edm2_beside(path, features=reference.features, count=reference.count, source=reference.name)
-    found |= {
-        "num_images": reference.count,
-        "source": reference.name,
-        _EDM2_KEYS[reference.features]: {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance},
-    }
-    staged = path.with_name(f".{path.name}")
-    try:
-        with staged.open("wb") as file:
-            _NumbersPickler(file, protocol=4).dump(found)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
 def _write_images(file: Any, images: Iterable[np.ndarray], count: int) -> None:
     written = 0
     for image in images:
@@ -341,56 +300,6 @@ def _moments(path: Path, found: dict[str, Any], mean_key: str, covariance_key: s
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"reference {path}: {mean_key} or {covariance_key} holds NaN or infinity")
     return Moments(mean, covariance)
-
-
-_EDM2_KEYS = {"inception": "fid", "dinov2_vitl14": "fd_dinov2"}
-
-
-class _NumbersPickler(pickle.Pickler):
-    """Pickles arrays as calls of `numpy.ndarray`: numpy's own way names modules that differ between its versions."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, np.ndarray):
-            return np.ndarray, (obj.shape, obj.dtype.str, obj.tobytes())
-        return NotImplemented
-
-
-class _NumbersOnly(pickle.Unpickler):
-    """Unpickles numpy arrays and plain containers; any other name in the file is refused, so nothing is
-    executed."""
-
-    _ALLOWED = frozenset(
-        {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-        | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
-        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _edm2(path: Path, extractor: FeatureExtractor) -> dict[str, Any]:
-    key = _EDM2_KEYS.get(extractor.label)
-    if key is None:
-        raise UserError(
-            f"reference {path}: EDM2 files hold Inception and dinov2_vitl14 statistics, the evaluation uses "
-            f"{extractor.label}"
-        )
-    found = _read_numbers(path)
-    if not isinstance(found, dict) or not isinstance(found.get(key), dict):
-        raise UserError(f"reference {path}: not EDM2's statistics (no {key!r})")
-    counted = {"count": found["num_images"]} if "num_images" in found else {}
-    return {**found[key], **counted, "features": extractor.label}
-
-
-def _read_numbers(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            return _NumbersOnly(file).load()
-    except Exception as error:
-        raise UserError(f"reference {path}: more than numbers in it, refused ({error})") from None
 
 
 def _torch_fidelity(path: Path) -> dict[str, Any]:

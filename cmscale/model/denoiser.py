@@ -1,5 +1,6 @@
 """Owns the preconditioning: how a raw network becomes a denoiser or a consistency function of (x, sigma)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ def c_noise(sigma: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Preconditioned:
+class _Preconditioned(ABC):
     """c_out F(c_in x, c_noise) + c_skip x; coefficients from float64, products in float32."""
 
     raw: Raw
@@ -40,9 +41,9 @@ class _Preconditioned:
         x = x.float()
         return out * self.raw(scaled * x, c_noise(sigma), labels=labels, dropout_keys=dropout_keys) + skip * x
 
+    @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out, float64."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -151,7 +152,8 @@ def test_job_that_slurm_refuses_is_one_line(slurm: Path, tmp_path: Path):
 def test_slurm_itself_accepts_the_script(slurm: Path, tmp_path: Path):
     plan = Plan("slurm", 2, 4, False, "low", 60, Slurm())
     script = script_text(RunDir(tmp_path), plan, submission=SUBMISSION)
-    subprocess.run(["sbatch", "--test-only"], input=script, text=True, check=True, capture_output=True)
+    ran = subprocess.run(["sbatch", "--test-only"], input=script, text=True, check=True, capture_output=True)
+    assert re.search(r"to start at .* using 8 processors on nodes node\[1-2\]", ran.stderr), ran.stderr
 
 
 def test_evaluations_beside_training_are_jobs_of_their_own_that_the_batch_script_asks_for(slurm: Path, tmp_path: Path):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BlockStore
+from cmscale.evaluation.edm2 import write_edm2
 from cmscale.evaluation.features import FeatureExtractor, build_features
 from cmscale.evaluation.images import open_images
 from cmscale.evaluation.measure import image_blocks, left_out, measure
@@ -21,7 +22,6 @@ from cmscale.evaluation.reference import (
     reference_from_images,
     subset_indices,
     write_edm,
-    write_edm2,
     write_reference,
 )
 from cmscale.evaluation.result import EvaluationResult, Metric, combine, score_name
@@ -122,8 +122,9 @@ def test_edms_evaluator_finds_mean_and_covariance_and_nothing_else(reference, tm
 
 def test_edm2s_evaluator_finds_both_metrics_in_a_pickle_that_any_numpy_reads(reference, tmp_path) -> None:
     path = tmp_path / "edm2.pkl"
-    write_edm2(path, reference)
-    write_edm2(path, dataclasses.replace(reference, features="dinov2_vitl14", pooled=Moments(MEAN + 1, COVARIANCE)))
+    same = {"count": 140, "source": reference.name}
+    write_edm2(path, reference.pooled, features="inception", **same)
+    write_edm2(path, Moments(MEAN + 1, COVARIANCE), features="dinov2_vitl14", **same)
     found = pickle.loads(path.read_bytes())
     assert set(found) == {"num_images", "source", "fid", "fd_dinov2"}
     assert (type(found["num_images"]), found["num_images"]) == (int, 140)
@@ -141,14 +142,15 @@ def test_edm2s_evaluator_finds_both_metrics_in_a_pickle_that_any_numpy_reads(ref
 
 def test_an_edm2_file_of_other_images_or_other_features_is_not_written_over(reference, tmp_path) -> None:
     path = tmp_path / "edm2.pkl"
-    write_edm2(path, reference)
+    given = {"features": "inception", "count": 140, "source": reference.name}
+    write_edm2(path, reference.pooled, **given)
     before = path.read_bytes()
     with pytest.raises(UserError, match="of other images than these 139"):
-        write_edm2(path, dataclasses.replace(reference, count=139))
+        write_edm2(path, reference.pooled, **{**given, "count": 139})
     with pytest.raises(UserError, match="of other images than these 140"):
-        write_edm2(path, dataclasses.replace(reference, name="another data set of 140"))
+        write_edm2(path, reference.pooled, **{**given, "source": "another data set of 140"})
     with pytest.raises(UserError, match="not efficientnet_lite0"):
-        write_edm2(path, dataclasses.replace(reference, features="efficientnet_lite0"))
+        write_edm2(path, reference.pooled, **{**given, "features": "efficientnet_lite0"})
     assert path.read_bytes() == before
 
 
