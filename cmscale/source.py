@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 
-from cmscale.assets import local_file
 from cmscale.config import CD, ECT, PD, SCD, SCT, Config, Model, differences, leaves, parse_config, read_config
 from cmscale.consistency.solver import Denoise
-from cmscale.engine.weights import list_checkpoints, read_manifest, read_weights
+from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest, read_weights
 from cmscale.errors import UserError
 from cmscale.interop import read_diffusers, read_openai, read_safetensors
-from cmscale.manifests import DatasetManifest, read_dataset_manifest
-from cmscale.model.choice import denoiser_for
+from cmscale.io.fetch import local_file
+from cmscale.io.storage import open_storage
+from cmscale.model.precondition import denoiser_for
 from cmscale.model.unet import build_unet
 from cmscale.model.weighting import without_weighting
-from cmscale.rundir import CHECKPOINT_MANIFEST, step_name
-from cmscale.storage import open_storage
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
+from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cmscale.errors import UserError
-from cmscale.manifests import (
+from cmscale.io.storage import LocalStorage, S3Storage, Storage, explained, open_storage
+from cmscale.runs.manifests import (
     DATASET_MANIFEST,
     DatasetManifest,
     Document,
@@ -22,7 +23,6 @@ from cmscale.manifests import (
     read_dataset_manifest,
     read_document,
 )
-from cmscale.storage import LocalStorage, S3Storage, Storage, explained, open_storage
 from data_prep.preprocess import ENCODINGS, RECIPES
 from data_prep.shards import Record, Settings, build_shard, deliver, index_file
 from data_prep.sources import Reader, Source

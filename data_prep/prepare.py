@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
 
 from cmscale.errors import UserError
-from cmscale.manifests import DatasetManifest
+from cmscale.runs.manifests import DatasetManifest
 from data_prep.job import Job
 from data_prep.preprocess import ENCODINGS, RECIPES
 from data_prep.progress import Ticker

@@ -19,21 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import numpy as np
 
-from cmscale.assets import local_file
 from cmscale.data import read_images
+from cmscale.distributed.world import choose_device
 from cmscale.errors import UserError
-from cmscale.evaluation.edm2 import edm2_beside, write_edm2
-from cmscale.evaluation.features import KINDS, build_features
-from cmscale.evaluation.reference import (
+from cmscale.evaluation.features.extractor import KINDS, build_features
+from cmscale.evaluation.reference.edm2 import edm2_beside, write_edm2
+from cmscale.evaluation.reference.reference import (
     SUBSET,
     reference_from_images,
     subset_indices,
     write_edm,
     write_reference,
 )
-from cmscale.manifests import read_dataset_manifest
-from cmscale.storage import explained, open_storage
-from cmscale.world import choose_device
+from cmscale.io.fetch import local_file
+from cmscale.io.storage import explained, open_storage
+from cmscale.runs.manifests import read_dataset_manifest
 
 # How a format's files are called, and the features whose statistics they hold.
 _FORMATS = {"adm": (".npz", KINDS), "edm": (".npz", ("inception",)), "edm2": (".pkl", ("inception", "dinov2"))}

@@ -10,12 +10,12 @@ from typing import Literal
 
 from webdataset.writer import TarWriter
 
-from cmscale.assets import file_sha256
-from cmscale.data import mds, webdataset
 from cmscale.data.decode import BadImage
+from cmscale.data.formats import mds, webdataset
 from cmscale.errors import UserError
-from cmscale.manifests import Document, ShardEntry
-from cmscale.storage import LocalStorage, Storage, explained, sync_folder
+from cmscale.io.fetch import file_sha256
+from cmscale.io.storage import LocalStorage, Storage, explained, sync_folder
+from cmscale.runs.manifests import Document, ShardEntry
 from data_prep.preprocess import convert
 from data_prep.sources import sample_key
 

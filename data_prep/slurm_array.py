@@ -9,8 +9,8 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from cmscale.errors import UserError
-from cmscale.manifests import Document, read_document
-from cmscale.storage import LocalStorage
+from cmscale.io.storage import LocalStorage
+from cmscale.runs.manifests import Document, read_document
 from data_prep.job import PROGRESS, Job
 from data_prep.progress import Ticker
 from data_prep.shards import Record, Settings

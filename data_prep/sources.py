@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmscale.data.webdataset import member_key
+from cmscale.data.formats.webdataset import member_key
 from cmscale.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

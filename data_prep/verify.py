@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
 
-from cmscale.data import mds, webdataset
+from cmscale.data.formats import mds, webdataset
 from cmscale.errors import UserError
-from cmscale.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
-from cmscale.storage import ArrivedChanged, Storage, open_storage
+from cmscale.io.storage import ArrivedChanged, Storage, open_storage
+from cmscale.runs.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
 from data_prep.job import PREPARATION, Preparation
 from data_prep.progress import Ticker
 from data_prep.shards import Settings, build_shard, index_file, shard_name

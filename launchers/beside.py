@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cmscale.config import Config, read_config
 from cmscale.errors import UserError
-from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, step_of
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_of
 from launchers.plan import Plan
 
 LOOK_SECONDS = 10.0

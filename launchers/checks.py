@@ -6,8 +6,8 @@ from typing import Any
 
 from cmscale.config import Config
 from cmscale.errors import UserError
-from cmscale.manifests import DatasetManifest, read_dataset_manifest
-from cmscale.storage import LocalStorage, open_parent, open_storage
+from cmscale.io.storage import LocalStorage, open_parent, open_storage
+from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
 
 def check_inputs(config: Config) -> DatasetManifest:

@@ -12,7 +12,7 @@ from types import FrameType
 
 from submitit.local.local import Controller, LocalJobEnvironment
 
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
 from launchers.outcome import attempt_folder, write_json
 
 PEERS_SECONDS = 2.0  # what peers get to say the same (a config that every rank refuses) before they are ended

@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 
 from cmscale.config import Config, Slurm, read_config
 from cmscale.errors import UserError
-from cmscale.rundir import RunDir
-from cmscale.storage import explained
+from cmscale.io.storage import explained
+from cmscale.runs.folder import RunDir
 from launchers.checks import check_evaluation, check_source, is_remote
 from launchers.outcome import EVALUATION
 from launchers.plan import add_cluster_flags, as_table, describe_place, make_plan
@@ -105,7 +105,7 @@ def where(flags: argparse.Namespace) -> tuple[Config | None, RunDir]:
 
 
 def make_request(flags: argparse.Namespace, *, device: str, run: RunDir) -> dict[str, Any]:
-    """What the worker is asked for, a `cmscale.evaluate.Request`; None: as the config says."""
+    """What the worker is asked for, a `cmscale.evaluation.evaluate.Request`; None: as the config says."""
     return {
         "source": _absolute(flags.source),
         "checkpoints": flags.step,

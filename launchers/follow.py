@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from launchers.outcome import Ending
 
 TAIL_LINES = 20
-_STEP = re.compile(r"step (?P<step>\d+)/(?P<total>\d+) +(?P<numbers>.*)")  # as cmscale.run_log says it
+_STEP = re.compile(r"step (?P<step>\d+)/(?P<total>\d+) +(?P<numbers>.*)")  # as cmscale.training.run_log says it
 
 
 class Follower:

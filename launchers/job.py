@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import submitit
 
 from cmscale.errors import UserError
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
 from launchers.outcome import RankEnd, attempt_folder, write_rank_end
 
 # Set where SIGTERM or the user signal came before the worker had handlers of its own: it should stop at once.

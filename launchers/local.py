@@ -13,7 +13,7 @@ from types import FrameType
 from submitit.local.local import LocalExecutor, LocalJob
 
 from cmscale.errors import UserError
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
 from launchers.follow import Follower, show_end
 from launchers.job import Job
 from launchers.outcome import (

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, step_of
-from cmscale.storage import replace_durably
+from cmscale.io.storage import replace_durably
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_of
 
 SUBMISSION = "CMSCALE_SUBMISSION"  # one name for all starts of one submission
 ATTEMPT = "CMSCALE_ATTEMPT"  # one name for each start
 MAX_FAULTS_WITHOUT_PROGRESS = 3
 LONGEST_BACKOFF_SECONDS = 300
-EVALUATION = "cmscale.evaluate:main"  # the worker whose jobs stand beside a run's training and are not its end
+# The worker whose jobs stand beside a run's training and are not its end.
+EVALUATION = "cmscale.evaluation.evaluate:main"
 
 Ending = Literal["finished", "preempted", "time_limit", "cancelled", "user_error", "fault"]
 Action = Literal["done", "requeue", "restart", "stop"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from submitit.core.utils import DelayedSubmission
 
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
 from launchers.follow import tail
 from launchers.outcome import (
     ATTEMPT,

@@ -10,7 +10,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from cmscale.errors import UserError
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
 from launchers.follow import Follower, show_end
 from launchers.job import Job
 from launchers.outcome import (

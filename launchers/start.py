@@ -20,8 +20,8 @@ from pydantic import BaseModel
 
 from cmscale.config import Config, dump_config
 from cmscale.errors import UserError
-from cmscale.rundir import RunDir
-from cmscale.storage import explained, replace_durably
+from cmscale.io.storage import explained, replace_durably
+from cmscale.runs.folder import RunDir
 from launchers.checks import is_remote
 from launchers.local import CHECKOUT, refuse_second_launcher, run_local
 from launchers.plan import Plan

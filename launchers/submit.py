@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 
 from cmscale.config import Config, differences, dump_config, parse_config, read_config, trajectory
 from cmscale.errors import UserError
-from cmscale.rundir import RunDir
-from cmscale.storage import replace_durably
+from cmscale.io.storage import replace_durably
+from cmscale.runs.folder import RunDir
 from launchers.beside import arguments_of, kept_beside, with_kept_checkpoints
 from launchers.checks import check_evaluation, check_export, check_inputs
 from launchers.outcome import newest_step
@@ -27,7 +27,7 @@ from launchers.start import (
     write_provenance,
 )
 
-WORKER = "cmscale.train:main"
+WORKER = "cmscale.training.loop:main"
 
 
 def main(arguments: list[str]) -> int:

@@ -21,8 +21,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
-from cmscale.metrics_log import read_lines
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines
 from data_prep.demo import write_lmdb
 from data_prep.prepare import main as prepare
 

@@ -3,8 +3,10 @@
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from data_fixtures import COUNT, FORMATS, make, pictures, write_lmdb
 from fault_proxy import FaultProxy
 from hypothesis import settings
 
@@ -56,3 +58,14 @@ def proxy(s3: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     with FaultProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lmdb(tmp_path_factory.mktemp("lsun") / "photo_train_lmdb", pictures(COUNT))
+
+
+@pytest.fixture(scope="session")
+def sets(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("sets")
+    return {format: make(source, str(folder / format), format) for format in FORMATS}

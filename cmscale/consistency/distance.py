@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmscale.config import CD, CT, ECT, ICT, PD, Method
-from cmscale.consistency import perceptual
+from cmscale.consistency import lpips as perceptual
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(a, b), both [B, C, H, W] in [-1, 1] -> [B]."""

@@ -19,9 +19,9 @@ from cmscale.data.cache import BadFile
 from cmscale.data.decode import BadImage, decode_into
 from cmscale.data.order import Order, flips
 from cmscale.data.samples import Samples
+from cmscale.distributed.world import World
 from cmscale.errors import UserError
-from cmscale.manifests import DatasetManifest
-from cmscale.world import World
+from cmscale.runs.manifests import DatasetManifest
 
 
 @dataclass(frozen=True)

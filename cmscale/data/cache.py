@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from cmscale.assets import file_sha256
 from cmscale.errors import UserError
-from cmscale.manifests import FileEntry
-from cmscale.storage import ArrivedChanged, LocalStorage, Storage
+from cmscale.io.fetch import file_sha256
+from cmscale.io.storage import ArrivedChanged, LocalStorage, Storage
+from cmscale.runs.manifests import FileEntry
 
 ATTEMPTS = 4
 LOCK_MINUTES = 15.0

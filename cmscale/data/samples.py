@@ -9,12 +9,12 @@ from typing import Protocol
 
 import numpy as np
 
-from cmscale.data import mds, webdataset
 from cmscale.data.cache import FileCache
 from cmscale.data.decode import BadImage, decode
+from cmscale.data.formats import mds, webdataset
 from cmscale.errors import UserError
-from cmscale.manifests import DatasetManifest, read_dataset_manifest
-from cmscale.storage import open_storage
+from cmscale.io.storage import open_storage
+from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
 _EVICTED_AT_MOST = 10
 _OPEN_AT_MOST = 256

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from cmscale.assets import file_sha256
 from cmscale.config import Config, trajectory
+from cmscale.distributed.collectives import all_ranks, any_rank, from_main, on_main
+from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine
 from cmscale.engine.export import Exporter
 from cmscale.errors import UserError
-from cmscale.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
-from cmscale.metrics_log import write_event
-from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name, step_of
-from cmscale.storage import explained, replace_durably, sync_folder
-from cmscale.world import World, all_ranks, any_rank, from_main, on_main
+from cmscale.io.fetch import file_sha256
+from cmscale.io.storage import explained, replace_durably, sync_folder
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name, step_of
+from cmscale.runs.log import write_event
+from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
 
 
 class Fenced(RuntimeError):

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import nn
 
 from cmscale.config import Config, accumulation_steps
+from cmscale.distributed.collectives import bound_collectives
+from cmscale.distributed.world import World
 from cmscale.engine import masters, settings
 from cmscale.engine.clock import ForwardClock
 from cmscale.engine.frozen import FrozenNetwork, Network, PartitionedNetwork
 from cmscale.engine.optimizer import GuardedStep, build_optimizer
 from cmscale.engine.shards import FlatShards, Read, flatten
-from cmscale.world import World, bound_collectives
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cmscale.assets import file_sha256
-from cmscale.engine.weights import list_checkpoints, read_manifest
-from cmscale.manifests import FileEntry
-from cmscale.metrics_log import write_event
-from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, step_name
-from cmscale.storage import ArrivedChanged, LocalStorage, S3Storage, Storage, local_copy, open_storage
+from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest
+from cmscale.io.fetch import file_sha256
+from cmscale.io.storage import ArrivedChanged, LocalStorage, S3Storage, Storage, local_copy, open_storage
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_name
+from cmscale.runs.log import write_event
+from cmscale.runs.manifests import FileEntry
 
 TRIES = 3  # uploads of one file before the step waits for the next round
 

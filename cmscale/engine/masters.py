@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cmscale.manifests import Parameter, Segment
+from cmscale.runs.manifests import Parameter, Segment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -4,7 +4,7 @@ import os
 import signal
 from types import FrameType
 
-from cmscale.world import any_rank
+from cmscale.distributed.collectives import any_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 

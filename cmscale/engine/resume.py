@@ -5,14 +5,15 @@ from functools import partial
 from pathlib import Path
 
 from cmscale.config import Config, differences, trajectory
+from cmscale.distributed.collectives import from_main, gather, on_main
+from cmscale.distributed.world import World
+from cmscale.engine.checkpoint_reader import FlatReader, layout_problems, part_problems, read_manifest
 from cmscale.engine.engine import Engine
-from cmscale.engine.weights import FlatReader, layout_problems, part_problems, read_manifest
 from cmscale.errors import UserError
-from cmscale.manifests import CheckpointManifest, TrainState
-from cmscale.metrics_log import read_lines, write_event
-from cmscale.rundir import RunDir, step_of
-from cmscale.storage import LocalStorage
-from cmscale.world import World, from_main, gather, on_main
+from cmscale.io.storage import LocalStorage
+from cmscale.runs.folder import RunDir, step_of
+from cmscale.runs.log import read_lines, write_event
+from cmscale.runs.manifests import CheckpointManifest, TrainState
 
 
 @dataclass(frozen=True)

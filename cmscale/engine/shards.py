@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from cmscale.config.schedules import Point
 from cmscale.engine.masters import MOMENTS, Piece, count_elements
-from cmscale.manifests import Parameter, Segment
-from cmscale.schedules import Point
+from cmscale.runs.manifests import Parameter, Segment
 
 
 class Read(Protocol):

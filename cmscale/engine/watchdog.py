@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from cmscale.config import Config
-from cmscale.rundir import RunDir
-from cmscale.world import World
+from cmscale.distributed.world import World
+from cmscale.runs.folder import RunDir
 
 WATCH = Path(__file__).with_name("watch.py")
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from cmscale.evaluation.features import Features
-from cmscale.storage import replace_durably
+from cmscale.evaluation.features.extractor import Features
+from cmscale.io.storage import replace_durably
 
 BLOCK = 128
 

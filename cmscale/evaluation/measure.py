@@ -15,12 +15,12 @@ import numpy as np
 
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
-from cmscale.evaluation.features import FeatureExtractor, Features
+from cmscale.evaluation.features.extractor import FeatureExtractor, Features
 from cmscale.evaluation.images import batches
-from cmscale.evaluation.metrics import InceptionScoreSums, frechet_distance, kernel_distance
-from cmscale.evaluation.neighbours import DENSITY_K, Manifold, compare
-from cmscale.evaluation.reference import Reference
-from cmscale.evaluation.statistics import Sums, total
+from cmscale.evaluation.metrics.distributions import InceptionScoreSums, frechet_distance, kernel_distance
+from cmscale.evaluation.metrics.neighbours import DENSITY_K, Manifold, compare
+from cmscale.evaluation.metrics.statistics import Sums, total
+from cmscale.evaluation.reference.reference import Reference
 
 
 def image_blocks(

@@ -6,7 +6,7 @@ from typing import Any
 
 from cmscale.config import Config, dump_config
 from cmscale.interop.names import parameter_shapes
-from cmscale.manifests import DatasetManifest
+from cmscale.runs.manifests import DatasetManifest
 
 METHODS = {
     "edm": "a diffusion model (EDM, Karras et al. 2022)",

@@ -15,7 +15,7 @@ from cmscale.interop.files import folder, readable, writable
 from cmscale.interop.names import Weights, attends, parameter_shapes, parameters, reorder_qkv
 from cmscale.interop.safetensors_file import describe, load_with_metadata, own_card
 from cmscale.interop.strict import strict_weights
-from cmscale.storage import Storage
+from cmscale.io.storage import Storage
 
 INDEX = "model_index.json"
 UNET_CONFIG = "unet/config.json"

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
-from cmscale.storage import LocalStorage, Storage, explained, local_copy, open_parent, open_storage, sync_folder
+from cmscale.io.storage import LocalStorage, Storage, explained, local_copy, open_parent, open_storage, sync_folder
 
 
 def located(source: str | Path) -> tuple[Storage, str]:

@@ -1,7 +1,7 @@
 """The raw network (ADM UNet), its attention, and the denoisers that precondition it."""
 
-from cmscale.model.choice import denoiser_for
 from cmscale.model.denoiser import ConsistencyDenoiser, EDMDenoiser
+from cmscale.model.precondition import denoiser_for
 from cmscale.model.trigflow import TrigFlow
 from cmscale.model.unet import UNet, build_unet
 

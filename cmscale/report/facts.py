@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from cmscale.errors import UserError
-from cmscale.evaluation.result import EvaluationResult
-from cmscale.manifests import read_document
-from cmscale.metrics_log import latest_metrics, read_lines
-from cmscale.rundir import RunDir, step_of
+from cmscale.runs.folder import RunDir, step_of
+from cmscale.runs.log import latest_metrics, read_lines
+from cmscale.runs.manifests import read_document
+from cmscale.runs.results import EvaluationResult
 
 METHODS = {
     "edm": "EDM diffusion model",

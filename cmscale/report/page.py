@@ -10,13 +10,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from cmscale.evaluation.result import EvaluationResult, Metric
+from cmscale.io.storage import replace_durably
 from cmscale.report.facts import RunFacts, read_facts
 from cmscale.report.paper import PAPER
 from cmscale.report.plots import Curve, time_curve, training_curve
 from cmscale.report.quality import quality_panels
-from cmscale.rundir import RunDir
-from cmscale.storage import replace_durably
+from cmscale.runs.folder import RunDir
+from cmscale.runs.results import EvaluationResult, Metric
 
 _MAX_IMAGE = 1024
 _MAX_GRIDS = 6

@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cmscale.evaluation.result import EvaluationResult, Metric
 from cmscale.report.facts import RunFacts
 from cmscale.report.plots import Curve, ema_curve, progress_curve, steps_curve
+from cmscale.runs.results import EvaluationResult, Metric
 
 Level = tuple[str, float]
 

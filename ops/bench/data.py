@@ -38,9 +38,9 @@ from webdataset.compat import WebDataset
 from cmscale.config import Data
 from cmscale.data import Batches, open_batches
 from cmscale.data.samples import Samples
-from cmscale.manifests import read_dataset_manifest
-from cmscale.storage import open_storage
-from cmscale.world import World
+from cmscale.distributed.world import World
+from cmscale.io.storage import open_storage
+from cmscale.runs.manifests import read_dataset_manifest
 from data_prep import prepare
 from data_prep.preprocess import convert
 from data_prep.sources import Reader, open_source

@@ -29,11 +29,11 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from cmscale.evaluation import features as feature_code
-from cmscale.evaluation.features import FIDInception, build_features
-from cmscale.evaluation.metrics import frechet_distance, kernel_distance
-from cmscale.evaluation.neighbours import Manifold, compare
-from cmscale.evaluation.statistics import Moments, Sums
+from cmscale.evaluation.features import extractor as feature_code
+from cmscale.evaluation.features.extractor import FIDInception, build_features
+from cmscale.evaluation.metrics.distributions import frechet_distance, kernel_distance
+from cmscale.evaluation.metrics.neighbours import Manifold, compare
+from cmscale.evaluation.metrics.statistics import Moments, Sums
 
 WIDTH = 2048
 Action = Callable[[], object]

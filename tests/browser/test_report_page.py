@@ -11,7 +11,7 @@ from PIL import Image
 from run_folder import write_run
 
 from cmscale.report import build_report
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cmscale.errors import UserError
-from cmscale.rundir import CHECKPOINT_MANIFEST, RunDir, step_of
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_of
 from launchers.job import EARLY_SIGNAL
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cmscale import train
 from cmscale.engine import checkpoint
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.training import loop as train
 from launchers.job import EARLY_SIGNAL
 
 AT_THE_START = -1

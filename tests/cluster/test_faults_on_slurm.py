@@ -18,8 +18,8 @@ from test_launching import SUBMISSION, attempts, events, job_id, submit, wait_un
 from test_training_on_slurm import ranks_of
 
 from cmscale.config import Slurm
-from cmscale.metrics_log import read_lines
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines
 from launchers.outcome import newest_step
 from launchers.plan import Plan
 from launchers.slurm import run_slurm, wait_for_end

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from cmscale.config import Slurm
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
 from launchers.beside import arguments_of
 from launchers.outcome import read_json
 from launchers.plan import Plan
 from launchers.slurm import run_slurm, script_text, wait_for_end
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from launch_fixtures import CONFIG, dataset
 
@@ -167,7 +167,7 @@ def test_evaluations_beside_training_are_jobs_of_their_own_that_the_batch_script
     args = (str(run.root), 5, "well")
     assert run_slurm("cluster_worker:main", args, run=run, plan=plan, submission=SUBMISSION, wait=True) == 0
     jobs = [read_json(path) or {} for path in run.logs.glob("submissions/*/job.json")]
-    assert sorted(job["worker"] for job in jobs) == ["cluster_worker:main", "cmscale.evaluate:main"]
+    assert sorted(job["worker"] for job in jobs) == ["cluster_worker:main", "cmscale.evaluation.evaluate:main"]
     assert [path.name for path in run.asked_evaluation(5).parent.iterdir()] == [run.asked_evaluation(5).name]
     assert len({job["job_id"] for job in jobs}) == 2
 

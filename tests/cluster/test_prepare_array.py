@@ -12,7 +12,7 @@ sys.path.append(str(ROOT / "tests" / "unit"))
 
 from data_fixtures import pictures, tree, write_lmdb  # noqa: E402
 
-from cmscale.storage import open_storage  # noqa: E402
+from cmscale.io.storage import open_storage  # noqa: E402
 from data_prep import prepare, verify  # noqa: E402
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]

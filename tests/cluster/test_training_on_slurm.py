@@ -11,8 +11,8 @@ import psutil
 import pytest
 import yaml
 
-from cmscale.metrics_log import latest_metrics, read_lines
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import latest_metrics, read_lines
 from data_prep.demo import VIEWS, crops, write_lmdb
 from data_prep.prepare import main as prepare
 

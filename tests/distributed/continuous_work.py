@@ -5,11 +5,10 @@ import json
 import torch
 from small import images, joined, whole
 
-from cmscale import schedules
-from cmscale.config import parse_config
-from cmscale.consistency.progressive import ends_stage
+from cmscale.config import parse_config, schedules
+from cmscale.consistency.losses.progressive import ends_stage
 from cmscale.rng import SampleRandomness
-from cmscale.train import assemble
+from cmscale.training.assemble import assemble
 
 TEXT = """
 method: METHOD

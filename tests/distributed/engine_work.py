@@ -10,14 +10,15 @@ import pytest
 import torch
 from small import SmallNetwork, images, joined, micro_losses, point_at, small_config, train, whole
 
+from cmscale.distributed.collectives import barrier
+from cmscale.distributed.world import World
 from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.checkpoint_reader import read_weights
 from cmscale.engine.engine import Engine, NonFiniteLoss
 from cmscale.engine.resume import newest, restore
-from cmscale.engine.weights import read_weights
-from cmscale.manifests import TrainState
 from cmscale.model.unet import build_unet
-from cmscale.rundir import RunDir
-from cmscale.world import World, barrier
+from cmscale.runs.folder import RunDir
+from cmscale.runs.manifests import TrainState
 
 
 def engine_at(world: World, stage: int, *overrides: str, has_target: bool = True) -> Engine:

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
 from evaluation_fixtures import build_cheap_features, write_dataset, write_trained_run
 from ranks import free_port
 
-from cmscale import evaluate, measuring
-from cmscale.evaluation import neighbours
+from cmscale.evaluation import evaluate
+from cmscale.evaluation import session as measuring
 from cmscale.evaluation.blocks import BlockStore
-from cmscale.rundir import RunDir
+from cmscale.evaluation.metrics import neighbours
+from cmscale.runs.folder import RunDir
 
 REQUEST = {"samples": 300, "device": "cpu"}  # three blocks, the last of 44: no number of ranks divides them
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from cmscale import train
-from cmscale import world as worlds
+from cmscale.distributed import collectives
+from cmscale.distributed import world as worlds
 from cmscale.engine import checkpoint
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.training import loop as train
 
 GLOBAL_BATCH = 8
 
@@ -73,7 +74,7 @@ def scenarios(root: str) -> None:
     ends = {name: ended(Path(root) / name, fault) for name, fault in FAULTS.items()}
     if os.environ["RANK"] == "0":
         damage(Path(root) / "golden", Path(root) / "damaged")
-    worlds.barrier()
+    collectives.barrier()
     ends["damaged"] = ended(Path(root) / "damaged", contextlib.nullcontext)
     ends["signals, resumed"] = ended(Path(root) / "signals", contextlib.nullcontext)
     print(json.dumps(ends))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from small import joined, small_config
 
-from cmscale import preflight
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.training import preflight
 
 
 def look(folder: str) -> None:

@@ -120,7 +120,7 @@ if __name__ == "__main__":
     module_name, _, function_name = sys.argv[1].partition(":")
     getattr(importlib.import_module(module_name), function_name)(*json.loads(sys.argv[2]))
     # As a real rank leaves: an interpreter that ends with gloo's threads alive is now and then aborted.
-    importlib.import_module("cmscale.world").disconnect()
+    importlib.import_module("cmscale.distributed.world").disconnect()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from flat_state import StandIn, flat_config, ranks_of
 
+from cmscale.distributed.world import World
 from cmscale.engine import checkpoint
-from cmscale.manifests import TrainState
-from cmscale.rundir import RunDir
-from cmscale.world import World
+from cmscale.runs.folder import RunDir
+from cmscale.runs.manifests import TrainState
 
 
 def die(*_: Any, **__: Any) -> None:

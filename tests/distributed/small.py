@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from cmscale.config import Config, parse_config
+from cmscale.config.schedules import Point
+from cmscale.distributed.world import World, connect, detect
+from cmscale.engine.checkpoint_reader import by_name
 from cmscale.engine.engine import Engine, StepResult
-from cmscale.engine.weights import by_name
-from cmscale.schedules import Point
-from cmscale.world import World, connect, detect
 
 TEXT = """
 method: {kind: ct, distance: l2}

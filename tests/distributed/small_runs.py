@@ -8,10 +8,10 @@ import textwrap
 from pathlib import Path
 
 from cmscale.config import dump_config, parse_config
-from cmscale.metrics_log import latest_metrics, read_lines
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import latest_metrics, read_lines
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from data_fixtures import pictures, write_lmdb
 
 from data_prep.prepare import main as prepare
@@ -53,7 +53,7 @@ def launch(run: RunDir, worker: str, *arguments: str, num_ranks: int = 2) -> sub
     code = f"""
         from pathlib import Path
         from cmscale.config import read_config
-        from cmscale.rundir import RunDir
+        from cmscale.runs.folder import RunDir
         from launchers import start
         from launchers.plan import Plan
         run = RunDir(Path({str(run.root)!r}))

@@ -12,7 +12,7 @@ from cmscale.config import parse_config
 from cmscale.errors import UserError
 from cmscale.interop import write_safetensors
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from networks import random_weights
 
 

@@ -10,9 +10,9 @@ import pytest
 from ranks import ROOT, run_ranks
 from small_runs import launch, make_data, make_run
 
-from cmscale.metrics_log import read_lines
+from cmscale.runs.log import read_lines
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from evaluation_fixtures import write_dataset, write_trained_run
 
@@ -69,7 +69,7 @@ def test_the_ranks_share_the_work_of_nearest_neighbours(folder: Path) -> None:
 @pytest.mark.timeout(900)
 def test_a_trained_run_in_real_features_is_the_same_on_1_2_and_3_ranks_and_after_one_was_killed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_data(tmp_path), "evaluate.features=efficientnet")
-    trainer = launch(run, "cmscale.train:main", num_ranks=1)
+    trainer = launch(run, "cmscale.training.loop:main", num_ranks=1)
     said, _ = trainer.communicate()
     assert trainer.returncode == 0, said
     run_ranks(1, "evaluate_work:evaluate_trained", str(tmp_path), timeout=600)

@@ -13,8 +13,8 @@ from ranks import run_ranks, start_ranks, wait
 from safetensors import safe_open
 from small_runs import STEPS, assert_equal, events, last_weights, launch, losses, make_data, make_run, outcomes
 
-from cmscale.metrics_log import latest_metrics, read_lines
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import latest_metrics, read_lines
 
 OVERRIDES = {
     "workers": ("data.workers=1",),
@@ -196,7 +196,7 @@ def test_wandb_that_is_away_holds_up_neither_training_nor_its_end(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     run = make_run(tmp_path / "run", data, "wandb.mode=online")
-    job = launch(run, "cmscale.train:main")
+    job = launch(run, "cmscale.training.loop:main")
     _, said = job.communicate(timeout=200)
     assert job.returncode == 0, said
     (finished,) = events(run, "finished")

@@ -5,9 +5,9 @@ import torch
 from ranks import run_ranks
 from save_work import CASES, StandIn, flat_config, run_of
 
+from cmscale.distributed.world import World
 from cmscale.engine import checkpoint, resume
-from cmscale.engine.weights import verify_checkpoint
-from cmscale.world import World
+from cmscale.engine.checkpoint_reader import verify_checkpoint
 
 
 @pytest.fixture(scope="module")

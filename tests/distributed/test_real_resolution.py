@@ -7,8 +7,8 @@ import pytest
 from ranks import run_ranks
 
 from cmscale.config import dump_config, read_config
-from cmscale.metrics_log import latest_metrics
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import latest_metrics
 from data_prep.demo import VIEWS, crops, write_lmdb
 from data_prep.prepare import main as prepare
 

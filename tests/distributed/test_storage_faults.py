@@ -11,11 +11,11 @@ from fault_proxy import FaultProxy
 from ranks import run_ranks
 from small_runs import CHECKOUT, assert_equal, events, launch, make_data, make_run
 
+from cmscale.engine.checkpoint_reader import list_checkpoints, verify_checkpoint
 from cmscale.engine.export import Exporter
-from cmscale.engine.weights import list_checkpoints, verify_checkpoint
-from cmscale.exporting import finish_copies
-from cmscale.rundir import RunDir
-from cmscale.storage import S3Storage, open_storage
+from cmscale.io.storage import S3Storage, open_storage
+from cmscale.runs.folder import RunDir
+from cmscale.weights_export import finish_copies
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_an_exporter_killed_in_a_multipart_upload_shows_nothing_and_the_next_end
         from pathlib import Path
         from boto3.s3.transfer import TransferConfig
         from cmscale.engine.export import export_pending
-        from cmscale.rundir import RunDir
-        from cmscale.storage import S3Storage
+        from cmscale.runs.folder import RunDir
+        from cmscale.io.storage import S3Storage
 
         def upload(self, key, path):  # in parts, as only large files go
             in_parts = TransferConfig(multipart_threshold=1, multipart_chunksize=5 * 2**20)
@@ -112,7 +112,7 @@ def test_a_run_trains_on_exactly_while_storage_fails_is_slow_and_cuts_connection
 ) -> None:
     rules = [proxy.add(fault, times=2) for fault in ("503", "slow", "reset", "reset after")]
     run = make_run(tmp_path / "run", data, f"checkpoint.export_to={s3}")
-    job = launch(run, "cmscale.train:main", num_ranks=1)
+    job = launch(run, "cmscale.training.loop:main", num_ranks=1)
     _, said = job.communicate(timeout=200)
     assert job.returncode == 0, said
     assert [rule.used for rule in rules] == [2, 2, 2, 2]
@@ -126,7 +126,7 @@ def test_storage_away_through_the_exit_holds_up_neither_training_nor_its_end(
 ) -> None:
     rule = proxy.add("stall", match="PUT .*rank-")
     run = make_run(tmp_path / "run", data, f"checkpoint.export_to={s3}", "engine.collective_timeout_minutes=0.1")
-    job = launch(run, "cmscale.train:main", num_ranks=1)
+    job = launch(run, "cmscale.training.loop:main", num_ranks=1)
     _, said = job.communicate(timeout=200)
     assert job.returncode == 0, said
     assert rule.used

@@ -11,11 +11,11 @@ import torch
 from ranks import run_ranks, start_ranks, wait
 
 from cmscale.config import dump_config, parse_config
-from cmscale.metrics_log import latest_metrics, read_lines
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import latest_metrics, read_lines
 from cmscale.source import load_source
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from data_fixtures import pictures, write_lmdb
 
 from data_prep.prepare import main as prepare

@@ -7,9 +7,9 @@ import threading
 import time
 from pathlib import Path
 
-from cmscale import train
-from cmscale.metrics_log import read_lines
-from cmscale.rundir import RunDir
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines
+from cmscale.training import loop as train
 
 
 def to_the_end(run_dir: str) -> None:

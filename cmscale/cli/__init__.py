@@ -1,0 +1,1 @@
+"""The `cmscale` command, one file per group of commands."""

@@ -1,0 +1,1 @@
+"""The shard formats that a data set can have."""

@@ -1,0 +1,168 @@
+"""Owns the reading of checkpoints, local or on S3, without DeepSpeed: list, verify, read."""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cmscale.errors import UserError
+from cmscale.io.fetch import file_sha256, local_file
+from cmscale.io.storage import LocalStorage, Storage, local_copy, open_storage
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_of
+from cmscale.runs.manifests import CheckpointManifest, RankPart, is_plain_name, read_document
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint that has a manifest."""
+
+    step: int
+    url: str
+
+
+def list_checkpoints(run_url: str | Path) -> list[Listed]:
+    """The checkpoints of a run (a folder or `s3://` with `checkpoints/` in it), oldest first."""
+    storage = open_storage(run_url).sub("checkpoints")
+    found = []
+    for entry in storage.list("step-"):
+        name, _, rest = entry.key.partition("/")
+        if rest == CHECKPOINT_MANIFEST:
+            found.append(Listed(step_of(name), storage.join(name)))
+    return sorted(found, key=lambda listed: listed.step)
+
+
+def read_manifest(storage: Storage) -> CheckpointManifest:
+    """The manifest of the checkpoint at `storage`.
+
+    Raises:
+        UserError: none there, not one, or one that names files outside its folder.
+    """
+    raw = storage.read_if_present(CHECKPOINT_MANIFEST)
+    if raw is None:
+        raise UserError(f"{storage.url}: no complete checkpoint there (no {CHECKPOINT_MANIFEST})")
+    manifest = read_document(CheckpointManifest, raw, origin=storage.join(CHECKPOINT_MANIFEST))
+    for part in manifest.parts:
+        if not is_plain_name(part.file.name):
+            raise UserError(f"{storage.join(CHECKPOINT_MANIFEST)}: {part.file.name!r} leaves the checkpoint; refused")
+    return manifest
+
+
+def verify_checkpoint(url: str | Path) -> list[str]:
+    """What is wrong with a checkpoint, one line each naming the file; none where it is as written."""
+    storage = open_storage(url)
+    try:
+        manifest = read_manifest(storage)
+    except UserError as error:
+        return [str(error)]
+    problems = layout_problems(manifest, origin=storage.url)
+    for part in manifest.parts:
+        problems += part_problems(storage, manifest, part)
+    return problems
+
+
+def layout_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]:
+    """Whether the parts cover the flat space exactly once."""
+    runs = sorted((segment.start, segment.length) for part in manifest.parts for segment in part.segments)
+    at = 0
+    for start, length in runs:
+        if start != at:
+            return [f"{origin}: elements {min(at, start)} to {max(at, start)} are missing or held twice"]
+        at = start + length
+    return [] if at == manifest.num_elements else [f"{origin}: holds {at} elements of {manifest.num_elements}"]
+
+
+def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart) -> list[str]:
+    """What is wrong with one rank's file: absent, altered, or not the tensors that the manifest promises."""
+    where = storage.join(part.file.name)
+    try:
+        with local_copy(storage, part.file.name) as path:
+            if path.stat().st_size != part.file.size:
+                return [f"{where}: has {path.stat().st_size} bytes, the manifest says {part.file.size}"]
+            if file_sha256(path) != part.file.sha256:
+                return [f"{where}: its contents are not what was written (SHA-256 differs)"]
+            length = sum(segment.length for segment in part.segments)
+            with safe_open(path, framework="pt") as file:
+                held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                for quantity in manifest.quantities:
+                    if quantity not in held:
+                        return [f"{where}: holds no {quantity}"]
+                    if held[quantity].get_dtype() != "F32" or held[quantity].get_shape() != [length]:
+                        return [f"{where}: {quantity} is not {length} float32 values"]
+    except FileNotFoundError:
+        return [f"{where}: is missing"]
+    except SafetensorError as error:
+        return [f"{where}: not a safetensors file ({error})"]
+    return []
+
+
+def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
+    """The named fp32 parameters of one quantity of a checkpoint (`master`, an EMA's name, `target`).
+
+    Every file is checked against its hash first; from S3 each is fetched once a node, into the cache.
+
+    Raises:
+        UserError: no complete checkpoint there, no such quantity in it, or a damaged file; one line.
+    """
+    storage = open_storage(url)
+    manifest = read_manifest(storage)
+    if quantity not in manifest.quantities:
+        raise UserError(f"{storage.url}: holds no {quantity!r}, only {', '.join(manifest.quantities)}")
+    problems = (
+        verify_checkpoint(url) if isinstance(storage, LocalStorage) else layout_problems(manifest, origin=storage.url)
+    )
+    if problems:
+        raise UserError(problems[0])
+    flat = torch.empty(manifest.num_elements)
+    for part in manifest.parts:
+        where = storage.join(part.file.name)
+        path = where if isinstance(storage, LocalStorage) else local_file(f"{where}#sha256={part.file.sha256}")
+        with safe_open(path, framework="pt") as file:
+            values = file.get_tensor(quantity)
+        for segment in part.segments:
+            flat[segment.start : segment.start + segment.length] = values[segment.at : segment.at + segment.length]
+    return by_name(flat, manifest.parameters)
+
+
+class FlatReader:
+    """Reads runs of a local checkpoint's flat space, whatever the world size and ZeRO stage that wrote it."""
+
+    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
+        self._folder = folder
+        self._runs = sorted(
+            (segment.start, segment.length, segment.at, part.file.name)
+            for part in manifest.parts
+            for segment in part.segments
+        )
+        self._starts = [run[0] for run in self._runs]
+        self._files: dict[str, Any] = {}
+
+    def __call__(self, quantity: str, start: int, length: int) -> torch.Tensor:
+        """flat[start : start + length] of a quantity, float32."""
+        found = []
+        at = start
+        index = bisect.bisect_right(self._starts, start) - 1
+        while at < start + length:
+            begin, size, place, name = self._runs[index]
+            end = min(begin + size, start + length)
+            values = self._open(name).get_slice(quantity)
+            found.append(values[place + at - begin : place + end - begin])
+            at, index = end, index + 1
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self._folder / name, framework="pt")
+        return self._files[name]
+
+
+def by_name(flat: torch.Tensor, parameters: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Views of a flat space as named parameters (`manifests.Parameter`)."""
+    found = {}
+    for parameter in parameters:
+        numel = torch.Size(parameter.shape).numel()
+        found[parameter.name] = flat[parameter.offset : parameter.offset + numel].view(parameter.shape)
+    return found

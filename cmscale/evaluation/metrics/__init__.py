@@ -1,0 +1,1 @@
+"""The metrics and the statistics that they need."""

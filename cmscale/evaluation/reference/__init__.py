@@ -1,0 +1,1 @@
+"""Reference statistics and the file formats that hold them."""

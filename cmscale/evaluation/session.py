@@ -1,0 +1,244 @@
+"""Owns one measurement of samples: drawn and measured on all ranks in blocks, then turned into numbers."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.progress import track
+
+from cmscale import __version__
+from cmscale.config import Evaluate
+from cmscale.consistency.solver import Denoise
+from cmscale.data import read_images
+from cmscale.distributed import collectives
+from cmscale.distributed.world import World
+from cmscale.engine.preemption import Preemption
+from cmscale.errors import UserError
+from cmscale.evaluation.blocks import BlockStore
+from cmscale.evaluation.features.extractor import FeatureExtractor, build_features
+from cmscale.evaluation.measure import measure_distributions, measure_neighbours
+from cmscale.evaluation.metrics.neighbours import DENSITY_K, Manifold
+from cmscale.evaluation.reference.reference import Reference, read_reference, reference_from_images
+from cmscale.generation.draw import SampleRequest, draw_batch, used_sigmas
+from cmscale.io.fetch import cache_folder, local_file
+from cmscale.io.pictures import to_uint8
+from cmscale.io.storage import open_storage
+from cmscale.runs.folder import RunDir, step_name
+from cmscale.runs.manifests import DATASET_MANIFEST, read_dataset_manifest
+from cmscale.source import Source
+
+MAX_REFERENCE_IMAGES = 50_000  # measured on the spot; larger data sets want data_prep/reference.py once
+_PIXELS_A_PASS = 1 << 20
+
+PROTOCOL = 1
+"""Counts the definitions of samples, features and metrics: whatever changes a number by more than rounding (another
+preprocessing, another tap of a network, another estimator) takes the next one, and measures kept under the last are
+not taken for its own.
+"""
+
+
+TIMEOUT_MINUTES = 120.0
+"""Of the ranks' collectives: rank 0 measures a reference while the others wait."""
+
+
+class MeasuringRequest(BaseModel):
+    """Which network is measured and against what; `None` leaves a value to the source's config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    reference: str | None = None
+    samples: int | None = None
+    features: str | None = None
+    inception_weights: str | None = None
+    dinov2_weights: str | None = None
+    weights: str | None = None
+    config: str | None = None
+    overrides: list[str] = []
+    device: str = "auto"
+
+    def given(self) -> dict[str, Any]:
+        """What stands before the config's `evaluate` section, by its keys."""
+        return {
+            "features": self.features,
+            "inception_weights": self.inception_weights,
+            "dinov2_weights": self.dinov2_weights,
+            "reference": self.reference,
+            "num_samples": self.samples,
+        }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements of one call share: ranks, settings, features, and on rank 0 the reference.
+
+    Every rank has the reference's features for nearest neighbours (`manifold`), where there are such.
+    """
+
+    world: World
+    settings: Evaluate
+    extractor: FeatureExtractor
+    reference: Reference | None
+    manifold: Manifold | None
+    preemption: Preemption
+
+    @classmethod
+    def build(
+        cls, settings: Evaluate, world: World, *, given: dict[str, Any], data: str | None, preemption: Preemption
+    ) -> "Bench":
+        """The values given on the command line before the config's; the training data where neither names a
+        reference. Collective.
+        """
+        settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+        if settings.num_samples < 2:
+            raise UserError(f"--samples {settings.num_samples}: an evaluation takes at least 2 samples")
+        named = {"inception": settings.inception_weights, "dinov2": settings.dinov2_weights}.get(settings.features)
+        weights = None if named is None else local_file(named)
+        extractor = build_features(settings.features, weights=weights, device=world.device)
+        reference = collectives.on_main(lambda: load_reference(settings.reference or data, extractor))
+        return cls(world, settings, extractor, reference, shared_manifold(reference, extractor, world), preemption)
+
+    def measure_samples(
+        self, source: Source, denoise: Denoise, draw: SampleRequest, *, work_dir: Path, label: str
+    ) -> dict[str, float] | None:
+        """Every metric of the samples that `draw` asks for, on every rank. Collective.
+
+        What an earlier, interrupted call committed to `work_dir`, blocks or all metrics, is taken as it is.
+
+        Returns:
+            None where a preemption came between; the blocks so far are kept.
+        """
+        if source.config.model.num_classes is not None:
+            draw = replace(draw, classes="random")
+        identity = {**sampling_protocol(source, draw), **self.features_protocol(), "seed": draw.seed}
+        store = BlockStore(work_dir, identity=identity, num_samples=draw.num)
+        known = collectives.from_main(collectives.on_main(lambda: store.metrics(self._against)))
+        if known is not None:
+            return known
+        todo = collectives.from_main(collectives.on_main(store.missing))
+        mine = todo[self.world.rank :: self.world.num_ranks]
+        for block in track(mine, description=label, disable=not (self.world.is_main and sys.stderr.isatty())):
+            if self.preemption.flagged:
+                break
+            store.commit(block, self.extractor(draw_block(source, denoise, draw, block, device=self.world.device)))
+        if self.preemption.requested():
+            return None
+        return self._measured(store)
+
+    def features_protocol(self) -> dict[str, Any]:
+        """What decides the numbers that images give: network, its weights, the code."""
+        return {
+            "features": self.extractor.label,
+            "features_sha256": self.extractor.weights_sha256,
+            "protocol": PROTOCOL,
+            "cmscale": __version__,
+        }
+
+    @property
+    def _against(self) -> str:
+        assert self.reference is not None, "rank 0 has the reference"
+        return self.reference.sha256
+
+    def _measured(self, store: BlockStore) -> dict[str, float]:
+        """Distributions on rank 0, where the reference is; nearest neighbours on all ranks. Collective."""
+        found, pooled = collectives.on_main(lambda: self._distributions(store)) or ({}, None)
+        if self.manifold is not None and store.num_samples > DENSITY_K:
+            features = collectives.array_from_main(pooled)
+            found |= measure_neighbours(Manifold(features, device=self.world.device, world=self.world), self.manifold)
+        collectives.on_main(lambda: store.finish(found, against=self._against))
+        return collectives.from_main(found)
+
+    def _distributions(self, store: BlockStore) -> tuple[dict[str, float], np.ndarray]:
+        assert self.reference is not None, "rank 0 has the reference"
+        return measure_distributions(store.read(), num_samples=store.num_samples, reference=self.reference)
+
+
+def shared_manifold(reference: Reference | None, extractor: FeatureExtractor, world: World) -> Manifold | None:
+    """Rank 0's reference for nearest neighbours, on every rank; None where it has too few features. Collective."""
+    subset = None if reference is None else reference.subset
+    if not collectives.from_main(subset is not None and len(subset) > DENSITY_K):
+        return None
+    return Manifold(collectives.array_from_main(subset), device=extractor.device, world=world)
+
+
+def draw_block(
+    source: Source, denoise: Denoise, draw: SampleRequest, block: range, *, device: torch.device
+) -> torch.Tensor:
+    """The block's samples as uint8.
+
+    They are drawn so many at a time as the image size alone says: a convolution's rounding may depend on its
+    batch, a result must not depend on who had how much memory.
+    """
+    size = max(1, _PIXELS_A_PASS // source.config.model.image_size**2)
+    return torch.cat(
+        [
+            to_uint8(draw_batch(source, denoise, draw, indices=block[at : at + size], device=device))
+            for at in range(0, len(block), size)
+        ]
+    )
+
+
+def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
+    """The statistics that `named` holds, or those of the images there.
+
+    Raises:
+        UserError: nothing is named, nothing is there, or more images than are measured on the spot.
+    """
+    if named is None:
+        raise UserError("evaluate: nothing to compare with; give --reference DATASET|FOLDER|FILE.npz")
+    if named.endswith((".npz", ".pkl", ".pt", ".pth")):
+        return read_reference(local_file(named), extractor)
+    storage = open_storage(named)
+    if storage.read_if_present(DATASET_MANIFEST) is None:
+        return read_reference(named, extractor)
+    manifest = read_dataset_manifest(storage)
+    if manifest.count > MAX_REFERENCE_IMAGES:
+        raise UserError(
+            f"{named}: {manifest.count} images are too many to measure on the spot; "
+            "make statistics once with data_prep/reference.py and give them as --reference"
+        )
+    return reference_from_images(
+        (image for image, _ in read_images(named)),
+        extractor,
+        name=f"{named} {manifest.fingerprint[:12]}",
+        count=manifest.count,
+        preprocess=manifest.preprocess,
+    )
+
+
+def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
+    """What decides a sample, but for its seed."""
+    return {
+        "weights_sha256": source.fingerprint,
+        "model": source.config.model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"}),
+        "sampler": {"edm": draw.sampler, "pd": "euler"}.get(source.config.method.kind, "multistep"),
+        "sigmas": used_sigmas(source, draw).tolist(),
+        "clip": draw.clip,
+        "quantisation": "truncated to uint8",
+        **({} if source.config.model.num_classes is None else {"classes": "random"}),
+    }
+
+
+def machine_protocol(world: World) -> dict[str, Any]:
+    """Torch and the device: what moves a result by rounding."""
+    cuda = world.device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+        "num_ranks": world.num_ranks,
+    }
+
+
+def work_folder(source: Source, run_dir: str | None) -> Path:
+    """Where blocks are kept until they are measured: with the source's run, else with the given one, else here."""
+    home = source.run_dir or (None if run_dir is None else Path(run_dir))
+    return cache_folder() / "evaluations" if home is None else RunDir(home).evaluation_progress
+
+
+def describe_step(source: Source) -> str:
+    """A source's checkpoint in a few words, for progress bars and results."""
+    return f"{step_name(source.step)} {source.weights_name}"

@@ -1,0 +1,1 @@
+"""Makes images with a trained network: drawn samples and edited pictures."""

@@ -1,0 +1,178 @@
+"""Owns the JSON documents that publish a folder: a data set's manifest, a checkpoint's, the state of training."""
+
+import hashlib
+import json
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cmscale.errors import UserError
+from cmscale.io.storage import Storage
+
+DATASET_MANIFEST = "manifest.json"
+
+
+class Document(BaseModel):
+    """A frozen JSON document of known keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_bytes(self) -> bytes:
+        """Canonical text: the same document gives the same bytes."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+D = TypeVar("D", bound=Document)
+
+
+class FileEntry(Document):
+    """A published file: its name inside the folder, bytes, SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class ShardEntry(FileEntry):
+    """A shard of a data set and how many samples it holds."""
+
+    count: int
+
+
+class DatasetManifest(Document):
+    """Published last by `data_prep/prepare.py`; a folder without it is no data set.
+
+    The fingerprint is the SHA-256 of everything that decides what a reader gets: format, preprocessing, encoding
+    and the shards' hashes in order.
+    """
+
+    version: Literal[1] = 1
+    format: Literal["mds", "webdataset"]
+    image_size: int
+    preprocess: Literal["adm", "edm"]
+    encoding: Literal["jpeg", "png", "webp"]
+    source: str
+    count: int
+    skipped: int = 0
+    shards: tuple[ShardEntry, ...]
+    files: tuple[FileEntry, ...] = ()
+    fingerprint: str
+
+
+def dataset_fingerprint(
+    *, format: str, image_size: int, preprocess: str, encoding: str, shards: tuple[ShardEntry, ...]
+) -> str:
+    """The `fingerprint` of a `DatasetManifest` with these contents."""
+    parts = [format, image_size, preprocess, encoding, [(shard.sha256, shard.count) for shard in shards]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class TrainState(Document):
+    """Where training stands: applied steps, and the samples consumed (the data cursor).
+
+    A step that was not applied (fp16 overflow, a skipped batch) moves the cursor and not the step.
+    """
+
+    step: int = 0
+    cursor: int = 0
+
+    def advance(self, cursor: int, stepped: bool) -> "TrainState":
+        return TrainState(step=self.step + int(stepped), cursor=cursor)
+
+
+class Parameter(Document):
+    """A parameter's place in the flat fp32 space: its elements lie at [offset, offset + prod(shape))."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Segment(Document):
+    """A run of elements that a rank's file holds: flat[start : start + length] at its position `at`."""
+
+    start: int
+    length: int
+    at: int
+
+
+class RankPart(Document):
+    """One rank's file of a checkpoint and the segments of the flat space in it."""
+
+    file: FileEntry
+    segments: tuple[Segment, ...]
+
+
+class CheckpointManifest(Document):
+    """Written last; a checkpoint is its manifest (DESIGN.md, section 4).
+
+    Each rank's file holds one 1-D float32 tensor of its segments per quantity: `master`, `exp_avg`, `exp_avg_sq`,
+    `target` where the method has one, and each EMA by name. `scalars` are numbers that every rank has alike.
+    """
+
+    version: Literal[1] = 1
+    state: TrainState
+    generation: int
+    num_ranks: int
+    zero_stage: int
+    config_fingerprint: str
+    config: dict[str, Any]
+    trajectory: dict[str, Any]
+    data_fingerprint: str
+    teacher_fingerprint: str | None = None
+    quantities: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    num_elements: int
+    parts: tuple[RankPart, ...]
+    scalars: dict[str, float] = {}
+
+
+def read_document(kind: type[D], raw: bytes, *, origin: str) -> D:
+    """Parses a document.
+
+    Raises:
+        UserError: it is not such a document; one line naming `origin`.
+    """
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{origin}: not a valid {kind.__name__}: {where}: {first['msg']}") from None
+
+
+def read_dataset_manifest(storage: Storage) -> DatasetManifest:
+    """The manifest of the data set at `storage`, checked against itself.
+
+    Raises:
+        UserError: none there, damaged, empty, or counts and fingerprint that do not match its own shards.
+    """
+    raw = storage.read_if_present(DATASET_MANIFEST)
+    if raw is None:
+        raise UserError(
+            f"{storage.url}: no prepared data set there (no {DATASET_MANIFEST}); make one with data_prep/prepare.py"
+        )
+    manifest = read_document(DatasetManifest, raw, origin=storage.join(DATASET_MANIFEST))
+    expected = dataset_fingerprint(
+        format=manifest.format,
+        image_size=manifest.image_size,
+        preprocess=manifest.preprocess,
+        encoding=manifest.encoding,
+        shards=manifest.shards,
+    )
+    if expected != manifest.fingerprint or manifest.count != sum(shard.count for shard in manifest.shards):
+        raise UserError(
+            f"{storage.join(DATASET_MANIFEST)}: does not match its own shards; run data_prep/verify.py on it"
+        )
+    for entry in (*manifest.shards, *manifest.files):
+        if not is_plain_name(entry.name):
+            raise UserError(f"{storage.join(DATASET_MANIFEST)}: file name {entry.name!r} leaves the data set; refused")
+    if manifest.count == 0:
+        raise UserError(f"{storage.url}: the data set is empty")
+    return manifest
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file name stays inside its folder and is no URL: no `..`, no leading slash, no colon, no backslash."""
+    parts = name.split("/")
+    return bool(name) and not any(part in ("", ".", "..") for part in parts) and not set(name) & set(":\\|\0")

@@ -1,0 +1,1 @@
+"""Trains a run: the loop and the parts that it turns."""

@@ -1,0 +1,130 @@
+"""Assembles what a training step needs from the config: engine, networks, loss, data."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cmscale.config import CD, CT, ECT, PD, SCD, SCT, Config, schedules
+from cmscale.consistency.distance import Distance, build_distance
+from cmscale.consistency.losses.discrete import Loss, build_loss
+from cmscale.consistency.lpips import download_vgg
+from cmscale.consistency.networks import Networks
+from cmscale.data import Batch, Batches, open_batches, to_device
+from cmscale.distributed.world import World
+from cmscale.engine.engine import Engine, NonFiniteLoss, StepResult
+from cmscale.errors import UserError
+from cmscale.io.fetch import cache_folder, local_file, locked
+from cmscale.model.denoiser import EDMDenoiser
+from cmscale.model.precondition import denoiser_for
+from cmscale.model.trigflow import TrigFlow
+from cmscale.model.unet import build_unet
+from cmscale.model.weighting import build_weighted_unet
+from cmscale.rng import SampleRandomness
+from cmscale.runs.manifests import TrainState
+from cmscale.source import load_teacher, weights_fingerprint
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a step needs: the engine, the method's loss, and the networks as denoisers."""
+
+    config: Config
+    world: World
+    engine: Engine
+    loss: Loss
+    networks: Networks
+    teacher_fingerprint: str | None
+
+    def step(self, batch: Batch, point: schedules.Point) -> StepResult:
+        """One step on one global batch; not applied where the loss is not finite."""
+        try:
+            return self.engine.step(self.micro_losses(batch, point), point.learning_rate)
+        except NonFiniteLoss:
+            return StepResult(applied=False, loss=math.nan, grad_norm=math.inf, loss_scale=1.0)
+
+    def micro_losses(self, batch: Batch, point: schedules.Point) -> Iterator[Callable[[], torch.Tensor]]:
+        """For each micro-batch, what computes its mean loss."""
+        images = to_device(batch, self.world.device)
+        size = self.config.train.micro_batch_size
+        random = SampleRandomness(self.config.train.seed, batch.positions, self.world.device)
+        for clean, numbers in zip(images.split(size), random.split(size), strict=True):
+            yield lambda clean=clean, numbers=numbers: self.loss(self.networks, clean, point, numbers).mean()
+
+
+def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
+    """Networks, engine and loss of a method; a fresh student starts from the teacher's weights where it has one.
+
+    Raises:
+        UserError: a class-conditional network, which can be sampled and evaluated, but not trained here.
+    """
+    method = config.method
+    if config.model.num_classes is not None:
+        raise UserError("model.num_classes: data sets carry no classes, so conditional networks can't be trained here")
+    distilled = isinstance(method, CD | SCD)
+    starts = isinstance(method, CD | ECT | PD | SCD) or (isinstance(method, SCT) and method.start == "teacher")
+    teacher = load_teacher(config) if distilled or (starts and fresh) else None
+    build_network = partial(
+        build_weighted_unet if isinstance(method, SCT | SCD) else build_unet, config.model, seed=config.train.seed
+    )
+    start = None
+    if fresh and teacher is not None:
+        start = {**build_network().state_dict(), **teacher}  # sCM's weighting is no teacher's
+    engine = Engine(config, world, build_network, start, has_target=isinstance(method, CD | CT | PD))
+    networks = Networks(
+        student=denoiser_for(method, engine.network),
+        target=None if engine.target is None else denoiser_for(method, engine.target),
+        teacher=build_teacher(config, engine, teacher) if distilled and teacher is not None else None,
+    )
+    loss = build_loss(method, load_distance(config, world))
+    return Parts(config, world, engine, loss, networks, None if teacher is None else weights_fingerprint(teacher))
+
+
+def must_be_its_teacher(config: Config, trained_with: str | None, now: str | None) -> str | None:
+    """The fingerprint of the run's teacher: a distillation goes on with the one it began with.
+
+    Raises:
+        UserError: another teacher, for example a run that was trained on since.
+    """
+    if now is not None and trained_with is not None and now != trained_with:
+        teacher = getattr(config.method, "teacher", None)
+        raise UserError(
+            f"method.teacher: {teacher} holds other weights (fingerprint {now[:12]}) than this run began with "
+            f"({trained_with[:12]}); name the checkpoint that it was, or start a new run"
+        )
+    return trained_with or now
+
+
+def build_teacher(config: Config, engine: Engine, weights: dict[str, torch.Tensor]) -> EDMDenoiser | TrigFlow:
+    """The frozen diffusion model that a distillation follows; sCD sees it in TrigFlow's terms."""
+    raw = engine.add_frozen("teacher", weights, partial(build_unet, config.model))
+    if isinstance(config.method, SCD):
+        return TrigFlow(raw, sigma_data=config.method.sigma_data, time="log_sigma")
+    return EDMDenoiser(raw, sigma_data=config.method.sigma_data)
+
+
+def load_distance(config: Config, world: World) -> Distance:
+    """The distance of the loss; LPIPS' VGG from where the config says, else from its home, one process a node."""
+    method = config.method
+    weights = None
+    if isinstance(method, CD | CT | PD) and method.distance == "lpips":
+        if method.lpips_weights is not None:
+            weights = local_file(method.lpips_weights)
+        else:
+            with locked(cache_folder() / "vgg.lock"):
+                weights = download_vgg()
+    return build_distance(method, config.model.image_size, lpips_weights=weights, device=world.device)
+
+
+def open_data(config: Config, world: World, state: TrainState) -> Batches:
+    """The batches from where training stands."""
+    return open_batches(
+        config.data,
+        world,
+        seed=config.train.seed,
+        global_batch_size=config.train.global_batch_size,
+        image_size=config.model.image_size,
+        start_cursor=state.cursor,
+    )

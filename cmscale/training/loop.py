@@ -1,0 +1,126 @@
+"""Trains a run: assembles its parts, then turns the loop until the last step or a preemption."""
+
+import contextlib
+from pathlib import Path
+
+from cmscale.config import Config, read_config, schedules
+from cmscale.consistency.losses.progressive import ends_stage
+from cmscale.distributed import world as worlds
+from cmscale.distributed.world import World
+from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_generation
+from cmscale.engine.export import Exporter
+from cmscale.engine.preemption import Preemption
+from cmscale.engine.resume import newest, restore
+from cmscale.engine.watchdog import Watchdog
+from cmscale.errors import UserError
+from cmscale.io.storage import open_storage
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import write_event
+from cmscale.runs.manifests import TrainState, read_dataset_manifest
+from cmscale.training import preflight
+from cmscale.training.assemble import assemble, must_be_its_teacher, open_data
+from cmscale.training.bad_steps import BadSteps
+from cmscale.training.consistency_probe import Probe
+from cmscale.training.run_log import RunLog
+from cmscale.training.sample_grid import save_sample_grid
+from cmscale.training.stragglers import Stragglers
+
+
+def main(run_dir: str, fresh: bool = False) -> str:
+    """Trains, or goes on training, the run in `run_dir`; a rank of a job calls it.
+
+    Args:
+        fresh: Start anew although no checkpoint of the run can be loaded.
+
+    Returns:
+        `finished`, or `preempted` with a checkpoint of the last applied step.
+
+    Raises:
+        UserError: what the run was told can't be done.
+    """
+    run = RunDir(Path(run_dir))
+    config = read_config(run.config)
+    preemption = Preemption.install()
+    world = worlds.detect(config.engine.device)
+    worlds.connect(world, timeout_minutes=config.engine.collective_timeout_minutes)
+    try:
+        preflight.check(config, run, world)
+        return train(config, run, world, preemption=preemption, fresh=fresh)
+    except Exception as error:
+        with contextlib.suppress(OSError, UserError):  # a full disk must not hide what happened
+            write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        worlds.disconnect()
+
+
+def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, fresh: bool = False) -> str:
+    """The run, from its newest checkpoint (or the start) to its end. Collective."""
+    data = read_dataset_manifest(open_storage(config.data.path)).fingerprint
+    generation = claim_generation(run)
+    found = newest(run, config, world, data_fingerprint=data, fresh=fresh)
+    parts = assemble(config, world, fresh=found is None)
+    engine, shards = parts.engine, parts.engine.shards
+    state = TrainState() if found is None else restore(found, engine)
+    teacher = parts.teacher_fingerprint
+    if found is not None:
+        teacher = must_be_its_teacher(config, found.manifest.teacher_fingerprint, teacher)
+    batches = open_data(config, world, state)  # before any thread: its workers are forked
+    exporter = Exporter(run, config.checkpoint.export_to) if config.checkpoint.export_to and world.is_main else None
+    checkpoints = Checkpoints(
+        run,
+        config,
+        world,
+        generation=generation,
+        data_fingerprint=data,
+        teacher_fingerprint=teacher,
+        exporter=exporter,
+        loaded=None if found is None else state,
+    )
+    log = RunLog(config, run, world, batches=batches)
+    probe = Probe(config, world)
+    watchdog = Watchdog(run, config, world)
+    bad_steps = BadSteps(config, run, world)
+    stragglers = Stragglers(run, world, every=config.train.log_every)
+    log.started(state)
+    if found is None:  # no step before there is something to go back to
+        checkpoints.save(state, engine)
+        if not checkpoints.close():
+            raise CheckpointFailed(f"the first checkpoint could not be written; see {run.events}")
+
+    while state.step < config.train.total_steps and not preemption.requested():
+        stragglers.begin()
+        point = schedules.at(config, state.step)
+        batch, cursor = next(batches)
+        result = parts.step(batch, point)
+        if result.applied:
+            shards.update(point)
+            if ends_stage(config.method, point):
+                engine.start_over()
+        state = state.advance(cursor, result.applied)
+        if result.applied:
+            stragglers.stepped(state.step, ready=engine.clock.started, forward=engine.clock.seconds())
+        error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
+        log.stepped(state, point, result, consistency_error=error)
+        if bad_steps.is_lost(result, batch, state):  # back to the newest checkpoint, and past the data that led here
+            checkpoints.wait()
+            found = newest(run, config, world, data_fingerprint=data)
+            assert found is not None, "the first checkpoint is written before the first step"
+            state = TrainState(step=restore(found, engine).step, cursor=cursor)
+        if result.applied and schedules.is_due(state.step, config.train.sample_every, config.train.total_steps):
+            save_sample_grid(config, run, world, engine, step=state.step)
+        checkpoints.maybe_save(state, engine)
+        watchdog.beat(state.step)
+
+    finished = state.step >= config.train.total_steps
+    checkpoints.save(state, engine)
+    saved = checkpoints.close()
+    if exporter is not None:  # a preempted job has seconds; the next start copies what is left
+        exporter.close(patience=60.0 * config.engine.collective_timeout_minutes if finished else 5.0)
+    watchdog.stop()
+    batches.close()
+    log.ended(state, "finished" if finished else "preempted", why="" if finished else preemption.why)
+    engine.close()
+    if not saved:
+        raise CheckpointFailed(f"step {state.step}: the last checkpoint could not be written; see {run.events}")
+    return "finished" if finished else "preempted"

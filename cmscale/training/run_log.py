@@ -1,0 +1,88 @@
+"""Owns what a run says while it trains: metrics every few steps, events, and a line that launchers turn into a bar."""
+
+import json
+import time
+
+from cmscale.config import Config
+from cmscale.config.schedules import Point
+from cmscale.data import Batches
+from cmscale.distributed.world import World
+from cmscale.engine.engine import StepResult
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import write_event
+from cmscale.runs.manifests import TrainState
+from cmscale.training.wandb_mirror import MetricsLog
+
+
+class RunLog:
+    """Rank 0 speaks for the run; the other ranks' logs only name what they had to replace in their data."""
+
+    def __init__(self, config: Config, run: RunDir, world: World, *, batches: Batches) -> None:
+        self._config = config
+        self._run = run
+        self._world = world
+        self._batches = batches
+        self._metrics = MetricsLog(run, config.wandb, config=json.loads(config.model_dump_json()), active=world.is_main)
+        self._since = time.perf_counter()
+        self._cursor = 0
+        self._replaced: set[str] = set()
+
+    def started(self, state: TrainState) -> None:
+        """Says that training starts, or goes on, here."""
+        self._cursor = state.cursor
+        self._event("resumed" if state.step else "start", state)
+
+    def stepped(
+        self, state: TrainState, point: Point, result: StepResult, *, consistency_error: float | None = None
+    ) -> None:
+        """Logs every `train.log_every` steps, the first and the last one, and every step that was not applied.
+
+        So it does a step whose consistency error was measured.
+        """
+        self._say_what_was_replaced(state)
+        if not result.applied:
+            self._event("step_not_applied", state, why=f"loss {result.loss:g}, loss scale {result.loss_scale:g}")
+            return
+        due = state.step % self._config.train.log_every == 0 or state.step in (1, self._config.train.total_steps)
+        if not due and consistency_error is None:
+            return
+        now = time.perf_counter()
+        seconds, images = now - self._since, state.cursor - self._cursor
+        self._since, self._cursor = now, state.cursor
+        speed = images / seconds
+        measured = {} if consistency_error is None else {"consistency_error": consistency_error}
+        self._metrics.write(
+            {
+                "step": state.step,
+                "samples": state.cursor,
+                "loss": result.loss,
+                "lr": point.learning_rate,
+                "num_scales": point.num_scales,
+                "target_ema": point.target_ema,
+                "grad_norm": result.grad_norm,
+                "loss_scale": result.loss_scale,
+                "seconds": round(seconds, 4),
+                "images_per_second": round(speed, 3),
+                **measured,
+            }
+        )
+        if self._world.is_main:
+            total = self._config.train.total_steps
+            print(f"step {state.step}/{total}  loss {result.loss:.5g}  {speed:.1f} images/s", flush=True)
+
+    def ended(self, state: TrainState, event: str, *, why: str) -> None:
+        """Says how it ended, and closes the mirror."""
+        self._say_what_was_replaced(state)
+        self._event(event, state, why=why)
+        self._metrics.close()
+
+    def _say_what_was_replaced(self, state: TrainState) -> None:
+        """Each rank names the undecodable samples and the bad shards among its own, once."""
+        for event, found in (("bad_sample", self._batches.bad), ("bad_shard", self._batches.bad_shards)):
+            for name in found.keys() - self._replaced:
+                self._replaced.add(name)
+                write_event(self._run, event, step=state.step, rank=self._world.rank, why=f"{name}: {found[name]}")
+
+    def _event(self, event: str, state: TrainState, *, why: str = "") -> None:
+        if self._world.is_main:
+            write_event(self._run, event, step=state.step, rank=0, why=why)

@@ -1,0 +1,102 @@
+"""The mirror of a run's metrics on wandb: a thread of its own, whose failures never reach training."""
+
+import contextlib
+import os
+import queue
+import secrets
+import threading
+from pathlib import Path
+from typing import Any
+
+from cmscale.config import Wandb
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import append_line, write_event
+
+
+class MetricsLog:
+    """Writes metrics of rank 0 to metrics.jsonl and mirrors them to wandb. Other ranks' logs do nothing."""
+
+    def __init__(self, run: RunDir, wandb: Wandb, *, config: dict[str, Any], active: bool) -> None:
+        self._run = run
+        self._active = active
+        self._mirror = WandbMirror(run, wandb, config=config) if active and wandb.mode != "off" else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Logs one step's numbers; `record["step"]` is the applied step they belong to."""
+        if not self._active:
+            return
+        append_line(self._run.metrics, record)
+        if self._mirror is not None:
+            self._mirror.write(record)
+
+    def close(self) -> None:
+        """Ends the mirror, waiting a few seconds at the most."""
+        if self._mirror is not None:
+            self._mirror.close()
+
+
+class WandbMirror:
+    """wandb in a thread of its own: nothing it does, raises or waits for reaches training.
+
+    The run's id is kept beside the run, so that every resumption is the same wandb run. Steps are our own
+    (`define_metric`), because wandb drops what is logged at a step it has passed.
+    """
+
+    def __init__(self, run: RunDir, wandb: Wandb, *, config: dict[str, Any]) -> None:
+        self._run = run
+        self._settings = wandb
+        self._config = config
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=10_000)
+        self._thread = threading.Thread(target=self._work, name="wandb-mirror", daemon=True)
+        self._thread.start()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Hands a record over; a full queue (wandb away for long) drops it, metrics.jsonl has it."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(record)
+
+    def close(self, patience: float = 10.0) -> None:
+        """Asks wandb to end and leaves it behind after `patience` seconds."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+        self._thread.join(patience)
+
+    def _mode(self) -> str:
+        if self._settings.mode != "auto":
+            return self._settings.mode
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or ".wandb.ai" in _netrc()
+        return "online" if has_key else "offline"
+
+    def _work(self) -> None:
+        try:
+            import wandb
+
+            mirror = wandb.init(
+                project=self._settings.project,
+                entity=self._settings.entity,
+                name=self._run.name,
+                id=self._identity(),
+                resume="allow",
+                mode=self._mode(),  # pyright: ignore[reportArgumentType]
+                dir=str(self._run.root),
+                config=self._config,
+                settings=wandb.Settings(init_timeout=60, silent=True, console="off"),
+            )
+            mirror.define_metric("step")
+            mirror.define_metric("*", step_metric="step")
+            while (record := self._queue.get()) is not None:
+                mirror.log(record)
+            mirror.finish()
+        except Exception as error:
+            write_event(self._run, "wandb_failed", step=-1, rank=0, why=f"{type(error).__name__}: {error}")
+
+    def _identity(self) -> str:
+        if not self._run.wandb_id.exists():
+            self._run.wandb_id.write_text(secrets.token_hex(8))
+        return self._run.wandb_id.read_text().strip()
+
+
+def _netrc() -> str:
+    with contextlib.suppress(OSError):
+        return (Path.home() / ".netrc").read_text()
+    return ""

@@ -1,0 +1,161 @@
+"""What the `cmscale` command promises: files that others read, one line for a mistake, keyed samples."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from PIL import Image
+
+from cmscale.config import Config, parse_config
+from cmscale.interop import read_openai, read_safetensors, write_openai, write_safetensors
+from cmscale.model.unet import build_unet
+
+TEXT = """
+method: {kind: ct, distance: l2}
+model: {image_size: 16, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, attention_resolutions: [8],
+        head_channels: 32}
+data: {path: nowhere}
+optimizer: {learning_rate: 1e-3}
+train: {total_steps: 10, global_batch_size: 8, micro_batch_size: 2}
+ema: {rates: [0.9]}
+"""
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return parse_config(TEXT)
+
+
+@pytest.fixture(scope="module")
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    """A network that is no identity: the layers that start at zero are filled."""
+    source = torch.Generator().manual_seed(1)
+    state = build_unet(config.model, seed=3).state_dict()
+    return {name: torch.randn(v.shape, generator=source) * 0.05 if not v.any() else v for name, v in state.items()}
+
+
+@pytest.fixture(scope="module")
+def model(config: Config, weights: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    write_safetensors(path, weights, config=config, step=7, weights_name="ema_0.9")
+    return path
+
+
+def test_samples_are_uint8_nhwc_and_depend_on_seed_and_index_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
+    assert run(monkeypatch, "sample", model, "--num", 5, "--steps", 2, "--out", where[0], "--batch-size", 5) == 0
+    assert run(monkeypatch, "sample", model, "--num", 3, "--steps", 2, "--out", where[1], "--batch-size", 1) == 0
+    assert run(monkeypatch, "sample", model, "--num", 3, "--steps", 2, "--out", where[2], "--seed", 1) == 0
+    first, second, other = (np.load(path)["arr_0"] for path in where)
+    assert (first.shape, first.dtype) == ((5, 16, 16, 3), np.uint8)
+    # One level of uint8 at the most: a convolution's rounding may depend on its batch.
+    assert np.abs(first[:3].astype(int) - second).max() <= 1
+    assert np.abs(first[:3].astype(int) - other).max() > 10
+
+
+def test_given_noise_and_raw_output_let_two_implementations_be_compared(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config, weights: dict[str, torch.Tensor]
+) -> None:
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "noise.npy", noise.numpy())
+    arguments = ["--num", 2, "--noise", tmp_path / "noise.npy", "--raw", "--out", tmp_path / "raw.npz"]
+    assert run(monkeypatch, "sample", model, *arguments, "--grid", tmp_path / "grid.png") == 0
+    network = build_unet(config.model).eval()
+    network.load_state_dict(weights)
+    t, sd, eps = 80.0, 0.5, 0.002
+    c_noise = torch.full((2,), 250 * np.log(t), dtype=torch.float32)
+    with torch.no_grad():
+        raw = network((noise * t) / np.sqrt(t**2 + sd**2), c_noise)
+    skip, out = sd**2 / ((t - eps) ** 2 + sd**2), sd * (t - eps) / np.sqrt(t**2 + sd**2)
+    expected = skip * t * noise + out * raw
+    assert np.load(tmp_path / "raw.npz")["arr_0"] == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-5)
+    assert Image.open(tmp_path / "grid.png").size == (2 * 66 + 2, 66 + 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "nowhere", "--out", "x.npz"], "nowhere: no run, checkpoint or exported weights"),
+        (["sample", "MODEL", "--out", "x.npz", "--times", "1,2"], "--times: got '1,2'"),
+        (["sample", "MODEL", "--out", "x.npz", "--noise", "no.npy"], "--noise no.npy: no such file"),
+        (["sample", "MODEL", "--out", "x.npz", "--config", "c.yaml"], "has its own config"),
+        (["sample", "weights.pt", "--out", "x.npz"], "give --config"),
+        (["edit", "inpaint", "MODEL", "absent.png"], "absent.png: no such file"),
+        (["edit", "superres", "MODEL"], "needs at least one image"),
+        (["edit", "interpolate", "MODEL", "one.png"], "two images"),
+        (["export", "MODEL", "--to", "weights.bin"], "must end in .safetensors"),
+        (["evaluate", "MODEL", "--features", "efficientnet", "--out", "x.json"], "nowhere: no such file or folder"),
+        (["report", "nowhere"], "nowhere: not a run"),
+        (["runs", "nowhere"], "nowhere: no such folder"),
+        (["verify", "nowhere"], "no checkpoint there"),
+        (["estimate", "absent.yaml"], "absent.yaml: no such file"),
+        (["sample", "MODEL", "--out", "x.npz", "--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(
+    arguments: list[str], words: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    if words == "no CUDA device" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *(model if word == "MODEL" else word for word in arguments)) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.strip().count("\n") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_openai_weights_come_in_with_a_config_and_go_out_again(
+    model: Path, config: Config, weights: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text(TEXT)
+    write_openai(tmp_path / "given.pt", weights, model=config.model)
+    taken = tmp_path / "taken.safetensors"
+    arguments = [tmp_path / "given.pt", "--config", tmp_path / "config.yaml", "train.seed=5", "--to", taken]
+    assert run(monkeypatch, "import", *arguments) == 0
+    state, card = read_safetensors(taken)
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+    assert parse_config(card["config"]).train.seed == 5
+    assert run(monkeypatch, "export", taken, "--format", "openai", "--to", tmp_path / "back.pt") == 0
+    back = read_openai(tmp_path / "back.pt", config.model)
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+    assert "16x16" in (tmp_path / "back.pt.md").read_text()
+
+
+@pytest.mark.parametrize("task", ["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"])
+def test_every_edit_writes_what_went_in_beside_what_came_out(
+    task: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    images = [tmp_path / "in.png"] if task != "interpolate" else []
+    out = tmp_path / "out.png"
+    assert run(monkeypatch, "edit", task, model, *images, "--steps", 3, "--factor", 4, "--count", 3, "--out", out) == 0
+    shown = np.asarray(Image.open(out))
+    assert shown.shape == (68, 3 * 66 + 2, 3)
+    if task == "inpaint":
+        before, after = (shown[2:66:4, 2 + 66 * column : 66 + 66 * column : 4] for column in (0, 2))
+        assert np.array_equal(before, pixels)
+        outside = np.ones((16, 16), bool)
+        outside[4:12, 4:12] = False
+        assert np.array_equal(after[outside], pixels[outside])  # kept pixels are kept exactly
+        assert not np.array_equal(after[~outside], pixels[~outside])
+
+
+def test_estimate_counts_the_lsun_network_without_making_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    config = Path(__file__).parents[2] / "configs" / "lsun_bedroom_ct.yaml"
+    assert run(monkeypatch, "estimate", config, "--nodes", 8) == 0
+    said = capsys.readouterr().out
+    assert "526.3 M" in said
+    assert "2.24 TFLOP" in said
+
+
+def test_the_schema_is_json_that_knows_every_section(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert run(monkeypatch, "schema") == 0
+    properties = json.loads(capsys.readouterr().out)["properties"]
+    assert {"method", "model", "data", "train", "engine"} <= properties.keys()

@@ -1,0 +1,293 @@
+"""Every loss against its formula, written out in float64 numpy on the same images, noise and indices."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cmscale.config import CD, CT, ECT, EDM, ICT, PD
+from cmscale.config.schedules import Point
+from cmscale.consistency.distance import build_distance
+from cmscale.consistency.losses.discrete import Networks, build_loss
+from cmscale.rng import SampleRandomness
+
+SIZE = 4
+RANDOM = [SampleRandomness(seed, tuple(range(3 * seed, 3 * seed + 8)), torch.device("cpu")) for seed in range(12)]
+
+
+class Affine(torch.nn.Module):
+    """A denoiser whose values numpy can repeat; remembers the dropout keys of each call."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        source = torch.Generator().manual_seed(seed)
+        self.matrix = torch.nn.Parameter(torch.randn(3, 3, generator=source) * 0.5)
+        self.calls: list[object] = []
+
+    def forward(self, x, sigma, *, dropout_keys=None):
+        self.calls.append(dropout_keys)
+        gain = (1 / (1 + sigma)).view(-1, 1, 1, 1)
+        return torch.einsum("cd,bdhw->bchw", self.matrix, x) * gain + torch.sin(x)
+
+    def in_numpy(self, x: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        matrix = self.matrix.detach().double().numpy()
+        return np.einsum("cd,bdhw->bchw", matrix, x) / (1 + sigma[:, None, None, None]) + np.sin(x)
+
+
+def images(seed: int) -> torch.Tensor:
+    return torch.rand(8, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def numpy_distance(kind: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    difference = (a - b).reshape(len(a), -1)
+    match kind:
+        case "l1":
+            return np.abs(difference).mean(1)
+        case "l2":
+            return (difference**2).mean(1)
+        case _:
+            c = 0.00054 * math.sqrt(difference.shape[1])
+            return np.sqrt((difference**2).sum(1) + c**2) - c
+
+
+def karras(n: np.ndarray, scales: int) -> np.ndarray:
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    return (low + (n - 1) / (scales - 1) * (high - low)) ** 7
+
+
+def at(time: np.ndarray) -> np.ndarray:
+    return time[:, None, None, None]
+
+
+def setting(random: SampleRandomness):
+    clean = images(random.seed)
+    uniform = random.uniform("time").numpy()
+    return clean, uniform, clean.double().numpy(), random.noise(clean.shape[1:]).double().numpy()
+
+
+def loss_of(method, networks: Networks, clean: torch.Tensor, point: Point, random: SampleRandomness) -> torch.Tensor:
+    loss = build_loss(method, build_distance(method, SIZE))(networks, clean, point, random)
+    assert loss.dtype == torch.float32
+    assert loss.shape == (8,)
+    return loss
+
+
+def assert_close(given: torch.Tensor, expected: np.ndarray) -> None:
+    """To float32 rounding."""
+    np.testing.assert_allclose(given.detach().double().numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("random", RANDOM)
+def test_edm_loss(random: SampleRandomness):
+    method, network = EDM(kind="edm"), Affine(1)
+    clean, uniform, x, z = setting(random)
+    from scipy.stats import norm
+
+    sigma = np.exp(-1.2 + 1.2 * norm.ppf(uniform))
+    denoised = network.in_numpy(x + at(sigma) * z, sigma)
+    expected = (1 / sigma**2 + 1 / 0.5**2) * ((denoised - x) ** 2).reshape(8, -1).mean(1)
+    assert_close(loss_of(method, Networks(network), clean, Point(0, 1.0), random), expected)
+
+
+@pytest.mark.parametrize("random", RANDOM)
+@pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
+@pytest.mark.parametrize("weighting", ["uniform", "inverse_gap"])
+def test_ct_loss(weighting: str, distance: str, random: SampleRandomness):
+    method, student, target = CT(kind="ct", distance=distance, weighting=weighting), Affine(1), Affine(2)
+    clean, uniform, x, z = setting(random)
+    n = 1 + np.floor(uniform * 33)
+    lower, upper = karras(n, 34), karras(n + 1, 34)
+    aim = target.in_numpy(x + at(lower) * z, lower)
+    expected = numpy_distance(distance, student.in_numpy(x + at(upper) * z, upper), aim)
+    if weighting == "inverse_gap":
+        expected /= upper - lower
+    point = Point(0, 1.0, num_scales=34, target_ema=0.9)
+    assert_close(loss_of(method, Networks(student, target), clean, point, random), expected)
+
+
+@pytest.mark.parametrize("random", RANDOM)
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
+def test_cd_loss(distance: str, solver: str, random: SampleRandomness):
+    method = CD(kind="cd", teacher="t", distance=distance, solver=solver)
+    student, target, teacher = Affine(1), Affine(2), Affine(3)
+    clean, uniform, x, z = setting(random)
+    n = 1 + np.floor(uniform * 39)
+    lower, upper = karras(n, 40), karras(n + 1, 40)
+    noisy = x + at(upper) * z
+    slope = (noisy - teacher.in_numpy(noisy, upper)) / at(upper)
+    if solver == "heun":
+        ahead = noisy + at(lower - upper) * slope
+        slope = (slope + (ahead - teacher.in_numpy(ahead, lower)) / at(lower)) / 2
+    expected = numpy_distance(
+        distance,
+        student.in_numpy(noisy, upper),
+        target.in_numpy(noisy + at(lower - upper) * slope, lower),
+    )
+    point = Point(0, 1.0, num_scales=40, target_ema=0.95)
+    given = loss_of(method, Networks(student, target, teacher), clean, point, random)
+    assert_close(given, expected)
+    assert teacher.calls == [None] * (2 if solver == "heun" else 1)  # a teacher drops nothing
+
+
+@pytest.mark.parametrize("random", RANDOM)
+@pytest.mark.parametrize("weighting", ["truncated_snr", "uniform"])
+@pytest.mark.parametrize("scales", [1, 8])
+def test_pd_loss(scales: int, weighting: str, random: SampleRandomness):
+    method, student, teacher = PD(kind="pd", teacher="t", weighting=weighting), Affine(1), Affine(3)
+    clean, uniform, x, z = setting(random)
+    n = 1 + np.floor(uniform * scales)  # the interval from grid time n + 1 down to n of N + 1 times
+    upper, middle, lower = (karras(place, 2 * scales + 1) for place in (2 * n + 1, 2 * n, 2 * n - 1))
+    noisy = x + at(upper) * z
+    halfway = noisy + at((middle - upper) / upper) * (noisy - teacher.in_numpy(noisy, upper))
+    landed = halfway + at((lower - middle) / middle) * (halfway - teacher.in_numpy(halfway, middle))
+    # One Euler step with the estimate D from noisy ends at `landed`: D = noisy - t (landed - noisy) / (s - t).
+    aim = noisy - at(upper) * (landed - noisy) / at(lower - upper)
+    weight = np.maximum(1 / upper**2, 1) if weighting == "truncated_snr" else 1.0
+    expected = weight * numpy_distance("l2", student.in_numpy(noisy, upper), aim)
+    given = loss_of(method, Networks(student, teacher), clean, Point(0, 1.0, num_scales=scales, target_ema=1.0), random)
+    # at tiny times float32 rounds the difference of two near images, which the division by s - t magnifies
+    np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-3, atol=1e-6)
+    assert teacher.calls == [None, None]  # a teacher drops nothing
+    assert student.calls == [random.dropout_keys()]
+
+
+@pytest.mark.parametrize("random", RANDOM)
+def test_ict_loss(random: SampleRandomness):
+    method, network = ICT(kind="ict"), Affine(1)
+    clean, uniform, x, z = setting(random)
+    edges = np.array([math.erf((math.log(t) + 1.1) / (math.sqrt(2) * 2)) for t in karras(np.arange(1, 22), 21)])
+    n = 1 + np.searchsorted((edges[1:] - edges[0]) / (edges[-1] - edges[0]), uniform, side="right")
+    lower, upper = karras(n, 21), karras(n + 1, 21)
+    estimate = network.in_numpy(x + at(upper) * z, upper)
+    aim = network.in_numpy(x + at(lower) * z, lower)
+    expected = numpy_distance("pseudo_huber", estimate, aim) / (upper - lower)
+    point = Point(0, 1.0, num_scales=21)
+    assert_close(loss_of(method, Networks(network), clean, point, random), expected)
+
+
+@pytest.mark.parametrize("random", RANDOM)
+@pytest.mark.parametrize("stage", [0, 3, 7])
+def test_ect_loss(stage: int, random: SampleRandomness):
+    method, network = ECT(kind="ect", teacher="t"), Affine(1)
+    clean, uniform, x, z = setting(random)
+    from scipy.stats import norm
+
+    t = np.exp(-1.1 + 2.0 * norm.ppf(uniform))
+    r = np.maximum(t * (1 - 2.0 ** -(stage + 1) * (1 + 8 / (1 + np.exp(t)))), 0)
+    aim = np.where(at(r) > 0, network.in_numpy(x + at(r) * z, r), x)
+    expected = numpy_distance("pseudo_huber", network.in_numpy(x + at(t) * z, t), aim) / (t - r)
+    # x + t z and x + r z differ by little in late stages, so what float32 rounds off each weighs more.
+    given = loss_of(method, Networks(network), clean, Point(0, 1.0, stage=stage), random)
+    np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-3)
+
+
+def test_ect_begins_as_diffusion_and_narrows_the_gap():
+    from cmscale.consistency.losses.improved import ect_lower_time
+
+    t = torch.logspace(-3, 1, 50, dtype=torch.float64)
+    gaps = [t - ect_lower_time(t, stage=stage, q=2.0, k=8.0, b=1.0) for stage in range(8)]
+    assert torch.equal(gaps[0][t < 1], t[t < 1])  # r = 0: the diffusion loss
+    assert all((b <= a).all() for a, b in itertools.pairwise(gaps))
+    assert (gaps[-1] > 0).all()
+
+
+METHODS = [
+    (CT(kind="ct", distance="l2"), Point(0, 1.0, num_scales=20, target_ema=0.9)),
+    (CD(kind="cd", teacher="t", distance="l2"), Point(0, 1.0, num_scales=20, target_ema=0.9)),
+    (ICT(kind="ict"), Point(0, 1.0, num_scales=21)),
+    (ECT(kind="ect", teacher="t"), Point(0, 1.0, stage=5)),
+]
+
+
+@pytest.mark.parametrize(("method", "point"), METHODS)
+def test_only_the_student_is_differentiated(method, point: Point):
+    student, target, teacher = Affine(1), Affine(2), Affine(3)
+    loss_of(method, Networks(student, target, teacher), images(0), point, RANDOM[0]).mean().backward()
+    assert student.matrix.grad is not None
+    assert target.matrix.grad is None
+    assert teacher.matrix.grad is None
+
+
+@pytest.mark.parametrize(("method", "point"), METHODS)
+def test_without_a_target_the_student_is_its_own_without_gradient(method, point: Point):
+    student, teacher = Affine(1), Affine(3)
+    twin = Affine(1)
+    networks = Networks(student, None, teacher), Networks(twin, Affine(1), teacher)
+    alone, with_twin = (loss_of(method, each, images(0), point, RANDOM[0]).mean() for each in networks)
+    alone.backward()
+    with_twin.backward()
+    assert torch.equal(alone, with_twin)
+    assert torch.equal(student.matrix.grad, twin.matrix.grad)
+
+
+@pytest.mark.parametrize(("method", "point"), METHODS)
+def test_student_and_target_share_their_dropout_keys(method, point: Point):
+    student, target = Affine(1), Affine(2)
+    loss_of(method, Networks(student, target, Affine(3)), images(0), point, RANDOM[0])
+    assert student.calls == target.calls == [RANDOM[0].dropout_keys()]
+
+
+@pytest.mark.parametrize(("method", "point"), METHODS)
+def test_a_samples_loss_does_not_depend_on_its_batch(method, point: Point):
+    networks = Networks(Affine(1), Affine(2), Affine(3))
+    loss = build_loss(method, build_distance(method, SIZE))
+    whole = loss(networks, images(0), point, RANDOM[0])
+    parts = [loss(networks, images(0)[2 * i : 2 * i + 2], point, part) for i, part in enumerate(RANDOM[0].split(2))]
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
+def test_cd_gradient_is_the_formulas(distance: str, solver: str):
+    """Against central differences of the float64 formula in each of the network's numbers."""
+    method = CD(kind="cd", teacher="t", distance=distance, solver=solver)
+    student, target, teacher = Affine(1), Affine(2), Affine(3)
+    clean, uniform, x, z = setting(RANDOM[3])
+    point = Point(0, 1.0, num_scales=40, target_ema=0.95)
+    loss_of(method, Networks(student, target, teacher), clean, point, RANDOM[3]).mean().backward()
+    n = 1 + np.floor(uniform * 39)
+    lower, upper = karras(n, 40), karras(n + 1, 40)
+    noisy = x + at(upper) * z
+    slope = (noisy - teacher.in_numpy(noisy, upper)) / at(upper)
+    if solver == "heun":
+        ahead = noisy + at(lower - upper) * slope
+        slope = (slope + (ahead - teacher.in_numpy(ahead, lower)) / at(lower)) / 2
+    aim = target.in_numpy(noisy + at(lower - upper) * slope, lower)
+
+    def value(matrix: np.ndarray) -> float:
+        estimate = np.einsum("cd,bdhw->bchw", matrix, noisy) / (1 + at(upper)) + np.sin(noisy)
+        return numpy_distance(distance, estimate, aim).mean()
+
+    assert_gradient(student, value)
+
+
+def assert_gradient(student: Affine, value) -> None:
+    matrix = student.matrix.detach().double().numpy()
+    for place in np.ndindex(3, 3):
+        nudge = np.zeros((3, 3))
+        nudge[place] = 1e-6
+        slope = (value(matrix + nudge) - value(matrix - nudge)) / 2e-6
+        assert student.matrix.grad is not None
+        assert student.matrix.grad[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
+def test_ct_gradient_is_the_formulas(distance: str):
+    """Against central differences of the float64 formula in each of the network's numbers."""
+    method, student, target = CT(kind="ct", distance=distance), Affine(1), Affine(2)
+    clean, uniform, x, z = setting(RANDOM[3])
+    point = Point(0, 1.0, num_scales=34, target_ema=0.9)
+    loss_of(method, Networks(student, target), clean, point, RANDOM[3]).mean().backward()
+    n = 1 + np.floor(uniform * 33)
+    lower, upper = karras(n, 34), karras(n + 1, 34)
+    aim = target.in_numpy(x + at(lower) * z, lower)
+
+    def value(matrix: np.ndarray) -> float:
+        noisy = x + at(upper) * z
+        estimate = np.einsum("cd,bdhw->bchw", matrix, noisy) / (1 + at(upper)) + np.sin(noisy)
+        return numpy_distance(distance, estimate, aim).mean()
+
+    assert_gradient(student, value)

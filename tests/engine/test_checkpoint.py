@@ -1,0 +1,266 @@
+"""Checkpoints: what a save leaves on disk, what is believed on the way back, and who may commit."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from flat_state import StandIn, flat_config, ranks_of
+from safetensors.torch import save_file
+
+from cmscale.config import Config
+from cmscale.distributed.world import World
+from cmscale.engine import checkpoint, resume
+from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_generation
+from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
+from cmscale.errors import UserError
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import append_line, read_lines
+from cmscale.runs.manifests import TrainState
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def save(run: RunDir, *steps: int, num_ranks: int = 2, zero_stage: int = 2, config: Config | None = None) -> None:
+    """Saves as a new start of the run, all ranks in this process."""
+    config = config or flat_config(f"engine.zero_stage={zero_stage}")
+    generation = claim_generation(run)
+    writers = [
+        Checkpoints(run, config, world, generation=generation, data_fingerprint="data") for world in ranks_of(num_ranks)
+    ]
+    for step in steps:
+        for rank, writer in enumerate(writers):
+            state = StandIn(rank, num_ranks, zero_stage=zero_stage, seed=step)
+            writer.save(TrainState(step=step, cursor=8 * step), state)  # pyright: ignore[reportArgumentType]
+    for writer in writers:
+        writer.wait()
+
+
+def events(run: RunDir, kind: str) -> list[dict]:
+    return [event for event in read_lines(run.events) if event["event"] == kind]
+
+
+def newest(run: RunDir, config: Config | None = None, **more: bool) -> resume.Found | None:
+    return resume.newest(run, config or flat_config(), World(), data_fingerprint="data", **more)
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("saved_by", "stage"), [(1, 0), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("loaded_by", "other"), [(1, 2), (4, 3), (2, 1)])
+def test_any_world_and_stage_gets_back_the_same_bits(
+    run: RunDir, saved_by: int, stage: int, loaded_by: int, other: int
+) -> None:
+    save(run, 10, num_ranks=saved_by, zero_stage=stage)
+    found = newest(run, flat_config(f"engine.zero_stage={other}"))
+    assert found is not None
+    written = StandIn(0, 1, seed=10)
+    for rank in range(loaded_by):
+        engine = StandIn(rank, loaded_by, zero_stage=other, seed=999)
+        state = resume.restore(found, engine)  # pyright: ignore[reportArgumentType]
+        assert state == TrainState(step=10, cursor=80)
+        assert engine.scalars() == {"optimizer_step": 10.0}
+        for quantity in engine.shards.quantities:
+            local = engine.shards.local(quantity)
+            for s in engine.shards.segments:
+                assert torch.equal(local[s.at : s.at + s.length], written.whole[quantity][s.start : s.start + s.length])
+        assert torch.equal(engine.published, engine.shards.local("target"))
+
+
+def test_weights_are_read_by_name_without_an_engine(run: RunDir) -> None:
+    save(run, 10, 20)
+    (first, last) = list_checkpoints(run.root)
+    assert (first.step, last.step) == (10, 20)
+    read = read_weights(last.url, "ema_0.5")
+    whole = StandIn(0, 1, seed=20).whole["ema_0.5"]
+    assert torch.equal(read["a_weight"], whole[:15].view(3, 5))
+    assert read["b_bias"].shape == ()
+    assert verify_checkpoint(last.url) == []
+    with pytest.raises(UserError, match=r"no 'ema_0.7', only master, .*ema_0.9"):
+        read_weights(last.url, "ema_0.7")
+
+
+def test_a_save_leaves_a_manifest_and_one_file_a_rank_and_nothing_staged(run: RunDir) -> None:
+    save(run, 10)
+    names = sorted(path.name for path in run.checkpoint(10).iterdir())
+    assert names == ["manifest.json", "rank-0000-of-0002.safetensors", "rank-0001-of-0002.safetensors"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000010"]
+    assert [event["step"] for event in events(run, "checkpoint")] == [10]
+
+
+def test_retention_keeps_the_last_and_every_nth(run: RunDir) -> None:
+    save(run, *range(10, 100, 10), config=flat_config("checkpoint.keep_last=2", "checkpoint.keep_every=30"))
+    assert [listed.step for listed in list_checkpoints(run.root)] == [30, 60, 80, 90]
+    assert len(list(run.checkpoints.iterdir())) == 4
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete", "truncate", "manifest", "pickle", "cut_manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run: RunDir, damage: str) -> None:
+    save(run, 10, 20)
+    part = run.checkpoint(20) / "rank-0001-of-0002.safetensors"
+    manifest = run.checkpoint(20) / "manifest.json"
+    match damage:
+        case "flip":
+            flip_byte(part)
+        case "delete":
+            part.unlink()
+        case "truncate":
+            part.write_bytes(part.read_bytes()[:-4])
+        case "pickle":
+            torch.save({"master": torch.zeros(3)}, part)
+        case "manifest":
+            manifest.unlink()
+        case "cut_manifest":
+            manifest.write_bytes(manifest.read_bytes()[:-20])
+    found = newest(run)
+    assert found is not None
+    assert found.manifest.state.step == 10
+    (event,) = events(run, "damaged_checkpoint")
+    assert event["step"] == 20
+    named = "manifest.json" if "manifest" in damage else part.name
+    assert named in event["why"]
+    aside = run.checkpoints / "damaged-step-000000020"  # kept for a look, and counted as none
+    assert named in verify_checkpoint(aside)[0]
+    assert not run.checkpoint(20).exists()
+
+
+def test_where_none_is_valid_a_fresh_start_is_never_silent(run: RunDir) -> None:
+    assert newest(run) is None
+    save(run, 10)
+    flip_byte(run.checkpoint(10) / "rank-0000-of-0002.safetensors")
+    with pytest.raises(UserError, match=r"none of the 1 checkpoints is valid .*rank-0000.*--fresh"):
+        newest(run)
+    assert newest(run, fresh=True) is None
+
+
+def test_a_run_that_took_steps_and_has_no_checkpoint_does_not_start_anew_by_itself(run: RunDir) -> None:
+    append_line(run.metrics, {"step": 1, "loss": 0.5})
+    with pytest.raises(UserError, match=r"no checkpoint there, though .*metrics.jsonl has steps.*--fresh"):
+        newest(run)
+    assert newest(run, fresh=True) is None
+
+
+def test_a_manifest_that_names_a_file_outside_is_refused(run: RunDir) -> None:
+    save(run, 10)
+    manifest = run.checkpoint(10) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("rank-0000-of", "../rank-0000-of"))
+    assert "refused" in verify_checkpoint(run.checkpoint(10))[0]
+
+
+def test_another_config_is_refused_with_the_difference(run: RunDir) -> None:
+    save(run, 10)
+    with pytest.raises(UserError, match=r"train.seed: 0 -> 5") as raised:
+        newest(run, flat_config("train.seed=5", "train.global_batch_size=16"))
+    assert "train.global_batch_size: 8 -> 16" in str(raised.value)
+    assert newest(run, flat_config("engine.zero_stage=3", "train.micro_batch_size=1")) is not None
+
+
+def test_another_data_set_is_refused(run: RunDir) -> None:
+    save(run, 10)
+    with pytest.raises(UserError, match="another data set"):
+        resume.newest(run, flat_config(), World(), data_fingerprint="other")
+
+
+def test_an_older_start_can_commit_no_more(run: RunDir) -> None:
+    save(run, 10)
+    old = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
+    claim_generation(run)
+    old.save(TrainState(step=20, cursor=160), StandIn(0, 1, seed=20))  # pyright: ignore[reportArgumentType]
+    assert old.close() is False
+    assert [listed.step for listed in list_checkpoints(run.root)] == [10]
+    (event,) = events(run, "checkpoint_failed")
+    assert "taken over" in event["why"]
+    with pytest.raises(CheckpointFailed, match="taken over"):  # and it does not go on beside the new one
+        old.save(TrainState(step=30, cursor=240), StandIn(0, 1, seed=30))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_new_start_clears_what_a_killed_one_left_half_written_and_says_so(run: RunDir) -> None:
+    save(run, 10)
+    shutil.copytree(run.checkpoint(10), run.checkpoints / ".step-000000020.start-1.save-2")
+    shutil.copytree(run.checkpoint(10), run.checkpoints / ".step-000000005.removed-1")
+    assert claim_generation(run) == 2
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000010"]
+    (event,) = events(run, "unfinished_save")
+    assert (event["step"], ".step-000000020.start-1.save-2" in event["why"]) == (20, True)
+
+
+def test_a_step_saved_again_replaces_the_damaged_one(run: RunDir) -> None:
+    save(run, 10)
+    flip_byte(run.checkpoint(10) / "rank-0000-of-0002.safetensors")
+    save(run, 10, num_ranks=1)
+    assert verify_checkpoint(run.checkpoint(10)) == []
+    assert len(list(run.checkpoint(10).iterdir())) == 2
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_one(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(run, 10)
+    writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "save_file", no_space)
+        writer.save(TrainState(step=20, cursor=160), StandIn(0, 1, seed=20))  # pyright: ignore[reportArgumentType]
+        assert writer.close() is False
+    (event,) = events(run, "checkpoint_failed")
+    assert "no space left" in event["why"]
+    assert [listed.step for listed in list_checkpoints(run.root)] == [10]
+    assert verify_checkpoint(run.checkpoint(10)) == []
+    writer.save(TrainState(step=30, cursor=240), StandIn(0, 1, seed=30))  # pyright: ignore[reportArgumentType]
+    assert writer.close() is True
+
+
+def test_a_failed_save_stops_training_where_the_config_says_so(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = flat_config("checkpoint.stop_on_failure=true")
+    writer = Checkpoints(run, config, World(), generation=claim_generation(run), data_fingerprint="data")
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    writer.save(TrainState(step=20, cursor=160), StandIn(0, 1))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CheckpointFailed, match="no space left"):
+        writer.save(TrainState(step=30, cursor=240), StandIn(0, 1))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_failure_of_one_rank_keeps_rank_0_from_committing(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = claim_generation(run)
+    writers = [
+        Checkpoints(run, flat_config(), world, generation=generation, data_fingerprint="data") for world in ranks_of(2)
+    ]
+
+    def fails_on_rank_1(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "rank-0001" in path.name:
+            no_space()
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", fails_on_rank_1)
+    for rank, writer in enumerate(writers):
+        writer.save(TrainState(step=10, cursor=80), StandIn(rank, 2))  # pyright: ignore[reportArgumentType]
+    for writer in writers:
+        writer.wait()
+    assert list_checkpoints(run.root) == []
+    assert any(event["rank"] == 0 and "rank 1: " in event["why"] for event in events(run, "checkpoint_failed"))
+
+
+def test_the_same_state_is_saved_once(run: RunDir) -> None:
+    writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
+    engine = StandIn(0, 1)
+    for step in (9, 10, 10):
+        writer.maybe_save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]
+    writer.save(TrainState(step=10, cursor=80), engine)  # pyright: ignore[reportArgumentType]
+    assert writer.close()
+    assert [event["step"] for event in events(run, "checkpoint")] == [10]
+
+
+def test_a_damaged_generation_file_is_one_clear_line(run: RunDir) -> None:
+    run.root.mkdir()
+    run.generation.write_text(json.dumps([]))
+    with pytest.raises(UserError, match=r"generation.json: damaged"):
+        claim_generation(run)

@@ -1,0 +1,59 @@
+"""The watch from outside: whatever holds a rank, it is named, its stacks are kept, and it ends."""
+
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmscale.runs.log import read_lines
+
+HERE = Path(__file__).parents[1] / "support"
+
+
+def run_watched(how: str, folder: Path, *, minutes: float = 0.01) -> tuple[int, int]:
+    """The exit status of the watched process, and the watch's process id."""
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
+    command = [sys.executable, str(HERE / "watched.py"), how, str(folder), str(minutes)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    out, _ = process.communicate(timeout=100)
+    return process.returncode, int(out)
+
+
+def wait_for_end(process: int) -> None:
+    """Waits until a process that is not our child is gone (or a zombie)."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return
+    assert select.select([descriptor], [], [], 30)[0], "the watch did not end"
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("how", ["waits", "stopped", "gil"])
+def test_a_rank_that_makes_no_step_is_named_its_stacks_kept_and_killed(how: str, tmp_path: Path) -> None:
+    status, watch = run_watched(how, tmp_path)
+    assert status == -9
+    (event,) = read_lines(tmp_path / "events.jsonl")
+    assert (event["event"], event["rank"], event["step"]) == ("fault", 3, 2)
+    assert "no step within 0.6 s" in event["why"]
+    assert ("was stopped" in event["why"]) == (how == "stopped")
+    stacks = (tmp_path / "logs" / "stacks-rank-3.txt").read_text()
+    assert "watched.py" in stacks
+    assert "in main" in stacks
+    wait_for_end(watch)
+
+
+def test_a_rank_that_steps_is_left_alone_and_may_end_the_watch(tmp_path: Path) -> None:
+    status, watch = run_watched("beats", tmp_path)
+    assert status == 0
+    assert list(read_lines(tmp_path / "events.jsonl")) == []
+    wait_for_end(watch)
+
+
+def test_the_watch_ends_with_its_rank(tmp_path: Path) -> None:
+    status, watch = run_watched("dies", tmp_path, minutes=10)
+    assert status == -9
+    wait_for_end(watch)

@@ -1,0 +1,310 @@
+"""`cmscale evaluate` and `search-times`: what they leave, what they refuse in one line, where they go on."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_fixtures import build_cheap_features, write_checkpoint, write_dataset, write_trained_run
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cmscale.cli import main as cli
+from cmscale.config import read_config
+from cmscale.consistency.grid import indexed_sigmas
+from cmscale.engine.preemption import Preemption
+from cmscale.evaluation import session as measuring
+from cmscale.evaluation.blocks import BlockStore
+from cmscale.generation.draw import draw_batch
+from cmscale.runs.folder import RunDir
+from cmscale.runs.manifests import read_document
+from cmscale.runs.results import EvaluationResult, TimeSearch
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    root = tmp_path_factory.mktemp("trained")
+    return write_trained_run(root / "run", data=write_dataset(root))
+
+
+@pytest.fixture
+def run(trained: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run of one's own, measured by cheap features."""
+    monkeypatch.setattr(measuring, "build_features", build_cheap_features)
+    return RunDir(shutil.copytree(trained.root, tmp_path / "run"))
+
+
+def cmscale(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The command in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["cmscale", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def result(path: Path) -> EvaluationResult:
+    return read_document(EvaluationResult, path.read_bytes(), origin=path.name)
+
+
+def test_every_weights_at_every_number_of_steps_gets_its_file_with_all_that_repeats_it(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--weights", "ema_0.9,ema_0.5,master", "--steps", "1,2", "--samples", 20, "--seeds", 2]
+    assert cmscale(monkeypatch, "evaluate", run.root, *arguments, "--device", "cpu") == 0
+    found = {path.name: result(path) for path in run.evaluations.glob("*.json")}
+    assert set(found) == {
+        f"step-000000007-{weights}-nfe{nfe}.json" for weights in ("ema_0.9", "ema_0.5", "master") for nfe in (1, 2)
+    }
+    assert len({each.fid.mean for each in found.values()}) == 6
+    two = found["step-000000007-ema_0.9-nfe2.json"]
+    assert two.seeds == (0, 1)
+    assert two.protocol["sampler"] == "multistep"
+    assert two.protocol["sigmas"] == pytest.approx([80, 3.991], rel=1e-3)  # the authors' second time for CT
+    assert two.protocol["data"]["preprocess"] == "adm"
+    assert set(two.protocol) >= {
+        "weights_sha256",
+        "features_sha256",
+        "clip",
+        "quantisation",
+        "torch",
+        "cmscale",
+        "device",
+    }
+    assert two.reference["count"] == 40
+    assert two.warnings == ("no sFID: the reference or the network has no spatial features",)
+    assert cmscale(monkeypatch, "report", run.root) == 0
+    assert "against the EMA" in run.report.read_text()
+
+
+def test_the_same_evaluation_again_gives_the_same_numbers(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = []
+    for name in ("a.json", "b.json"):
+        out = run.root / name
+        shutil.rmtree(run.evaluations, ignore_errors=True)  # the seed's metrics are kept there
+        assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 150, "--out", out, "--device", "cpu") == 0
+        values.append(result(out).model_copy(update={"seconds": 0.0}))
+    assert values[0] == values[1]
+
+
+def test_a_processor_counts_with_one_thread_however_many_a_lone_process_has(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process on two processors would have two threads, two have one each: other last digits."""
+    threads = set()
+
+    def noted(*arguments: object, **more: object) -> torch.Tensor:
+        threads.add(torch.get_num_threads())
+        return draw_batch(*arguments, **more)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(measuring, "draw_batch", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 20, "--device", "cpu") == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {1}
+
+
+def test_what_another_version_or_protocol_measured_is_measured_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    commit, distributions = BlockStore.commit, measuring.measure_distributions
+    monkeypatch.setattr(BlockStore, "commit", lambda *args: [made.append("block"), commit(*args)])
+    monkeypatch.setattr(
+        measuring, "measure_distributions", lambda *a, **k: made.append("set") or distributions(*a, **k)
+    )
+
+    def evaluated() -> list[str]:
+        made.clear()
+        assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 20, "--device", "cpu") == 0
+        return list(made)
+
+    assert evaluated() == ["block", "set"]
+    assert evaluated() == []
+    monkeypatch.setattr(measuring, "PROTOCOL", measuring.PROTOCOL + 1)
+    assert evaluated() == ["block", "set"]
+    monkeypatch.setattr(measuring, "__version__", "next")
+    assert evaluated() == ["block", "set"]
+    assert evaluated() == []
+    (found,) = (result(path).protocol for path in run.evaluations.glob("*.json"))
+    assert (found["protocol"], found["cmscale"]) == (measuring.PROTOCOL, "next")
+
+
+def test_another_preprocessing_of_the_reference_is_a_warning_in_the_result(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statistics = {"mu": np.zeros(16), "sigma": np.eye(16)}
+    np.savez(tmp_path / "theirs.npz", **statistics, preprocess=np.array("edm"))
+    out = tmp_path / "out.json"
+    arguments = ["--reference", tmp_path / "theirs.npz", "--samples", 10, "--out", out, "--device", "cpu"]
+    assert cmscale(monkeypatch, "evaluate", run.root, *arguments) == 0
+    assert "reference and training data differ in preprocessing: edm against adm" in result(out).warnings
+
+
+def test_finished_samples_are_measured_against_a_folder_with_real_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path, count=8)
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").iterdir())])
+    np.savez(tmp_path / "samples.npz", arr_0=pixels)
+    for samples in (tmp_path / "samples.npz", tmp_path / "images"):
+        out = tmp_path / "out.json"
+        arguments = ["--reference", tmp_path / "images", "--features", "efficientnet", "--out", out, "--device", "cpu"]
+        assert cmscale(monkeypatch, "evaluate", samples, *arguments) == 0
+        found = result(out)
+        assert found.score_name == "FD-EfficientNet"
+        assert found.fid.mean < 1e-6  # the same images
+        assert found.precision is not None
+        assert found.precision.mean == 1.0
+
+
+def test_bad_input_is_one_line_and_status_2(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(17), sigma=np.eye(17))
+    np.savez(tmp_path / "big.npz", mu=np.zeros(16), sigma=np.eye(16), image_size=np.array(256))
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "nan.npz", mu=np.full(16, np.nan), sigma=np.eye(16))
+    np.savez(tmp_path / "few.npz", mu=np.zeros(16), sigma=np.eye(16), features_0=np.zeros((9, 17), np.float32))
+    np.savez(tmp_path / "holes.npz", mu=np.zeros(16), sigma=np.eye(16), features_0=np.full((9, 16), np.nan))
+    np.savez(tmp_path / "floats.npz", arr_0=np.full((9, 8, 8, 3), np.nan, np.float32))
+    (tmp_path / "sizes").mkdir()
+    for size in (8, 16):
+        Image.new("RGB", (size, size)).save(tmp_path / "sizes" / f"{size:02}.png")
+    data = read_config(run.config).data.path
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"other")
+    out = ["--out", tmp_path / "out.json", "--device", "cpu"]
+    cases = {
+        "features of width 17, efficientnet gives 16": [run.root, "--reference", tmp_path / "wide.npz"],
+        "mu or sigma holds NaN": [run.root, "--reference", tmp_path / "nan.npz"],
+        "features_0 [9, 17], efficientnet gives width 16": [run.root, "--reference", tmp_path / "few.npz"],
+        "features_0 holds NaN": [run.root, "--reference", tmp_path / "holes.npz"],
+        "must be uint8 [N, H, W, 3], it is float32": [tmp_path / "floats.npz", "--reference", data],
+        "images of different sizes": [tmp_path / "sizes", "--reference", data],
+        "at least 2": [run.root, "--samples", 1],
+        "1 sample(s); it takes at least 2": [tmp_path / "one.npz", "--reference", data],
+        "of 8 px, ": [tmp_path / "large.npz", "--reference", data],
+        "of 256 px, the model has 8 x 8": [run.root, "--reference", tmp_path / "big.npz"],
+        "as asked for": [run.root, "--features", "inception", "--inception-weights", f"{weights}#sha256={'0' * 64}"],
+        "no checkpoint of step 8": [run.root, "--step", 8],
+        "leave one out": [run.root, "--steps", 2, "--times", "80,4"],
+        "must descend": [run.root, "--times", "4,80"],
+        "can't hold 2 evaluations": [run.root, "--steps", "1,2"],
+        "whole numbers": [run.root, "--steps", "0"],
+    }
+    for said, arguments in cases.items():
+        assert cmscale(monkeypatch, "evaluate", *arguments, *out) == 2, said
+        told = capsys.readouterr().err
+        assert said in told, told
+        assert told.count("\n") == 1, told
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_weights_of_features_that_are_not_what_their_name_or_kind_says_are_refused(
+    trained: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    published.write_bytes(b"other")
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(b"other")
+    for said, weights in (("expected 6726825d", published), ("not the weights of inception", damaged)):
+        arguments = ["--features", "inception", "--inception-weights", weights, "--device", "cpu"]
+        assert cmscale(monkeypatch, "evaluate", trained.root, *arguments) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1, told
+
+
+def test_samples_that_are_not_finite_are_refused_in_a_line(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read_config(run.config)
+    write_checkpoint(run, config, step=9)
+    path = next(run.checkpoint(9).glob("*.safetensors"))
+    broken = {name: value.fill_(float("nan")) for name, value in load_file(path).items()}
+    save_file(broken, path)
+    assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 8, "--device", "cpu") == 2
+    assert "SHA-256 differs" in capsys.readouterr().err  # weights that do not match their hash
+    _sign(run, step=9)
+    assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 8, "--device", "cpu") == 2
+    told = capsys.readouterr().err
+    assert "8 of 8 hold NaN or infinity" in told
+    assert told.count("\n") == 1
+
+
+def _sign(run: RunDir, *, step: int) -> None:
+    """Makes a changed checkpoint's manifest true again."""
+    import hashlib
+
+    manifest = run.checkpoint(step) / "manifest.json"
+    document = json.loads(manifest.read_text())
+    entry = document["parts"][0]["file"]
+    data = (run.checkpoint(step) / entry["name"]).read_bytes()
+    entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.write_text(json.dumps(document))
+
+
+def test_a_search_is_interrupted_goes_on_without_a_trial_made_twice_and_its_times_are_taken(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = ["search-times", run.root, "--steps", 2, "--samples", 20, "--device", "cpu"]
+    flags = iter([False] * 2 + [True] * 100)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Preemption, "requested", lambda _: next(flags))
+        assert cmscale(monkeypatch, *search) == 1
+    assert "goes on where it was" in capsys.readouterr().err
+    path = run.time_search(step=7, weights="ema_0.9", steps=2)
+    begun = read_document(TimeSearch, path.read_bytes(), origin="begun")
+    assert (begun.complete, len(begun.trials)) == (False, 2)
+    assert begun.trials[0].indices == (0, 67)  # the authors'
+    assert cmscale(monkeypatch, *search) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    found = read_document(TimeSearch, path.read_bytes(), origin="found")
+    assert found.trials[:2] == begun.trials
+    assert len({trial.indices for trial in found.trials}) == len(found.trials)
+    assert found.complete
+    assert found.score == min(trial.score for trial in found.trials)
+    assert found.times == tuple(indexed_sigmas(read_config(run.config).method, found.indices, last=150).tolist())
+
+    assert cmscale(monkeypatch, *search) == 0  # nothing is left to measure
+    assert read_document(TimeSearch, path.read_bytes(), origin="again").trials == found.trials
+
+    assert cmscale(monkeypatch, "evaluate", run.root, "--times", path, "--samples", 20, "--device", "cpu") == 0
+    (measured,) = (result(each) for each in run.evaluations.glob("*-nfe2-at-80-*.json"))
+    assert (measured.times, measured.nfe) == (found.times, 2)
+    assert measured.fid.mean == found.score
+    out = tmp_path / "samples.npz"
+    assert cmscale(monkeypatch, "sample", run.root, "--times", path, "--num", 2, "--out", out, "--device", "cpu") == 0
+
+
+def test_a_search_in_a_diffusion_model_or_of_too_many_steps_is_refused(
+    trained: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(read_config(trained.config).data.path)
+    teacher = write_trained_run(tmp_path / "edm", data=data, kind="edm", method="sampler_steps: 3")
+    assert cmscale(monkeypatch, "search-times", teacher.root) == 2
+    assert cmscale(monkeypatch, "search-times", trained.root, "--steps", 151) == 2
+    told = capsys.readouterr().err
+    assert "a diffusion model has no multistep times" in told
+    assert "--steps 151" in told
+    assert told.count("\n") == 2
+
+
+def test_a_teachers_evaluation_counts_heuns_calls(
+    trained: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "build_features", build_cheap_features)
+    data = Path(read_config(trained.config).data.path)
+    teacher = write_trained_run(tmp_path / "edm", data=data, kind="edm", method="sampler_steps: 3")
+    assert cmscale(monkeypatch, "evaluate", teacher.root, "--samples", 10, "--device", "cpu") == 0
+    found = result(teacher.evaluation(step=7, weights="ema_0.9", nfe=5))
+    assert found.protocol["sampler"] == "heun"
+    assert found.protocol["sigmas"][-1] == 0.0

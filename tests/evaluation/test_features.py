@@ -1,0 +1,137 @@
+"""Features equal those of torch-fidelity's own extractor; EfficientNet-Lite0 sees what is in a picture."""
+
+import fcntl
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from cmscale.errors import UserError
+from cmscale.evaluation.features.extractor import FIDInception, _download_inception, build_features
+from cmscale.io.fetch import locked
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random Inception weights that keep the activations' variance (torch's default lets them vanish)."""
+    with torch.device("meta"):
+        network = FIDInception()
+    network.to_empty(device="cpu")
+    source = torch.Generator().manual_seed(0)
+    for name, value in network.state_dict().items():
+        value.fill_(float(name.endswith(("bn.weight", "running_var"))))
+        if value.dim() >= 2:
+            value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=source)
+        elif name.endswith("bn.bias"):
+            value.normal_(0, 0.1, generator=source)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+IMAGES = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def measured(weights) -> dict[str, np.ndarray]:
+    return build_features("inception", weights=weights)(IMAGES)
+
+
+@pytest.fixture(scope="module")
+def theirs(weights) -> dict[str, np.ndarray]:
+    """torch-fidelity's extractor on the same weights and images, with the tap that ADM's evaluator reads."""
+    extractor = FeatureExtractorInceptionV3(
+        "theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+    )
+    tapped: list[torch.Tensor] = []
+    extractor.Mixed_6d.branch1x1.register_forward_hook(lambda *call: tapped.append(call[2]))
+    pooled, logits = extractor(IMAGES)
+    nhwc = tapped[0].permute(0, 2, 3, 1)[..., :7]
+    return {
+        "pooled": pooled.numpy(),
+        "logits": logits.numpy(),
+        "spatial": nhwc.reshape(len(IMAGES), -1).numpy(),
+    }
+
+
+@pytest.mark.parametrize(("name", "width"), [("pooled", 2048), ("logits", 1008), ("spatial", 2023)])
+def test_inception_equals_torch_fidelitys(measured, theirs, name: str, width: int) -> None:
+    assert measured[name].shape == (6, width)
+    assert measured[name].dtype == np.float32
+    scale = np.abs(theirs[name]).max()
+    assert scale > 0.1
+    np.testing.assert_allclose(measured[name], theirs[name], atol=2e-5 * scale)
+
+
+def test_features_of_an_image_differ_between_images_and_not_between_calls(measured, weights) -> None:
+    again = build_features("inception", weights=weights)(IMAGES)
+    assert np.array_equal(again["pooled"], measured["pooled"])
+    assert np.ptp(measured["pooled"], axis=0).max() > 0.1
+
+
+def test_weights_are_held_against_their_hash(weights, tmp_path) -> None:
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert build_features("inception", weights=weights, sha256=digest).weights_sha256 == digest
+    with pytest.raises(UserError, match="its SHA-256 is"):
+        build_features("inception", weights=weights, sha256="0" * 64)
+    named = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    named.symlink_to(weights)
+    with pytest.raises(UserError, match="expected 6726825d"):
+        build_features("inception", weights=named)
+
+
+def test_other_weights_other_kinds_and_no_file_are_refused_in_a_line(weights, tmp_path) -> None:
+    with pytest.raises(UserError, match="not the weights of efficientnet"):
+        build_features("efficientnet", weights=weights)
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(UserError, match="not the weights of inception"):
+        build_features("inception", weights=tmp_path / "text.pth")
+    with pytest.raises(UserError, match="no such weights file"):
+        build_features("inception", weights=tmp_path / "absent.pth")
+    with pytest.raises(UserError, match="one of inception, dinov2, efficientnet"):
+        build_features("resnet")
+
+
+def test_only_uint8_images_are_measured() -> None:
+    extractor = build_features("efficientnet")
+    with pytest.raises(ValueError, match="uint8"):
+        extractor(IMAGES.float())
+    with pytest.raises(ValueError, match="uint8"):
+        extractor(IMAGES[:, :1])
+
+
+@pytest.mark.parametrize(("picture", "classes"), [("chelsea", {281, 282, 285}), ("coffee", {967, 504, 968})])
+def test_efficientnet_recognises_what_a_picture_shows(picture: str, classes: set[int]) -> None:
+    data = pytest.importorskip("skimage.data")
+    image = getattr(data, picture)()
+    side = min(image.shape[:2])
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    square = torch.from_numpy(image[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None]
+    extractor = build_features("efficientnet")
+    features = extractor(square)
+    assert extractor.label == "efficientnet_lite0"
+    assert features["pooled"].shape == (1, 1280)
+    assert set(features) == {"pooled", "logits"}
+    assert int(features["logits"].argmax()) in classes  # ImageNet's cats; espresso, mug, cup
+
+
+def test_one_process_of_a_node_downloads_inception_and_the_others_wait_for_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    asked = []
+
+    def download(url: str, target: str, **_) -> None:
+        asked.append(url)
+        with (tmp_path / "cache" / "inception.lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Path(target).write_bytes(b"weights")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with ThreadPoolExecutor() as ranks, locked(tmp_path / "cache" / "inception.lock"):
+        waiting = [ranks.submit(_download_inception) for _ in range(3)]
+    assert len({each.result() for each in waiting}) == 1
+    assert len(asked) == 1

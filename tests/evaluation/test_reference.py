@@ -1,0 +1,380 @@
+"""References come from every format that the field uses; measuring against one is one pass over blocks."""
+
+import dataclasses
+import os
+import pickle
+import pickletools
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmscale.errors import UserError
+from cmscale.evaluation.blocks import BlockStore
+from cmscale.evaluation.features.extractor import FeatureExtractor, build_features
+from cmscale.evaluation.images import open_images
+from cmscale.evaluation.measure import image_blocks, left_out, measure
+from cmscale.evaluation.metrics.statistics import Moments
+from cmscale.evaluation.reference.edm2 import write_edm2
+from cmscale.evaluation.reference.reference import (
+    read_reference,
+    reference_from_images,
+    subset_indices,
+    write_edm,
+    write_reference,
+)
+from cmscale.runs.manifests import read_document
+from cmscale.runs.results import EvaluationResult, Metric, combine, score_name
+from data_prep.prepare import main as prepare
+from data_prep.reference import main as command
+
+
+class _Projection(torch.nn.Module):
+    """A stand-in for a network: the interface of the real one at no cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = torch.randn(3 * 224 * 224, 26, generator=torch.Generator().manual_seed(0)) / 50
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = x.flatten(1) @ self.matrix
+        return found[:, :16].relu(), found[:, 16:]
+
+
+EXTRACTOR = FeatureExtractor("inception", 16, None, "0" * 64, _Projection(), torch.device("cpu"))
+IMAGES = np.random.default_rng(0).integers(0, 256, size=(140, 8, 8, 3), dtype=np.uint8)
+POOLED = np.concatenate([found["pooled"] for _, found in image_blocks(IMAGES, EXTRACTOR)]).astype("f8")
+MEAN, COVARIANCE = POOLED.mean(axis=0), np.cov(POOLED, rowvar=False)
+
+
+@pytest.fixture
+def reference():
+    return reference_from_images(IMAGES, EXTRACTOR, name="images", count=140, preprocess="adm", subset=50)
+
+
+def test_statistics_of_images_are_those_of_all_and_the_subset_a_fixed_draw(reference) -> None:
+    np.testing.assert_allclose(reference.pooled.mean, MEAN, rtol=1e-12)
+    np.testing.assert_allclose(reference.pooled.covariance, COVARIANCE, rtol=1e-9, atol=1e-12)
+    chosen = subset_indices(140, 50)
+    assert len(set(chosen)) == 50
+    assert np.array_equal(reference.subset, POOLED[chosen].astype("f4"))
+    assert (reference.count, reference.image_size) == (140, 8)
+
+
+def test_a_written_reference_reads_back_whole_and_adms_reader_understands_it(reference, tmp_path) -> None:
+    path = tmp_path / "reference.npz"
+    write_reference(path, reference, (IMAGES[i] for i in subset_indices(140, 50)), num_images=50)
+    with np.load(path, allow_pickle=False) as archive:
+        assert np.array_equal(archive["arr_0"], IMAGES[subset_indices(140, 50)])
+        np.testing.assert_allclose(archive["mu"], MEAN, rtol=1e-12)
+        assert archive["sigma"].shape == (16, 16)
+    again = read_reference(path, EXTRACTOR)
+    assert np.array_equal(again.pooled.covariance, reference.pooled.covariance)
+    assert np.array_equal(again.subset, reference.subset)
+    assert (again.count, again.preprocess, again.features) == (140, "adm", "inception")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_adms_evaluator_finds_all_its_keys_and_can_stream_the_images(reference, tmp_path) -> None:
+    """It reads mu, sigma, mu_s and sigma_s without pickle, and arr_0's rows behind a header of version 1.0."""
+    spatial = Moments(MEAN[:7], COVARIANCE[:7, :7])
+    whole = dataclasses.replace(reference, spatial=spatial)
+    write_reference(tmp_path / "r.npz", whole, (IMAGES[i] for i in subset_indices(140, 50)), num_images=50)
+    with np.load(tmp_path / "r.npz", allow_pickle=False) as archive:
+        found = {key: archive[key] for key in archive.files}
+    assert {found[key].dtype for key in ("mu", "sigma", "mu_s", "sigma_s")} == {np.dtype("f8")}
+    assert [found[key].shape for key in ("mu", "sigma", "mu_s", "sigma_s")] == [(16,), (16, 16), (7,), (7, 7)]
+    with zipfile.ZipFile(tmp_path / "r.npz").open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        assert (shape, fortran_order, dtype) == ((50, 8, 8, 3), False, np.uint8)
+        assert file.read(192) == IMAGES[subset_indices(140, 50)[0]].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f8", "i4"])
+def test_single_features_come_in_the_precision_of_ours_or_not_at_all(reference, tmp_path, dtype: str) -> None:
+    arrays = {"mu": MEAN, "sigma": COVARIANCE}
+    np.savez(tmp_path / "r.npz", **arrays, features_0=np.ones((5, 16), dtype=dtype))
+    found = read_reference(tmp_path / "r.npz", EXTRACTOR).subset
+    assert found is not None
+    assert found.dtype == np.float32
+    np.savez(tmp_path / "words.npz", **arrays, features_0=np.full((5, 16), "a"))
+    with pytest.raises(UserError, match="features_0 are no numbers"):
+        read_reference(tmp_path / "words.npz", EXTRACTOR)
+
+
+def test_edms_evaluator_finds_mean_and_covariance_and_nothing_else(reference, tmp_path) -> None:
+    write_edm(tmp_path / "edm.npz", reference)
+    with (tmp_path / "edm.npz").open("rb") as file:
+        found = dict(np.load(file))
+    assert {key: (value.dtype, value.shape) for key, value in found.items()} == {
+        "mu": (np.dtype("f8"), (16,)),
+        "sigma": (np.dtype("f8"), (16, 16)),
+    }
+    np.testing.assert_allclose(found["sigma"], COVARIANCE, rtol=1e-9, atol=1e-12)  # unbiased, as theirs
+    assert np.array_equal(read_reference(tmp_path / "edm.npz", EXTRACTOR).pooled.covariance, found["sigma"])
+    with pytest.raises(UserError, match="Inception statistics, not dinov2_vitl14"):
+        write_edm(tmp_path / "edm.npz", dataclasses.replace(reference, features="dinov2_vitl14"))
+    assert [path.name for path in tmp_path.iterdir()] == ["edm.npz"]
+
+
+def test_edm2s_evaluator_finds_both_metrics_in_a_pickle_that_any_numpy_reads(reference, tmp_path) -> None:
+    path = tmp_path / "edm2.pkl"
+    same = {"count": 140, "source": reference.name}
+    write_edm2(path, reference.pooled, features="inception", **same)
+    write_edm2(path, Moments(MEAN + 1, COVARIANCE), features="dinov2_vitl14", **same)
+    found = pickle.loads(path.read_bytes())
+    assert set(found) == {"num_images", "source", "fid", "fd_dinov2"}
+    assert (type(found["num_images"]), found["num_images"]) == (int, 140)
+    for key, mean in (("fid", MEAN), ("fd_dinov2", MEAN + 1)):
+        assert (found[key]["mu"].dtype, found[key]["sigma"].dtype) == (np.dtype("f8"), np.dtype("f8"))
+        np.testing.assert_allclose(found[key]["mu"], mean, rtol=1e-12)
+        np.testing.assert_allclose(found[key]["sigma"], COVARIANCE, rtol=1e-9, atol=1e-12)
+    names = [arg for opcode, arg, _ in pickletools.genops(path.read_bytes()) if opcode.name == "SHORT_BINUNICODE"]
+    assert {name for name in names if "numpy" in name or "multiarray" in name} == {"numpy"}  # not numpy.(_)core
+    again = read_reference(path, EXTRACTOR)
+    assert np.array_equal(again.pooled.covariance, reference.pooled.covariance)
+    assert again.count == 140
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_edm2_file_of_other_images_or_other_features_is_not_written_over(reference, tmp_path) -> None:
+    path = tmp_path / "edm2.pkl"
+    given = {"features": "inception", "count": 140, "source": reference.name}
+    write_edm2(path, reference.pooled, **given)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="of other images than these 139"):
+        write_edm2(path, reference.pooled, **{**given, "count": 139})
+    with pytest.raises(UserError, match="of other images than these 140"):
+        write_edm2(path, reference.pooled, **{**given, "source": "another data set of 140"})
+    with pytest.raises(UserError, match="not efficientnet_lite0"):
+        write_edm2(path, reference.pooled, **{**given, "features": "efficientnet_lite0"})
+    assert path.read_bytes() == before
+
+
+def test_the_command_writes_edms_and_edm2s_formats(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(IMAGES[:12]):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number:05d}.png")
+    source = ["--source", f"folder:{tmp_path / 'images'}", "--format", "webdataset", "--image-size", "8"]
+    dataset = str(tmp_path / "dataset")
+    assert prepare([*source, "--encoding", "png", "--out", dataset]) == 0
+    monkeypatch.setattr("data_prep.reference.build_features", lambda *_, **__: EXTRACTOR)
+    ((_, features),) = image_blocks(IMAGES[:12], EXTRACTOR)
+    pooled = features["pooled"].astype("f8")
+    for format, name in (("edm", "edm.npz"), ("edm2", "edm2.pkl")):
+        out = tmp_path / name
+        capsys.readouterr()
+        assert command([dataset, "--out", str(out), "--format", format, "--device", "cpu"]) == 0
+        assert capsys.readouterr().out == f"{out}: 12 images of 8 px, inception\n"
+        found = read_reference(out, EXTRACTOR).pooled
+        np.testing.assert_allclose(found.mean, pooled.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(found.covariance, np.cov(pooled, rowvar=False), rtol=1e-9, atol=1e-12)
+    for wrong in (
+        ["--format", "edm2", "--out", str(tmp_path / "x.npz")],
+        ["--format", "edm", "--out", str(tmp_path / "x.npz"), "--features", "dinov2"],
+        ["--format", "edm2", "--out", str(tmp_path / "x.pkl"), "--features", "efficientnet"],
+    ):
+        capsys.readouterr()
+        assert command([dataset, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_measures_a_prepared_data_set(tmp_path, capsys) -> None:
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(IMAGES[:12]):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number:05d}.png")
+    dataset, out = tmp_path / "dataset", tmp_path / "reference.npz"
+    source = ["--source", f"folder:{tmp_path / 'images'}", "--format", "mds", "--image-size", "8"]
+    assert prepare([*source, "--encoding", "png", "--out", str(dataset)]) == 0
+    arguments = ["--features", "efficientnet", "--device", "cpu", "--subset", "7", "--out", str(out)]
+    assert command([str(dataset), *arguments]) == 0
+    assert "12 images of 8 px, efficientnet_lite0, 7 kept as arr_0" in capsys.readouterr().out
+    extractor = build_features("efficientnet")
+    found = read_reference(out, extractor)
+    assert (found.count, found.features, found.preprocess) == (12, "efficientnet_lite0", "adm")
+    images = torch.from_numpy(IMAGES[:12]).permute(0, 3, 1, 2).contiguous()
+    np.testing.assert_allclose(found.pooled.mean, extractor(images)["pooled"].mean(axis=0), rtol=1e-5, atol=1e-6)
+    assert measure(image_blocks(IMAGES[:12], extractor), num_samples=12, reference=found)["fid"] < 1e-6
+    assert command([str(tmp_path / "absent"), *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_adms_npz_gives_the_features_of_its_images(tmp_path) -> None:
+    np.savez(
+        tmp_path / "adm.npz",
+        arr_0=IMAGES[:30],
+        mu=MEAN,
+        sigma=COVARIANCE,
+        mu_s=MEAN[:4],
+        sigma_s=COVARIANCE[:4, :4],
+    )
+    found = read_reference(tmp_path / "adm.npz", EXTRACTOR)
+    np.testing.assert_allclose(found.subset, POOLED[:30], rtol=1e-6)
+    assert found.spatial is not None
+    assert found.spatial.width == 4
+    assert found.describe()["subset"] == 30
+
+
+def test_edms_npz_and_torch_fidelitys_cache_give_their_statistics(tmp_path) -> None:
+    np.savez(tmp_path / "edm.npz", mu=MEAN, sigma=COVARIANCE)
+    torch.save({"mu": MEAN.astype("f4"), "sigma": COVARIANCE}, tmp_path / "cache.pt")
+    for name in ("edm.npz", "cache.pt"):
+        found = read_reference(tmp_path / name, EXTRACTOR)
+        np.testing.assert_allclose(found.pooled.mean, MEAN, rtol=1e-6)
+        assert np.array_equal(found.pooled.covariance, COVARIANCE)
+        assert found.subset is None
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_edm2s_pickle_gives_its_statistics(tmp_path, protocol: int) -> None:
+    content = {
+        "num_images": np.int64(140),
+        "fid": {"mu": MEAN, "sigma": COVARIANCE},
+        "fd_dinov2": {"mu": MEAN[:3]},
+    }
+    (tmp_path / "edm2.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = read_reference(tmp_path / "edm2.pkl", EXTRACTOR)
+    assert np.array_equal(found.pooled.mean, MEAN)
+    assert found.count == 140
+
+
+class _Malice:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("name", ["evil.pkl", "evil.pt"])
+def test_nothing_in_a_pickle_is_executed(tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {"fid": {"mu": MEAN, "sigma": _Malice()}, "mu": _Malice(), "sigma": COVARIANCE}
+    if name.endswith(".pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(UserError):
+        read_reference(tmp_path / name, EXTRACTOR)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_reference_of_another_width_kind_or_format_is_refused_in_a_line(reference, tmp_path) -> None:
+    np.savez(tmp_path / "wide.npz", mu=np.ones(17), sigma=np.eye(17))
+    with pytest.raises(UserError, match="width 17, inception gives 16"):
+        read_reference(tmp_path / "wide.npz", EXTRACTOR)
+    np.savez(tmp_path / "other.npz", mu=MEAN, sigma=COVARIANCE, features=np.array("efficientnet_lite0"))
+    with pytest.raises(UserError, match="holds efficientnet_lite0 features, the evaluation uses inception"):
+        read_reference(tmp_path / "other.npz", EXTRACTOR)
+    np.savez(tmp_path / "nan.npz", mu=MEAN * np.nan, sigma=COVARIANCE)
+    with pytest.raises(UserError, match="NaN"):
+        read_reference(tmp_path / "nan.npz", EXTRACTOR)
+    np.savez(tmp_path / "objects.npz", mu=np.array([{}, 1], dtype=object), sigma=COVARIANCE)
+    with pytest.raises(UserError, match="plain arrays"):
+        read_reference(tmp_path / "objects.npz", EXTRACTOR)
+    (tmp_path / "note.txt").write_text("no statistics")
+    with pytest.raises(UserError, match="statistics are"):
+        read_reference(tmp_path / "note.txt", EXTRACTOR)
+    with pytest.raises(UserError, match="no such file"):
+        read_reference(tmp_path / "absent.npz", EXTRACTOR)
+
+
+def test_a_folder_and_an_npz_of_the_same_images_measure_alike(reference, tmp_path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, image in enumerate(IMAGES[:70]):
+        Image.fromarray(image).save(folder / f"{number:05d}.png")
+    np.savez_compressed(tmp_path / "samples.npz", arr_0=IMAGES[:70])
+    results = []
+    for path in (folder, tmp_path / "samples.npz"):
+        images = open_images(path)
+        assert (images.count, images.height, images.width) == (70, 8, 8)
+        results.append(measure(image_blocks(images.read(), EXTRACTOR), num_samples=70, reference=reference))
+    assert results[0] == results[1]
+    assert results[0]["precision"] > 0.9
+    assert set(results[0]) >= {"fid", "kid", "inception_score", "precision", "recall", "density", "coverage"}
+    assert "sfid" not in results[0]
+
+
+def test_finished_images_that_are_none_are_refused_in_a_line(tmp_path) -> None:
+    np.savez(tmp_path / "float.npz", arr_0=IMAGES.astype("f4"))
+    with pytest.raises(UserError, match="must be uint8"):
+        open_images(tmp_path / "float.npz")
+    np.savez(tmp_path / "none.npz", other=IMAGES)
+    with pytest.raises(UserError, match="no arr_0"):
+        open_images(tmp_path / "none.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images there"):
+        open_images(tmp_path / "empty")
+    (tmp_path / "mixed").mkdir()
+    Image.fromarray(IMAGES[0]).save(tmp_path / "mixed" / "a.png")
+    Image.fromarray(IMAGES[0][:4]).save(tmp_path / "mixed" / "b.png")
+    with pytest.raises(UserError, match="different sizes"):
+        list(image_blocks(open_images(tmp_path / "mixed").read(), EXTRACTOR))
+
+
+def test_the_same_samples_measure_the_same_to_the_bit_from_any_number_of_ranks(reference, tmp_path) -> None:
+    found = []
+    for num_ranks in (1, 2, 3):
+        store = BlockStore(tmp_path / str(num_ranks), identity={}, num_samples=140)
+        todo = store.missing()
+        for rank in reversed(range(num_ranks)):
+            for block in todo[rank::num_ranks]:
+                images = torch.from_numpy(IMAGES[block.start : block.stop]).permute(0, 3, 1, 2)
+                store.commit(block, EXTRACTOR(images))
+        found.append(measure(store.read(), num_samples=140, reference=reference))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["fid"] < 1e-9 * np.trace(COVARIANCE)  # the reference's own images
+
+
+def test_statistics_alone_leave_out_what_needs_images_and_say_so(tmp_path) -> None:
+    np.savez(tmp_path / "edm.npz", mu=MEAN, sigma=COVARIANCE)
+    reference = read_reference(tmp_path / "edm.npz", EXTRACTOR)
+    found = measure(image_blocks(IMAGES[:20], EXTRACTOR), num_samples=20, reference=reference)
+    assert set(found) == {"fid", "inception_score", "inception_score_split_std"}
+    assert any("KID, precision, recall" in line for line in left_out(reference, num_samples=20, features="inception"))
+
+
+def test_fewer_than_two_samples_are_refused(reference) -> None:
+    with pytest.raises(UserError, match="at least 2"):
+        measure(image_blocks(IMAGES[:1], EXTRACTOR), num_samples=1, reference=reference)
+
+
+def test_another_preprocessing_is_named(reference) -> None:
+    assert reference.mismatches(preprocess="adm") == []
+    (line,) = reference.mismatches(preprocess="edm")
+    assert "preprocessing: adm against edm" in line
+    assert reference.mismatches(preprocess=None) == []
+
+
+def test_another_resolution_is_refused_and_adms_images_tell_theirs(reference, tmp_path) -> None:
+    reference.refuse_other_size((8, 8), whose="the model")
+    with pytest.raises(UserError, match="of 8 px, the model has 16 x 16"):
+        reference.refuse_other_size((16, 16), whose="the model")
+    np.savez(tmp_path / "adm.npz", arr_0=IMAGES[:30], mu=MEAN, sigma=COVARIANCE)
+    with pytest.raises(UserError, match="of 8 px"):
+        read_reference(tmp_path / "adm.npz", EXTRACTOR).refuse_other_size((8, 4), whose="samples.npz")
+
+
+def test_a_result_holds_each_metric_in_three_parts_and_reads_back(reference) -> None:
+    sets = [
+        measure(image_blocks(IMAGES[at : at + 40], EXTRACTOR), num_samples=40, reference=reference)
+        for at in (0, 40, 80)
+    ]
+    result = EvaluationResult(
+        step=500,
+        weights="ema_0.9999432",
+        nfe=1,
+        num_samples=40,
+        seeds=(0, 1, 2),
+        features="inception",
+        score_name=score_name("inception"),
+        reference=reference.describe(),
+        seconds=1.5,
+        **combine(sets),
+    )
+    assert read_document(EvaluationResult, result.to_bytes(), origin="test") == result
+    assert result.fid.values == tuple(found["fid"] for found in sets)
+    assert result.fid.std == pytest.approx(np.std(result.fid.values, ddof=1))
+    assert Metric.of([3.0]) == Metric(mean=3.0, std=0.0, values=(3.0,))
+    assert score_name("efficientnet_lite0") == "FD-EfficientNet"

@@ -1,0 +1,163 @@
+"""The way from S3 through a server that misbehaves, over real sockets: retried with backoff, then one line."""
+
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from data_fixtures import COUNT, collect, data, make, world
+from fault_proxy import FaultProxy
+
+from cmscale.data import cache, open_batches
+from cmscale.data.samples import Samples
+from cmscale.errors import UserError
+from cmscale.io.storage import open_storage
+from cmscale.runs.manifests import read_dataset_manifest
+from data_prep import prepare, verify
+
+SHARD = r"GET .*shard"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long somebody would have slept."""
+    found: list[float] = []
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=found.append))
+    monkeypatch.setattr("cmscale.data.cache._wait", found.append)
+    return found
+
+
+def read(url: str, folder: Path, **more: object):
+    return collect(data(url, cache_dir=str(folder), **more), num_ranks=1, batch=COUNT, start=0, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        ("503", SHARD),
+        ("503", "manifest"),
+        ("slow", SHARD),
+        ("reset", SHARD),
+        ("reset after", SHARD),
+        ("truncate", SHARD),
+        ("truncate", "index.json"),
+        ("corrupt", SHARD),
+        ("corrupt", "index.json"),
+    ],
+)
+def test_a_fault_that_passes_changes_nothing(source, sets, proxy: FaultProxy, s3, tmp_path, waits, fault, match):
+    url = make(source, f"{s3}/set", "mds")
+    rule = proxy.add(fault, match=match, times=2)
+    assert read(url, tmp_path) == read(sets["mds"], tmp_path / "other")
+    assert rule.used == 2
+    assert not list(tmp_path.rglob("*.part*"))
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "truncate"])
+def test_a_fault_that_stays_is_tried_again_with_growing_waits_and_then_one_line(
+    source, proxy: FaultProxy, s3, tmp_path, waits, fault
+):
+    url = make(source, f"{s3}/set", "webdataset")
+    rule = proxy.add(fault, match=r"GET .*shard-00003")
+    waits.clear()
+    samples = Samples(url, cache_dir=str(tmp_path))
+    with pytest.raises(ConnectionError) as caught:
+        samples.read(13)
+    assert "\n" not in str(caught.value)
+    assert url in str(caught.value)
+    if fault == "truncate":  # a body that breaks off after a good answer: boto3 asks again at once, the cache waits
+        assert rule.used == 5 * cache.ATTEMPTS
+        assert waits == [1.0, 2.0, 4.0]
+    else:
+        assert rule.used == 6 * cache.ATTEMPTS
+        assert waits[5::6] == [1.0, 2.0, 4.0]
+        for attempt in range(cache.ATTEMPTS):
+            assert all(0 < w <= m for w, m in zip(waits[6 * attempt :], (1.0, 2.0, 4.0, 8.0, 16.0), strict=False))
+
+
+def test_a_body_that_is_corrupt_each_time_is_refused_by_its_hash_or_replaced_within_the_budget(
+    source, proxy: FaultProxy, s3, tmp_path, waits
+):
+    url = make(source, f"{s3}/set", "mds")
+    shard = read_dataset_manifest(open_storage(url)).shards[3]
+    rule = proxy.add("corrupt", match=f"GET .*{shard.name}")
+    with pytest.raises(RuntimeError, match=f"{shard.name}: damaged; expected {shard.size} bytes with SHA-256"):
+        read(url, tmp_path)
+    assert rule.used == cache.ATTEMPTS
+    found, _ = read(url, tmp_path, max_bad_shards=1)
+    assert len(found) == COUNT
+    assert rule.used == 2 * cache.ATTEMPTS  # once a start, not once a sample
+
+
+def test_a_server_that_falls_silent_is_left_after_a_while(source, proxy: FaultProxy, s3, tmp_path, waits, monkeypatch):
+    url = make(source, f"{s3}/set", "mds")
+    monkeypatch.setattr("cmscale.io.storage._READ_SECONDS", 0.05)
+    monkeypatch.setattr("cmscale.data.cache.ATTEMPTS", 1)
+    rule = proxy.add("stall", match=SHARD)
+    with pytest.raises(ConnectionError, match="does not answer"):
+        read(url, tmp_path)
+    assert rule.used >= 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_ends_workers_and_ranks_with_the_same_line(source, proxy, s3, tmp_path, waits, monkeypatch, workers):
+    url = make(source, f"{s3}/set", "mds")
+    monkeypatch.setattr("cmscale.data.cache.ATTEMPTS", 1)
+    config = data(url, cache_dir=str(tmp_path), workers=workers)
+    proxy.add("503", match=SHARD)
+    batches = open_batches(config, world(), seed=0, global_batch_size=4, image_size=16)
+    with closing(batches), pytest.raises(ConnectionError, match=r"^s3://[^\n]*SlowDown[^\n]*$"):
+        next(batches)
+
+
+def test_a_wrong_endpoint_is_one_line(s3, tmp_path, capsys, waits, monkeypatch, source) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(ConnectionError, match=r"^s3://\S+: the S3 server does not answer[^\n]*127.0.0.1:1"):
+        read(f"{s3}/set", tmp_path)
+    for status in (
+        verify.main([f"{s3}/set"]),
+        prepare.main(["--source", f"lsun:{source}", "--format", "mds", "--out", f"{s3}/set", "--image-size", "16"]),
+    ):
+        assert status == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"error: {s3}/set: the S3 server does not answer") for line in lines)
+
+
+def test_wrong_credentials_are_a_users_mistake_in_one_line_and_not_tried_again(proxy, s3, tmp_path, waits) -> None:
+    rule = proxy.add("403")
+    with pytest.raises(UserError, match=r"refuses the credentials \(InvalidAccessKeyId\); check AWS_ACCESS_KEY_ID"):
+        read(f"{s3}/set", tmp_path)
+    assert rule.used == 1
+    assert waits == []
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "reset after"])
+def test_prepare_and_verify_go_on_through_faults_of_uploads(source, sets, proxy, s3, waits, capsys, fault) -> None:
+    rules = [proxy.add(fault, match=f"PUT .*{name}", times=2) for name in ("shard.00002", "manifest.json")]
+    url = make(source, f"{s3}/set", "mds")
+    assert [rule.used for rule in rules] == [2, 2]
+    proxy.clear()
+    assert verify.main([url]) == 0
+    storage, local = open_storage(url), open_storage(sets["mds"])
+    assert {e.key: storage.read(e.key) for e in storage.list()} == {e.key: local.read(e.key) for e in local.list()}
+
+
+@pytest.mark.parametrize("fault", ["corrupt upload", "corrupt"])
+def test_a_shard_that_comes_back_damaged_is_named_by_verify(source, proxy: FaultProxy, s3, waits, capsys, fault):
+    proxy.add(fault, match=r"(PUT|GET) .*shard.00002")
+    url = make(source, f"{s3}/set", "mds")
+    capsys.readouterr()
+    assert verify.main([url]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bad:")]
+    assert line.startswith("bad: shard.00002.mds: ")
+
+
+def test_old_unfinished_uploads_are_gone_once_prepare_has_begun(source, s3: str) -> None:
+    storage = open_storage(f"{s3}/set")
+    other = open_storage(f"{s3}/other")
+    for one in (storage, other):
+        one.client.create_multipart_upload(Bucket=one.bucket, Key=one._key("shard.00001.mds"))
+    make(source, f"{s3}/set", "mds")
+    left = storage.client.list_multipart_uploads(Bucket=storage.bucket)["Uploads"]
+    assert [upload["Key"] for upload in left] == ["other/shard.00001.mds"]

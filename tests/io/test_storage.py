@@ -1,0 +1,116 @@
+"""Promises of the storage: whole or not at all, conditional writes, and one line for what a user got wrong."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from cmscale.errors import UserError
+from cmscale.io.fetch import local_file
+from cmscale.io.storage import LocalStorage, Storage, open_parent, open_storage
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A fresh storage of either kind, one level below its root."""
+    if request.param == "local":
+        return open_storage(tmp_path / "root").sub("inner")
+    return open_storage(request.getfixturevalue("s3")).sub("inner")
+
+
+def test_what_is_written_is_read(storage: Storage, tmp_path: Path) -> None:
+    storage.write("a/b", b"one")
+    storage.write("a/b", b"two")
+    assert storage.read("a/b") == b"two"
+    (tmp_path / "file").write_bytes(b"three")
+    storage.upload("c", tmp_path / "file")
+    storage.download("c", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"three"
+    assert [(entry.key, entry.size) for entry in storage.list()] == [("a/b", 3), ("c", 5)]
+    assert [entry.key for entry in storage.list("a/")] == ["a/b"]
+    assert storage.sub("a").read("b") == b"two"
+
+
+def test_absence_is_said_alike(storage: Storage, tmp_path: Path) -> None:
+    assert storage.read_if_present("nothing") is None
+    with pytest.raises(FileNotFoundError):
+        storage.read("nothing")
+    with pytest.raises(FileNotFoundError):
+        storage.download("nothing", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    storage.delete("nothing")
+    assert list(storage.list()) == []
+
+
+def test_the_first_of_two_conditional_writers_wins(storage: Storage) -> None:
+    assert storage.write_if_absent("manifest", b"mine")
+    assert not storage.write_if_absent("manifest", b"theirs")
+    assert storage.write_if_absent("manifest", b"mine")  # a retried write meets itself
+    assert storage.read("manifest") == b"mine"
+
+
+def test_a_write_that_fails_leaves_the_old_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write("file", b"old")
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(UserError, match="no space left"):
+        storage.write("file", b"new")
+    monkeypatch.undo()
+    assert storage.read("file") == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("url", ["http://host/x", "pipe:cat", "gs://bucket/x", "s3://"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(UserError):
+        open_storage(url)
+
+
+def test_the_folder_of_a_single_object(tmp_path: Path) -> None:
+    storage, key = open_parent("s3://bucket/a/b.pt")
+    assert (storage.url, key) == ("s3://bucket/a", "b.pt")
+    storage, key = open_parent(tmp_path / "b.pt")
+    assert (storage.url, key) == (str(tmp_path), "b.pt")
+    with pytest.raises(UserError):
+        open_parent("s3://bucket")
+
+
+def test_a_bucket_that_is_not_there_is_named(s3: str) -> None:
+    del s3
+    with pytest.raises(UserError, match="no bucket 'absent-bucket'"):
+        open_storage("s3://absent-bucket/x").read("y")
+
+
+def test_missing_credentials_are_named(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(UserError, match="AWS_ACCESS_KEY_ID"):
+        open_storage(s3).read("x")
+
+
+def test_an_asset_is_fetched_once_and_checked(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
+    storage = open_storage(s3)
+    storage.write("weights.pth", b"numbers")
+    good = "a2e4ee7a1b1ee3a3d0a8a3a2f4d0f0f0"
+    path = local_file(f"{s3}/weights.pth")
+    assert path.read_bytes() == b"numbers"
+    assert local_file(f"{s3}/weights.pth") == path
+    path.write_bytes(b"NUMBERS")  # a copy that rotted is fetched again
+    assert local_file(f"{s3}/weights.pth").read_bytes() == b"numbers"
+    storage.write("weights.pth", b"another")  # and so is an object that was replaced, be its size the same
+    assert local_file(f"{s3}/weights.pth").read_bytes() == b"another"
+    with pytest.raises(UserError, match=good):
+        local_file(f"{s3}/weights.pth#sha256={good}")
+    with pytest.raises(UserError, match="no such object"):
+        local_file(f"{s3}/absent.pth")
+    with pytest.raises(UserError, match="no such file"):
+        local_file(str(tmp_path / "absent.pth"))

@@ -1,0 +1,126 @@
+"""The launcher of evaluations: whose config and folder it takes, what it asks for, what it refuses."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from launch_fixtures import CONFIG, dataset
+
+from launchers import evaluate
+from launchers.start import guarded
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What would have been launched: (request, run, plan)."""
+    launched: list[tuple] = []
+
+    def launch(worker: str, args: tuple, *, run, plan, wait: bool) -> int:
+        assert worker == "cmscale.evaluation.evaluate:main"
+        launched.append((args[0], run, plan))
+        return 0
+
+    monkeypatch.setattr(evaluate, "launch", launch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(CONFIG.format(data="data"))
+    checkpoint = run / "checkpoints" / "step-000000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (tmp_path / "weights.pt").write_text("")
+    dataset(tmp_path / "data")
+    return launched
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--cluster", "local", *arguments])
+    return guarded(evaluate.main)
+
+
+@pytest.mark.parametrize("source", ["runs/one", "runs/one/checkpoints/step-000000003"])
+def test_a_run_is_evaluated_in_its_own_folder_with_its_own_config(
+    source: str, asked: list, monkeypatch, tmp_path: Path
+):
+    assert run(monkeypatch, source, "--samples", "100", "--steps", "1,2", "--seeds", "3", "--step", "0,latest") == 0
+    ((request, where, plan),) = asked
+    assert where.root == tmp_path / "runs" / "one"
+    assert request["source"] == str(tmp_path / source)
+    assert (request["samples"], request["steps"], request["seeds"]) == (100, "1,2", 3)
+    assert (request["checkpoints"], request["device"]) == ("0,latest", "cpu")
+    assert plan.slurm.signal_seconds == 5
+
+
+def test_foreign_weights_get_a_folder_of_their_own_and_the_given_config(asked: list, monkeypatch, tmp_path: Path):
+    assert run(monkeypatch, "weights.pt", "--name", "theirs", "--config", "runs/one/config.yaml", "train.seed=4") == 0
+    ((request, where, _),) = asked
+    assert where.root == tmp_path / "runs" / "theirs"
+    assert (request["config"], request["overrides"]) == (
+        str(tmp_path / "runs/one/config.yaml"),
+        ["train.seed=4"],
+    )
+
+
+def test_every_key_of_the_request_is_one_that_the_worker_knows(asked: list, monkeypatch):
+    from cmscale.evaluation.evaluate import Request
+
+    assert run(monkeypatch, "runs/one") == 0
+    Request.model_validate(asked[0][0])
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("{reference: gone.npz}", "evaluate.reference: gone.npz: no such file or folder"),
+        ("{inception_weights: gone.pth}", "evaluate.inception_weights: gone.pth: no such file or folder"),
+        ("{features: dinov2, dinov2_weights: gone.pth}", "evaluate.dinov2_weights: gone.pth: no such file or folder"),
+    ],
+)
+def test_what_the_runs_config_names_must_be_there_before_a_job_is_queued(
+    section: str, words: str, asked: list, monkeypatch, capsys, tmp_path: Path
+):
+    with (tmp_path / "runs" / "one" / "config.yaml").open("a") as file:
+        file.write(f"evaluate: {section}\n")
+    assert run(monkeypatch, "runs/one") == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert asked == []
+    (tmp_path / "gone.npz").touch()
+    (tmp_path / "gone.pth").touch()
+    assert run(monkeypatch, "runs/one") == 0
+
+
+def test_the_training_data_must_be_there_where_nothing_else_is_named(asked: list, monkeypatch, capsys, tmp_path: Path):
+    shutil.rmtree(tmp_path / "data")
+    assert run(monkeypatch, "runs/one") == 2
+    assert "data.path: data: no such folder" in capsys.readouterr().err
+    (tmp_path / "theirs.npz").touch()
+    assert run(monkeypatch, "runs/one", "--reference", "theirs.npz") == 0
+
+
+def test_weights_that_the_features_do_not_need_are_not_asked_for(asked: list, monkeypatch, tmp_path: Path):
+    with (tmp_path / "runs" / "one" / "config.yaml").open("a") as file:
+        file.write("evaluate: {inception_weights: gone.pth}\n")
+    assert run(monkeypatch, "runs/one", "--features", "efficientnet") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "SOURCE: nowhere: no such file or folder"),
+        (["runs/one", "--name", "two"], "--name two: runs/one is a run's"),
+        (["runs/one", "train.seed=1"], "runs/one is a run's"),
+        (["weights.pt", "train.seed=1"], "see --config"),
+        (["runs/one", "--reference", "gone.npz"], "--reference: "),
+        (["runs/one", "--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_mistake_is_one_line_with_status_2(arguments: list[str], words: str, asked: list, monkeypatch, capsys):
+    assert run(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert asked == []

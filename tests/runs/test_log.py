@@ -1,0 +1,87 @@
+"""What a run's own words promise: whole lines, replayed steps counted once, and a mirror that can't fail a run."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from cmscale.config import Wandb
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import append_line, latest_metrics, read_lines, write_event
+from cmscale.training.wandb_mirror import MetricsLog
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def test_lines_of_many_writers_never_mix(run: RunDir) -> None:
+    def write(number: int) -> None:
+        for index in range(50):
+            append_line(run.events, {"writer": number, "index": index, "padding": "x" * 500})
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    records = list(read_lines(run.events))
+    assert len(records) == 200
+    assert [r["index"] for r in records if r["writer"] == 2] == list(range(50))
+
+
+def test_a_line_cut_by_a_crash_is_passed_over(run: RunDir) -> None:
+    write_event(run, "start", step=0, rank=0)
+    with run.events.open("a") as file:
+        file.write('{"event": "chec')
+    assert [record["event"] for record in read_lines(run.events)] == ["start"]
+    write_event(run, "resumed", step=0, rank=0)
+    assert [record["event"] for record in read_lines(run.events)] == ["start", "resumed"]
+
+
+def test_a_replayed_step_counts_once_with_its_last_value(run: RunDir) -> None:
+    for step, loss in [(1, 0.5), (2, 0.4), (3, 0.3), (2, 0.4), (3, 0.31)]:
+        append_line(run.metrics, {"step": step, "loss": loss})
+    assert latest_metrics(run) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}, {"step": 3, "loss": 0.31}]
+
+
+def test_the_mirror_keeps_one_id_over_resumptions_and_takes_replayed_steps(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run.root.mkdir()
+    ids = []
+    for steps in ([1, 2, 3], [2, 3, 4]):
+        log = MetricsLog(run, Wandb(mode="offline"), config={"a": 1}, active=True)
+        for step in steps:
+            log.write({"step": step, "loss": 1.0 / step})
+        log.close()
+        ids.append(run.wandb_id.read_text())
+    assert ids[0] == ids[1]
+    assert len(list((run.root / "wandb").glob(f"offline-run-*-{ids[0]}"))) >= 1
+    assert [record["event"] for record in read_lines(run.events)] == []
+    assert len(list(read_lines(run.metrics))) == 6
+
+
+def test_a_mirror_that_fails_leaves_the_metrics_and_an_event(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def broken(**_: object) -> None:
+        raise ConnectionError("wandb is away")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    run.root.mkdir()
+    log = MetricsLog(run, Wandb(mode="online"), config={}, active=True)
+    log.write({"step": 1, "loss": 1.0})
+    log.close()
+    assert json.loads(run.metrics.read_text()) == {"step": 1, "loss": 1.0}
+    assert [record["why"] for record in read_lines(run.events)] == ["ConnectionError: wandb is away"]
+
+
+def test_other_ranks_are_silent(run: RunDir) -> None:
+    log = MetricsLog(run, Wandb(mode="offline"), config={}, active=False)
+    log.write({"step": 1})
+    log.close()
+    assert not run.root.exists()

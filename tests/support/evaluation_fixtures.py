@@ -1,0 +1,99 @@
+"""A tiny run with a checkpoint as training leaves it, written without DeepSpeed, and a prepared data set beside it."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cmscale.config import Config, dump_config, parse_config, trajectory
+from cmscale.engine.masters import count_elements, number_parameters
+from cmscale.evaluation.features.extractor import FeatureExtractor
+from cmscale.model.unet import build_unet
+from cmscale.runs.folder import RunDir, rank_file
+from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
+from data_prep.prepare import main as prepare
+
+TEXT = """
+method: {{kind: {kind}, {method}}}
+model: {{image_size: 8, channels: 32, channel_multipliers: [1], num_res_blocks: 1, head_channels: 32}}
+data: {{path: {data}}}
+optimizer: {{learning_rate: 1.0e-2}}
+train: {{total_steps: 100, global_batch_size: 8, micro_batch_size: 2}}
+ema: {{rates: [0.9, 0.5]}}
+engine: {{device: cpu}}
+evaluate: {{features: efficientnet, num_samples: {samples}}}
+"""
+
+
+class Projection(torch.nn.Module):
+    """A stand-in for a network of features: the interface of the real one at no cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = torch.randn(3 * 28 * 28, 26, generator=torch.Generator().manual_seed(0)) / 9
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = x[:, :, ::8, ::8].flatten(1) @ self.matrix
+        return found[:, :16].relu(), found[:, 16:]
+
+
+def build_cheap_features(kind: str, **_: object) -> FeatureExtractor:
+    """What stands for `build_features`."""
+    return FeatureExtractor(kind, 16, None, "0" * 64, Projection(), torch.device("cpu"))
+
+
+def write_dataset(folder: Path, *, count: int = 40, size: int = 8) -> Path:
+    """A prepared data set of blurred noise, under `folder`."""
+    source = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    for number in range(count):
+        coarse = source.integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+        picture.save(folder / "images" / f"{number:04d}.png")
+    arguments = ["--source", f"folder:{folder / 'images'}", "--format", "mds", "--image-size", str(size)]
+    assert prepare([*arguments, "--encoding", "png", "--out", str(folder / "data")]) == 0
+    return folder / "data"
+
+
+def write_trained_run(
+    root: Path, *, data: Path, kind: str = "ct", method: str = "distance: l2", step: int = 7, samples: int = 300
+) -> RunDir:
+    """A run of random weights (each EMA its own) with one checkpoint."""
+    run = RunDir(root)
+    config = parse_config(TEXT.format(kind=kind, method=method, data=data, samples=samples))
+    run.checkpoint(step).mkdir(parents=True)
+    run.config.write_text(dump_config(config))
+    write_checkpoint(run, config, step=step)
+    return run
+
+
+def write_checkpoint(run: RunDir, config: Config, *, step: int) -> None:
+    """A checkpoint in the layout of DESIGN.md, one rank's."""
+    with torch.device("meta"):
+        parameters = number_parameters(build_unet(config.model))
+    total = count_elements(parameters)
+    source = torch.Generator().manual_seed(step)
+    quantities = {name: 0.05 * torch.randn(total, generator=source) for name in ("master", *config.ema.names)}
+    path = run.checkpoint(step) / rank_file(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(quantities, path)
+    data = path.read_bytes()
+    entry = FileEntry(name=path.name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    manifest = CheckpointManifest(
+        state=TrainState(step=step, cursor=8 * step),
+        generation=1,
+        num_ranks=1,
+        zero_stage=0,
+        config_fingerprint=config.fingerprint(),
+        config=config.model_dump(mode="json"),
+        trajectory=trajectory(config),
+        data_fingerprint="data",
+        quantities=tuple(quantities),
+        parameters=parameters,
+        num_elements=total,
+        parts=(RankPart(file=entry, segments=(Segment(start=0, length=total, at=0),)),),
+    )
+    (run.checkpoint(step) / "manifest.json").write_bytes(manifest.to_bytes())

@@ -1,0 +1,79 @@
+"""Writes a run's folder as training leaves it, for tests of what reads one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import append_line
+from cmscale.runs.results import EvaluationResult, Metric, score_name
+
+
+def write_run(root: Path, *, kind: str = "ct", total_steps: int = 200, nfes: tuple[int, ...] = (1, 2)) -> RunDir:
+    """A run with metrics, events, three grids, provenance, and evaluations with `nfes` at two steps."""
+    run = RunDir(root)
+    run.samples.mkdir(parents=True)
+    run.config.write_text(
+        f"method: {{kind: {kind}}}\nmodel: {{image_size: 16}}\n"
+        f"train: {{total_steps: {total_steps}, global_batch_size: 64}}\n"
+    )
+    for step in range(5, total_steps + 1, 5):
+        record = {
+            "step": step,
+            "samples": 64 * step,
+            "loss": 3.0 / step,
+            "lr": 1e-4,
+            "num_scales": 2 + step // 20,
+        }
+        append_line(run.metrics, record | {"target_ema": 0.95, "grad_norm": 1.0, "images_per_second": 210.0})
+    happened = [("start", 0, ""), ("preempted", 80, "SIGUSR2 from Slurm"), ("resumed", 80, "")]
+    for second, (event, step, why) in enumerate([*happened, ("finished", total_steps, "")]):
+        append_line(run.events, {"time": 1.79e9 + second, "event": event, "step": step, "rank": 0, "why": why})
+    for step in (0, total_steps // 2, total_steps):
+        pixels = np.random.default_rng(step).integers(0, 256, size=(64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(run.sample_grid(step))
+    for step in (total_steps // 2, total_steps):
+        for nfe in nfes:
+            write_evaluation(run, step=step, nfe=nfe, values=(4000.0 / step / nfe, 4400.0 / step / nfe))
+    start = {
+        "time": "2026-01-02T03:04:05+00:00",
+        "host": "node1",
+        "git": "0123456789abcdef",
+        "python": "3.11",
+    }
+    run.provenance.write_text(json.dumps({"starts": [start | {"command": ["submit.py"], "packages": {"torch": "2"}}]}))
+    return run
+
+
+def write_evaluation(
+    run: RunDir,
+    *,
+    step: int,
+    nfe: int,
+    values: tuple[float, ...],
+    features: str = "efficientnet_lite0",
+    weights: str = "ema_0.999",
+    times: tuple[float, ...] | None = None,
+    warnings: tuple[str, ...] = (),
+) -> None:
+    """An evaluation of a run in its place."""
+    result = EvaluationResult(
+        step=step,
+        weights=weights,
+        nfe=nfe,
+        times=times,
+        num_samples=500,
+        seeds=tuple(range(len(values))),
+        features=features,
+        score_name=score_name(features),
+        reference={"name": "crops"},
+        fid=Metric.of(values),
+        precision=Metric.of([0.5] * len(values)),
+        seconds=1.0,
+        warnings=warnings,
+    )
+    path = run.evaluation(step=step, weights=weights, nfe=nfe, times=times or ())
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(result.to_bytes())

@@ -1,0 +1,58 @@
+"""Owns a process that the watchdog's tests hang: it beats three times, then does what its name says."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from flat_state import flat_config
+
+from cmscale.distributed.world import World
+from cmscale.engine.watchdog import Watchdog
+from cmscale.runs.folder import RunDir
+
+
+def hold_the_gil() -> None:
+    import ctypes
+
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)  # a PyDLL call keeps the GIL
+    for _ in range(2):  # the second waits for ever, whatever signals come
+        library.pthread_mutex_lock(mutex)
+
+
+def main() -> None:
+    how, folder, minutes = sys.argv[1:]
+    watchdog = Watchdog(
+        RunDir(Path(folder)),
+        flat_config(f"engine.step_timeout_minutes={minutes}"),
+        World(rank=3, num_ranks=4),
+    )
+    print(watchdog.pid, flush=True)
+    for step in range(3):
+        watchdog.beat(step)
+    match how:
+        case "waits":
+            threading.Event().wait()
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Event().wait()
+        case "gil":
+            hold_the_gil()
+        case "beats":
+            until = time.monotonic() + 4 * 60 * float(minutes)
+            while time.monotonic() < until:
+                watchdog.beat(5)
+                threading.Event().wait(0.02)
+            worker = os.fork()  # as a data worker does, it keeps the pipe open
+            if worker == 0:
+                signal.pause()
+            watchdog.stop()
+            os.kill(worker, signal.SIGKILL)
+        case "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What a node must be able to do before a run begins on it."""
+
+import types
+from pathlib import Path
+
+import pytest
+
+from cmscale.distributed.world import World
+from cmscale.runs.folder import RunDir
+from cmscale.training import preflight
+from cmscale.training.preflight import PreflightFailed, check
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def look(run: RunDir) -> None:
+    check(types.SimpleNamespace(fingerprint=lambda: "0" * 64), run, World())  # pyright: ignore[reportArgumentType]
+
+
+def test_a_sound_node_passes_and_nothing_is_left_behind(run: RunDir) -> None:
+    look(run)
+    assert list(run.logs.iterdir()) == []
+
+
+def test_a_node_whose_storage_takes_no_file_is_named_in_one_line(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    run.root.mkdir()
+    run.logs.touch()  # a file where the folder should be
+    with pytest.raises(PreflightFailed, match=r"^preflight: node7 \(rank 0\): FileExistsError: .*logs'$"):
+        look(run)
+
+
+def test_a_node_without_memory_is_named(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = types.SimpleNamespace(available=100 * 2**20)
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: left)
+    with pytest.raises(PreflightFailed, match=r"MemoryError: only 100 MiB of memory left for 1 ranks"):
+        look(run)
+
+
+def test_a_run_folder_that_is_not_shared_is_told(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(Path, "touch", lambda *_: None)  # what rank 0 writes comes nowhere
+    with pytest.raises(PreflightFailed, match=r"is not the folder that rank 0 sees"):
+        look(run)
