@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cmscale.config import CD, ECT, PD, SCD, SCT, Config, Model, differences, leaves, parse_config, read_config
+from cmscale.config import Config, Model, differences, leaves, parse_config, read_config
 from cmscale.consistency.solver import Denoise
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest, read_weights
 from cmscale.errors import UserError
@@ -117,18 +117,17 @@ def load_teacher(config: Config) -> dict[str, torch.Tensor]:
     Raises:
         UserError: it is no diffusion model, or another network.
     """
-    method = config.method
-    assert isinstance(method, CD | ECT | PD | SCD | SCT)
-    assert method.teacher is not None
-    if method.teacher.endswith((".pt", ".pth")):
-        return read_openai(local_file(method.teacher), config.model)
-    teacher = load_source(method.teacher, weights=method.teacher_weights)
-    if teacher.config.method.kind != "edm":
+    choice = config.method.teacher_choice
+    assert choice is not None, f"{config.method.kind} names no teacher"
+    if choice.source.endswith((".pt", ".pth")):
+        return read_openai(local_file(choice.source), config.model)
+    teacher = load_source(choice.source, weights=choice.weights_name)
+    if not teacher.config.method.facts.can_teach:
         kind = teacher.config.method.kind
-        raise UserError(f"method.teacher: {method.teacher} is of kind {kind}; a diffusion model (edm) is needed")
+        raise UserError(f"method.teacher: {choice.source} is of kind {kind}; a diffusion model (edm) is needed")
     mine, its = (trajectory_of(section) for section in (config.model, teacher.config.model))
     if different := differences(its, mine):
-        raise UserError(f"method.teacher: {method.teacher} is another network: {'; '.join(different)}")
+        raise UserError(f"method.teacher: {choice.source} is another network: {'; '.join(different)}")
     return teacher.weights
 
 

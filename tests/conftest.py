@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from data_fixtures import COUNT, FORMATS, make, pictures, write_lmdb
 from fault_proxy import FaultProxy
 from hypothesis import settings
 
@@ -62,10 +61,14 @@ def proxy(s3: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from data_fixtures import COUNT, pictures, write_lmdb
+
     return write_lmdb(tmp_path_factory.mktemp("lsun") / "photo_train_lmdb", pictures(COUNT))
 
 
 @pytest.fixture(scope="session")
 def sets(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    from data_fixtures import FORMATS, make
+
     folder = tmp_path_factory.mktemp("sets")
     return {format: make(source, str(folder / format), format) for format in FORMATS}

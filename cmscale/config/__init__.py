@@ -1,7 +1,7 @@
 """The config of a run: its models, and its way from YAML and `key=value` overrides."""
 
 from cmscale.config.files import dump_config, json_schema, known_keys, parse_config, read_config
-from cmscale.config.methods import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, Convention, Diffusion, Method
+from cmscale.config.methods import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, Method, MethodSection
 from cmscale.config.models import (
     Config,
     Data,
@@ -26,11 +26,10 @@ __all__ = [
     "SCD",
     "SCT",
     "Config",
-    "Convention",
     "Data",
-    "Diffusion",
     "Evaluate",
     "Method",
+    "MethodSection",
     "Model",
     "Optimizer",
     "Slurm",

@@ -10,11 +10,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cmscale.config.methods import KINDS
 from cmscale.config.models import Config
 from cmscale.config.section import Section
 from cmscale.errors import UserError
-
-KINDS = ("edm", "cd", "ct", "ict", "ect", "sct", "scd", "pd")
 
 
 class _Loader(yaml.SafeLoader):

@@ -179,10 +179,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
-        kind = self.method.kind
-        if self.train.consistency_error_every and kind in ("edm", "pd"):
+        kind, facts = self.method.kind, self.method.facts
+        if self.train.consistency_error_every and not facts.is_consistency_model:
             raise ValueError(f"train.consistency_error_every: {kind} has no consistency function; set it to 0")
-        if self.engine.zero_stage == 3 and kind in ("sct", "scd"):
+        if self.engine.zero_stage == 3 and facts.needs_forward_mode:
             raise ValueError(
                 f"engine.zero_stage: 3 gathers weights in a way that forward differentiation ({kind}) can't pass; use 2"
             )
@@ -221,9 +221,9 @@ def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool
 
 
 def trajectory(config: Config) -> dict[str, Any]:
-    """The leaves that move the losses. How long EDM, CD and sCM train moves none of theirs; CT's schedules do."""
+    """The leaves that change the losses. train.total_steps is one only where the method's schedule depends on it."""
     kept = {key: value for key, value, is_operational in leaves(config) if not is_operational}
-    if config.method.kind in ("edm", "cd", "sct", "scd"):
+    if not config.method.facts.depends_on_total_steps:
         del kept["train.total_steps"]
     return json.loads(json.dumps(kept))
 

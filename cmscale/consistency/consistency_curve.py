@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cmscale.config import Diffusion
+from cmscale.config import MethodSection
 from cmscale.consistency.consistency_error import consistency_error
 from cmscale.consistency.solver import Denoise
 from cmscale.rng import normal_like_samples
@@ -27,7 +27,7 @@ class ErrorCurve:
 
 
 def error_curve(
-    method: Diffusion,
+    method: MethodSection,
     denoise: Denoise,
     clean: torch.Tensor,
     *,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmscale.config import Diffusion
+from cmscale.config import MethodSection
 from cmscale.consistency import grid
-from cmscale.consistency.solver import Denoise, evaluate, heun_step, like
+from cmscale.consistency.solver import Denoise, evaluate, expand_as, heun_step
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ConsistencyError:
 
 @torch.no_grad()
 def consistency_error(
-    method: Diffusion,
+    method: MethodSection,
     denoise: Denoise,
     clean: Tensor,
     *,
@@ -60,11 +60,11 @@ def consistency_error(
 def _trajectory(
     clean: Tensor, noise: Tensor, times: Tensor, teacher: Denoise | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    x = clean + like(times[:1], clean) * noise
+    x = clean + expand_as(times[:1], clean) * noise
     yield x, times[0]
     for t, s in zip(times[:-1].to(clean.device), times[1:].to(clean.device), strict=True):
         if teacher is None:
-            x = clean + like(s.reshape(1), clean) * noise
+            x = clean + expand_as(s.reshape(1), clean) * noise
         else:
             x = heun_step(teacher, x, t.expand(len(x)), s.expand(len(x)))
         yield x, s

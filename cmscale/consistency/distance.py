@@ -1,15 +1,16 @@
-"""Owns d(x, y), the distance between two batches of images that a consistency loss drives to zero."""
+"""The distance d(x, y) between two batches of images that a consistency loss minimises."""
 
 import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from cmscale.config import CD, CT, ECT, ICT, PD, Method
-from cmscale.consistency import lpips as perceptual
+from cmscale.config import MethodSection
+from cmscale.consistency import lpips
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(a, b), both [B, C, H, W] in [-1, 1] -> [B]."""
@@ -38,25 +39,29 @@ def default_huber_c(image_size: int, channels: int = 3) -> float:
 
 
 def build_distance(
-    method: Method, image_size: int, *, lpips_weights: Path | None = None, device: torch.device | str = "cpu"
-) -> Distance:
-    """The distance of a method's loss.
+    method: MethodSection, image_size: int, *, lpips_weights: Path | None = None, device: torch.device | str = "cpu"
+) -> Distance | None:
+    """The distance of a method's loss; None for a method whose loss has its own.
 
     Args:
-        lpips_weights: VGG16's file for LPIPS; None takes torchvision's own copy from torch hub's cache, which
-            `perceptual.download_vgg` has filled (on one rank).
+        lpips_weights: VGG16's file for LPIPS; None takes torchvision's copy in torch hub's cache, which
+            `lpips.download_vgg` fills (call it on one rank per node).
 
     Raises:
-        UserError: LPIPS's weights are missing or not VGG16's.
+        UserError: LPIPS's weights are missing or are not VGG16's.
     """
-    match method:
-        case CD(distance="lpips") | CT(distance="lpips") | PD(distance="lpips"):
-            network = perceptual.LPIPS(average_pooling=method.lpips_pooling == "average", resize=image_size < 256)
-            network.load_features(lpips_weights if lpips_weights is not None else perceptual.download_vgg())
+    settings = method.distance_settings
+    if settings is None:
+        return None
+    match settings.name:
+        case "lpips":
+            network = lpips.LPIPS(average_pooling=settings.lpips_pooling == "average", resize=image_size < 256)
+            network.load_features(lpips_weights if lpips_weights is not None else lpips.download_vgg())
             return network.to(device)
-        case CD(distance="l1") | CT(distance="l1") | PD(distance="l1"):
+        case "l1":
             return l1
-        case CD(distance="pseudo_huber") | CT(distance="pseudo_huber") | PD(distance="pseudo_huber") | ICT() | ECT():
-            return partial(pseudo_huber, c=method.huber_c or default_huber_c(image_size))
-        case _:
+        case "l2":
             return l2
+        case "pseudo_huber":
+            return partial(pseudo_huber, c=settings.huber_c or default_huber_c(image_size))
+    assert_never(settings.name)

@@ -1,4 +1,4 @@
-"""Owns times: the Karras grid, the times that training draws and samplers take; float64."""
+"""Times: the Karras grid, and the times that training draws and samplers take; all float64."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cmscale.config import CD, CT, ECT, SCD, SCT, Diffusion
+from cmscale.config import MethodSection
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """An irrational offset: times at it lie on no Karras grid, whatever its N."""
@@ -78,40 +78,18 @@ def indexed_sigmas(diffusion: HasTimes, indices: Sequence[int], last: int) -> Te
     return karras_time(diffusion, (last - torch.tensor(indices, dtype=torch.float64)) / last)
 
 
-def consistency_sigmas(method: Diffusion, steps: int) -> Tensor:
+def consistency_sigmas(method: MethodSection, steps: int) -> Tensor:
     """The times of `steps` steps of algorithm 1, descending from T, [steps] float64.
 
-    One step: T. Two: the indices that the paper's authors found on LSUN Bedroom (17 of 39 for CD with LPIPS,
-    18 of 39 with other distances, 67 of 150 for CT); sCM's second is sd tan(1.1) = 0.982 (appendix G.2), ECT's 0.821
-    (its released code, for CIFAR-10). Otherwise, and for other methods, evenly on the Karras curve: indices
+    One step: T. Two: the method's published second time. Otherwise they are even on the Karras curve: the indices
     0..steps-1 of the descending grid 0..steps.
     """
-    if steps == 2 and isinstance(method, SCT | SCD):
-        return torch.tensor([method.sigma_max, method.sigma_data * math.tan(1.1)], dtype=torch.float64)
-    if steps == 2 and isinstance(method, ECT):
-        return torch.tensor([method.sigma_max, 0.821], dtype=torch.float64)
-    if steps == 2:
-        indices, last = authors_indices(method)
-        return indexed_sigmas(method, indices, last=last)
-    return indexed_sigmas(method, range(steps), last=steps)
-
-
-def authors_indices(method: Diffusion) -> tuple[tuple[int, ...], int]:
-    """(indices of two times, last index of their grid), as the paper's authors found them on LSUN Bedroom."""
-    match method:
-        case CD(distance="lpips"):
-            return (0, 17), 39
-        case CD():
-            return (0, 18), 39
-        case CT():
-            return (0, 67), 150
-        case _:
-            return (0, 75), 150  # no finding at 256 px: the middle of the curve
-
-
-def boundary(method: Diffusion) -> float:
-    """The time at which a method's f is the identity, below which no noise lies: eps, or 0 (ECT, sCM)."""
-    return 0.0 if isinstance(method, ECT | SCT | SCD) else method.sigma_min
+    if steps != 2:
+        return indexed_sigmas(method, range(steps), last=steps)
+    second = method.second_time
+    if second.sigma is not None:
+        return torch.tensor([method.sigma_max, second.sigma], dtype=torch.float64)
+    return indexed_sigmas(method, (0, second.index), last=second.last)
 
 
 def held_out_times(diffusion: HasTimes, count: int = 100) -> Tensor:

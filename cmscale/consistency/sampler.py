@@ -1,15 +1,15 @@
-"""Owns sampling: algorithm 1 for consistency models, ODE samplers for EDM; noise keyed by sample."""
+"""Samplers: algorithm 1 for consistency models and ODE samplers for EDM, with noise keyed by sample."""
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
 
-from cmscale.config import EDM, PD, Method
+from cmscale.config import MethodSection
 from cmscale.consistency import grid
-from cmscale.consistency.solver import Denoise, euler_step, evaluate, heun_step, like, slope
+from cmscale.consistency.solver import Denoise, euler_step, evaluate, expand_as, heun_step, slope
 from cmscale.rng import normal_like_samples
 
 Draw = Callable[[int], Tensor]
@@ -34,10 +34,10 @@ def multistep(denoise: Denoise, noise: Tensor, sigmas: Tensor, *, draw: Draw, si
         noise: Start noise of unit variance, [B, C, H, W]; it is scaled by sigmas[0].
         sigmas: Descending times, [steps] float64.
     """
-    x = evaluate(denoise, like(sigmas[:1], noise) * noise, _batch(sigmas[0], noise))
+    x = evaluate(denoise, expand_as(sigmas[:1], noise) * noise, _batch(sigmas[0], noise))
     for number, sigma in enumerate(sigmas[1:], start=1):
         spread = (sigma**2 - sigma_min**2).clamp(min=0).sqrt()
-        noisy = x + like(spread, x) * draw(number).to(x)
+        noisy = x + expand_as(spread, x) * draw(number).to(x)
         x = evaluate(denoise, noisy, _batch(sigma, x))
     return x
 
@@ -45,7 +45,7 @@ def multistep(denoise: Denoise, noise: Tensor, sigmas: Tensor, *, draw: Draw, si
 @torch.no_grad()
 def heun(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
     """EDM, algorithm 1: Heun steps along `sigmas`, whose last is 0, reached by Euler: 2N - 1 evaluations."""
-    x = like(sigmas[:1], noise) * noise
+    x = expand_as(sigmas[:1], noise) * noise
     for t, s in _pairs(sigmas):
         step = heun_step if s > 0 else euler_step
         x = step(denoise, x, _batch(t, x), _batch(s, x))
@@ -55,7 +55,7 @@ def heun(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
 @torch.no_grad()
 def euler(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
     """Euler steps along `sigmas`, whose last is 0: one evaluation a step."""
-    x = like(sigmas[:1], noise) * noise
+    x = expand_as(sigmas[:1], noise) * noise
     for t, s in _pairs(sigmas):
         x = euler_step(denoise, x, _batch(t, x), _batch(s, x))
     return x
@@ -67,29 +67,29 @@ def dpm2(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
 
     So the released code has it; k-diffusion takes the logarithmic midpoint and ends with an Euler step.
     """
-    x = like(sigmas[:1], noise) * noise
+    x = expand_as(sigmas[:1], noise) * noise
     for t, s in _pairs(sigmas):
         middle = ((t ** (1 / 3) + s ** (1 / 3)) / 2) ** 3
         halfway = euler_step(denoise, x, _batch(t, x), _batch(middle, x))
-        x = x + like((s - t).reshape(1), x) * slope(denoise, halfway, _batch(middle, x))
+        x = x + expand_as((s - t).reshape(1), x) * slope(denoise, halfway, _batch(middle, x))
     return x
 
 
 @torch.no_grad()
 def ancestral(denoise: Denoise, noise: Tensor, sigmas: Tensor, *, draw: Draw) -> Tensor:
     """Euler ancestral steps: down to sqrt(s^2 - up^2), then noise of up = s sqrt(t^2 - s^2) / t."""
-    x = like(sigmas[:1], noise) * noise
+    x = expand_as(sigmas[:1], noise) * noise
     for number, (t, s) in enumerate(_pairs(sigmas), start=1):
         up = s * (t**2 - s**2).sqrt() / t
         down = s**2 / t
         x = euler_step(denoise, x, _batch(t, x), _batch(down, x))
         if s > 0:
-            x = x + like(up.reshape(1), x) * draw(number).to(x)
+            x = x + expand_as(up.reshape(1), x) * draw(number).to(x)
     return x
 
 
 def sample(
-    method: Method,
+    method: MethodSection,
     denoise: Denoise,
     *,
     seed: int,
@@ -105,11 +105,11 @@ def sample(
     """Samples [len(indices), *shape] of a trained denoiser; sample i is a function of (seed, i) alone.
 
     Args:
-        steps: Steps: of algorithm 1 (default 1; of PD, Euler's), or of EDM's sampler (default method.sampler_steps).
+        steps: Sampling steps; by default method.default_sampling_steps.
         noise: Unit-variance start noise instead of the one drawn.
-        sigmas: Descending times in place of the default ones of `steps`; for EDM they end with 0.
-        sampler: How an EDM model is sampled; consistency models always take algorithm 1, PD Euler's.
-        clip: Hold every estimate in [-1, 1], as the released code does.
+        sigmas: Descending times in place of the default times of `steps`; for EDM they end with 0.
+        sampler: How an EDM model is sampled. Other methods have one sampler, `method.facts.sampler`.
+        clip: Clamp every estimate to [-1, 1], as the released code does.
     """
     if noise is None:
         noise = normal_like_samples(seed, indices, shape, purpose="start", device=device)
@@ -120,10 +120,17 @@ def sample(
         return normal_like_samples(seed, indices, shape, purpose=f"step-{number}", device=device)
 
     times = default_sigmas(method, steps) if sigmas is None else sigmas
-    if isinstance(method, PD):  # the last estimate is the sample: an Euler step to 0
-        return euler(denoise, noise, torch.cat([times, times.new_zeros(1)]))
-    if not isinstance(method, EDM):
-        return multistep(denoise, noise, times, draw=draw, sigma_min=grid.boundary(method))
+    match method.facts.sampler:
+        case "multistep":
+            return multistep(denoise, noise, times, draw=draw, sigma_min=method.boundary)
+        case "euler":  # the last estimate is the sample: an Euler step to 0
+            return euler(denoise, noise, torch.cat([times, times.new_zeros(1)]))
+        case "ode":
+            return _solve(denoise, noise, times, draw=draw, sampler=sampler)
+    assert_never(method.facts.sampler)
+
+
+def _solve(denoise: Denoise, noise: Tensor, times: Tensor, *, draw: Draw, sampler: Sampler) -> Tensor:
     match sampler:
         case "heun":
             return heun(denoise, noise, times)
@@ -133,18 +140,20 @@ def sample(
             return dpm2(denoise, noise, times)
         case "ancestral":
             return ancestral(denoise, noise, times, draw=draw)
+    assert_never(sampler)
 
 
-def default_sigmas(method: Method, steps: int | None = None) -> Tensor:
-    """The descending times of `sample`, float64: algorithm 1's, 1 by default; EDM's, method.sampler_steps and 0."""
-    if isinstance(method, EDM):
-        return grid.ode_sigmas(method, steps or method.sampler_steps)
-    return grid.consistency_sigmas(method, steps or 1)
+def default_sigmas(method: MethodSection, steps: int | None = None) -> Tensor:
+    """The descending times of `sample`, float64; those of an ODE sampler end with 0."""
+    steps = steps or method.default_sampling_steps
+    if method.facts.sampler == "ode":
+        return grid.ode_sigmas(method, steps)
+    return grid.consistency_sigmas(method, steps)
 
 
-def num_evaluations(method: Method, steps: int, sampler: Sampler = "heun") -> int:
+def num_evaluations(method: MethodSection, steps: int, sampler: Sampler = "heun") -> int:
     """NFE: how often `sample` evaluates the network for one sample."""
-    if not isinstance(method, EDM) or sampler in ("euler", "ancestral"):
+    if method.facts.sampler != "ode" or sampler in ("euler", "ancestral"):
         return steps
     return 2 * steps if sampler == "dpm2" else 2 * steps - 1
 

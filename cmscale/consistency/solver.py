@@ -1,4 +1,4 @@
-"""Owns one step of the probability flow ODE, dx/dt = (x - D(x, t)) / t, by Euler and by Heun."""
+"""One step of the probability flow ODE, dx/dt = (x - D(x, t)) / t, by Euler and by Heun."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ Step = Callable[[Denoise, Tensor, Tensor, Tensor], Tensor]
 """(denoise, x at t, t [B], s [B]) -> x at s."""
 
 
-def like(time: Tensor, x: Tensor) -> Tensor:
+def expand_as(time: Tensor, x: Tensor) -> Tensor:
     """Times [B] in x's type, shaped to multiply x [B, ...]."""
     return time.to(device=x.device, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
@@ -23,19 +23,19 @@ def evaluate(denoise: Denoise, x: Tensor, time: Tensor, **keywords: object) -> T
 
 def slope(denoise: Denoise, x: Tensor, time: Tensor) -> Tensor:
     """dx/dt = (x - D(x, t)) / t; EDM, equation 3; Consistency Models, equation 3."""
-    return (x - evaluate(denoise, x, time)) / like(time, x)
+    return (x - evaluate(denoise, x, time)) / expand_as(time, x)
 
 
 def euler_step(denoise: Denoise, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """x at s from x at t by Euler's rule, order 1. Times are [B], float64 for exact differences."""
-    return x + like(s - t, x) * slope(denoise, x, t)
+    return x + expand_as(s - t, x) * slope(denoise, x, t)
 
 
 def heun_step(denoise: Denoise, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """x at s > 0 from x at t by Heun's rule, order 2; EDM, algorithm 1, lines 4 to 8. Two evaluations."""
     first = slope(denoise, x, t)
-    second = slope(denoise, x + like(s - t, x) * first, s)
-    return x + like((s - t) / 2, x) * (first + second)
+    second = slope(denoise, x + expand_as(s - t, x) * first, s)
+    return x + expand_as((s - t) / 2, x) * (first + second)
 
 
 STEPS: dict[str, Step] = {"euler": euler_step, "heun": heun_step}

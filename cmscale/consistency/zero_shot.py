@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmscale.config import Diffusion
+from cmscale.config import MethodSection
 from cmscale.consistency import grid
 from cmscale.consistency.sampler import clipped
-from cmscale.consistency.solver import Denoise, evaluate, like
+from cmscale.consistency.solver import Denoise, evaluate, expand_as
 from cmscale.errors import UserError
 from cmscale.rng import normal_like_samples
 
@@ -38,7 +38,7 @@ class Chain:
 
 
 def chain(
-    method: Diffusion,
+    method: MethodSection,
     denoise: Denoise,
     *,
     seed: int,
@@ -56,7 +56,7 @@ def chain(
         grid.karras_grid(method, steps).flip(0)[:-1] if sigmas is None else torch.tensor(sigmas, dtype=torch.float64)
     )
     denoise = clipped(denoise) if clip else denoise
-    return Chain(denoise, times, grid.boundary(method), seed, tuple(indices))
+    return Chain(denoise, times, method.boundary, seed, tuple(indices))
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def refine(chain: Chain, start: Tensor, keep: Callable[[Tensor], Tensor]) -> Ten
     x = start
     for number, sigma in enumerate(chain.sigmas):
         spread = sigma if number == 0 else (sigma**2 - chain.sigma_min**2).clamp(min=0).sqrt()
-        noisy = x + like(spread.reshape(1), x) * chain.draw(number, x)
+        noisy = x + expand_as(spread.reshape(1), x) * chain.draw(number, x)
         x = keep(evaluate(chain.denoise, noisy, sigma.to(x.device).expand(len(x))))
     return x
 
@@ -150,7 +150,7 @@ def find_noise(
         (noise.grad,) = torch.autograd.grad(error, [noise])
         optimizer.step()
         with torch.no_grad():  # stay on the sphere where noise of this dimension lies
-            noise.mul_(like(norm / noise.flatten(1).norm(dim=1), noise))
+            noise.mul_(expand_as(norm / noise.flatten(1).norm(dim=1), noise))
     return noise.detach()
 
 

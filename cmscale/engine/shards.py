@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from cmscale.config.schedules import Point
+from cmscale.config.schedules import ScheduleValues
 from cmscale.engine.masters import MOMENTS, Piece, count_elements
 from cmscale.runs.manifests import Parameter, Segment
 
@@ -87,7 +87,7 @@ class FlatShards:
         self.reset_followers()
 
     @torch.no_grad()
-    def update(self, point: Point) -> None:
+    def update(self, values: ScheduleValues) -> None:
         """Moves the EMAs and the target after an applied step: shadow <- rate shadow + (1 - rate) master, in
         fp32.
 
@@ -95,9 +95,9 @@ class FlatShards:
         """
         rates = dict(self._ema_rates)
         if "target" in self._followers:
-            if point.target_ema is None:
-                raise ValueError(f"step {point.step}: a run with a target network needs a target_ema")
-            rates["target"] = point.target_ema
+            if values.target_ema is None:
+                raise ValueError(f"step {values.step}: a run with a target network needs a target_ema")
+            rates["target"] = values.target_ema
         for name, rate in rates.items():
             if self._owned:
                 torch._foreach_lerp_(self._views(name), self._masters(), 1.0 - rate)

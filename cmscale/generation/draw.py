@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cmscale.config import EDM
 from cmscale.consistency.sampler import Sampler, default_sigmas, sample
 from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
@@ -139,7 +138,7 @@ def used_sigmas(source: Source, request: SampleRequest) -> torch.Tensor:
     """The descending times that a request samples at, float64: its own, or the default ones of its steps."""
     if request.sigmas is None:
         return default_sigmas(source.config.method, request.steps)
-    if not isinstance(source.config.method, EDM) or request.sigmas[-1] == 0:
+    if source.config.method.facts.sampler != "ode" or request.sigmas[-1] == 0:
         return request.sigmas
     return torch.cat([request.sigmas, request.sigmas.new_zeros(1)])  # an EDM model's times end with 0
 

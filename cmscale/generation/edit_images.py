@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 
-from cmscale.config import EDM, PD
 from cmscale.consistency import zero_shot as edit
 from cmscale.errors import UserError
 from cmscale.io import pictures
@@ -38,7 +37,7 @@ def edit_images(source: Source, request: EditRequest, *, out: Path, device: torc
         UserError: images, mask or box that don't fit the task; a model that is no consistency model.
     """
     method, size = source.config.method, source.config.model.image_size
-    if isinstance(method, EDM | PD):
+    if not method.facts.is_consistency_model:
         raise UserError(f"edit: {source.origin} is a diffusion model ({method.kind}); it takes consistency models")
     if source.config.model.num_classes is not None:
         raise UserError(f"edit: {source.origin} is class-conditional; editing takes unconditional models")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmscale.config import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, Config, Method, Model, parse_config
+from cmscale.config import Config, MethodSection, Model, parse_config
 from cmscale.errors import UserError
 from cmscale.interop.files import folder, readable, writable
 from cmscale.interop.names import Weights, attends, parameter_shapes, parameters, reorder_qkv
@@ -159,21 +159,14 @@ def unet_config(model: Model) -> dict[str, Any]:
     }
 
 
-def scheduler_config(method: Method) -> dict[str, Any]:
+def scheduler_config(method: MethodSection) -> dict[str, Any]:
     """The options of diffusers' CMStochasticIterativeScheduler; its grid is the last one of the training."""
-    match method:
-        case CD():
-            scales = method.num_scales
-        case CT() | ICT():
-            scales = method.s1 + 1
-        case _:
-            scales = DEFAULT_SCALES
     return {
         "_class_name": "CMStochasticIterativeScheduler",
         "_diffusers_version": VERSION,
-        "num_train_timesteps": scales,
+        "num_train_timesteps": method.final_num_scales or DEFAULT_SCALES,
         # with 0 the scheduler's preconditioning is EDM's own, which these methods keep
-        "sigma_min": 0.0 if isinstance(method, ECT | SCT | SCD) else method.sigma_min,
+        "sigma_min": 0.0 if method.facts.boundary_at_zero else method.sigma_min,
         "sigma_max": method.sigma_max,
         "sigma_data": method.sigma_data,
         "rho": method.rho,
@@ -183,10 +176,10 @@ def scheduler_config(method: Method) -> dict[str, Any]:
 
 
 def _refuse_inexpressible(config: Config, url: str) -> None:
-    if isinstance(config.method, EDM | PD):
+    if not config.method.facts.is_consistency_model:
         kind = config.method.kind.upper()
         raise UserError(f"{url}: {kind} gives no consistency model, diffusers has no pipeline for it; use safetensors")
-    if isinstance(config.method, SCT) and config.method.start == "random":
+    if config.method.embeds_angle:
         raise UserError(f"{url}: diffusers can't tell the network the time that this sCT model takes; use safetensors")
     if config.model.channel_multipliers[0] != 1:
         raise UserError(

@@ -1,24 +1,29 @@
-"""Owns the choice of a method's denoiser."""
+"""Preconditions a raw network: turns it into the denoiser or consistency function that its method trains."""
 
-from cmscale.config import ECT, EDM, PD, SCD, SCT, Method
+from typing import assert_never
+
+from cmscale.config import MethodSection
 from cmscale.model.denoiser import ConsistencyDenoiser, EDMDenoiser, Raw
 from cmscale.model.trigflow import TrigFlow
 
 Denoiser = EDMDenoiser | ConsistencyDenoiser | TrigFlow
 
 
-def denoiser_for(method: Method, raw: Raw) -> Denoiser:
-    """The denoiser that a method trains and samples.
-
-    ECT keeps its teacher's preconditioning: its times go below eps, and it starts exactly at the teacher. sCM from
-    random weights is told t itself; from a teacher's weights it is told what they expect.
-    """
-    match method:
-        case EDM() | ECT() | PD():
+def denoiser_for(method: MethodSection, raw: Raw) -> Denoiser:
+    """The denoiser that a method trains and samples."""
+    match method.facts.preconditioning:
+        case "edm":
             return EDMDenoiser(raw, sigma_data=method.sigma_data)
-        case SCT(start="random"):
-            return TrigFlow(raw, sigma_data=method.sigma_data, time="angle")
-        case SCT() | SCD():
-            return TrigFlow(raw, sigma_data=method.sigma_data, time="log_sigma")
-        case _:
+        case "consistency":
             return ConsistencyDenoiser(raw, sigma_data=method.sigma_data, sigma_min=method.sigma_min)
+        case "trigflow":
+            time = "angle" if method.embeds_angle else "log_sigma"
+            return TrigFlow(raw, sigma_data=method.sigma_data, time=time)
+    assert_never(method.facts.preconditioning)
+
+
+def teacher_denoiser_for(method: MethodSection, raw: Raw) -> EDMDenoiser | TrigFlow:
+    """A frozen diffusion model as the method's loss evaluates it: a denoiser, or for TrigFlow losses a flow."""
+    if method.facts.preconditioning == "trigflow":
+        return TrigFlow(raw, sigma_data=method.sigma_data, time="log_sigma")
+    return EDMDenoiser(raw, sigma_data=method.sigma_data)

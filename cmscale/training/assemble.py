@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 
-from cmscale.config import CD, CT, ECT, PD, SCD, SCT, Config, schedules
+from cmscale.config import Config
+from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency.distance import Distance, build_distance
-from cmscale.consistency.losses.discrete import Loss, build_loss
+from cmscale.consistency.losses import Loss, build_loss
 from cmscale.consistency.lpips import download_vgg
 from cmscale.consistency.networks import Networks
 from cmscale.data import Batch, Batches, open_batches, to_device
@@ -18,7 +19,7 @@ from cmscale.engine.engine import Engine, NonFiniteLoss, StepResult
 from cmscale.errors import UserError
 from cmscale.io.fetch import cache_folder, local_file, locked
 from cmscale.model.denoiser import EDMDenoiser
-from cmscale.model.precondition import denoiser_for
+from cmscale.model.precondition import denoiser_for, teacher_denoiser_for
 from cmscale.model.trigflow import TrigFlow
 from cmscale.model.unet import build_unet
 from cmscale.model.weighting import build_weighted_unet
@@ -29,7 +30,7 @@ from cmscale.source import load_teacher, weights_fingerprint
 
 @dataclass(frozen=True)
 class Parts:
-    """What a step needs: the engine, the method's loss, and the networks as denoisers."""
+    """What a training step needs: the engine, the method's loss, and the networks as denoisers."""
 
     config: Config
     world: World
@@ -38,88 +39,88 @@ class Parts:
     networks: Networks
     teacher_fingerprint: str | None
 
-    def step(self, batch: Batch, point: schedules.Point) -> StepResult:
-        """One step on one global batch; not applied where the loss is not finite."""
+    def step(self, batch: Batch, values: ScheduleValues) -> StepResult:
+        """One step on one global batch. It is not applied if the loss is not finite."""
         try:
-            return self.engine.step(self.micro_losses(batch, point), point.learning_rate)
+            return self.engine.step(self.micro_losses(batch, values), values.learning_rate)
         except NonFiniteLoss:
             return StepResult(applied=False, loss=math.nan, grad_norm=math.inf, loss_scale=1.0)
 
-    def micro_losses(self, batch: Batch, point: schedules.Point) -> Iterator[Callable[[], torch.Tensor]]:
-        """For each micro-batch, what computes its mean loss."""
+    def micro_losses(self, batch: Batch, values: ScheduleValues) -> Iterator[Callable[[], torch.Tensor]]:
+        """Yields a function per micro-batch that computes its mean loss."""
         images = to_device(batch, self.world.device)
         size = self.config.train.micro_batch_size
         random = SampleRandomness(self.config.train.seed, batch.positions, self.world.device)
         for clean, numbers in zip(images.split(size), random.split(size), strict=True):
-            yield lambda clean=clean, numbers=numbers: self.loss(self.networks, clean, point, numbers).mean()
+            yield lambda clean=clean, numbers=numbers: self.loss(self.networks, clean, values, numbers).mean()
 
 
 def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
-    """Networks, engine and loss of a method; a fresh student starts from the teacher's weights where it has one.
+    """Builds networks, engine and loss of a method; a new student starts with the teacher's weights if it has one.
 
     Raises:
-        UserError: a class-conditional network, which can be sampled and evaluated, but not trained here.
+        UserError: a class-conditional network: it can be sampled and evaluated, but not trained.
     """
     method = config.method
     if config.model.num_classes is not None:
-        raise UserError("model.num_classes: data sets carry no classes, so conditional networks can't be trained here")
-    distilled = isinstance(method, CD | SCD)
-    starts = isinstance(method, CD | ECT | PD | SCD) or (isinstance(method, SCT) and method.start == "teacher")
-    teacher = load_teacher(config) if distilled or (starts and fresh) else None
+        raise UserError(
+            "model.num_classes: data sets carry no classes, so conditional networks can't be trained; leave it out"
+        )
+    facts, starts_from_teacher = method.facts, method.teacher_choice is not None
+    teacher = load_teacher(config) if facts.follows_teacher or (starts_from_teacher and fresh) else None
     build_network = partial(
-        build_weighted_unet if isinstance(method, SCT | SCD) else build_unet, config.model, seed=config.train.seed
+        build_weighted_unet if facts.learns_weighting else build_unet, config.model, seed=config.train.seed
     )
     start = None
     if fresh and teacher is not None:
         start = {**build_network().state_dict(), **teacher}  # sCM's weighting is no teacher's
-    engine = Engine(config, world, build_network, start, has_target=isinstance(method, CD | CT | PD))
+    engine = Engine(config, world, build_network, start, has_target=facts.has_target)
     networks = Networks(
         student=denoiser_for(method, engine.network),
         target=None if engine.target is None else denoiser_for(method, engine.target),
-        teacher=build_teacher(config, engine, teacher) if distilled and teacher is not None else None,
+        teacher=build_teacher(config, engine, teacher) if facts.follows_teacher and teacher is not None else None,
     )
     loss = build_loss(method, load_distance(config, world))
     return Parts(config, world, engine, loss, networks, None if teacher is None else weights_fingerprint(teacher))
 
 
 def must_be_its_teacher(config: Config, trained_with: str | None, now: str | None) -> str | None:
-    """The fingerprint of the run's teacher: a distillation goes on with the one it began with.
+    """The fingerprint of the run's teacher, which must be the one that the run started with.
 
     Raises:
-        UserError: another teacher, for example a run that was trained on since.
+        UserError: another teacher, for example a run that was trained further since.
     """
     if now is not None and trained_with is not None and now != trained_with:
-        teacher = getattr(config.method, "teacher", None)
+        assert config.method.teacher_choice is not None
         raise UserError(
-            f"method.teacher: {teacher} holds other weights (fingerprint {now[:12]}) than this run began with "
-            f"({trained_with[:12]}); name the checkpoint that it was, or start a new run"
+            f"method.teacher: {config.method.teacher_choice.source} holds other weights "
+            f"(fingerprint {now[:12]}) than this run started with "
+            f"({trained_with[:12]}); name the checkpoint that the run started with, or start a new run"
         )
     return trained_with or now
 
 
 def build_teacher(config: Config, engine: Engine, weights: dict[str, torch.Tensor]) -> EDMDenoiser | TrigFlow:
-    """The frozen diffusion model that a distillation follows; sCD sees it in TrigFlow's terms."""
+    """The frozen diffusion model that a distillation follows, as the loss evaluates it."""
     raw = engine.add_frozen("teacher", weights, partial(build_unet, config.model))
-    if isinstance(config.method, SCD):
-        return TrigFlow(raw, sigma_data=config.method.sigma_data, time="log_sigma")
-    return EDMDenoiser(raw, sigma_data=config.method.sigma_data)
+    return teacher_denoiser_for(config.method, raw)
 
 
-def load_distance(config: Config, world: World) -> Distance:
-    """The distance of the loss; LPIPS' VGG from where the config says, else from its home, one process a node."""
-    method = config.method
+def load_distance(config: Config, world: World) -> Distance | None:
+    """The distance of the loss. VGG for LPIPS comes from the config's file, else one process per node downloads it."""
+    settings = config.method.distance_settings
     weights = None
-    if isinstance(method, CD | CT | PD) and method.distance == "lpips":
-        if method.lpips_weights is not None:
-            weights = local_file(method.lpips_weights)
+    if settings is not None and settings.name == "lpips":
+        if settings.lpips_weights is not None:
+            weights = local_file(settings.lpips_weights)
         else:
             with locked(cache_folder() / "vgg.lock"):
                 weights = download_vgg()
-    return build_distance(method, config.model.image_size, lpips_weights=weights, device=world.device)
+    return build_distance(config.method, config.model.image_size, lpips_weights=weights, device=world.device)
 
 
 def open_data(config: Config, world: World, state: TrainState) -> Batches:
-    """The batches from where training stands."""
+    """Opens the batches that follow the training state."""
     return open_batches(
         config.data,
         world,

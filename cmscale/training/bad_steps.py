@@ -1,4 +1,4 @@
-"""Owns what becomes of steps that were not finite: their batches are kept, and too many in a row mean going back."""
+"""Handles steps that were not finite: keeps their batches, and decides when training must roll back."""
 
 import math
 
@@ -14,9 +14,9 @@ from cmscale.runs.manifests import TrainState
 
 
 class BadSteps:
-    """Counts steps that were not applied. All ranks see the same results, so all decide alike.
+    """Counts steps that were not applied. All ranks see the same results, so all decide the same.
 
-    An fp16 overflow above the smallest loss scale is no bad step: it is how the scale is found.
+    An fp16 overflow above the smallest loss scale is not counted: it is how the scale is found.
     """
 
     def __init__(self, config: Config, run: RunDir, world: World) -> None:
@@ -27,10 +27,10 @@ class BadSteps:
         self._rollbacks = 0
 
     def is_lost(self, result: StepResult, batch: Batch, state: TrainState) -> bool:
-        """Notes a step; whether training must go back to a checkpoint (`train.max_nonfinite_steps` in a row).
+        """Counts a step. Returns whether training must roll back (`train.max_nonfinite_steps` of them in a row).
 
         Raises:
-            RuntimeError: it went back `train.max_rollbacks` times already.
+            RuntimeError: it rolled back `train.max_rollbacks` times already.
         """
         scaling = math.isfinite(result.loss) and result.loss_scale > 1
         if result.applied or scaling:
@@ -43,7 +43,7 @@ class BadSteps:
             return False
         where = f"after step {state.step}: {self._in_a_row} batches in a row gave no finite loss or gradient"
         if self._rollbacks == train.max_rollbacks:
-            raise RuntimeError(f"{where}, after going back {self._rollbacks} times; see logs/nonfinite-*.safetensors")
+            raise RuntimeError(f"{where}, after {self._rollbacks} rollbacks; see logs/nonfinite-*.safetensors")
         self._rollbacks += 1
         self._in_a_row = 0
         if self._world.is_main:
@@ -51,7 +51,7 @@ class BadSteps:
         return True
 
     def _keep(self, batch: Batch, state: TrainState) -> None:
-        """This rank's share of the batch, with what draws its noise again, in logs/."""
+        """Saves this rank's share of the batch in logs/, with the positions that its noise is drawn from."""
         name = f"nonfinite-{step_name(state.step)}-cursor-{state.cursor}-rank-{self._world.rank:04d}.safetensors"
         self._run.logs.mkdir(exist_ok=True)
         save_file(

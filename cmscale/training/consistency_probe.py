@@ -1,15 +1,11 @@
-"""Owns the consistency error of whole networks: mean curves over images, and the probe that training takes.
-
-Held out are the trajectories: noise under a purpose of its own and 100 times off every training grid. So are the
-images, where a data set of its own is named (LSUN has `val`); else they are the first ones of the training data.
-"""
+"""Measures the consistency error of the network in training, on a fixed batch that training does not draw from."""
 
 import numpy as np
 
-from cmscale.config import CD, SCD, Config, Diffusion, schedules
+from cmscale.config import Config, schedules
 from cmscale.consistency.consistency_curve import error_curve
 from cmscale.consistency.solver import Denoise
-from cmscale.data.held_out import held_out_images
+from cmscale.data.first_images import first_images
 from cmscale.distributed import collectives
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine
@@ -18,15 +14,11 @@ from cmscale.model.precondition import denoiser_for
 PROBE_IMAGES = 16
 
 
-def follows_teacher(method: Diffusion) -> bool:
-    """Whether a method's trajectories are its teacher's ODE (distillation), not straight lines x + t z."""
-    return isinstance(method, CD | SCD)
-
-
 class Probe:
-    """Measures the first EMA's consistency error on a fixed batch while training, drawing no number that training does.
+    """Measures the first EMA's consistency error every `train.consistency_error_every` steps and at the last one.
 
-    Every `train.consistency_error_every` steps and at the last; 0 is never.
+    The noise has a purpose of its own and the times lie off every training grid, so that no number is shared with
+    training. The images are those of `train.consistency_error_data`, else the first ones of the training data.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -37,13 +29,13 @@ class Probe:
         share = -(-PROBE_IMAGES // world.num_ranks)
         indices = range(world.rank * share, (world.rank + 1) * share)
         url = config.train.consistency_error_data or config.data.path
-        images = held_out_images(url, count=PROBE_IMAGES, size=config.model.image_size)
-        # All ranks evaluate as often, as ZeRO-3 needs it: with many ranks or few images, images come again.
+        images = first_images(url, count=PROBE_IMAGES, size=config.model.image_size)
+        # ZeRO-3 needs equally many evaluations on all ranks: with many ranks or few images, images repeat.
         self._indices = [index % len(images) for index in indices]
         self._clean = images[self._indices]
 
     def after(self, step: int, engine: Engine, teacher: Denoise | None) -> float | None:
-        """The mean error over neighbouring times and images; None where none is due after this step. Collective."""
+        """The mean error over neighbouring times and images; None if none is due after this step. Collective."""
         method, train = self._config.method, self._config.train
         if not schedules.is_due(step, train.consistency_error_every, train.total_steps):
             return None
@@ -53,7 +45,7 @@ class Probe:
                 denoiser_for(method, network),
                 self._clean,
                 indices=self._indices,
-                teacher=teacher if follows_teacher(method) else None,
+                teacher=teacher if method.facts.follows_teacher else None,
                 device=self._world.device,
             )
         return float(np.mean(collectives.gather(curve.mean)))

@@ -1,10 +1,9 @@
-"""Trains a run: assembles its parts, then turns the loop until the last step or a preemption."""
+"""Trains a run: loads or creates its state, then runs the loop until the last step or a preemption."""
 
 import contextlib
 from pathlib import Path
 
 from cmscale.config import Config, read_config, schedules
-from cmscale.consistency.losses.progressive import ends_stage
 from cmscale.distributed import world as worlds
 from cmscale.distributed.world import World
 from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_generation
@@ -27,16 +26,16 @@ from cmscale.training.stragglers import Stragglers
 
 
 def main(run_dir: str, fresh: bool = False) -> str:
-    """Trains, or goes on training, the run in `run_dir`; a rank of a job calls it.
+    """Trains the run in `run_dir`, from its newest checkpoint if it has one. Called on every rank of a job.
 
     Args:
-        fresh: Start anew although no checkpoint of the run can be loaded.
+        fresh: Start from step 0 if no checkpoint of the run can be loaded.
 
     Returns:
         `finished`, or `preempted` with a checkpoint of the last applied step.
 
     Raises:
-        UserError: what the run was told can't be done.
+        UserError: the config can't be carried out here.
     """
     run = RunDir(Path(run_dir))
     config = read_config(run.config)
@@ -55,7 +54,7 @@ def main(run_dir: str, fresh: bool = False) -> str:
 
 
 def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, fresh: bool = False) -> str:
-    """The run, from its newest checkpoint (or the start) to its end. Collective."""
+    """Trains a run from its newest checkpoint, or from the start, to its end. Collective."""
     data = read_dataset_manifest(open_storage(config.data.path)).fingerprint
     generation = claim_generation(run)
     found = newest(run, config, world, data_fingerprint=data, fresh=fresh)
@@ -65,7 +64,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     teacher = parts.teacher_fingerprint
     if found is not None:
         teacher = must_be_its_teacher(config, found.manifest.teacher_fingerprint, teacher)
-    batches = open_data(config, world, state)  # before any thread: its workers are forked
+    batches = open_data(config, world, state)  # before any thread is started: its workers are forked
     exporter = Exporter(run, config.checkpoint.export_to) if config.checkpoint.export_to and world.is_main else None
     checkpoints = Checkpoints(
         run,
@@ -83,26 +82,26 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     bad_steps = BadSteps(config, run, world)
     stragglers = Stragglers(run, world, every=config.train.log_every)
     log.started(state)
-    if found is None:  # no step before there is something to go back to
+    if found is None:  # take no step before there is a checkpoint to return to
         checkpoints.save(state, engine)
         if not checkpoints.close():
             raise CheckpointFailed(f"the first checkpoint could not be written; see {run.events}")
 
     while state.step < config.train.total_steps and not preemption.requested():
         stragglers.begin()
-        point = schedules.at(config, state.step)
+        values = schedules.at(config, state.step)
         batch, cursor = next(batches)
-        result = parts.step(batch, point)
+        result = parts.step(batch, values)
         if result.applied:
-            shards.update(point)
-            if ends_stage(config.method, point):
+            shards.update(values)
+            if values.ends_stage:
                 engine.start_over()
         state = state.advance(cursor, result.applied)
         if result.applied:
             stragglers.stepped(state.step, ready=engine.clock.started, forward=engine.clock.seconds())
         error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
-        log.stepped(state, point, result, consistency_error=error)
-        if bad_steps.is_lost(result, batch, state):  # back to the newest checkpoint, and past the data that led here
+        log.stepped(state, values, result, consistency_error=error)
+        if bad_steps.is_lost(result, batch, state):  # return to the newest checkpoint, and skip the data that led here
             checkpoints.wait()
             found = newest(run, config, world, data_fingerprint=data)
             assert found is not None, "the first checkpoint is written before the first step"
@@ -115,7 +114,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     finished = state.step >= config.train.total_steps
     checkpoints.save(state, engine)
     saved = checkpoints.close()
-    if exporter is not None:  # a preempted job has seconds; the next start copies what is left
+    if exporter is not None:  # a preempted job has seconds; the next start uploads the rest
         exporter.close(patience=60.0 * config.engine.collective_timeout_minutes if finished else 5.0)
     watchdog.stop()
     batches.close()

@@ -1,10 +1,10 @@
-"""Owns what a run says while it trains: metrics every few steps, events, and a line that launchers turn into a bar."""
+"""Logs a training run: metrics every few steps, events, and lines that launchers turn into a progress bar."""
 
 import json
 import time
 
 from cmscale.config import Config
-from cmscale.config.schedules import Point
+from cmscale.config.schedules import ScheduleValues
 from cmscale.data import Batches
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
@@ -15,7 +15,7 @@ from cmscale.training.wandb_mirror import MetricsLog
 
 
 class RunLog:
-    """Rank 0 speaks for the run; the other ranks' logs only name what they had to replace in their data."""
+    """Rank 0 logs the run; the other ranks log only what they had to replace in their data."""
 
     def __init__(self, config: Config, run: RunDir, world: World, *, batches: Batches) -> None:
         self._config = config
@@ -28,18 +28,18 @@ class RunLog:
         self._replaced: set[str] = set()
 
     def started(self, state: TrainState) -> None:
-        """Says that training starts, or goes on, here."""
+        """Logs that training starts or resumes at a state."""
         self._cursor = state.cursor
         self._event("resumed" if state.step else "start", state)
 
     def stepped(
-        self, state: TrainState, point: Point, result: StepResult, *, consistency_error: float | None = None
+        self, state: TrainState, values: ScheduleValues, result: StepResult, *, consistency_error: float | None = None
     ) -> None:
-        """Logs every `train.log_every` steps, the first and the last one, and every step that was not applied.
+        """Logs every `train.log_every` steps, the first and last step, and every step that was not applied.
 
-        So it does a step whose consistency error was measured.
+        A step whose consistency error was measured is logged too.
         """
-        self._say_what_was_replaced(state)
+        self._log_replaced(state)
         if not result.applied:
             self._event("step_not_applied", state, why=f"loss {result.loss:g}, loss scale {result.loss_scale:g}")
             return
@@ -56,9 +56,9 @@ class RunLog:
                 "step": state.step,
                 "samples": state.cursor,
                 "loss": result.loss,
-                "lr": point.learning_rate,
-                "num_scales": point.num_scales,
-                "target_ema": point.target_ema,
+                "lr": values.learning_rate,
+                "num_scales": values.num_scales,
+                "target_ema": values.target_ema,
                 "grad_norm": result.grad_norm,
                 "loss_scale": result.loss_scale,
                 "seconds": round(seconds, 4),
@@ -71,13 +71,13 @@ class RunLog:
             print(f"step {state.step}/{total}  loss {result.loss:.5g}  {speed:.1f} images/s", flush=True)
 
     def ended(self, state: TrainState, event: str, *, why: str) -> None:
-        """Says how it ended, and closes the mirror."""
-        self._say_what_was_replaced(state)
+        """Logs how training ended, and closes the wandb mirror."""
+        self._log_replaced(state)
         self._event(event, state, why=why)
         self._metrics.close()
 
-    def _say_what_was_replaced(self, state: TrainState) -> None:
-        """Each rank names the undecodable samples and the bad shards among its own, once."""
+    def _log_replaced(self, state: TrainState) -> None:
+        """Each rank logs its own undecodable samples and bad shards, once."""
         for event, found in (("bad_sample", self._batches.bad), ("bad_shard", self._batches.bad_shards)):
             for name in found.keys() - self._replaced:
                 self._replaced.add(name)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from cmscale.config import PD, Config, schedules
+from cmscale.config import Config, schedules
 from cmscale.consistency.sampler import sample
 from cmscale.distributed import collectives
 from cmscale.distributed.world import World
@@ -15,12 +15,14 @@ from cmscale.runs.folder import RunDir
 
 
 def save_sample_grid(config: Config, run: RunDir, world: World, engine: Engine, *, step: int) -> None:
-    """A grid of fixed seeds' samples under the first EMA, drawn by all ranks. Collective."""
+    """Saves a grid of samples from fixed seeds under the first EMA, drawn by all ranks. Collective."""
     size, count = config.model.image_size, config.train.sample_count
     share = -(-count // world.num_ranks)
-    steps = schedules.at(config, step - 1).num_scales if isinstance(config.method, PD) else None  # as now trained
-    indices = range(world.rank * share, (world.rank + 1) * share)  # all ranks evaluate as often: ZeRO-3 needs it
-    size_of_pass = config.train.micro_batch_size  # what is known to fit beside the training state
+    steps = (
+        schedules.at(config, step - 1).num_scales if config.method.facts.sampler == "euler" else None
+    )  # as now trained
+    indices = range(world.rank * share, (world.rank + 1) * share)  # ZeRO-3 needs equally many evaluations on all ranks
+    size_of_pass = config.train.micro_batch_size  # known to fit into memory beside the training state
     with engine.showing(config.ema.names[0]) as network:
         denoise = denoiser_for(config.method, network)
         draw = partial(sample, config.method, denoise, seed=0, steps=steps, shape=(3, size, size), device=world.device)

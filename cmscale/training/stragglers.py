@@ -1,4 +1,4 @@
-"""Owns the look for a slow rank: in lockstep all wait for it, so that only what each does before it waits tells."""
+"""Finds a slow rank by the time that each rank takes before it first waits for the others in a step."""
 
 import statistics
 import time
@@ -8,8 +8,8 @@ from cmscale.distributed.world import World
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
 
-FACTOR = 2.0  # times the median of the ranks
-MARGIN = 0.05  # seconds above it: less is the noise of small runs
+FACTOR = 2.0  # of the ranks' median
+MARGIN = 0.05  # seconds above the median; smaller differences are noise
 
 
 class Stragglers:
@@ -23,14 +23,14 @@ class Stragglers:
         self._seconds: list[float] = []
 
     def begin(self) -> None:
-        """A step begins."""
+        """Call at the start of a step."""
         self._began = time.perf_counter()
 
     def stepped(self, step: int, *, ready: float, forward: float) -> None:
-        """A step was applied. Collective every so often.
+        """Call after an applied step. Collective every `every` steps.
 
         Args:
-            ready: when, by `time.perf_counter`, its data was there.
+            ready: `time.perf_counter()` when the step's data was there.
             forward: seconds of its first forward pass.
         """
         self._seconds.append(ready - self._began + forward)
@@ -40,12 +40,12 @@ class Stragglers:
         self._seconds.clear()
         rank = slowest(means)
         if rank is not None and self._world.is_main:
-            why = f"rank {rank} takes {means[rank]:.3f} s a step before it meets the others, the median is "
+            why = f"rank {rank} takes {means[rank]:.3f} s per step before it first waits for the others, the median is "
             write_event(self._run, "straggler", step=step, rank=rank, why=f"{why}{statistics.median_low(means):.3f} s")
 
 
 def slowest(means: list[float]) -> int | None:
-    """The rank far above the median, None where there is none."""
+    """The rank that is far above the median; None if there is none."""
     median = statistics.median_low(means)
     rank = max(range(len(means)), key=means.__getitem__)
     return rank if means[rank] > max(FACTOR * median, median + MARGIN) else None

@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 
 from cmscale.config import CT, ECT, ICT, PD, Optimizer, schedules
+from cmscale.config.methods import ct, ect, ict, pd
 
 CASES = [(2, 150, 1_000_000), (2, 200, 800_000), (2, 150, 300), (10, 30, 977), (3, 3, 50)]
 
@@ -23,7 +24,7 @@ def paper_scales(step: int, total: int, s0: int, s1: int) -> int:
 @pytest.mark.parametrize(("s0", "s1", "total"), CASES)
 def test_num_scales_is_the_papers_formula_exactly(s0: int, s1: int, total: int):
     steps = range(0, total + 1, max(1, total // 4000))
-    assert [schedules.ct_num_scales(k, total_steps=total, s0=s0, s1=s1) for k in steps] == [
+    assert [ct.ct_num_scales(k, total_steps=total, s0=s0, s1=s1) for k in steps] == [
         paper_scales(k, total, s0, s1) for k in steps
     ]
 
@@ -33,12 +34,12 @@ def test_every_boundary_of_num_scales_lies_where_the_formula_has_it(s0: int, s1:
     # N(k) <= n as long as k ((s1+1)^2 - s0^2) <= K (n^2 - s0^2): the last such k, and the one after.
     for n in range(s0, s1 + 1):
         last = total * (n**2 - s0**2) // ((s1 + 1) ** 2 - s0**2)
-        assert schedules.ct_num_scales(last, total_steps=total, s0=s0, s1=s1) <= n
-        assert schedules.ct_num_scales(last + 1, total_steps=total, s0=s0, s1=s1) > n
+        assert ct.ct_num_scales(last, total_steps=total, s0=s0, s1=s1) <= n
+        assert ct.ct_num_scales(last + 1, total_steps=total, s0=s0, s1=s1) > n
 
 
 def test_num_scales_runs_from_s0_to_s1_plus_1_and_stays():
-    scales = [schedules.ct_num_scales(k, total_steps=300, s0=2, s1=150) for k in range(400)]
+    scales = [ct.ct_num_scales(k, total_steps=300, s0=2, s1=150) for k in range(400)]
     assert scales[0] == 2
     assert scales == sorted(scales)
     assert set(scales[300:]) == {151}
@@ -51,18 +52,18 @@ def test_target_ema_is_exp_of_s0_log_mu0_over_its_divisor(convention):
         for scales in range(2, 152):
             divisor = scales if convention == "paper" else scales - 1
             exact = (Decimal(2) * Decimal.from_float(0.95).ln() / divisor).exp()
-            given = schedules.ct_target_ema(scales, s0=2, mu0=0.95, convention=convention)
+            given = ct.ct_target_ema(scales, s0=2, mu0=0.95, convention=convention)
             assert abs(Decimal(given) - exact) < Decimal(2) ** -52
 
 
 @pytest.mark.parametrize("convention", ["paper", "released_code"])
 def test_without_an_average_the_target_is_the_student(convention):
-    assert [schedules.ct_target_ema(n, s0=2, mu0=0.0, convention=convention) for n in (2, 40, 151)] == [0.0] * 3
+    assert [ct.ct_target_ema(n, s0=2, mu0=0.0, convention=convention) for n in (2, 40, 151)] == [0.0] * 3
 
 
 def test_released_code_starts_with_mu0_squared_and_paper_with_mu0():
-    assert schedules.ct_target_ema(2, s0=2, mu0=0.95, convention="paper") == pytest.approx(0.95, rel=1e-15)
-    assert schedules.ct_target_ema(2, s0=2, mu0=0.95, convention="released_code") == pytest.approx(0.95**2, rel=1e-15)
+    assert ct.ct_target_ema(2, s0=2, mu0=0.95, convention="paper") == pytest.approx(0.95, rel=1e-15)
+    assert ct.ct_target_ema(2, s0=2, mu0=0.95, convention="released_code") == pytest.approx(0.95**2, rel=1e-15)
 
 
 @pytest.mark.parametrize("total", [400_000, 8, 1001, 3])
@@ -70,44 +71,45 @@ def test_ict_doubles_the_grid_in_equal_parts_of_training(total: int):
     length = max(total // 8, 1)  # log2 floor(1280 / 10) + 1 = 8
     for step in {0, 1, length - 1, length, 3 * length, 7 * length - 1, 7 * length, total - 1, total}:
         expected = min(10 * 2 ** (step // length), 1280) + 1
-        assert schedules.ict_num_scales(step, total_steps=total, s0=10, s1=1280) == expected
+        assert ict.ict_num_scales(step, total_steps=total, s0=10, s1=1280) == expected
 
 
 def test_ict_takes_the_logarithm_of_a_ratio_that_is_no_power_of_two():
     # floor(70 / 10) = 7: K' = floor(1000 / (log2 7 + 1)) = floor(1000 / 3.8073...) = 262
-    scales = [schedules.ict_num_scales(k, total_steps=1000, s0=10, s1=70) for k in (0, 261, 262, 523, 524, 786, 999)]
+    scales = [ict.ict_num_scales(k, total_steps=1000, s0=10, s1=70) for k in (0, 261, 262, 523, 524, 786, 999)]
     assert scales == [11, 11, 21, 21, 41, 71, 71]
 
 
 def test_ect_stages_part_training_equally():
-    stages = [schedules.ect_stage(k, total_steps=800, num_stages=8) for k in range(800)]
+    stages = [ect.ect_stage(k, total_steps=800, num_stages=8) for k in range(800)]
     assert stages == [k // 100 for k in range(800)]
-    assert schedules.ect_stage(5000, total_steps=800, num_stages=8) == 7
+    assert ect.ect_stage(5000, total_steps=800, num_stages=8) == 7
 
 
 @pytest.mark.parametrize("total", [9, 90, 100, 450_000])
 def test_pd_halves_its_scales_stage_by_stage_and_stays_twice_as_long_at_2_and_1(total: int):
-    scales = [schedules.pd_stage(step, total_steps=total, start_scales=64)[0] for step in range(min(total, 2000))]
+    scales = [pd.pd_stage(step, total_steps=total, start_scales=64)[0] for step in range(min(total, 2000))]
     if total <= 2000:
         assert sorted(set(scales), reverse=True) == [64, 32, 16, 8, 4, 2, 1]
         assert scales == sorted(scales, reverse=True)
         for found, parts in ((64, 1), (4, 1), (2, 2), (1, 2)):
             assert abs(scales.count(found) - parts * total / 9) < 1
-    assert schedules.pd_stage(total - 1, total_steps=total, start_scales=64)[0] == 1
-    ends = [schedules.pd_stage(part * total // 9, total_steps=total, start_scales=64)[0] for part in range(9)]
+    assert pd.pd_stage(total - 1, total_steps=total, start_scales=64)[0] == 1
+    ends = [pd.pd_stage(part * total // 9, total_steps=total, start_scales=64)[0] for part in range(9)]
     assert total % 9 or ends == [64, 32, 16, 8, 4, 2, 2, 1, 1]
 
 
 def test_pds_teacher_stands_still_within_a_stage_and_becomes_the_student_at_its_end():
     method = PD(kind="pd", teacher="t", start_scales=4)
-    points = [schedules.of_method(method, schedules.Point(k, 1.0), total_steps=10) for k in range(10)]
+    points = [schedules.for_method(method, k, learning_rate=1.0, total_steps=10) for k in range(10)]
     assert [point.num_scales for point in points] == [4, 4, 2, 2, 2, 2, 1, 1, 1, 1]
     assert [point.target_ema for point in points] == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1]
+    assert [point.ends_stage for point in points] == [rate == 0 for rate in (1, 0, 1, 1, 1, 0, 1, 1, 1, 1)]
 
 
 def test_pds_learning_rate_falls_to_0_in_each_stage():
     method = PD(kind="pd", teacher="t", start_scales=4)
-    rates = [schedules.of_method(method, schedules.Point(k, 1.0), total_steps=10).learning_rate for k in range(10)]
+    rates = [schedules.for_method(method, k, learning_rate=1.0, total_steps=10).learning_rate for k in range(10)]
     assert rates == [1, 0.5, 1, 0.75, 0.5, 0.25, 1, 0.75, 0.5, 0.25]
 
 
@@ -119,13 +121,13 @@ def test_warm_up_is_linear_and_ends_at_the_rate():
 
 
 def test_each_method_gets_what_its_loss_reads():
-    start = schedules.Point(50, 1e-4)
-    ct = schedules.of_method(CT(kind="ct"), start, total_steps=100)
-    assert (ct.num_scales, ct.target_ema) == (107, math.exp(2 * math.log(0.95) / 107))
-    ict = schedules.of_method(ICT(kind="ict"), start, total_steps=100)
-    assert (ict.num_scales, ict.target_ema) == (161, None)
-    ect = schedules.of_method(ECT(kind="ect", teacher="t"), start, total_steps=100)
-    assert (ect.num_scales, ect.stage) == (None, 4)
+    given = {"learning_rate": 1e-4, "total_steps": 100}
+    values = schedules.for_method(CT(kind="ct"), 50, **given)
+    assert (values.num_scales, values.target_ema) == (107, math.exp(2 * math.log(0.95) / 107))
+    values = schedules.for_method(ICT(kind="ict"), 50, **given)
+    assert (values.num_scales, values.target_ema) == (161, None)
+    values = schedules.for_method(ECT(kind="ect", teacher="t"), 50, **given)
+    assert (values.num_scales, values.stage) == (None, 4)
 
 
 @pytest.mark.parametrize("kind", ["ct", "ict"])

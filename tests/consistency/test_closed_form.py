@@ -7,7 +7,8 @@ from small_training import DIMENSION, RANGE, Polynomial, Recipe, perceptron, rel
 
 from cmscale.config import CD, CT, ECT, EDM, ICT, Method, schedules
 from cmscale.consistency.distance import l2
-from cmscale.consistency.losses.discrete import Networks, build_loss
+from cmscale.consistency.losses import build_loss
+from cmscale.consistency.networks import Networks
 from cmscale.rng import SampleRandomness
 
 CASES = [
@@ -84,6 +85,6 @@ def test_the_exact_consistency_function_has_no_loss(seed: int):
     method = CD(kind="cd", teacher="exact", distance="l2", num_scales=400)
     networks = Networks(data.consistency, data.consistency, data.denoise)
     random = SampleRandomness(seed, tuple(range(64)), torch.device("cpu"))
-    point = schedules.Point(0, 1.0, num_scales=400, target_ema=0.9)
+    point = schedules.ScheduleValues(0, 1.0, num_scales=400, target_ema=0.9)
     loss = build_loss(method, l2)(networks, data.sample(64, seed), point, random)
     assert loss.max() < 1e-9

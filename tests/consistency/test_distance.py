@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cmscale.config import CD, CT, ECT, EDM, ICT
-from cmscale.config.schedules import Point
+from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency import lpips as perceptual
 from cmscale.consistency.distance import build_distance, default_huber_c, l1, l2, pseudo_huber
-from cmscale.consistency.losses.discrete import Networks, build_loss
+from cmscale.consistency.losses import build_loss
+from cmscale.consistency.networks import Networks
 from cmscale.errors import UserError
 from cmscale.rng import SampleRandomness
 
@@ -132,7 +133,7 @@ def test_lpips_losses_have_the_gradient_of_central_differences(weights: Path, ki
 
     clean = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     random = SampleRandomness(0, (0, 1), torch.device("cpu"))
-    point = Point(0, 1.0, num_scales=20, target_ema=0.9)
+    point = ScheduleValues(0, 1.0, num_scales=20, target_ema=0.9)
     loss = build_loss(method, lpips)
     loss(Networks(student, still, still), clean, point, random).mean().backward()
     assert numbers.grad is not None

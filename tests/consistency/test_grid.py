@@ -6,16 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmscale.config import CD, CT, ECT, EDM, ICT, Diffusion
+from cmscale.config import CD, CT, ECT, EDM, ICT
 from cmscale.consistency import grid
 from cmscale.rng import SampleRandomness
 
-DIFFUSION = Diffusion()
+DIFFUSION = EDM(kind="edm")
 
 
 @given(st.integers(2, 1500), st.floats(1e-3, 0.1), st.floats(1.0, 200.0), st.floats(1.0, 12.0))
 def test_grid_is_increasing_and_its_ends_are_exact(num_scales: int, low: float, high: float, rho: float):
-    times = grid.karras_grid(Diffusion(sigma_min=low, sigma_max=high, rho=rho), num_scales)
+    times = grid.karras_grid(EDM(kind="edm", sigma_min=low, sigma_max=high, rho=rho), num_scales)
     assert times.dtype == torch.float64
     assert (times[0].item(), times[-1].item()) == (low, high)
     assert (times.diff() > 0).all()

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from cmscale.config import CD, CT, ECT, EDM, ICT, PD
-from cmscale.config.schedules import Point
+from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency.distance import build_distance
-from cmscale.consistency.losses.discrete import Networks, build_loss
+from cmscale.consistency.losses import build_loss
+from cmscale.consistency.networks import Networks
 from cmscale.rng import SampleRandomness
 
 SIZE = 4
@@ -67,7 +68,9 @@ def setting(random: SampleRandomness):
     return clean, uniform, clean.double().numpy(), random.noise(clean.shape[1:]).double().numpy()
 
 
-def loss_of(method, networks: Networks, clean: torch.Tensor, point: Point, random: SampleRandomness) -> torch.Tensor:
+def loss_of(
+    method, networks: Networks, clean: torch.Tensor, point: ScheduleValues, random: SampleRandomness
+) -> torch.Tensor:
     loss = build_loss(method, build_distance(method, SIZE))(networks, clean, point, random)
     assert loss.dtype == torch.float32
     assert loss.shape == (8,)
@@ -88,7 +91,7 @@ def test_edm_loss(random: SampleRandomness):
     sigma = np.exp(-1.2 + 1.2 * norm.ppf(uniform))
     denoised = network.in_numpy(x + at(sigma) * z, sigma)
     expected = (1 / sigma**2 + 1 / 0.5**2) * ((denoised - x) ** 2).reshape(8, -1).mean(1)
-    assert_close(loss_of(method, Networks(network), clean, Point(0, 1.0), random), expected)
+    assert_close(loss_of(method, Networks(network), clean, ScheduleValues(0, 1.0), random), expected)
 
 
 @pytest.mark.parametrize("random", RANDOM)
@@ -103,7 +106,7 @@ def test_ct_loss(weighting: str, distance: str, random: SampleRandomness):
     expected = numpy_distance(distance, student.in_numpy(x + at(upper) * z, upper), aim)
     if weighting == "inverse_gap":
         expected /= upper - lower
-    point = Point(0, 1.0, num_scales=34, target_ema=0.9)
+    point = ScheduleValues(0, 1.0, num_scales=34, target_ema=0.9)
     assert_close(loss_of(method, Networks(student, target), clean, point, random), expected)
 
 
@@ -126,7 +129,7 @@ def test_cd_loss(distance: str, solver: str, random: SampleRandomness):
         student.in_numpy(noisy, upper),
         target.in_numpy(noisy + at(lower - upper) * slope, lower),
     )
-    point = Point(0, 1.0, num_scales=40, target_ema=0.95)
+    point = ScheduleValues(0, 1.0, num_scales=40, target_ema=0.95)
     given = loss_of(method, Networks(student, target, teacher), clean, point, random)
     assert_close(given, expected)
     assert teacher.calls == [None] * (2 if solver == "heun" else 1)  # a teacher drops nothing
@@ -147,7 +150,9 @@ def test_pd_loss(scales: int, weighting: str, random: SampleRandomness):
     aim = noisy - at(upper) * (landed - noisy) / at(lower - upper)
     weight = np.maximum(1 / upper**2, 1) if weighting == "truncated_snr" else 1.0
     expected = weight * numpy_distance("l2", student.in_numpy(noisy, upper), aim)
-    given = loss_of(method, Networks(student, teacher), clean, Point(0, 1.0, num_scales=scales, target_ema=1.0), random)
+    given = loss_of(
+        method, Networks(student, teacher), clean, ScheduleValues(0, 1.0, num_scales=scales, target_ema=1.0), random
+    )
     # at tiny times float32 rounds the difference of two near images, which the division by s - t magnifies
     np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-3, atol=1e-6)
     assert teacher.calls == [None, None]  # a teacher drops nothing
@@ -164,7 +169,7 @@ def test_ict_loss(random: SampleRandomness):
     estimate = network.in_numpy(x + at(upper) * z, upper)
     aim = network.in_numpy(x + at(lower) * z, lower)
     expected = numpy_distance("pseudo_huber", estimate, aim) / (upper - lower)
-    point = Point(0, 1.0, num_scales=21)
+    point = ScheduleValues(0, 1.0, num_scales=21)
     assert_close(loss_of(method, Networks(network), clean, point, random), expected)
 
 
@@ -180,12 +185,12 @@ def test_ect_loss(stage: int, random: SampleRandomness):
     aim = np.where(at(r) > 0, network.in_numpy(x + at(r) * z, r), x)
     expected = numpy_distance("pseudo_huber", network.in_numpy(x + at(t) * z, t), aim) / (t - r)
     # x + t z and x + r z differ by little in late stages, so what float32 rounds off each weighs more.
-    given = loss_of(method, Networks(network), clean, Point(0, 1.0, stage=stage), random)
+    given = loss_of(method, Networks(network), clean, ScheduleValues(0, 1.0, stage=stage), random)
     np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-3)
 
 
 def test_ect_begins_as_diffusion_and_narrows_the_gap():
-    from cmscale.consistency.losses.improved import ect_lower_time
+    from cmscale.consistency.losses.ect import ect_lower_time
 
     t = torch.logspace(-3, 1, 50, dtype=torch.float64)
     gaps = [t - ect_lower_time(t, stage=stage, q=2.0, k=8.0, b=1.0) for stage in range(8)]
@@ -195,15 +200,15 @@ def test_ect_begins_as_diffusion_and_narrows_the_gap():
 
 
 METHODS = [
-    (CT(kind="ct", distance="l2"), Point(0, 1.0, num_scales=20, target_ema=0.9)),
-    (CD(kind="cd", teacher="t", distance="l2"), Point(0, 1.0, num_scales=20, target_ema=0.9)),
-    (ICT(kind="ict"), Point(0, 1.0, num_scales=21)),
-    (ECT(kind="ect", teacher="t"), Point(0, 1.0, stage=5)),
+    (CT(kind="ct", distance="l2"), ScheduleValues(0, 1.0, num_scales=20, target_ema=0.9)),
+    (CD(kind="cd", teacher="t", distance="l2"), ScheduleValues(0, 1.0, num_scales=20, target_ema=0.9)),
+    (ICT(kind="ict"), ScheduleValues(0, 1.0, num_scales=21)),
+    (ECT(kind="ect", teacher="t"), ScheduleValues(0, 1.0, stage=5)),
 ]
 
 
 @pytest.mark.parametrize(("method", "point"), METHODS)
-def test_only_the_student_is_differentiated(method, point: Point):
+def test_only_the_student_is_differentiated(method, point: ScheduleValues):
     student, target, teacher = Affine(1), Affine(2), Affine(3)
     loss_of(method, Networks(student, target, teacher), images(0), point, RANDOM[0]).mean().backward()
     assert student.matrix.grad is not None
@@ -212,7 +217,7 @@ def test_only_the_student_is_differentiated(method, point: Point):
 
 
 @pytest.mark.parametrize(("method", "point"), METHODS)
-def test_without_a_target_the_student_is_its_own_without_gradient(method, point: Point):
+def test_without_a_target_the_student_is_its_own_without_gradient(method, point: ScheduleValues):
     student, teacher = Affine(1), Affine(3)
     twin = Affine(1)
     networks = Networks(student, None, teacher), Networks(twin, Affine(1), teacher)
@@ -224,14 +229,14 @@ def test_without_a_target_the_student_is_its_own_without_gradient(method, point:
 
 
 @pytest.mark.parametrize(("method", "point"), METHODS)
-def test_student_and_target_share_their_dropout_keys(method, point: Point):
+def test_student_and_target_share_their_dropout_keys(method, point: ScheduleValues):
     student, target = Affine(1), Affine(2)
     loss_of(method, Networks(student, target, Affine(3)), images(0), point, RANDOM[0])
     assert student.calls == target.calls == [RANDOM[0].dropout_keys()]
 
 
 @pytest.mark.parametrize(("method", "point"), METHODS)
-def test_a_samples_loss_does_not_depend_on_its_batch(method, point: Point):
+def test_a_samples_loss_does_not_depend_on_its_batch(method, point: ScheduleValues):
     networks = Networks(Affine(1), Affine(2), Affine(3))
     loss = build_loss(method, build_distance(method, SIZE))
     whole = loss(networks, images(0), point, RANDOM[0])
@@ -246,7 +251,7 @@ def test_cd_gradient_is_the_formulas(distance: str, solver: str):
     method = CD(kind="cd", teacher="t", distance=distance, solver=solver)
     student, target, teacher = Affine(1), Affine(2), Affine(3)
     clean, uniform, x, z = setting(RANDOM[3])
-    point = Point(0, 1.0, num_scales=40, target_ema=0.95)
+    point = ScheduleValues(0, 1.0, num_scales=40, target_ema=0.95)
     loss_of(method, Networks(student, target, teacher), clean, point, RANDOM[3]).mean().backward()
     n = 1 + np.floor(uniform * 39)
     lower, upper = karras(n, 40), karras(n + 1, 40)
@@ -279,7 +284,7 @@ def test_ct_gradient_is_the_formulas(distance: str):
     """Against central differences of the float64 formula in each of the network's numbers."""
     method, student, target = CT(kind="ct", distance=distance), Affine(1), Affine(2)
     clean, uniform, x, z = setting(RANDOM[3])
-    point = Point(0, 1.0, num_scales=34, target_ema=0.9)
+    point = ScheduleValues(0, 1.0, num_scales=34, target_ema=0.9)
     loss_of(method, Networks(student, target), clean, point, RANDOM[3]).mean().backward()
     n = 1 + np.floor(uniform * 33)
     lower, upper = karras(n, 34), karras(n + 1, 34)

@@ -9,10 +9,11 @@ from small_training import RANGE, BatchRandomness, follow
 from torch import Tensor, nn
 
 from cmscale.config import CD
-from cmscale.config.schedules import Point
+from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency import grid
 from cmscale.consistency.distance import l2
-from cmscale.consistency.losses.discrete import Networks, build_loss
+from cmscale.consistency.losses import build_loss
+from cmscale.consistency.networks import Networks
 from cmscale.consistency.solver import heun_step
 
 MEANS, SPREAD = torch.tensor([-0.6, 0.5]), 0.15
@@ -63,7 +64,7 @@ def test_cd_on_a_mixture_reaches_the_solved_trajectories_within_5_percent():
     student, steps = Network(), 3000
     target, average = copy.deepcopy(student), copy.deepcopy(student)
     loss, optimizer = build_loss(method, l2), torch.optim.Adam(student.parameters())
-    point = Point(0, 0.0, num_scales=18, target_ema=0.5)
+    point = ScheduleValues(0, 0.0, num_scales=18, target_ema=0.5)
     for step in range(steps):
         random = BatchRandomness(step, tuple(range(512)), torch.device("cpu"))
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gaussian import Gaussian
 
-from cmscale.config import CT, EDM, PD, Diffusion
+from cmscale.config import CT, EDM, PD
 from cmscale.consistency import grid, sampler
 from cmscale.rng import normal_like_samples
 
@@ -159,7 +159,7 @@ def test_clipping_holds_every_estimate_in_range():
 def test_heun_samples_of_a_gaussian_follow_the_closed_form():
     data, source = Gaussian.random(6, 0), torch.Generator().manual_seed(1)
     noise = torch.randn(100, 6, generator=source, dtype=torch.float64)
-    times = grid.karras_grid(Diffusion(), 200).flip(0)
+    times = grid.karras_grid(EDM(kind="edm"), 200).flip(0)
     sigmas = torch.cat([times, torch.zeros(1, dtype=torch.float64)])
     given = sampler.heun(data.denoise, noise, sigmas)
     exact = data.solve(80 * noise, times[0].expand(100), torch.zeros(100, dtype=torch.float64))
@@ -188,7 +188,7 @@ def test_ancestral_samples_of_a_gaussian_have_its_moments():
     def fresh(number: int) -> torch.Tensor:
         return torch.randn(count, 3, generator=source, dtype=torch.float64)
 
-    given = sampler.ancestral(data.denoise, fresh(0), grid.ode_sigmas(Diffusion(), 200), draw=fresh)
+    given = sampler.ancestral(data.denoise, fresh(0), grid.ode_sigmas(EDM(kind="edm"), 200), draw=fresh)
     covariance = data.axes * data.variances @ data.axes.T
     torch.testing.assert_close(torch.cov(given.T), covariance, rtol=0, atol=0.02)
     torch.testing.assert_close(given.mean(0), data.mean, rtol=0, atol=0.02)

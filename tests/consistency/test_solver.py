@@ -5,14 +5,14 @@ import pytest
 import torch
 from gaussian import Gaussian
 
-from cmscale.config import Diffusion
+from cmscale.config import EDM
 from cmscale.consistency import grid
 from cmscale.consistency.solver import STEPS, euler_step, heun_step
 
 
 def integrate(name: str, data: Gaussian, steps: int) -> float:
     """The error at sigma = 0.02 of `steps` steps down from 20, against the closed form."""
-    times = grid.karras_grid(Diffusion(sigma_min=0.02, sigma_max=20.0), steps + 1).flip(0)
+    times = grid.karras_grid(EDM(kind="edm", sigma_min=0.02, sigma_max=20.0), steps + 1).flip(0)
     start = data.sample(64, seed=1) + 20.0 * torch.randn(64, 6, generator=torch.Generator().manual_seed(2)).double()
     x = start
     for t, s in itertools.pairwise(times):

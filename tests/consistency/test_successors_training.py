@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cmscale.config import PD, SCD, SCT, schedules
 from cmscale.consistency import grid
 from cmscale.consistency.distance import l2
-from cmscale.consistency.losses.discrete import Networks, build_loss
+from cmscale.consistency.losses import build_loss
+from cmscale.consistency.networks import Networks
 from cmscale.consistency.sampler import euler, sample
 from cmscale.model import TrigFlow, denoiser_for
 from cmscale.model.weighting import Weighting
@@ -83,7 +84,7 @@ def test_continuous_training_reaches_the_consistency_function_within_5_percent(k
         optimizer.zero_grad()
         networks = Networks(VectorFlow(raw, SD, time), None, Teacher(data))
         clean = data.sample(256, seed=step).float()
-        build_loss(method, l2)(networks, clean, schedules.Point(step, 0.0), random).mean().backward()
+        build_loss(method, l2)(networks, clean, schedules.ScheduleValues(step, 0.0), random).mean().backward()
         optimizer.step()
         follow(average, raw, 0.98)
     x = data.sample(4096, seed=98)
@@ -121,7 +122,7 @@ def test_one_distilled_step_is_the_teachers_whole_euler_chain():
     optimizer = torch.optim.Adam(student.parameters())
     begun = 0
     for step in range(steps):
-        point = schedules.of_method(method, schedules.Point(step, 0.0), total_steps=steps)
+        point = schedules.for_method(method, step, learning_rate=0.0, total_steps=steps)
         length = steps // 6 * (1 if (point.num_scales or 0) > 2 else 2)
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - (step - begun) / length)
         optimizer.zero_grad()

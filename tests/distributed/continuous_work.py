@@ -6,7 +6,6 @@ import torch
 from small import images, joined, whole
 
 from cmscale.config import parse_config, schedules
-from cmscale.consistency.losses.progressive import ends_stage
 from cmscale.rng import SampleRandomness
 from cmscale.training.assemble import assemble
 
@@ -43,11 +42,11 @@ def losses(method: str) -> None:
             result = parts.engine.step(micro, point.learning_rate)
             assert result.applied
             parts.engine.shards.update(point)
-            ends.append(ends_stage(config.method, point))
+            ends.append(point.ends_stage)
             if ends[-1]:
                 parts.engine.start_over()
                 shards = parts.engine.shards
-                assert parts.engine.applied_steps == 0
+                assert parts.engine.scalars()["optimizer_step"] == 0
                 assert torch.equal(shards.full("ema_0.9"), shards.full("master"))
                 assert not any(shards.full(name).any() for name in ("exp_avg", "exp_avg_sq"))
             results.append([result.loss, result.grad_norm])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cmscale.config import Config, parse_config
-from cmscale.config.schedules import Point
+from cmscale.config.schedules import ScheduleValues
 from cmscale.distributed.world import World, connect, detect
 from cmscale.engine.checkpoint_reader import by_name
 from cmscale.engine.engine import Engine, StepResult
@@ -56,8 +56,8 @@ def images(step: int) -> torch.Tensor:
     return torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(step))
 
 
-def point_at(step: int) -> Point:
-    return Point(step=step, learning_rate=1e-2 / (1 + step), num_scales=4, target_ema=0.8)
+def point_at(step: int) -> ScheduleValues:
+    return ScheduleValues(step=step, learning_rate=1e-2 / (1 + step), num_scales=4, target_ema=0.8)
 
 
 def joined() -> World:

@@ -7,7 +7,6 @@ import torch
 from networks import VARIANTS, random_weights, relative, small_config, small_model
 
 from cmscale.config import Model
-from cmscale.consistency.grid import boundary
 from cmscale.consistency.sampler import clipped, multistep
 from cmscale.errors import UserError
 from cmscale.interop import read_diffusers, write_diffusers
@@ -107,7 +106,7 @@ def test_the_real_pipeline_agrees_for_methods_that_keep_edms_preconditioning(tmp
     again = torch.randn(noise.shape, generator=torch.Generator().manual_seed(2))
     sigmas = torch.tensor([80.0, 80 * (19 / 39) ** 7], dtype=torch.float64)
     denoise = clipped(source.denoiser(torch.device("cpu")))
-    ours = multistep(denoise, noise, sigmas, draw=lambda number: again, sigma_min=boundary(source.config.method))
+    ours = multistep(denoise, noise, sigmas, draw=lambda number: again, sigma_min=source.config.method.boundary)
     assert relative(ours / 2 + 0.5, theirs) < 1e-5
     ours = denoise(80 * noise, torch.tensor([80.0]))
     assert relative(ours / 2 + 0.5, pipeline(latents=noise, output_type="pt").images) < 1e-5

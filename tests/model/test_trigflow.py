@@ -9,12 +9,14 @@ from gaussian import Gaussian
 from networks import random_weights, relative, small_model
 from torch.autograd import forward_ad
 
-from cmscale.config import SCD, SCT, schedules
-from cmscale.config.schedules import Point
+from cmscale.config import SCD, SCT
+from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency.distance import l2
-from cmscale.consistency.grid import boundary, consistency_sigmas
-from cmscale.consistency.losses.continuous import ContinuousLoss, Flow, tangent
-from cmscale.consistency.losses.discrete import Networks, build_loss
+from cmscale.consistency.grid import consistency_sigmas
+from cmscale.consistency.losses import build_loss
+from cmscale.consistency.losses.continuous import Flow, tangent
+from cmscale.consistency.losses.sct import SCTLoss
+from cmscale.consistency.networks import Networks
 from cmscale.consistency.sampler import sample
 from cmscale.model import EDMDenoiser, TrigFlow, UNet, denoiser_for
 from cmscale.model.attention import attend, reference_attention
@@ -177,7 +179,7 @@ def test_the_loss_is_its_formula(kind: str, step: int, random: SampleRandomness)
     networks = Networks(denoiser_for(method, student), None, teacher)
     with torch.no_grad():
         student.weighting.linear.weight.copy_(torch.linspace(-0.5, 0.5, 16)[None])
-    found = build_loss(method, l2)(networks, clean, Point(step, 1.0), random)
+    found = build_loss(method, l2)(networks, clean, ScheduleValues(step, 1.0), random)
 
     def raw(scale: float, x: np.ndarray, told: np.ndarray) -> np.ndarray:
         time = told[:, None, None, None] / 20
@@ -212,7 +214,7 @@ def test_the_gradient_descends_the_consistency_of_neighbours():
     flow = denoiser_for(method, student)
     assert isinstance(flow, Flow)
     clean = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    loss = ContinuousLoss(method)(Networks(flow), clean, Point(10**6, 1.0), random)
+    loss = SCTLoss(method)(Networks(flow), clean, ScheduleValues(10**6, 1.0), random)
     loss.sum().backward()
     t = torch.atan(torch.exp(-1.0 + 1.4 * torch.special.ndtri(random.uniform("time"))) / SD)
     noise = SD * random.noise((3, 4, 4)).double()
@@ -263,16 +265,16 @@ def test_the_weighting_stands_beside_the_same_unet_and_is_dropped():
 
 
 def test_tangents_warm_up_linearly_to_1():
-    ratios = [schedules.tangent_ratio(step, warmup_steps=10000) for step in (0, 2500, 10000, 10**6)]
+    ratios = [SCT(kind="sct").tangent_ratio(step) for step in (0, 2500, 10000, 10**6)]
     assert ratios == [0.0, 0.25, 1.0, 1.0]
-    assert schedules.tangent_ratio(0, warmup_steps=0) == 1.0
+    assert SCT(kind="sct", tangent_warmup_steps=0).tangent_ratio(0) == 1.0
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_samples_in_one_and_two_steps_follow_the_closed_form(seed: int):
     """Two steps end at sd tan(1.1), with noise of the full sigma: f is the identity at 0."""
     data, method = Gaussian.random(4, seed), SCT(kind="sct")
-    assert boundary(method) == 0.0
+    assert method.boundary == 0.0
     assert consistency_sigmas(method, 2).tolist() == [80.0, pytest.approx(SD * math.tan(1.1), rel=1e-12)]
 
     def exact(x, sigma, **keywords):

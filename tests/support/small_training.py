@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cmscale.config import ECT, EDM, ICT, Method, schedules
 from cmscale.consistency.distance import l2, pseudo_huber
-from cmscale.consistency.losses.discrete import Networks, build_loss
+from cmscale.consistency.losses import build_loss
+from cmscale.consistency.networks import Networks
 from cmscale.rng import SampleRandomness
 
 DIMENSION = 2
@@ -87,7 +88,7 @@ def train(method: Method, data: Gaussian, recipe: Recipe) -> Network:
     loss = build_loss(method, partial(pseudo_huber, c=0.03) if huber else l2)
     optimizer = torch.optim.Adam(student.parameters())
     for step in range(recipe.steps):
-        point = schedules.of_method(method, schedules.Point(step, 0.0), total_steps=recipe.steps)
+        point = schedules.for_method(method, step, learning_rate=0.0, total_steps=recipe.steps)
         networks = Networks(student, target if point.target_ema is not None else None, data.denoise)
         random = BatchRandomness(step, tuple(range(recipe.batch)), torch.device("cpu"))
         optimizer.param_groups[0]["lr"] = recipe.rate * min(1.0, 2 * (1 - step / recipe.steps))

@@ -1,1 +1,49 @@
-"""The training losses, one file per method."""
+"""The training losses, one file per method, and the one place that turns a method's config into its loss."""
+
+from typing import assert_never
+
+from cmscale.config import CD, CT, ECT, EDM, ICT, PD, SCD, SCT
+from cmscale.config.methods import AnyMethod
+from cmscale.consistency.distance import Distance
+from cmscale.consistency.losses.base import Loss
+from cmscale.consistency.losses.cd import CDLoss
+from cmscale.consistency.losses.ct import CTLoss
+from cmscale.consistency.losses.ect import ECTLoss
+from cmscale.consistency.losses.edm import EDMLoss
+from cmscale.consistency.losses.ict import ICTLoss
+from cmscale.consistency.losses.pd import PDLoss
+from cmscale.consistency.losses.scd import SCDLoss
+from cmscale.consistency.losses.sct import SCTLoss
+
+__all__ = ["Loss", "build_loss"]
+
+
+def build_loss(method: AnyMethod, distance: Distance | None) -> Loss:
+    """The loss of a method.
+
+    Args:
+        distance: `build_distance` of the same method; None for a method whose loss has its own.
+    """
+    match method:
+        case EDM():
+            return EDMLoss(method, _required(distance))
+        case CD():
+            return CDLoss(method, _required(distance))
+        case CT():
+            return CTLoss(method, _required(distance))
+        case ICT():
+            return ICTLoss(method, _required(distance))
+        case ECT():
+            return ECTLoss(method, _required(distance))
+        case PD():
+            return PDLoss(method, _required(distance))
+        case SCT():
+            return SCTLoss(method)
+        case SCD():
+            return SCDLoss(method)
+    assert_never(method)
+
+
+def _required(distance: Distance | None) -> Distance:
+    assert distance is not None, "the method's distance_settings are None, but its loss takes a distance"
+    return distance

@@ -1,4 +1,4 @@
-"""Owns the loss of continuous-time consistency models, sCT and sCD (arXiv 2410.11081), in TrigFlow's terms.
+"""What the losses of sCT and sCD share: continuous-time consistency training with TrigFlow (arXiv 2410.11081).
 
 With x_t = cos(t) x_0 + sin(t) z and f = cos(t) x_t - sin(t) sd F:
 
@@ -8,23 +8,24 @@ A step towards f(x_t, t) = f(x_s, s) descends w(t) <f, df-/dt>, whose gradient i
 The prior weight w = 1 / (sd tan t) makes that -<grad F, cos(t) df-/dt>: the prior is the factor cos(t) in g below.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from cmscale.config import SCD, SCT, schedules
-from cmscale.config.schedules import Point
+from cmscale.config import SCD, SCT
+from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency import grid
 from cmscale.consistency.networks import Networks
-from cmscale.consistency.solver import like
+from cmscale.consistency.solver import expand_as
 from cmscale.rng import SampleRandomness
 
 
 @runtime_checkable
 class Flow(Protocol):
-    """What the loss needs of a network: F(x_t / sd, t), with its weighting, with its rate along a slope."""
+    """A network as F(x_t / sd, t): its value, its value with the learned weighting, and its rate along a slope."""
 
     def flow(self, x: Tensor, t: Tensor, *, dropout_keys: object = None) -> Tensor: ...
     def weighted_flow(self, x: Tensor, t: Tensor, *, dropout_keys: object = None) -> tuple[Tensor, Tensor]: ...
@@ -40,20 +41,24 @@ def tangent(
 
     At r = 1 it is cos(t) df/dt. r warms up from 0, where g is the diffusion model's own residual.
     """
-    cos, sin = like(t.cos(), x), like(t.sin(), x)
+    cos, sin = expand_as(t.cos(), x), expand_as(t.sin(), x)
     return -(cos**2) * (sigma_data * flow - slope) - ratio * (cos * sin * x + sigma_data * rate)
 
 
 @dataclass(frozen=True)
-class ContinuousLoss:
+class ContinuousLoss(ABC):
     """e^{w(t)} / D ||F - F- - g / (||g|| + c)||^2 - w(t), ln(sd tan t) ~ N(Pm, Ps^2); sCM, equation 8.
 
-    dx_t/dt is cos(t) z - sin(t) x_0 (sCT), or the teacher's sd F (sCD). F- is the student without gradient.
+    F- is the student without gradient. Subclasses give dx_t/dt.
     """
 
     method: SCT | SCD
 
-    def __call__(self, networks: Networks, clean: Tensor, point: Point, random: SampleRandomness) -> Tensor:
+    @abstractmethod
+    def slope(self, networks: Networks, x: Tensor, t: Tensor, *, clean: Tensor, noise: Tensor) -> Tensor:
+        """dx_t/dt of the trajectory through x at times t, [B] float64; `noise` has standard deviation sd."""
+
+    def __call__(self, networks: Networks, clean: Tensor, values: ScheduleValues, random: SampleRandomness) -> Tensor:
         method, student = self.method, networks.student
         assert isinstance(student, Flow)
         sd = method.sigma_data
@@ -61,17 +66,12 @@ class ContinuousLoss:
         t = torch.atan(sigma / sd)
         noise = sd * random.noise(clean.shape[1:]).to(clean)
         keys = random.dropout_keys()
-        cos, sin = like(t.cos(), clean), like(t.sin(), clean)
-        x, time = cos * clean + sin * noise, t.to(clean)
+        x = expand_as(t.cos(), clean) * clean + expand_as(t.sin(), clean) * noise
+        time = t.to(clean)
         with torch.no_grad():
-            if isinstance(method, SCD):
-                assert isinstance(networks.teacher, Flow), "sCD needs a teacher"
-                slope = sd * networks.teacher.flow(x / sd, time)
-            else:
-                slope = cos * noise - sin * clean
+            slope = self.slope(networks, x, t, clean=clean, noise=noise)
             before, rate = student.flow_and_rate(x / sd, time, slope, dropout_keys=keys)
-            ratio = schedules.tangent_ratio(point.step, warmup_steps=method.tangent_warmup_steps)
-            g = tangent(before, rate, x, slope, t, sigma_data=sd, ratio=ratio)
+            g = tangent(before, rate, x, slope, t, sigma_data=sd, ratio=method.tangent_ratio(values.step))
             length = g.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.ndim - 1))
             g = g / (length + method.tangent_norm_c)
         estimate, weight = student.weighted_flow(x / sd, time, dropout_keys=keys)

@@ -1,0 +1,231 @@
+"""Defines what every training method states about itself; nothing here or in the methods' files imports torch.
+
+A method is a section of the config (`method: {kind: ...}`). Besides its keys it states facts: `facts`, which hold for
+every config of the method, and properties, which depend on its keys. All other code asks these facts; no code outside
+`config/methods` and `consistency/losses` tests which method it has.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from cmscale.config.section import Positive, Section, operational
+
+DistanceName = Literal["l1", "l2", "lpips", "pseudo_huber"]
+Convention = Literal["paper", "released_code"]
+Preconditioning = Literal["edm", "consistency", "trigflow"]
+SamplerFamily = Literal["ode", "euler", "multistep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodFacts:
+    """What holds for every config of a method. There are no defaults: a method states each fact.
+
+    Attributes:
+        title: Short name for tables and headings.
+        description: What the trained model is, with its source, for model cards.
+        is_consistency_model: Whether the network learns a consistency function f(x, t), which one step can sample.
+        can_teach: Whether the trained model can be the teacher of a distillation.
+        has_target: Whether training keeps a target network, an average of the student's weights.
+        follows_teacher: Whether every training step evaluates the teacher.
+        learns_weighting: Whether a weighting w(t) of the loss is trained with the network.
+        needs_forward_mode: Whether the loss needs forward-mode derivatives of the network.
+        preconditioning: How the raw network becomes a denoiser.
+        sampler: `ode` solves the probability flow, `euler` takes the Euler steps the model was distilled for,
+            `multistep` is algorithm 1 of Consistency Models.
+        boundary_at_zero: Whether f is the identity at time 0; otherwise at sigma_min.
+        depends_on_total_steps: Whether train.total_steps changes the losses (through a schedule).
+    """
+
+    title: str
+    description: str
+    is_consistency_model: bool
+    can_teach: bool
+    has_target: bool
+    follows_teacher: bool
+    learns_weighting: bool
+    needs_forward_mode: bool
+    preconditioning: Preconditioning
+    sampler: SamplerFamily
+    boundary_at_zero: bool
+    depends_on_total_steps: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSchedule:
+    """What a method schedules at one step; None for a quantity that it does not have.
+
+    Attributes:
+        num_scales: N(k), the size of the time grid.
+        target_ema: mu(k), the decay rate of the target network.
+        stage: Stage of a curriculum, from 0.
+        learning_rate_factor: Multiplies the optimizer's learning rate.
+        ends_stage: Whether optimizer and averages start again after this step.
+    """
+
+    num_scales: int | None = None
+    target_ema: float | None = None
+    stage: int | None = None
+    learning_rate_factor: float = 1.0
+    ends_stage: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherChoice:
+    """The SOURCE of a diffusion model, and which of its weights to take; None takes its first EMA."""
+
+    source: str
+    weights_name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceSettings:
+    """The distance of a loss; `huber_c` None takes the value that iCT derives from the image size."""
+
+    name: DistanceName
+    huber_c: float | None = None
+    lpips_pooling: Literal["average", "max"] = "average"
+    lpips_weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondTime:
+    """The second time of two-step sampling, and where a search for it begins.
+
+    Attributes:
+        index, last: The published index on the descending Karras grid 0..last (or its middle, where none is published).
+        sigma: A published time that lies on no such grid; used in place of the index.
+    """
+
+    index: int
+    last: int
+    sigma: float | None = None
+
+
+UNPUBLISHED_SECOND_TIME = SecondTime(index=75, last=150)
+
+
+class MethodSection(Section, ABC):
+    """The keys that every method has: the noise range and the Karras grid (EDM, equation 5).
+
+    A method is a subclass with a `kind`. It defines `facts` and every abstract member; one that is missing is an error
+    when the class is created.
+    """
+
+    facts: ClassVar[MethodFacts]
+
+    sigma_data: Positive = 0.5
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if "kind" not in cls.model_fields:
+            return  # shared by several methods
+        missing = sorted(cls.__abstractmethods__)
+        if not hasattr(cls, "facts"):
+            missing.insert(0, "facts")
+        if missing:
+            raise TypeError(f"method {cls.__name__}: does not define {', '.join(missing)}; see ops/contributing.md")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "MethodSection":
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
+
+    @property
+    @abstractmethod
+    def teacher_choice(self) -> TeacherChoice | None:
+        """The diffusion model whose weights a new student starts with; None if the student starts at random."""
+
+    @property
+    @abstractmethod
+    def distance_settings(self) -> DistanceSettings | None:
+        """The distance of the loss; None if the loss has its own."""
+
+    @property
+    @abstractmethod
+    def embeds_angle(self) -> bool:
+        """Whether the time embedding gets TrigFlow's angle t; otherwise it gets c_noise = 250 ln(sigma)."""
+
+    @property
+    @abstractmethod
+    def forward_passes(self) -> float:
+        """Cost of one training image in forward passes; a backward pass counts two."""
+
+    @property
+    @abstractmethod
+    def final_num_scales(self) -> int | None:
+        """Size of the time grid at the end of training; None for a method without a grid."""
+
+    @property
+    @abstractmethod
+    def default_sampling_steps(self) -> int:
+        """Steps that a sampler takes if none are given."""
+
+    @property
+    @abstractmethod
+    def second_time(self) -> SecondTime:
+        """The second time of two-step sampling."""
+
+    @abstractmethod
+    def schedule(self, step: int, *, total_steps: int) -> MethodSchedule:
+        """What the method schedules at `step` (0 is the first) of `total_steps`."""
+
+    @property
+    def boundary(self) -> float:
+        """The time at which f is the identity, below which no noise lies."""
+        return 0.0 if self.facts.boundary_at_zero else self.sigma_min
+
+
+class WithoutTeacher(MethodSection):
+    """A method whose student starts with random weights."""
+
+    @property
+    def teacher_choice(self) -> None:
+        return None
+
+
+class ChosenDistance(MethodSection):
+    """A method whose config chooses the distance between two images."""
+
+    distance: DistanceName = "lpips"
+    lpips_pooling: Literal["average", "max"] = "average"
+    lpips_weights: str | None = operational(None)
+    huber_c: Positive | None = None
+
+    @property
+    def distance_settings(self) -> DistanceSettings:
+        return DistanceSettings(
+            name=self.distance,
+            huber_c=self.huber_c,
+            lpips_pooling=self.lpips_pooling,
+            lpips_weights=self.lpips_weights,
+        )
+
+
+class OnSigma(MethodSection):
+    """A method whose network is given c_noise, the logarithm of sigma."""
+
+    @property
+    def embeds_angle(self) -> bool:
+        return False
+
+
+class SampledInOneStep(MethodSection):
+    """A method whose model is sampled in one step unless more are asked for."""
+
+    @property
+    def default_sampling_steps(self) -> int:
+        return 1
+
+
+def check_scales(s0: int, s1: int) -> None:
+    """Raises ValueError if a grid would shrink."""
+    if s0 > s1:
+        raise ValueError(f"s0 {s0} must not be above s1 {s1}: the grid grows from s0 to s1 + 1")

@@ -1,0 +1,66 @@
+"""CD: consistency distillation of a diffusion model (Song et al. 2023, algorithm 2)."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from cmscale.config.methods.base import (
+    ChosenDistance,
+    MethodFacts,
+    MethodSchedule,
+    OnSigma,
+    SampledInOneStep,
+    SecondTime,
+    TeacherChoice,
+)
+from cmscale.config.section import Rate, operational
+
+Solver = Literal["euler", "heun"]
+
+
+class CD(ChosenDistance, OnSigma, SampledInOneStep):
+    """Consistency distillation (algorithm 2)."""
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        title="Consistency distillation",
+        description="a consistency model by distillation (CD, Song et al. 2023, algorithm 2)",
+        is_consistency_model=True,
+        can_teach=False,
+        has_target=True,
+        follows_teacher=True,
+        learns_weighting=False,
+        needs_forward_mode=False,
+        preconditioning="consistency",
+        sampler="multistep",
+        boundary_at_zero=False,
+        depends_on_total_steps=False,
+    )
+
+    kind: Literal["cd"]
+    teacher: str = operational(...)
+    teacher_weights: str | None = None
+    num_scales: Annotated[int, Field(ge=2)] = 40
+    solver: Solver = "heun"
+    target_ema: Rate = 0.95
+
+    @property
+    def teacher_choice(self) -> TeacherChoice:
+        return TeacherChoice(self.teacher, self.teacher_weights)
+
+    @property
+    def forward_passes(self) -> float:
+        """Student forward and backward, target, and one teacher pass per evaluation of the solver."""
+        return 4 + (2 if self.solver == "heun" else 1)
+
+    @property
+    def final_num_scales(self) -> int:
+        return self.num_scales
+
+    @property
+    def second_time(self) -> SecondTime:
+        """The authors' on LSUN Bedroom: 17 of 39 with LPIPS, 18 of 39 with l2 (Song et al. 2023, appendix C)."""
+        return SecondTime(index=17 if self.distance == "lpips" else 18, last=39)
+
+    def schedule(self, step: int, *, total_steps: int) -> MethodSchedule:
+        del step, total_steps
+        return MethodSchedule(num_scales=self.num_scales, target_ema=self.target_ema)

@@ -1,0 +1,76 @@
+"""ECT: easy consistency tuning of a diffusion model (Geng et al. 2024), with its curriculum."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from cmscale.config.methods.base import (
+    DistanceSettings,
+    MethodFacts,
+    MethodSchedule,
+    OnSigma,
+    SampledInOneStep,
+    SecondTime,
+    TeacherChoice,
+)
+from cmscale.config.section import Count, Positive, operational
+
+
+class ECT(OnSigma, SampledInOneStep):
+    """Easy consistency tuning (Geng et al. 2024), from a diffusion model."""
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        title="Easy consistency tuning",
+        description="a consistency model by easy consistency tuning (ECT, Geng et al. 2024)",
+        is_consistency_model=True,
+        can_teach=False,
+        has_target=False,
+        follows_teacher=False,
+        learns_weighting=False,
+        needs_forward_mode=False,
+        preconditioning="edm",  # its times go below sigma_min, and the student starts exactly as the diffusion model
+        sampler="multistep",
+        boundary_at_zero=True,
+        depends_on_total_steps=True,
+    )
+
+    kind: Literal["ect"]
+    teacher: str = operational(...)
+    teacher_weights: str | None = None
+    p_mean: float = -1.1
+    p_std: Positive = 2.0
+    q: Annotated[float, Field(gt=1)] = 2.0
+    k: Positive = 8.0
+    b: Positive = 1.0
+    num_stages: Count = 8
+    huber_c: Positive | None = None
+
+    @property
+    def teacher_choice(self) -> TeacherChoice:
+        return TeacherChoice(self.teacher, self.teacher_weights)
+
+    @property
+    def distance_settings(self) -> DistanceSettings:
+        return DistanceSettings(name="pseudo_huber", huber_c=self.huber_c)
+
+    @property
+    def forward_passes(self) -> float:
+        """Student forward and backward, and once more without gradient."""
+        return 4
+
+    @property
+    def final_num_scales(self) -> None:
+        return None
+
+    @property
+    def second_time(self) -> SecondTime:
+        """0.821, from the released code for CIFAR-10."""
+        return SecondTime(index=75, last=150, sigma=0.821)
+
+    def schedule(self, step: int, *, total_steps: int) -> MethodSchedule:
+        return MethodSchedule(stage=ect_stage(step, total_steps=total_steps, num_stages=self.num_stages))
+
+
+def ect_stage(step: int, *, total_steps: int, num_stages: int) -> int:
+    """The stage of ECT's curriculum, 0 to num_stages - 1; stages are equal parts of training."""
+    return min(step * num_stages // total_steps, num_stages - 1)

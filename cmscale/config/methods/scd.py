@@ -1,0 +1,39 @@
+"""sCD: continuous-time consistency distillation (Lu and Song 2024, algorithm 1)."""
+
+from typing import ClassVar, Literal
+
+from cmscale.config.methods.base import MethodFacts, OnSigma, TeacherChoice
+from cmscale.config.methods.continuous import ContinuousTime
+from cmscale.config.section import operational
+
+
+class SCD(ContinuousTime, OnSigma):
+    """Continuous-time consistency distillation (sCD) of a diffusion model."""
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        title="Continuous-time consistency distillation",
+        description="a consistency model by continuous-time consistency distillation (sCD, Lu and Song 2024)",
+        is_consistency_model=True,
+        can_teach=False,
+        has_target=False,
+        follows_teacher=True,
+        learns_weighting=True,
+        needs_forward_mode=True,
+        preconditioning="trigflow",
+        sampler="multistep",
+        boundary_at_zero=True,
+        depends_on_total_steps=False,
+    )
+
+    kind: Literal["scd"]
+    teacher: str = operational(...)
+    teacher_weights: str | None = None
+
+    @property
+    def teacher_choice(self) -> TeacherChoice:
+        return TeacherChoice(self.teacher, self.teacher_weights)
+
+    @property
+    def forward_passes(self) -> float:
+        """Student forward and backward, a pass with its derivative, which costs two, and the teacher."""
+        return 6

@@ -1,0 +1,55 @@
+"""sCT: continuous-time consistency training (Lu and Song 2024, algorithm 1)."""
+
+from typing import ClassVar, Literal
+
+from pydantic import model_validator
+
+from cmscale.config.methods.base import MethodFacts, TeacherChoice
+from cmscale.config.methods.continuous import ContinuousTime
+from cmscale.config.section import operational
+
+
+class SCT(ContinuousTime):
+    """Continuous-time consistency training (sCT), from random weights or from those of a diffusion model."""
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        title="Continuous-time consistency training",
+        description="a consistency model by continuous-time consistency training (sCT, Lu and Song 2024)",
+        is_consistency_model=True,
+        can_teach=False,
+        has_target=False,
+        follows_teacher=False,
+        learns_weighting=True,
+        needs_forward_mode=True,
+        preconditioning="trigflow",
+        sampler="multistep",
+        boundary_at_zero=True,
+        depends_on_total_steps=False,
+    )
+
+    kind: Literal["sct"]
+    teacher: str | None = operational(None)
+    teacher_weights: str | None = None
+    start: Literal["random", "teacher"] = "random"
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> "SCT":
+        if self.start == "teacher" and self.teacher is None:
+            raise ValueError("start: teacher needs a diffusion model in method.teacher")
+        return self
+
+    @property
+    def teacher_choice(self) -> TeacherChoice | None:
+        if self.start == "random" or self.teacher is None:
+            return None
+        return TeacherChoice(self.teacher, self.teacher_weights)
+
+    @property
+    def embeds_angle(self) -> bool:
+        """The weights of a diffusion model expect c_noise; a new network gets t itself (sCM, section 4.1)."""
+        return self.start == "random"
+
+    @property
+    def forward_passes(self) -> float:
+        """Student forward and backward, and a pass with its derivative, which costs two."""
+        return 5
