@@ -38,6 +38,8 @@ METHODS = {
     "edm": "{kind: edm, sampler_steps: 3}",
     "cd": "{kind: cd, teacher: TEACHER, distance: l1, num_scales: 5}",
     "ct": "{kind: ct, distance: l2, s1: 6}",
+    "ict": "{kind: ict, s0: 2, s1: 4}",
+    "ect": "{kind: ect, teacher: TEACHER, num_stages: 4}",
     "sct": "{kind: sct, tangent_warmup_steps: 4}",
     "scd": "{kind: scd, teacher: TEACHER, tangent_warmup_steps: 4}",
     "pd": "{kind: pd, teacher: TEACHER, start_scales: 4}",

@@ -130,7 +130,7 @@ class MethodSection(Section, ABC):
         if not hasattr(cls, "facts"):
             missing.insert(0, "facts")
         if missing:
-            raise TypeError(f"method {cls.__name__}: does not define {', '.join(missing)}; see ops/contributing.md")
+            raise TypeError(f"method {cls.__name__}: does not define {', '.join(missing)}; see ops/adding_a_method.md")
 
     @model_validator(mode="after")
     def _check_order(self) -> "MethodSection":

@@ -1,0 +1,188 @@
+"""A method added as ops/adding_a_method.md describes trains; a step that is left out is named in an error."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cmscale.config.methods.base import MethodFacts, MethodSection
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+GUIDE = CHECKOUT / "ops" / "adding_a_method.md"
+_BLOCK = re.compile(r"<!-- (?P<what>new file|edit): (?P<path>\S+) -->\n```\w+\n(?P<text>.*?)```", re.DOTALL)
+
+TRAIN = """
+import json, torch
+from cmscale.config import parse_config, schedules
+from cmscale.distributed.world import World, connect
+from cmscale.rng import SampleRandomness
+from cmscale.training.assemble import assemble
+
+config = parse_config('''
+method: {kind: toy, distance: DISTANCE, target_ema: 0.5}
+model: {image_size: 8, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, head_channels: 32}
+data: {path: nowhere}
+optimizer: {learning_rate: 1.0e-2}
+train: {total_steps: 3, global_batch_size: 4, micro_batch_size: 4}
+ema: {rates: [0.9]}
+engine: {device: cpu, zero_stage: 0}
+''')
+world = World()
+connect(world)
+parts = assemble(config, world, fresh=True)
+shards = parts.engine.shards
+start = shards.full("master")
+losses = []
+expected = start.clone()
+for step in range(3):
+    values = schedules.at(config, step)
+    clean = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)) * 2 - 1
+    random = SampleRandomness(0, tuple(range(4 * step, 4 * step + 4)), world.device)
+    result = parts.engine.step([lambda: parts.loss(parts.networks, clean, values, random).mean()], values.learning_rate)
+    shards.update(values)
+    expected = 0.5 * expected + 0.5 * shards.full("master")
+    losses.append(result.loss)
+target = shards.full("target")
+print(json.dumps({
+    "losses": losses,
+    "moved": float((shards.full("master") - start).abs().max()),
+    "target": float((target - expected).abs().max()),
+    "behind": float((target - shards.full("master")).abs().max()),
+    "passes": config.method.forward_passes,
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the guide: a new file, or lines of a file that are replaced."""
+
+    path: str
+    text: str
+    is_new: bool
+
+    def carry_out(self, root: Path) -> None:
+        path = root / self.path
+        if self.is_new:
+            path.write_text(self.text)
+            return
+        source = path.read_text()
+        for old, new in _hunks(self.text):
+            assert source.count(old) == 1, f"{self.path}: the guide replaces lines that are not there:\n{old}"
+            source = source.replace(old, new)
+        path.write_text(source)
+
+
+def _hunks(diff: str) -> list[tuple[str, str]]:
+    found = re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", diff, re.MULTILINE)
+    return [tuple(re.sub(r"^[-+]", "", part, flags=re.MULTILINE) for part in pair) for pair in found]
+
+
+STEPS = {
+    Path(block["path"]).parent.name + "/" + Path(block["path"]).name: Step(
+        block["path"], block["text"], block["what"] == "new file"
+    )
+    for block in _BLOCK.finditer(GUIDE.read_text())
+}
+
+
+def checkout_with(folder: Path, steps: dict[str, Step]) -> Path:
+    """A copy of the package in which these steps were carried out."""
+    shutil.copytree(CHECKOUT / "cmscale", folder / "cmscale", ignore=shutil.ignore_patterns("__pycache__"))
+    for step in steps.values():
+        step.carry_out(folder)
+    return folder
+
+
+def train(root: Path, *, distance: str = "l1") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", TRAIN.replace("DISTANCE", distance)],
+        env={**os.environ, "PYTHONPATH": str(root), "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_guide_has_four_steps() -> None:
+    assert sorted(STEPS) == ["losses/__init__.py", "losses/toy.py", "methods/__init__.py", "methods/toy.py"]
+
+
+def test_a_method_added_as_the_guide_says_trains_with_its_target_and_its_distance(tmp_path: Path) -> None:
+    root = checkout_with(tmp_path, STEPS)
+    found = {}
+    for distance in ("l1", "l2"):
+        ran = train(root, distance=distance)
+        assert ran.returncode == 0, ran.stderr
+        found[distance] = json.loads(ran.stdout.splitlines()[-1])
+    for each in found.values():
+        assert each["moved"] > 0
+        assert each["target"] <= 1e-7  # the average of the student with the config's rate
+        assert each["behind"] > 0.1 * each["moved"]
+        assert each["passes"] == 4
+    assert found["l1"]["losses"][0] != found["l2"]["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "named"),
+    [
+        ("methods/toy.py", "No module named 'cmscale.config.methods.toy'"),
+        ("methods/__init__.py", "method.kind: got 'toy'"),
+        ("losses/toy.py", "No module named 'cmscale.consistency.losses.toy'"),
+        ("losses/__init__.py", "method Toy: no case in cmscale/consistency/losses/__init__.py"),
+    ],
+)
+def test_a_step_left_out_is_an_error_that_names_it(tmp_path: Path, left_out: str, named: str) -> None:
+    root = checkout_with(tmp_path, {name: step for name, step in STEPS.items() if name != left_out})
+    ran = train(root)
+    assert ran.returncode != 0
+    assert named in ran.stderr
+
+
+def test_the_type_checker_sees_a_case_that_is_missing(tmp_path: Path) -> None:
+    root = checkout_with(tmp_path, {name: step for name, step in STEPS.items() if name != "losses/__init__.py"})
+    (root / "pyrightconfig.json").write_text(json.dumps({"include": ["cmscale/consistency/losses/__init__.py"]}))
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
+    checked = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert 'Argument of type "Toy" cannot be assigned to parameter "method" of type "Never"' in checked.stdout
+
+
+def _class_text() -> str:
+    return STEPS["methods/toy.py"].text
+
+
+@pytest.mark.parametrize("fact", sorted(MethodFacts.__dataclass_fields__))
+def test_a_fact_left_out_is_named(fact: str) -> None:
+    lines = [line for line in _class_text().splitlines() if not line.strip().startswith(f"{fact}=")]
+    with pytest.raises(TypeError, match=f"'{fact}'"):
+        exec("\n".join(lines), {"__name__": "toy"})
+
+
+def test_facts_left_out_altogether_are_named() -> None:
+    text = re.sub(r"    facts: ClassVar.*?\n    \)\n", "", _class_text(), flags=re.DOTALL)
+    with pytest.raises(TypeError, match=r"method Toy: does not define facts; see ops/adding_a_method\.md"):
+        exec(text, {"__name__": "toy"})
+
+
+@pytest.mark.parametrize("member", sorted(MethodSection.__abstractmethods__))
+def test_a_property_left_out_is_named(member: str) -> None:
+    bases = {"teacher_choice": "WithoutTeacher, ", "distance_settings": "ChosenDistance, ", "embeds_angle": "OnSigma, "}
+    text = _class_text().replace("SampledInOneStep):", "SampledInOneStep, MethodSection):")
+    text = text.replace("    MethodFacts,\n", "    MethodFacts,\n    MethodSection,\n", 1)
+    if member == "default_sampling_steps":
+        text = text.replace("SampledInOneStep, MethodSection):", "MethodSection):")
+    elif member in bases:
+        text = text.replace(bases[member], "", 1) if member != "embeds_angle" else text.replace("OnSigma, ", "", 1)
+        text = text.replace(f"class Toy({bases[member]}", "class Toy(")
+    else:
+        decorator = "" if member == "schedule" else "    @property\n"
+        text = re.sub(rf"{decorator}    def {member}\(.*?(?=\n    @|\n    def |\Z)", "", text, count=1, flags=re.DOTALL)
+    with pytest.raises(TypeError, match=f"method Toy: does not define {member}; see"):
+        exec(text, {"__name__": "toy"})
