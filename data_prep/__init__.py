@@ -1,1 +1,1 @@
-"""Data sets: LSUN LMDBs and image folders to checked shards, and reference statistics of them."""
+"""Prepares data sets: turns image sources into verified shards and computes reference statistics of them."""

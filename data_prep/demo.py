@@ -1,4 +1,4 @@
-"""Writes an LSUN-shaped LMDB of crops of a photograph that a pip package ships, where LSUN is not at hand."""
+"""Writes a small LMDB in LSUN's format from crops of a photograph that a Python package ships."""
 
 import argparse
 import hashlib
@@ -17,7 +17,7 @@ from cmscale.errors import UserError
 
 @dataclass(frozen=True)
 class View:
-    """Square crops of one photograph: their centres and sides, in pixels, each drawn evenly from a range."""
+    """Square crops of one photograph: ranges of their centres and sides in pixels, drawn from uniformly."""
 
     photograph: str
     left: tuple[int, int]
@@ -34,7 +34,7 @@ VIEWS = {
 
 
 def photograph(name: str) -> Image.Image:
-    """A photograph out of scikit-image, or (named `*.jpg`) out of scikit-learn."""
+    """Loads a photograph from scikit-image or, if its name ends in `.jpg`, from scikit-learn."""
     try:
         if name.endswith(".jpg"):
             from sklearn.datasets import load_sample_image
@@ -48,20 +48,20 @@ def photograph(name: str) -> Image.Image:
 
 
 def crops(view: View, *, count: int, side: int, seed: int) -> Iterator[Image.Image]:
-    """`count` crops at `side` x `side` pixels; the same seed gives the same crops."""
-    picture = photograph(view.photograph)
+    """Yields `count` crops of `side` x `side` pixels; equal seeds give equal crops."""
+    image = photograph(view.photograph)
     random = np.random.default_rng(seed)
     for _ in range(count):
-        size = min(int(random.integers(view.side[0], view.side[1] + 1)), *picture.size)
-        x = round(float(np.clip(random.uniform(*view.left) - size / 2, 0, picture.width - size)))
-        y = round(float(np.clip(random.uniform(*view.top) - size / 2, 0, picture.height - size)))
-        yield picture.crop((x, y, x + size, y + size)).resize((side, side), Image.Resampling.BOX)
+        size = min(int(random.integers(view.side[0], view.side[1] + 1)), *image.size)
+        x = round(float(np.clip(random.uniform(*view.left) - size / 2, 0, image.width - size)))
+        y = round(float(np.clip(random.uniform(*view.top) - size / 2, 0, image.height - size)))
+        yield image.crop((x, y, x + size, y + size)).resize((side, side), Image.Resampling.BOX)
 
 
 def write_lmdb(folder: Path, images: Iterator[Image.Image]) -> int:
-    """Writes images as LSUN has them: key 40 hex characters, value WebP bytes. Returns how many."""
+    """Writes images in LSUN's format: 40 hexadecimal characters as key, WebP as value. Returns their number."""
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: exists and is not empty; remove it or name another folder")
+        raise UserError(f"{folder}: the folder is not empty; remove it or name another one")
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
     with lmdb.open(str(folder), map_size=1 << 32) as database, database.begin(write=True) as transaction:
@@ -69,20 +69,20 @@ def write_lmdb(folder: Path, images: Iterator[Image.Image]) -> int:
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=95)
             value = buffer.getvalue()
-            # The key is of the content and of the place: LSUN's keys are hashes, and equal crops stay apart.
+            # A hash, as in LSUN; of the number too, so that equal crops have different keys.
             transaction.put(hashlib.sha1(b"%d " % count + value).hexdigest().encode(), value)
     return count
 
 
 def main() -> int:
-    """The command; returns its exit status."""
+    """Runs the command. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", help="where the LMDB goes, for example demo_train_lmdb")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder of the new LMDB, for example demo_train_lmdb")
     parser.add_argument("--picture", type=Path, help="write one crop as a PNG, to try editing on")
-    parser.add_argument("--view", choices=sorted(VIEWS), default="flower")
-    parser.add_argument("--count", type=int, default=3000)
-    parser.add_argument("--side", type=int, default=64, help="of the stored crops, in pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--view", choices=sorted(VIEWS), default="flower", help="photograph (default: flower)")
+    parser.add_argument("--count", type=int, default=3000, help="number of images (default: 3000)")
+    parser.add_argument("--side", type=int, default=64, help="side of the images, in pixels (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the crops (default: 0)")
     arguments = parser.parse_args()
     try:
         images = crops(VIEWS[arguments.view], count=arguments.count, side=arguments.side, seed=arguments.seed)

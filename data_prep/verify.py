@@ -1,8 +1,8 @@
-"""Owns the command that checks a prepared data set, and writes its bad shards again from the source.
+"""Verifies a prepared data set, and makes its bad files again from the source.
 
     python data_prep/verify.py DATASET [--repair] [--source KIND:PATH] [--workers N]
 
-Every file of the manifest is read once and hashed; bad ones are named.
+Reads and hashes every file of the manifest once, and lists the bad ones.
 """
 
 import argparse
@@ -15,18 +15,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
 
-from cmscale.data.formats import mds, webdataset
+from cmscale.data.formats import shard_format
 from cmscale.errors import UserError
 from cmscale.io.storage import ArrivedChanged, Storage, open_storage
 from cmscale.runs.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
-from data_prep.job import PREPARATION, Preparation
-from data_prep.progress import Ticker
-from data_prep.shards import Settings, build_shard, index_file, shard_name
-from data_prep.sources import Reader, open_source
+from data_prep.making.preparation import PREPARATION, PreparationDocument
+from data_prep.making.progress import ProgressCounter
+from data_prep.making.shards import DatasetSettings, build_shard
+from data_prep.sources import SourceReader, open_source, source_usage
 
 
 def fault_of(storage: Storage, entry: FileEntry) -> str | None:
-    """What is wrong with a stored file, or None."""
+    """What is wrong with a stored file; None if nothing is."""
     try:
         data = storage.read(entry.name)
     except FileNotFoundError:
@@ -40,30 +40,30 @@ def fault_of(storage: Storage, entry: FileEntry) -> str | None:
 
 
 def verify(storage: Storage, manifest: DatasetManifest, *, workers: int) -> dict[str, str]:
-    """Checks every file of the manifest. Returns what is wrong, by name, in the manifest's order."""
+    """Checks every file of the manifest. Returns the faults by file name, in the manifest's order."""
     entries = [*manifest.files, *manifest.shards]
-    with Ticker(total=len(entries), what="files") as ticker, ThreadPoolExecutor(workers) as threads:
+    with ProgressCounter(total=len(entries), what="files") as counter, ThreadPoolExecutor(workers) as threads:
         faults = []
         for fault in threads.map(lambda entry: fault_of(storage, entry), entries):
             faults.append(fault)
-            ticker.tick()
-            ticker.show()
+            counter.tick()
+            counter.show()
     return {entry.name: fault for entry, fault in zip(entries, faults, strict=True) if fault}
 
 
 def repair(storage: Storage, manifest: DatasetManifest, bad: Sequence[str], *, source: str | None) -> None:
-    """Writes bad shards, and a bad index, again from the source; only if they come out as published.
+    """Makes bad shards, and a bad index, again from the source, if they come out exactly as published.
 
     Raises:
-        UserError: the source or the encoders' versions are not what they were: nothing is replaced then.
+        UserError: the source's images or the encoders' versions have changed; the file is not replaced then.
     """
-    preparation = _preparation(storage, manifest)
-    opened = open_source(source or preparation.plan.source)
-    if (len(opened.keys), opened.digest()) != (preparation.plan.keys, preparation.plan.keys_sha256):
-        raise UserError(f"{opened.name}: not the images that {storage.url} is made of; nothing is repaired")
-    read = Reader(opened)
+    document = _preparation(storage, manifest)
+    opened = open_source(source or document.plan.source)
+    if (len(opened.keys), opened.digest()) != (document.plan.keys, document.plan.keys_sha256):
+        raise UserError(f"{opened.name}: not the images that {storage.url} was made from; nothing is repaired")
+    read = SourceReader(opened)
     try:
-        _make_again(storage, manifest, bad, settings=preparation.plan.settings, keys=opened.keys, read=read)
+        _make_again(storage, manifest, bad, settings=document.plan.settings, keys=opened.keys, read=read)
     finally:
         read.close()
 
@@ -73,18 +73,18 @@ def _make_again(
     manifest: DatasetManifest,
     bad: Sequence[str],
     *,
-    settings: Settings,
+    settings: DatasetSettings,
     keys: list[str],
-    read: Reader,
+    read: SourceReader,
 ) -> None:
-    entries = {entry.name: entry for entry in (*manifest.files, *manifest.shards)}
-    bad_index = next((name for name in bad if name in (mds.INDEX, webdataset.INDEX)), None)
-    needs_spans = bad_index == webdataset.INDEX
+    format = shard_format(settings.format)
+    entries = {entry.name: entry for entry in manifest.shards}
+    needs_spans = format.index_name in bad and format.index_needs_spans
     size = settings.samples_per_shard
-    records = []
+    spans = []
     with tempfile.TemporaryDirectory(prefix="cmscale-repair-") as folder:
         for number in range(-(-len(keys) // size)):
-            name = shard_name(settings, number)
+            name = format.shard_name(number)
             if name not in entries or not (name in bad or needs_spans):
                 continue
             record, path = build_shard(
@@ -97,36 +97,42 @@ def _make_again(
             )
             if record.entry != entries[name]:
                 raise UserError(
-                    f"{storage.join(name)}: made again it differs from what was published (other images, or "
-                    f"another version of an encoder); it is not replaced: prepare the data set anew"
+                    f"{storage.join(name)}: made again, it differs from what was published (other images, or "
+                    f"another version of an encoder); it is not replaced; prepare the data set again"
                 )
-            records.append(record)
+            spans.extend(record.spans)
             if name in bad:
                 storage.upload(name, path)
                 print(f"repaired: {name}")
             path.unlink()
-    if bad_index:
-        data = index_file(settings, records)[1] if needs_spans else mds.shard_index(manifest.shards)
-        if hashlib.sha256(data).hexdigest() != entries[bad_index].sha256:
-            raise UserError(f"{storage.join(bad_index)}: can't be made again as it was; prepare anew")
-        storage.write(bad_index, data)
-        print(f"repaired: {bad_index}")
+    if format.index_name in bad:
+        _write_index(storage, manifest, format.index_name, format.index_bytes(manifest.shards, spans))
 
 
-def _preparation(storage: Storage, manifest: DatasetManifest) -> Preparation:
+def _write_index(storage: Storage, manifest: DatasetManifest, name: str, data: bytes) -> None:
+    (published,) = (entry.sha256 for entry in manifest.files if entry.name == name)
+    if hashlib.sha256(data).hexdigest() != published:
+        raise UserError(f"{storage.join(name)}: made again, it differs from what was published; prepare again")
+    storage.write(name, data)
+    print(f"repaired: {name}")
+
+
+def _preparation(storage: Storage, manifest: DatasetManifest) -> PreparationDocument:
     entry = next((entry for entry in manifest.files if entry.name == PREPARATION), None)
     if entry is None or fault_of(storage, entry):
-        raise UserError(f"{storage.join(PREPARATION)}: missing or damaged, so nothing is repaired; prepare anew")
-    return read_document(Preparation, storage.read(PREPARATION), origin=storage.join(PREPARATION))
+        raise UserError(
+            f"{storage.join(PREPARATION)}: missing or damaged, so nothing can be repaired; prepare the data set again"
+        )
+    return read_document(PreparationDocument, storage.read(PREPARATION), origin=storage.join(PREPARATION))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The command, with its exceptions."""
-    parser = argparse.ArgumentParser(prog="verify.py", description="Checks a prepared data set.")
-    parser.add_argument("dataset", help="a folder or s3://BUCKET/PREFIX")
-    parser.add_argument("--repair", action="store_true", help="write bad shards again from the source")
-    parser.add_argument("--source", help="where the source is now, if it has moved")
-    parser.add_argument("--workers", type=int, default=4, help="files read at a time")
+    """Runs the command; raises its errors. Returns 1 if files are bad, else 0."""
+    parser = argparse.ArgumentParser(prog="verify.py", description="Verifies the files of a prepared data set.")
+    parser.add_argument("dataset", help="the data set: a folder or s3://BUCKET/PREFIX")
+    parser.add_argument("--repair", action="store_true", help="make bad files again from the source")
+    parser.add_argument("--source", help=f"the source, if it has moved: {source_usage()}")
+    parser.add_argument("--workers", type=int, default=4, help="files to read at a time (default: 4)")
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers: {options.workers} must be at least 1")
@@ -139,14 +145,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         repair(storage, manifest, list(bad), source=options.source)
         bad = verify(storage, manifest, workers=options.workers)
     if bad:
-        print(f"{len(bad)} of {len(manifest.shards) + len(manifest.files)} files are bad (see --repair)")
+        print(f"{len(bad)} of {len(manifest.shards) + len(manifest.files)} files are bad; --repair makes them again")
         return 1
-    print(f"all {len(manifest.shards)} shards as published: {manifest.count} images, {manifest.fingerprint}")
+    print(f"all {len(manifest.shards)} shards are intact: {manifest.count} images, {manifest.fingerprint}")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0; 1 for bad files or a storage that fails; 2 with one line for a user's mistake."""
+    """Runs the command. Returns 0, 1 for bad files or storage that fails, 2 for a user's mistake."""
     try:
         return run(arguments)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Owns the way from prepared shards to batches: order, cache, formats, decoding."""
+"""Turns the shards of a prepared data set into batches: order, cache, formats, decoding."""
 
 from cmscale.data.batches import Batch, Batches, open_batches, to_device
 from cmscale.data.samples import read_images

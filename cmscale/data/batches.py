@@ -1,4 +1,4 @@
-"""Owns the endless stream of training batches: a rank's share of each, resumable at any sample."""
+"""Streams training batches without end: each rank gets its share, and any sample can be the first."""
 
 import atexit
 import contextlib
@@ -29,11 +29,10 @@ class Batch:
     """One rank's share of a global batch, on the CPU.
 
     Attributes:
-        images: uint8 [b, 3, H, W] (channels-last strides, pinned where the world's device is CUDA), not yet
-            mirrored.
-        positions: Each sample's place in the endless training sequence.
-        keys: Each sample's key in its source.
-        flips: bool [b], which to mirror.
+        images: uint8 [b, 3, H, W], channels-last strides, pinned if the device is CUDA, not yet mirrored.
+        positions: Each sample's position in the endless training sequence.
+        keys: Each sample's key in the data set.
+        flips: bool [b], which images to mirror.
     """
 
     images: torch.Tensor
@@ -44,7 +43,7 @@ class Batch:
 
 @dataclass
 class _Raw:
-    """What a worker sends: pixels as uint8 [b, H, W, 3], and the samples and shards it had to replace, with reasons."""
+    """What a worker returns: pixels, uint8 [b, H, W, 3], and the samples and shards it replaced, with the reasons."""
 
     pixels: torch.Tensor
     positions: tuple[int, ...]
@@ -62,7 +61,7 @@ class _Raw:
 def to_device(batch: Batch, device: torch.device) -> torch.Tensor:
     """The batch's images on the device, mirrored and normalised: float32 [b, 3, H, W] in [-1, 1].
 
-    The bytes travel as uint8, a quarter of the float's size.
+    They are copied as uint8, a quarter of the size.
     """
     images = batch.images.to(device, non_blocking=True)
     flip = batch.flips.to(device, non_blocking=True)
@@ -71,7 +70,7 @@ def to_device(batch: Batch, device: torch.device) -> torch.Tensor:
 
 
 class _RankBatches(Dataset[Any]):
-    """Map from a cursor to this rank's share of the global batch that starts there."""
+    """Maps a cursor to this rank's share of the global batch that starts there."""
 
     def __init__(self, samples: Samples, order: Order, *, world: World, global_batch_size: int, flip: bool) -> None:
         self.samples = samples
@@ -83,7 +82,7 @@ class _RankBatches(Dataset[Any]):
         self.buffers = Buffers((global_batch_size // world.num_ranks, size, size, 3))
 
     def ids(self, cursor: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions, sample ids and epochs of the share."""
+        """Positions, sample ids and epochs of this rank's share, each [b] int64."""
         positions = self.order.rank_positions(
             cursor,
             global_batch_size=self.global_batch_size,
@@ -97,7 +96,7 @@ class _RankBatches(Dataset[Any]):
         try:
             return self._read(cursor)
         except (UserError, RuntimeError, ConnectionError) as error:
-            return error  # as it is: torch would wrap it in a traceback, and the one line would be lost
+            return error  # not raised: torch would wrap its one line in a traceback
 
     def _read(self, cursor: int) -> _Raw:
         positions, ids, epochs = self.ids(cursor)
@@ -112,8 +111,11 @@ class _RankBatches(Dataset[Any]):
         return _Raw(pixels, tuple(positions.tolist()), keys, torch.tensor(mirrored), bad, bad_shards)
 
     def _read_into(self, index: int, row: np.ndarray, *, bad: dict[str, str], bad_shards: dict[str, str]) -> str:
-        """Decodes a sample, or the next one of its shard that can be; where the shard is bad, the one at its place in
-        the next good shard: the same stand-in on any rank. Returns its key, notes what was replaced."""
+        """Decodes a sample, or its replacement, and returns the key.
+
+        An undecodable sample is replaced by the next of its shard, a sample of a bad shard by the one at its place in
+        the next good shard: the same replacement on any rank. What was replaced is recorded in `bad`, `bad_shards`.
+        """
         shards = self.samples.manifest.shards
         tried = 0
         while True:
@@ -134,12 +136,12 @@ class _RankBatches(Dataset[Any]):
                 tried += 1
                 if tried == shard.count:
                     raise RuntimeError(
-                        f"{self.samples.url}: no image of shard {shard.name} can be decoded ({error})"
+                        f"{self.samples.url}: shard {shard.name} has no image that can be decoded ({error})"
                     ) from None
 
 
 class _Cursors(Sampler[int]):
-    """start, start + step, ... without end."""
+    """Yields start, start + step, ... without end."""
 
     def __init__(self, start: int, step: int) -> None:
         self.start = start
@@ -153,15 +155,14 @@ class _Cursors(Sampler[int]):
 
 
 def _start_worker(_: int) -> None:
-    # Preemption is the rank's business: it still needs its batches while it saves. Workers end with their
-    # parent.
+    # The rank handles preemption, and needs its batches until it has saved. Workers end with their parent.
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 class _Prefetcher:
-    """A thread that brings the shards of the coming batches into the cache, in the order of need."""
+    """A thread that fetches the shards of the next batches into the cache, in the order in which they are needed."""
 
     def __init__(self, batches: _RankBatches, lookahead: int) -> None:
         self.batches = batches
@@ -194,14 +195,18 @@ class _Prefetcher:
                     if self._stopped:
                         return
                     if not samples.cache.has(name):
-                        with contextlib.suppress(Exception):  # the reader meets the same fault, and reports it
+                        with contextlib.suppress(Exception):  # the reader gets the same error and reports it
                             samples.cache.path(name)
 
 
 class Batches:
-    """Endless iterator of (Batch, cursor); the cursor counts the samples consumed by all ranks so far.
+    """Endless iterator of (Batch, cursor); the cursor is the number of samples that all ranks have consumed.
 
-    Starting again with `start_cursor=cursor` continues the same sequence, on any number of ranks and workers.
+    A new iterator with `start_cursor=cursor` continues the same sequence, on any number of ranks and workers.
+
+    Attributes:
+        bad: Undecodable samples that this rank replaced so far: key -> reason.
+        bad_shards: Bad shards that this rank replaced so far: name -> reason.
     """
 
     def __init__(self, batches: _RankBatches, *, config: Data, world: World, start_cursor: int, lookahead: int) -> None:
@@ -219,17 +224,17 @@ class Batches:
             sampler=_Cursors(start_cursor, self._step),
             num_workers=config.workers,
             prefetch_factor=config.prefetch_batches if config.workers else None,
-            # Forked: they start at once and share which shards are verified; they never touch CUDA.
+            # Forked: they start at once and share the record of verified shards; they never use CUDA.
             multiprocessing_context="fork" if config.workers else None,
             worker_init_fn=_start_worker,
             pin_memory=world.device.type == "cuda",
         )
-        self._iterator: Any = iter(loader)  # forks the workers: before the thread below, and before any other
+        self._iterator: Any = iter(loader)  # forks the workers, so it comes before the thread below
         self._prefetcher = None if batches.samples.cache.in_place else _Prefetcher(batches, lookahead)
         if self._prefetcher:
             self._prefetcher.move_to(start_cursor)
         reference = weakref.ref(self)
-        # Workers ignore SIGTERM, so multiprocessing's own clean-up at exit would wait for ever.
+        # Workers ignore SIGTERM, so multiprocessing's own clean-up at exit would not return.
         atexit.register(lambda: (it := reference()) and it.close())
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
@@ -239,7 +244,7 @@ class Batches:
         try:
             raw = next(self._iterator)
         except (EOFError, OSError) as error:
-            raise RuntimeError(f"DataLoader worker ended while its batch was on the way ({error!r})") from error
+            raise RuntimeError(f"a DataLoader worker ended before it returned its batch ({error!r})") from error
         if isinstance(raw, Exception):
             raise raw
         self._count_bad(raw)
@@ -259,11 +264,11 @@ class Batches:
             key, why = next(reversed(self.bad.items()))
             raise RuntimeError(
                 f"{self._url}: {len(self.bad)} undecodable images on this rank, data.max_bad_samples allows "
-                f"{self._max_bad}; the last is {key}: {why}"
+                f"{self._max_bad}; the last one is {key}: {why}"
             )
 
     def close(self) -> None:
-        """Ends workers and threads; safe to call twice."""
+        """Ends workers and threads; calling it again does nothing."""
         if self._prefetcher:
             self._prefetcher.stop()
         iterator, self._iterator = self._iterator, iter(())
@@ -286,23 +291,22 @@ def open_batches(
 ) -> Batches:
     """Opens the data set at `config.path` for this rank.
 
-    The sequence of samples depends on the data set, seed, num_canonical_nodes and shuffle_block alone; a
-    global batch is its next `global_batch_size` samples. Data sets smaller than a batch are walked several
-    times within one.
+    The sequence of samples depends only on the data set, seed, num_canonical_nodes and shuffle_block; a global batch is
+    its next `global_batch_size` samples. A data set smaller than a batch is repeated within the batch.
 
     Raises:
-        UserError: no data set there, another image size, or a batch that the ranks can't share evenly.
+        UserError: there is no data set, its images have another size, or the ranks cannot share the batch evenly.
     """
     samples = Samples(config.path, cache_dir=config.cache_dir, cache_gb=config.cache_gb)
     manifest = samples.manifest
     if manifest.image_size != image_size:
         raise UserError(
             f"data.path: {samples.url} holds images of {manifest.image_size} px, model.image_size is "
-            f"{image_size}; prepare them with --image-size {image_size}"
+            f"{image_size}; prepare it with --image-size {image_size}, or change model.image_size"
         )
     if global_batch_size % world.num_ranks:
         raise UserError(
-            f"train.global_batch_size: {global_batch_size} can't be shared by {world.num_ranks} ranks evenly"
+            f"train.global_batch_size: {global_batch_size} is not divisible by the number of ranks, {world.num_ranks}"
         )
     order = Order(
         tuple(shard.count for shard in manifest.shards),

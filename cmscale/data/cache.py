@@ -1,7 +1,6 @@
-"""Owns the shards on this node: fetched, checked against the manifest, bounded, shared by processes."""
+"""Caches a data set's files on this node: fetched, verified, limited in size, shared by processes."""
 
 import contextlib
-import fcntl
 import mmap
 import os
 import tempfile
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from cmscale.errors import UserError
 from cmscale.io.fetch import file_sha256
-from cmscale.io.storage import ArrivedChanged, LocalStorage, Storage
+from cmscale.io.locks import hold
+from cmscale.io.storage import ArrivedChanged, Storage, explained
 from cmscale.runs.manifests import FileEntry
 
 ATTEMPTS = 4
@@ -23,7 +23,7 @@ _BAD = {_MISSING: "missing", _DAMAGED: "damaged"}
 
 
 class BadFile(RuntimeError):
-    """A stored file that is missing or not what the manifest says, fetched again and still; one line with both."""
+    """Raised for a stored file that is missing or differs from the manifest, even after fetching it again."""
 
 
 def _wait(seconds: float) -> None:
@@ -31,12 +31,12 @@ def _wait(seconds: float) -> None:
 
 
 def default_cache_dir() -> Path:
-    """A folder of this user's in TMPDIR, which clusters point at a node's own disk."""
+    """This user's folder in TMPDIR, which clusters set to a disk of the node."""
     return Path(tempfile.gettempdir()) / f"cmscale-cache-{os.getuid()}"
 
 
 def matches(path: Path, entry: FileEntry) -> bool:
-    """Whether a file is there with the size and the hash of its entry."""
+    """Whether a file exists and has the size and hash of its entry."""
     try:
         return path.stat().st_size == entry.size and file_sha256(path) == entry.sha256
     except FileNotFoundError:
@@ -46,20 +46,19 @@ def matches(path: Path, entry: FileEntry) -> bool:
 class FileCache:
     """Local copies of a data set's files.
 
-    `path` gives a file that this start of the program has verified: one that lies in the cache from an
-    earlier start is hashed once before its first use (which files are, is shared with forked workers). A bad
-    one is deleted and fetched again. Processes of a node share the folder through file locks, which end with
-    their holder, and renames.
+    `path` returns a file that was verified since the program started: a file from an earlier start is hashed once
+    before its first use (forked workers share the record of this), and deleted and fetched again if it is bad.
+    Processes of a node share the folder by means of file locks, which end with their holder, and renames.
 
-    A data set in a local folder is read in place, unless a cache folder is named.
+    A data set in a local folder is read in place, unless a cache folder is given.
 
     Args:
         storage: The data set.
         entries: Its files by name.
         folder: The root of the cache; None reads local data in place and caches S3 in `default_cache_dir()`.
-        name: The data set's folder within the cache: its fingerprint, so that data sets never mix.
-        limit: Bytes that all data sets in the cache may take together; the least recently used files go.
-        wait: Sleeps between attempts; None: really.
+        name: The data set's folder in the cache: its fingerprint, so that data sets never mix.
+        limit: Bytes that all data sets in the cache may use together; the least recently used files are deleted.
+        wait: Sleeps between attempts; for tests.
     """
 
     def __init__(
@@ -76,11 +75,12 @@ class FileCache:
         self.entries = entries
         self.limit = limit
         self.wait = wait or _wait
-        self.in_place = isinstance(storage, LocalStorage) and folder is None
         self.root = folder if folder is not None else default_cache_dir()
-        self.folder = storage.root if isinstance(storage, LocalStorage) and folder is None else self.root / name[:16]
+        original = storage.local_path("") if folder is None else None
+        self.in_place = original is not None
+        self.folder = original if original is not None else self.root / name[:16]
         self._number = {name: number for number, name in enumerate(entries)}
-        self._state = mmap.mmap(-1, max(1, len(entries)))  # anonymous and shared: forked workers see each other's
+        self._state = mmap.mmap(-1, max(1, len(entries)))  # anonymous shared memory: forked workers see the same
         self._touched: dict[str, float] = {}
         largest = max((entry.size for entry in entries.values()), default=0)
         if not self.in_place and largest > limit:
@@ -89,10 +89,10 @@ class FileCache:
             )
 
     def path(self, name: str) -> Path:
-        """The verified local file; fetches it when it isn't there.
+        """The verified local file, fetched if it is not there.
 
         Raises:
-                BadFile: the stored file is missing or damaged, after fetching it again; names it and its hash.
+            BadFile: the stored file is missing or damaged, even after fetching it again; names it and its hash.
             ConnectionError: the storage does not answer, after several attempts.
         """
         path = self.folder / name
@@ -102,13 +102,16 @@ class FileCache:
         return path
 
     def has(self, name: str) -> bool:
-        """Whether `path` would return, or raise, at once."""
+        """Whether `path` would return or raise without fetching."""
         state = self._state[self._number[name]]
         return state in _BAD or (state == _VERIFIED and (self.folder / name).exists())
 
     def touch(self, name: str) -> bool:
-        """Marks a file as used, now and then: the modification time orders the eviction. False where it was found
-        evicted."""
+        """Marks a file as used, at most once a minute: modification times order the eviction.
+
+        Returns:
+            False if the file turned out to be evicted.
+        """
         now = time.monotonic()
         if not self.in_place and now - self._touched.get(name, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
             self._touched[name] = now
@@ -119,7 +122,7 @@ class FileCache:
         return True
 
     def _obtain(self, name: str, path: Path) -> None:
-        """Verifies or fetches a file, and remembers the outcome: a bad one is not fetched for each of its samples."""
+        """Verifies or fetches a file and records the result, so that a bad file is not fetched for each sample."""
         number, entry = self._number[name], self.entries[name]
         with contextlib.nullcontext() if self.in_place else _locked(path.with_name(f".{path.name}.lock")):
             if self._state[number] not in _BAD:
@@ -127,11 +130,11 @@ class FileCache:
         if self._state[number] in _BAD:
             raise BadFile(
                 f"{self.storage.join(name)}: {_BAD[self._state[number]]}; expected {entry.size} bytes with SHA-256 "
-                f"{entry.sha256}; data_prep/verify.py --repair can write it again"
+                f"{entry.sha256}; data_prep/verify.py --repair can make it again"
             )
 
     def _check(self, path: Path, entry: FileEntry) -> int:
-        if matches(path, entry) or matches(path, entry):  # a network file system may err once
+        if matches(path, entry) or matches(path, entry):  # network file systems can fail once
             return _VERIFIED
         return _DAMAGED if path.exists() else _MISSING
 
@@ -139,13 +142,17 @@ class FileCache:
         if matches(path, entry):
             return _VERIFIED
         path.unlink(missing_ok=True)
-        for part in path.parent.glob(f".{path.name}.part*"):  # of a process that was killed: we hold the lock
-            part.unlink(missing_ok=True)
-        self._make_room(entry.size)
-        return self._fetch(name, path, entry)
-
-    def _fetch(self, name: str, path: Path, entry: FileEntry) -> int:
+        for dots in (".", ".."):  # what a killed process left, a storage's own temporary files too: we hold the lock
+            for leftover in path.parent.glob(f"{dots}{path.name}.part*"):
+                leftover.unlink(missing_ok=True)
         part = path.with_name(f".{path.name}.part")
+        self._make_room(part, entry.size)
+        try:
+            return self._fetch(name, path, entry, part)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _fetch(self, name: str, path: Path, entry: FileEntry, part: Path) -> int:
         outcome: int | ConnectionError = _MISSING
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -162,57 +169,49 @@ class FileCache:
                 if matches(part, entry):
                     part.replace(path)
                     return _VERIFIED
-                part.unlink(missing_ok=True)
                 outcome = _DAMAGED
         if isinstance(outcome, ConnectionError):
             raise outcome
         return outcome
 
-    def _make_room(self, needed: int) -> None:
-        """Deletes the least recently used files until `needed` more bytes fit."""
+    def _make_room(self, part: Path, size: int) -> None:
+        """Deletes the least recently used files until `size` more bytes fit, and reserves them for `part`.
+
+        The reservation is an empty file of this length, which other processes count until the download is complete.
+        """
         with _locked(self.root / ".lock"):
-            files = []
-            for path in self.root.glob("*/*"):
-                with contextlib.suppress(FileNotFoundError):  # a peer deletes too
-                    status = path.stat()
-                    if not path.name.startswith(".") or ".part" in path.name:
-                        files.append((status.st_mtime_ns, status.st_size, path))
-            total = sum(size for _, size, _ in files)
-            for _, size, path in sorted(files):
-                if total + needed <= self.limit:
+            used, complete = self._inventory()
+            for _, length, path in sorted(complete):
+                if used + size <= self.limit:
                     break
+                path.unlink(missing_ok=True)
+                used -= length
+            with explained(part), part.open("wb") as file:
+                file.truncate(size)
+
+    def _inventory(self) -> tuple[int, list[tuple[int, int, Path]]]:
+        """Bytes used and reserved in the cache, and its complete files as (modification time, bytes, path)."""
+        complete: list[tuple[int, int, Path]] = []
+        reserved: dict[tuple[Path, str], int] = {}
+        for path in self.root.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process deletes too
+                status = path.stat()
                 if not path.name.startswith("."):
-                    path.unlink(missing_ok=True)
-                    total -= size
+                    complete.append((status.st_mtime_ns, status.st_size, path))
+                elif ".part" in path.name:  # a download may use several temporary files: the longest counts
+                    target = path.parent, path.name.lstrip(".").partition(".part")[0]
+                    reserved[target] = max(reserved.get(target, 0), status.st_size)
+        return sum(length for _, length, _ in complete) + sum(reserved.values()), complete
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a file lock, which ends with its holder. Gives up after a while: no rank waits for ever."""
+    """Holds a lock file. Gives up after a while, so that no rank waits without end."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UserError(
-            f"data.cache_dir: can't write to {path.parent} ({error.strerror}); name another folder"
+            f"data.cache_dir: cannot write to {path.parent} ({error.strerror}); name another folder"
         ) from error
-    try:
-        deadline = time.monotonic() + 60 * LOCK_MINUTES
-        pause = 0.001
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"{path}: another process has held this lock for {LOCK_MINUTES:g} minutes"
-                    ) from None
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05)
-        try:
-            yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a fork may have copied the descriptor: closing does not unlock
-    finally:
-        os.close(descriptor)
+    with hold(path, timeout=60 * LOCK_MINUTES, what="data.cache_dir"):
+        yield

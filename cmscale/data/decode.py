@@ -1,4 +1,4 @@
-"""Owns the way from encoded bytes to pixels: formats by magic bytes, sizes checked before decoding."""
+"""Decodes images: the format is recognised by magic bytes, the size is checked before decoding."""
 
 import contextlib
 import io
@@ -8,17 +8,18 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-MAX_PIXELS = 1 << 26  # 8192 x 8192: far above any photograph of a data set, far below what fills the memory
-# Pillow warns where `_check_size` refuses.
+from cmscale.io.image_files import MAX_IMAGE_PIXELS
+
+# Pillow would warn about what `_check_size` refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImage(Exception):
-    """Bytes that are no image which can be used; the message says why."""
+    """Raised for bytes that are not a usable image; the message says why."""
 
 
 def sniff(data: bytes) -> str:
-    """`jpeg`, `png` or `webp` by the first bytes. Raises BadImage for anything else."""
+    """Recognises `jpeg`, `png` or `webp` by the first bytes. Raises BadImage for anything else."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpeg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -35,7 +36,7 @@ def decode(data: bytes) -> np.ndarray:
         if kind == "jpeg":
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(int(width), int(height))
-            if colorspace not in ("CMYK", "YCCK"):  # those have no direct way to RGB in libjpeg
+            if colorspace not in ("CMYK", "YCCK"):  # libjpeg does not convert these to RGB
                 return simplejpeg.decode_jpeg(data)
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
             _check_size(*image.size)
@@ -45,9 +46,9 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def decode_into(data: bytes, pixels: np.ndarray) -> None:
-    """Decodes an image of known size into `pixels`, uint8 [H, W, 3]. Raises BadImage (another size too)."""
+    """Decodes an image of known size into `pixels`, uint8 [H, W, 3]. Raises BadImage, also for another size."""
     if data[:3] == b"\xff\xd8\xff":
-        with contextlib.suppress(ValueError):  # damaged, too large, another colour space: looked at below
+        with contextlib.suppress(ValueError):  # damaged, too large, another colour space: handled below
             if simplejpeg.decode_jpeg(data, buffer=pixels).shape == pixels.shape:
                 return
     image = decode(data)
@@ -57,5 +58,5 @@ def decode_into(data: bytes, pixels: np.ndarray) -> None:
 
 
 def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"claims {width}x{height} pixels, above the limit of {MAX_PIXELS}")
+    if width * height > MAX_IMAGE_PIXELS:
+        raise BadImage(f"claims {width}x{height} pixels, above the limit of {MAX_IMAGE_PIXELS}")

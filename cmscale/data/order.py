@@ -1,14 +1,14 @@
-"""Owns the order of the samples: a pure function of the data set's shape, a seed and the epoch.
+"""Defines the order of the samples, a pure function of the data set's shard sizes, a seed and the epoch.
 
-Canonical node c of C owns a contiguous part of the data set (sizes differ by at most one, the larger ones
-first), so that a node of a cluster needs only its part of the shards. Within a part the pieces of shards are
-permuted, and their samples are shuffled in blocks, so that only few shards are in use at a time. Position p
-of an epoch belongs to canonical node p mod C, so every batch draws from all parts evenly.
+The data set is divided into C contiguous parts, one per canonical node (their sizes differ by at most one, larger ones
+first), so that a node of the cluster needs only some of the shards. Within a part, the pieces of shards are permuted
+and their samples are shuffled in blocks, so that few shards are in use at a time. Position p of an epoch belongs to
+canonical node p mod C, so every batch draws evenly from all parts.
 
-The training sequence is the epochs one after the other; a batch may straddle two. A global batch is the next
-`global_batch_size` samples of it. Inside a batch the samples are sorted by canonical node (stably) and cut
-into equal pieces, one a rank: with C and the global batch multiples of the number of nodes (and the batch of
-C), each node reads its own parts only, but for the batches at the seam of two epochs.
+The training sequence is the concatenation of the epochs. A global batch is the next `global_batch_size` samples of it,
+and may contain samples of two epochs. The samples of a batch are sorted by canonical node (stably) and divided into
+equal pieces, one per rank. If C and the global batch size are multiples of the number of nodes, and the batch size is a
+multiple of C, each node reads only its own parts, except in batches that contain two epochs.
 """
 
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class Order:
 
     Args:
         shard_sizes: Samples in each shard; ids count through the shards in this order.
-        num_canonical_nodes: C, fixed for a run, whatever the number of nodes.
-        seed: Of the run.
-        shuffle_block: Samples shuffled among each other, at least one.
+        num_canonical_nodes: C, fixed for a run and independent of its number of nodes.
+        seed: The run's seed.
+        shuffle_block: Number of samples that are shuffled among each other, at least 1.
     """
 
     shard_sizes: tuple[int, ...]
@@ -41,8 +41,7 @@ class Order:
         return sum(self.shard_sizes)
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The samples at positions of the endless sequence: their ids, epochs and canonical nodes, each [n]
-        int64."""
+        """Ids, epochs and canonical nodes, each [n] int64, of the samples at positions of the endless sequence."""
         epochs, within = np.divmod(positions, self.num_samples)
         ids = np.empty_like(within)
         for epoch in np.unique(epochs):
@@ -51,8 +50,10 @@ class Order:
         return ids, epochs, within % self.num_canonical_nodes
 
     def rank_positions(self, cursor: int, *, global_batch_size: int, rank: int, num_ranks: int) -> np.ndarray:
-        """Positions of a rank's share of the global batch that starts at `cursor`, [global_batch_size /
-        num_ranks]."""
+        """Positions of a rank's share of the global batch that starts at `cursor`, [b] int64.
+
+        b = global_batch_size / num_ranks.
+        """
         positions = np.arange(cursor, cursor + global_batch_size, dtype=np.int64)
         nodes = (positions % self.num_samples) % self.num_canonical_nodes
         by_node = positions[np.argsort(nodes, kind="stable")]
@@ -60,9 +61,9 @@ class Order:
         return by_node[rank * share : (rank + 1) * share]
 
 
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
+@lru_cache(maxsize=2)  # a batch may contain samples of two epochs
 def epoch_order(order: Order, epoch: int) -> np.ndarray:
-    """Sample ids of one epoch, [N] int64, each id once."""
+    """Sample ids of one epoch, [N] int64, each exactly once."""
     count, nodes = order.num_samples, order.num_canonical_nodes
     sequence = np.empty(count, dtype=np.int64)
     for node, (start, end) in enumerate(parts(count, nodes)):
@@ -71,7 +72,7 @@ def epoch_order(order: Order, epoch: int) -> np.ndarray:
 
 
 def parts(count: int, nodes: int) -> list[tuple[int, int]]:
-    """[start, end) of each canonical node's samples; the first `count mod nodes` hold one more."""
+    """[start, end) of each canonical node's samples; the first `count mod nodes` parts have one sample more."""
     small, larger = divmod(count, nodes)
     starts = [node * small + min(node, larger) for node in range(nodes + 1)]
     return list(pairwise(starts))
@@ -91,10 +92,10 @@ def _part_order(order: Order, epoch: int, node: int, start: int, end: int) -> np
 
 
 def _permutation(draws: np.random.Philox, count: int) -> np.ndarray:
-    # Raw draws, sorted: numpy promises the stream of a bit generator for all versions, but not `permutation`.
+    # Sorted raw draws: numpy guarantees a bit generator's stream across versions, but not that of `permutation`.
     return np.argsort(draws.random_raw(count), kind="stable")
 
 
 def flips(order: Order, keys: tuple[str, ...], epochs: np.ndarray) -> list[bool]:
-    """Whether each sample is mirrored: a coin of its key, the epoch and the seed."""
+    """Whether each sample is mirrored: a fair coin, a function of seed, epoch and the sample's key."""
     return [bool(rng.key(order.seed, int(e), key, "flip") & 1) for key, e in zip(keys, epochs, strict=True)]

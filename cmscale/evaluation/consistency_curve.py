@@ -10,14 +10,13 @@ from matplotlib.figure import Figure
 
 from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.solver import Denoise
-from cmscale.data.held_out import held_out_images
+from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
 from cmscale.io.storage import replace_durably
 from cmscale.model.denoiser import EDMDenoiser
 from cmscale.model.unet import build_unet
 from cmscale.runs.folder import RunDir
 from cmscale.source import Source, load_source, load_teacher
-from cmscale.training.consistency_probe import follows_teacher
 
 
 def measure_consistency_error(
@@ -40,13 +39,13 @@ def measure_consistency_error(
         UserError: a source without a consistency function, no data, or a run that is elsewhere and no `--out`.
     """
     method, size = source.config.method, source.config.model.image_size
-    if method.kind in ("edm", "pd"):
+    if not method.facts.is_consistency_model:
         raise UserError(f"consistency-error: {source.origin} is of kind {method.kind}; a consistency model is needed")
     if source.config.model.num_classes is not None:
         raise UserError(f"consistency-error: {source.origin} is class-conditional, and data sets carry no classes")
     path = _place(source, out)
     named, follow = _teacher(source, teacher, device=device)
-    clean = held_out_images(data or source.config.data.path, count=num, size=size)
+    clean = first_images(data or source.config.data.path, count=num, size=size)
     curve = error_curve(
         method,
         source.denoiser(device),
@@ -103,15 +102,16 @@ def _teacher(source: Source, named: str | None, *, device: torch.device) -> tupl
     """What the trajectories follow, by name and as a denoiser; None where they are straight."""
     if named is not None:
         teacher = load_source(named)
-        if teacher.config.method.kind != "edm":
+        if not teacher.config.method.facts.can_teach:
             raise UserError(f"--teacher {named}: is of kind {teacher.config.method.kind}; a diffusion model is needed")
         if teacher.config.model.image_size != source.config.model.image_size:
             raise UserError(f"--teacher {named}: its images are {teacher.config.model.image_size} px, not the source's")
         return named, teacher.denoiser(device)
     method = source.config.method
-    if not follows_teacher(method):
+    if not method.facts.follows_teacher:
         return "", None
     network = build_unet(source.config.model)
     network.load_state_dict(load_teacher(source.config))
     network.to(device).eval().requires_grad_(False)
-    return str(getattr(method, "teacher", "")), EDMDenoiser(network, sigma_data=method.sigma_data)
+    assert method.teacher_choice is not None
+    return method.teacher_choice.source, EDMDenoiser(network, sigma_data=method.sigma_data)

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from cmscale.errors import UserError
+from cmscale.io.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_MAX_PIXELS = 1 << 26
+SUFFIXES = (*IMAGE_SUFFIXES, ".bmp")
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def _open_folder(path: Path) -> ImageSet:
 def _read_file(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise UserError(f"{file}: {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise UserError(f"{file}: {image.width} x {image.height} pixels; at most {MAX_IMAGE_PIXELS} are read")
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise UserError(f"{file}: not an image ({error})") from None

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from cmscale.errors import UserError
+from cmscale.io.image_files import MAX_IMAGE_PIXELS
 from cmscale.io.storage import replace_durably
 
 
@@ -65,8 +66,8 @@ def load_image(path: Path, *, size: int) -> torch.Tensor:
     """
     try:
         with Image.open(path) as opened:
-            if opened.width * opened.height > 64_000_000:
-                raise UserError(f"{path}: {opened.width} x {opened.height} pixels are too many")
+            if opened.width * opened.height > MAX_IMAGE_PIXELS:
+                raise UserError(f"{path}: {opened.width} x {opened.height} pixels; at most {MAX_IMAGE_PIXELS} are read")
             picture = opened.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

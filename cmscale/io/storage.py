@@ -76,6 +76,14 @@ class Storage(Protocol):
         """The storage whose root is `prefix` in this one."""
         ...
 
+    def local_path(self, key: str) -> Path | None:
+        """The path of an object, or of a prefix, on a local file system; None if it has none."""
+        ...
+
+    def abort_uploads(self) -> int:
+        """Ends uploads that processes began and never completed. Returns their number."""
+        ...
+
 
 def open_storage(url: str | Path) -> Storage:
     """Opens `s3://bucket/prefix` or a local folder (which need not exist yet). Touches nothing.
@@ -233,6 +241,12 @@ class LocalStorage:
     def sub(self, prefix: str) -> "LocalStorage":
         return LocalStorage(self.root / prefix)
 
+    def local_path(self, key: str) -> Path:
+        return self.root / key
+
+    def abort_uploads(self) -> int:
+        return 0
+
 
 @lru_cache(maxsize=1)
 def _service_models() -> Any:
@@ -377,6 +391,9 @@ class S3Storage:
             for upload in unfinished:
                 self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
         return len(unfinished)
+
+    def local_path(self, key: str) -> None:  # noqa: ARG002
+        return None
 
     def sub(self, prefix: str) -> "S3Storage":
         return S3Storage(self.bucket, self._key(prefix).strip("/"))

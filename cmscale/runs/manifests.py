@@ -2,9 +2,13 @@
 
 import hashlib
 import json
-from typing import Any, Literal, TypeVar
+import pkgutil
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cmscale.errors import UserError
 from cmscale.io.storage import Storage
@@ -39,18 +43,41 @@ class ShardEntry(FileEntry):
     count: int
 
 
-class DatasetManifest(Document):
-    """Published last by `data_prep/prepare.py`; a folder without it is no data set.
+@cache
+def dataset_formats() -> tuple[str, ...]:
+    """Names of the shard formats: the modules in `cmscale/data/formats`, listed without importing any of them."""
+    folder = Path(__file__).resolve().parents[1] / "data" / "formats"
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
 
-    The fingerprint is the SHA-256 of everything that decides what a reader gets: format, preprocessing, encoding
+
+def _known_format(name: str) -> str:
+    if name not in dataset_formats():
+        formats = ", ".join(dataset_formats())
+        raise PydanticCustomError(
+            "dataset_format",
+            "{name} is not a data set format of this version of cmscale; formats are {formats}",
+            {"name": repr(name), "formats": formats},
+        )
+    return name
+
+
+DatasetFormat = Annotated[str, AfterValidator(_known_format)]
+Preprocess = Literal["adm", "edm"]
+Encoding = Literal["jpeg", "png", "webp"]
+
+
+class DatasetManifest(Document):
+    """Describes a prepared data set. `data_prep/prepare.py` writes it last; a folder without it is not a data set.
+
+    The fingerprint is the SHA-256 of everything that determines what a reader gets: format, preprocessing, encoding
     and the shards' hashes in order.
     """
 
     version: Literal[1] = 1
-    format: Literal["mds", "webdataset"]
+    format: DatasetFormat
     image_size: int
-    preprocess: Literal["adm", "edm"]
-    encoding: Literal["jpeg", "png", "webp"]
+    preprocess: Preprocess
+    encoding: Encoding
     source: str
     count: int
     skipped: int = 0

@@ -42,8 +42,8 @@ from cmscale.distributed.world import World
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import read_dataset_manifest
 from data_prep import prepare
-from data_prep.preprocess import convert
-from data_prep.sources import Reader, open_source
+from data_prep.making.convert import convert
+from data_prep.sources import SourceReader, open_source
 
 SIZE = 256
 BATCH = 32
@@ -85,7 +85,7 @@ class Bench:
         for number, data in enumerate(self.encoded):
             (self.files / f"{number:06d}.jpg").write_bytes(data)
         opened = open_source(source)
-        read = Reader(opened)
+        read = SourceReader(opened)
         self.originals = [read(key) for key in opened.keys]
         read.close()
         self.warm = {format: self.open(str(folder / format)) for format in self.manifests}

@@ -38,7 +38,7 @@ def test_an_array_makes_the_bytes_of_one_machine_and_a_killed_submitter_is_taken
     assert first.wait() == -signal.SIGKILL
     capsys.readouterr()
     assert prepare.main(command) == 0
-    assert "still at it" in capsys.readouterr().out
+    assert "is still running" in capsys.readouterr().out
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 

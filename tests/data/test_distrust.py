@@ -1,4 +1,4 @@
-"""No byte of a data set is trusted: damaged, missing, stale and foreign files, and what is done about them."""
+"""Damaged, missing, stale and foreign files of a data set: none is trusted, each is refused, fetched or replaced."""
 
 import hashlib
 import shutil
@@ -39,7 +39,7 @@ def test_mistakes_are_one_line(sets: dict[str, str], tmp_path: Path) -> None:
         open_(str(tmp_path))
     with pytest.raises(UserError, match=r"holds images of 16 px, model.image_size is 32"):
         open_(sets["mds"], size=32)
-    with pytest.raises(UserError, match="4 can't be shared by 3 ranks"):
+    with pytest.raises(UserError, match="4 is not divisible by the number of ranks, 3"):
         open_(sets["mds"], ranks=3)
     with pytest.raises(UserError, match=r"only local paths and s3://"):
         open_("pipe:cat /etc/passwd")
@@ -96,12 +96,12 @@ def test_names_that_leave_the_data_set_are_refused(sets: dict[str, str], tmp_pat
 def test_an_index_of_other_shards_is_refused(source: Path, tmp_path: Path) -> None:
     url = make(source, str(tmp_path / "set"), "mds")
     manifest = read_dataset_manifest(open_storage(url))
-    with pytest.raises(UserError, match="does not list the shards"):
+    with pytest.raises(UserError, match="does not list the manifest's shards"):
         MDSShards(tmp_path / "set" / "index.json", manifest.shards[1:])
 
 
 def test_undecodable_images_stop_the_run_or_are_replaced_within_the_budget(tmp_path: Path) -> None:
-    """Possible only where they were published so; the stand-in is the same on any rank."""
+    """Only a data set that was published so can have them; the replacement is the same on any rank."""
     samples = pictures(8)
     source = write_lmdb(tmp_path / "lmdb", samples)
     make(source, str(tmp_path / "set"), "webdataset")
@@ -145,8 +145,8 @@ def test_a_decompression_bomb_is_never_unpacked_and_counts_within_the_budget(tmp
         collect(data(str(tmp_path / "set")), num_ranks=1, batch=8, start=0, steps=2)
 
 
-def test_no_shell_and_no_rewriting_of_urls_stands_between_a_shard_and_its_reader(sets, monkeypatch) -> None:
-    """webdataset's own opener obeys GOPEN_REWRITE, and hands what begins with `pipe:` to a shell."""
+def test_reading_a_shard_runs_no_shell_and_rewrites_no_url(sets, monkeypatch) -> None:
+    """webdataset's own opener applies GOPEN_REWRITE and runs a shell for URLs that begin with `pipe:`."""
     expected = collect(data(sets["webdataset"]), num_ranks=1, batch=COUNT, start=0, steps=1)
     monkeypatch.setenv("GOPEN_REWRITE", f"{sets['webdataset']}=pipe:echo;file:=pipe:")
     for name in ("Popen", "run", "call", "check_output"):

@@ -1,4 +1,4 @@
-"""data_prep/prepare.py and verify.py: the same bytes whatever happens, and one line for every mistake."""
+"""data_prep/prepare.py and verify.py: the same bytes in all circumstances, and one line for every mistake."""
 
 import errno
 import os
@@ -19,7 +19,10 @@ from cmscale.data import read_images
 from cmscale.data.decode import decode
 from cmscale.io.storage import LocalStorage, open_storage
 from data_prep import prepare, verify
-from data_prep.preprocess import crop
+from data_prep.making.convert import crop
+from data_prep.making.preparation import Preparation
+from data_prep.making.shards import DatasetSettings
+from data_prep.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 23
@@ -90,13 +93,14 @@ def test_a_run_killed_at_any_shard_continues_to_the_same_bytes(lsun: Path, tmp_p
 
 _KILLED_AFTER = """
 import os, signal, sys
-from data_prep import job, prepare
-make = job.Job.make
+from data_prep import prepare
+from data_prep.making.preparation import Preparation
+make = Preparation.make
 def make_or_die(self, number, **kwargs):
     if number == int(sys.argv[1]):
         kwargs["tick"] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     return make(self, number, **kwargs)
-job.Job.make = make_or_die
+Preparation.make = make_or_die
 prepare.main(sys.argv[2:])
 """
 
@@ -110,7 +114,7 @@ def test_s3_holds_the_same_bytes_as_a_folder_and_no_notes(lsun: Path, tmp_path: 
 
 def test_an_interrupted_run_continues_on_s3(lsun: Path, tmp_path: Path, s3: str, monkeypatch) -> None:
     calls = []
-    make = prepare.Job.make
+    make = Preparation.make
 
     def make_three(self, number, **kwargs):
         calls.append(number)
@@ -118,7 +122,7 @@ def test_an_interrupted_run_continues_on_s3(lsun: Path, tmp_path: Path, s3: str,
             raise KeyboardInterrupt
         return make(self, number, **kwargs)
 
-    monkeypatch.setattr(prepare.Job, "make", make_three)
+    monkeypatch.setattr(Preparation, "make", make_three)
     assert call(f"lsun:{lsun}", f"{s3}/set") == 130
     assert call(f"lsun:{lsun}", f"{s3}/set") == 0
     assert calls == [0, 1, 2, 3, 3, 4, 5]
@@ -128,7 +132,7 @@ def test_an_interrupted_run_continues_on_s3(lsun: Path, tmp_path: Path, s3: str,
 
 
 def test_folder_zip_and_tars_give_the_images_of_the_lmdb(lsun: Path, tmp_path: Path) -> None:
-    # The suffix says nothing of the format.
+    # The suffix does not determine the format: the bytes do.
     samples = {f"{key}.png": data for key, data in pictures(5).items()}
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -177,7 +181,7 @@ def test_lossless_encodings_keep_every_pixel(tmp_path: Path, encoding: str) -> N
 
 
 def test_no_such_lmdb_is_one_line(tmp_path: Path, capsys) -> None:
-    assert "no such LMDB" in refused(capsys, call(f"lsun:{tmp_path}/none", tmp_path / "out"))
+    assert "none does not exist" in refused(capsys, call(f"lsun:{tmp_path}/none", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -199,7 +203,7 @@ def test_a_truncated_lmdb_is_refused_before_reading_kills_the_process(lsun: Path
 
 def test_an_empty_source_is_one_line(tmp_path: Path, capsys) -> None:
     write_lmdb(tmp_path / "in", {})
-    assert "holds no images" in refused(capsys, call(f"lsun:{tmp_path}/in", tmp_path / "out"))
+    assert "contains no images" in refused(capsys, call(f"lsun:{tmp_path}/in", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -224,12 +228,12 @@ UNUSABLE = {
 @pytest.mark.parametrize("kind", UNUSABLE)
 @pytest.mark.parametrize("format", ["mds", "webdataset"])
 def test_an_unusable_image_is_named_and_refused_or_skipped(tmp_path: Path, capsys, kind: str, format: str) -> None:
-    data, why = UNUSABLE[kind]
+    data, reason = UNUSABLE[kind]
     key = "0" * 40
     write_lmdb(tmp_path / "in", {**pictures(6), key: data})
     line = refused(capsys, call(f"lsun:{tmp_path}/in", tmp_path / "out", format=format))
     assert key in line
-    assert why in line
+    assert reason in line
     assert not (tmp_path / "out").exists()
     assert call(f"lsun:{tmp_path}/in", tmp_path / "out", "--max-bad", "1", format=format) == 0
     assert "6 images in 2 shards, 1 skipped" in capsys.readouterr().out
@@ -274,13 +278,15 @@ def test_no_room_on_the_disk_is_one_line_and_leaves_nothing(lsun, tmp_path, caps
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("data_prep.shards.TarWriter.write", full)
+    monkeypatch.setattr("webdataset.writer.TarWriter.write", full)
     monkeypatch.setattr("streaming.base.format.mds.MDSWriter.flush_shard", full)
     assert "no space left" in refused(capsys, call(f"lsun:{lsun}", tmp_path / "out", format=format))
     assert not (tmp_path / "out").exists()
 
 
-def test_another_data_set_in_the_way_is_refused_and_the_same_command_is_content(lsun: Path, tmp_path, capsys) -> None:
+def test_another_data_set_in_the_folder_is_refused_and_a_published_one_stays_as_it_is(
+    lsun: Path, tmp_path, capsys
+) -> None:
     assert call(f"lsun:{lsun}", tmp_path / "out") == 0
     before = tree(tmp_path / "out")
     assert call(f"lsun:{lsun}", tmp_path / "out") == 0
@@ -291,14 +297,14 @@ def test_another_data_set_in_the_way_is_refused_and_the_same_command_is_content(
 
 def test_two_at_once_are_refused(lsun: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
-    job = prepare.Job(prepare.open_source(f"lsun:{lsun}"), _settings(), str(tmp_path / "out"))
-    job.begin()
-    with job.alone():
-        assert "another prepare.py" in refused(capsys, call(f"lsun:{lsun}", tmp_path / "out"))
+    preparation = Preparation(open_source(f"lsun:{lsun}"), _settings(), str(tmp_path / "out"))
+    preparation.begin()
+    with preparation.exclusive():
+        assert "preparing" in refused(capsys, call(f"lsun:{lsun}", tmp_path / "out"))
 
 
-def _settings() -> prepare.Settings:
-    return prepare.Settings(format="webdataset", image_size=16, preprocess="adm", encoding="jpeg", samples_per_shard=4)
+def _settings() -> DatasetSettings:
+    return DatasetSettings(format="webdataset", image_size=16, preprocess="adm", encoding="jpeg", samples_per_shard=4)
 
 
 # verify.py

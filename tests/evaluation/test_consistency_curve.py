@@ -13,7 +13,7 @@ from run_folder import write_run
 from cmscale.config import Config, parse_config
 from cmscale.consistency.consistency_curve import error_curve
 from cmscale.consistency.consistency_error import consistency_error
-from cmscale.data.held_out import held_out_images
+from cmscale.data.first_images import first_images
 from cmscale.evaluation.consistency_curve import measure_consistency_error
 from cmscale.interop import write_safetensors
 from cmscale.report import build_report
@@ -57,7 +57,7 @@ def test_the_command_writes_mean_curves_of_straight_trajectories_and_a_plot(data
     )
     result = json.loads(out.read_text())
     source = load_source(str(model))
-    clean = held_out_images(str(data), count=5, size=8)
+    clean = first_images(str(data), count=5, size=8)
     assert clean.shape == (5, 3, 8, 8)
     noise = normal_like_samples(0, range(5), (3, 8, 8), purpose="held-out")
     expected = consistency_error(source.config.method, source.denoiser(CPU), clean, noise=noise)
@@ -81,7 +81,7 @@ def test_a_distilled_source_is_followed_along_its_teachers_ode(data, tmp_path):
     curve = error_curve(
         source.config.method,
         source.denoiser(CPU),
-        held_out_images(str(data), count=2, size=8),
+        first_images(str(data), count=2, size=8),
         indices=range(2),
         teacher=load_source(str(teacher)).denoiser(CPU),
         device=CPU,

@@ -1,49 +1,87 @@
-"""Owns reading MDS shards with mosaicml-streaming's own reader, and `index.json` as it defines it.
+"""Reads and writes MDS shards with mosaicml-streaming's own classes, and `index.json` as it defines it.
 
-The reader parses the index, refuses columns that would unpickle, and decodes the samples; the bytes come from files
-that stay open, where its own way opens the file anew for every sample. StreamingDataset can read the data sets, and is
-not used: its barriers spin for ever when a rank dies, its shared memory survives a SIGKILL and blocks the next start,
-it serves what lies in its cache unchecked, and its resume state knows no batch size. Order, cache and resumption are
-this package's, the same for both formats.
+The package's reader parses the index, refuses columns that would unpickle, and decodes the samples. The bytes come
+from files that stay open; the package itself opens the file again for every sample. StreamingDataset can read these
+data sets but is not used: its barriers never time out when a rank dies, its shared memory survives a SIGKILL and blocks
+the next start, it does not check what its cache holds, and its resume state lacks the batch size. Order, cache and
+resumption are those of `cmscale.data`, the same for all formats.
 """
 
 import json
 import os
+import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmscale.data.formats import ShardFormat, Span, WrittenShard
 from cmscale.errors import UserError
 from cmscale.runs.manifests import ShardEntry
 
-INDEX = "index.json"
-COLUMNS = {"image": "bytes", "key": "str"}
+_COLUMNS = {"image": "bytes", "key": "str"}
+_MAX_SHARD_BYTES = 1 << 32  # offsets in a shard are 32 bits wide
 
 
-def shard_index(shards: Sequence[ShardEntry]) -> bytes:
-    """The `index.json` of these shards, byte for byte the same for the same shards."""
-    columns = sorted(COLUMNS)
-    fields = {
-        "version": 2,
-        "format": "mds",
-        "compression": None,
-        "hashes": ["sha256"],
-        "size_limit": None,
-        "column_names": columns,
-        "column_encodings": [COLUMNS[name] for name in columns],
-        "column_sizes": [None] * len(columns),
-        "zip_data": None,
-    }
-    objects = [
-        {
-            **fields,
-            "samples": shard.count,
-            "raw_data": {"basename": shard.name, "bytes": shard.size, "hashes": {"sha256": shard.sha256}},
+class MDSFormat(ShardFormat):
+    """mosaicml-streaming's format: one binary file per shard, one JSON index."""
+
+    index_name = "index.json"
+    index_needs_spans = False
+
+    def shard_name(self, number: int) -> str:
+        return f"shard.{number:05d}.mds"
+
+    def write_shard(self, samples: Iterator[tuple[str, bytes]], path: Path, *, encoding: str) -> WrittenShard:  # noqa: ARG002
+        from streaming.base.format.mds import MDSWriter  # slow to import
+
+        folder = path.with_suffix(".writing")
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        writer = MDSWriter(columns=_COLUMNS, out=str(folder), size_limit=None)
+        count = 0
+        try:
+            for key, image in samples:
+                writer.write({"key": key, "image": image})
+                count += 1
+                if writer.new_shard_size >= _MAX_SHARD_BYTES:
+                    raise UserError("--samples-per-shard: a shard would be larger than 4 GiB; use fewer")
+            if count:
+                # Not `finish`, which writes an index: that is published last, when every shard is there.
+                writer.flush_shard()
+                (folder / writer.shards[0]["raw_data"]["basename"]).replace(path)
+        finally:
+            writer.executor.shutdown(wait=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        return WrittenShard(count)
+
+    def index_bytes(self, shards: Sequence[ShardEntry], spans: Iterable[Span]) -> bytes:  # noqa: ARG002
+        columns = sorted(_COLUMNS)
+        fields = {
+            "version": 2,
+            "format": "mds",
+            "compression": None,
+            "hashes": ["sha256"],
+            "size_limit": None,
+            "column_names": columns,
+            "column_encodings": [_COLUMNS[name] for name in columns],
+            "column_sizes": [None] * len(columns),
+            "zip_data": None,
         }
-        for shard in shards
-    ]
-    return json.dumps({"version": 2, "shards": objects}, sort_keys=True).encode()
+        objects = [
+            {
+                **fields,
+                "samples": shard.count,
+                "raw_data": {"basename": shard.name, "bytes": shard.size, "hashes": {"sha256": shard.sha256}},
+            }
+            for shard in shards
+        ]
+        return json.dumps({"version": 2, "shards": objects}, sort_keys=True).encode()
+
+    def open_shards(self, index: Path, shards: Sequence[ShardEntry], *, encoding: str) -> "MDSShards":  # noqa: ARG002
+        return MDSShards(index, shards)
+
+    def preload(self) -> None:
+        import streaming.base.format.mds  # noqa: F401
 
 
 class MDSShards:
@@ -54,27 +92,26 @@ class MDSShards:
         shards: The manifest's shards, in its order.
 
     Raises:
-        UserError: the index does not list the manifest's shards, or lists other columns than prepare.py writes.
+        UserError: the index does not list the manifest's shards, or lists columns other than prepare.py's.
     """
 
     def __init__(self, index: Path, shards: Sequence[ShardEntry]) -> None:
         objects: list[dict[str, Any]] = json.loads(index.read_bytes())["shards"]
         listed = [(item["raw_data"]["basename"], item["samples"], item["zip_data"]) for item in objects]
         columns = [dict(zip(item["column_names"], item["column_encodings"], strict=True)) for item in objects]
-        if listed != [(shard.name, shard.count, None) for shard in shards] or any(one != COLUMNS for one in columns):
-            raise UserError(
-                f"{index}: does not list the shards of the manifest; run data_prep/verify.py on the data set"
-            )
-        # Here: the package takes seconds to import (it imports transformers), and WebDataset's readers don't need it.
-        from streaming.base.format import reader_from_json
+        if listed != [(shard.name, shard.count, None) for shard in shards] or any(one != _COLUMNS for one in columns):
+            raise UserError(f"{index}: does not list the manifest's shards; run data_prep/verify.py on the data set")
+        from streaming.base.format import reader_from_json  # slow to import, so not for other formats' readers
 
         self._readers = [reader_from_json(str(index.parent), "", item) for item in objects]
         for reader in self._readers:
             reader.validate(allow_unsafe_types=False)
 
     def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]:
-        """Key and encoded image of a sample; `file` is the shard's descriptor."""
-        # A shard: its count, then the offsets of its samples and of their end (uint32).
+        # A shard begins with the number of its samples and the offsets of each of them and of their end (all uint32).
         begin, end = struct.unpack("<2I", os.pread(file, 8, 4 * (1 + index)))
         sample = self._readers[shard].decode_sample(os.pread(file, end - begin, begin))
         return sample["key"], sample["image"]
+
+
+FORMAT = MDSFormat()

@@ -1,7 +1,7 @@
-"""Owns reading WebDataset shards at random: an index of the samples, webdataset's grouping.
+"""Reads and writes WebDataset shards (tar files), with an index that gives random access.
 
-Shards are opened by path only, never by URL: webdataset's own opener runs a shell for `pipe:` and rewrites
-URLs from the environment. Only the data set's own member is looked at; nothing is decoded by its extension.
+Shards are opened by path, never by URL: webdataset's own opener runs a shell for `pipe:` and rewrites URLs according to
+the environment. Only the image member of a sample is read; nothing is decoded by its file name extension.
 """
 
 import io
@@ -9,28 +9,48 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import numpy as np
 from webdataset.tariterators import group_by_keys
+from webdataset.writer import TarWriter
 
+from cmscale.data.formats import ShardFormat, Span, WrittenShard, escaped_key
 from cmscale.errors import UserError
 from cmscale.runs.manifests import ShardEntry
 
-INDEX = "index.npy"
-EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+_EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
-def member_key(key: str) -> str:
-    """A key as a tar member's name without extension: webdataset splits names at the first dot."""
-    return quote(key, safe="/").replace(".", "%2E")
+class WebDatasetFormat(ShardFormat):
+    """WebDataset's format: one uncompressed tar per shard, and an index of the samples, [N, 2] uint64 as npy."""
 
+    index_name = "index.npy"
+    index_needs_spans = True
 
-def index_bytes(spans: Iterable[tuple[int, int]]) -> bytes:
-    """The index file: [begin, end) of each sample's members within its shard, [N, 2] uint64 as npy."""
-    file = io.BytesIO()
-    np.save(file, np.array(list(spans), dtype="<u8").reshape(-1, 2), allow_pickle=False)
-    return file.getvalue()
+    def shard_name(self, number: int) -> str:
+        return f"shard-{number:05d}.tar"
+
+    def write_shard(self, samples: Iterator[tuple[str, bytes]], path: Path, *, encoding: str) -> WrittenShard:
+        spans = []
+        # Written in memory first: closing a tar stream that failed (on a full disk) raises again.
+        memory = io.BytesIO()
+        writer = TarWriter(memory, user="", group="", mtime=0, encoder=False)
+        for key, image in samples:
+            begin = writer.tarstream.offset
+            writer.write({"__key__": escaped_key(key), _EXTENSIONS[encoding]: image})
+            spans.append((begin, writer.tarstream.offset))
+        writer.close()
+        path.write_bytes(memory.getbuffer())
+        return WrittenShard(len(spans), tuple(spans))
+
+    def index_bytes(self, shards: Sequence[ShardEntry], spans: Iterable[Span]) -> bytes:  # noqa: ARG002
+        file = io.BytesIO()
+        np.save(file, np.array(list(spans), dtype="<u8").reshape(-1, 2), allow_pickle=False)
+        return file.getvalue()
+
+    def open_shards(self, index: Path, shards: Sequence[ShardEntry], *, encoding: str) -> "TarShards":
+        return TarShards(index, shards, extension=_EXTENSIONS[encoding])
 
 
 class TarShards:
@@ -39,23 +59,20 @@ class TarShards:
     Args:
         index: The local index file.
         shards: The manifest's shards, in its order.
-        encoding: Of the images, which decides the member's extension.
+        extension: File name extension of the image members.
 
     Raises:
-        UserError: the index is not one of these shards.
+        UserError: the index does not list as many samples as the manifest.
     """
 
-    def __init__(self, index: Path, shards: Sequence[ShardEntry], *, encoding: str) -> None:
-        self._extension = EXTENSIONS[encoding]
+    def __init__(self, index: Path, shards: Sequence[ShardEntry], *, extension: str) -> None:
+        self._extension = extension
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
         self._spans = np.asarray(np.load(index, mmap_mode="r", allow_pickle=False))  # a memmap is slow to index
         if self._spans.shape != (self._starts[-1], 2):
-            raise UserError(
-                f"{index}: does not list the samples of the manifest; run data_prep/verify.py on the data set"
-            )
+            raise UserError(f"{index}: does not list the manifest's samples; run data_prep/verify.py on the data set")
 
     def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]:
-        """Key and encoded image of a sample; `file` is the shard's descriptor."""
         begin, end = self._spans[self._starts[shard] + index].tolist()
         block = os.pread(file, end - begin, begin)
         sample = next(iter(group_by_keys(_members(block))))
@@ -63,8 +80,10 @@ class TarShards:
 
 
 def _members(block: bytes) -> Iterator[dict[str, Any]]:
-    """The files in a piece of a tar (POSIX ustar, names of at most 100 bytes: what prepare.py writes), as webdataset's
-    own iterator gives them at a tenth of the speed."""
+    """The files in a piece of a tar, as webdataset's own iterator yields them but ten times as fast.
+
+    Reads what `write_shard` writes: POSIX ustar with names of at most 100 bytes.
+    """
     at = 0
     while at < len(block):
         name = block[at : at + 100].rstrip(b"\0").decode("ascii")
@@ -72,3 +91,6 @@ def _members(block: bytes) -> Iterator[dict[str, Any]]:
         at += 512
         yield {"fname": name, "data": block[at : at + size], "__url__": ""}
         at += -(-size // 512) * 512
+
+
+FORMAT = WebDatasetFormat()

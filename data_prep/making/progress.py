@@ -1,4 +1,4 @@
-"""Owns the progress bar of the data commands: fed by several processes, silent where nobody watches."""
+"""Shows a progress bar that several processes advance; shows nothing unless stderr is a terminal."""
 
 import multiprocessing
 import sys
@@ -22,9 +22,8 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:.0f}/s")
 
 
-class Ticker:
-    """Counts finished items over processes (`tick`), and shows them (`show`, also called by `tick` in its
-    own)."""
+class ProgressCounter:
+    """Counts finished images, or other items, over forked processes and shows the count as a progress bar."""
 
     def __init__(self, *, total: int, done: int = 0, what: str = "images") -> None:
         self._count = multiprocessing.get_context("fork").Value("q", done)
@@ -40,20 +39,20 @@ class Ticker:
         self._task = self._progress.add_task(what, total=total, completed=done)
 
     def tick(self) -> None:
-        """One more item is done; from any forked process."""
+        """Counts one finished item; callable from any forked process."""
         with self._count.get_lock():
             self._count.value += 1
 
     def set(self, done: int) -> None:
-        """So many items are done; shown at once."""
+        """Sets the number of finished items and shows it."""
         self._count.value = done
         self.show()
 
     def show(self) -> None:
-        """Moves the bar to the count; in the process that made it."""
+        """Moves the bar to the count; call it in the process that made the counter."""
         self._progress.update(self._task, completed=self._count.value)
 
-    def __enter__(self) -> "Ticker":
+    def __enter__(self) -> "ProgressCounter":
         self._progress.start()
         return self
 

@@ -1,0 +1,1 @@
+"""Makes the shards of a data set: image conversion, shard files, progress records, worker processes, Slurm arrays."""

@@ -1,0 +1,103 @@
+"""Makes the missing shards of a preparation on this machine, in one process or several."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+
+from cmscale.errors import UserError
+from cmscale.io.process import die_with_parent
+from data_prep.making.preparation import Preparation
+from data_prep.making.progress import ProgressCounter
+from data_prep.making.shards import ShardRecord, TooManyBad
+
+_BAD_IMAGES_NAMED = 5
+
+
+def make_missing(
+    preparation: Preparation, records: dict[int, ShardRecord], missing: list[int], *, workers: int, max_bad: int
+) -> None:
+    """Makes the shards `missing` and adds their records to `records`.
+
+    Raises:
+        UserError: more than `max_bad` images are unusable, or a shard cannot be written.
+    """
+    check_bad(records.values(), max_bad)
+    done = sum(len(preparation.keys(n)) for n in records)
+    total = done + sum(len(preparation.keys(n)) for n in missing)
+    with ProgressCounter(total=total, done=done) as counter:
+        if workers == 1 or len(missing) <= 1:
+            for number in missing:
+                records[number] = _make_one(preparation, number, max_bad, counter.tick)
+                check_bad(records.values(), max_bad)
+                counter.show()
+        else:
+            _make_in_processes(preparation, records, missing, workers=workers, max_bad=max_bad, counter=counter)
+
+
+def check_bad(records: Iterable[ShardRecord], max_bad: int) -> None:
+    """Raises UserError if the shards have more unusable images than are allowed."""
+    bad = [pair for record in records for pair in record.bad]
+    if len(bad) > max_bad:
+        raise _too_many(bad, max_bad)
+
+
+def _make_in_processes(
+    preparation: Preparation,
+    records: dict[int, ShardRecord],
+    missing: list[int],
+    *,
+    workers: int,
+    max_bad: int,
+    counter: ProgressCounter,
+) -> None:
+    preparation.format.preload()
+    # Forked: the source's list of keys is shared instead of copied, and modules are already imported.
+    pool = ProcessPoolExecutor(
+        min(workers, len(missing)),
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(preparation, max_bad, counter.tick),
+    )
+    try:
+        pending: dict[Future[ShardRecord], int] = {pool.submit(_make_in_worker, number): number for number in missing}
+        while pending:
+            done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done:
+                records[pending.pop(future)] = future.result()
+            check_bad(records.values(), max_bad)
+            counter.show()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: tuple[Preparation, int, Callable[[], None]] | None = None
+
+
+def _start_worker(preparation: Preparation, max_bad: int, tick: Callable[[], None]) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    die_with_parent(signal.SIGKILL)  # otherwise the workers of a killed parent would go on writing
+    _worker = (preparation, max_bad, tick)
+
+
+def _make_in_worker(number: int) -> ShardRecord:
+    assert _worker is not None
+    preparation, max_bad, tick = _worker
+    return _make_one(preparation, number, max_bad, tick)
+
+
+def _make_one(preparation: Preparation, number: int, max_bad: int, tick: Callable[[], None]) -> ShardRecord:
+    try:
+        return preparation.make(number, max_bad=max_bad, tick=tick)
+    except TooManyBad as error:
+        raise _too_many(error.bad, max_bad) from None
+
+
+def _too_many(bad: Sequence[tuple[str, str]], max_bad: int) -> UserError:
+    named = "; ".join(f"{key}: {reason}" for key, reason in bad[:_BAD_IMAGES_NAMED])
+    more = f"; and {len(bad) - _BAD_IMAGES_NAMED} more" if len(bad) > _BAD_IMAGES_NAMED else ""
+    return UserError(
+        f"at least {len(bad)} images are unusable, --max-bad allows {max_bad} ({named}{more}); repair them, or "
+        f"skip them with --max-bad N (the same command continues with the shards that are finished)"
+    )

@@ -1,0 +1,198 @@
+"""Makes the shards of a preparation with an array of Slurm tasks: submits it, follows it, and runs its tasks."""
+
+import io
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+
+from cmscale.errors import UserError
+from cmscale.runs.manifests import Document, read_document
+from data_prep.making.preparation import PROGRESS, Preparation
+from data_prep.making.processes import make_missing
+from data_prep.making.progress import ProgressCounter
+from data_prep.making.shards import DatasetSettings, ShardRecord
+from data_prep.sources import open_source
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+POLL_SECONDS = 2.0
+_ARRAY = f"{PROGRESS}/array.json"
+_REFUSED = f"{PROGRESS}/refused-"
+
+
+class ArrayRecord(Document):
+    """Stored with the progress records: a submitter that was killed leaves its array running for the next one."""
+
+    job_id: str
+
+
+class ArrayTask(Document):
+    """The arguments of one task, as JSON: it makes every `tasks`-th shard from number `task` on."""
+
+    source: str
+    settings: DatasetSettings
+    out: str
+    task: int
+    tasks: int
+    workers: int
+    max_bad: int
+
+
+class ArrayPlacement(Document):
+    """Where an array runs: number of tasks (one per node), and each task's CPUs, time limit and partition."""
+
+    nodes: int
+    cpus: int
+    minutes: int
+    partition: str | None = None
+
+
+class ArrayFailed(RuntimeError):
+    """Raised when an array ended without making all shards; the message is one line."""
+
+
+def make_with_array(
+    preparation: Preparation, placement: ArrayPlacement, *, running: str | None, max_bad: int
+) -> dict[int, ShardRecord]:
+    """Makes the missing shards with a new array, or waits for the array `running`.
+
+    Raises:
+        UserError: Slurm refuses the array, or a task refuses the images.
+        ArrayFailed: the array ended and shards are missing.
+    """
+    logs = _log_folder(preparation)
+    if running is None:
+        for entry in list(preparation.storage.list(_REFUSED)):
+            preparation.storage.delete(entry.key)
+        job_id = _submit(preparation, placement, max_bad=max_bad)
+        preparation.storage.write(_ARRAY, ArrayRecord(job_id=job_id).to_bytes())
+        tasks = min(placement.nodes, preparation.num_shards)
+        print(f"array {job_id} submitted with {tasks} tasks; logs: {logs}", flush=True)
+    else:
+        job_id = running
+        print(f"array {job_id} of an earlier command is still running; waiting for it", flush=True)
+    try:
+        _wait(preparation, job_id)
+    except KeyboardInterrupt:
+        subprocess.run(["scancel", job_id], check=False)
+        raise
+    for entry in preparation.storage.list(_REFUSED):
+        raise UserError(preparation.storage.read(entry.key).decode())
+    records = preparation.records()
+    if len(records) < preparation.num_shards:
+        missing = preparation.num_shards - len(records)
+        raise ArrayFailed(
+            f"array {job_id} ended, {missing} of {preparation.num_shards} shards are missing; see the logs in {logs}, "
+            f"then run the same command again"
+        )
+    return records
+
+
+def running_array(preparation: Preparation) -> str | None:
+    """Job id of the array that an earlier command submitted, if it is waiting or running."""
+    raw = preparation.storage.read_if_present(_ARRAY)
+    if raw is None:
+        return None
+    job_id = read_document(ArrayRecord, raw, origin=_ARRAY).job_id
+    return job_id if _active(job_id) else None
+
+
+def run_task(arguments: str) -> None:
+    """Runs one task of an array, an `ArrayTask` in JSON: makes those of its shards that are missing.
+
+    After a requeue it continues where it stopped. What it refuses is stored for the submitter to report.
+    """
+    task = ArrayTask.model_validate_json(arguments)
+    preparation = Preparation(open_source(task.source), task.settings, task.out, lane=f"-{task.task}")
+    records = preparation.records()
+    numbers = [number for number in range(task.task, preparation.num_shards, task.tasks) if number not in records]
+    try:
+        with preparation.exclusive():
+            make_missing(preparation, {}, numbers, workers=task.workers, max_bad=task.max_bad)
+    except UserError as error:
+        preparation.storage.write(f"{_REFUSED}{task.task:06d}", str(error).encode())
+    finally:
+        preparation.read.close()
+
+
+def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int) -> str:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.slurm.slurm import SlurmExecutor
+
+    tasks = min(placement.nodes, preparation.num_shards)
+    executor = SlurmExecutor(_log_folder(preparation))
+    executor.update_parameters(
+        job_name="prepare",
+        nodes=1,
+        ntasks_per_node=1,
+        cpus_per_task=placement.cpus,
+        array_parallelism=tasks,
+        time=placement.minutes,
+        mem="0",  # all memory of the node
+        stderr_to_stdout=True,
+        srun_args=[f"--cpus-per-task={placement.cpus}"],  # srun 22.05 does not inherit the CPU count from sbatch
+        setup=[f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        additional_parameters={"requeue": True},
+        **({"partition": placement.partition} if placement.partition else {}),
+    )
+    arguments = [
+        ArrayTask(
+            source=preparation.source.name,
+            settings=preparation.settings,
+            out=preparation.storage.url,
+            task=task,
+            tasks=tasks,
+            workers=placement.cpus,
+            max_bad=max_bad,
+        ).model_dump_json()
+        for task in range(tasks)
+    ]
+    try:
+        with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what it also raises
+            jobs = [executor.submit(run_task, one) for one in arguments]
+    except FileNotFoundError:
+        raise UserError("--slurm: no sbatch on the PATH; run this on a login node, or without --slurm") from None
+    except (FailedJobError, FailedSubmissionError) as error:
+        lines = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()
+        raise UserError(f"Slurm refuses the array: {'; '.join(lines)}") from None
+    return jobs[0].job_id.split("_")[0]
+
+
+def _log_folder(preparation: Preparation) -> Path:
+    """A folder that all nodes see: with the progress records, or in the working directory for a data set on S3."""
+    local = preparation.storage.local_path(f"{PROGRESS}/slurm")
+    return local.absolute() if local else Path.cwd() / ".cmscale-prepare" / preparation.identity
+
+
+def _active(job_id: str) -> bool:
+    """Whether tasks of the array are waiting or running; True if Slurm does not answer."""
+    try:
+        asked = subprocess.run(
+            ["squeue", "--noheader", "--format=%T", "--jobs", job_id], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise UserError("--slurm: no squeue on the PATH; run this on a login node, or without --slurm") from None
+    if asked.returncode:
+        return "Invalid job id" not in asked.stderr
+    return bool(asked.stdout.split())
+
+
+def _wait(preparation: Preparation, job_id: str, pause: Callable[[float], None] = time.sleep) -> None:
+    """Waits until the array has ended, and cancels it if a task refuses; shows the images in finished shards."""
+
+    def finished() -> int:
+        keys = {entry.key for entry in preparation.storage.list(f"{PROGRESS}/")}
+        numbers = (n for n in range(preparation.num_shards) if preparation.record_key(n) in keys)
+        return sum(len(preparation.keys(n)) for n in numbers)
+
+    with ProgressCounter(total=preparation.plan.keys, done=finished()) as counter:
+        while _active(job_id):
+            if next(iter(preparation.storage.list(_REFUSED)), None):
+                subprocess.run(["scancel", job_id], check=False)
+                while _active(job_id):
+                    pause(POLL_SECONDS)
+                return
+            counter.set(finished())
+            pause(POLL_SECONDS)

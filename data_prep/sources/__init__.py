@@ -1,0 +1,112 @@
+"""Finds and opens image sources; each module in this package is one kind of source.
+
+A module `NAME.py` that defines `KIND`, a `SourceKind`, adds `--source NAME:PATH` to the commands. Nothing else lists
+the kinds.
+"""
+
+import hashlib
+import os
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cmscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Encoded images, each with a key.
+
+    Attributes:
+        name: `kind:PATH` with an absolute path, as recorded in the data set.
+        keys: Sorted keys, in the data set's order.
+        open: Opens what `read` needs; called once per process, because handles do not survive a fork.
+        read: Maps (handle, key) to encoded bytes.
+    """
+
+    name: str
+    keys: list[str]
+    open: Callable[[], Any]
+    read: Callable[[Any, str], bytes]
+
+    def digest(self) -> str:
+        """SHA-256 of the keys, which shows whether two sources list the same images."""
+        return hashlib.sha256("\n".join(self.keys).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A kind of source.
+
+    Attributes:
+        argument: What the path names, for help texts: `DIR` or `FILE`.
+        open: Opens the source at an existing path. Raises UserError if there is no such source.
+    """
+
+    argument: str
+    open: Callable[[Path], ImageSource]
+
+
+class SourceReader:
+    """Reads a source in the current process and opens it on first use.
+
+    Close it: LMDB refuses to open a folder twice in one process.
+    """
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+        self._handle: tuple[int, Any] | None = None
+
+    def __call__(self, key: str) -> bytes:
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = (os.getpid(), self.source.open())
+        return self.source.read(self._handle[1], key)
+
+    def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle and handle[0] == os.getpid() and hasattr(handle[1], "close"):
+            handle[1].close()
+
+
+@cache
+def source_kinds() -> dict[str, SourceKind]:
+    """All kinds of sources by name."""
+    kinds = {}
+    for module in pkgutil.iter_modules(__path__):
+        kind = getattr(import_module(f"{__name__}.{module.name}"), "KIND", None)
+        if not isinstance(kind, SourceKind):
+            raise TypeError(f"{__name__}.{module.name} must define KIND, a SourceKind")
+        kinds[module.name] = kind
+    return kinds
+
+
+def source_usage() -> str:
+    """What `--source` takes, for example `lsun:DIR or zip:FILE`."""
+    *others, last = (f"{name}:{kind.argument}" for name, kind in sorted(source_kinds().items()))
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def open_source(text: str) -> ImageSource:
+    """Opens the source `KIND:PATH`.
+
+    Raises:
+        UserError: there is no such kind, nothing at the path, something else at the path, or no image.
+    """
+    name, _, path_text = text.partition(":")
+    kind = source_kinds().get(name)
+    if kind is None or not path_text:
+        raise UserError(f"--source {text!r}: expected {source_usage()}")
+    path = Path(path_text).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"--source {text}: {path} does not exist")
+    try:
+        source = kind.open(path)
+    except PermissionError as error:
+        raise UserError(f"--source {text}: not readable ({error.strerror}: {error.filename})") from None
+    if not source.keys:
+        raise UserError(f"--source {text}: contains no images")
+    return source
