@@ -3,7 +3,9 @@
 import difflib
 import json
 import re
+import sys
 import types
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from cmscale.config.methods import KINDS
 from cmscale.config.models import Config
+from cmscale.config.renamed import RENAMED, with_current_names
 from cmscale.config.section import Section
 from cmscale.errors import UserError
 
@@ -63,7 +66,8 @@ def parse_config(text: str, overrides: list[str] | None = None, *, origin: str =
     tree = _parse_yaml(text, origin)
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: must hold sections (method, model, data, ...), not {type(tree).__name__}")
-    for override in overrides or []:
+    tree = _current_names(tree, origin)
+    for override in _current_overrides(overrides or []):
         _apply(tree, override)
     try:
         return Config.model_validate(tree)
@@ -86,6 +90,38 @@ def _parse_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{origin}: not YAML: {error}") from None
+
+
+def _current_names(tree: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The tree of a file with its old keys renamed."""
+    try:
+        current, old_keys = with_current_names(tree)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error}") from None
+    _report_old_keys(tuple(old_keys), origin)
+    return current
+
+
+def _current_overrides(overrides: list[str]) -> list[str]:
+    """The overrides with old keys renamed. They replace a file's values under either name."""
+    keys = [override.partition("=")[0] for override in overrides]
+    old_keys = tuple(key for key in keys if key in RENAMED)
+    for key in old_keys:
+        if RENAMED[key] in keys:
+            raise UserError(f"overrides: {key} is the old name of {RENAMED[key]}, and both are given; remove {key}")
+    _report_old_keys(old_keys, "overrides")
+    return [
+        f"{RENAMED[key]}{override.removeprefix(key)}" if key in RENAMED else override
+        for key, override in zip(keys, overrides, strict=True)
+    ]
+
+
+@cache
+def _report_old_keys(old_keys: tuple[str, ...], origin: str) -> None:
+    """One line on stderr per file and process."""
+    if old_keys:
+        renamed = ", ".join(f"{key} as {RENAMED[key]}" for key in old_keys)
+        print(f"{origin}: old keys are read under their current names ({renamed}); write those", file=sys.stderr)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -137,7 +173,7 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Every dotted key that a config may hold, all kinds of method included."""
     found: list[str] = []
     for name, field in model.model_fields.items():
-        sections = [part for part in _alternatives(field.annotation) if _is_section(part)]
+        sections = [part for part in alternatives(field.annotation) if is_section(part)]
         for section in sections:
             found += [key for key in known_keys(section, f"{prefix}{name}.") if key not in found]
         if not sections:
@@ -145,14 +181,14 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return found
 
 
-def _alternatives(annotation: Any) -> list[Any]:
+def alternatives(annotation: Any) -> list[Any]:
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _alternatives(get_args(annotation)[0])
+        return alternatives(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [part for arg in get_args(annotation) for part in _alternatives(arg)]
+        return [part for arg in get_args(annotation) for part in alternatives(arg)]
     return [annotation]
 
 
-def _is_section(part: Any) -> bool:
+def is_section(part: Any) -> bool:
     return isinstance(part, type) and issubclass(part, Section)
