@@ -7,7 +7,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
-from cmscale.config import Config, Slurm, read_config
+from cmscale.config import Config, Restart, Slurm, read_config
 from cmscale.errors import UserError
 from cmscale.io.storage import explained
 from cmscale.runs.folder import RunDir
@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> int:
     flags = _parser().parse_intermixed_args(arguments)
     config, run = where(flags)
     device = flags.device or (config.engine.device if config else "auto")
-    plan = make_plan(flags, device=device, slurm=config.slurm if config else Slurm())
+    slurm, restart = (config.slurm, config.restart) if config else (Slurm(), Restart())
+    plan = make_plan(flags, device=device, slurm=slurm, restart=restart)
     request = make_request(flags, device=device, run=run)
     rows = {name: str(value) for name, value in request.items() if value not in (None, [])}
     print(as_table({**describe_place(plan), **rows}), flush=True)

@@ -113,7 +113,7 @@ def run_local(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
         follower.close()
         end_group(process)
         leaving: Ending | None = "cancelled" if interruption.signal else None
-        if plan.minutes and time.monotonic() - began >= plan.minutes * 60 - plan.slurm.signal_seconds:
+        if plan.minutes and time.monotonic() - began >= plan.minutes * 60 - plan.restart.signal_seconds:
             leaving = leaving or "time_limit"
         exits = read_json(folder / name / "exits.json") or {"first": None, "status": 1}
         killed = (*_place(exits["first"]),) if exits["first"] else None
@@ -123,8 +123,8 @@ def run_local(worker: str, args: tuple, *, run: RunDir, plan: Plan, submission: 
         attempt = history[-1]
         decision = decide(
             history,
-            max_restarts=plan.slurm.max_restarts,
-            backoff_seconds=plan.slurm.backoff_seconds,
+            max_restarts=plan.restart.max_restarts,
+            backoff_seconds=plan.restart.backoff_seconds,
             can_requeue=False,
             go_on=how_to_go_on(folder),
         )
@@ -157,7 +157,7 @@ def _start(
         SUBMISSION: submission,
         ATTEMPT: attempt,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
-        "CMSCALE_GRACE_SECONDS": str(plan.slurm.signal_seconds),
+        "CMSCALE_GRACE_SECONDS": str(plan.restart.signal_seconds),
         "CMSCALE_RUN_DIR": str(run.root),
         "CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[: plan.ranks_per_node]) if plan.gpus else "",
     }
@@ -165,7 +165,7 @@ def _start(
     executor.update_parameters(
         tasks_per_node=plan.ranks_per_node,
         timeout_min=plan.minutes or _NO_LIMIT_MINUTES,
-        signal_delay_s=plan.slurm.signal_seconds if plan.minutes else 0,
+        signal_delay_s=plan.restart.signal_seconds if plan.minutes else 0,
     )
     job = executor.submit(Job(worker, args, run_dir=str(run.root), master_port=free_port()))
     assert isinstance(job, LocalJob)

@@ -185,7 +185,7 @@ def decide(
             f"{row} failures without progress since {since}: {last.message}",
         )
     if len(faults) > max_restarts:
-        return Decision("stop", f"failed {len(faults)} times (slurm.max_restarts {max_restarts}): {last.message}")
+        return Decision("stop", f"failed {len(faults)} times (restart.max_restarts {max_restarts}): {last.message}")
     delay = min(backoff_seconds * 2 ** (row - 1), LONGEST_BACKOFF_SECONDS)
     return Decision("restart", last.message, delay, _bad_nodes(faults))
 

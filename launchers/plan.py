@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cmscale.config import Config, Slurm, accumulation_steps
+from cmscale.config import Config, Restart, Slurm, accumulation_steps
 from cmscale.errors import UserError
 
 DEFAULT_MINUTES = 24 * 60
@@ -27,6 +27,7 @@ class Plan:
     partition: str | None
     minutes: int | None
     slurm: Slurm
+    restart: Restart
     beside: tuple[str, ...] = ()
 
     @property
@@ -87,7 +88,7 @@ def parse_time(text: str) -> int:
     raise argparse.ArgumentTypeError(f"got {text!r}; write minutes, HH:MM:SS or D-HH:MM")
 
 
-def make_plan(flags: argparse.Namespace, *, device: str, slurm: Slurm) -> Plan:
+def make_plan(flags: argparse.Namespace, *, device: str, slurm: Slurm, restart: Restart) -> Plan:
     """Where a job runs: by its flags, the ranks' device (`auto`, `cpu`, `cuda`) and the config's `slurm`.
 
     Raises:
@@ -113,16 +114,16 @@ def make_plan(flags: argparse.Namespace, *, device: str, slurm: Slurm) -> Plan:
             )
         if count and (flags.gpus_per_node or 1) > count:
             raise UserError(f"--gpus-per-node {flags.gpus_per_node}: this machine has {count} GPUs")
-        return Plan("local", 1, flags.gpus_per_node or count or 1, count > 0, None, flags.time, slurm)
+        return Plan("local", 1, flags.gpus_per_node or count or 1, count > 0, None, flags.time, slurm, restart)
     gpus = device != "cpu"
     minutes = flags.time or DEFAULT_MINUTES
-    if minutes * 60 <= slurm.signal_seconds:
+    if minutes * 60 <= restart.signal_seconds:
         raise UserError(
-            f"--time: {minutes} minutes leave nothing before the signal that comes slurm.signal_seconds "
-            f"{slurm.signal_seconds} before the end; ask for more time or lower it"
+            f"--time: {minutes} minutes leave nothing before the signal that comes restart.signal_seconds "
+            f"{restart.signal_seconds} before the end; ask for more time or lower it"
         )
     ranks = flags.gpus_per_node or (8 if gpus else 1)
-    return Plan("slurm", flags.nodes, ranks, gpus, flags.partition, minutes, slurm)
+    return Plan("slurm", flags.nodes, ranks, gpus, flags.partition, minutes, slurm, restart)
 
 
 def visible_gpus() -> list[str]:

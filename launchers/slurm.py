@@ -39,7 +39,7 @@ class PlannedExecutor(SlurmExecutor):
 
 def _executor(run: RunDir, plan: Plan, *, submission: str) -> PlannedExecutor:
     executor = PlannedExecutor(run.logs)
-    slurm = plan.slurm
+    slurm, restart = plan.slurm, plan.restart
     path = f"{shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}"
     optional = {
         "partition": plan.partition,
@@ -51,8 +51,8 @@ def _executor(run: RunDir, plan: Plan, *, submission: str) -> PlannedExecutor:
         executor.python,
         "-m launchers.restart",
         shlex.quote(str(run.root)),
-        f"--status $status --max-restarts {slurm.max_restarts} --backoff-seconds {slurm.backoff_seconds} "
-        f"--signal-seconds {slurm.signal_seconds}",
+        f"--status $status --max-restarts {restart.max_restarts} --backoff-seconds {restart.backoff_seconds} "
+        f"--signal-seconds {restart.signal_seconds}",
     ]
     beside = [executor.python, "-m launchers.beside", shlex.join(plan.beside)] if plan.beside else []
     executor.update_parameters(
@@ -61,7 +61,7 @@ def _executor(run: RunDir, plan: Plan, *, submission: str) -> PlannedExecutor:
         ntasks_per_node=plan.ranks_per_node,
         cpus_per_task=slurm.cpus_per_task,
         time=plan.minutes,
-        signal_delay_s=slurm.signal_seconds,
+        signal_delay_s=restart.signal_seconds,
         mem=f"{slurm.mem_gb}GB" if slurm.mem_gb else "0",  # 0: all of a node's
         stderr_to_stdout=True,
         # -K1: one rank that ends badly ends all, which would hang. srun 22.05 takes no CPU count from sbatch.

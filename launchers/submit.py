@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
             raise UserError("no config given: submit.py [flags] CONFIG [key=value ...]")
         run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=Path(file).stem)
         config = with_absolute_paths(read_config(file, overrides))
-    plan = make_plan(flags, device=config.engine.device, slurm=config.slurm)
+    plan = make_plan(flags, device=config.engine.device, slurm=config.slurm, restart=config.restart)
     if flags.evaluate_every is not None:
         config = with_kept_checkpoints(config, flags.evaluate_every)
         plan = replace(plan, beside=arguments_of(run, plan, flags.evaluate_every))

@@ -41,7 +41,7 @@ engine: {device: cpu}
 train: {total_steps: STEPS, global_batch_size: 8, micro_batch_size: 4, log_every: 1}
 checkpoint: {every_steps: EVERY, keep_last: 3}
 wandb: {mode: off}
-slurm: {max_restarts: 1000000, backoff_seconds: 0, signal_seconds: 5}
+restart: {max_restarts: 1000000, backoff_seconds: 0, signal_seconds: 5}
 """
 MOMENTS = ("while starting", "between steps", "during a save")
 TARGETS = ("rank 0", "rank 1", "the controller", "launcher, controller and ranks")

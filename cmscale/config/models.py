@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from cmscale.config.methods import Method
+from cmscale.config.renamed import with_current_names
 from cmscale.config.section import AsTuple, Count, Counts, NonNegative, Positive, Rate, Section, operational
 from cmscale.errors import UserError
 
@@ -149,17 +150,27 @@ class Wandb(Section):
     entity: str | None = operational(None)
 
 
+class Restart(Section):
+    """When a job is started again after a fault, and how early it is asked to save before a time limit.
+
+    `max_restarts` counts restarts after faults; preemptions and time limits are not counted. `backoff_seconds` is the
+    pause before the first restart; it doubles while restarts bring no progress. `signal_seconds` is the time between
+    the signal to save and the end of the job.
+    """
+
+    max_restarts: NonNegative = operational(10)
+    backoff_seconds: NonNegative = operational(10)
+    signal_seconds: Count = operational(120)
+
+
 class Slurm(Section):
-    """What sbatch is told beyond the launcher's flags."""
+    """Options of sbatch that the launchers have no flags for. `mem_gb` 0 requests all memory of each node."""
 
     account: str | None = operational(None)
     qos: str | None = operational(None)
     constraint: str | None = operational(None)
     cpus_per_task: Count = operational(8)
     mem_gb: NonNegative = operational(0)
-    signal_seconds: Count = operational(120)
-    max_restarts: NonNegative = operational(10)
-    backoff_seconds: NonNegative = operational(10)
 
 
 class Config(Section):
@@ -175,7 +186,14 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     wandb: Wandb = Wandb()
+    restart: Restart = Restart()
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, given: Any) -> Any:
+        """Every reader passes here: files, manifests of checkpoints, cards of exported weights."""
+        return with_current_names(given)[0] if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":

@@ -42,7 +42,7 @@ def command(runs: Path, name: str, data: Path, *more: str) -> list[str]:
         "checkpoint.keep_last=99",
         "data.workers=0",
         "slurm.cpus_per_task=1",
-        "slurm.max_restarts=0",
+        "restart.max_restarts=0",
     ]
     return [*launcher, *where, str(CHECKOUT / "configs" / "demo_ct.yaml"), *overrides, *more]
 

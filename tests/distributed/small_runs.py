@@ -29,7 +29,8 @@ engine: {device: cpu, collective_timeout_minutes: 1.0}
 train: {total_steps: 9, global_batch_size: 8, micro_batch_size: 2, log_every: 1}
 checkpoint: {every_steps: 3, keep_last: 10}
 wandb: {mode: off}
-slurm: {backoff_seconds: 0, signal_seconds: 5, cpus_per_task: 1}
+restart: {backoff_seconds: 0, signal_seconds: 5}
+slurm: {cpus_per_task: 1}
 """
 
 
@@ -57,7 +58,8 @@ def launch(run: RunDir, worker: str, *arguments: str, num_ranks: int = 2) -> sub
         from launchers import start
         from launchers.plan import Plan
         run = RunDir(Path({str(run.root)!r}))
-        plan = Plan("local", 1, {num_ranks}, False, None, None, read_config(run.config).slurm)
+        config = read_config(run.config)
+        plan = Plan("local", 1, {num_ranks}, False, None, None, config.slurm, config.restart)
         args = {(str(run.root), *arguments)!r}
         raise SystemExit(start.launch({worker!r}, args, run=run, plan=plan, wait=True))
     """

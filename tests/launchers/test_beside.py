@@ -8,7 +8,7 @@ import psutil
 import pytest
 from launch_fixtures import CONFIG
 
-from cmscale.config import Config, Slurm, parse_config
+from cmscale.config import Config, Restart, Slurm, parse_config
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from launchers import beside
@@ -16,7 +16,7 @@ from launchers.beside import arguments_of, ask_for_all, due, kept_beside, outsid
 from launchers.plan import Plan
 from launchers.slurm import script_text
 
-PLAN = Plan("slurm", 4, 8, True, "gpu", 60, Slurm())
+PLAN = Plan("slurm", 4, 8, True, "gpu", 60, Slurm(), Restart())
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_a_run_is_evaluated_in_its_own_folder_with_its_own_config(
     assert request["source"] == str(tmp_path / source)
     assert (request["samples"], request["steps"], request["seeds"]) == (100, "1,2", 3)
     assert (request["checkpoints"], request["device"]) == ("0,latest", "cpu")
-    assert plan.slurm.signal_seconds == 5
+    assert plan.restart.signal_seconds == 5
 
 
 def test_foreign_weights_get_a_folder_of_their_own_and_the_given_config(asked: list, monkeypatch, tmp_path: Path):

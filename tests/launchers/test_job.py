@@ -12,7 +12,7 @@ import pytest
 from launch_fixtures import CHECKOUT, CONFIG
 
 from cmscale.cli import main as cli
-from cmscale.config import Slurm
+from cmscale.config import Restart, Slurm
 from cmscale.report.facts import read_facts
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines, write_event
@@ -211,8 +211,8 @@ def test_each_restart_has_another_port_below_the_ephemeral_ones():
 
 
 def test_script_passes_slurm_settings_and_runs_the_epilogue_after_srun(tmp_path: Path):
-    slurm = Slurm(account="team", constraint="h100", mem_gb=100, cpus_per_task=6, signal_seconds=30, max_restarts=2)
-    plan = Plan("slurm", 3, 4, True, "gpu", 60, slurm)
+    slurm = Slurm(account="team", constraint="h100", mem_gb=100, cpus_per_task=6)
+    plan = Plan("slurm", 3, 4, True, "gpu", 60, slurm, Restart(signal_seconds=30, max_restarts=2))
     script = script_text(RunDir(tmp_path / "a run"), plan, submission="one")
     for flag in (
         "account=team",
@@ -266,7 +266,7 @@ def start_job(folder: Path, how: str, *, evaluation: bool = False) -> subprocess
     """A launcher of two ranks in a process of its own; with `evaluation` its worker is taken for an evaluation's."""
     code = f"""
         from pathlib import Path
-        from cmscale.config import Slurm
+        from cmscale.config import Restart, Slurm
         from cmscale.runs.folder import RunDir
         from launchers import outcome, start
         from launchers.plan import Plan
@@ -274,13 +274,13 @@ def start_job(folder: Path, how: str, *, evaluation: bool = False) -> subprocess
             outcome.EVALUATION = "launch_fixtures:worker"
         run = RunDir(Path({str(folder)!r}))
         run.logs.mkdir(parents=True)
-        plan = Plan("local", 1, 2, False, None, None, Slurm(signal_seconds=5, backoff_seconds=0))
+        plan = Plan("local", 1, 2, False, None, None, Slurm(), Restart(signal_seconds=5, backoff_seconds=0))
         args = ({str(folder)!r}, {how!r})
         raise SystemExit(start.launch("launch_fixtures:worker", args, run=run, plan=plan, wait=True))
     """
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "unit")]),
+        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support")]),
     }
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],

@@ -17,7 +17,7 @@ data: {{path: "{data}"}}
 optimizer: {{learning_rate: 1e-3}}
 train: {{total_steps: 3, global_batch_size: 8, micro_batch_size: 2}}
 engine: {{device: cpu}}
-slurm: {{signal_seconds: 5}}
+restart: {{signal_seconds: 5}}
 """
 
 
