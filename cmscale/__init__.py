@@ -1,3 +1,3 @@
-"""cmscale: consistency models at 256 px, trained and evaluated on Slurm clusters."""
+"""Trains, samples and evaluates consistency models at 256 px, on one machine or a Slurm cluster."""
 
 __version__ = "0.1.0"

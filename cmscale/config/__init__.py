@@ -1,4 +1,4 @@
-"""The config of a run: its models, and its way from YAML and `key=value` overrides."""
+"""The config of a run: its sections, and reading them from YAML and `key=value` overrides."""
 
 from cmscale.config.files import dump_config, json_schema, known_keys, parse_config, read_config
 from cmscale.config.methods import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, Method, MethodSection

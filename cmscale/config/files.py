@@ -1,4 +1,4 @@
-"""Owns configs as text: strict YAML, `key=value` overrides, and mistakes explained in one line."""
+"""Reads and writes configs: strict YAML, `key=value` overrides, every mistake explained in one line."""
 
 import difflib
 import json
@@ -20,9 +20,9 @@ from cmscale.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, with numbers and booleans as YAML 1.2 has them (1e-4; on, off, yes, no are words); no key twice."""
+    """Safe YAML with the numbers and booleans of YAML 1.2 (1e-4 is a number, `on` a string), without repeated keys."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's own table, less its booleans)
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's table without its booleans)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise UserError(f"config: {key!r} is given twice{node.start_mark}")
+                raise UserError(f"config: {key!r} is given twice{node.start_mark}; remove one of them")
         return super().construct_mapping(node, deep)
 
 
@@ -49,7 +49,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file and applies `section.key=value` overrides (values in YAML: `[1,2]`, `null`, `1e-4`).
 
     Raises:
-        UserError: no such file, not YAML, or a key or value that is not allowed; one line.
+        UserError: there is no such file, it is not YAML, or a key or value is not allowed.
     """
     path = Path(path)
     try:
@@ -57,15 +57,15 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: can't be read ({error})") from None
+        raise UserError(f"config {path}: can't be read ({error}); give a readable YAML file") from None
     return parse_config(text, overrides, origin=str(path))
 
 
 def parse_config(text: str, overrides: list[str] | None = None, *, origin: str = "config") -> Config:
-    """`read_config` of a text; `origin` names it in messages."""
+    """Parses the text of a config file like `read_config`; `origin` is its name in messages."""
     tree = _parse_yaml(text, origin)
     if not isinstance(tree, dict):
-        raise UserError(f"{origin}: must hold sections (method, model, data, ...), not {type(tree).__name__}")
+        raise UserError(f"{origin}: holds {type(tree).__name__}; write sections (method, model, data, ...)")
     tree = _current_names(tree, origin)
     for override in _current_overrides(overrides or []):
         _apply(tree, override)
@@ -76,7 +76,7 @@ def parse_config(text: str, overrides: list[str] | None = None, *, origin: str =
 
 
 def dump_config(config: Config) -> str:
-    """Every value of a config as YAML, defaults too; `parse_config` gives the same config back."""
+    """Every value of a config as YAML, defaults included; `parse_config` reads it as the same config."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, default_flow_style=None, width=110)
 
 
@@ -129,35 +129,35 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r}: write it as key=value, for example train.seed=1")
     if key not in known_keys():
-        raise UserError(f"override {override!r}: unknown key{_nearest(key)}")
+        raise UserError(f"override {override!r}: unknown key{_suggestion(key)}")
     *sections, leaf = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {section} is not a section in the file")
+            raise UserError(f"override {override!r}: {section} holds a value in the file; make it a section there")
     tree[leaf] = _parse_yaml(text, f"override {override!r}") if text else None
 
 
-def _nearest(key: str) -> str:
+def _suggestion(key: str) -> str:
     close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _explain(error: ValidationError) -> str:
-    """The first of pydantic's errors as one line: key, what was given, what is allowed."""
+    """The first of pydantic's errors as one line: key, value given, values allowed."""
     first: Any = error.errors(include_url=False)[0]
     path = [str(part) for index, part in enumerate(first["loc"]) if not (index == 1 and part in KINDS)]
     key = ".".join(path)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     match first["type"]:
         case "extra_forbidden" if key in known_keys():
-            return f"{key}: not a key of this method.kind ({first['loc'][1]}){more}"
+            return f"{key}: not a key of method.kind {first['loc'][1]}; remove it{more}"
         case "extra_forbidden":
-            return f"{key}: unknown key{_nearest(key)}{more}"
+            return f"{key}: unknown key{_suggestion(key)}{more}"
         case "missing":
-            return f"{key}: is missing and has no default{more}"
+            return f"{key}: is missing and has no default; set it{more}"
         case "union_tag_not_found":
-            return f"{key}.kind: is missing; one of {', '.join(KINDS)}{more}"
+            return f"{key}.kind: is missing; set it to one of {', '.join(KINDS)}{more}"
         case "union_tag_invalid":
             return f"{key}.kind: got {first['ctx'].get('tag')!r}; allowed: {first['ctx'].get('expected_tags')}{more}"
         case "value_error":
@@ -170,7 +170,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key that a config may hold, all kinds of method included."""
+    """Every dotted key that a config may hold, those of all methods included."""
     found: list[str] = []
     for name, field in model.model_fields.items():
         sections = [part for part in alternatives(field.annotation) if is_section(part)]

@@ -1,4 +1,4 @@
-"""Owns what a run may be told: the frozen, strict models of a config, with every default and every bound."""
+"""Defines the sections of a config: every key with its type, default and bounds."""
 
 import hashlib
 import json
@@ -33,27 +33,32 @@ class Model(Section):
     @model_validator(mode="after")
     def _divisible(self) -> "Model":
         levels = len(self.channel_multipliers)
-        if levels == 0 or self.image_size % 2 ** (levels - 1):
+        if levels == 0:
+            raise ValueError("channel_multipliers: is empty; give one multiplier per level, for example [1,2,2]")
+        if self.image_size % 2 ** (levels - 1):
             raise ValueError(
-                f"image_size {self.image_size} can't be halved {levels - 1} times "
-                f"(channel_multipliers has {levels} levels)"
+                f"image_size: {self.image_size} is not a multiple of {2 ** (levels - 1)}, "
+                f"as the {levels} levels of channel_multipliers require; change one of the two"
             )
         sizes = [self.image_size >> level for level in range(levels)]
         for size in self.attention_resolutions:
             if size not in sizes:
-                raise ValueError(f"attention_resolutions: the network has no level of {size} px, only {sizes}")
+                raise ValueError(f"attention_resolutions: no level has {size} px; choose from {sizes}")
         if self.channels % 32:
-            raise ValueError(f"channels: {self.channels} is no multiple of 32, the groups of the normalisation")
-        last = len(sizes) - 1  # the smallest level attends in the middle, whatever attention_resolutions says
+            raise ValueError(f"channels: {self.channels} is not a multiple of 32, the number of GroupNorm groups")
+        last = len(sizes) - 1  # the middle block attends at the smallest level, even if no resolution is listed
         for level, multiplier in enumerate(self.channel_multipliers):
             width = multiplier * self.channels
             if (level == last or sizes[level] in self.attention_resolutions) and width % self.head_channels:
-                raise ValueError(f"head_channels {self.head_channels} does not divide {width}, level {level}'s width")
+                raise ValueError(
+                    f"head_channels: {self.head_channels} does not divide the {width} channels of level {level}; "
+                    "choose a divisor"
+                )
         return self
 
 
 class Data(Section):
-    """Where the shards are, and how they reach the ranks."""
+    """The prepared data set, and how it is shuffled, cached and loaded."""
 
     path: str = operational(...)
     flip: bool = True
@@ -68,7 +73,7 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    """No weight decay, no warm-up, no schedule by default, as the paper."""
+    """The optimizer. As in Consistency Models, the default has no weight decay and a constant learning rate."""
 
     kind: Literal["radam", "adam"] = "radam"
     learning_rate: Positive
@@ -79,7 +84,7 @@ class Optimizer(Section):
 
 
 class EMA(Section):
-    """Averages of the weights, kept for sampling; the first one is the default of every command."""
+    """Exponential moving averages of the weights, for sampling; every command uses the first by default."""
 
     rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1)] = (0.999943,)
 
@@ -88,14 +93,14 @@ class EMA(Section):
         return tuple(f"ema_{rate:.7g}" for rate in self.rates)
 
     @model_validator(mode="after")
-    def _told_apart(self) -> "EMA":
+    def _distinct_names(self) -> "EMA":
         if len(set(self.names)) < len(self.names):
-            raise ValueError(f"rates {list(self.rates)}: two have the same name {self.names} to seven digits")
+            raise ValueError(f"rates: {list(self.rates)} holds two that are equal to seven digits; remove one")
         return self
 
 
 class Engine(Section):
-    """How the network is spread over the ranks."""
+    """Device, precision, ZeRO stage and timeouts."""
 
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = operational(2)
@@ -107,7 +112,7 @@ class Engine(Section):
 
 
 class Train(Section):
-    """How long, how much at a time, and what is said on the way."""
+    """Length, batch sizes, seed, logging, and what happens after non-finite steps."""
 
     total_steps: Count
     global_batch_size: Count
@@ -123,7 +128,7 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    """When checkpoints are written, which are kept, where they are exported to."""
+    """When checkpoints are written, which are kept, and where they are uploaded to."""
 
     every_steps: Count = operational(1000)
     keep_last: Count = operational(3)
@@ -143,7 +148,7 @@ class Evaluate(Section):
 
 
 class Wandb(Section):
-    """The mirror of metrics.jsonl."""
+    """Logging to Weights & Biases, in addition to metrics.jsonl."""
 
     mode: Literal["auto", "online", "offline", "off"] = operational("auto")
     project: str = operational("cmscale")
@@ -174,7 +179,7 @@ class Slurm(Section):
 
 
 class Config(Section):
-    """One run, entirely."""
+    """The config of a run."""
 
     method: Method
     model: Model
@@ -196,27 +201,29 @@ class Config(Section):
         return with_current_names(given)[0] if isinstance(given, dict) else given
 
     @model_validator(mode="after")
-    def _possible(self) -> "Config":
+    def _consistent(self) -> "Config":
         kind, facts = self.method.kind, self.method.facts
         if self.train.consistency_error_every and not facts.is_consistency_model:
-            raise ValueError(f"train.consistency_error_every: {kind} has no consistency function; set it to 0")
+            raise ValueError(
+                f"train.consistency_error_every: method.kind {kind} has no consistency function; set it to 0"
+            )
         if self.engine.zero_stage == 3 and facts.needs_forward_mode:
             raise ValueError(
-                f"engine.zero_stage: 3 gathers weights in a way that forward differentiation ({kind}) can't pass; use 2"
+                f"engine.zero_stage: 3 can't be combined with the forward-mode derivatives of method.kind {kind}; use 2"
             )
         return self
 
     def fingerprint(self) -> str:
-        """Hash of every value that moves the losses; equal fingerprints may resume each other's checkpoints."""
+        """Hash of the values that change the losses; a checkpoint resumes only under an equal fingerprint."""
         text = json.dumps(trajectory(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def accumulation_steps(config: Config, *, num_ranks: int) -> int:
-    """Micro-batches of one rank per step: global_batch_size / (num_ranks x micro_batch_size).
+    """Micro-batches per rank and step: global_batch_size / (num_ranks x micro_batch_size).
 
     Raises:
-        UserError: the global batch is not divisible.
+        UserError: global_batch_size is not divisible by num_ranks x micro_batch_size.
     """
     per_pass = num_ranks * config.train.micro_batch_size
     if config.train.global_batch_size % per_pass:
@@ -228,7 +235,7 @@ def accumulation_steps(config: Config, *, num_ranks: int) -> int:
 
 
 def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """(dotted key, value, operational) of every leaf of a config."""
+    """Yields (dotted key, value, whether it is operational) for every leaf of a config."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
@@ -239,7 +246,7 @@ def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool
 
 
 def trajectory(config: Config) -> dict[str, Any]:
-    """The leaves that change the losses. train.total_steps is one only where the method's schedule depends on it."""
+    """The values that change the losses, by dotted key; train.total_steps only if the method's schedule uses it."""
     kept = {key: value for key, value, is_operational in leaves(config) if not is_operational}
     if not config.method.facts.depends_on_total_steps:
         del kept["train.total_steps"]
@@ -247,7 +254,7 @@ def trajectory(config: Config) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line a key in which two `trajectory` dictionaries differ."""
+    """One line per key in which two `trajectory` dictionaries differ."""
     keys = sorted(old.keys() | new.keys())
     return [
         f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"

@@ -45,12 +45,12 @@ def for_method(method: Method, step: int, *, learning_rate: float, total_steps: 
 
 
 def learning_rate(optimizer: Optimizer, step: int) -> float:
-    """Constant after a linear warm-up, in which step k has rate (k + 1) / warmup_steps of it."""
+    """The optimizer's learning rate, after a linear warm-up in which step k has (k + 1) / warmup_steps of it."""
     if step >= optimizer.warmup_steps:
         return optimizer.learning_rate
     return optimizer.learning_rate * (step + 1) / optimizer.warmup_steps
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something that is done every `every` steps (0: never) and at the last is due after this step."""
+    """Whether work that is done every `every` steps (0: never) and after the last step is due after `step`."""
     return every > 0 and (step % every == 0 or step == last)

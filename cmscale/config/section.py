@@ -1,4 +1,4 @@
-"""Owns what every section of a config is: frozen, strict, of plain types with their bounds."""
+"""Defines the base class of config sections, and the bounded types of their values."""
 
 from typing import Annotated, Any
 
@@ -13,11 +13,11 @@ Counts = Annotated[tuple[Count, ...], AsTuple]
 
 
 class Section(BaseModel):
-    """A part of the config. Frozen; unknown keys and wrong types are refused."""
+    """A section of the config: frozen, without unknown keys, without type conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def operational(default: Any, **constraints: Any) -> Any:
-    """A field that may change between a run and its resumption: it moves no loss (beyond rounding)."""
+    """A field that may change when a run is resumed, as it does not change the losses (beyond rounding)."""
     return Field(default, json_schema_extra={"operational": True}, **constraints)

@@ -1,4 +1,4 @@
-"""A method added as ops/adding_a_method.md describes trains; a step that is left out is named in an error."""
+"""Tests of ops/adding_a_method.md: a method added by its steps trains, and a step left out is named in an error."""
 
 import json
 import os
@@ -61,7 +61,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the guide: a new file, or lines of a file that are replaced."""
+    """One step of the guide: a new file, or replaced lines of an existing one."""
 
     path: str
     text: str
@@ -93,7 +93,7 @@ STEPS = {
 
 
 def checkout_with(folder: Path, steps: dict[str, Step]) -> Path:
-    """A copy of the package in which these steps were carried out."""
+    """A copy of the package with these steps carried out."""
     shutil.copytree(CHECKOUT / "cmscale", folder / "cmscale", ignore=shutil.ignore_patterns("__pycache__"))
     for step in steps.values():
         step.carry_out(folder)

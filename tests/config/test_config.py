@@ -1,4 +1,4 @@
-"""Promises of the config: strict, explained in one line, complete, and fingerprinted by what moves the losses."""
+"""Tests of the config: strict parsing, one-line errors, no unread key, and the fingerprint."""
 
 import shutil
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_a_mistake_is_one_line_that_names_key_value_and_cure(override: str, part
         (TEXT + "more: 1\n", "more: unknown key"),
         (TEXT + "train: {}\n", "given twice"),
         (TEXT.replace("data: {path: s3://bucket/data}\n", ""), "data: is missing"),
-        ("- a\n- b\n", "must hold sections"),
+        ("- a\n- b\n", "holds list; write sections"),
         ("method: [\n", "not YAML"),
     ],
 )
@@ -99,7 +99,7 @@ def test_off_is_a_word_and_false_is_not() -> None:
 
 
 def test_overrides_reach_every_leaf() -> None:
-    """Each known key is taken as an override by some kind of method, with the value that its default has."""
+    """Every known key works as an override, with its default value, for at least one method."""
     unreached = set(known_keys())
     for kind in json_schema()["properties"]["method"]["discriminator"]["mapping"]:
         more = ["method.teacher=runs/teacher"] if "method.teacher" in known_keys() and kind in _with_teacher() else []
@@ -122,7 +122,7 @@ SOURCES = [ROOT / folder for folder in ("cmscale", "launchers", "data_prep")]
 
 
 def test_every_leaf_is_read_by_the_code() -> None:
-    """Each field of each section is read from an expression of that section's type, outside of validators."""
+    """Every field of every section is read from an expression of that section's type, outside of validators."""
     assert unread_leaves(SOURCES) == []
 
 

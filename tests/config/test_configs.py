@@ -1,4 +1,4 @@
-"""The configs in configs/: short, strict, the paper's numbers; and no leaf that nothing reads."""
+"""Tests of the files in configs/: short, valid, with the numbers of the papers."""
 
 import ast
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_lsun_config_divides_over_nodes_of_eight_gpus(path: Path, nodes: int):
 @pytest.mark.parametrize("kind", SUCCESSORS)
 def test_a_successors_config_has_its_papers_method_on_the_same_network(kind: str):
     config = read_config(CHECKOUT / "configs" / f"lsun_bedroom_{kind}.yaml")
-    told = config.method.model_dump()
+    keys = config.method.model_dump()
     expected = {
         "ict": {"s0": 10, "s1": 1280, "p_mean": -1.1, "p_std": 2.0, "huber_c": None},
         "ect": {"p_mean": -1.1, "p_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0, "num_stages": 8},
@@ -52,8 +52,8 @@ def test_a_successors_config_has_its_papers_method_on_the_same_network(kind: str
         "scd": {"p_mean": -1.0, "p_std": 1.4, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1},
         "pd": {"start_scales": 64, "weighting": "truncated_snr", "distance": "l2"},
     }[kind]
-    assert {key: told[key] for key in expected} == expected
-    assert (told["kind"], config.train.global_batch_size) == (kind, 2048)
+    assert {key: keys[key] for key in expected} == expected
+    assert (keys["kind"], config.train.global_batch_size) == (kind, 2048)
     dropout = {"ict": 0.3, "ect": 0.2, "sct": 0.2, "scd": 0.0, "pd": 0.0}[kind]
     betas = (0.9, 0.99) if kind in ("sct", "scd") else (0.9, 0.999)
     assert (config.model.dropout, config.optimizer.betas) == (dropout, betas)

@@ -1,3 +1,5 @@
+"""Tests of the schedules: N(k), mu(k), curricula and the learning rate against the formulas of the papers."""
+
 import math
 from decimal import ROUND_CEILING, Decimal, localcontext
 from fractions import Fraction
@@ -11,7 +13,7 @@ CASES = [(2, 150, 1_000_000), (2, 200, 800_000), (2, 150, 300), (10, 30, 977), (
 
 
 def paper_scales(step: int, total: int, s0: int, s1: int) -> int:
-    """N(k) as the paper writes it, in 60 digits: no rounding can reach an integer."""
+    """N(k) by the paper's formula in 60 digits, so that rounding can't change the integer."""
     with localcontext() as context:
         context.prec = 60
         square = Fraction(step, total) * ((s1 + 1) ** 2 - s0**2) + s0**2
@@ -101,10 +103,10 @@ def test_pd_halves_its_scales_stage_by_stage_and_stays_twice_as_long_at_2_and_1(
 
 def test_pds_teacher_stands_still_within_a_stage_and_becomes_the_student_at_its_end():
     method = PD(kind="pd", teacher="t", start_scales=4)
-    points = [schedules.for_method(method, k, learning_rate=1.0, total_steps=10) for k in range(10)]
-    assert [point.num_scales for point in points] == [4, 4, 2, 2, 2, 2, 1, 1, 1, 1]
-    assert [point.target_ema for point in points] == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1]
-    assert [point.ends_stage for point in points] == [rate == 0 for rate in (1, 0, 1, 1, 1, 0, 1, 1, 1, 1)]
+    scheduled = [schedules.for_method(method, k, learning_rate=1.0, total_steps=10) for k in range(10)]
+    assert [values.num_scales for values in scheduled] == [4, 4, 2, 2, 2, 2, 1, 1, 1, 1]
+    assert [values.target_ema for values in scheduled] == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1]
+    assert [values.ends_stage for values in scheduled] == [rate == 0 for rate in (1, 0, 1, 1, 1, 0, 1, 1, 1, 1)]
 
 
 def test_pds_learning_rate_falls_to_0_in_each_stage():
@@ -132,5 +134,5 @@ def test_each_method_gets_what_its_loss_reads():
 
 @pytest.mark.parametrize("kind", ["ct", "ict"])
 def test_a_grid_that_would_shrink_is_refused(kind: str):
-    with pytest.raises(ValueError, match="s0 20 must not be above s1 10"):
+    with pytest.raises(ValueError, match="s0: 20 must not be above s1, 10"):
         (CT if kind == "ct" else ICT)(kind=kind, s0=20, s1=10)

@@ -1,8 +1,8 @@
-"""Defines what every training method states about itself; nothing here or in the methods' files imports torch.
+"""Defines what every training method states about itself.
 
 A method is a section of the config (`method: {kind: ...}`). Besides its keys it states facts: `facts`, which hold for
-every config of the method, and properties, which depend on its keys. All other code asks these facts; no code outside
-`config/methods` and `consistency/losses` tests which method it has.
+every config of the method, and properties, which depend on its keys. All other code uses these facts; no code outside
+`config/methods` and `consistency/losses` tests which method it has. Nothing in `config` imports torch.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ SamplerFamily = Literal["ode", "euler", "multistep"]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodFacts:
-    """What holds for every config of a method. There are no defaults: a method states each fact.
+    """What holds for every config of a method. Each fact must be stated; there are no defaults.
 
     Attributes:
         title: Short name for tables and headings.
@@ -74,7 +74,7 @@ class MethodSchedule:
 
 @dataclass(frozen=True)
 class TeacherChoice:
-    """The SOURCE of a diffusion model, and which of its weights to take; None takes its first EMA."""
+    """The SOURCE of a diffusion model, and the name of its weights; None selects its first EMA."""
 
     source: str
     weights_name: str | None
@@ -82,7 +82,7 @@ class TeacherChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceSettings:
-    """The distance of a loss; `huber_c` None takes the value that iCT derives from the image size."""
+    """The distance of a loss; with `huber_c` None, c follows from the image size (iCT, section 3.3)."""
 
     name: DistanceName
     huber_c: float | None = None
@@ -95,7 +95,7 @@ class SecondTime:
     """The second time of two-step sampling, and where a search for it begins.
 
     Attributes:
-        index, last: The published index on the descending Karras grid 0..last (or its middle, where none is published).
+        index, last: The published index on the descending Karras grid 0..last, or its middle if none is published.
         sigma: A published time that lies on no such grid; used in place of the index.
     """
 
@@ -125,7 +125,7 @@ class MethodSection(Section, ABC):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if "kind" not in cls.model_fields:
-            return  # shared by several methods
+            return  # an intermediate class that methods share
         missing = sorted(cls.__abstractmethods__)
         if not hasattr(cls, "facts"):
             missing.insert(0, "facts")
@@ -135,18 +135,18 @@ class MethodSection(Section, ABC):
     @model_validator(mode="after")
     def _check_order(self) -> "MethodSection":
         if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+            raise ValueError(f"sigma_min: {self.sigma_min} must be below sigma_max, {self.sigma_max}")
         return self
 
     @property
     @abstractmethod
     def teacher_choice(self) -> TeacherChoice | None:
-        """The diffusion model whose weights a new student starts with; None if the student starts at random."""
+        """The diffusion model that a new student's weights come from; None if they are random."""
 
     @property
     @abstractmethod
     def distance_settings(self) -> DistanceSettings | None:
-        """The distance of the loss; None if the loss has its own."""
+        """The distance that the loss uses; None if it uses none of `consistency/distance.py`."""
 
     @property
     @abstractmethod
@@ -156,7 +156,7 @@ class MethodSection(Section, ABC):
     @property
     @abstractmethod
     def forward_passes(self) -> float:
-        """Cost of one training image in forward passes; a backward pass counts two."""
+        """Cost of one training image in forward passes; a backward pass counts as two."""
 
     @property
     @abstractmethod
@@ -166,7 +166,7 @@ class MethodSection(Section, ABC):
     @property
     @abstractmethod
     def default_sampling_steps(self) -> int:
-        """Steps that a sampler takes if none are given."""
+        """Sampling steps if a command gives none."""
 
     @property
     @abstractmethod
@@ -179,7 +179,7 @@ class MethodSection(Section, ABC):
 
     @property
     def boundary(self) -> float:
-        """The time at which f is the identity, below which no noise lies."""
+        """The smallest time, at which a consistency function is the identity."""
         return 0.0 if self.facts.boundary_at_zero else self.sigma_min
 
 
@@ -210,7 +210,7 @@ class ChosenDistance(MethodSection):
 
 
 class OnSigma(MethodSection):
-    """A method whose network is given c_noise, the logarithm of sigma."""
+    """A method whose time embedding gets c_noise = 250 ln(sigma)."""
 
     @property
     def embeds_angle(self) -> bool:
@@ -218,7 +218,7 @@ class OnSigma(MethodSection):
 
 
 class SampledInOneStep(MethodSection):
-    """A method whose model is sampled in one step unless more are asked for."""
+    """A method whose model is sampled in one step by default."""
 
     @property
     def default_sampling_steps(self) -> int:
@@ -226,6 +226,6 @@ class SampledInOneStep(MethodSection):
 
 
 def check_scales(s0: int, s1: int) -> None:
-    """Raises ValueError if a grid would shrink."""
+    """Raises ValueError if the time grid would shrink during training."""
     if s0 > s1:
-        raise ValueError(f"s0 {s0} must not be above s1 {s1}: the grid grows from s0 to s1 + 1")
+        raise ValueError(f"s0: {s0} must not be above s1, {s1}: the grid grows from s0 to s1 + 1")

@@ -49,7 +49,7 @@ class CD(ChosenDistance, OnSigma, SampledInOneStep):
 
     @property
     def forward_passes(self) -> float:
-        """Student forward and backward, target, and one teacher pass per evaluation of the solver."""
+        """Student forward and backward, target, and one teacher pass per solver evaluation."""
         return 4 + (2 if self.solver == "heun" else 1)
 
     @property
@@ -58,7 +58,7 @@ class CD(ChosenDistance, OnSigma, SampledInOneStep):
 
     @property
     def second_time(self) -> SecondTime:
-        """The authors' on LSUN Bedroom: 17 of 39 with LPIPS, 18 of 39 with l2 (Song et al. 2023, appendix C)."""
+        """On LSUN Bedroom: 17 of 39 with LPIPS, 18 of 39 with l2 (Song et al. 2023, appendix C)."""
         return SecondTime(index=17 if self.distance == "lpips" else 18, last=39)
 
     def schedule(self, step: int, *, total_steps: int) -> MethodSchedule:

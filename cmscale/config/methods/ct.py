@@ -1,6 +1,6 @@
 """CT: consistency training from scratch (Song et al. 2023, algorithm 3), with its schedules N(k) and mu(k).
 
-Integers are computed in integer arithmetic, so that no rounding moves a boundary between two values of N(k).
+N(k) is computed in integer arithmetic, so that rounding can't move the step at which it changes.
 """
 
 import math
@@ -62,7 +62,7 @@ class CT(WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep):
 
     @property
     def second_time(self) -> SecondTime:
-        """The authors' on LSUN Bedroom: 67 of 150 (Song et al. 2023, appendix C)."""
+        """On LSUN Bedroom: 67 of 150 (Song et al. 2023, appendix C)."""
         return SecondTime(index=67, last=150)
 
     def schedule(self, step: int, *, total_steps: int) -> MethodSchedule:

@@ -28,7 +28,7 @@ class ECT(OnSigma, SampledInOneStep):
         follows_teacher=False,
         learns_weighting=False,
         needs_forward_mode=False,
-        preconditioning="edm",  # its times go below sigma_min, and the student starts exactly as the diffusion model
+        preconditioning="edm",  # times go below sigma_min, and a new student equals the diffusion model
         sampler="multistep",
         boundary_at_zero=True,
         depends_on_total_steps=True,

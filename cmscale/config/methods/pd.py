@@ -26,7 +26,7 @@ class PD(ChosenDistance, OnSigma, SampledInOneStep):
         description="a diffusion model by progressive distillation (Salimans and Ho 2022)",
         is_consistency_model=False,
         can_teach=False,
-        has_target=True,  # the teacher of a stage
+        has_target=True,  # the stage's teacher
         follows_teacher=False,
         learns_weighting=False,
         needs_forward_mode=False,
@@ -46,7 +46,7 @@ class PD(ChosenDistance, OnSigma, SampledInOneStep):
     @model_validator(mode="after")
     def _check_halving(self) -> "PD":
         if self.start_scales & (self.start_scales - 1):
-            raise ValueError(f"start_scales {self.start_scales} can't be halved down to 1; give a power of two")
+            raise ValueError(f"start_scales: {self.start_scales} can't be halved down to 1; give a power of two")
         return self
 
     @property
@@ -79,14 +79,14 @@ class PD(ChosenDistance, OnSigma, SampledInOneStep):
 
 
 def pd_stage(step: int, *, total_steps: int, start_scales: int) -> tuple[int, float]:
-    """N of progressive distillation, and the fraction of its stage that is done; the learning rate falls with it to 0.
+    """The stage's N, and the fraction of the stage that is done, with which the learning rate falls to 0.
 
     N is start_scales, halved stage by stage down to 1 (Salimans and Ho 2022, algorithm 2). The stages of N = 2 and 1
     are twice as long as the others, as in the released consistency code.
     """
     stages = start_scales.bit_length()
     lengths = [1] * max(stages - 2, 0) + [2] * min(stages, 2)
-    position = min(step, total_steps - 1) * sum(lengths)  # in units of 1 / total_steps of a length
+    position = min(step, total_steps - 1) * sum(lengths)  # lengths are multiplied by total_steps: integers
     for stage, length in enumerate(lengths):
         if position < length * total_steps:
             return start_scales >> stage, position / (length * total_steps)

@@ -35,7 +35,7 @@ class SCT(ContinuousTime):
     @model_validator(mode="after")
     def _check_teacher(self) -> "SCT":
         if self.start == "teacher" and self.teacher is None:
-            raise ValueError("start: teacher needs a diffusion model in method.teacher")
+            raise ValueError("start: is teacher, but method.teacher is not set; set it to a diffusion model")
         return self
 
     @property
