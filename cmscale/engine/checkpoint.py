@@ -20,6 +20,7 @@ from cmscale.engine.export import Exporter
 from cmscale.errors import UserError
 from cmscale.io.fetch import file_sha256
 from cmscale.io.storage import explained, replace_durably, sync_folder
+from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name, step_of
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
@@ -224,9 +225,7 @@ class Checkpoints:
     def _retain(self) -> None:
         """Removes all but the last K checkpoints, multiples of `keep_every`, and what waits for upload."""
         kept = self._config.checkpoint
-        steps = sorted(
-            step_of(path.parent.name) for path in self._run.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")
-        )
+        steps = committed_steps(self._run)
         waiting = self._exporter.waiting() if self._exporter is not None else set()
         patient = steps[-2 * kept.keep_last :]  # storage that stays away must not fill the disk
         for step in steps[: -kept.keep_last]:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from cmscale.errors import UserError
 from cmscale.io.fetch import file_sha256, local_file
 from cmscale.io.storage import LocalStorage, Storage, local_copy, open_storage
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_of
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
 from cmscale.runs.manifests import CheckpointManifest, RankPart, is_plain_name, read_document
 
 
@@ -26,13 +27,9 @@ class Listed:
 
 def list_checkpoints(run_url: str | Path) -> list[Listed]:
     """The checkpoints of a run (a folder or `s3://` with `checkpoints/` in it), oldest first."""
-    storage = open_storage(run_url).sub("checkpoints")
-    found = []
-    for entry in storage.list("step-"):
-        name, _, rest = entry.key.partition("/")
-        if rest == CHECKPOINT_MANIFEST:
-            found.append(Listed(step_of(name), storage.join(name)))
-    return sorted(found, key=lambda listed: listed.step)
+    storage = open_storage(run_url)
+    checkpoints = storage.sub("checkpoints")
+    return [Listed(step, checkpoints.join(step_name(step))) for step in committed_steps(storage)]
 
 
 def read_manifest(storage: Storage) -> CheckpointManifest:

@@ -11,6 +11,7 @@ from cmscale.engine.checkpoint_reader import FlatReader, layout_problems, part_p
 from cmscale.engine.engine import Engine
 from cmscale.errors import UserError
 from cmscale.io.storage import LocalStorage
+from cmscale.runs.checkpoints import named_steps
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.log import read_lines, write_event
 from cmscale.runs.manifests import CheckpointManifest, TrainState
@@ -33,7 +34,7 @@ def newest(run: RunDir, config: Config, world: World, *, data_fingerprint: str, 
         UserError: there are checkpoints and none is valid, or steps and no checkpoint (unless `fresh`); or it is of
             another config (in what moves the losses) or another data set.
     """
-    folders = from_main(on_main(lambda: sorted(run.checkpoints.glob("step-*"), reverse=True)))
+    folders = from_main(on_main(lambda: [run.checkpoint(step) for step in reversed(named_steps(run))]))
     problems: list[str] = []
     for number, folder in enumerate(folders):
         problems = _problems(folder, world)

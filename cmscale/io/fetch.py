@@ -1,9 +1,8 @@
-"""Owns files that a run needs from elsewhere (weights): fetched once a node, checked against a hash, cached.
+"""Fetches files that a run needs from elsewhere (weights): once per node, checked against a hash, cached.
 
 A URL may end in `#sha256=HEX`; then whatever it names must have that hash.
 """
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -11,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
+from cmscale.io.locks import hold
 from cmscale.io.storage import open_parent, replace_durably
+
+DOWNLOAD_MINUTES = 30.0
 
 
 def cache_folder() -> Path:
@@ -22,13 +24,13 @@ def cache_folder() -> Path:
 
 
 def local_file(url: str) -> Path:
-    """A local path of the file at `url`: the path itself, or a cached copy of an `s3://` object.
+    """The path of a local file, or of the cached copy of an `s3://` object.
 
-    Several processes of a node may ask at once; one fetches. A cached copy is used as long as the object is the
-    same one (its ETag), and the copy's hash is what it was when it came.
+    Where several processes of a node ask at once, one downloads. A cached copy is used while the object keeps its
+    ETag and the copy keeps the hash it had after the download.
 
     Raises:
-        UserError: no such file, or not the hash that the URL names.
+        UserError: there is no such file, or its hash is not the one in the URL.
     """
     plain, _, fragment = url.partition("#")
     expected = fragment.removeprefix("sha256=") if fragment else None
@@ -45,7 +47,7 @@ def local_file(url: str) -> Path:
     name = hashlib.sha256(f"{plain} {entry.size} {entry.version}".encode()).hexdigest()[:16]
     target = cache_folder() / "files" / f"{name}-{key}"
     recorded = target.with_name(f"{target.name}.sha256")
-    with locked(target.with_name(f"{target.name}.lock")):
+    with download_lock(f"files/{target.name}.lock"):
         if not (target.is_file() and recorded.is_file() and recorded.read_text() == file_sha256(target)):
             storage.download(key, target)
             replace_durably(recorded, file_sha256(target).encode())
@@ -58,11 +60,14 @@ def local_file(url: str) -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on `path` against the other processes of this node."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def download_lock(name: str) -> Iterator[None]:
+    """Holds the lock file `name` in the cache folder, so that one process per node downloads and the others wait.
+
+    Raises:
+        LockTimeout: another process has held it for half an hour.
+    """
+    path = cache_folder() / name
+    with hold(path, timeout=60 * DOWNLOAD_MINUTES, what=f"{path.parent}: downloading a file for this node"):
         yield
 
 
@@ -77,4 +82,4 @@ def _check(path: Path, expected: str | None, *, url: str) -> None:
         return
     actual = file_sha256(path)
     if actual != expected:
-        raise UserError(f"{url}: has SHA-256 {actual}, not {expected} as asked for; the file is not the one you mean")
+        raise UserError(f"{url}: has SHA-256 {actual}, not {expected} as the URL requires; it is another file")

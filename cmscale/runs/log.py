@@ -1,33 +1,36 @@
-"""Owns a run's own words: metrics.jsonl and events.jsonl first, wandb as a mirror that can't fail a run."""
+"""Reads and writes a run's logs: metrics.jsonl and events.jsonl, one JSON record per line."""
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cmscale.io.storage import explained
+from cmscale.io.storage import explained, sync_folder
+from cmscale.runs.append import append
 from cmscale.runs.folder import RunDir
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line in a single write, so that lines of several processes never mix."""
-    line = (json.dumps(record, allow_nan=True) + "\n").encode()
+def append_line(path: Path, record: dict[str, Any], *, durable: bool = False) -> None:
+    """Appends one JSON line to `path`; its folder is made if it is missing.
+
+    Args:
+        durable: Returns only when the line is on the disk, with the file's name if this call made the file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(descriptor).st_size
-            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash; its record is lost, not ours
-            os.write(descriptor, b"\n" + line if torn else line)
-        finally:
-            os.close(descriptor)
+        is_new = not path.exists()
+        append(path, record, durable=durable)
+        if durable and is_new:
+            sync_folder(path.parent)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file; a last line cut by a crash is passed over."""
+    """The records of a file of JSON lines, none if there is no such file; lines that a crash cut short are skipped."""
     if not path.exists():
         return
     for line in path.read_text().splitlines():
@@ -36,16 +39,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def is_of_evaluation(event: str) -> bool:
-    """Whether an event tells of an evaluation, which stands beside the training and says nothing of its end."""
+    """Whether an event is an evaluation's: those run next to the training and say nothing about its end."""
     return event == "evaluated" or event.startswith("evaluation_")
 
 
 def write_event(run: RunDir, event: str, *, step: int, rank: int, why: str = "", **more: Any) -> None:
-    """One line in events.jsonl: start, checkpoint, preempted, requeued, resumed, fault, finished, ..."""
-    append_line(run.events, {"time": time.time(), "event": event, "step": step, "rank": rank, "why": why, **more})
+    """Appends one line to events.jsonl, durably: start, checkpoint, preempted, resumed, fault, finished, ..."""
+    record = {"time": time.time(), "event": event, "step": step, "rank": rank, "why": why, **more}
+    append_line(run.events, record, durable=True)
 
 
 def latest_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """metrics.jsonl with what was replayed after a resume counted once: the last line of each step, by step."""
+    """The records of metrics.jsonl by step, of each step the last: those replayed after a resume count once."""
     by_step = {record["step"]: record for record in read_lines(run.metrics)}
     return [by_step[step] for step in sorted(by_step)]

@@ -17,7 +17,7 @@ from cmscale.data import Batch, Batches, open_batches, to_device
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine, NonFiniteLoss, StepResult
 from cmscale.errors import UserError
-from cmscale.io.fetch import cache_folder, local_file, locked
+from cmscale.io.fetch import download_lock, local_file
 from cmscale.model.denoiser import EDMDenoiser
 from cmscale.model.precondition import denoiser_for, teacher_denoiser_for
 from cmscale.model.trigflow import TrigFlow
@@ -114,7 +114,7 @@ def load_distance(config: Config, world: World) -> Distance | None:
         if settings.lpips_weights is not None:
             weights = local_file(settings.lpips_weights)
         else:
-            with locked(cache_folder() / "vgg.lock"):
+            with download_lock("vgg.lock"):
                 weights = download_vgg()
     return build_distance(config.method, config.model.image_size, lpips_weights=weights, device=world.device)
 

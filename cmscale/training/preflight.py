@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from cmscale.config import Config
 from cmscale.distributed.collectives import barrier, from_main, gather
 from cmscale.distributed.world import World
+from cmscale.io.process import node_name
 from cmscale.runs.folder import RunDir
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "xformers")
@@ -29,11 +29,6 @@ PEERS_SECONDS = 5.0  # that ranks of good nodes wait, so that the job ends by th
 
 class PreflightFailed(RuntimeError):
     """A node is not fit for the run; names it."""
-
-
-def node_name() -> str:
-    """This machine, as Slurm names it (two of its nodes may share a host name)."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check(config: Config, run: RunDir, world: World) -> None:

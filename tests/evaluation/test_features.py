@@ -12,7 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from cmscale.errors import UserError
 from cmscale.evaluation.features.extractor import FIDInception, _download_inception, build_features
-from cmscale.io.fetch import locked
+from cmscale.io.fetch import download_lock
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_one_process_of_a_node_downloads_inception_and_the_others_wait_for_it(tm
         Path(target).write_bytes(b"weights")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with ThreadPoolExecutor() as ranks, locked(tmp_path / "cache" / "inception.lock"):
+    with ThreadPoolExecutor() as ranks, download_lock("inception.lock"):
         waiting = [ranks.submit(_download_inception) for _ in range(3)]
     assert len({each.result() for each in waiting}) == 1
     assert len(asked) == 1

@@ -1,15 +1,22 @@
-"""What a run's own words promise: whole lines, replayed steps counted once, and a mirror that can't fail a run."""
+"""A run's logs: whole lines from many writers, replayed steps counted once, a wandb mirror that cannot fail a run."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from fsyncs import record_fsyncs
 
 from cmscale.config import Wandb
+from cmscale.engine import watch
+from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, latest_metrics, read_lines, write_event
 from cmscale.training.wandb_mirror import MetricsLog
+from launchers import outcome
 
 
 @pytest.fixture
@@ -39,6 +46,44 @@ def test_a_line_cut_by_a_crash_is_passed_over(run: RunDir) -> None:
     assert [record["event"] for record in read_lines(run.events)] == ["start"]
     write_event(run, "resumed", step=0, rank=0)
     assert [record["event"] for record in read_lines(run.events)] == ["start", "resumed"]
+
+
+@pytest.mark.parametrize("writer", ["run", "watchdog", "launcher"])
+def test_no_writer_of_events_adds_to_a_line_cut_by_a_crash(run: RunDir, writer: str, tmp_path: Path) -> None:
+    run.root.mkdir()
+    run.events.write_text('{"event": "start"}\n{"event": "chec')
+    match writer:
+        case "run":
+            write_event(run, "fault", step=5, rank=1, why="why")
+        case "watchdog":  # as it runs: isolated, without site-packages
+            code = f"import runpy; runpy.run_path({watch.__file__!r})['load_append']()"
+            code += f"({str(run.events)!r}, {{'event': 'fault', 'step': 5}}, durable=True)"
+            subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+        case "launcher":
+            attempt = outcome.Attempt("fault", "why", 5)
+            outcome.write_event(run, "fault", attempt, folder=tmp_path, why="why")
+    assert [(record["event"], record.get("step")) for record in read_lines(run.events)] == [
+        ("start", None),
+        ("fault", 5),
+    ]
+
+
+def test_an_event_is_on_the_disk_when_it_is_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = record_fsyncs(monkeypatch)
+    write_event(run, "start", step=0, rank=0)
+    assert synced == [run.events, run.root]  # the file's name, too
+    write_event(run, "finished", step=9, rank=0)
+    assert synced == [run.events, run.root, run.events]
+
+
+def test_a_disk_that_takes_half_a_line_is_an_error_in_one_line(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[: len(data) // 2]))
+    with pytest.raises(UserError, match="no space left"):
+        write_event(run, "start", step=0, rank=0)
+    monkeypatch.undo()
+    write_event(run, "resumed", step=0, rank=0)
+    assert [record["event"] for record in read_lines(run.events)] == ["resumed"]
 
 
 def test_a_replayed_step_counts_once_with_its_last_value(run: RunDir) -> None:

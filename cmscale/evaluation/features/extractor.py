@@ -40,7 +40,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from cmscale.errors import UserError
 from cmscale.evaluation.features.dinov2 import DINOv2
 from cmscale.evaluation.features.efficientnet import EfficientNetLite0
-from cmscale.io.fetch import cache_folder, locked
+from cmscale.io.fetch import download_lock
 
 Features = Mapping[
     str, np.ndarray
@@ -225,7 +225,7 @@ def _download_inception() -> Path:
     path = folder / URL_INCEPTION_V3.rpartition("/")[2]
     if path.exists():
         return path
-    with locked(cache_folder() / "inception.lock"):  # one process of a node
+    with download_lock("inception.lock"):  # one process of a node
         if path.exists():
             return path
         folder.mkdir(parents=True, exist_ok=True)

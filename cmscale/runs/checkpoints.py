@@ -1,0 +1,42 @@
+"""Decides which checkpoints of a run are committed: those that have a manifest, which is written last."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from cmscale.io.storage import Storage, open_storage
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
+
+_STEP_FOLDER = re.compile(r"step-(\d{9})")
+
+
+def committed_steps(run: RunDir | Storage | str | Path) -> list[int]:
+    """The steps of a run's committed checkpoints, ascending.
+
+    Files and folders that are not checkpoints (links, copies under other names, unfinished saves) are ignored.
+
+    Args:
+        run: The run: its folder, a URL, or the storage of either.
+    """
+    if isinstance(run, RunDir):
+        run = run.root
+    checkpoints = (open_storage(run) if isinstance(run, str | Path) else run).sub("checkpoints")
+    folder = checkpoints.local_path("")
+    if folder is not None:  # a launcher asks every few seconds: nothing but the manifests is looked at
+        names = [manifest.parent.name for manifest in folder.glob(f"step-*/{CHECKPOINT_MANIFEST}")]
+    else:
+        keys = [entry.key.partition("/") for entry in checkpoints.list("step-")]
+        names = [name for name, _, rest in keys if rest == CHECKPOINT_MANIFEST]
+    return _steps(names)
+
+
+def named_steps(run: RunDir) -> list[int]:
+    """The steps of all folders that are named as checkpoints are, ascending; a manifest may be missing.
+
+    Only a resume needs this: it reports a checkpoint that lost its manifest instead of passing it over.
+    """
+    return _steps(folder.name for folder in run.checkpoints.glob("step-*") if folder.is_dir())
+
+
+def _steps(names: Iterable[str]) -> list[int]:
+    return sorted(int(match[1]) for name in names if (match := _STEP_FOLDER.fullmatch(name)))
