@@ -61,11 +61,9 @@ def another_process(path: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
 def test_another_process_is_refused_while_the_lock_is_held_and_gets_it_afterwards(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "folder" / "a.lock"
     with another_process(path, kind) as holder:
-        with pytest.raises(
-            LockTimeout, match=r"^the data: another process holds .*a\.lock.* \(waited 0\.1 s\)"
-        ) as raised:
-            with hold(path, timeout=0.1, what="the data"):
-                pass
+        refused = pytest.raises(LockTimeout, match=r"^the data: another process holds .*a\.lock.* \(waited 0\.1 s\)")
+        with refused as raised, hold(path, timeout=0.1, what="the data"):
+            pass
         assert "\n" not in str(raised.value)
         assert ("fuser" in str(raised.value)) == (kind == "flock")
         if kind == "soft":
@@ -117,7 +115,7 @@ def test_another_error_of_the_lock_file_is_not_taken_for_a_missing_flock(tmp_pat
     refuse_flock(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output error"), hold(tmp_path / "a.lock", timeout=0, what="x"):
         pass
-    assert os.listdir(tmp_path) == ["a.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, monkeypatch) -> None:
