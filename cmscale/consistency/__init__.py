@@ -1,1 +1,4 @@
-"""Owns the method: times, solvers, distances, losses, sampling and editing, on denoisers as callables."""
+"""Implements the mathematics of the methods: times, solvers, distances, losses, samplers and zero-shot editing.
+
+Networks are callables (x, sigma) -> estimate here, so that everything can be tested with closed-form denoisers.
+"""

@@ -1,4 +1,4 @@
-"""The mean consistency error over many images, as a curve over time."""
+"""Averages the consistency error over many images, to a curve over time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,21 @@ from cmscale.rng import normal_like_samples
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Root mean square differences, averaged over samples, along `times` (descending)."""
+    """Root mean square differences of f along trajectories, averaged over samples.
+
+    Attributes:
+        times: Descending times.
+        neighbours: f at each time against f at the next smaller one; one fewer than times.
+        to_start: f at each time against f at the largest, which is the one-step sample.
+    """
 
     times: list[float]
-    neighbours: list[float]  # of f at a time and at the next smaller one, one fewer than times
-    to_start: list[float]  # of f at a time and at the largest: the one-step sample
+    neighbours: list[float]
+    to_start: list[float]
 
     @property
     def mean(self) -> float:
-        """Of neighbouring times, over all of them: the one number that training logs."""
+        """The mean of `neighbours`, which training logs as consistency_error."""
         return float(np.mean(self.neighbours))
 
 
@@ -37,12 +43,18 @@ def error_curve(
     batch_size: int = 64,
     device: torch.device,
 ) -> ErrorCurve:
-    """The mean curve over images (`clean`, of which image i starts from the noise of (seed, indices[i]))."""
+    """The mean curve over the images `clean` [N, C, H, W].
+
+    Args:
+        indices: The noise of image i is a function of (seed, indices[i]).
+        teacher: See `consistency_error`.
+        batch_size: Images per pass; the curve does not depend on it.
+    """
     neighbours, to_start, times = [], [], torch.zeros(0)
     for start in range(0, len(clean), batch_size):
         part = clean[start : start + batch_size].to(device)
-        own = list(indices)[start : start + batch_size]
-        noise = normal_like_samples(seed, own, part.shape[1:], purpose="held-out", device=device)
+        numbers = list(indices)[start : start + batch_size]
+        noise = normal_like_samples(seed, numbers, part.shape[1:], purpose="held-out", device=device)
         error = consistency_error(method, denoise, part, noise=noise, teacher=teacher)
         times = error.times
         neighbours.append(error.neighbours.cpu())

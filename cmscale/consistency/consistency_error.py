@@ -1,4 +1,4 @@
-"""Owns the consistency error: how far f is from constant along held-out trajectories, at unseen times."""
+"""Measures the consistency error: how much f changes along trajectories, at times that training does not use."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +13,17 @@ from cmscale.consistency.solver import Denoise, evaluate, expand_as, heun_step
 
 @dataclass(frozen=True)
 class ConsistencyError:
-    """Root mean square differences over an image, per sample; rows follow the descending times.
+    """Root mean square differences over the values of an image, per time and sample.
 
-    Average a row over samples (of any number of batches) for its curve.
+    Attributes:
+        times: [T] float64, descending.
+        neighbours: [T - 1, B], f(x_t, t) against f(x_s, s) at the next smaller time s.
+        to_start: [T, B], f(x_t, t) against f at the largest time, which is the one-step sample.
     """
 
-    times: Tensor  # [T] float64, descending
-    neighbours: Tensor  # [T - 1, B]: f(x_t, t) to f(x_s, s) of the next time s
-    to_start: Tensor  # [T, B]: f(x_t, t) to f at the first and largest time, which is the one-step sample
+    times: Tensor
+    neighbours: Tensor
+    to_start: Tensor
 
 
 @torch.no_grad()
@@ -37,12 +40,12 @@ def consistency_error(
 
     Args:
         denoise: The consistency function.
-        clean: Held-out images [B, C, H, W].
-        noise: Standard normal, of clean's shape: where each trajectory starts.
-        teacher: An EDM denoiser: trajectories are its ODE (Heun from the largest time), as CD has them.
-            Without one they are clean + t noise, as CT has them.
+        clean: Images [B, C, H, W].
+        noise: Standard normal noise of clean's shape, from which each trajectory starts.
+        teacher: An EDM denoiser. With it, trajectories are solutions of its ODE (Heun's rule from the largest time),
+            as in CD; without it, they are clean + t noise, as in CT.
     """
-    times = grid.held_out_times(method, count).flip(0)
+    times = grid.off_grid_times(method, count).flip(0)
     neighbours: list[Tensor] = []
     to_start: list[Tensor] = []
     first = previous = None

@@ -1,4 +1,4 @@
-"""The distance d(x, y) between two batches of images that a consistency loss minimises."""
+"""Computes the distance d(x, y) between two batches of images that a loss minimises."""
 
 import math
 from collections.abc import Callable
@@ -17,38 +17,38 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference over the image, as the released code; the paper's ||a - b||_1 is a sum."""
+    """Mean absolute difference over the image, as in the released code; the paper's ||a - b||_1 is a sum."""
     return (a - b).abs().flatten(1).mean(1)
 
 
 def l2(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference over the image, as the released code; the paper's ||a - b||_2^2 is a sum."""
+    """Mean squared difference over the image, as in the released code; the paper's ||a - b||_2^2 is a sum."""
     return (a - b).square().flatten(1).mean(1)
 
 
 def pseudo_huber(a: Tensor, b: Tensor, *, c: float) -> Tensor:
     """sqrt(||a - b||_2^2 + c^2) - c over the whole image; iCT, equation 7."""
     square = (a - b).square().flatten(1).sum(1)
-    # The same number as sqrt(s + c^2) - c, without the cancellation at small s.
+    # equal to sqrt(s + c^2) - c, without its cancellation at small s
     return square / ((square + c**2).sqrt() + c)
 
 
 def default_huber_c(image_size: int, channels: int = 3) -> float:
-    """c = 0.00054 sqrt(D), D the number of values of an image; iCT, section 3.3."""
+    """c = 0.00054 sqrt(D), with D values per image; iCT, section 3.3."""
     return 0.00054 * math.sqrt(channels * image_size**2)
 
 
 def build_distance(
     method: MethodSection, image_size: int, *, lpips_weights: Path | None = None, device: torch.device | str = "cpu"
 ) -> Distance | None:
-    """The distance of a method's loss; None for a method whose loss has its own.
+    """The distance of a method's loss; None if its loss uses none of these.
 
     Args:
-        lpips_weights: VGG16's file for LPIPS; None takes torchvision's copy in torch hub's cache, which
-            `lpips.download_vgg` fills (call it on one rank per node).
+        lpips_weights: File with VGG16's weights for LPIPS; None downloads them to torch hub's cache if they are not
+            there (see `lpips.download_vgg`, for one rank per node at a time).
 
     Raises:
-        UserError: LPIPS's weights are missing or are not VGG16's.
+        UserError: the weights for LPIPS are missing or are not VGG16's.
     """
     settings = method.distance_settings
     if settings is None:

@@ -1,4 +1,4 @@
-"""Times: the Karras grid, and the times that training draws and samplers take; all float64."""
+"""Computes times in float64: the Karras grid, the times that losses draw, and those of samplers."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from torch import Tensor
 from cmscale.config import MethodSection
 
 GOLDEN = (math.sqrt(5) - 1) / 2
-"""An irrational offset: times at it lie on no Karras grid, whatever its N."""
+"""An irrational offset: no Karras grid of any size has times at it."""
 
 
 class HasTimes(Protocol):
-    """What the grid needs of a method: the noise range and the grid's exponent."""
+    """The noise range and the exponent of the Karras grid, as every method's config has them."""
 
     @property
     def sigma_min(self) -> float: ...
@@ -25,7 +25,7 @@ class HasTimes(Protocol):
 
 
 def karras_time(diffusion: HasTimes, fraction: Tensor) -> Tensor:
-    """The time at `fraction` of the Karras curve: 0 is sigma_min, 1 sigma_max, exactly; EDM, equation 5.
+    """The time at `fraction` of the Karras curve, exactly sigma_min at 0 and sigma_max at 1; EDM, equation 5.
 
     t = (eps^(1/rho) + fraction (T^(1/rho) - eps^(1/rho)))^rho, float64, of fraction's shape.
     """
@@ -54,15 +54,16 @@ def lognormal_index(uniform: Tensor, grid: Tensor, *, p_mean: float, p_std: floa
 
 
 def lognormal_time(uniform: Tensor, *, p_mean: float, p_std: float) -> Tensor:
-    """t with ln t ~ N(p_mean, p_std^2), float64, by the inverse distribution; EDM, section 5."""
-    # A uniform of exactly 0 would give t = 0: take half the smallest step of a float64 uniform in its place.
+    """t with ln t ~ N(p_mean, p_std^2), float64, by inverse transform sampling; EDM, section 5."""
+    # a uniform of exactly 0 would give t = 0: it is replaced by half the spacing of float64 uniforms
     return (p_mean + p_std * torch.special.ndtri(uniform.clamp(min=2.0**-54))).exp()
 
 
 def neighbours(diffusion: HasTimes, index: Tensor, num_scales: int) -> tuple[Tensor, Tensor]:
     """(t_n, t_{n+1}) of indices n in 1..N-1, float64.
 
-    Read from the whole grid: powers taken of a batch differ in the last bit with a sample's place in it.
+    They are looked up in the whole grid: computed per batch, a sample's time would depend in its last bit on its
+    position in the batch.
     """
     times = karras_grid(diffusion, num_scales).to(index.device)
     return times[index - 1], times[index]
@@ -74,15 +75,15 @@ def ode_sigmas(diffusion: HasTimes, steps: int) -> Tensor:
 
 
 def indexed_sigmas(diffusion: HasTimes, indices: Sequence[int], last: int) -> Tensor:
-    """The times at `indices` of the descending Karras grid 0..last: the released code's names of times."""
+    """The times at `indices` of the descending Karras grid 0..last, as the released code numbers times."""
     return karras_time(diffusion, (last - torch.tensor(indices, dtype=torch.float64)) / last)
 
 
 def consistency_sigmas(method: MethodSection, steps: int) -> Tensor:
-    """The times of `steps` steps of algorithm 1, descending from T, [steps] float64.
+    """The descending times of `steps` steps of multistep sampling, [steps] float64; the first is T.
 
-    One step: T. Two: the method's published second time. Otherwise they are even on the Karras curve: the indices
-    0..steps-1 of the descending grid 0..steps.
+    With two steps, the second is the method's published time (`second_time`). Otherwise they are evenly spaced on the
+    Karras curve: indices 0..steps-1 of the descending grid 0..steps.
     """
     if steps != 2:
         return indexed_sigmas(method, range(steps), last=steps)
@@ -92,6 +93,6 @@ def consistency_sigmas(method: MethodSection, steps: int) -> Tensor:
     return indexed_sigmas(method, (0, second.index), last=second.last)
 
 
-def held_out_times(diffusion: HasTimes, count: int = 100) -> Tensor:
-    """`count` ascending times on no Karras grid: at (i + golden ratio) / count of the curve, float64."""
+def off_grid_times(diffusion: HasTimes, count: int = 100) -> Tensor:
+    """`count` ascending times that no Karras grid contains: at (i + golden ratio) / count of the curve, float64."""
     return karras_time(diffusion, (torch.arange(count, dtype=torch.float64) + GOLDEN) / count)

@@ -1,4 +1,4 @@
-"""Owns LPIPS (arXiv 1801.03924, version 0.1) on VGG16, pooled by maximum or average, weights from files."""
+"""Computes LPIPS (arXiv 1801.03924, version 0.1) on VGG16, with maximum or average pooling."""
 
 import itertools
 from importlib import resources
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cmscale.errors import UserError
 
-# VGG16's convolutions in five slices; a pooling stands between slices and LPIPS reads the end of each.
+# Widths of VGG16's convolutions in five slices with pooling between them; LPIPS uses the output of each slice.
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # ImageNet's mean and standard deviation, for images in [-1, 1].
 MEAN = (-0.030, -0.088, -0.188)
@@ -22,10 +22,12 @@ STD = (0.458, 0.448, 0.450)
 class LPIPS(nn.Module):
     """Distance of images [B, 3, H, W] in [-1, 1] -> [B], float32. Frozen, always in evaluation mode.
 
-    The released code of Consistency Models pools by average and, for images under 256 px, resizes both to
-    224 px (bilinear) first; the `lpips` package pools by maximum. Both agree on the rest: features of unit
-    length, squared differences weighted by the heads that the `lpips` package ships, averaged over places,
-    summed over layers.
+    The squared differences of unit-length features are weighted by the linear heads that the `lpips` package ships,
+    averaged over positions and summed over layers.
+
+    Args:
+        average_pooling: As in the released code of Consistency Models; the `lpips` package uses maximum pooling.
+        resize: Resize images to 224 px (bilinear) first, as that code does for images under 256 px.
     """
 
     def __init__(self, *, average_pooling: bool, resize: bool) -> None:
@@ -43,14 +45,14 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LPIPS":  # noqa: ARG002
-        """Stays in evaluation mode, whatever contains it."""
+        """Stays in evaluation mode, even if a containing module is set to training."""
         return super().train(False)
 
     def load_features(self, path: Path) -> None:
-        """Loads torchvision's VGG16 state dict (`.pth` or `.safetensors`; whole, or `features` alone).
+        """Loads torchvision's VGG16 state dict (`.pth` or `.safetensors`; whole, or only its `features`).
 
         Raises:
-            UserError: no such file, or not VGG16's weights.
+            UserError: there is no such file, or it does not hold VGG16's weights.
         """
         state = _read_state(path)
         weights = [value for key, value in _in_order(state) if value.ndim == 4]
@@ -91,7 +93,7 @@ class LPIPS(nn.Module):
 
 
 def download_vgg() -> Path:
-    """Fetches torchvision's VGG16 into torch hub's cache, unless it is there; for one rank at a time.
+    """Downloads torchvision's VGG16 into torch hub's cache if it is not there; call it on one rank at a time.
 
     Raises:
         UserError: the download fails.
@@ -113,7 +115,8 @@ def download_vgg() -> Path:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Unit length over channels. vector_norm, as its gradient is 0 and not NaN where all features are 0."""
+    """Features scaled to unit length over channels."""
+    # the gradient of vector_norm is 0, not NaN, where all features are 0
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
@@ -126,18 +129,21 @@ def _heads() -> list[Tensor]:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.exists():
-        raise UserError(f"method.lpips_weights: {path}: no such file")
+        raise UserError(f"method.lpips_weights: {path}: no such file; give torchvision's VGG16 (vgg16-397923af.pth)")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    except Exception as error:  # a foreign file makes the readers raise errors of many types
-        raise UserError(f"method.lpips_weights: {path} can't be read as weights ({error})") from None
+    except Exception as error:  # damaged or foreign files raise errors of many types
+        raise UserError(
+            f"method.lpips_weights: {path} can't be read as weights ({error}); "
+            "give torchvision's VGG16 (vgg16-397923af.pth)"
+        ) from None
 
 
 def _in_order(state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """The entries of `features.N.weight|bias` (or `N.weight|bias`), by layer."""
+    """The entries `features.N.weight|bias` (or `N.weight|bias`), ordered by layer."""
     layers = []
     for key, value in state.items():
         parts = key.removeprefix("features.").split(".")

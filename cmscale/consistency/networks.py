@@ -1,4 +1,4 @@
-"""Owns the set of networks that a loss works with."""
+"""Defines the set of networks that a loss evaluates."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,12 @@ from cmscale.consistency.solver import Denoise
 
 @dataclass(frozen=True)
 class Networks:
-    """Denoisers (x, sigma [B], *, dropout_keys) -> x0. Only the student is differentiated.
+    """Denoisers (x [B, ...], sigma [B], *, dropout_keys) -> estimate of x_0. Only the student is differentiated.
 
-    target None means: the student itself, without gradient (iCT, ECT). The teacher is an EDM denoiser (of sCD: in
-    TrigFlow's terms); of progressive distillation the target is the teacher.
+    Attributes:
+        target: The target network; None for methods whose target is the student without gradient (iCT, ECT). In
+            progressive distillation it is the stage's teacher.
+        teacher: The frozen diffusion model that CD and sCD follow: an EDM denoiser, for sCD a TrigFlow network.
     """
 
     student: Denoise

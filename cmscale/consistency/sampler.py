@@ -1,4 +1,4 @@
-"""Samplers: algorithm 1 for consistency models and ODE samplers for EDM, with noise keyed by sample."""
+"""Samples from denoisers: multistep sampling for consistency models, ODE samplers for EDM, noise keyed per sample."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from cmscale.consistency.solver import Denoise, euler_step, evaluate, expand_as,
 from cmscale.rng import normal_like_samples
 
 Draw = Callable[[int], Tensor]
-"""(number of the draw, from 1) -> fresh standard normal noise of the batch."""
+"""(number of the draw, from 1) -> new standard normal noise for the batch."""
 Sampler = Literal["heun", "euler", "dpm2", "ancestral"]
 
 
 def clipped(denoise: Denoise) -> Denoise:
-    """Estimates held in [-1, 1], as the released code's samplers (and diffusers') do by default."""
+    """The denoiser with estimates clamped to [-1, 1], the default of the released code's samplers and diffusers'."""
 
     def denoise_clipped(x: Tensor, sigma: Tensor, **keywords: object) -> Tensor:
         return denoise(x, sigma, **keywords).clamp(-1, 1)
@@ -28,7 +28,7 @@ def clipped(denoise: Denoise) -> Denoise:
 
 @torch.no_grad()
 def multistep(denoise: Denoise, noise: Tensor, sigmas: Tensor, *, draw: Draw, sigma_min: float) -> Tensor:
-    """Multistep consistency sampling; Consistency Models, algorithm 1. One evaluation a time.
+    """Multistep consistency sampling, one evaluation per time; Consistency Models, algorithm 1.
 
     Args:
         noise: Start noise of unit variance, [B, C, H, W]; it is scaled by sigmas[0].
@@ -44,7 +44,7 @@ def multistep(denoise: Denoise, noise: Tensor, sigmas: Tensor, *, draw: Draw, si
 
 @torch.no_grad()
 def heun(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """EDM, algorithm 1: Heun steps along `sigmas`, whose last is 0, reached by Euler: 2N - 1 evaluations."""
+    """Heun steps along `sigmas`, then an Euler step to the last, which is 0: 2N - 1 evaluations; EDM, algorithm 1."""
     x = expand_as(sigmas[:1], noise) * noise
     for t, s in _pairs(sigmas):
         step = heun_step if s > 0 else euler_step
@@ -54,7 +54,7 @@ def heun(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Euler steps along `sigmas`, whose last is 0: one evaluation a step."""
+    """Euler steps along `sigmas`, the last of which is 0: one evaluation per step."""
     x = expand_as(sigmas[:1], noise) * noise
     for t, s in _pairs(sigmas):
         x = euler_step(denoise, x, _batch(t, x), _batch(s, x))
@@ -63,9 +63,9 @@ def euler(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
 
 @torch.no_grad()
 def dpm2(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Midpoint steps after DPM-Solver-2, the midpoint on a rho = 3 curve: two evaluations each step.
+    """Midpoint steps (DPM-Solver-2) with the midpoint on a rho = 3 curve: two evaluations per step.
 
-    So the released code has it; k-diffusion takes the logarithmic midpoint and ends with an Euler step.
+    This is the released code's variant; k-diffusion uses the logarithmic midpoint and ends with an Euler step.
     """
     x = expand_as(sigmas[:1], noise) * noise
     for t, s in _pairs(sigmas):
@@ -77,7 +77,7 @@ def dpm2(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ancestral(denoise: Denoise, noise: Tensor, sigmas: Tensor, *, draw: Draw) -> Tensor:
-    """Euler ancestral steps: down to sqrt(s^2 - up^2), then noise of up = s sqrt(t^2 - s^2) / t."""
+    """Euler ancestral steps from t to s: down to sqrt(s^2 - up^2), then noise of std up = s sqrt(t^2 - s^2) / t."""
     x = expand_as(sigmas[:1], noise) * noise
     for number, (t, s) in enumerate(_pairs(sigmas), start=1):
         up = s * (t**2 - s**2).sqrt() / t
@@ -102,13 +102,13 @@ def sample(
     sampler: Sampler = "heun",
     clip: bool = True,
 ) -> Tensor:
-    """Samples [len(indices), *shape] of a trained denoiser; sample i is a function of (seed, i) alone.
+    """Draws samples [len(indices), *shape] from a trained denoiser; sample i depends only on (seed, i).
 
     Args:
         steps: Sampling steps; by default method.default_sampling_steps.
-        noise: Unit-variance start noise instead of the one drawn.
-        sigmas: Descending times in place of the default times of `steps`; for EDM they end with 0.
-        sampler: How an EDM model is sampled. Other methods have one sampler, `method.facts.sampler`.
+        noise: Unit-variance start noise, in place of noise drawn from the seed.
+        sigmas: Descending times, in place of `default_sigmas`; for EDM they end with 0.
+        sampler: The sampler of an EDM model. Other methods have only one, `method.facts.sampler`.
         clip: Clamp every estimate to [-1, 1], as the released code does.
     """
     if noise is None:
@@ -123,7 +123,7 @@ def sample(
     match method.facts.sampler:
         case "multistep":
             return multistep(denoise, noise, times, draw=draw, sigma_min=method.boundary)
-        case "euler":  # the last estimate is the sample: an Euler step to 0
+        case "euler":  # an Euler step to 0 returns the last estimate
             return euler(denoise, noise, torch.cat([times, times.new_zeros(1)]))
         case "ode":
             return _solve(denoise, noise, times, draw=draw, sampler=sampler)
@@ -144,7 +144,7 @@ def _solve(denoise: Denoise, noise: Tensor, times: Tensor, *, draw: Draw, sample
 
 
 def default_sigmas(method: MethodSection, steps: int | None = None) -> Tensor:
-    """The descending times of `sample`, float64; those of an ODE sampler end with 0."""
+    """The descending times at which `sample` evaluates by default, float64; those of an ODE sampler end with 0."""
     steps = steps or method.default_sampling_steps
     if method.facts.sampler == "ode":
         return grid.ode_sigmas(method, steps)
@@ -152,7 +152,7 @@ def default_sigmas(method: MethodSection, steps: int | None = None) -> Tensor:
 
 
 def num_evaluations(method: MethodSection, steps: int, sampler: Sampler = "heun") -> int:
-    """NFE: how often `sample` evaluates the network for one sample."""
+    """NFE: network evaluations per sample in `sample`."""
     if method.facts.sampler != "ode" or sampler in ("euler", "ancestral"):
         return steps
     return 2 * steps if sampler == "dpm2" else 2 * steps - 1

@@ -1,4 +1,4 @@
-"""One step of the probability flow ODE, dx/dt = (x - D(x, t)) / t, by Euler and by Heun."""
+"""Takes single steps of the probability flow ODE, dx/dt = (x - D(x, t)) / t, by Euler's and by Heun's rule."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,12 @@ Step = Callable[[Denoise, Tensor, Tensor, Tensor], Tensor]
 
 
 def expand_as(time: Tensor, x: Tensor) -> Tensor:
-    """Times [B] in x's type, shaped to multiply x [B, ...]."""
+    """Times [B] in x's dtype, reshaped to multiply x [B, ...]."""
     return time.to(device=x.device, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def evaluate(denoise: Denoise, x: Tensor, time: Tensor, **keywords: object) -> Tensor:
-    """denoise(x, time) with the times cast to x's type."""
+    """denoise(x, time), with the times in x's dtype."""
     return denoise(x, time.to(device=x.device, dtype=x.dtype), **keywords)
 
 
@@ -27,7 +27,7 @@ def slope(denoise: Denoise, x: Tensor, time: Tensor) -> Tensor:
 
 
 def euler_step(denoise: Denoise, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """x at s from x at t by Euler's rule, order 1. Times are [B], float64 for exact differences."""
+    """x at s from x at t by Euler's rule, order 1. Times are [B]; float64 keeps their differences exact."""
     return x + expand_as(s - t, x) * slope(denoise, x, t)
 
 

@@ -1,4 +1,4 @@
-"""Small networks trained by each method reach the consistency function of Gaussian data, a closed form."""
+"""Trains small networks by each method on Gaussian data, against the closed-form consistency function."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_edm_training_reaches_the_denoiser_of_the_data():
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("dimension", [1, 3, 8])
 def test_the_closed_form_solves_the_probability_flow(dimension: int, seed: int):
-    """dx/dt of `solve` is (x - D(x, t)) / t: the reference of this file stands on its own derivation."""
+    """dx/dt of `solve` is (x - D(x, t)) / t, which checks this file's reference independently."""
     data = Gaussian.random(dimension, seed)
     x, t = data.sample(16, seed=1) * 3, torch.linspace(0.1, 5, 16, dtype=torch.float64)
     step = 1e-5 * t
@@ -80,11 +80,11 @@ def test_the_exact_consistency_function_has_the_boundary_and_is_constant_along_t
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_exact_consistency_function_has_no_loss(seed: int):
-    """CD's loss of the true f with the true teacher is what one fine Heun step gets wrong: almost 0."""
+    """CD's loss of the exact f with the exact teacher is the error of one fine Heun step: almost 0."""
     data = Gaussian.random(DIMENSION, seed)
     method = CD(kind="cd", teacher="exact", distance="l2", num_scales=400)
     networks = Networks(data.consistency, data.consistency, data.denoise)
     random = SampleRandomness(seed, tuple(range(64)), torch.device("cpu"))
-    point = schedules.ScheduleValues(0, 1.0, num_scales=400, target_ema=0.9)
-    loss = build_loss(method, l2)(networks, data.sample(64, seed), point, random)
+    values = schedules.ScheduleValues(0, 1.0, num_scales=400, target_ema=0.9)
+    loss = build_loss(method, l2)(networks, data.sample(64, seed), values, random)
     assert loss.max() < 1e-9

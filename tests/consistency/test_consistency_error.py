@@ -17,13 +17,13 @@ def test_the_true_function_has_no_error_along_the_teachers_trajectories(seed: in
     data = Gaussian.random(6, seed)
     clean, noise = drawn(data)
     error = consistency_error(EDM(kind="edm"), data.consistency, clean, noise=noise, teacher=data.denoise, count=400)
-    # What is left is the error of 399 Heun steps of the trajectory itself.
+    # what remains is the error of the trajectory's 399 Heun steps
     assert error.to_start.max() < 2e-4
     assert error.neighbours.max() < 2e-5
 
 
 def test_a_function_that_is_not_constant_is_measured():
-    """f(x, t) = a(t): the distance of two times is |a(t) - a(s)| in every value."""
+    """With f(x, t) = a(t), the distance between two times is |a(t) - a(s)| in every value."""
     clean = torch.zeros(3, 3, 4, 4)
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -47,6 +47,6 @@ def test_without_a_teacher_trajectories_are_straight():
     assert len(seen) == 100
     for start in seen:
         torch.testing.assert_close(start, noise, rtol=0, atol=1e-3)
-    assert torch.equal(error.times, grid.held_out_times(EDM(kind="edm")).flip(0))
+    assert torch.equal(error.times, grid.off_grid_times(EDM(kind="edm")).flip(0))
     assert error.neighbours.shape == (99, 2)
     assert (error.to_start[0] == 0).all()

@@ -21,7 +21,7 @@ from cmscale.rng import SampleRandomness
 
 @pytest.fixture(scope="module")
 def features() -> nn.Sequential:
-    """VGG16's `features` with random weights of a size that keeps activations alive."""
+    """VGG16's `features` with random weights, scaled so that activations do not vanish."""
     layers: list[nn.Module] = []
     source, before = torch.Generator().manual_seed(0), 3
     for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
@@ -39,7 +39,7 @@ def features() -> nn.Sequential:
 
 @pytest.fixture(scope="module")
 def weights(features: nn.Sequential, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As torchvision saves VGG16: `features.N.*`, and the classifier, which LPIPS does not use."""
+    """A file like torchvision's VGG16: `features.N.*`, and the classifier, which LPIPS does not use."""
     path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
     state = {f"features.{key}": value for key, value in features.state_dict().items()}
     torch.save({**state, "classifier.0.weight": torch.zeros(2, 2), "classifier.0.bias": torch.zeros(2)}, path)
@@ -118,7 +118,7 @@ def test_lpips_is_frozen_and_gives_gradients_to_its_inputs(weights: Path):
 
 @pytest.mark.parametrize(("kind", "average"), [("ct", True), ("cd", False)])
 def test_lpips_losses_have_the_gradient_of_central_differences(weights: Path, kind: str, average: bool, monkeypatch):
-    """CT's and CD's loss with LPIPS, in float64 throughout, along each number of a small student."""
+    """CT's and CD's loss with LPIPS, all in float64, along every parameter of a small student."""
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double())
     method = CT(kind="ct") if kind == "ct" else CD(kind="cd", teacher="t")
     lpips = network(weights, average=average).double()
@@ -133,16 +133,16 @@ def test_lpips_losses_have_the_gradient_of_central_differences(weights: Path, ki
 
     clean = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     random = SampleRandomness(0, (0, 1), torch.device("cpu"))
-    point = ScheduleValues(0, 1.0, num_scales=20, target_ema=0.9)
+    values = ScheduleValues(0, 1.0, num_scales=20, target_ema=0.9)
     loss = build_loss(method, lpips)
-    loss(Networks(student, still, still), clean, point, random).mean().backward()
+    loss(Networks(student, still, still), clean, values, random).mean().backward()
     assert numbers.grad is not None
     with torch.no_grad():
         for place in range(3):
             ends = []
             for nudge in (1e-6, -1e-6):
                 numbers[place] += nudge
-                ends.append(loss(Networks(student, still, still), clean, point, random).mean().item())
+                ends.append(loss(Networks(student, still, still), clean, values, random).mean().item())
                 numbers[place] -= nudge
             assert numbers.grad[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4, abs=1e-8)
 

@@ -85,7 +85,7 @@ def test_lognormal_index_has_icts_distribution():
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     index = grid.lognormal_index(uniform, times, p_mean=-1.1, p_std=2.0)
     found = torch.bincount(index, minlength=21)[1:].double() / count
-    # A regular comb of uniforms misses each cell's probability by at most one tooth.
+    # evenly spaced uniforms miss the probability of each cell by at most one spacing
     torch.testing.assert_close(found, weights / weights.sum(), rtol=0, atol=1.01 / count)
 
 
@@ -97,15 +97,15 @@ def test_lognormal_time_has_the_quantiles_of_its_distribution():
     assert 0 < grid.lognormal_time(torch.zeros(1, dtype=torch.float64), p_mean=-1.2, p_std=1.2).item() < 1e-4
 
 
-def test_held_out_times_lie_on_no_grid_that_training_visits():
-    held_out = grid.held_out_times(DIFFUSION, 100)
-    assert len(held_out) == 100
-    assert (held_out.diff() > 0).all()
+def test_off_grid_times_lie_on_no_grid_that_training_visits():
+    off_grid = grid.off_grid_times(DIFFUSION, 100)
+    assert len(off_grid) == 100
+    assert (off_grid.diff() > 0).all()
     for num_scales in range(2, 1282):
         times = grid.karras_grid(DIFFUSION, num_scales)
-        place = torch.searchsorted(times, held_out).clamp(1, num_scales - 1)
-        gap = torch.minimum((held_out - times[place]).abs(), (held_out - times[place - 1]).abs())
-        assert (gap > 1e-9 * held_out).all()
+        place = torch.searchsorted(times, off_grid).clamp(1, num_scales - 1)
+        gap = torch.minimum((off_grid - times[place]).abs(), (off_grid - times[place - 1]).abs())
+        assert (gap > 1e-9 * off_grid).all()
 
 
 def test_times_drawn_depend_on_the_samples_place_alone():

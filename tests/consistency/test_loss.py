@@ -1,4 +1,4 @@
-"""Every loss against its formula, written out in float64 numpy on the same images, noise and indices."""
+"""Compares every loss with its formula in float64 numpy, on the same images, noise and indices."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ RANDOM = [SampleRandomness(seed, tuple(range(3 * seed, 3 * seed + 8)), torch.dev
 
 
 class Affine(torch.nn.Module):
-    """A denoiser whose values numpy can repeat; remembers the dropout keys of each call."""
+    """A denoiser that numpy can compute too; it records the dropout keys of each call."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -69,16 +69,16 @@ def setting(random: SampleRandomness):
 
 
 def loss_of(
-    method, networks: Networks, clean: torch.Tensor, point: ScheduleValues, random: SampleRandomness
+    method, networks: Networks, clean: torch.Tensor, values: ScheduleValues, random: SampleRandomness
 ) -> torch.Tensor:
-    loss = build_loss(method, build_distance(method, SIZE))(networks, clean, point, random)
+    loss = build_loss(method, build_distance(method, SIZE))(networks, clean, values, random)
     assert loss.dtype == torch.float32
     assert loss.shape == (8,)
     return loss
 
 
 def assert_close(given: torch.Tensor, expected: np.ndarray) -> None:
-    """To float32 rounding."""
+    """Equal to float32 rounding."""
     np.testing.assert_allclose(given.detach().double().numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -106,8 +106,8 @@ def test_ct_loss(weighting: str, distance: str, random: SampleRandomness):
     expected = numpy_distance(distance, student.in_numpy(x + at(upper) * z, upper), aim)
     if weighting == "inverse_gap":
         expected /= upper - lower
-    point = ScheduleValues(0, 1.0, num_scales=34, target_ema=0.9)
-    assert_close(loss_of(method, Networks(student, target), clean, point, random), expected)
+    values = ScheduleValues(0, 1.0, num_scales=34, target_ema=0.9)
+    assert_close(loss_of(method, Networks(student, target), clean, values, random), expected)
 
 
 @pytest.mark.parametrize("random", RANDOM)
@@ -129,10 +129,10 @@ def test_cd_loss(distance: str, solver: str, random: SampleRandomness):
         student.in_numpy(noisy, upper),
         target.in_numpy(noisy + at(lower - upper) * slope, lower),
     )
-    point = ScheduleValues(0, 1.0, num_scales=40, target_ema=0.95)
-    given = loss_of(method, Networks(student, target, teacher), clean, point, random)
+    values = ScheduleValues(0, 1.0, num_scales=40, target_ema=0.95)
+    given = loss_of(method, Networks(student, target, teacher), clean, values, random)
     assert_close(given, expected)
-    assert teacher.calls == [None] * (2 if solver == "heun" else 1)  # a teacher drops nothing
+    assert teacher.calls == [None] * (2 if solver == "heun" else 1)  # no dropout in the teacher
 
 
 @pytest.mark.parametrize("random", RANDOM)
@@ -146,16 +146,16 @@ def test_pd_loss(scales: int, weighting: str, random: SampleRandomness):
     noisy = x + at(upper) * z
     halfway = noisy + at((middle - upper) / upper) * (noisy - teacher.in_numpy(noisy, upper))
     landed = halfway + at((lower - middle) / middle) * (halfway - teacher.in_numpy(halfway, middle))
-    # One Euler step with the estimate D from noisy ends at `landed`: D = noisy - t (landed - noisy) / (s - t).
+    # one Euler step from noisy with the estimate D ends at `landed`: D = noisy - t (landed - noisy) / (s - t)
     aim = noisy - at(upper) * (landed - noisy) / at(lower - upper)
     weight = np.maximum(1 / upper**2, 1) if weighting == "truncated_snr" else 1.0
     expected = weight * numpy_distance("l2", student.in_numpy(noisy, upper), aim)
     given = loss_of(
         method, Networks(student, teacher), clean, ScheduleValues(0, 1.0, num_scales=scales, target_ema=1.0), random
     )
-    # at tiny times float32 rounds the difference of two near images, which the division by s - t magnifies
+    # at small times the division by s - t magnifies the float32 rounding of the difference of two close images
     np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-3, atol=1e-6)
-    assert teacher.calls == [None, None]  # a teacher drops nothing
+    assert teacher.calls == [None, None]  # no dropout in the teacher
     assert student.calls == [random.dropout_keys()]
 
 
@@ -169,8 +169,8 @@ def test_ict_loss(random: SampleRandomness):
     estimate = network.in_numpy(x + at(upper) * z, upper)
     aim = network.in_numpy(x + at(lower) * z, lower)
     expected = numpy_distance("pseudo_huber", estimate, aim) / (upper - lower)
-    point = ScheduleValues(0, 1.0, num_scales=21)
-    assert_close(loss_of(method, Networks(network), clean, point, random), expected)
+    values = ScheduleValues(0, 1.0, num_scales=21)
+    assert_close(loss_of(method, Networks(network), clean, values, random), expected)
 
 
 @pytest.mark.parametrize("random", RANDOM)
@@ -184,7 +184,7 @@ def test_ect_loss(stage: int, random: SampleRandomness):
     r = np.maximum(t * (1 - 2.0 ** -(stage + 1) * (1 + 8 / (1 + np.exp(t)))), 0)
     aim = np.where(at(r) > 0, network.in_numpy(x + at(r) * z, r), x)
     expected = numpy_distance("pseudo_huber", network.in_numpy(x + at(t) * z, t), aim) / (t - r)
-    # x + t z and x + r z differ by little in late stages, so what float32 rounds off each weighs more.
+    # in late stages x + t z and x + r z are close, so that their float32 rounding weighs more
     given = loss_of(method, Networks(network), clean, ScheduleValues(0, 1.0, stage=stage), random)
     np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-3)
 
@@ -207,40 +207,40 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "point"), METHODS)
-def test_only_the_student_is_differentiated(method, point: ScheduleValues):
+@pytest.mark.parametrize(("method", "values"), METHODS)
+def test_only_the_student_is_differentiated(method, values: ScheduleValues):
     student, target, teacher = Affine(1), Affine(2), Affine(3)
-    loss_of(method, Networks(student, target, teacher), images(0), point, RANDOM[0]).mean().backward()
+    loss_of(method, Networks(student, target, teacher), images(0), values, RANDOM[0]).mean().backward()
     assert student.matrix.grad is not None
     assert target.matrix.grad is None
     assert teacher.matrix.grad is None
 
 
-@pytest.mark.parametrize(("method", "point"), METHODS)
-def test_without_a_target_the_student_is_its_own_without_gradient(method, point: ScheduleValues):
+@pytest.mark.parametrize(("method", "values"), METHODS)
+def test_without_a_target_the_student_is_its_own_without_gradient(method, values: ScheduleValues):
     student, teacher = Affine(1), Affine(3)
     twin = Affine(1)
     networks = Networks(student, None, teacher), Networks(twin, Affine(1), teacher)
-    alone, with_twin = (loss_of(method, each, images(0), point, RANDOM[0]).mean() for each in networks)
+    alone, with_twin = (loss_of(method, each, images(0), values, RANDOM[0]).mean() for each in networks)
     alone.backward()
     with_twin.backward()
     assert torch.equal(alone, with_twin)
     assert torch.equal(student.matrix.grad, twin.matrix.grad)
 
 
-@pytest.mark.parametrize(("method", "point"), METHODS)
-def test_student_and_target_share_their_dropout_keys(method, point: ScheduleValues):
+@pytest.mark.parametrize(("method", "values"), METHODS)
+def test_student_and_target_share_their_dropout_keys(method, values: ScheduleValues):
     student, target = Affine(1), Affine(2)
-    loss_of(method, Networks(student, target, Affine(3)), images(0), point, RANDOM[0])
+    loss_of(method, Networks(student, target, Affine(3)), images(0), values, RANDOM[0])
     assert student.calls == target.calls == [RANDOM[0].dropout_keys()]
 
 
-@pytest.mark.parametrize(("method", "point"), METHODS)
-def test_a_samples_loss_does_not_depend_on_its_batch(method, point: ScheduleValues):
+@pytest.mark.parametrize(("method", "values"), METHODS)
+def test_a_samples_loss_does_not_depend_on_its_batch(method, values: ScheduleValues):
     networks = Networks(Affine(1), Affine(2), Affine(3))
     loss = build_loss(method, build_distance(method, SIZE))
-    whole = loss(networks, images(0), point, RANDOM[0])
-    parts = [loss(networks, images(0)[2 * i : 2 * i + 2], point, part) for i, part in enumerate(RANDOM[0].split(2))]
+    whole = loss(networks, images(0), values, RANDOM[0])
+    parts = [loss(networks, images(0)[2 * i : 2 * i + 2], values, part) for i, part in enumerate(RANDOM[0].split(2))]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-7)
 
 
@@ -251,8 +251,8 @@ def test_cd_gradient_is_the_formulas(distance: str, solver: str):
     method = CD(kind="cd", teacher="t", distance=distance, solver=solver)
     student, target, teacher = Affine(1), Affine(2), Affine(3)
     clean, uniform, x, z = setting(RANDOM[3])
-    point = ScheduleValues(0, 1.0, num_scales=40, target_ema=0.95)
-    loss_of(method, Networks(student, target, teacher), clean, point, RANDOM[3]).mean().backward()
+    values = ScheduleValues(0, 1.0, num_scales=40, target_ema=0.95)
+    loss_of(method, Networks(student, target, teacher), clean, values, RANDOM[3]).mean().backward()
     n = 1 + np.floor(uniform * 39)
     lower, upper = karras(n, 40), karras(n + 1, 40)
     noisy = x + at(upper) * z
@@ -284,8 +284,8 @@ def test_ct_gradient_is_the_formulas(distance: str):
     """Against central differences of the float64 formula in each of the network's numbers."""
     method, student, target = CT(kind="ct", distance=distance), Affine(1), Affine(2)
     clean, uniform, x, z = setting(RANDOM[3])
-    point = ScheduleValues(0, 1.0, num_scales=34, target_ema=0.9)
-    loss_of(method, Networks(student, target), clean, point, RANDOM[3]).mean().backward()
+    values = ScheduleValues(0, 1.0, num_scales=34, target_ema=0.9)
+    loss_of(method, Networks(student, target), clean, values, RANDOM[3]).mean().backward()
     n = 1 + np.floor(uniform * 33)
     lower, upper = karras(n, 34), karras(n + 1, 34)
     aim = target.in_numpy(x + at(lower) * z, lower)

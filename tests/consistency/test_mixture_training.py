@@ -1,4 +1,4 @@
-"""Consistency distillation on a Gaussian mixture, where f is no linear map: against the ODE solved finely."""
+"""Trains CD on a Gaussian mixture, where f is not linear, against a fine solution of the ODE."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ MEANS, SPREAD = torch.tensor([-0.6, 0.5]), 0.15
 
 
 def denoise(x: Tensor, sigma: Tensor, *, dropout_keys: object = None) -> Tensor:
-    """E[x0 | x] of two equally likely normals on the line, each coordinate by itself."""
+    """E[x0 | x] of a mixture of two equally likely normals, per coordinate."""
     variance = SPREAD**2 + sigma.view(-1, 1, 1) ** 2
     means = MEANS.to(x)
     share = torch.softmax(-((x[..., None] - means) ** 2) / (2 * variance), dim=-1)
@@ -34,7 +34,7 @@ def draw(count: int, seed: int) -> Tensor:
 
 
 def solved(x: Tensor, sigma: float, method: CD) -> Tensor:
-    """Where the ODE from x at sigma is at sigma_min: 2000 Heun steps in float64."""
+    """The solution at sigma_min of the ODE from x at sigma, by 2000 Heun steps in float64."""
     start = method.model_copy(update={"sigma_max": sigma})
     x = x.double()
     for t, s in itertools.pairwise(grid.karras_grid(start, 2001).flip(0)):
@@ -64,12 +64,12 @@ def test_cd_on_a_mixture_reaches_the_solved_trajectories_within_5_percent():
     student, steps = Network(), 3000
     target, average = copy.deepcopy(student), copy.deepcopy(student)
     loss, optimizer = build_loss(method, l2), torch.optim.Adam(student.parameters())
-    point = ScheduleValues(0, 0.0, num_scales=18, target_ema=0.5)
+    values = ScheduleValues(0, 0.0, num_scales=18, target_ema=0.5)
     for step in range(steps):
         random = BatchRandomness(step, tuple(range(512)), torch.device("cpu"))
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         optimizer.zero_grad()
-        loss(Networks(student, target, denoise), draw(512, step), point, random).mean().backward()
+        loss(Networks(student, target, denoise), draw(512, step), values, random).mean().backward()
         optimizer.step()
         follow(average, student, 0.99)
         follow(target, student, 0.5)

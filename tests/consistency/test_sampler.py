@@ -1,4 +1,4 @@
-"""Samplers against the closed form, and against their algorithms written out in float64 numpy."""
+"""Compares the samplers with closed forms, and with their algorithms in float64 numpy."""
 
 import itertools
 
@@ -15,7 +15,7 @@ SHAPE = (3, 4, 4)
 
 
 class Counted:
-    """A smooth denoiser that numpy can repeat, with the times it was asked for."""
+    """A smooth denoiser that numpy can compute too; it records the times of its calls."""
 
     def __init__(self) -> None:
         self.sigmas: list[float] = []
@@ -31,7 +31,7 @@ def numpy_denoise(x: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def noises(seed: int, number: int) -> list[np.ndarray]:
-    """The start noise and each step's of samples 0..2, as numpy."""
+    """The start noise and the noise of each step for samples 0..2, as numpy."""
     purposes = ["start"] + [f"step-{step}" for step in range(1, number + 1)]
     return [normal_like_samples(seed, range(3), SHAPE, purpose=purpose).double().numpy() for purpose in purposes]
 
@@ -61,7 +61,7 @@ def test_multistep_is_algorithm_1(steps: int, seed: int):
 
 
 def numpy_ode(name: str, steps: int, z: list[np.ndarray]) -> np.ndarray:
-    """Heun, Euler, DPM-2 and ancestral sampling of an EDM model, as their papers have them."""
+    """Heun, Euler, DPM-2 and ancestral sampling of an EDM model, as in their papers."""
     sigmas = [karras(i, steps - 1) for i in range(steps)] + [0.0]
     x = sigmas[0] * z[0]
     for number, (t, s) in enumerate(itertools.pairwise(sigmas), start=1):
@@ -103,13 +103,13 @@ def test_number_of_evaluations(method, steps: int, name):
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
 def test_pd_takes_eulers_steps_on_its_stages_grid_and_gives_the_last_estimate(steps: int):
-    """The grid of the student's training: N intervals of the Karras curve; at N = 1 the sample is D(T z, T)."""
+    """On the student's training grid, N intervals of the Karras curve; with N = 1 the sample is D(T z, T)."""
     (noise,) = noises(0, 0)
     times = [*(karras(index, steps) for index in range(steps)), 0.0]
     x = 80 * noise
     for t, s in itertools.pairwise(times):
         x = x + (s - t) * (x - numpy_denoise(x, t)) / t
-    # in float32 a step from 80 to 0 takes hundreds from hundreds: their last place is 1.5e-5
+    # a float32 step from 80 to 0 subtracts values in the hundreds, which have a spacing of 1.5e-5
     np.testing.assert_allclose(draw(PD(kind="pd", teacher="t"), steps, seed=0), x, rtol=1e-5, atol=4e-5)
 
 
@@ -176,7 +176,7 @@ def test_multistep_samples_of_an_exact_consistency_function_have_the_datas_momen
     sigmas = torch.tensor([80.0, 3.0, 0.7], dtype=torch.float64)
     given = sampler.multistep(data.consistency, fresh(0), sigmas, draw=fresh, sigma_min=0.002)
     covariance = data.axes * (data.variances + 0.002**2) @ data.axes.T
-    # T = 80 is not infinite: samples start without the data's mean, of which sqrt(S) / 80 < 1 % is lost.
+    # T = 80 is finite: samples start without the data's mean, of which sqrt(S) / 80 < 1 % is lost
     torch.testing.assert_close(torch.cov(given.T), covariance, rtol=0, atol=6 * 0.41 * (2 / count) ** 0.5)
     torch.testing.assert_close(given.mean(0), data.mean, rtol=0, atol=6 * (0.41 / count) ** 0.5 + 1e-5)
 

@@ -11,7 +11,7 @@ from cmscale.consistency.solver import STEPS, euler_step, heun_step
 
 
 def integrate(name: str, data: Gaussian, steps: int) -> float:
-    """The error at sigma = 0.02 of `steps` steps down from 20, against the closed form."""
+    """The error at sigma = 0.02 after `steps` steps from sigma = 20, against the closed form."""
     times = grid.karras_grid(EDM(kind="edm", sigma_min=0.02, sigma_max=20.0), steps + 1).flip(0)
     start = data.sample(64, seed=1) + 20.0 * torch.randn(64, 6, generator=torch.Generator().manual_seed(2)).double()
     x = start

@@ -1,4 +1,4 @@
-"""Small networks trained by sCT, sCD and progressive distillation reach what each must reach on Gaussian data."""
+"""Trains small networks by sCT, sCD and progressive distillation on Gaussian data, against closed forms."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ SD = 0.5
 
 
 class Affine(nn.Module):
-    """A raw network affine in x, its coefficients a learned function of the time it is told, with a weighting."""
+    """A raw network that is affine in x, with learned functions of c_noise as coefficients, and a weighting."""
 
     def __init__(self, log_tan: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class Affine(nn.Module):
         self.weighting = Weighting(DIMENSION)
         self.weighting.initialise()
 
-    def forward(self, x, told, *, labels=None, dropout_keys=None, weight_time=None):
-        raw = self.coefficients(self.log_tan(told)[:, None] / 2).view(-1, DIMENSION, DIMENSION + 1)
+    def forward(self, x, c_noise, *, labels=None, dropout_keys=None, weight_time=None):
+        raw = self.coefficients(self.log_tan(c_noise)[:, None] / 2).view(-1, DIMENSION, DIMENSION + 1)
         output = torch.einsum("bij,bj->bi", raw[..., :-1], x) + raw[..., -1]
         return output if weight_time is None else (output, self.weighting(weight_time))
 
@@ -45,14 +45,14 @@ class VectorFlow(TrigFlow):
     def __call__(self, x: Tensor, sigma: Tensor, **keywords: object) -> Tensor:
         image = lambda v: v[:, :, None, None]  # noqa: E731
 
-        def raw(x: Tensor, told: Tensor, **more: object) -> Tensor:
-            return image(self.raw(x[:, :, 0, 0], told, **more))
+        def raw(x: Tensor, c_noise: Tensor, **more: object) -> Tensor:
+            return image(self.raw(x[:, :, 0, 0], c_noise, **more))
 
         return TrigFlow(raw, self.sigma_data, self.time)(image(x), sigma)[:, :, 0, 0]
 
 
 class Teacher:
-    """The diffusion model of the data, as a raw network told 250 ln sigma: F = -raw."""
+    """The exact diffusion model of the data as a TrigFlow network."""
 
     def __init__(self, data: Gaussian) -> None:
         self.data = data
@@ -62,7 +62,7 @@ class Teacher:
         clean = self.data.denoise(SD * x / t.cos()[:, None], SD * t.tan())
         return ((t.cos()[:, None] * SD * x - clean) / (SD * t.sin()[:, None])).float()
 
-    weighted_flow = flow_and_rate = flow  # a teacher is asked for its flow alone
+    weighted_flow = flow_and_rate = flow  # unused: losses call only a teacher's flow
 
 
 @pytest.mark.parametrize("kind", ["sct", "scd"])
@@ -72,7 +72,7 @@ def test_continuous_training_reaches_the_consistency_function_within_5_percent(k
         if kind == "sct"
         else SCD(kind="scd", teacher="t", tangent_warmup_steps=300)
     )
-    log_tan = (lambda t: torch.log(torch.tan(t))) if kind == "sct" else (lambda told: told / 250 - math.log(SD))
+    log_tan = (lambda t: torch.log(torch.tan(t))) if kind == "sct" else (lambda c_noise: c_noise / 250 - math.log(SD))
     data, raw = Gaussian.random(DIMENSION, seed=0), Affine(log_tan)
     average = copy.deepcopy(raw)
     optimizer = torch.optim.Adam(raw.parameters())
@@ -114,7 +114,7 @@ class Denoiser(nn.Module):
 
 
 def test_one_distilled_step_is_the_teachers_whole_euler_chain():
-    """Four stages, N = 8 to 1: the last student's one step against 16 Euler steps of the exact denoiser."""
+    """Four stages, N = 8 to 1: one step of the last student against 16 Euler steps of the exact denoiser."""
     method = PD(kind="pd", teacher="t", start_scales=8, sigma_min=0.02, sigma_max=10.0)
     data, student, steps = Gaussian.random(DIMENSION, seed=0), Denoiser(), 900
     loss = build_loss(method, l2)
@@ -122,22 +122,22 @@ def test_one_distilled_step_is_the_teachers_whole_euler_chain():
     optimizer = torch.optim.Adam(student.parameters())
     begun = 0
     for step in range(steps):
-        point = schedules.for_method(method, step, learning_rate=0.0, total_steps=steps)
-        length = steps // 6 * (1 if (point.num_scales or 0) > 2 else 2)
+        values = schedules.for_method(method, step, learning_rate=0.0, total_steps=steps)
+        length = steps // 6 * (1 if (values.num_scales or 0) > 2 else 2)
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - (step - begun) / length)
         optimizer.zero_grad()
         random = BatchRandomness(step, tuple(range(256)), torch.device("cpu"))
         clean = data.sample(256, seed=step).float()
-        loss(Networks(student, target), clean, point, random).mean().backward()
+        loss(Networks(student, target), clean, values, random).mean().backward()
         optimizer.step()
-        if point.target_ema == 0.0:
+        if values.target_ema == 0.0:
             target, begun = copy.deepcopy(student).requires_grad_(False), step + 1
             optimizer = torch.optim.Adam(student.parameters())
-    assert point.num_scales == 1
+    assert values.num_scales == 1
     noise = torch.randn(4096, DIMENSION, generator=torch.Generator().manual_seed(1))
     chain = grid.karras_grid(method, 17).flip(0)
     landed = euler(data.denoise, noise.double(), chain)
-    # PD's sample is the last estimate: the teacher's chain, ending as a step of the student's does, at x~.
+    # PD's sample is the last estimate, which for the teacher's chain is x~
     top = 10.0 * noise.double()
     expected = top - 10.0 / (0.02 - 10.0) * (landed - top)
     found = sample(method, student, seed=0, indices=range(4096), shape=(DIMENSION,), noise=noise, clip=False).double()

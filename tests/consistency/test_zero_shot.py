@@ -1,4 +1,4 @@
-"""Editing keeps what each task promises to keep, measured on its result."""
+"""Tests that each editing task keeps what it must keep of its input."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SIZE = 16
 
 
 def denoise(x: torch.Tensor, sigma: torch.Tensor, **keywords: object) -> torch.Tensor:
-    """A consistency function of sorts: the identity at 0.002, lively and out of range elsewhere."""
+    """A stand-in for a consistency function: the identity at 0.002, elsewhere far from it and out of range."""
     weight = (sigma / (sigma + 0.1)).view(-1, 1, 1, 1)
     return (1 - weight) * x + weight * 1.5 * torch.sin(3 * x.flip(1))
 
@@ -54,7 +54,7 @@ def test_colorize_keeps_luminance_and_the_range_of_a_picture(seed: int):
 
 def test_colorize_looks_at_luminance_alone():
     gray = (edit.luminance(image()) / sum(edit.LUMINANCE)).expand_as(image()).float()
-    # Few steps: this lively denoiser multiplies a difference several times in each.
+    # few steps, as this denoiser multiplies a difference several times in each
     given, expected = (edit.colorize(chain(steps=4), each) for each in (gray, image()))
     torch.testing.assert_close(given, expected, rtol=0, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Owns the closed form: the denoiser and the probability flow of Gaussian data N(m, S), in float64."""
+"""Computes the denoiser and the probability flow of Gaussian data N(m, S) in closed form, in float64."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Data N(mean, U diag(variances) U^T) on vectors; `denoise` and `solve` are exact."""
+    """Vectors from N(mean, U diag(variances) U^T) with their exact `denoise` and `solve`."""
 
     mean: Tensor
     axes: Tensor
@@ -35,7 +35,7 @@ class Gaussian:
         return self._scaled(x.double(), self.variances / (self.variances + square)).to(x)
 
     def solve(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """x at s of the trajectory through x at t: m + sqrt((S + s^2) (S + t^2)^-1) (x - m)."""
+        """The point at time s of the trajectory through x at t: m + sqrt((S + s^2) (S + t^2)^-1) (x - m)."""
         ratio = (self.variances + s.double()[:, None] ** 2) / (self.variances + t.double()[:, None] ** 2)
         return self._scaled(x.double(), ratio.sqrt()).to(x)
 

@@ -1,4 +1,4 @@
-"""Small networks trained by each method on Gaussian data, whose consistency function is known."""
+"""Trains small networks by each method on Gaussian data, for which the consistency function is known."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ RANGE = {"sigma_min": 0.02, "sigma_max": 10.0}
 
 @dataclass(frozen=True)
 class BatchRandomness(SampleRandomness):
-    """Draws a whole batch from one generator: thousands of keyed generators would take the test's time."""
+    """Draws a whole batch from one generator, as one keyed generator per sample would be too slow here."""
 
     def _source(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * self.seed + len(purpose))
@@ -38,7 +38,7 @@ class BatchRandomness(SampleRandomness):
 
 
 class Polynomial(nn.Module):
-    """Chebyshev polynomials of ln sigma: learns everywhere at once, as CT's long chain of targets needs."""
+    """Chebyshev polynomials of ln sigma: they learn at all times at once, which CT's long chain of targets needs."""
 
     def __init__(self, outputs: int, degree: int = 8) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def perceptron(outputs: int) -> nn.Module:
 
 
 class Network(nn.Module):
-    """c_skip x + c_out F with F affine in x, its coefficients a learned function of ln sigma."""
+    """c_skip x + c_out F, where F is affine in x with learned functions of ln sigma as coefficients."""
 
     def __init__(self, build: Callable[[int], nn.Module], *, boundary: float) -> None:
         super().__init__()
@@ -81,22 +81,22 @@ class Recipe:
 
 
 def train(method: Method, data: Gaussian, recipe: Recipe) -> Network:
-    """Adam on the method's loss, with the method's own schedules; gives the average of the last weights."""
+    """Minimises the method's loss with Adam and the method's schedules; returns an EMA of the student."""
     student = Network(recipe.build, boundary=0.0 if isinstance(method, EDM) else method.sigma_min)
     target, average = copy.deepcopy(student), copy.deepcopy(student)
     huber = isinstance(method, (ICT, ECT))
     loss = build_loss(method, partial(pseudo_huber, c=0.03) if huber else l2)
     optimizer = torch.optim.Adam(student.parameters())
     for step in range(recipe.steps):
-        point = schedules.for_method(method, step, learning_rate=0.0, total_steps=recipe.steps)
-        networks = Networks(student, target if point.target_ema is not None else None, data.denoise)
+        values = schedules.for_method(method, step, learning_rate=0.0, total_steps=recipe.steps)
+        networks = Networks(student, target if values.target_ema is not None else None, data.denoise)
         random = BatchRandomness(step, tuple(range(recipe.batch)), torch.device("cpu"))
         optimizer.param_groups[0]["lr"] = recipe.rate * min(1.0, 2 * (1 - step / recipe.steps))
         optimizer.zero_grad()
-        loss(networks, data.sample(recipe.batch, seed=step).float(), point, random).mean().backward()
+        loss(networks, data.sample(recipe.batch, seed=step).float(), values, random).mean().backward()
         optimizer.step()
         follow(average, student, 0.997)
-        follow(target, student, point.target_ema or 0.0)
+        follow(target, student, values.target_ema or 0.0)
     return average
 
 
@@ -108,7 +108,7 @@ def follow(average: nn.Module, network: nn.Module, rate: float) -> None:
 
 @torch.no_grad()
 def relative_error(network: Network, data: Gaussian, sigma: float) -> float:
-    """Root mean square error of f(x + sigma z, sigma), over the spread of what it should give."""
+    """Root mean square error of f(x + sigma z, sigma), relative to the standard deviation of the exact f."""
     source = torch.Generator().manual_seed(99)
     x = data.sample(4096, seed=98)
     x = x + sigma * torch.randn(x.shape, generator=source, dtype=torch.float64)

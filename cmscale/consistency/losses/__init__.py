@@ -1,4 +1,4 @@
-"""The training losses, one file per method, and the one place that turns a method's config into its loss."""
+"""Builds the training loss of a method from its config; there is one file per method."""
 
 from typing import Never
 
@@ -22,7 +22,7 @@ def build_loss(method: AnyMethod, distance: Distance | None) -> Loss:
     """The loss of a method.
 
     Args:
-        distance: `build_distance` of the same method; None for a method whose loss has its own.
+        distance: The result of `build_distance` for the same method.
     """
     match method:
         case EDM():
@@ -41,7 +41,7 @@ def build_loss(method: AnyMethod, distance: Distance | None) -> Loss:
             return SCTLoss(method)
         case SCD():
             return SCDLoss(method)
-    _refuse(method)
+    return _refuse(method)
 
 
 def _required(distance: Distance | None) -> Distance:
@@ -50,6 +50,6 @@ def _required(distance: Distance | None) -> Distance:
 
 
 def _refuse(method: Never) -> Never:
-    """For the type checker the match above is exhaustive; whoever runs without it reads which case is missing."""
+    """Lets the type checker prove the match exhaustive; at run time it names the missing case."""
     name = type(method).__name__
     raise TypeError(f"method {name}: no case in cmscale/consistency/losses/__init__.py; see ops/adding_a_method.md")

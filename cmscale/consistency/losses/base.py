@@ -1,4 +1,4 @@
-"""Defines what a loss is, and how a loss draws neighbouring times."""
+"""Defines the interface of a loss, and how losses draw neighbouring times."""
 
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from cmscale.rng import SampleRandomness
 
 
 class Loss(Protocol):
-    """A method's loss: (networks, clean [B, C, H, W] in [-1, 1], values, random) -> loss per sample [B], float32."""
+    """(networks, clean [B, C, H, W] in [-1, 1], scheduled values, randomness) -> loss per sample [B], float32."""
 
     def __call__(
         self, networks: Networks, clean: Tensor, values: ScheduleValues, random: SampleRandomness

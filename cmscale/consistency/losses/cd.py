@@ -1,4 +1,4 @@
-"""The loss of CD: neighbours on the teacher's trajectory (Song et al. 2023, algorithm 2)."""
+"""The loss of CD: neighbouring times on the teacher's trajectory (Song et al. 2023, algorithm 2)."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class CDLoss:
     """d(f(x_{n+1}, t_{n+1}), f-(x_n, t_n)), x_{n+1} = x + t_{n+1} z; Consistency Models, equation 7.
 
     x_n is one step of the ODE solver with the teacher from x_{n+1}. Student and target get the same dropout keys; the
-    teacher drops nothing. The weight lambda is 1, as in the paper.
+    teacher has no dropout. The weight lambda is 1, as in the paper.
     """
 
     method: CD
@@ -33,5 +33,5 @@ class CDLoss:
         noisy = clean + expand_as(upper, clean) * noise
         with torch.no_grad():
             less_noisy = STEPS[self.method.solver](networks.teacher, noisy, upper, lower)
-            aim = evaluate(networks.target_or_student, less_noisy, lower, dropout_keys=keys)
-        return self.distance(evaluate(networks.student, noisy, upper, dropout_keys=keys), aim)
+            target = evaluate(networks.target_or_student, less_noisy, lower, dropout_keys=keys)
+        return self.distance(evaluate(networks.student, noisy, upper, dropout_keys=keys), target)

@@ -1,4 +1,4 @@
-"""What the losses of sCT and sCD share: continuous-time consistency training with TrigFlow (arXiv 2410.11081).
+"""The loss that sCT and sCD share: continuous-time consistency training with TrigFlow (arXiv 2410.11081).
 
 With x_t = cos(t) x_0 + sin(t) z and f = cos(t) x_t - sin(t) sd F:
 
@@ -25,7 +25,7 @@ from cmscale.rng import SampleRandomness
 
 @runtime_checkable
 class Flow(Protocol):
-    """A network as F(x_t / sd, t): its value, its value with the learned weighting, and its rate along a slope."""
+    """A network F(x_t / sd, t): its value, its value with the learned weighting, and its derivative along a slope."""
 
     def flow(self, x: Tensor, t: Tensor, *, dropout_keys: object = None) -> Tensor: ...
     def weighted_flow(self, x: Tensor, t: Tensor, *, dropout_keys: object = None) -> tuple[Tensor, Tensor]: ...
@@ -39,7 +39,7 @@ def tangent(
 ) -> Tensor:
     """g = -cos^2(t) (sd F - dx/dt) - r (cos(t) sin(t) x + sd rate), rate = cos(t) sin(t) dF/dt; sCM, algorithm 1.
 
-    At r = 1 it is cos(t) df/dt. r warms up from 0, where g is the diffusion model's own residual.
+    At r = 1 it is cos(t) df/dt; at r = 0, where the warm-up starts, it is the residual of the diffusion model.
     """
     cos, sin = expand_as(t.cos(), x), expand_as(t.sin(), x)
     return -(cos**2) * (sigma_data * flow - slope) - ratio * (cos * sin * x + sigma_data * rate)
@@ -49,7 +49,7 @@ def tangent(
 class ContinuousLoss(ABC):
     """e^{w(t)} / D ||F - F- - g / (||g|| + c)||^2 - w(t), ln(sd tan t) ~ N(Pm, Ps^2); sCM, equation 8.
 
-    F- is the student without gradient. Subclasses give dx_t/dt.
+    F- is the student without gradient. Subclasses define dx_t/dt.
     """
 
     method: SCT | SCD

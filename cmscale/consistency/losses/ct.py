@@ -1,4 +1,4 @@
-"""The loss of CT: neighbours on the line x + t z (Song et al. 2023, algorithm 3)."""
+"""The loss of CT: neighbouring times on the line x + t z (Song et al. 2023, algorithm 3)."""
 
 from dataclasses import dataclass
 
@@ -32,8 +32,8 @@ class CTLoss:
         noisy = clean + expand_as(upper, clean) * noise
         with torch.no_grad():
             less_noisy = clean + expand_as(lower, clean) * noise
-            aim = evaluate(networks.target_or_student, less_noisy, lower, dropout_keys=keys)
-        distance = self.distance(evaluate(networks.student, noisy, upper, dropout_keys=keys), aim)
+            target = evaluate(networks.target_or_student, less_noisy, lower, dropout_keys=keys)
+        distance = self.distance(evaluate(networks.student, noisy, upper, dropout_keys=keys), target)
         if self.method.weighting == "inverse_gap":
             return distance / (upper - lower).to(distance)
         return distance

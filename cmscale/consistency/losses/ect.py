@@ -21,7 +21,7 @@ def ect_lower_time(time: Tensor, *, stage: int, q: float, k: float, b: float) ->
 
 @dataclass(frozen=True)
 class ECTLoss:
-    """d(f(x + t z, t), sg f(x + r z, r)) / (t - r), ln t ~ N(Pm, Ps^2); r = 0: target x; ECT, section 3."""
+    """d(f(x + t z, t), sg f(x + r z, r)) / (t - r), ln t ~ N(Pm, Ps^2); the target is x where r = 0; ECT, section 3."""
 
     method: ECT
     distance: Distance
@@ -34,10 +34,11 @@ class ECTLoss:
         noise = random.noise(clean.shape[1:]).to(clean)
         keys = random.dropout_keys()
         with torch.no_grad():
-            # Every sample is evaluated, even where r = 0 makes the clean image the target: if one rank skipped
-            # the pass, the others would block in its collectives (ZeRO-3).
-            safe = torch.where(lower > 0, lower, upper)
-            aim = evaluate(networks.target_or_student, clean + expand_as(safe, clean) * noise, safe, dropout_keys=keys)
-            aim = torch.where(expand_as(lower, clean) > 0, aim, clean)
+            # The network is evaluated even if r = 0 makes the clean image every target: if one rank skipped the pass,
+            # the others would block in its collectives (ZeRO-3).
+            time = torch.where(lower > 0, lower, upper)
+            noisy = clean + expand_as(time, clean) * noise
+            target = evaluate(networks.target_or_student, noisy, time, dropout_keys=keys)
+            target = torch.where(expand_as(lower, clean) > 0, target, clean)
         estimate = evaluate(networks.student, clean + expand_as(upper, clean) * noise, upper, dropout_keys=keys)
-        return self.distance(estimate, aim) / (upper - lower).to(clean)
+        return self.distance(estimate, target) / (upper - lower).to(clean)

@@ -17,7 +17,7 @@ from cmscale.rng import SampleRandomness
 class EDMLoss:
     """lambda(s) d(D(x + s z, s), x), lambda = 1/s^2 + 1/sd^2, ln s ~ N(Pm, Ps^2); EDM, section 5.
 
-    d is the mean square over the image, as in the released codes.
+    d is the mean square over the image, as in the released code.
     """
 
     method: EDM

@@ -31,6 +31,6 @@ class ICTLoss:
         keys = random.dropout_keys()
         with torch.no_grad():
             less_noisy = clean + expand_as(lower, clean) * noise
-            aim = evaluate(networks.target_or_student, less_noisy, lower, dropout_keys=keys)
+            target = evaluate(networks.target_or_student, less_noisy, lower, dropout_keys=keys)
         estimate = evaluate(networks.student, clean + expand_as(upper, clean) * noise, upper, dropout_keys=keys)
-        return self.distance(estimate, aim) / (upper - lower).to(clean)
+        return self.distance(estimate, target) / (upper - lower).to(clean)

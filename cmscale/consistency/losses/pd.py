@@ -1,6 +1,6 @@
-"""The loss of progressive distillation: two of the teacher's steps become one (arXiv 2202.00512).
+"""The loss of progressive distillation: one step of the student replaces two of the teacher (arXiv 2202.00512).
 
-The teacher of a stage is the `target` network: it is constant within a stage and becomes the student at its end.
+The stage's teacher is the `target` network: constant within a stage, replaced by the student at its end.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from cmscale.rng import SampleRandomness
 
 @dataclass(frozen=True)
 class PDLoss:
-    """lambda d(D(x_t, t), x~), x~ what D must be for one Euler step t -> u to land where two of the teacher's do.
+    """lambda d(D(x_t, t), x~), where x~ makes one Euler step t -> u end where two Euler steps of the teacher end.
 
-    t and u are neighbours on the Karras grid of N intervals, the teacher stops halfway between them on the curve, as
-    the released consistency code has it. lambda = max(1 / t^2, 1), the truncated signal-to-noise ratio (Salimans and
-    Ho 2022, equation 9), or 1.
+    t and u are neighbours on the Karras grid of N intervals; the teacher's first step ends halfway between them on the
+    Karras curve, as in the released consistency code. lambda = max(1 / t^2, 1), the truncated signal-to-noise ratio
+    (Salimans and Ho 2022, equation 9), or 1.
     """
 
     method: PD
@@ -38,10 +38,10 @@ class PDLoss:
         noisy = clean + expand_as(upper, clean) * random.noise(clean.shape[1:]).to(clean)
         with torch.no_grad():
             halfway = euler_step(networks.target, noisy, upper, middle)
-            landed = euler_step(networks.target, halfway, middle, lower)
-            aim = noisy - expand_as(upper / (lower - upper), clean) * (landed - noisy)
+            end = euler_step(networks.target, halfway, middle, lower)
+            target = noisy - expand_as(upper / (lower - upper), clean) * (end - noisy)
         estimate = evaluate(networks.student, noisy, upper, dropout_keys=random.dropout_keys())
-        found = self.distance(estimate, aim)
+        distance = self.distance(estimate, target)
         if self.method.weighting == "uniform":
-            return found
-        return (1 / upper**2).clamp(min=1).to(found) * found
+            return distance
+        return (1 / upper**2).clamp(min=1).to(distance) * distance
