@@ -1,4 +1,4 @@
-"""Owns what a command means by SOURCE: a run, a checkpoint, exported weights, an OpenAI `.pt`."""
+"""Loads a SOURCE of trained weights: a run, a checkpoint, exported weights, or an OpenAI `.pt`."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
 @dataclass(frozen=True)
 class Source:
-    """A trained network: its config, its weights (OpenAI's names, float32, on the CPU), and where they come from."""
+    """A trained network: its config, its weights (OpenAI's names, float32, on the CPU), and their origin."""
 
     origin: str
     config: Config
@@ -34,7 +34,7 @@ class Source:
     run_dir: Path | None = None
 
     def denoiser(self, device: torch.device) -> Denoise:
-        """The network in evaluation mode on a device, preconditioned as its method has it."""
+        """The network in evaluation mode on a device, with its method's preconditioning."""
         network = build_unet(self.config.model)
         network.load_state_dict(self.weights)
         network.to(device).eval().requires_grad_(False)
@@ -42,7 +42,7 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights and of what turns them into samples."""
+        """Hash of the weights and of the method's settings."""
         method = self.config.method.model_dump_json()
         return hashlib.sha256(f"{method} {weights_fingerprint(self.weights)}".encode()).hexdigest()
 
@@ -52,7 +52,7 @@ class Source:
 
 
 def weights_fingerprint(weights: dict[str, torch.Tensor]) -> str:
-    """Hash of named tensors, whatever their order."""
+    """Hash of named tensors, independent of their order."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -61,7 +61,7 @@ def weights_fingerprint(weights: dict[str, torch.Tensor]) -> str:
 
 
 def dataset_of(source: Source) -> DatasetManifest | None:
-    """The manifest of the data that a source was trained on, where it can still be reached."""
+    """The manifest of the data that a source was trained on; None if it can't be read any more."""
     try:
         return read_dataset_manifest(open_storage(source.config.data.path))
     except (UserError, ConnectionError):
@@ -79,17 +79,17 @@ def load_source(
     """Reads a SOURCE (local path or `s3://`).
 
     Args:
-        weights: An EMA's name, or `master` for the trained weights themselves; the first EMA by default.
-        step: Of a run, the checkpoint's step; the newest by default.
-        config: The config file for weights that carry none (OpenAI's `.pt`).
-        overrides: `key=value` on top of it.
+        weights: Name of an EMA, or `master` for the weights without averaging; the first EMA by default.
+        step: Step of a run's checkpoint; the newest by default.
+        config: Config file for weights without one (OpenAI's `.pt`).
+        overrides: `key=value` overrides of that file.
 
     Raises:
-        UserError: nothing there that is a SOURCE, no such step or weights, or weights of another network.
+        UserError: there is no SOURCE, no such step or weights, or the weights do not fit the config.
     """
     if origin.endswith((".pt", ".pth")):
         if config is None:
-            raise UserError(f"{origin}: OpenAI weights carry no config; give --config CONFIG [key=value ...]")
+            raise UserError(f"{origin}: OpenAI's files hold no config; give --config CONFIG [key=value ...]")
         settings = read_config(config, list(overrides))
         return Source(origin, settings, read_openai(local_file(origin), settings.model), "imported", 0)
     storage = open_storage(origin)
@@ -99,11 +99,11 @@ def load_source(
         settings = read_config(config, list(overrides))
         return Source(origin, settings, read_diffusers(storage, model=settings.model)[0], "imported", 0)
     if config is not None or overrides:
-        raise UserError(f"--config: {origin} has its own config; --config is for weights that carry none")
+        raise UserError(f"--config: {origin} has its own config; leave out --config and key=value")
     if is_file or is_diffusers:
         state, card = read_safetensors(local_file(origin)) if is_file else read_diffusers(storage)
         if not card:
-            raise UserError(f"{origin}: carries no config; give --config CONFIG [key=value ...]")
+            raise UserError(f"{origin}: holds no config; give --config CONFIG [key=value ...]")
         settings = parse_config(card["config"], origin=origin)
         return Source(origin, settings, state, card["weights"], int(card["step"]))
     if storage.read_if_present(CHECKPOINT_MANIFEST) is not None:
@@ -112,27 +112,29 @@ def load_source(
 
 
 def load_teacher(config: Config) -> dict[str, torch.Tensor]:
-    """Weights of the diffusion model that `method.teacher` names; OpenAI's `.pt` is taken for one of this network.
+    """Weights of the diffusion model `method.teacher`; an OpenAI `.pt` is read with the config's model section.
 
     Raises:
-        UserError: it is no diffusion model, or another network.
+        UserError: it is not a diffusion model, or another network.
     """
-    choice = config.method.teacher_choice
-    assert choice is not None, f"{config.method.kind} names no teacher"
-    if choice.source.endswith((".pt", ".pth")):
-        return read_openai(local_file(choice.source), config.model)
-    teacher = load_source(choice.source, weights=choice.weights_name)
+    setting = config.method.teacher_choice
+    assert setting is not None, f"{config.method.kind} has no teacher"
+    if setting.source.endswith((".pt", ".pth")):
+        return read_openai(local_file(setting.source), config.model)
+    teacher = load_source(setting.source, weights=setting.weights_name)
     if not teacher.config.method.facts.can_teach:
         kind = teacher.config.method.kind
-        raise UserError(f"method.teacher: {choice.source} is of kind {kind}; a diffusion model (edm) is needed")
-    mine, its = (trajectory_of(section) for section in (config.model, teacher.config.model))
-    if different := differences(its, mine):
-        raise UserError(f"method.teacher: {choice.source} is another network: {'; '.join(different)}")
+        raise UserError(f"method.teacher: {setting.source} has method.kind {kind}; give a diffusion model (edm)")
+    if different := differences(network_settings(teacher.config.model), network_settings(config.model)):
+        raise UserError(
+            f"method.teacher: {setting.source} is another network ({'; '.join(different)}); "
+            "change the model section to the teacher's"
+        )
     return teacher.weights
 
 
-def trajectory_of(model: Model) -> dict[str, object]:
-    """What must be alike in two networks for one to start from the other's weights."""
+def network_settings(model: Model) -> dict[str, object]:
+    """The settings that must be equal for one network to start from the weights of another."""
     return {f"model.{key}": value for key, value, operational in leaves(model) if not operational and key != "dropout"}
 
 
@@ -144,8 +146,8 @@ def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:
     if step is not None and step not in steps:
         raise UserError(f"{origin}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     chosen = steps[-1] if step is None else step
-    local = None if origin.startswith("s3://") else Path(origin)
-    return _read_checkpoint(storage.join(f"checkpoints/{step_name(chosen)}"), weights=weights, run_dir=local)
+    url = storage.join(f"checkpoints/{step_name(chosen)}")
+    return _read_checkpoint(url, weights=weights, run_dir=storage.local_path(""))
 
 
 def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) -> Source:
@@ -155,7 +157,8 @@ def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) 
     name = weights or settings.ema.names[0]
     if name not in manifest.quantities:
         known = [quantity for quantity in manifest.quantities if not quantity.startswith("exp_avg")]
-        raise UserError(f"{origin}: no weights {name!r}; there are {', '.join(known)}")
-    if run_dir is None and not origin.startswith("s3://") and Path(origin).parent.name == "checkpoints":
-        run_dir = Path(origin).parent.parent
+        raise UserError(f"{origin}: no weights {name!r}; choose from {', '.join(known)}")
+    folder = storage.local_path("")
+    if run_dir is None and folder is not None and folder.parent.name == "checkpoints":
+        run_dir = folder.parent.parent
     return Source(origin, settings, without_weighting(read_weights(origin, name)), name, manifest.state.step, run_dir)

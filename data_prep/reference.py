@@ -31,8 +31,9 @@ from cmscale.evaluation.reference.reference import (
     write_edm,
     write_reference,
 )
+from cmscale.io.durable import explained
 from cmscale.io.fetch import local_file
-from cmscale.io.storage import explained, open_storage
+from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import read_dataset_manifest
 
 # How a format's files are called, and the features whose statistics they hold.

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from cmscale.data.formats import shard_format
 from cmscale.errors import UserError
-from cmscale.io.storage import ArrivedChanged, Storage, open_storage
+from cmscale.io.protocol import ArrivedChanged, Storage
+from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
 from data_prep.making.preparation import PREPARATION, PreparationDocument
 from data_prep.making.progress import ProgressCounter

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
+from cmscale.io.durable import explained
 from cmscale.io.fetch import file_sha256
-from cmscale.io.locks import hold
-from cmscale.io.storage import ArrivedChanged, Storage, explained
+from cmscale.io.locks import LockTimeout, hold
+from cmscale.io.protocol import ArrivedChanged, Storage
 from cmscale.runs.manifests import FileEntry
 
 ATTEMPTS = 4
@@ -213,5 +214,9 @@ def _locked(path: Path) -> Iterator[None]:
         raise UserError(
             f"data.cache_dir: cannot write to {path.parent} ({error.strerror}); name another folder"
         ) from error
-    with hold(path, timeout=60 * LOCK_MINUTES, what="data.cache_dir"):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(path, timeout=60 * LOCK_MINUTES, what="data.cache_dir"))
+        except LockTimeout as error:
+            raise RuntimeError(str(error)) from None  # a fault of the node, not the user's mistake
         yield

@@ -18,8 +18,8 @@ from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine
 from cmscale.engine.export import Exporter
 from cmscale.errors import UserError
+from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.fetch import file_sha256
-from cmscale.io.storage import explained, replace_durably, sync_folder
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name, step_of
 from cmscale.runs.log import write_event

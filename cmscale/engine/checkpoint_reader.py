@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from cmscale.errors import UserError
 from cmscale.io.fetch import file_sha256, local_file
-from cmscale.io.storage import LocalStorage, Storage, local_copy, open_storage
+from cmscale.io.storage import Storage, local_copy, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
 from cmscale.runs.manifests import CheckpointManifest, RankPart, is_plain_name, read_document
@@ -108,15 +108,15 @@ def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
     manifest = read_manifest(storage)
     if quantity not in manifest.quantities:
         raise UserError(f"{storage.url}: holds no {quantity!r}, only {', '.join(manifest.quantities)}")
-    problems = (
-        verify_checkpoint(url) if isinstance(storage, LocalStorage) else layout_problems(manifest, origin=storage.url)
-    )
+    is_local = storage.local_path("") is not None
+    problems = verify_checkpoint(url) if is_local else layout_problems(manifest, origin=storage.url)
     if problems:
         raise UserError(problems[0])
     flat = torch.empty(manifest.num_elements)
     for part in manifest.parts:
-        where = storage.join(part.file.name)
-        path = where if isinstance(storage, LocalStorage) else local_file(f"{where}#sha256={part.file.sha256}")
+        path = storage.local_path(part.file.name)
+        if path is None:
+            path = local_file(f"{storage.join(part.file.name)}#sha256={part.file.sha256}")
         with safe_open(path, framework="pt") as file:
             values = file.get_tensor(quantity)
         for segment in part.segments:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest
 from cmscale.io.fetch import file_sha256
-from cmscale.io.storage import ArrivedChanged, LocalStorage, S3Storage, Storage, local_copy, open_storage
+from cmscale.io.local import LocalStorage
+from cmscale.io.protocol import ArrivedChanged
+from cmscale.io.storage import Storage, local_copy, open_storage
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_name
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import FileEntry
@@ -124,8 +126,7 @@ class Exporter:
         try:
             storage = exported_run(self._run, self._export_to)
             if not self._scanned:
-                if isinstance(storage, S3Storage):
-                    storage.abort_uploads()
+                storage.abort_uploads()
                 self._forget({listed.step for listed in list_checkpoints(storage.url)})
                 self._scanned = True
             for step in sorted(self.waiting()):

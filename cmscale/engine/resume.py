@@ -10,7 +10,7 @@ from cmscale.distributed.world import World
 from cmscale.engine.checkpoint_reader import FlatReader, layout_problems, part_problems, read_manifest
 from cmscale.engine.engine import Engine
 from cmscale.errors import UserError
-from cmscale.io.storage import LocalStorage
+from cmscale.io.local import LocalStorage
 from cmscale.runs.checkpoints import named_steps
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.log import read_lines, write_event

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from cmscale.evaluation.features.extractor import Features
-from cmscale.io.storage import replace_durably
+from cmscale.io.durable import replace_durably
 
 BLOCK = 128
 

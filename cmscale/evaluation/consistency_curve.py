@@ -12,7 +12,7 @@ from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
-from cmscale.io.storage import replace_durably
+from cmscale.io.durable import replace_durably
 from cmscale.model.denoiser import EDMDenoiser
 from cmscale.model.unet import build_unet
 from cmscale.runs.folder import RunDir

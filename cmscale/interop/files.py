@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
-from cmscale.io.storage import LocalStorage, Storage, explained, local_copy, open_parent, open_storage, sync_folder
+from cmscale.io.durable import explained, sync_folder
+from cmscale.io.storage import Storage, local_copy, open_parent, open_storage
 
 
 def located(source: str | Path) -> tuple[Storage, str]:
@@ -32,7 +33,7 @@ def readable(storage: Storage, key: str) -> Iterator[Path]:
         try:
             path = stack.enter_context(local_copy(storage, key))
         except FileNotFoundError:
-            what = "file" if isinstance(storage, LocalStorage) else "object"
+            what = "object" if storage.local_path(key) is None else "file"
             raise UserError(f"{storage.join(key)}: no such {what}") from None
         yield path
 
@@ -44,7 +45,7 @@ def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
     Raises:
         UserError: no room, or not allowed to write.
     """
-    target = storage.root / key if isinstance(storage, LocalStorage) else None
+    target = storage.local_path(key)
     parent = None if target is None else target.parent
     with explained(target or Path(tempfile.gettempdir())):
         if parent is not None:

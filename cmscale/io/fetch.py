@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
+from cmscale.io.durable import replace_durably
 from cmscale.io.locks import hold
-from cmscale.io.storage import open_parent, replace_durably
+from cmscale.io.storage import open_parent
 
 DOWNLOAD_MINUTES = 30.0
 
@@ -24,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def local_file(url: str) -> Path:
-    """The path of a local file, or of the cached copy of an `s3://` object.
+    """The path of a local file, or of the cached copy of an object of a storage.
 
     Where several processes of a node ask at once, one downloads. A cached copy is used while the object keeps its
     ETag and the copy keeps the hash it had after the download.
@@ -34,13 +35,13 @@ def local_file(url: str) -> Path:
     """
     plain, _, fragment = url.partition("#")
     expected = fragment.removeprefix("sha256=") if fragment else None
-    if not plain.startswith("s3://"):
-        path = Path(plain.removeprefix("file://"))
+    storage, key = open_parent(plain)
+    path = storage.local_path(key)
+    if path is not None:
         if not path.is_file():
             raise UserError(f"{plain}: no such file")
         _check(path, expected, url=plain)
         return path
-    storage, key = open_parent(plain)
     entry = next((entry for entry in storage.list(key) if entry.key == key), None)
     if entry is None:
         raise UserError(f"{plain}: no such object")

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from cmscale.errors import UserError
-from cmscale.io.storage import explained
+from cmscale.io.durable import explained
 
 _POLL_SECONDS = 0.02
 # Lustre mounted without `-o flock`, some FUSE and NFS mounts.

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from cmscale.errors import UserError
+from cmscale.io.durable import replace_durably
 from cmscale.io.image_files import MAX_IMAGE_PIXELS
-from cmscale.io.storage import replace_durably
 
 
 def to_uint8(images: torch.Tensor, *, nearest: bool = False) -> torch.Tensor:

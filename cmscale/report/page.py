@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from cmscale.io.storage import replace_durably
+from cmscale.io.durable import replace_durably
 from cmscale.report.facts import RunFacts, read_facts
 from cmscale.report.paper import PAPER
 from cmscale.report.plots import Curve, time_curve, training_curve

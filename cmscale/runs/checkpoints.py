@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from cmscale.io.local import LocalStorage
 from cmscale.io.storage import Storage, open_storage
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 
@@ -19,8 +20,10 @@ def committed_steps(run: RunDir | Storage | str | Path) -> list[int]:
         run: The run: its folder, a URL, or the storage of either.
     """
     if isinstance(run, RunDir):
-        run = run.root
-    checkpoints = (open_storage(run) if isinstance(run, str | Path) else run).sub("checkpoints")
+        run = LocalStorage(run.root)
+    elif isinstance(run, str | Path):
+        run = open_storage(run)
+    checkpoints = run.sub("checkpoints")
     folder = checkpoints.local_path("")
     if folder is not None:  # a launcher asks every few seconds: nothing but the manifests is looked at
         names = [manifest.parent.name for manifest in folder.glob(f"step-*/{CHECKPOINT_MANIFEST}")]

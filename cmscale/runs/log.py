@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cmscale.io.storage import explained, sync_folder
+from cmscale.io.durable import explained, sync_folder
 from cmscale.runs.append import append
 from cmscale.runs.folder import RunDir
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from cmscale.data.formats import shard_format
 from cmscale.errors import UserError
 from cmscale.io.locks import hold
-from cmscale.io.storage import Storage, open_storage
+from cmscale.io.protocol import Storage
+from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import (
     DATASET_MANIFEST,
     DatasetManifest,

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from cmscale.data.decode import BadImage
 from cmscale.data.formats import sample_key, shard_format
+from cmscale.io.durable import explained, sync_folder
 from cmscale.io.fetch import file_sha256
-from cmscale.io.storage import Storage, explained, sync_folder
+from cmscale.io.protocol import Storage
 from cmscale.runs.manifests import DatasetFormat, Document, Encoding, Preprocess, ShardEntry
 from data_prep.making.convert import convert
 

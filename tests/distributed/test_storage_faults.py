@@ -13,7 +13,8 @@ from small_runs import CHECKOUT, assert_equal, events, launch, make_data, make_r
 
 from cmscale.engine.checkpoint_reader import list_checkpoints, verify_checkpoint
 from cmscale.engine.export import Exporter
-from cmscale.io.storage import S3Storage, open_storage
+from cmscale.io.s3 import S3Storage
+from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from cmscale.weights_export import finish_copies
 
@@ -75,7 +76,7 @@ def test_an_exporter_killed_in_a_multipart_upload_shows_nothing_and_the_next_end
         from boto3.s3.transfer import TransferConfig
         from cmscale.engine.export import export_pending
         from cmscale.runs.folder import RunDir
-        from cmscale.io.storage import S3Storage
+        from cmscale.io.s3 import S3Storage
 
         def upload(self, key, path):  # in parts, as only large files go
             in_parts = TransferConfig(multipart_threshold=1, multipart_chunksize=5 * 2**20)

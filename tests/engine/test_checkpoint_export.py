@@ -12,7 +12,9 @@ from cmscale.engine.checkpoint import Checkpoints, claim_generation
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
 from cmscale.engine.export import DamagedUpload, Exporter, export_checkpoint, export_pending, pending_exports
 from cmscale.errors import UserError
-from cmscale.io.storage import LocalStorage, S3Storage, open_storage
+from cmscale.io.local import LocalStorage
+from cmscale.io.s3 import S3Storage
+from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines
 from cmscale.runs.manifests import TrainState

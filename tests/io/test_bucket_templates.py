@@ -13,7 +13,7 @@ import boto3.session
 import pytest
 from botocore.exceptions import ClientError
 
-from cmscale.io.storage import S3Storage
+from cmscale.io.s3 import S3Storage
 
 TEMPLATES = Path(__file__).parents[2] / "ops" / "templates"
 

@@ -1,22 +1,31 @@
-"""Promises of the storage: whole or not at all, conditional writes, and one line for what a user got wrong."""
+"""Storages: an object is whole or absent, conditional writes have one winner, a user's mistakes are one line."""
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import memory_storage
 import pytest
+from memory_storage import MemoryStorage
 
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
-from cmscale.io.storage import LocalStorage, Storage, open_parent, open_storage
+from cmscale.io.local import LocalStorage
+from cmscale.io.storage import Storage, open_parent, open_storage
 
 
-@pytest.fixture(params=["local", "s3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """A fresh storage of either kind, one level below its root."""
-    if request.param == "local":
-        return open_storage(tmp_path / "root").sub("inner")
-    return open_storage(request.getfixturevalue("s3")).sub("inner")
+@pytest.fixture(params=["local", "s3", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    """A fresh storage of each kind, one level below its root."""
+    match request.param:
+        case "local":
+            yield open_storage(tmp_path / "root").sub("inner")
+        case "s3":
+            yield open_storage(request.getfixturevalue("s3")).sub("inner")
+        case "memory":  # what other tests take for a third kind keeps the same promises
+            yield MemoryStorage("root").sub("inner")
+            memory_storage.clear()
 
 
 def test_what_is_written_is_read(storage: Storage, tmp_path: Path) -> None:
@@ -32,7 +41,7 @@ def test_what_is_written_is_read(storage: Storage, tmp_path: Path) -> None:
     assert storage.sub("a").read("b") == b"two"
 
 
-def test_absence_is_said_alike(storage: Storage, tmp_path: Path) -> None:
+def test_every_storage_reports_absence_in_the_same_way(storage: Storage, tmp_path: Path) -> None:
     assert storage.read_if_present("nothing") is None
     with pytest.raises(FileNotFoundError):
         storage.read("nothing")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cmscale.io.storage import Entry, LocalStorage
+from cmscale.io.local import LocalStorage
+from cmscale.io.protocol import Entry
 from cmscale.runs.checkpoints import committed_steps, named_steps
 from cmscale.runs.folder import RunDir
 

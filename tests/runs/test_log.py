@@ -16,7 +16,8 @@ from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, latest_metrics, read_lines, write_event
 from cmscale.training.wandb_mirror import MetricsLog
-from launchers import outcome
+from launchers.judge import Attempt
+from launchers.submission import Submission
 
 
 @pytest.fixture
@@ -60,8 +61,7 @@ def test_no_writer_of_events_adds_to_a_line_cut_by_a_crash(run: RunDir, writer: 
             code += f"({str(run.events)!r}, {{'event': 'fault', 'step': 5}}, durable=True)"
             subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
         case "launcher":
-            attempt = outcome.Attempt("fault", "why", 5)
-            outcome.write_event(run, "fault", attempt, folder=tmp_path, why="why")
+            Submission(run, "one").report("fault", Attempt("fault", "why", 5), why="why")
     assert [(record["event"], record.get("step")) for record in read_lines(run.events)] == [
         ("start", None),
         ("fault", 5),

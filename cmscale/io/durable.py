@@ -1,0 +1,60 @@
+"""Writes local files and names so that a crash at any moment leaves the old state or the new one."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cmscale.errors import UserError
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns errors of the file system that a user can mend into UserErrors that name `path`."""
+    try:
+        yield
+    except OSError as error:
+        match error.errno:
+            case errno.ENOSPC | errno.EDQUOT:
+                raise UserError(f"{path}: no space left on the device; free some or write elsewhere") from error
+            case errno.EACCES | errno.EPERM | errno.EROFS:
+                raise UserError(f"{path}: not allowed to write there ({error.strerror})") from error
+            case errno.ENOTDIR | errno.EEXIST:
+                raise UserError(f"{path}: a file is where a folder is needed") from error
+        raise
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Writes a file so that, after a crash at any moment, it holds the old bytes or the new ones.
+
+    Raises:
+        UserError: no space is left, or the folder may not be written.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable, if its file system can do that (some FUSE file systems cannot)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Stores objects as files in a folder of a local or mounted file system."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cmscale.errors import UserError
+from cmscale.io.durable import explained, replace_durably, sync_folder
+from cmscale.io.protocol import Entry
+
+
+class LocalStorage:
+    """A folder of a local or mounted file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    @classmethod
+    def from_url(cls, url: str) -> "LocalStorage":
+        """Opens a path, or `file://` and a path."""
+        return cls(Path(url.removeprefix("file://")))
+
+    def join(self, key: str) -> str:
+        return str(self.root / key)
+
+    def read(self, key: str) -> bytes:
+        return (self.root / key).read_bytes()
+
+    def read_if_present(self, key: str) -> bytes | None:
+        try:
+            return self.read(key)
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError:
+            raise UserError(f"{self.root}: is a file, not a folder") from None
+
+    def write(self, key: str, data: bytes) -> None:
+        replace_durably(self.root / key, data)
+
+    def write_if_absent(self, key: str, data: bytes) -> bool:
+        path = self.root / key
+        staged = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+        replace_durably(staged, data)
+        try:
+            os.link(staged, path)  # unlike a rename, fails atomically if the file exists
+            sync_folder(path.parent)
+        except FileExistsError:
+            return path.read_bytes() == data
+        finally:
+            staged.unlink(missing_ok=True)
+        return True
+
+    def upload(self, key: str, path: Path) -> None:
+        self._copy(path, self.root / key)
+
+    def download(self, key: str, path: Path) -> None:
+        self._copy(self.root / key, path)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        with explained(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staged = target.with_name(f".{target.name}.{os.getpid()}")
+            try:
+                shutil.copyfile(source, staged)
+                with staged.open("rb") as file:
+                    os.fsync(file.fileno())
+                staged.replace(target)
+            finally:
+                staged.unlink(missing_ok=True)
+            sync_folder(target.parent)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        if not self.root.is_dir():
+            return
+        found = []
+        for path in self.root.rglob("*"):
+            key = path.relative_to(self.root).as_posix()
+            if path.is_file() and key.startswith(prefix) and not path.name.startswith("."):
+                found.append(Entry(key, path.stat().st_size, str(path.stat().st_mtime_ns)))
+        yield from sorted(found, key=lambda entry: entry.key)
+
+    def delete(self, key: str) -> None:
+        (self.root / key).unlink(missing_ok=True)
+
+    def sub(self, prefix: str) -> "LocalStorage":
+        return LocalStorage(self.root / prefix)
+
+    def local_path(self, key: str) -> Path:
+        return self.root / key
+
+    def abort_uploads(self) -> int:
+        return 0

@@ -1,0 +1,102 @@
+"""A kind of storage that the package does not know carries everything: nothing asks what kind it is."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import memory_storage
+import pytest
+import torch
+from data_fixtures import COUNT, collect, data, make, pictures, write_lmdb
+from flat_state import StandIn, flat_config
+from memory_storage import MemoryStorage
+
+from cmscale.distributed.world import World
+from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
+from cmscale.engine.export import Exporter, pending_exports
+from cmscale.errors import UserError
+from cmscale.interop.files import located, readable, writable
+from cmscale.io import storage
+from cmscale.io.fetch import file_sha256, local_file
+from cmscale.io.process import CHECKOUT
+from cmscale.io.storage import open_storage
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.folder import RunDir
+from cmscale.runs.manifests import TrainState
+from data_prep import verify
+from launchers.checks import check_dataset, check_exists, check_export
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setitem(storage.SCHEMES, "memory", MemoryStorage.from_url)
+    monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
+    yield
+    memory_storage.clear()
+
+
+def test_checkpoints_are_exported_listed_verified_and_read(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    exporter = Exporter(run, "memory://bucket/runs")
+    writer = Checkpoints(
+        run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data", exporter=exporter
+    )
+    for step in (10, 20):
+        writer.save(TrainState(step=step, cursor=step), StandIn(0, 1, seed=step))  # pyright: ignore[reportArgumentType]
+    assert writer.close()
+    assert exporter.close(patience=60) == set()
+    copy = "memory://bucket/runs/run"
+    assert committed_steps(copy) == committed_steps(run) == [10, 20]
+    assert pending_exports(run, "memory://bucket/runs") == []
+    listed = list_checkpoints(copy)[-1]
+    assert listed.url == f"{copy}/checkpoints/step-000000020"
+    assert verify_checkpoint(listed.url) == []
+    here, there = read_weights(run.checkpoint(20), "target"), read_weights(listed.url, "target")
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    part = f"{listed.url}/rank-0000-of-0001.safetensors"
+    memory_storage.MemoryStorage.from_url(listed.url).write("rank-0000-of-0001.safetensors", b"other")
+    assert verify_checkpoint(listed.url) == [f"{part}: has 5 bytes, the manifest says {_size(run)}"]
+    with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
+        check_export("memory://bucket/runs", "run", is_new=True)
+
+
+def _size(run: RunDir) -> int:
+    return (run.checkpoint(20) / "rank-0000-of-0001.safetensors").stat().st_size
+
+
+def test_a_data_set_is_prepared_checked_and_read(tmp_path: Path) -> None:
+    source = write_lmdb(tmp_path / "lmdb", pictures(COUNT))
+    for kind in ("mds", "webdataset"):
+        url = make(source, f"memory://bucket/{kind}", kind)
+        local = make(source, str(tmp_path / kind), kind)
+        assert check_dataset(url, image_size=16).count == COUNT
+        assert verify.main([url]) == 0
+        read = {"num_ranks": 1, "batch": COUNT, "start": 0, "steps": 1}
+        assert collect(data(url, cache_dir=str(tmp_path / "read")), **read) == collect(data(local), **read)
+
+
+def test_weights_are_written_fetched_once_and_checked(tmp_path: Path) -> None:
+    url = "memory://bucket/weights.pt"
+    with pytest.raises(UserError, match=f"teacher: {url}: no such object"):
+        check_exists(url, key="teacher")
+    with pytest.raises(UserError, match=f"{url}: no such object"):
+        local_file(url)
+    with writable(*located(url), size=3) as path:
+        path.write_bytes(b"one")
+    check_exists(url, key="teacher")
+    with readable(*located(url)) as path:
+        digest = file_sha256(path)
+    first = local_file(f"{url}#sha256={digest}")
+    assert (first.read_bytes(), local_file(url)) == (b"one", first)
+    open_storage("memory://bucket").write("weights.pt", b"two")
+    assert local_file(url).read_bytes() == b"two"
+    with pytest.raises(UserError, match="it is another file"):
+        local_file(f"{url}#sha256={digest}")
+
+
+def test_no_module_but_those_of_the_storages_asks_for_a_kind_of_storage() -> None:
+    asks = re.compile(r'startswith\(\(?"(?:s3|file):|isinstance\([^)]*(?:LocalStorage|S3Storage)|S3Storage')
+    files = [path for room in ("cmscale", "launchers", "data_prep") for path in (CHECKOUT / room).rglob("*.py")]
+    found = [str(path) for path in files if path.parent.name != "io" and asks.search(path.read_text())]
+    assert found == []
