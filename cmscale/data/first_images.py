@@ -4,7 +4,7 @@ import torch
 
 from cmscale.data.samples import read_images
 from cmscale.errors import UserError
-from cmscale.io import pictures
+from cmscale.io import image_tensors
 
 
 def first_images(url: str, *, count: int, size: int) -> torch.Tensor:
@@ -16,4 +16,4 @@ def first_images(url: str, *, count: int, size: int) -> torch.Tensor:
     images = [torch.from_numpy(image.copy()) for image, _ in read_images(url, limit=count)]
     if images[0].shape[:2] != (size, size):
         raise UserError(f"{url}: its images are {images[0].shape[0]} px wide, the network takes {size} px")
-    return pictures.from_uint8(torch.stack(images).permute(0, 3, 1, 2))
+    return image_tensors.from_uint8(torch.stack(images).permute(0, 3, 1, 2))

@@ -1,1 +1,1 @@
-"""Reads and writes files: local folders and S3, fetched weights, locks, pictures."""
+"""Reads and writes files: storages (local folders, S3), cached downloads, durable writes, locks, images."""

@@ -1,4 +1,4 @@
-"""Promises of pictures: quantised as published results are, tiled without loss, read from any image file."""
+"""Images: quantised as published results are, tiled without loss, read from any image file."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cmscale.errors import UserError
-from cmscale.io.pictures import from_uint8, grid, load_image, save_png, to_uint8
+from cmscale.io.image_tensors import from_uint8, grid, load_image, save_png, to_uint8
 
 
 def test_samples_are_quantised_as_published_results_are() -> None:
