@@ -1,4 +1,4 @@
-"""The raw network (ADM UNet), its attention, and the denoisers that precondition it."""
+"""Defines the raw network (ADM UNet), its attention, and the denoisers that precondition it."""
 
 from cmscale.model.denoiser import ConsistencyDenoiser, EDMDenoiser
 from cmscale.model.precondition import denoiser_for

@@ -1,4 +1,4 @@
-"""Owns dot-product attention: xformers, PyTorch's own (SDPA), a float32 reference, behind one switch."""
+"""Computes dot-product attention by xformers, PyTorch's SDPA or a float32 reference."""
 
 import functools
 import importlib
@@ -16,10 +16,12 @@ Layout = Literal["three_heads_dim", "heads_three_dim"]
 
 
 def choose_attention(kind: Kind, device: torch.device) -> Literal["xformers", "sdpa", "reference"]:
-    """What `model.attention` means on a device: `auto` is xformers on CUDA where it is installed, else SDPA.
+    """The implementation that `model.attention` selects on a device.
+
+    `auto` selects xformers on CUDA if it can be imported, else SDPA.
 
     Raises:
-        UserError: xformers was asked for where it can't run.
+        UserError: xformers is required but can't run here.
     """
     if kind == "auto":
         return "xformers" if device.type == "cuda" and _xformers() is not None else "sdpa"
@@ -32,7 +34,7 @@ def choose_attention(kind: Kind, device: torch.device) -> Literal["xformers", "s
 
 @functools.cache
 def _xformers() -> Any:
-    """xformers.ops, or None where it does not import. Imported late: that takes seconds."""
+    """xformers.ops, or None if it can't be imported. Imported only when needed, as that takes seconds."""
     try:
         return importlib.import_module("xformers.ops")
     except (ImportError, OSError, RuntimeError):
@@ -40,10 +42,10 @@ def _xformers() -> Any:
 
 
 def split_qkv(qkv: Tensor, *, num_heads: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each [B, S, heads, dim], of a projection [B, 3 heads dim, S].
+    """Splits a projection [B, 3 heads dim, S] into queries, keys and values, each [B, S, heads, dim].
 
-    `three_heads_dim` is the order of channels in the released consistency models, `heads_three_dim` that of
-    older guided-diffusion weights.
+    The released consistency models order its channels as `three_heads_dim`, older guided-diffusion weights as
+    `heads_three_dim`.
     """
     batch, width, length = qkv.shape
     dim = width // (3 * num_heads)
@@ -73,8 +75,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, kind: Kind = "auto") ->
 
 
 def reference_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The definition, in float32 whatever the inputs' dtype; what the other two are held against."""
-    scale = query.shape[-1] ** -0.25  # on both factors, so that neither overflows where the product would not
+    """Attention by its definition, computed in float32; the tests compare the other two with it."""
+    scale = query.shape[-1] ** -0.25  # on both factors, so that neither overflows unless the product does
     scores = torch.einsum("bqhd,bkhd->bhqk", query.float() * scale, key.float() * scale)
     weights = torch.softmax(scores, dim=-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, value.float()).to(query.dtype)

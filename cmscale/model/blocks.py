@@ -1,4 +1,4 @@
-"""Owns the parts of the UNet: normalisation, time embedding, keyed dropout, residual and attention blocks."""
+"""Defines the parts of the UNet: normalisation, time embedding, keyed dropout, residual and attention blocks."""
 
 import functools
 import math
@@ -18,21 +18,21 @@ DropoutKeys = Sequence[int] | None
 
 @functools.lru_cache(maxsize=16)
 def _frequencies(half: int, device: torch.device) -> Tensor:
-    """max_period^(-i/half), i < half; computed on the CPU so that every device uses the same numbers."""
+    """10000^(-i/half) for i < half; computed on the CPU, so that they are equal on every device."""
     with torch.inference_mode(False):
         exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device="cpu") / half
         return torch.exp(exponents).to(device)
 
 
 def timestep_embedding(c_noise: Tensor, dim: int) -> Tensor:
-    """Sinusoids of [B] values as [B, dim] float32: cosines first, then sines, periods 2 pi to 20,000 pi."""
+    """Sinusoids of [B] values, [B, dim] float32: cosines, then sines, with periods from 2 pi to 20,000 pi."""
     angles = c_noise.float()[:, None] * _frequencies(dim // 2, c_noise.device)[None]
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     return F.pad(embedding, (0, dim % 2))
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, computed in float32 whatever the dtype of parameters and input."""
+    """Group normalisation with 32 groups, computed in float32 for any dtype of parameters and input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(NORM_GROUPS, channels)
@@ -43,14 +43,16 @@ class GroupNorm(nn.GroupNorm):
 
 
 def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) -> Tensor:
-    """Dropout of [B, ...] whose mask of sample i is a function of (keys[i], layer) and the kind of device.
+    """Dropout on [B, ...], where the mask of sample i is a function of (keys[i], layer) and the device type.
 
-    So two networks given the same keys drop the same elements, in any batch, in any dtype, and activation
-    checkpointing repeats the mask. (The released code shares masks by restoring the generator of the CPU,
-    which shares nothing on CUDA.)
+    Two networks with the same keys therefore drop the same elements, in any batch and dtype, and activation
+    checkpointing repeats the mask. The released code restores the CPU generator instead, which has no effect on CUDA.
+
+    Raises:
+        ValueError: the number of keys is not the batch size.
     """
     if len(keys) != len(x):
-        raise ValueError(f"dropout_keys: {len(keys)} keys for a batch of {len(x)}")
+        raise ValueError(f"dropout_keys: {len(keys)} keys for a batch of {len(x)}; give one per sample")
     source = torch.Generator(device=x.device)
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     for row, sample_key in zip(keep, keys, strict=True):
@@ -60,21 +62,21 @@ def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) ->
 
 
 class _Checkpointed(nn.Module):
-    """A block that, where `activation_checkpointing` is set, is computed again in the backward pass."""
+    """A block that the backward pass computes again if `activation_checkpointing` is set."""
 
     activation_checkpointing: bool
 
     def _run(self, function: Callable[..., Tensor], *inputs: object) -> Tensor:
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return function(*inputs)
-        # No global generator is used inside, so none is saved. Under ZeRO-3 only the reentrant kind works: the other
-        # one recomputes inside a backward hook, after which DeepSpeed has let go of the weights that backward needs.
+        # Blocks use no global generator, so its state is not saved. ZeRO-3 needs the reentrant variant: the other one
+        # recomputes inside a backward hook, after which DeepSpeed has released the weights that backward needs.
         partitioned = hasattr(next(self.parameters()), "ds_tensor")
         return checkpoint(function, *inputs, use_reentrant=partitioned, preserve_rng_state=False)  # pyright: ignore
 
 
 class Upsample(nn.Module):
-    """Twice the size by nearest neighbour, then a 3x3 convolution."""
+    """Doubles height and width by nearest neighbour, then applies a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size by a 3x3 convolution of stride 2."""
+    """Halves height and width by a 3x3 convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -96,21 +98,21 @@ class Downsample(nn.Module):
 
 
 def double(x: Tensor) -> Tensor:
-    """Twice the height and width, nearest neighbour."""
+    """Doubles height and width by nearest neighbour."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def halve(x: Tensor) -> Tensor:
-    """Half the height and width, mean of 2x2."""
+    """Halves height and width by the mean of 2x2 pixels."""
     return F.avg_pool2d(x, 2)
 
 
 class ResBlock(_Checkpointed):
-    """norm-SiLU-conv twice, with the embedding between, around a skip connection; may resample in between.
+    """Residual block: twice norm, SiLU and convolution, with the time embedding added in between.
 
     Args:
-        layer: this block's number in the network; part of its dropout masks' key.
-        resample: `double`, `halve`, or None.
+        layer: The block's number in the network, which is part of the key of its dropout masks.
+        resample: `double` or `halve`, applied before the first convolution and to the skip connection; or None.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class ResBlock(_Checkpointed):
             GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, embedded))
-        # Position 2 is where the original has its dropout; ours has a mask by key and no module of its own.
+        # position 2 is the dropout module of OpenAI's network; keyed dropout needs no module
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels),
             nn.SiLU(),
@@ -169,7 +171,7 @@ class ResBlock(_Checkpointed):
 
 
 class AttentionBlock(_Checkpointed):
-    """Every position attends to all others, around a skip connection."""
+    """Self-attention over all positions, with a residual connection."""
 
     def __init__(
         self,
@@ -200,7 +202,7 @@ class AttentionBlock(_Checkpointed):
 
 
 class Stage(nn.Sequential):
-    """Blocks in a row; those that take the embedding and the dropout keys are given them."""
+    """A sequence of blocks; residual blocks also receive the embedding and the dropout keys."""
 
     def forward(self, input: Tensor, embedding: Tensor, dropout_keys: DropoutKeys = None) -> Tensor:
         for block in self:

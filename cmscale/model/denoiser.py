@@ -1,4 +1,4 @@
-"""Owns the preconditioning: how a raw network becomes a denoiser or a consistency function of (x, sigma)."""
+"""Preconditions a raw network into a denoiser or a consistency function of (x, sigma)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,17 +11,17 @@ Raw = Callable[..., Tensor]
 
 
 def c_noise(sigma: Tensor) -> Tensor:
-    """What the time embedding is given: 1000 / 4 ln(sigma + 1e-44), [B] float32.
+    """The input of the time embedding: 1000 / 4 ln(sigma + 1e-44), [B] float32.
 
-    In float32 throughout, as the released code has it: at sigma = 80 one unit in the last place moves the
-    fastest sinusoid by 1e-4, more than outputs may differ.
+    Computed in float32 like the released code: at sigma = 80 one unit in the last place changes the fastest sinusoid
+    by 1e-4, which is more than the outputs may differ from that code.
     """
     return 1000 * 0.25 * torch.log(sigma.float() + 1e-44)
 
 
 @dataclass(frozen=True)
 class _Preconditioned(ABC):
-    """c_out F(c_in x, c_noise) + c_skip x; coefficients from float64, products in float32."""
+    """c_out F(c_in x, c_noise) + c_skip x, with coefficients computed in float64 and products in float32."""
 
     raw: Raw
     sigma_data: float = 0.5
@@ -34,7 +34,7 @@ class _Preconditioned(ABC):
         labels: Tensor | None = None,
         dropout_keys: Sequence[int] | None = None,
     ) -> Tensor:
-        """What the class says it gives, of noisy images x and their noise's std sigma [B]; [B, C, H, W] float32."""
+        """The function of the class for images x [B, C, H, W] with noise of std sigma [B]; [B, C, H, W] float32."""
         c_skip, c_out = self.coefficients(sigma)
         c_in = (sigma.double() ** 2 + self.sigma_data**2).rsqrt()
         skip, out, scaled = (value.float()[:, None, None, None] for value in (c_skip, c_out, c_in))
@@ -48,7 +48,7 @@ class _Preconditioned(ABC):
 
 @dataclass(frozen=True)
 class EDMDenoiser(_Preconditioned):
-    """The denoiser of a diffusion model, D(x, sigma): the clean image in x (Karras et al. 2022, eq. 7, table 1)."""
+    """The denoiser D(x, sigma) of a diffusion model, an estimate of the clean image; EDM, equation 7 and table 1."""
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out, float64."""
@@ -59,15 +59,15 @@ class EDMDenoiser(_Preconditioned):
 
 @dataclass(frozen=True)
 class ConsistencyDenoiser(_Preconditioned):
-    """The consistency function f(x, sigma): where the trajectory through x at time sigma begins.
+    """The consistency function f(x, sigma): the start, at sigma_min, of the trajectory through x at time sigma.
 
-    f(x, sigma_min) = x, exactly (Song et al. 2023, equation 5, appendix C).
+    f(x, sigma_min) = x exactly; Consistency Models, equation 5 and appendix C.
     """
 
     sigma_min: float = 0.002
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """c_skip and c_out, float64; exactly 1 and 0 where sigma is sigma_min in sigma's own precision."""
+        """c_skip and c_out, float64; exactly 1 and 0 where sigma is sigma_min in sigma's dtype."""
         boundary = torch.tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device).double()
         sigma = sigma.double()
         c_skip = self.sigma_data**2 / ((sigma - boundary) ** 2 + self.sigma_data**2)

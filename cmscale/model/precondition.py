@@ -1,4 +1,4 @@
-"""Preconditions a raw network: turns it into the denoiser or consistency function that its method trains."""
+"""Chooses the preconditioning of a raw network by its method."""
 
 from typing import assert_never
 
@@ -10,7 +10,7 @@ Denoiser = EDMDenoiser | ConsistencyDenoiser | TrigFlow
 
 
 def denoiser_for(method: MethodSection, raw: Raw) -> Denoiser:
-    """The denoiser that a method trains and samples."""
+    """The denoiser or consistency function that a method trains and samples."""
     match method.facts.preconditioning:
         case "edm":
             return EDMDenoiser(raw, sigma_data=method.sigma_data)
@@ -23,7 +23,7 @@ def denoiser_for(method: MethodSection, raw: Raw) -> Denoiser:
 
 
 def teacher_denoiser_for(method: MethodSection, raw: Raw) -> EDMDenoiser | TrigFlow:
-    """A frozen diffusion model as the method's loss evaluates it: a denoiser, or for TrigFlow losses a flow."""
+    """A frozen diffusion model in the form that the method's loss evaluates: a denoiser, or for sCD a TrigFlow."""
     if method.facts.preconditioning == "trigflow":
         return TrigFlow(raw, sigma_data=method.sigma_data, time="log_sigma")
     return EDMDenoiser(raw, sigma_data=method.sigma_data)

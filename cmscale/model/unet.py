@@ -1,4 +1,4 @@
-"""Owns the raw network: the ADM UNet under OpenAI's parameter names, and its first weights."""
+"""Defines the raw network, the ADM UNet with OpenAI's parameter names, and initialises its weights."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ from cmscale.rng import generator
 class UNet(nn.Module):
     """The ADM UNet (Dhariwal and Nichol 2021, appendix A) on images in [-1, 1].
 
-    Parameters may be float32, float16 or bfloat16 as a whole; time embedding and normalisation are computed
-    in float32. `attention_resolutions` are image sizes in pixels.
+    All parameters have one dtype: float32, float16 or bfloat16. Time embedding and normalisation are computed in
+    float32. `attention_resolutions` are image sizes in pixels.
     """
 
     def __init__(self, model: Model) -> None:
@@ -78,7 +78,7 @@ class UNet(nn.Module):
         return self.model.image_size >> level in self.model.attention_resolutions
 
     def _build_input(self, channels: int) -> Iterator[int]:
-        """Adds the levels from the full size down; yields the channels of each stage's output."""
+        """Adds the levels from the full size down; yields the output channels of each stage."""
         last = len(self.model.channel_multipliers) - 1
         for level, multiplier in enumerate(self.model.channel_multipliers):
             for _ in range(self.model.num_res_blocks):
@@ -94,7 +94,7 @@ class UNet(nn.Module):
                 yield channels
 
     def _build_output(self, channels: int, skips: list[int]) -> int:
-        """Adds the levels from the smallest up, each stage taking one of `skips`; returns its channels."""
+        """Adds the levels from the smallest up; each stage consumes one of `skips`. Returns the output channels."""
         for level, multiplier in reversed(list(enumerate(self.model.channel_multipliers))):
             for block in range(self.model.num_res_blocks + 1):
                 wide = multiplier * self.model.channels
@@ -127,21 +127,23 @@ class UNet(nn.Module):
 
         Args:
             x: [B, 3, H, W], preconditioned.
-            c_noise: [B], the noise level as the time embedding takes it.
-            labels: [B] class numbers, where and only where the model has classes.
-            dropout_keys: one key a sample, of which training mode draws its masks. None means no dropout.
+            c_noise: [B], the input of the time embedding.
+            labels: [B] class numbers; required if the model has classes, not allowed otherwise.
+            dropout_keys: One key per sample, from which training mode draws its masks; None means no dropout.
 
         Raises:
-            UserError: labels without classes, or classes without labels.
+            UserError: labels are missing, or given to an unconditional network.
         """
         dtype = self.dtype
         embedding = self.time_embed(timestep_embedding(c_noise, self.model.channels).to(dtype))
         if self.model.num_classes is not None:
             if labels is None:
-                raise UserError(f"model.num_classes is {self.model.num_classes}: the network needs class labels")
+                raise UserError(
+                    f"model.num_classes is {self.model.num_classes}: the network needs class labels; pass them"
+                )
             embedding = embedding + self.label_emb(labels)
         elif labels is not None:
-            raise UserError("labels were given, but model.num_classes is not set")
+            raise UserError("labels were given, but model.num_classes is not set; leave them out")
         h = x.to(dtype)
         skips = []
         for stage in self.input_blocks:
@@ -157,15 +159,15 @@ Built = TypeVar("Built", bound=UNet)
 
 
 def build_unet(model: Model, *, seed: int = 0) -> UNet:
-    """The network with its first weights, a function of the seed alone (the global generator is left alone).
+    """The network with initial weights, which depend only on the seed; the global generator is not used.
 
-    Built on the default device; under `with torch.device("meta")` without values.
+    It is built on the default device; under `with torch.device("meta")` it has shapes but no values.
     """
-    return built(UNet, model, seed=seed)
+    return build_network(UNet, model, seed=seed)
 
 
-def built(kind: type[Built], model: Model, *, seed: int) -> Built:
-    """`build_unet` of a kind of UNet."""
+def build_network(kind: type[Built], model: Model, *, seed: int) -> Built:
+    """`build_unet` for a subclass of UNet."""
     device = torch.get_default_device()
     with torch.device("meta"):
         network = kind(model)
@@ -177,12 +179,12 @@ def built(kind: type[Built], model: Model, *, seed: int) -> Built:
 
 @torch.no_grad()
 def initialise(network: UNet, *, seed: int) -> None:
-    """PyTorch's usual distributions, drawn on the CPU in the modules' order; blocks end in zeros."""
+    """Draws PyTorch's default distributions on the CPU, in the order of the modules; some layers are zero."""
     source = generator(seed, "weights")
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             assert module.bias is not None
-            bound = 1 / math.sqrt(module.weight[0].numel())  # of weight and bias alike
+            bound = 1 / math.sqrt(module.weight[0].numel())
             for parameter in (module.weight, module.bias):
                 parameter.copy_(torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=source))
         elif isinstance(module, nn.Embedding):
@@ -197,7 +199,7 @@ def initialise(network: UNet, *, seed: int) -> None:
 
 
 def _zero_layers(network: UNet) -> Iterator[nn.Conv2d]:
-    """The layers that start at zero: every block starts as its skip connection, and the output is zero."""
+    """The layers initialised to zero: every block starts as its skip connection, and the output as zero."""
     for module in network.modules():
         match module:
             case ResBlock():

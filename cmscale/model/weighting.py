@@ -1,7 +1,7 @@
-"""Owns the adaptive weighting w(t) of continuous-time training: a small network of its own beside the UNet.
+"""Defines the adaptive weighting w(t) of continuous-time training, a small network trained with the UNet.
 
-Its parameters stand in the same module, under `weighting.`, so that they are trained, averaged and checkpointed with
-the rest; whoever reads weights to sample or export drops them.
+Its parameters are part of the same module, under `weighting.`, so that they are trained, averaged and checkpointed
+with the UNet's. Sampling and export drop them (`without_weighting`).
 """
 
 import math
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from cmscale.config import Model
-from cmscale.model.unet import UNet, built
+from cmscale.model.unet import UNet, build_network
 
 PREFIX = "weighting."
 FREQUENCIES = 8
 
 
 class Weighting(nn.Module):
-    """w(t) = a + b . (cos, sin)(k ln(tan t) / 4), k = 1..8; begins as ln D, where e^w / D is 1."""
+    """w(t) = a + b . (cos, sin)(k ln(tan t) / 4), k = 1..8; w is initialised to ln D, so that e^w / D is 1."""
 
     def __init__(self, num_values: int) -> None:
         super().__init__()
@@ -39,26 +39,26 @@ class Weighting(nn.Module):
 
 
 class WeightedUNet(UNet):
-    """The UNet, which also gives w(t) where it is asked for it."""
+    """The UNet with a weighting w(t)."""
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
         self.weighting = Weighting(3 * model.image_size**2)
 
     def forward(self, x: Tensor, c_noise: Tensor, *, weight_time: Tensor | None = None, **keywords: Any) -> Any:
-        """`UNet.forward`; with `weight_time` [B] the pair of it and w."""
+        """The output of `UNet.forward`; with `weight_time` [B], the pair of it and w(weight_time) [B]."""
         output = super().forward(x, c_noise, **keywords)
         return output if weight_time is None else (output, self.weighting(weight_time))
 
 
 def build_weighted_unet(model: Model, *, seed: int = 0) -> WeightedUNet:
-    """`build_unet`, with a weighting that is constant at first. The UNet's weights are the same."""
-    network = built(WeightedUNet, model, seed=seed)
+    """`build_unet` with a weighting that is initially constant; the UNet's weights are the same."""
+    network = build_network(WeightedUNet, model, seed=seed)
     if not network.weighting.linear.weight.is_meta:
         network.weighting.initialise()
     return network
 
 
 def without_weighting(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The UNet's own parameters among a checkpoint's."""
+    """The weights without those of the weighting."""
     return {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}

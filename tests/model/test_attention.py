@@ -1,4 +1,4 @@
-"""The three attentions agree, and the switch between them says what it can't do."""
+"""Tests that the attention implementations agree, and that selecting one that can't run is an error."""
 
 import numpy as np
 import pytest

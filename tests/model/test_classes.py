@@ -1,4 +1,4 @@
-"""Class-conditional networks: classes reach the network, in turn or keyed, and mistakes about them are one line."""
+"""Tests of class-conditional networks: which classes the network gets, and one-line errors."""
 
 from pathlib import Path
 
@@ -59,9 +59,9 @@ def test_random_classes_depend_on_seed_and_index_alone_and_are_all_drawn(conditi
 @pytest.mark.parametrize(
     ("which", "classes", "message"),
     [
-        ("conditional", [], "is class-conditional; give --classes random, or numbers of 0 to 4"),
-        ("conditional", ["--classes", "1,7"], "--classes: 7 is no class of"),
-        ("conditional", ["--classes", "cats"], "got 'cats'; write whole numbers, 1,2, or random"),
+        ("conditional", [], "is class-conditional; give --classes random, or numbers from 0 to 4"),
+        ("conditional", ["--classes", "1,7"], "--classes: 7 is not a class of"),
+        ("conditional", ["--classes", "cats"], "got 'cats'; write random, or whole numbers such as 1,2"),
         ("unconditional", ["--classes", "1"], "is unconditional (model.num_classes is not set)"),
     ],
 )
@@ -73,7 +73,7 @@ def test_a_mistake_is_one_line(which, classes, message, request, tmp_path, monke
 
 def test_editing_a_conditional_model_is_one_line(conditional, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "edit", "interpolate", conditional, "--out", tmp_path / "e.png") == 2
-    assert "is class-conditional; editing takes unconditional models" in capsys.readouterr().err
+    assert "is class-conditional; give an unconditional model" in capsys.readouterr().err
 
 
 def test_unclipped_samples_differ_where_estimates_leave_the_range(unconditional, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Preconditioning follows its formulas in float64, and the boundary condition holds to the last bit."""
+"""Compares the preconditioning with its formulas in float64; the boundary condition must hold exactly."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def noisy() -> torch.Tensor:
 
 
 class Recorder:
-    """A raw network that keeps what it was given."""
+    """A raw network that records its inputs."""
 
     def __call__(self, x, c_noise, *, labels=None, dropout_keys=None):
         self.x, self.c_noise, self.labels, self.dropout_keys = x, c_noise, labels, dropout_keys

@@ -1,4 +1,4 @@
-"""Dropout by key is shared, local to a sample and a layer, and repeated by activation checkpointing."""
+"""Tests that keyed dropout depends only on sample and layer, and is repeated by activation checkpointing."""
 
 import pytest
 import torch

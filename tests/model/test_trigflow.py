@@ -1,4 +1,4 @@
-"""sCM's parts: TrigFlow against EDM and against finite differences, the tangent's signs, the loss, the weighting."""
+"""Tests of TrigFlow and the sCM losses, against EDM, finite differences and closed forms."""
 
 import math
 
@@ -34,7 +34,7 @@ def column(t: torch.Tensor) -> torch.Tensor:
     return t[:, None]
 
 
-class Lively(torch.nn.Module):
+class Smooth(torch.nn.Module):
     """A raw network on vectors or images, smooth in both arguments, in the precision of its input."""
 
     def __init__(self, scale: float = 1.0) -> None:
@@ -52,7 +52,7 @@ class Lively(torch.nn.Module):
 
 
 class ExactFlow:
-    """F of the true consistency function of a Gaussian, f(x_t, t) = m + sqrt(S / (S + sigma^2)) (x_sigma - m)."""
+    """F of the exact consistency function of a Gaussian, f(x_t, t) = m + sqrt(S / (S + sigma^2)) (x_sigma - m)."""
 
     def __init__(self, data: Gaussian) -> None:
         self.data = data
@@ -71,7 +71,7 @@ class ExactFlow:
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("dimension", [1, 2, 6])
 def test_the_true_consistency_function_has_no_tangent(dimension: int, seed: int):
-    """Every sign of g at once: along the true ODE df/dt = 0 in float64."""
+    """Tests all signs of g at once: along the exact ODE, df/dt = 0 in float64."""
     data, t = Gaussian.random(dimension, seed), angles(16)
     noise = torch.randn(16, dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = column(t.cos()) * data.sample(16, seed) + column(t.sin()) * SD * noise
@@ -103,8 +103,8 @@ def test_trigflows_ode_is_the_probability_flow(seed: int):
 @pytest.mark.parametrize("time", ["angle", "log_sigma"])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_tangent_of_any_network_is_cos_times_df_dt(time, seed: int):
-    """Against central differences of f along a line x_t, in float64."""
-    flow, t = TrigFlow(Lively(), sigma_data=SD, time=time), torch.linspace(0.2, 1.4, 8, dtype=torch.float64)
+    """Compares with central differences of f along a line x_t, in float64."""
+    flow, t = TrigFlow(Smooth(), sigma_data=SD, time=time), torch.linspace(0.2, 1.4, 8, dtype=torch.float64)
     x, slope = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     def f(distance: float) -> torch.Tensor:
@@ -120,13 +120,13 @@ def test_the_tangent_of_any_network_is_cos_times_df_dt(time, seed: int):
 @pytest.mark.parametrize("variant", ["as LSUN 256", "as ImageNet 64", "sampling by convolution"])
 @pytest.mark.parametrize("time", ["angle", "log_sigma"])
 def test_the_real_network_is_differentiated_forward(variant: str, time):
-    """Attention, normalisation, resampling and dropout of the UNet: against central differences in float64."""
+    """Compares attention, normalisation, resampling and dropout of the UNet with central differences in float64."""
     model = small_model(variant, num_classes=None, dropout=0.2, image_size=16)
     network = UNet(model)
     network.load_state_dict(random_weights(model))
     network.double().requires_grad_(False)
     keys = (1, 2)
-    with pytest.MonkeyPatch.context() as patch:  # the network rounds to float32 in places, differences of it are not
+    with pytest.MonkeyPatch.context() as patch:  # without the network's roundings to float32
         patch.setattr(torch.Tensor, "float", lambda self: self.double())
         flow = TrigFlow(network, sigma_data=SD, time=time)
         t = torch.tensor([0.4, 1.2], dtype=torch.float64)
@@ -152,14 +152,14 @@ def test_a_diffusion_models_weights_are_a_trigflow_network(seed: int):
     sigma = torch.tensor([0.002, 0.1, 0.5, 4.0, 80.0])
     spread = (0.25 + sigma**2).sqrt()[:, None, None, None]
     x = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * spread
-    raw = Lively()
+    raw = Smooth()
     expected = EDMDenoiser(raw, sigma_data=SD)(x, sigma)
     assert relative(TrigFlow(raw, sigma_data=SD, time="log_sigma")(x, sigma), expected) < 1e-6
 
 
 def test_the_boundary_condition_holds_at_0():
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(TrigFlow(Lively(), sigma_data=SD)(x, torch.zeros(2)), x)
+    assert torch.equal(TrigFlow(Smooth(), sigma_data=SD)(x, torch.zeros(2)), x)
 
 
 RANDOM = [SampleRandomness(seed, tuple(range(8)), torch.device("cpu")) for seed in range(6)]
@@ -169,35 +169,35 @@ RANDOM = [SampleRandomness(seed, tuple(range(8)), torch.device("cpu")) for seed 
 @pytest.mark.parametrize("step", [0, 2500, 20000])
 @pytest.mark.parametrize("kind", ["sct", "scd"])
 def test_the_loss_is_its_formula(kind: str, step: int, random: SampleRandomness):
-    """In float64 numpy; df/dt by central differences of the network's formula."""
+    """Compares with float64 numpy, where df/dt is a central difference of the network's formula."""
     from scipy.stats import norm
 
     method = SCT(kind="sct") if kind == "sct" else SCD(kind="scd", teacher="t")
-    student = Lively(0.7)
-    teacher = TrigFlow(Lively(1.1), sigma_data=SD, time="log_sigma")
+    student = Smooth(0.7)
+    teacher = TrigFlow(Smooth(1.1), sigma_data=SD, time="log_sigma")
     clean = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(random.seed)) * 2 - 1
     networks = Networks(denoiser_for(method, student), None, teacher)
     with torch.no_grad():
         student.weighting.linear.weight.copy_(torch.linspace(-0.5, 0.5, 16)[None])
     found = build_loss(method, l2)(networks, clean, ScheduleValues(step, 1.0), random)
 
-    def raw(scale: float, x: np.ndarray, told: np.ndarray) -> np.ndarray:
-        time = told[:, None, None, None] / 20
+    def raw(scale: float, x: np.ndarray, c_noise: np.ndarray) -> np.ndarray:
+        time = c_noise[:, None, None, None] / 20
         return scale * np.sin(2 * x + time) + 0.3 * np.roll(x, 1, axis=1) * np.cos(time)
 
     def student_flow(x: np.ndarray, t: np.ndarray) -> np.ndarray:
         return -raw(0.7, x / SD, t if kind == "sct" else 250 * np.log(SD * np.tan(t)))
 
-    def like(value: np.ndarray) -> np.ndarray:
+    def expand(value: np.ndarray) -> np.ndarray:
         return value[:, None, None, None]
 
     t = np.arctan(np.exp(-1.0 + 1.4 * norm.ppf(random.uniform("time").numpy())) / SD)
     x0, z = clean.double().numpy(), SD * random.noise((3, 4, 4)).double().numpy()
-    cos, sin = like(np.cos(t)), like(np.sin(t))
+    cos, sin = expand(np.cos(t)), expand(np.sin(t))
     x = cos * x0 + sin * z
     slope = cos * z - sin * x0 if kind == "sct" else -SD * raw(1.1, x / SD, 250 * np.log(SD * np.tan(t)))
     h = 1e-6 * t
-    rate = (student_flow(x + like(h) * slope, t + h) - student_flow(x - like(h) * slope, t - h)) / (2 * like(h))
+    rate = (student_flow(x + expand(h) * slope, t + h) - student_flow(x - expand(h) * slope, t - h)) / (2 * expand(h))
     g = -(cos**2) * (SD * student_flow(x, t) - slope) - min(1, step / 10000) * cos * sin * (x + SD * rate)
     g = g / (np.sqrt((g**2).reshape(8, -1).sum(1)) + 0.1)[:, None, None, None]
     k = np.arange(1, 9) * (np.log(np.tan(t)) / 4)[:, None]
@@ -208,9 +208,9 @@ def test_the_loss_is_its_formula(kind: str, step: int, random: SampleRandomness)
 
 
 def test_the_gradient_descends_the_consistency_of_neighbours():
-    """-2 e^w / D <grad F, g>: what autograd gives the network's number is the formula's, by central differences."""
+    """Autograd gives -2 e^w / D <grad F, g>, where grad F is a central difference."""
     method, random = SCT(kind="sct"), RANDOM[0]
-    student = Lively(0.7)
+    student = Smooth(0.7)
     flow = denoiser_for(method, student)
     assert isinstance(flow, Flow)
     clean = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -229,13 +229,13 @@ def test_the_gradient_descends_the_consistency_of_neighbours():
             student.scale += nudge
             ends.append(flow.flow(x / SD, t))
             student.scale -= nudge
-        expected = -2 * ((ends[0] - ends[1]) / 2e-6 * g).sum()  # e^w / D is 1 at first
+        expected = -2 * ((ends[0] - ends[1]) / 2e-6 * g).sum()  # e^w / D is initially 1
     assert student.scale.grad is not None
     assert student.scale.grad.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_weighting_learns_the_logarithm_of_the_error():
-    """e^w E - w is least at w = -ln E: where the error is larger the weight is smaller."""
+    """e^w E - w has its minimum at w = -ln E: a larger error gets a smaller weight."""
     weighting = Weighting(1)
     weighting.initialise()
     optimizer = torch.optim.Adam(weighting.parameters(), lr=0.02)
@@ -272,7 +272,7 @@ def test_tangents_warm_up_linearly_to_1():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_samples_in_one_and_two_steps_follow_the_closed_form(seed: int):
-    """Two steps end at sd tan(1.1), with noise of the full sigma: f is the identity at 0."""
+    """The second of two steps is at sd tan(1.1), with noise of the full sigma, as f is the identity at 0."""
     data, method = Gaussian.random(4, seed), SCT(kind="sct")
     assert method.boundary == 0.0
     assert consistency_sigmas(method, 2).tolist() == [80.0, pytest.approx(SD * math.tan(1.1), rel=1e-12)]

@@ -1,4 +1,4 @@
-"""The network is the published one: names, shapes, size, and outputs by its formulas in float64."""
+"""Tests that the network is the published one: names, shapes, size, and outputs against float64 formulas."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_outputs_are_those_of_the_formulas_in_float64(variant):
     expected = NumpyNetwork(model, weights)(
         x.double().numpy(), c_noise.double().numpy(), None if labels is None else labels.numpy()
     )
-    # c_noise of 1,500 in float32 turns the fastest sinusoid by up to 6e-5
+    # the float32 rounding of c_noise = 1,500 changes the fastest sinusoid by up to 6e-5
     assert relative(network(x, c_noise, labels=labels), expected) < 1e-5
 
 
@@ -72,7 +72,7 @@ def test_lsun_256_has_the_released_names_and_shapes():
     assert shapes["middle_block.1.proj_out.weight"] == (1024, 1024, 1, 1)
     assert shapes["middle_block.0.emb_layers.1.weight"] == (1024, 1024)  # no scale and shift
     assert shapes["output_blocks.0.0.in_layers.2.weight"] == (1024, 2048, 3, 3)
-    assert shapes["output_blocks.2.2.in_layers.2.weight"] == (1024, 1024, 3, 3)  # doubles 8 px
+    assert shapes["output_blocks.2.2.in_layers.2.weight"] == (1024, 1024, 3, 3)  # upsamples from 8 px
     assert shapes["output_blocks.17.0.in_layers.2.weight"] == (256, 512, 3, 3)
     assert shapes["out.2.weight"] == (3, 256, 3, 3)
     assert "output_blocks.18.0.in_layers.2.weight" not in shapes
@@ -136,7 +136,7 @@ def test_a_network_halved_as_a_whole_gives_float32_outputs_to_its_precision(dtyp
         full = network(x, c_noise, labels=labels)
         halved = network.to(dtype)(x, c_noise, labels=labels)
     assert halved.dtype == torch.float32
-    # some 50 roundings on the way, each of 2^-bits, walk at random
+    # about 50 independent roundings of 2^-bits
     assert 0 < (halved - full).std() / full.std() < 7 * 2.0**-bits
 
 
