@@ -1,4 +1,4 @@
-"""Owns what tests of several folders share: a loopback S3 server and a bucket of their own in it."""
+"""Defines fixtures for tests in several folders: a loopback S3 server with a new bucket per test."""
 
 import os
 import uuid
@@ -9,7 +9,7 @@ import pytest
 from fault_proxy import FaultProxy
 from hypothesis import settings
 
-settings.register_profile("steady", deadline=None, derandomize=True)  # tests promise results, not times
+settings.register_profile("steady", deadline=None, derandomize=True)  # machines differ in speed
 settings.load_profile("steady")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -53,7 +53,7 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def proxy(s3: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The bucket of `s3` is reached through a proxy that misbehaves as told."""
+    """A proxy between the client and the bucket of `s3`, to which tests add faults."""
     with FaultProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield proxy
@@ -61,9 +61,9 @@ def proxy(s3: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from data_fixtures import COUNT, pictures, write_lmdb
+    from data_fixtures import COUNT, encoded_images, write_lmdb
 
-    return write_lmdb(tmp_path_factory.mktemp("lsun") / "photo_train_lmdb", pictures(COUNT))
+    return write_lmdb(tmp_path_factory.mktemp("lsun") / "photo_train_lmdb", encoded_images(COUNT))
 
 
 @pytest.fixture(scope="session")

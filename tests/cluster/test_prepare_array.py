@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "unit"))
 
-from data_fixtures import pictures, tree, write_lmdb  # noqa: E402
+from data_fixtures import encoded_images, tree, write_lmdb  # noqa: E402
 
 from cmscale.io.storage import open_storage  # noqa: E402
 from data_prep import prepare, verify  # noqa: E402
@@ -26,7 +26,7 @@ def arguments(source: Path, out: Path | str, *more: str) -> list[str]:
 def test_an_array_makes_the_bytes_of_one_machine_and_a_killed_submitter_is_taken_over(
     slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = write_lmdb(tmp_path / "lmdb", pictures(23))
+    source = write_lmdb(tmp_path / "lmdb", encoded_images(23))
     assert prepare.main(arguments(source, tmp_path / "here")) == 0
     command = arguments(source, tmp_path / "there", "--slurm", "--nodes", "2", "--partition", "low")
     first = subprocess.Popen(
@@ -57,7 +57,7 @@ def test_an_array_fills_a_bucket_with_the_bytes_of_one_machine_and_leaves_no_not
     slurm: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the tasks' logs stand below it
-    source = write_lmdb(tmp_path / "lmdb", pictures(23))
+    source = write_lmdb(tmp_path / "lmdb", encoded_images(23))
     assert prepare.main(arguments(source, tmp_path / "here")) == 0
     assert prepare.main(arguments(source, f"{s3}/there", "--slurm", "--nodes", "2")) == 0
     assert ".cmscale-prepare/" in capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_a_task_that_refuses_leaves_nothing_in_a_bucket(
 
 
 def test_an_array_that_slurm_refuses_is_one_line(slurm: Path, tmp_path: Path, capsys) -> None:
-    source = write_lmdb(tmp_path / "lmdb", pictures(3))
+    source = write_lmdb(tmp_path / "lmdb", encoded_images(3))
     assert prepare.main(arguments(source, tmp_path / "out", "--slurm", "--partition", "nowhere")) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_fixtures import COUNT, FORMATS, Sample, collect, data, make, pictures, world
+from data_fixtures import COUNT, FORMATS, Sample, collect, data, encoded_images, make, world
 
 from cmscale.data import Batch, open_batches, read_images, to_device
 from cmscale.data.samples import Samples
@@ -44,7 +44,7 @@ def test_every_sample_once_an_epoch_and_batches_straddle_epochs(sets: dict[str, 
     found, _ = collect(data(sets[format]), num_ranks=1, batch=50, start=0, steps=2)
     keys = [found[position][0] for position in range(100)]
     for epoch in range(4):
-        assert sorted(keys[epoch * COUNT : (epoch + 1) * COUNT]) == sorted(pictures(COUNT))
+        assert sorted(keys[epoch * COUNT : (epoch + 1) * COUNT]) == sorted(encoded_images(COUNT))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -76,7 +76,7 @@ def test_streaming_dataset_reads_the_mds_shards_too(sets: dict[str, str], tmp_pa
     )
     command = [sys.executable, "-c", code, sets["mds"], str(tmp_path / "local")]
     keys = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    assert keys == sorted(pictures(COUNT))
+    assert keys == sorted(encoded_images(COUNT))
 
 
 def test_mds_samples_are_what_the_reader_of_mosaicml_streaming_gives(sets: dict[str, str]) -> None:
@@ -126,7 +126,7 @@ def test_the_config_decides_on_flips(sets: dict[str, str], flip: bool) -> None:
 
 
 def test_read_images_takes_ids_in_any_order_and_refuses_others(sets: dict[str, str]) -> None:
-    keys = sorted(pictures(COUNT))
+    keys = sorted(encoded_images(COUNT))
     url = sets["webdataset"]
     assert [key for _, key in read_images(url, indices=[7, 2, 22])] == [keys[7], keys[2], keys[22]]
     assert [key for _, key in read_images(url, limit=3)] == keys[:3]

@@ -1,4 +1,4 @@
-"""The shard cache: fetched once, checked, bounded, retried, never waited for without end."""
+"""The shard cache: files are fetched once, verified, limited in size and retried, and no wait is without end."""
 
 import collections
 import hashlib
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -17,11 +18,12 @@ from data_fixtures import COUNT, collect, data, world
 from cmscale.data import cache, open_batches
 from cmscale.data.cache import FileCache
 from cmscale.errors import UserError
+from cmscale.io.locks import LockTimeout, hold
 from cmscale.runs.manifests import FileEntry
 
 
 class Counting:
-    """A storage that counts downloads and fails as told."""
+    """A storage that records downloads, and fails or calls `during` in them."""
 
     url = "s3://counting"
 
@@ -29,12 +31,14 @@ class Counting:
         self.files = files
         self.faults = faults or []
         self.downloads: list[str] = []
+        self.during: Callable[[str], object] = lambda _: None
 
     def join(self, key: str) -> str:
         return f"{self.url}/{key}"
 
     def download(self, key: str, path: Path) -> None:
         self.downloads.append(key)
+        self.during(key)
         fault = self.faults.pop(0) if self.faults else None
         if isinstance(fault, Exception):
             raise fault
@@ -77,6 +81,7 @@ def test_a_storage_that_never_answers_is_one_fault(tmp_path: Path) -> None:
     storage = Counting(FILES, [ConnectionError(f"try {n}") for n in range(9)])
     with pytest.raises(ConnectionError, match="try 3"):
         cache_of(storage, tmp_path).path("shard-3")
+    assert not list(tmp_path.rglob("*shard-3*part*"))
     assert not list(tmp_path.rglob("shard*"))
 
 
@@ -91,6 +96,79 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used_longest_ago(tm
     assert small.path("shard-0").read_bytes() == FILES["shard-0"]
 
 
+def test_processes_that_fetch_at_the_same_time_stay_within_the_limit_together(tmp_path: Path) -> None:
+    """While one cache downloads, another one of the node does: it counts what the first has yet to write."""
+    storage = Counting(FILES)
+    first, second = (cache_of(storage, tmp_path, limit=3000) for _ in range(2))
+    for at, number in enumerate([0, 1]):
+        os.utime(first.path(f"shard-{number}"), (at, at))
+    found = []
+
+    def fetch_another(name: str) -> None:
+        if name == "shard-2":
+            second.path("shard-3")
+            found.extend(sorted(path.name for path in tmp_path.glob("*/shard*")))
+
+    storage.during = fetch_another
+    assert first.path("shard-2").read_bytes() == FILES["shard-2"]
+    assert found == ["shard-1", "shard-3"]
+    assert sorted(path.name for path in tmp_path.glob("*/shard*")) == ["shard-1", "shard-2", "shard-3"]
+
+
+def test_no_other_process_counts_or_evicts_while_one_makes_room(tmp_path: Path, monkeypatch) -> None:
+    storage = Counting(FILES)
+    held = []
+
+    def record() -> None:
+        try:
+            with hold(tmp_path / ".lock", timeout=0, what="test"):
+                held.append(False)
+        except LockTimeout:
+            held.append(True)
+
+    inventory, unlink, open_ = FileCache._inventory, Path.unlink, Path.open
+    monkeypatch.setattr(FileCache, "_inventory", lambda self: record() or inventory(self))
+    small = cache_of(storage, tmp_path, limit=2000)
+    for number in range(2):
+        small.path(f"shard-{number}")
+    assert held == [True, True]
+
+    def unlink_recorded(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "shard-0":
+            record()
+        unlink(path, missing_ok=missing_ok)
+
+    def open_recorded(path: Path, *arguments: object, **more: object) -> object:
+        if path.name == ".shard-2.part" and arguments == ("wb",):
+            record()
+        return open_(path, *arguments, **more)
+
+    os.utime(small.folder / "shard-0", (0, 0))
+    monkeypatch.setattr(Path, "unlink", unlink_recorded)
+    monkeypatch.setattr(Path, "open", open_recorded)
+    small.path("shard-2")
+    assert held == [True] * 5
+    assert not (small.folder / "shard-0").exists()
+
+
+def test_a_storage_that_writes_a_second_file_while_it_downloads_counts_once(tmp_path: Path) -> None:
+    """boto3 and local copies write a temporary file next to the reserved one."""
+    storage = Counting(FILES)
+    small, other = (cache_of(storage, tmp_path, limit=3000) for _ in range(2))
+    for at, number in enumerate([0, 1]):
+        os.utime(small.path(f"shard-{number}"), (at, at))
+
+    def make_room_for_another(name: str) -> None:
+        if name == "shard-2":
+            (small.folder / "..shard-2.part.4711").write_bytes(bytes(1000))
+            (small.folder / ".shard-2.part.00aa").write_bytes(bytes(600))
+            other.path("shard-3")
+
+    storage.during = make_room_for_another
+    small.path("shard-2")
+    assert sorted(path.name for path in tmp_path.glob("*/shard*")) == ["shard-1", "shard-2", "shard-3"]
+
+
 def test_a_cache_smaller_than_a_shard_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.cache_gb"):
         cache_of(Counting(FILES), tmp_path, limit=999)
@@ -98,10 +176,11 @@ def test_a_cache_smaller_than_a_shard_is_refused(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_download_are_removed(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    leftover = tmp_path / "set" / ".shard-2.part.1234abcd"
-    leftover.write_bytes(b"half")
+    leftovers = [tmp_path / "set" / name for name in (".shard-2.part.1234abcd", "..shard-2.part.99", ".shard-2.part")]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
     cache_of(Counting(FILES), tmp_path).path("shard-2")
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_two_caches_of_one_node_fetch_a_file_once(tmp_path: Path) -> None:
@@ -115,38 +194,55 @@ def test_two_caches_of_one_node_fetch_a_file_once(tmp_path: Path) -> None:
 
 def test_a_lock_held_for_too_long_is_a_fault_not_a_wait_for_ever(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(cache, "LOCK_MINUTES", 0.0)
-    monkeypatch.setattr("time.sleep", lambda _: None)
     lock = tmp_path / ".lock"
-    with cache._locked(lock), pytest.raises((RuntimeError, UserError), match="another process"), cache._locked(lock):
+    with cache._locked(lock), pytest.raises(RuntimeError, match="another process"), cache._locked(lock):
         pass
+
+
+_STUCK_IN_A_DOWNLOAD = """
+import os, sys
+from cmscale.config import Data
+from cmscale.data import open_batches
+from cmscale.data.cache import FileCache
+from cmscale.io.storage import LocalStorage
+from cmscale.distributed.world import World
+
+main = os.getpid()
+reading, writing = os.pipe()
+download, path = LocalStorage.download, FileCache.path
+
+def stuck(self, key, target):
+    if "00003" not in key or os.getpid() != main:
+        return download(self, key, target)
+    target.write_bytes(self.read(key)[:1000])
+    os.write(writing, b"." * 100)
+    sys.stdout.write("stuck\\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+
+def path_after_main(self, name):
+    if "00003" in name and os.getpid() != main:
+        os.read(reading, 1)  # the worker comes second
+    return path(self, name)
+
+LocalStorage.download, FileCache.path = stuck, path_after_main
+config = Data(path=sys.argv[1], cache_dir=sys.argv[2], workers=1, num_canonical_nodes=3, shuffle_block=6)
+batches = open_batches(config, World(), seed=4, global_batch_size=2, image_size=16)
+sys.stdout.write(f"{batches._iterator._workers[0].pid}\\n")
+sys.stdout.flush()
+while True:
+    next(batches)
+"""
 
 
 def test_a_lock_ends_with_its_holder_and_what_a_killed_reader_left_is_cleared(sets: dict[str, str], tmp_path: Path):
     """SIGKILL in the middle of a download, with workers: no lock, no shared memory, no process, no half file stays."""
-    code = (
-        "import sys\n"
-        "from cmscale.config import Data\n"
-        "from cmscale.data import open_batches\n"
-        "from cmscale.io.storage import LocalStorage\n"
-        "from cmscale.distributed.world import World\n"
-        "download = LocalStorage.download\n"
-        "def stuck(self, key, path):\n"
-        "    if '00003' not in key:\n"
-        "        return download(self, key, path)\n"
-        "    path.write_bytes(self.read(key)[:1000])\n"
-        "    print('stuck', flush=True)\n"
-        "    sys.stdin.read()\n"
-        "config = Data(path=sys.argv[1], cache_dir=sys.argv[2], workers=1, num_canonical_nodes=3, shuffle_block=6)\n"
-        "batches = open_batches(config, World(), seed=4, global_batch_size=2, image_size=16)\n"
-        "LocalStorage.download = stuck\n"
-        "print(*(w.pid for w in batches._iterator._workers), flush=True)\n"
-        "while True: next(batches)\n"
-    )
-    command = [sys.executable, "-c", code, sets["mds"], str(tmp_path)]
+    command = [sys.executable, "-c", _STUCK_IN_A_DOWNLOAD, sets["mds"], str(tmp_path)]
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert reader.stdout is not None
-    worker = int(reader.stdout.readline())
-    assert reader.stdout.readline() == "stuck\n"
+    lines = [reader.stdout.readline() for _ in range(2)]
+    lines.remove("stuck\n")
+    worker = int(lines[0])
     (left,) = tmp_path.glob("*/.shard.00003*.part*")
     reader.kill()
     reader.wait()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
-from data_fixtures import pictures, write_lmdb
+from data_fixtures import encoded_images, write_lmdb
 from networks import random_weights
 from run_folder import write_run
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    source = write_lmdb(folder / "photos_lmdb", pictures(6))
+    source = write_lmdb(folder / "photos_lmdb", encoded_images(6))
     assert (
         prepare(["--source", f"lsun:{source}", "--format", "mds", "--image-size", "8", "--out", str(folder / "set")])
         == 0

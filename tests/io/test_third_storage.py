@@ -7,7 +7,7 @@ from pathlib import Path
 import memory_storage
 import pytest
 import torch
-from data_fixtures import COUNT, collect, data, make, pictures, write_lmdb
+from data_fixtures import COUNT, collect, data, encoded_images, make, write_lmdb
 from flat_state import StandIn, flat_config
 from memory_storage import MemoryStorage
 
@@ -66,7 +66,7 @@ def _size(run: RunDir) -> int:
 
 
 def test_a_data_set_is_prepared_checked_and_read(tmp_path: Path) -> None:
-    source = write_lmdb(tmp_path / "lmdb", pictures(COUNT))
+    source = write_lmdb(tmp_path / "lmdb", encoded_images(COUNT))
     for kind in ("mds", "webdataset"):
         url = make(source, f"memory://bucket/{kind}", kind)
         local = make(source, str(tmp_path / kind), kind)

@@ -1,4 +1,4 @@
-"""Owns what the data tests share: small deterministic sources of images, prepared data sets, and reading them."""
+"""Makes small deterministic images and data sets for tests, reads them, and damages them."""
 
 import hashlib
 import io
@@ -10,20 +10,20 @@ import lmdb
 import numpy as np
 import torch
 from PIL import Image
+from prepare_command import call
 
 from cmscale.config import Data
 from cmscale.data import open_batches
 from cmscale.distributed.world import World
 from cmscale.io.storage import open_storage
-from data_prep import prepare
 
 FORMATS = ("mds", "webdataset")
 COUNT = 23
 _ENCODINGS = ("webp", "jpeg", "png")
 
 
-def picture(number: int, *, width: int = 40, height: int = 32) -> np.ndarray:
-    """A smooth image that no other number has, uint8 [height, width, 3]."""
+def smooth_image(number: int, *, width: int = 40, height: int = 32) -> np.ndarray:
+    """A smooth image, uint8 [height, width, 3], different for each number."""
     rows, columns = np.mgrid[0:height, 0:width]
     channels = [(number * 37 + rows * (c + 1) * 3 + columns * 5) % 256 for c in range(3)]
     return np.stack(channels, axis=-1).astype(np.uint8)
@@ -35,9 +35,11 @@ def encoded(image: np.ndarray, kind: str) -> bytes:
     return file.getvalue()
 
 
-def pictures(count: int) -> dict[str, bytes]:
-    """LSUN-like: 40 hexadecimal characters -> encoded bytes, the three formats in turn."""
-    return {hashlib.sha1(str(n).encode()).hexdigest(): encoded(picture(n), _ENCODINGS[n % 3]) for n in range(count)}
+def encoded_images(count: int) -> dict[str, bytes]:
+    """Images as in LSUN: 40 hexadecimal characters -> encoded bytes, in three encodings in turn."""
+    return {
+        hashlib.sha1(str(n).encode()).hexdigest(): encoded(smooth_image(n), _ENCODINGS[n % 3]) for n in range(count)
+    }
 
 
 def write_lmdb(folder: Path, samples: Mapping[str, bytes]) -> Path:
@@ -51,13 +53,13 @@ def write_lmdb(folder: Path, samples: Mapping[str, bytes]) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
+    """Every file below a folder, hidden ones included: relative path -> bytes."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def make(source: Path, out: str, format: str) -> str:
-    arguments = ["--source", f"lsun:{source}", "--out", out, "--format", format, "--image-size", "16"]
-    assert prepare.main([*arguments, "--samples-per-shard", "4", "--workers", "1"]) == 0
+    """Prepares a data set of 16 px and shards of 4 images from an LMDB. Returns its URL."""
+    assert call(f"lsun:{source}", out, format=format) == 0
     return out
 
 
@@ -73,7 +75,7 @@ Sample = tuple[str, bool, bytes]
 
 
 def collect(config: Data, *, num_ranks: int, batch: int, start: int, steps: int) -> tuple[dict[int, Sample], int]:
-    """Every sample of some steps over all ranks, by its position, and the cursor after them."""
+    """Samples of `steps` steps on all ranks, by position, and the cursor after them."""
     found: dict[int, Sample] = {}
     cursor = start
     for rank in range(num_ranks):
@@ -93,6 +95,7 @@ def collect(config: Data, *, num_ranks: int, batch: int, start: int, steps: int)
 
 
 def spoil(url: str, name: str, how: str) -> None:
+    """Damages a file of a data set: `flipped` (a bit), `cut at a member` of a tar, `cut inside`, `missing`."""
     storage = open_storage(url)
     content = storage.read(name)
     if how == "flipped":

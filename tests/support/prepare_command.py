@@ -1,0 +1,19 @@
+"""Calls data_prep/prepare.py as the tests do: small images, small shards, one worker."""
+
+import pytest
+
+from data_prep import prepare
+
+
+def call(source: object, out: object, *more: str, format: str = "webdataset", size: int = 16) -> int:
+    """Prepares a data set with shards of 4 images. Returns the command's exit status."""
+    arguments = ["--source", str(source), "--out", str(out), "--format", format, "--image-size", str(size)]
+    return prepare.main([*arguments, "--samples-per-shard", "4", "--workers", "1", *more])
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    """The one line on stderr of a command that refused with status 2."""
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.count("\n") == 1
+    return error
