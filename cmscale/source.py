@@ -142,11 +142,10 @@ def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:
     storage = open_storage(origin)
     steps = [listed.step for listed in list_checkpoints(origin)]
     if not steps:
-        raise UserError(f"{origin}: no run, checkpoint or exported weights there (no complete checkpoint found)")
+        raise UserError(f"{origin}: no run, checkpoint or exported weights; give a SOURCE with a complete checkpoint")
     if step is not None and step not in steps:
-        raise UserError(f"{origin}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    chosen = steps[-1] if step is None else step
-    url = storage.join(f"checkpoints/{step_name(chosen)}")
+        raise UserError(f"{origin}: no checkpoint of step {step}; choose from {', '.join(map(str, steps))}")
+    url = storage.join(f"checkpoints/{step_name(steps[-1] if step is None else step)}")
     return _read_checkpoint(url, weights=weights, run_dir=storage.local_path(""))
 
 

@@ -1,1 +1,1 @@
-"""Makes images with a trained network: drawn samples and edited pictures."""
+"""Generates images with a trained network: samples, and edits of given images."""

@@ -1,4 +1,4 @@
-"""Weights in the formats of others and in our own: OpenAI's `.pt`, a diffusers folder, safetensors."""
+"""Reads and writes weights as OpenAI's `.pt`, as a diffusers folder, and as safetensors with a config."""
 
 from cmscale.interop.card import model_card
 from cmscale.interop.diffusers_folder import read_diffusers, write_diffusers

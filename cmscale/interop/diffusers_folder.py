@@ -1,4 +1,4 @@
-"""Owns the diffusers format: the folder of a ConsistencyModelPipeline, written and read without diffusers."""
+"""Reads and writes the folder of diffusers' ConsistencyModelPipeline, without importing diffusers."""
 
 import json
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ UNET_CONFIG = "unet/config.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 CARD = "README.md"
-VERSION = "0.39.0"  # whose formats these are
-DEFAULT_SCALES = 40  # for methods that train on no grid; the scheduler needs one for its multistep times
+VERSION = "0.39.0"  # the diffusers version of these formats
+DEFAULT_SCALES = 40  # grid size for methods without a grid; the scheduler needs one for its multistep times
 
 
 def write_diffusers(
@@ -37,13 +37,13 @@ def write_diffusers(
 ) -> None:
     """Writes a folder (a path or `s3://`) that `diffusers.ConsistencyModelPipeline.from_pretrained` loads.
 
-    The index is written last. The same start noise gives the same images there and here.
+    With the same start noise, diffusers and `cmscale sample` give the same images. The index is written last.
 
     Args:
         card: Text of the README.md.
 
     Raises:
-        UserError: weights that are not `config.model`'s, or a network or method that diffusers can't express.
+        UserError: the weights are not those of `config.model`, or diffusers can't express the network or the method.
     """
     storage = folder(target)
     _refuse_inexpressible(config, storage.url)
@@ -65,29 +65,29 @@ def write_diffusers(
 
 
 def read_diffusers(source: str | Path | Storage, *, model: Model | None = None) -> tuple[Weights, dict[str, str]]:
-    """The weights in a folder (a path or `s3://`) with OpenAI's names, and its metadata (see `describe`).
+    """Reads the weights in a folder (a path or `s3://`), with OpenAI's names, and its metadata (see `describe`).
 
     Args:
-        model: The network, for folders that others wrote: they carry no config, and their metadata is {}.
+        model: The network, for folders that cmscale did not write: they hold no config, and their metadata is {}.
 
     Raises:
-        UserError: no such folder, damaged, of another network, or without config where no `model` is given.
+        UserError: the folder is missing or damaged, holds another network, or has no config while `model` is None.
     """
     storage = folder(source)
     raw = storage.read_if_present(UNET_CONFIG)
     if storage.read_if_present(INDEX) is None or raw is None:
-        raise UserError(f"{storage.url}: not a diffusers folder (it needs {INDEX} and {UNET_CONFIG})")
+        raise UserError(f"{storage.url}: not a diffusers folder; it must hold {INDEX} and {UNET_CONFIG}")
     origin = storage.join(UNET_WEIGHTS)
     with readable(storage, UNET_WEIGHTS) as path:
         found, metadata = load_with_metadata(path, origin=origin)
         card = own_card(metadata)
         if model is None:
             if card is None:
-                raise UserError(f"{storage.url}: carries no config, as cmscale did not write it; give --config CONFIG")
-            model = parse_config(card["config"], origin=f"{origin}, its config").model
+                raise UserError(f"{storage.url}: holds no config, as cmscale did not write it; give --config CONFIG")
+            model = parse_config(card["config"], origin=f"config in {origin}").model
         _refuse_other_network(raw, model, origin=storage.join(UNET_CONFIG))
         shapes = {
-            name: _shape_there(parameter.shape, parts=len(parameter.diffusers), pointwise=parameter.is_pointwise)
+            name: _diffusers_shape(parameter.shape, parts=len(parameter.diffusers), pointwise=parameter.is_pointwise)
             for parameter in parameters(model)
             for name in parameter.diffusers
         }
@@ -95,7 +95,7 @@ def read_diffusers(source: str | Path | Storage, *, model: Model | None = None) 
 
 
 def to_diffusers(weights: Mapping[str, Tensor], model: Model) -> Weights:
-    """The weights under diffusers' names: qkv in three, 1x1 convolutions of attention as linear layers."""
+    """Converts weights to diffusers' names: qkv split into three, attention's 1x1 convolutions as linear layers."""
     renamed: Weights = {}
     for parameter in parameters(model):
         tensor = weights[parameter.name]
@@ -111,7 +111,7 @@ def to_diffusers(weights: Mapping[str, Tensor], model: Model) -> Weights:
 
 
 def from_diffusers(weights: Mapping[str, Tensor], model: Model) -> Weights:
-    """The reverse of `to_diffusers`; qkv in the order of `model.qkv_layout`."""
+    """The inverse of `to_diffusers`, with qkv in the order of `model.qkv_layout`."""
     renamed: Weights = {}
     for parameter in parameters(model):
         tensor = torch.cat([weights[name] for name in parameter.diffusers]).reshape(parameter.shape)
@@ -124,7 +124,7 @@ def from_diffusers(weights: Mapping[str, Tensor], model: Model) -> Weights:
 
 
 def unet_config(model: Model) -> dict[str, Any]:
-    """The options of diffusers' UNet2DModel that make it this network."""
+    """The options with which diffusers' UNet2DModel is this network."""
     levels = range(len(model.channel_multipliers))
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
     if not model.resblock_updown:
@@ -160,12 +160,12 @@ def unet_config(model: Model) -> dict[str, Any]:
 
 
 def scheduler_config(method: MethodSection) -> dict[str, Any]:
-    """The options of diffusers' CMStochasticIterativeScheduler; its grid is the last one of the training."""
+    """The options of diffusers' CMStochasticIterativeScheduler, with the final time grid of the training."""
     return {
         "_class_name": "CMStochasticIterativeScheduler",
         "_diffusers_version": VERSION,
         "num_train_timesteps": method.final_num_scales or DEFAULT_SCALES,
-        # with 0 the scheduler's preconditioning is EDM's own, which these methods keep
+        # with 0 the scheduler's preconditioning is EDM's, which methods with the boundary at 0 use
         "sigma_min": 0.0 if method.facts.boundary_at_zero else method.sigma_min,
         "sigma_max": method.sigma_max,
         "sigma_data": method.sigma_data,
@@ -178,33 +178,34 @@ def scheduler_config(method: MethodSection) -> dict[str, Any]:
 def _refuse_inexpressible(config: Config, url: str) -> None:
     if not config.method.facts.is_consistency_model:
         kind = config.method.kind.upper()
-        raise UserError(f"{url}: {kind} gives no consistency model, diffusers has no pipeline for it; use safetensors")
+        raise UserError(f"{url}: diffusers has no pipeline for {kind}, only for consistency models; use safetensors")
     if config.method.embeds_angle:
-        raise UserError(f"{url}: diffusers can't tell the network the time that this sCT model takes; use safetensors")
+        raise UserError(f"{url}: diffusers can't compute the time embedding of this sCT model; use safetensors")
     if config.model.channel_multipliers[0] != 1:
         raise UserError(
-            f"{url}: diffusers can't express model.channel_multipliers that start with "
-            f"{config.model.channel_multipliers[0]}, as its time embedding has the first level's width; "
-            "use safetensors"
+            f"{url}: model.channel_multipliers starts with {config.model.channel_multipliers[0]}, but in diffusers the "
+            "first level and the time embedding have the same width (multiplier 1); use safetensors"
         )
 
 
 def _refuse_other_network(raw: bytes, model: Model, *, origin: str) -> None:
-    """What shapes don't show (heads, kinds of blocks, norms) must be as the model says."""
+    """Checks what shapes do not show: heads, kinds of blocks, norms."""
     try:
         given = json.loads(raw)
     except ValueError:
         given = None
     if not isinstance(given, dict):
-        raise UserError(f"{origin}: not a JSON object")
+        raise UserError(f"{origin}: not a JSON object; restore the file that diffusers wrote")
     for name, value in unet_config(model).items():
         if name.startswith("_") or name == "dropout" or name not in given:
             continue
         if given[name] != value:
-            raise UserError(f"{origin}: {name} is {given[name]}, but the config's model section means {value}")
+            raise UserError(
+                f"{origin}: {name} is {given[name]}, but {value} in the config's model section; give a matching config"
+            )
 
 
-def _shape_there(shape: tuple[int, ...], *, parts: int, pointwise: bool) -> tuple[int, ...]:
+def _diffusers_shape(shape: tuple[int, ...], *, parts: int, pointwise: bool) -> tuple[int, ...]:
     shape = (shape[0] // parts, *shape[1:])
     return shape[:2] if pointwise else shape
 

@@ -1,4 +1,4 @@
-"""Owns the names and shapes of the network's parameters, by rule from the config: OpenAI's and diffusers'."""
+"""Lists the names and shapes of the network's parameters in OpenAI's and diffusers' formats, from the config."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +14,18 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One of OpenAI's parameters, and the one (of a qkv projection: three) that diffusers has instead."""
+    """A parameter of the network.
+
+    Attributes:
+        name: OpenAI's name.
+        diffusers: diffusers' name; a qkv projection has three, one each for query, key and value.
+        is_pointwise: Whether it is the weight of a 1x1 convolution that is a linear layer in diffusers.
+    """
 
     name: str
     shape: tuple[int, ...]
     diffusers: tuple[str, ...]
-    is_pointwise: bool = False  # a 1x1 convolution here, a linear layer there
+    is_pointwise: bool = False
 
     @property
     def is_qkv(self) -> bool:
@@ -27,7 +33,7 @@ class Parameter:
 
 
 def parameters(model: Model) -> Iterator[Parameter]:
-    """Every parameter of the network, in the order of its state dict."""
+    """Yields every parameter of the network, in the order of its state dict."""
     width = model.channels
     yield from _layer("time_embed.0", "time_embedding.linear_1", (4 * width, width))
     yield from _layer("time_embed.2", "time_embedding.linear_2", (4 * width, 4 * width))
@@ -48,7 +54,7 @@ def parameters(model: Model) -> Iterator[Parameter]:
 
 
 def _input_side(model: Model, skips: list[int]) -> Iterator[Parameter]:
-    """From the full size down; appends the channels of each stage's output to `skips`."""
+    """The levels from the full size down; appends the output channels of each stage to `skips`."""
     stage = 1
     for level, multiplier in enumerate(model.channel_multipliers):
         there = f"down_blocks.{level}"
@@ -70,7 +76,7 @@ def _input_side(model: Model, skips: list[int]) -> Iterator[Parameter]:
 
 
 def _output_side(model: Model, skips: list[int]) -> Iterator[Parameter]:
-    """From the smallest size up; each stage takes the last of `skips`."""
+    """The levels from the smallest size up; each stage removes the last of `skips`."""
     levels = len(model.channel_multipliers)
     channels = skips[-1]
     stage = 0
@@ -93,12 +99,12 @@ def _output_side(model: Model, skips: list[int]) -> Iterator[Parameter]:
 
 
 def attends(model: Model, level: int) -> bool:
-    """Whether the blocks of a level (0 is the full size) have attention."""
+    """Whether the blocks of a level (0 has the full image size) have attention."""
     return model.image_size >> level in model.attention_resolutions
 
 
 def _layer(here: str, there: str, shape: tuple[int, ...], *, pointwise: bool = False) -> Iterator[Parameter]:
-    """Weight of that shape, and a bias."""
+    """A weight of that shape, and a bias."""
     yield Parameter(f"{here}.weight", shape, (f"{there}.weight",), is_pointwise=pointwise)
     yield Parameter(f"{here}.bias", shape[:1], (f"{there}.bias",))
 
@@ -123,12 +129,12 @@ def _attention(here: str, there: str, channels: int) -> Iterator[Parameter]:
 
 
 def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, as OpenAI's consistency models have them."""
+    """Name and shape of every parameter in OpenAI's format."""
     return {parameter.name: parameter.shape for parameter in parameters(model)}
 
 
 def reorder_qkv(tensor: Tensor, *, head_channels: int, source: Layout, to: Layout) -> Tensor:
-    """A qkv weight or bias [3 heads dim, ...] with its first axis in another order."""
+    """Reorders the first axis of a qkv weight or bias [3 heads dim, ...] from layout `source` to layout `to`."""
     if source == to:
         return tensor
     heads = len(tensor) // (3 * head_channels)

@@ -1,4 +1,4 @@
-"""Owns OpenAI's format: a state dict saved by torch, read without unpickling anything but tensors."""
+"""Reads and writes OpenAI's format: a state dict saved by torch, of which only tensors are unpickled."""
 
 import pickle
 from collections import OrderedDict
@@ -17,13 +17,13 @@ from cmscale.interop.strict import strict_weights
 
 
 def read_openai(source: str | Path, model: Model) -> Weights:
-    """The weights in a `.pt` file (a path or `s3://`), strictly those of `model`, float32.
+    """Reads the weights in a `.pt` file (a path or `s3://`) as float32; they must be exactly those of `model`.
 
-    `model.qkv_layout` says in which order the file has its qkv channels; the network computes in that order,
-    so nothing is moved. Attention as one-dimensional convolutions (older guided-diffusion) is taken too.
+    `model.qkv_layout` must be the file's order of qkv channels; the network computes in that order. The attention
+    weights of older guided-diffusion files (1D convolutions) are accepted too.
 
     Raises:
-        UserError: no such file, not a state dict, anything in it but tensors, or not this network's.
+        UserError: there is no such file, it is not a state dict of tensors, or it holds another network.
     """
     storage, key = located(source)
     origin = storage.join(key)
@@ -40,7 +40,7 @@ def write_openai(target: str | Path, weights: Mapping[str, Tensor], *, model: Mo
     """Writes the weights of `model` as a `.pt` file (a path or `s3://`) that OpenAI's code loads.
 
     Raises:
-        UserError: not this network's weights, no room, or not allowed to write.
+        UserError: the weights are not those of `model`, the disk is full, or writing is not allowed.
     """
     state = strict_weights(weights, parameter_shapes(model), origin="the weights to write")
     size = sum(4 * tensor.numel() for tensor in state.values())
@@ -53,11 +53,11 @@ def _load(path: Path, origin: str) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{origin}: refused: no plain state dict of tensors (loading it would run code, or it is damaged)"
+            f"{origin}: refused, as it is damaged or holds objects that could run code; give a state dict of tensors"
         ) from None
     except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{origin}: not a file that torch.save wrote, or damaged ({first})") from None
+        raise UserError(f"{origin}: damaged, or not written by torch.save ({first}); copy it again") from None
     if not isinstance(found, Mapping):
-        raise UserError(f"{origin}: holds {type(found).__name__}, not a state dict of tensors")
+        raise UserError(f"{origin}: holds {type(found).__name__}; give a state dict of tensors")
     return dict(found)

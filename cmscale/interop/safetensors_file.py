@@ -1,4 +1,4 @@
-"""Owns the project's own export: a safetensors file that carries config, step and the weights' name."""
+"""Reads and writes cmscale's export format: safetensors with config, step and weights' name as metadata."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ def write_safetensors(
     """Writes the weights with OpenAI's names to a path or `s3://`.
 
     Raises:
-        UserError: not the weights of `config.model`, no room, or not allowed to write.
+        UserError: the weights are not those of `config.model`, the disk is full, or writing is not allowed.
     """
     state = strict_weights(weights, parameter_shapes(config.model), origin="the weights to write")
     size = sum(4 * tensor.numel() for tensor in state.values())
@@ -36,10 +36,10 @@ def write_safetensors(
 
 
 def read_safetensors(source: str | Path) -> tuple[Weights, dict[str, str]]:
-    """The weights in a file (a path or `s3://`) and its metadata (see `describe`).
+    """Reads the weights in a file (a path or `s3://`) and its metadata (see `describe`).
 
     Raises:
-        UserError: no such file, damaged, without metadata, or not the weights of its own config.
+        UserError: the file is missing, damaged, has no metadata, or its weights do not fit its config.
     """
     storage, key = located(source)
     origin = storage.join(key)
@@ -47,22 +47,26 @@ def read_safetensors(source: str | Path) -> tuple[Weights, dict[str, str]]:
         found, metadata = load_with_metadata(path, origin=origin)
     card = own_card(metadata)
     if card is None:
-        raise UserError(f"{origin}: carries no config; only files that `cmscale export` or `import` wrote are read")
-    model = parse_config(card["config"], origin=f"{origin}, its config").model
+        raise UserError(f"{origin}: holds no config; give a file that `cmscale export` or `cmscale import` wrote")
+    model = parse_config(card["config"], origin=f"config in {origin}").model
     return strict_weights(found, parameter_shapes(model), origin=origin), card
 
 
 def own_card(metadata: Mapping[str, str]) -> dict[str, str] | None:
-    """The metadata that `describe` gave, or None where a file is another's."""
+    """The metadata that `describe` wrote; None if cmscale did not write the file."""
     if any(name not in metadata for name in CARD_KEYS) or not metadata["step"].isdecimal():
         return None
     return {name: metadata[name] for name in CARD_KEYS}
 
 
 def load_with_metadata(path: Path, *, origin: str) -> tuple[Weights, dict[str, str]]:
-    """Every tensor of a safetensors file, and its metadata. Raises UserError for a damaged one."""
+    """Every tensor of a safetensors file, and its metadata.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{origin}: not a safetensors file, or damaged ({error})") from None
+        raise UserError(f"{origin}: damaged, or not a safetensors file ({error}); copy it again") from None

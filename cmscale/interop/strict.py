@@ -1,4 +1,4 @@
-"""Owns the check that foreign weights are exactly the configured network's, and what is said if not."""
+"""Checks that weights are exactly those of the configured network."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,16 +8,20 @@ from torch import Tensor
 
 from cmscale.errors import UserError
 
-SHOWN = 3
+MAX_NAMES = 3  # per problem in a message
 
 
 def strict_weights(
     found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], *, origin: str
 ) -> dict[str, Tensor]:
-    """The tensors under the expected names, in their order, float32 on the CPU.
+    """The tensors in the order of the expected names, float32 on the CPU.
+
+    Args:
+        expected: Shape of each parameter by name.
+        origin: What is checked, for messages.
 
     Raises:
-        UserError: a name is missing or not expected, or no dense floating-point tensor of that shape.
+        UserError: a name is missing or unexpected, or is not a dense floating-point tensor of that shape.
     """
     problems = [
         *_listed("missing", (name for name in expected if name not in found)),
@@ -26,7 +30,7 @@ def strict_weights(
     ]
     if problems:
         raise UserError(
-            f"{origin}: not the weights of the network in the config's model section: {'; '.join(problems)}"
+            f"{origin}: do not fit the config's model section ({'; '.join(problems)}); give the config of these weights"
         )
     return {name: found[name].detach().to("cpu", torch.float32).contiguous() for name in expected}
 
@@ -37,7 +41,7 @@ def _misshaped(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
             continue
         tensor = found[name]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
-            yield f"{name} (no dense floating-point tensor)"
+            yield f"{name} (not a dense floating-point tensor)"
         elif tuple(tensor.shape) != shape:
             yield f"{name} {list(tensor.shape)}, not {list(shape)}"
 
@@ -46,5 +50,5 @@ def _listed(what: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     if not names:
         return []
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return [f"{what}: {', '.join(names[:SHOWN])}{more}"]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return [f"{what}: {', '.join(names[:MAX_NAMES])}{more}"]

@@ -1,4 +1,4 @@
-"""`cmscale sample FILE.pt --noise`: the whole way from a released state dict to samples, against float64 numpy."""
+"""Compares `cmscale sample FILE.pt --noise` on a state dict in OpenAI's format with float64 numpy."""
 
 import itertools
 from pathlib import Path
@@ -33,7 +33,7 @@ class Original:
         low = EPS if self.consistency else 0.0
         skip = SD**2 / ((sigma - low) ** 2 + SD**2)
         out = SD * (sigma - low) / np.sqrt(sigma**2 + SD**2)
-        # the network is told its time in float32, as the original computes it
+        # the network's time is float32, as in the released code
         told = np.float32(250.0) * np.log(np.full(len(x), sigma, np.float32))
         return out * self.network(x / np.sqrt(sigma**2 + SD**2), told.astype(np.float64)) + skip * x
 
@@ -67,7 +67,7 @@ def ode(original: Original, sampler: str, noise: np.ndarray, draws: list[np.ndar
 def sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, method: dict, *arguments: object
 ) -> tuple[np.ndarray, np.ndarray, Original]:
-    """What the command draws from a `.pt` and given noise; the noise; the original."""
+    """The command's samples from a `.pt` and given noise; the noise; the reference."""
     model = small_model(variant, image_size=8, attention_resolutions=(4,))
     weights = random_weights(model)
     write_openai(tmp_path / "model.pt", weights, model=model)

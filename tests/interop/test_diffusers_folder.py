@@ -1,4 +1,4 @@
-"""The diffusers folder: read back bit for bit, and the same images by the real library."""
+"""Tests of the diffusers folder: read back bit for bit, and the same images from diffusers itself."""
 
 import json
 
@@ -88,7 +88,7 @@ SCD = {"kind": "scd", "teacher": "t"}
 
 @pytest.mark.parametrize("method", [{"kind": "ect", "teacher": "t"}, SCD, {**SCD, "kind": "sct", "start": "teacher"}])
 def test_the_real_pipeline_agrees_for_methods_that_keep_edms_preconditioning(tmp_path, method):
-    """One step and two, the second at a time of its own grid: f is the identity at 0, not at 0.002."""
+    """With one step and with two, where the boundary of f is at 0, not at 0.002."""
     diffusers = pytest.importorskip("diffusers", reason="the extra `export` is not installed")
     model = small_model()
     exported(tmp_path, model, method=method)
@@ -127,18 +127,18 @@ def test_the_scheduler_has_the_last_grid_of_the_training():
 
 def test_an_edm_model_and_a_wide_first_level_are_refused_and_nothing_is_written(tmp_path):
     for method in ({"kind": "edm"}, {"kind": "pd", "teacher": "t"}):
-        with pytest.raises(UserError, match=f"{method['kind'].upper()} gives no consistency model"):
+        with pytest.raises(UserError, match=f"diffusers has no pipeline for {method['kind'].upper()}"):
             exported(tmp_path, small_model(), method=method)
-    with pytest.raises(UserError, match="can't tell the network the time"):
+    with pytest.raises(UserError, match="can't compute the time embedding"):
         exported(tmp_path, small_model(), method={"kind": "sct"})
-    with pytest.raises(UserError, match="channel_multipliers that start with 2"):
+    with pytest.raises(UserError, match="channel_multipliers starts with 2"):
         exported(tmp_path, small_model(channel_multipliers=(2, 2)))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_another_network_is_refused_by_name(tmp_path):
     exported(tmp_path, small_model())
-    with pytest.raises(UserError, match="attention_head_dim is 32, but the config's model section means 16"):
+    with pytest.raises(UserError, match="attention_head_dim is 32, but 16 in the config's model section"):
         read_diffusers(tmp_path, model=small_model(head_channels=16))
     with pytest.raises(UserError, match=r"unet/config\.json: num_class_embeds is None"):
         read_diffusers(tmp_path, model=small_model(num_classes=3))
@@ -161,7 +161,7 @@ def test_a_folder_that_others_wrote_needs_a_model_and_then_loads(tmp_path):
     model = small_model("as ImageNet 64")
     weights = exported(tmp_path / "ours", model)
     diffusers.ConsistencyModelPipeline.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    with pytest.raises(UserError, match="carries no config"):
+    with pytest.raises(UserError, match="holds no config"):
         read_diffusers(tmp_path / "theirs")
     found, card = read_diffusers(tmp_path / "theirs", model=model)
     assert card == {}

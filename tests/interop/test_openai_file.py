@@ -1,4 +1,4 @@
-"""OpenAI's `.pt`: strict, both qkv layouts, nothing in it is ever run."""
+"""Tests of OpenAI's `.pt`: strict names and shapes, both qkv layouts, no code of the file is run."""
 
 import os
 import pickle
@@ -93,7 +93,7 @@ def test_missing_unexpected_and_misshapen_parameters_are_named_in_one_line(tmp_p
     assert "missing: time_embed.0.weight" in line
     assert "unexpected: extra.weight" in line
     assert "out.0.bias [7], not [32]" in line
-    assert "out.0.weight (no dense floating-point tensor)" in line
+    assert "out.0.weight (not a dense floating-point tensor)" in line
 
 
 def test_a_wholly_different_network_is_refused_with_a_short_line(tmp_path):
@@ -105,7 +105,7 @@ def test_a_wholly_different_network_is_refused_with_a_short_line(tmp_path):
 
 
 class Malicious:
-    """Its unpickling would make a folder."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -126,7 +126,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, save):
         read_openai(file, small_model())
     assert not trace.exists()
     torch.load(file, weights_only=False) if save == "torch" else pickle.loads(file.read_bytes())
-    assert trace.exists()  # the file was a threat
+    assert trace.exists()  # an unsafe load does run the code
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut"])
@@ -146,7 +146,7 @@ def test_a_cut_file_is_one_line(tmp_path):
 
 def test_anything_but_a_state_dict_is_one_line(tmp_path):
     torch.save([1, 2], tmp_path / "x.pt")
-    with pytest.raises(UserError, match="holds list, not a state dict"):
+    with pytest.raises(UserError, match="holds list; give a state dict of tensors"):
         read_openai(tmp_path / "x.pt", small_model())
     with pytest.raises(UserError, match="no such file"):
         read_openai(tmp_path / "none.pt", small_model())

@@ -1,4 +1,4 @@
-"""The project's own export carries all that is needed to use it."""
+"""Tests that an exported safetensors file holds everything that is needed to use it."""
 
 import pytest
 import torch
@@ -38,10 +38,10 @@ def test_the_header_says_what_it_is_to_any_reader(tmp_path):
 
 def test_files_without_config_or_damaged_are_one_line(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(UserError, match="carries no config"):
+    with pytest.raises(UserError, match="holds no config; give a file"):
         read_safetensors(tmp_path / "foreign.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(UserError, match="not a safetensors file, or damaged"):
+    with pytest.raises(UserError, match="damaged, or not a safetensors file"):
         read_safetensors(tmp_path / "damaged.safetensors")
     with pytest.raises(UserError, match="no such file"):
         read_safetensors(tmp_path / "none.safetensors")
