@@ -1,10 +1,11 @@
-"""Owns the speed of the data path: ours, a plain PIL loader, mosaicml-streaming, webdataset, bare decoding, in one run.
+"""Measures the speed of data loading: this package, a plain PIL loader, mosaicml-streaming, webdataset, bare decoding.
 
     python ops/bench/data.py [--json FILE] [--source lsun:DIR|folder:DIR|...] [--images 512] [--rounds 5]
 
-Every round measures everything once, in turn; shown are medians over the rounds, and medians of each round's ratio to
-its own baseline. `cpu` rows count the process's own seconds, so that neighbours on the machine do not count; `wall`
-rows can't: they wait for a server or for workers. Small by default; without --source the pictures are made up.
+Each round measures every row once. The table shows medians over the rounds, and medians of each round's ratio to its
+baseline. `cpu` rows count the CPU seconds of this process, which do not depend on the machine's other load. `wall` rows
+count elapsed seconds, because they wait for a server or for workers. The measurement is small by default; without
+--source the images are generated.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from data_prep.sources import SourceReader, open_source
 SIZE = 256
 BATCH = 32
 PER_SHARD = 64
-# What each row is held against, its clock, and the ratio that issue 4 asks for.
+# Each row's baseline, its clock, and the ratio that is required.
 ROWS: dict[str, tuple[str | None, str, float | None]] = {
     "bare simplejpeg.decode_jpeg": (None, "cpu", None),
     "ours, MDS, warm": ("bare simplejpeg.decode_jpeg", "cpu", 0.85),
@@ -58,18 +59,18 @@ ROWS: dict[str, tuple[str | None, str, float | None]] = {
     "webdataset, warm": ("bare simplejpeg.decode_jpeg", "cpu", None),
     "bare simplejpeg.decode_jpeg, wall": (None, "wall", None),
     "ours, MDS, cold from S3": ("bare simplejpeg.decode_jpeg, wall", "wall", 0.5),
-    "ours, MDS, cold from S3, own seconds": ("bare simplejpeg.decode_jpeg", "cpu", 0.5),
+    "ours, MDS, cold from S3, per CPU second": ("bare simplejpeg.decode_jpeg", "cpu", 0.5),
     "bare decode + resize + encode": (None, "cpu", None),
     "prepare.py, one worker": ("bare decode + resize + encode", "cpu", 0.8),
     "ours, MDS, 1 worker": (None, "wall", None),
     "ours, MDS, 2 workers": ("ours, MDS, 1 worker", "wall", 1.7),
-    "1 worker, had it a core": (None, "cpu", None),
-    "2 workers, had each a core": ("1 worker, had it a core", "cpu", 1.7),
+    "ours, MDS, 1 worker, per CPU second": (None, "cpu", None),
+    "ours, MDS, 2 workers, per CPU second": ("ours, MDS, 1 worker, per CPU second", "cpu", 1.7),
 }
 
 
-class Bench:
-    """The data sets of one run, and a function for each row: it reads, and returns how many images."""
+class DataBenchmark:
+    """The data sets that are measured, and one method per row, which reads images and returns their number."""
 
     def __init__(self, folder: Path, *, source: str, images: int, s3: str) -> None:
         self.folder, self.images, self.s3 = folder, images, s3
@@ -128,7 +129,7 @@ class Bench:
         return sum(len(batch) for batch in loader)
 
     def streaming(self) -> int:
-        # Each sample is decoded as ours are; what differs is the way to it, and the batch.
+        # Decoded as in this package, so that only reading and batching differ.
         return sum(len(batch) for batch in DataLoader(self._streaming, batch_size=BATCH, collate_fn=_decoded))
 
     def webdataset(self) -> int:
@@ -148,8 +149,11 @@ class Bench:
         return len(self.originals)
 
     def cold(self) -> tuple[float, float]:
-        """Images a second from an open data set on S3, nothing of it in the cache, over an epoch: of wall time, and of
-        this process's own (reading, hashing and decoding, in two threads)."""
+        """Reads an epoch from S3 with an empty cache.
+
+        Returns:
+            Images per elapsed second, and per CPU second of this process (reading, hashing and decoding).
+        """
         cache = self.folder / "cache"
         shutil.rmtree(cache, ignore_errors=True)
         with closing(self.open(f"{self.s3}/mds", cache_dir=str(cache), num_canonical_nodes=1)) as batches:
@@ -160,10 +164,13 @@ class Bench:
             return count / (time.perf_counter() - since), count / (time.process_time() - own)
 
     def workers(self, count: int) -> tuple[float, float]:
-        """Images a second with so many workers, once they run: of wall time; and, where neighbours take the cores,
-        as the seconds that the busiest process uses allow."""
+        """Reads with `count` workers that are already running.
+
+        Returns:
+            Images per elapsed second, and per CPU second of the busiest process: the rate if every process had a core.
+        """
         with closing(self.open(str(self.folder / "mds"), workers=count, prefetch_batches=2)) as batches:
-            for _ in range(4 * count):  # more than what waits
+            for _ in range(4 * count):  # more than what is prefetched
                 next(batches)
             processes = [psutil.Process(worker.pid) for worker in batches._iterator._workers]
             before = [_seconds(process) for process in processes]
@@ -173,7 +180,7 @@ class Bench:
             used = sum(_seconds(process) - start for process, start in zip(processes, before, strict=True))
             return done / wall, done / max(own, used / count)
 
-    def __enter__(self) -> "Bench":
+    def __enter__(self) -> "DataBenchmark":
         from streaming import StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
 
@@ -186,7 +193,7 @@ class Bench:
             batches.close()
 
     def memory(self) -> dict[str, float]:
-        """Resident MiB after a tenth of an epoch, and the most until the epoch's end."""
+        """Resident MiB after a tenth of an epoch, and the maximum until the end of the next epoch."""
         epoch = max(10, len(self.encoded) // BATCH)
         batches = self.warm["mds"]
         for _ in range(epoch // 10):
@@ -224,8 +231,8 @@ def _resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def made_up(folder: Path, count: int) -> str:
-    """A folder of pictures with some detail: as many bytes a pixel as photographs."""
+def generated_images(folder: Path, count: int) -> str:
+    """Writes `count` images with as many JPEG bytes per pixel as photographs have. Returns the folder as a source."""
     folder.mkdir()
     draws = np.random.default_rng(0)
     for number in range(count):
@@ -238,7 +245,7 @@ def made_up(folder: Path, count: int) -> str:
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """A moto server in a process of its own, and a bucket in it."""
+    """Runs an S3 server (moto) in another process. Yields the URL of a bucket in it."""
     code = (
         "from moto.server import ThreadedMotoServer as S; import sys\n"
         "s = S(ip_address='127.0.0.1', port=0, verbose=False); s.start()\n"
@@ -260,62 +267,64 @@ def s3_server() -> Iterator[str]:
         process.wait()
 
 
-def measure(bench: Bench, rounds: int) -> dict[str, list[float]]:
-    """Images a second of every row in every round."""
+def measure(benchmark: DataBenchmark, rounds: int) -> dict[str, list[float]]:
+    """Images per second of every row in every round."""
     clocks = {"cpu": time.process_time, "wall": time.perf_counter}
     rates: dict[str, list[float]] = {name: [] for name in ROWS}
     for _ in range(rounds):
-        for name, action in bench.actions().items():
+        for name, action in benchmark.actions().items():
             clock = clocks[ROWS[name][1]]
             since = clock()
             count = action()
             rates[name].append(count / (clock() - since))
-        wall, own = bench.cold()
+        wall, own = benchmark.cold()
         rates["ours, MDS, cold from S3"].append(wall)
-        rates["ours, MDS, cold from S3, own seconds"].append(own)
-        for count, name, alone in (
-            (1, "ours, MDS, 1 worker", "1 worker, had it a core"),
-            (2, "ours, MDS, 2 workers", "2 workers, had each a core"),
+        rates["ours, MDS, cold from S3, per CPU second"].append(own)
+        for count, name, per_cpu in (
+            (1, "ours, MDS, 1 worker", "ours, MDS, 1 worker, per CPU second"),
+            (2, "ours, MDS, 2 workers", "ours, MDS, 2 workers, per CPU second"),
         ):
-            wall, own = bench.workers(count)
+            wall, own = benchmark.workers(count)
             rates[name].append(wall)
-            rates[alone].append(own)
+            rates[per_cpu].append(own)
     return rates
 
 
 def summary(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One row each: median rate, and the median of the rounds' ratios to the baseline."""
+    """One dict per row: its median rate, and the median of its ratios to the baseline."""
     rows = []
-    for name, (base, clock, wanted) in ROWS.items():
+    for name, (base, clock, required) in ROWS.items():
         ratio = None
         if base:
             ratio = round(statistics.median(a / b for a, b in zip(rates[name], rates[base], strict=True)), 3)
         rate = round(statistics.median(rates[name]), 1)
-        rows.append({"what": name, "images_per_second": rate, "clock": clock, "against": base, "ratio": ratio})
-        rows[-1]["wanted"] = wanted
+        rows.append({"what": name, "images_per_second": rate, "clock": clock, "baseline": base, "ratio": ratio})
+        rows[-1]["required"] = required
     return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--source", help="images as prepare.py takes them (default: made up)")
-    parser.add_argument("--images", type=int, default=512, help="read a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to a JSON file")
+    parser.add_argument("--source", help="source of images, as for prepare.py (default: generated)")
+    parser.add_argument("--images", type=int, default=512, help="images per round (default: 512)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="cmscale-bench-") as folder, s3_server() as s3:
-        source = given.source or made_up(Path(folder) / "made-up", given.images)
-        with Bench(Path(folder), source=source, images=given.images, s3=s3) as bench:
-            measure(bench, 1)  # warms caches, imports and the page cache
+        source = given.source or generated_images(Path(folder) / "generated", given.images)
+        with DataBenchmark(Path(folder), source=source, images=given.images, s3=s3) as benchmark:
+            measure(benchmark, 1)  # warms caches, imports and the page cache
             load = os.getloadavg()[0]
-            rows = summary(measure(bench, given.rounds))
-            memory = bench.memory()
-    table = Table("", "images/s", "clock", "against", "ratio", "wanted", box=None)
+            rows = summary(measure(benchmark, given.rounds))
+            memory = benchmark.memory()
+    table = Table("", "images/s", "clock", "baseline", "ratio", "required", box=None)
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        wanted = "" if row["wanted"] is None else f">= {row['wanted']}"
-        table.add_row(row["what"], f"{row['images_per_second']:.0f}", row["clock"], row["against"] or "", ratio, wanted)
+        required = "" if row["required"] is None else f">= {row['required']}"
+        table.add_row(
+            row["what"], f"{row['images_per_second']:.0f}", row["clock"], row["baseline"] or "", ratio, required
+        )
     Console(width=140).print(table)
     print(f"memory over an epoch: {memory['early_mib']:.0f} MiB early, at most {memory['most_mib']:.0f} MiB")
     print(f"{os.cpu_count()} cores, load {load:.1f} before the first round")

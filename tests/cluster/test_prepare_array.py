@@ -1,4 +1,4 @@
-"""prepare.py over the nodes of a real Slurm: the bytes of one machine, through refusals and a killed submitter."""
+"""Tests of prepare.py --slurm on a real Slurm: the same bytes as on one machine, refusals, a killed submitter."""
 
 import signal
 import subprocess
@@ -6,14 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_fixtures import encoded_images, tree, write_lmdb
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests" / "unit"))
-
-from data_fixtures import encoded_images, tree, write_lmdb  # noqa: E402
-
-from cmscale.io.storage import open_storage  # noqa: E402
-from data_prep import prepare, verify  # noqa: E402
+from cmscale.io.process import CHECKOUT
+from cmscale.io.storage import open_storage
+from data_prep import prepare, verify
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -30,7 +27,7 @@ def test_an_array_makes_the_bytes_of_one_machine_and_a_killed_submitter_is_taken
     assert prepare.main(arguments(source, tmp_path / "here")) == 0
     command = arguments(source, tmp_path / "there", "--slurm", "--nodes", "2", "--partition", "low")
     first = subprocess.Popen(
-        [sys.executable, str(ROOT / "data_prep" / "prepare.py"), *command], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(CHECKOUT / "data_prep" / "prepare.py"), *command], stdout=subprocess.PIPE, text=True
     )
     assert first.stdout is not None
     assert first.stdout.readline().startswith("array ")
@@ -56,7 +53,7 @@ def test_an_image_that_a_task_refuses_ends_the_array_in_one_line_and_leaves_noth
 def test_an_array_fills_a_bucket_with_the_bytes_of_one_machine_and_leaves_no_notes_there(
     slurm: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # the tasks' logs stand below it
+    monkeypatch.chdir(tmp_path)  # the folder of the tasks' logs
     source = write_lmdb(tmp_path / "lmdb", encoded_images(23))
     assert prepare.main(arguments(source, tmp_path / "here")) == 0
     assert prepare.main(arguments(source, f"{s3}/there", "--slurm", "--nodes", "2")) == 0
