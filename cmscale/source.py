@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cmscale.config import Config, Model, differences, leaves, parse_config, read_config
+from cmscale.config.added import added_at_older_value, with_added_keys
 from cmscale.consistency.solver import Denoise
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest, read_weights
 from cmscale.errors import UserError
@@ -43,8 +44,9 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """Hash of the weights and of the method's settings."""
-        method = self.config.method.model_dump_json()
-        return hashlib.sha256(f"{method} {weights_fingerprint(self.weights)}".encode()).hexdigest()
+        method = self.config.method
+        settings = method.model_dump_json(exclude=added_at_older_value("method", method.model_dump()))
+        return hashlib.sha256(f"{settings} {weights_fingerprint(self.weights)}".encode()).hexdigest()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -104,7 +106,7 @@ def load_source(
         state, card = read_safetensors(local_file(origin)) if is_file else read_diffusers(storage)
         if not card:
             raise UserError(f"{origin}: holds no config; give --config CONFIG [key=value ...]")
-        settings = parse_config(card["config"], origin=origin)
+        settings = parse_config(card["config"], origin=origin, resolved=True)
         return Source(origin, settings, state, card["weights"], int(card["step"]))
     if storage.read_if_present(CHECKPOINT_MANIFEST) is not None:
         return _read_checkpoint(origin, weights=weights, run_dir=None)
@@ -120,11 +122,19 @@ def load_teacher(config: Config) -> dict[str, torch.Tensor]:
     setting = config.method.teacher_choice
     assert setting is not None, f"{config.method.kind} has no teacher"
     if setting.source.endswith((".pt", ".pth")):
+        if config.method.embeds_angle:
+            raise UserError(f"method.teacher: {setting.source} embeds log_sigma; leave out teacher_time_embedding")
         return read_openai(local_file(setting.source), config.model)
     teacher = load_source(setting.source, weights=setting.weights_name)
     if not teacher.config.method.facts.can_teach:
         kind = teacher.config.method.kind
         raise UserError(f"method.teacher: {setting.source} has method.kind {kind}; give a diffusion model (edm)")
+    if teacher.config.method.embeds_angle != config.method.embeds_angle:
+        its, ours = (("log_sigma", "angle")[each.embeds_angle] for each in (teacher.config.method, config.method))
+        raise UserError(
+            f"method.teacher: the network of {setting.source} embeds {its}, this config's embeds {ours}; set "
+            f"method.teacher_time_embedding={its} (sct, scd only), or give another teacher"
+        )
     if different := differences(network_settings(teacher.config.model), network_settings(config.model)):
         raise UserError(
             f"method.teacher: {setting.source} is another network ({'; '.join(different)}); "
@@ -152,7 +162,7 @@ def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:
 def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) -> Source:
     storage = open_storage(origin)
     manifest = read_manifest(storage)
-    settings = Config.model_validate_json(json.dumps(manifest.config))
+    settings = Config.model_validate_json(json.dumps(with_added_keys(manifest.config)))
     name = weights or settings.ema.names[0]
     if name not in manifest.quantities:
         known = [quantity for quantity in manifest.quantities if not quantity.startswith("exp_avg")]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cmscale.config.added import with_added_keys
 from cmscale.config.methods import KINDS
 from cmscale.config.models import Config
 from cmscale.config.renamed import RENAMED, with_current_names
@@ -45,8 +46,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def read_config(path: str | Path, overrides: list[str] | None = None, *, resolved: bool = False) -> Config:
     """Reads a YAML file and applies `section.key=value` overrides (values in YAML: `[1,2]`, `null`, `1e-4`).
+
+    Args:
+        resolved: The file is the config.yaml of a run, which holds every key of the release that wrote it: added keys
+            get the values that older releases worked with, not their defaults.
 
     Raises:
         UserError: there is no such file, it is not YAML, or a key or value is not allowed.
@@ -58,15 +63,19 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: can't be read ({error}); give a readable YAML file") from None
-    return parse_config(text, overrides, origin=str(path))
+    return parse_config(text, overrides, origin=str(path), resolved=resolved)
 
 
-def parse_config(text: str, overrides: list[str] | None = None, *, origin: str = "config") -> Config:
+def parse_config(
+    text: str, overrides: list[str] | None = None, *, origin: str = "config", resolved: bool = False
+) -> Config:
     """Parses the text of a config file like `read_config`; `origin` is its name in messages."""
     tree = _parse_yaml(text, origin)
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: holds {type(tree).__name__}; write sections (method, model, data, ...)")
     tree = _current_names(tree, origin)
+    if resolved:
+        tree = with_added_keys(tree)
     for override in _current_overrides(overrides or []):
         _apply(tree, override)
     try:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from cmscale.config.added import with_added_values
 from cmscale.config.methods import Method
 from cmscale.config.renamed import with_current_names
 from cmscale.config.section import AsTuple, Count, Counts, NonNegative, Positive, Rate, Section, operational
@@ -207,7 +208,7 @@ class Config(Section):
             raise ValueError(
                 f"train.consistency_error_every: method.kind {kind} has no consistency function; set it to 0"
             )
-        if self.engine.zero_stage == 3 and facts.needs_forward_mode:
+        if self.engine.zero_stage == 3 and self.method.needs_forward_mode:
             raise ValueError(
                 f"engine.zero_stage: 3 can't be combined with the forward-mode derivatives of method.kind {kind}; use 2"
             )
@@ -254,7 +255,8 @@ def trajectory(config: Config) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line per key in which two `trajectory` dictionaries differ."""
+    """One line per key in which two `trajectory` dictionaries differ; `old` may be of an older release."""
+    old = with_added_values(old)
     keys = sorted(old.keys() | new.keys())
     return [
         f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +20,24 @@ def c_noise(sigma: Tensor) -> Tensor:
     return 1000 * 0.25 * torch.log(sigma.float() + 1e-44)
 
 
+Time = Literal["log_sigma", "angle"]
+"""The input of the time embedding: `log_sigma` is c_noise, `angle` is TrigFlow's t = atan(sigma / sigma_data)."""
+
+
+def embedded_time(sigma: Tensor, *, sigma_data: float, time: Time) -> Tensor:
+    """The input of the time embedding at sigma, [B] float32."""
+    if time == "angle":
+        return torch.atan(sigma.double() / sigma_data).float()
+    return c_noise(sigma)
+
+
 @dataclass(frozen=True)
 class _Preconditioned(ABC):
-    """c_out F(c_in x, c_noise) + c_skip x, with coefficients computed in float64 and products in float32."""
+    """c_out F(c_in x, time) + c_skip x, with coefficients computed in float64 and products in float32."""
 
     raw: Raw
     sigma_data: float = 0.5
+    time: Time = "log_sigma"
 
     def __call__(
         self,
@@ -39,7 +52,8 @@ class _Preconditioned(ABC):
         c_in = (sigma.double() ** 2 + self.sigma_data**2).rsqrt()
         skip, out, scaled = (value.float()[:, None, None, None] for value in (c_skip, c_out, c_in))
         x = x.float()
-        return out * self.raw(scaled * x, c_noise(sigma), labels=labels, dropout_keys=dropout_keys) + skip * x
+        time = embedded_time(sigma, sigma_data=self.sigma_data, time=self.time)
+        return out * self.raw(scaled * x, time, labels=labels, dropout_keys=dropout_keys) + skip * x
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:

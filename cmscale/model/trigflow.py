@@ -5,6 +5,7 @@ Then x_t / sd = c_in x_sigma, and EDM's denoiser c_skip x_sigma + c_out raw is c
 f = cos(t) x_t - sin(t) sd F with F = -raw. The weights of an EDM model therefore need no conversion.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cmscale.model.denoiser import Raw, c_noise
+from cmscale.model.denoiser import Raw, Time, embedded_time
 
-Time = Literal["angle", "log_sigma"]
+STEP = 0.1
+"""Of central differences, in ln(tan t): small against the width of the data's features in ln(sigma), large against the
+ripple of the time embedding, whose fastest sinusoid turns 4 times within it."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class TrigFlow:
     Args:
         time: The input of the time embedding: `angle` is t (sCM, section 4.1), `log_sigma` is 250 ln(sigma), which the
             weights of EDM models expect.
+        derivative: How `flow_and_rate` differentiates.
     """
 
     raw: Raw
     sigma_data: float = 0.5
     time: Time = "angle"
+    derivative: Literal["jvp", "central_differences"] = "jvp"
 
     def __call__(
         self,
@@ -43,13 +48,13 @@ class TrigFlow:
         t = torch.atan(sigma.double() / self.sigma_data)
         cos, sin = (value.float()[:, None, None, None] for value in (t.cos(), t.sin()))
         x = cos * x.float()
-        time = t.float() if self.time == "angle" else c_noise(sigma)
+        time = embedded_time(sigma, sigma_data=self.sigma_data, time=self.time)
         output = self.raw(x / self.sigma_data, time, labels=labels, dropout_keys=dropout_keys)
         return cos * x + sin * self.sigma_data * output
 
     def flow(self, x: Tensor, t: Tensor, *, dropout_keys: Sequence[int] | None = None) -> Tensor:
         """F(x, t), x = x_t / sd, t [B] in [0, pi/2]."""
-        return -self.raw(x, self._embedded(t), dropout_keys=dropout_keys)
+        return -self.raw(x, self._embedded(t).to(x.dtype), dropout_keys=dropout_keys)
 
     def weighted_flow(
         self, x: Tensor, t: Tensor, *, dropout_keys: Sequence[int] | None = None
@@ -62,7 +67,36 @@ class TrigFlow:
     def flow_and_rate(
         self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """F(x_t / sd, t) and cos(t) sin(t) dF/dt along dx_t/dt = slope, by forward-mode differentiation.
+        """F(x, t) and cos(t) sin(t) dF/dt along the trajectory through x = x_t / sd with dx_t/dt = slope.
+
+        Args:
+            x: [B, ...].
+            t: [B] in (0, pi/2).
+        """
+        if self.derivative == "central_differences":
+            return self._by_differences(x, t, slope, dropout_keys=dropout_keys)
+        return self._by_forward_mode(x, t, slope, dropout_keys=dropout_keys)
+
+    def _by_differences(
+        self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """(F(x+, t+) - F(x-, t-)) / 2h with tan(t+-) = tan(t) e^{+-h}, as cos(t) sin(t) dt = d ln(tan t).
+
+        x+- = cos(d) x + sin(d) slope / sd with d = t+- - t: the trajectory of constant x_0 and z through x.
+        """
+        value = self.flow(x, t, dropout_keys=dropout_keys)
+        moved = []
+        for step in (STEP, -STEP):
+            angle = torch.atan(torch.tan(t.double()) * math.exp(step))
+            turn = (angle - t.double()).reshape(-1, *[1] * (x.ndim - 1))
+            place = (turn.cos() * x + turn.sin() * slope / self.sigma_data).to(x)
+            moved.append(self.flow(place, angle, dropout_keys=dropout_keys))
+        return value, (moved[0] - moved[1]) / (2 * STEP)
+
+    def _by_forward_mode(
+        self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The derivative at a point, in one pass.
 
         The tangents are multiplied by cos(t) sin(t) before the network, not after, to stay bounded; sCM, section 5.1.
         """

@@ -1,4 +1,4 @@
-"""What a whole run promises: recorded losses, exact resumption, the same samples on any number of ranks."""
+"""Tests of whole runs: golden losses, exact resumption, the same samples on any number of ranks."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from cmscale.runs.log import latest_metrics, read_lines
 from cmscale.source import load_source
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from data_fixtures import pictures, write_lmdb
+from data_fixtures import encoded_images, write_lmdb
 
 from data_prep.prepare import main as prepare
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"  # written anew where RECORD_GOLDEN is set
+GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"  # recorded again if RECORD_GOLDEN is set
 STEPS = 8
 CONFIG = """
 model: {image_size: 8, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, attention_resolutions: [4],
@@ -41,16 +41,17 @@ METHODS = {
     "ict": "{kind: ict, s0: 2, s1: 4}",
     "ect": "{kind: ect, teacher: TEACHER, num_stages: 4}",
     "sct": "{kind: sct, tangent_warmup_steps: 4}",
-    "scd": "{kind: scd, teacher: TEACHER, tangent_warmup_steps: 4}",
+    "scd": "{kind: scd, teacher: TEACHER, tangent_warmup_steps: 4, tangent: jvp}",
+    "scd_differences": "{kind: scd, teacher: TEACHER, tangent_warmup_steps: 4}",
     "pd": "{kind: pd, teacher: TEACHER, start_scales: 4}",
 }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared data set of fifty 8 px images: a batch of 8 straddles its epochs."""
+    """A prepared data set of fifty 8 px images, so that a batch of 8 crosses an epoch's end."""
     folder = tmp_path_factory.mktemp("data")
-    source = write_lmdb(folder / "photos_lmdb", pictures(50))
+    source = write_lmdb(folder / "photos_lmdb", encoded_images(50))
     arguments = ["--source", f"lsun:{source}", "--format", "webdataset", "--image-size", "8", "--encoding", "png"]
     assert prepare([*arguments, "--out", str(folder / "set"), "--samples-per-shard", "20"]) == 0
     return folder / "set"
@@ -67,7 +68,7 @@ def make_run(root: Path, data: Path, kind: str, *overrides: str, teacher: Path |
 
 
 class Uninterrupted(dict[str, RunDir]):
-    """Uninterrupted runs by method on two ranks, each made when it is first asked for."""
+    """Uninterrupted runs by method on two ranks, each trained when it is first needed."""
 
     def __init__(self, root: Path, data: Path) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ def golden(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupte
 
 
 def outcomes(outputs: list[str]) -> list[str]:
-    """How each rank said that it ended, its last line."""
+    """The last line of each rank's output, which names how it ended."""
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
@@ -97,7 +98,7 @@ def losses(run: RunDir) -> list[float]:
 
 
 def last_weights(run: RunDir) -> dict[str, bytes]:
-    """Every file of the last checkpoint's ranks."""
+    """The rank files of the last checkpoint."""
     return {path.name: path.read_bytes() for path in sorted(run.checkpoint(STEPS).glob("rank-*"))}
 
 
@@ -108,9 +109,7 @@ def test_a_run_gives_the_recorded_losses(golden: Uninterrupted, kind: str) -> No
         GOLDEN.write_text(json.dumps({name: recorded[name] for name in METHODS if name in recorded}, indent=1) + "\n")
     assert losses(golden[kind]) == pytest.approx(json.loads(GOLDEN.read_text())[kind], rel=2e-5)
     assert golden[kind].sample_grid(STEPS).is_file()
-    load_source(str(golden[kind].root)).denoiser(
-        torch.device("cpu")
-    )  # strictly a UNet's weights, whatever trained them
+    load_source(str(golden[kind].root)).denoiser(torch.device("cpu"))  # exactly the UNet's weights, for every method
     assert [record["event"] for record in read_lines(golden[kind].events)][-1] == "finished"
     measured = {record["step"]: record.get("consistency_error") for record in latest_metrics(golden[kind])}
     probed = [] if kind in ("edm", "pd") else [5, STEPS]
@@ -135,7 +134,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(
     if outcome is None:
         assert failed, "the killed rank ended well"
     else:
-        assert outcomes([rank.said() for rank in ranks]) == [outcome] * 2, ranks[0].errors()[-2000:]
+        assert outcomes([rank.output() for rank in ranks]) == [outcome] * 2, ranks[0].errors()[-2000:]
         stopped = [record for record in read_lines(run.events) if record["event"] == "preempted"]
         assert (stopped[0]["why"], run.checkpoint(stopped[0]["step"]).exists()) == ("SIGTERM", True)
     assert outcomes(run_ranks(2, "train_work:to_the_end", str(run.root))) == ["finished"] * 2

@@ -167,12 +167,15 @@ RANDOM = [SampleRandomness(seed, tuple(range(8)), torch.device("cpu")) for seed 
 
 @pytest.mark.parametrize("random", RANDOM)
 @pytest.mark.parametrize("step", [0, 2500, 20000])
-@pytest.mark.parametrize("kind", ["sct", "scd"])
-def test_the_loss_is_its_formula(kind: str, step: int, random: SampleRandomness):
-    """Compares with float64 numpy, where df/dt is a central difference of the network's formula."""
+@pytest.mark.parametrize(
+    ("kind", "derivative"), [("sct", "jvp"), ("scd", "jvp"), ("sct", "central_differences"), ("scd", "auto")]
+)
+def test_the_loss_is_its_formula(kind: str, derivative: str, step: int, random: SampleRandomness):
+    """Compares with float64 numpy, where dF/dt is a difference of the network's formula, small or as long as ours."""
     from scipy.stats import norm
 
-    method = SCT(kind="sct") if kind == "sct" else SCD(kind="scd", teacher="t")
+    method = SCT(kind="sct", tangent=derivative) if kind == "sct" else SCD(kind="scd", teacher="t", tangent=derivative)
+    assert method.takes_central_differences == (derivative != "jvp")
     student = Smooth(0.7)
     teacher = TrigFlow(Smooth(1.1), sigma_data=SD, time="log_sigma")
     clean = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(random.seed)) * 2 - 1
@@ -196,15 +199,22 @@ def test_the_loss_is_its_formula(kind: str, step: int, random: SampleRandomness)
     cos, sin = expand(np.cos(t)), expand(np.sin(t))
     x = cos * x0 + sin * z
     slope = cos * z - sin * x0 if kind == "sct" else -SD * raw(1.1, x / SD, 250 * np.log(SD * np.tan(t)))
-    h = 1e-6 * t
-    rate = (student_flow(x + expand(h) * slope, t + h) - student_flow(x - expand(h) * slope, t - h)) / (2 * expand(h))
-    g = -(cos**2) * (SD * student_flow(x, t) - slope) - min(1, step / 10000) * cos * sin * (x + SD * rate)
+    h = 1e-6 if derivative == "jvp" else 0.1
+    later, earlier = (np.arctan(np.tan(t) * np.exp(sign * h)) for sign in (1, -1))
+    ends = [
+        student_flow(
+            expand(np.cos(time)) * (cos * x - sin * slope) + expand(np.sin(time)) * (sin * x + cos * slope), time
+        )
+        for time in (later, earlier)
+    ]  # along the trajectory of constant x_0 = cos x - sin slope and z = sin x + cos slope
+    rate = (ends[0] - ends[1]) / (2 * h)  # cos sin dF/dt
+    g = -(cos**2) * (SD * student_flow(x, t) - slope) - min(1, step / 10000) * (cos * sin * x + SD * rate)
     g = g / (np.sqrt((g**2).reshape(8, -1).sum(1)) + 0.1)[:, None, None, None]
     k = np.arange(1, 9) * (np.log(np.tan(t)) / 4)[:, None]
     w = math.log(48) + np.concatenate([np.cos(k), np.sin(k)], 1) @ np.linspace(-0.5, 0.5, 16)
     expected = np.exp(w) / 48 * (g**2).reshape(8, -1).sum(1) - w
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-4, atol=2e-5)
-    assert student.keys == [random.dropout_keys()] * 2
+    assert student.keys == [random.dropout_keys()] * (2 if derivative == "jvp" else 4)
 
 
 def test_the_gradient_descends_the_consistency_of_neighbours():

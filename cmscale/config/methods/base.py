@@ -17,6 +17,8 @@ DistanceName = Literal["l1", "l2", "lpips", "pseudo_huber"]
 Convention = Literal["paper", "released_code"]
 Preconditioning = Literal["edm", "consistency", "trigflow"]
 SamplerFamily = Literal["ode", "euler", "multistep"]
+TimeEmbedding = Literal["log_sigma", "angle"]
+"""The input of the network's time embedding: 250 ln(sigma), or the angle t = atan(sigma / sigma_data)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,6 @@ class MethodFacts:
         has_target: Whether training keeps a target network, an average of the student's weights.
         follows_teacher: Whether every training step evaluates the teacher.
         learns_weighting: Whether a weighting w(t) of the loss is trained with the network.
-        needs_forward_mode: Whether the loss needs forward-mode derivatives of the network.
         preconditioning: How the raw network becomes a denoiser.
         sampler: `ode` solves the probability flow, `euler` takes the Euler steps the model was distilled for,
             `multistep` is algorithm 1 of Consistency Models.
@@ -46,7 +47,6 @@ class MethodFacts:
     has_target: bool
     follows_teacher: bool
     learns_weighting: bool
-    needs_forward_mode: bool
     preconditioning: Preconditioning
     sampler: SamplerFamily
     boundary_at_zero: bool
@@ -155,6 +155,11 @@ class MethodSection(Section, ABC):
 
     @property
     @abstractmethod
+    def needs_forward_mode(self) -> bool:
+        """Whether the loss takes forward-mode derivatives of the network."""
+
+    @property
+    @abstractmethod
     def forward_passes(self) -> float:
         """Cost of one training image in forward passes; a backward pass counts as two."""
 
@@ -214,6 +219,14 @@ class OnSigma(MethodSection):
 
     @property
     def embeds_angle(self) -> bool:
+        return False
+
+
+class WithoutForwardMode(MethodSection):
+    """A method whose loss takes no forward-mode derivatives of the network."""
+
+    @property
+    def needs_forward_mode(self) -> bool:
         return False
 
 

@@ -12,13 +12,14 @@ from cmscale.config.methods.base import (
     SampledInOneStep,
     SecondTime,
     TeacherChoice,
+    WithoutForwardMode,
 )
 from cmscale.config.section import Rate, operational
 
 Solver = Literal["euler", "heun"]
 
 
-class CD(ChosenDistance, OnSigma, SampledInOneStep):
+class CD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Consistency distillation (algorithm 2)."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -29,7 +30,6 @@ class CD(ChosenDistance, OnSigma, SampledInOneStep):
         has_target=True,
         follows_teacher=True,
         learns_weighting=False,
-        needs_forward_mode=False,
         preconditioning="consistency",
         sampler="multistep",
         boundary_at_zero=False,

@@ -1,8 +1,9 @@
 """What sCT and sCD share: TrigFlow times, tangent warm-up and tangent normalisation (Lu and Song 2024)."""
 
 import math
+from typing import Literal
 
-from cmscale.config.methods.base import MethodSchedule, SampledInOneStep, SecondTime
+from cmscale.config.methods.base import MethodSchedule, SampledInOneStep, SecondTime, TimeEmbedding
 from cmscale.config.section import NonNegative, Positive
 
 
@@ -13,6 +14,23 @@ class ContinuousTime(SampledInOneStep):
     p_std: Positive = 1.4
     tangent_warmup_steps: NonNegative = 10000
     tangent_norm_c: Positive = 0.1
+    tangent: Literal["auto", "jvp", "central_differences"] = "auto"
+    teacher_time_embedding: TimeEmbedding = "log_sigma"
+
+    @property
+    def takes_central_differences(self) -> bool:
+        """Whether dF/dt is a central difference along the trajectory, and not a forward-mode derivative.
+
+        With `auto` it is one where the time embedding gets 250 ln(sigma): its sinusoids then turn 250 times as fast
+        as ln(sigma), so that the derivative at a point is dominated by their ripple and does not train the network.
+        """
+        if self.tangent == "auto":
+            return not self.embeds_angle
+        return self.tangent == "central_differences"
+
+    @property
+    def needs_forward_mode(self) -> bool:
+        return not self.takes_central_differences
 
     @property
     def distance_settings(self) -> None:

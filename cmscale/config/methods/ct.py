@@ -16,12 +16,13 @@ from cmscale.config.methods.base import (
     OnSigma,
     SampledInOneStep,
     SecondTime,
+    WithoutForwardMode,
     WithoutTeacher,
     check_scales,
 )
 
 
-class CT(WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep):
+class CT(WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Consistency training (algorithm 3)."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -32,7 +33,6 @@ class CT(WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep):
         has_target=True,
         follows_teacher=False,
         learns_weighting=False,
-        needs_forward_mode=False,
         preconditioning="consistency",
         sampler="multistep",
         boundary_at_zero=False,

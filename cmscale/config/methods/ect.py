@@ -12,11 +12,12 @@ from cmscale.config.methods.base import (
     SampledInOneStep,
     SecondTime,
     TeacherChoice,
+    WithoutForwardMode,
 )
 from cmscale.config.section import Count, Positive, operational
 
 
-class ECT(OnSigma, SampledInOneStep):
+class ECT(OnSigma, SampledInOneStep, WithoutForwardMode):
     """Easy consistency tuning (Geng et al. 2024), from a diffusion model."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -27,7 +28,6 @@ class ECT(OnSigma, SampledInOneStep):
         has_target=False,
         follows_teacher=False,
         learns_weighting=False,
-        needs_forward_mode=False,
         preconditioning="edm",  # times go below sigma_min, and a new student equals the diffusion model
         sampler="multistep",
         boundary_at_zero=True,

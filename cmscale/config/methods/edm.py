@@ -9,14 +9,15 @@ from cmscale.config.methods.base import (
     DistanceSettings,
     MethodFacts,
     MethodSchedule,
-    OnSigma,
     SecondTime,
+    TimeEmbedding,
+    WithoutForwardMode,
     WithoutTeacher,
 )
 from cmscale.config.section import Positive
 
 
-class EDM(WithoutTeacher, OnSigma):
+class EDM(WithoutTeacher, WithoutForwardMode):
     """A diffusion model after Karras et al. 2022."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -27,7 +28,6 @@ class EDM(WithoutTeacher, OnSigma):
         has_target=False,
         follows_teacher=False,
         learns_weighting=False,
-        needs_forward_mode=False,
         preconditioning="edm",
         sampler="ode",
         boundary_at_zero=False,
@@ -37,7 +37,13 @@ class EDM(WithoutTeacher, OnSigma):
     kind: Literal["edm"]
     p_mean: float = -1.2
     p_std: Positive = 1.2
+    time_embedding: TimeEmbedding = "log_sigma"
     sampler_steps: Annotated[int, Field(ge=2)] = Field(40, json_schema_extra={"operational": True})
+
+    @property
+    def embeds_angle(self) -> bool:
+        """A teacher of sCD and sCT that embeds the angle t can be differentiated in time (sCM, section 4.1)."""
+        return self.time_embedding == "angle"
 
     @property
     def distance_settings(self) -> DistanceSettings:

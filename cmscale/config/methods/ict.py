@@ -13,13 +13,14 @@ from cmscale.config.methods.base import (
     OnSigma,
     SampledInOneStep,
     SecondTime,
+    WithoutForwardMode,
     WithoutTeacher,
     check_scales,
 )
 from cmscale.config.section import Positive
 
 
-class ICT(WithoutTeacher, OnSigma, SampledInOneStep):
+class ICT(WithoutTeacher, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Improved consistency training (Song and Dhariwal 2023)."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -30,7 +31,6 @@ class ICT(WithoutTeacher, OnSigma, SampledInOneStep):
         has_target=False,
         follows_teacher=False,
         learns_weighting=False,
-        needs_forward_mode=False,
         preconditioning="consistency",
         sampler="multistep",
         boundary_at_zero=False,

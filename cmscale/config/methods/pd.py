@@ -14,11 +14,12 @@ from cmscale.config.methods.base import (
     SampledInOneStep,
     SecondTime,
     TeacherChoice,
+    WithoutForwardMode,
 )
 from cmscale.config.section import operational
 
 
-class PD(ChosenDistance, OnSigma, SampledInOneStep):
+class PD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Progressive distillation (Salimans and Ho 2022); the released consistency code takes the same Euler steps."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -29,7 +30,6 @@ class PD(ChosenDistance, OnSigma, SampledInOneStep):
         has_target=True,  # the stage's teacher
         follows_teacher=False,
         learns_weighting=False,
-        needs_forward_mode=False,
         preconditioning="edm",
         sampler="euler",
         boundary_at_zero=False,

@@ -2,12 +2,12 @@
 
 from typing import ClassVar, Literal
 
-from cmscale.config.methods.base import MethodFacts, OnSigma, TeacherChoice
+from cmscale.config.methods.base import MethodFacts, TeacherChoice
 from cmscale.config.methods.continuous import ContinuousTime
 from cmscale.config.section import operational
 
 
-class SCD(ContinuousTime, OnSigma):
+class SCD(ContinuousTime):
     """Continuous-time consistency distillation (sCD) of a diffusion model."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -18,7 +18,6 @@ class SCD(ContinuousTime, OnSigma):
         has_target=False,
         follows_teacher=True,
         learns_weighting=True,
-        needs_forward_mode=True,
         preconditioning="trigflow",
         sampler="multistep",
         boundary_at_zero=True,
@@ -34,6 +33,10 @@ class SCD(ContinuousTime, OnSigma):
         return TeacherChoice(self.teacher, self.teacher_weights)
 
     @property
+    def embeds_angle(self) -> bool:
+        return self.teacher_time_embedding == "angle"
+
+    @property
     def forward_passes(self) -> float:
-        """Student forward and backward, a pass with its derivative, which costs two, and the teacher."""
-        return 6
+        """As sCT, and the teacher."""
+        return 4 + (3 if self.takes_central_differences else 2)

@@ -20,7 +20,6 @@ class SCT(ContinuousTime):
         has_target=False,
         follows_teacher=False,
         learns_weighting=True,
-        needs_forward_mode=True,
         preconditioning="trigflow",
         sampler="multistep",
         boundary_at_zero=True,
@@ -46,10 +45,10 @@ class SCT(ContinuousTime):
 
     @property
     def embeds_angle(self) -> bool:
-        """The weights of a diffusion model expect c_noise; a new network gets t itself (sCM, section 4.1)."""
-        return self.start == "random"
+        """A new network embeds the angle t (sCM, section 4.1); a teacher's weights need what the teacher embeds."""
+        return self.start == "random" or self.teacher_time_embedding == "angle"
 
     @property
     def forward_passes(self) -> float:
-        """Student forward and backward, and a pass with its derivative, which costs two."""
-        return 5
+        """Student forward and backward, and without gradient F with its derivative (2), or F at three times (3)."""
+        return 3 + (3 if self.takes_central_differences else 2)
