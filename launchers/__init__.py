@@ -1,1 +1,1 @@
-"""Starts the project's jobs on Slurm or on this machine; imports layer 0 only and names workers by string."""
+"""Starts jobs on Slurm or on this machine. Imports no torch; workers are named by string."""

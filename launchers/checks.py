@@ -1,4 +1,4 @@
-"""Owns what is looked at before anything is created or submitted: data set, teacher, weight files."""
+"""Checks inputs before anything is created or submitted: data set, teacher, weight files, place of exports."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,15 +6,19 @@ from typing import Any
 
 from cmscale.config import Config
 from cmscale.errors import UserError
-from cmscale.io.storage import LocalStorage, open_parent, open_storage
+from cmscale.io.storage import open_parent, open_storage
+from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
 
 def check_inputs(config: Config) -> DatasetManifest:
-    """Everything that a training run reads is there and fits; cheap (manifests and names, no data).
+    """Checks that everything a training run reads exists and fits. Cheap: reads manifests and names, no data.
+
+    Returns:
+        The data set's manifest.
 
     Raises:
-        UserError: something is not; one line.
+        UserError: something is missing or does not fit; one line.
     """
     manifest = check_dataset(config.data.path, image_size=config.model.image_size)
     if teacher := getattr(config.method, "teacher", None):
@@ -25,13 +29,13 @@ def check_inputs(config: Config) -> DatasetManifest:
 
 
 def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None:
-    """What samples will be compared with, and the features' weights, are there: those asked for, else the config's.
+    """Checks that an evaluation's reference and the weights of its feature network exist.
 
     Args:
-        asked: of an evaluation's request `features`, `reference` and the weights' paths, where they are given.
+        asked: `features`, `reference` and paths of weights, where the command gives them; else the config's count.
 
     Raises:
-        UserError: something is not; one line.
+        UserError: something is missing; one line.
     """
     features = asked.get("features") or (config.evaluate.features if config else None)
     for key in ("reference", "inception_weights", "dinov2_weights"):
@@ -44,27 +48,31 @@ def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None
 
 
 def check_export(export_to: str, name: str, *, is_new: bool) -> None:
-    """Checkpoints can be exported: the place answers, and holds none of another run of this name.
+    """Checks that checkpoints can be exported: the storage answers and, for a new run, holds none of its name.
 
     Raises:
         UserError: no such bucket, no credentials, or another run's checkpoints; one line.
     """
-    there = open_storage(export_to).sub(name)
-    if next(iter(there.list("checkpoints/")), None) is not None and is_new:
+    target = open_storage(export_to).sub(name)
+    if next(iter(target.list("checkpoints/")), None) is not None and is_new:
         raise UserError(
-            f"checkpoint.export_to: {there.url} holds checkpoints of an earlier run {name}; "
+            f"checkpoint.export_to: {target.url} holds checkpoints of an earlier run {name}; "
             "take another --name or checkpoint.export_to"
         )
 
 
 def check_dataset(url: str, *, image_size: int) -> DatasetManifest:
-    """The manifest of a prepared data set that fits the network.
+    """Reads the manifest of a prepared data set, and checks that it fits the network.
+
+    Args:
+        image_size: The network's, in pixels.
 
     Raises:
-        UserError: none there, damaged, empty, or of another image size.
+        UserError: there is none, or it is damaged, empty, or of another image size.
     """
     storage = open_storage(url)
-    if isinstance(storage, LocalStorage) and not storage.root.is_dir():
+    folder = storage.local_path("")
+    if folder is not None and not folder.is_dir():
         raise UserError(f"data.path: {url}: no such folder; make a data set with data_prep/prepare.py")
     manifest = read_dataset_manifest(storage)
     if manifest.image_size != image_size:
@@ -76,26 +84,26 @@ def check_dataset(url: str, *, image_size: int) -> DatasetManifest:
 
 
 def check_source(url: str, *, key: str) -> None:
-    """A run, a checkpoint folder or a file is there (what is in it, the worker finds out).
+    """Checks that a run, a checkpoint folder or a file exists; the worker checks its contents.
 
     Raises:
-        UserError: nothing there, or a run without a checkpoint.
+        UserError: there is nothing, or a run without a checkpoint.
     """
     if is_remote(url):
-        return check_exists(url, key=key)
+        check_exists(url, key=key)
+        return
     path = Path(url)
     if not path.exists():
         raise UserError(f"{key}: {url}: no such file or folder")
-    if path.is_dir() and (path / "config.yaml").exists() and not any(path.glob("checkpoints/step-*/manifest.json")):
+    if path.is_dir() and (path / "config.yaml").exists() and not committed_steps(path):
         raise UserError(f"{key}: run {url} has no complete checkpoint yet")
-    return None
 
 
 def check_exists(url: str, *, key: str) -> None:
-    """A local path exists; in S3 an object has this name or lies under it.
+    """Checks that a local path exists, or that an object in S3 has this name or prefix.
 
     Raises:
-        UserError: nothing there.
+        UserError: there is nothing.
     """
     url = url.partition("#sha256=")[0]
     if is_remote(url):
@@ -108,4 +116,5 @@ def check_exists(url: str, *, key: str) -> None:
 
 
 def is_remote(url: str) -> bool:
+    """Whether a location is a URL rather than a local path."""
     return "://" in url

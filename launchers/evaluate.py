@@ -7,15 +7,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
-from cmscale.config import Config, Restart, Slurm, read_config
+from cmscale.config import Config, read_config
 from cmscale.errors import UserError
-from cmscale.io.storage import explained
+from cmscale.io.durable import explained
 from cmscale.runs.folder import RunDir
 from launchers.checks import check_evaluation, check_source, is_remote
-from launchers.outcome import EVALUATION
-from launchers.plan import add_cluster_flags, as_table, describe_place, make_plan
-from launchers.slurm import script_text
-from launchers.start import guarded, launch, run_of
+from launchers.clusters import CLUSTERS
+from launchers.command_line import add_cluster_flags, as_table, describe_placement, guarded, placement_from
+from launchers.jobs import EVALUATE, JobSpec
+from launchers.run_folders import new_run
 
 
 def main(arguments: list[str]) -> int:
@@ -23,20 +23,20 @@ def main(arguments: list[str]) -> int:
     flags = _parser().parse_intermixed_args(arguments)
     config, run = where(flags)
     device = flags.device or (config.engine.device if config else "auto")
-    slurm, restart = (config.slurm, config.restart) if config else (Slurm(), Restart())
-    plan = make_plan(flags, device=device, slurm=slurm, restart=restart)
+    placement = placement_from(flags, device=device, config=config)
     request = make_request(flags, device=device, run=run)
     rows = {name: str(value) for name, value in request.items() if value not in (None, [])}
-    print(as_table({**describe_place(plan), **rows}), flush=True)
+    print(as_table({**describe_placement(placement), **rows}), flush=True)
+    cluster, job = CLUSTERS[placement.cluster], JobSpec(EVALUATE, (request,), run, placement)
     if flags.dry_run:
-        if plan.cluster == "slurm":
-            print("\n" + script_text(run, plan, submission="(name)"))
+        if preview := cluster.preview(job):
+            print("\n" + preview)
         return 0
     check_source(flags.source, key="SOURCE")
     check_evaluation(config, asked=request)
     with explained(run.root):
         run.logs.mkdir(parents=True, exist_ok=True)
-    status = launch(EVALUATION, (request,), run=run, plan=plan, wait=flags.wait)
+    status = cluster.run(job, wait=flags.wait)
     print(f"run: {run.root}", flush=True)
     return status
 
@@ -101,7 +101,7 @@ def where(flags: argparse.Namespace) -> tuple[Config | None, RunDir]:
     if flags.overrides and not flags.config:
         raise UserError(f"override {flags.overrides[0]!r}: {flags.source} brings its own config; see --config")
     stem = flags.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
-    run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=f"evaluate-{stem}")
+    run = new_run(name=flags.name, runs_dir=flags.runs_dir, stem=f"evaluate-{stem}")
     return (read_config(flags.config, flags.overrides) if flags.config else None), run
 
 

@@ -1,22 +1,20 @@
-"""Owns what a launcher shows while it waits: rank 0's words as they come, a bar for people, and how the job ended."""
+"""Shows a job's progress to the user who waits for it: rank 0's log, a progress bar, and how the job ended."""
 
 import re
 import sys
 from pathlib import Path
+from typing import assert_never
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from launchers.outcome import Ending
+from launchers.judge import Ending
 
 TAIL_LINES = 20
-_STEP = re.compile(r"step (?P<step>\d+)/(?P<total>\d+) +(?P<numbers>.*)")  # as cmscale.training.run_log says it
+_STEP = re.compile(r"step (?P<step>\d+)/(?P<total>\d+) +(?P<numbers>.*)")  # cmscale.training.run_log prints it
 
 
 class Follower:
-    """Copies what is added to a log to stdout; goes on to another file when the log's path changes.
-
-    On a terminal the lines that tell a step move a bar instead.
-    """
+    """Copies new lines of a log to stdout; on a terminal, lines with a step advance a progress bar instead."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -24,7 +22,7 @@ class Follower:
         self._bar: Progress | None = None
 
     def show(self, path: Path) -> None:
-        """Prints what a log has gained since the last look; another path is shown from its beginning."""
+        """Prints what was added to a log since the last call; a log with another path is shown from its beginning."""
         if path != self._path:
             self._path, self._offset = path, 0
         if not path.exists():
@@ -44,7 +42,7 @@ class Follower:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Ends the progress bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -63,7 +61,7 @@ class Follower:
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> str:
-    """The last lines of a log, read from its end."""
+    """The last lines of a log; empty if there is none. At most its last 64 KiB are read."""
     if not path.exists():
         return ""
     with path.open("rb") as file:
@@ -72,7 +70,11 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
 
 
 def show_end(ending: Ending, why: str, *, log: Path | None) -> int:
-    """Says how a job ended. Returns the launcher's exit status: 0, 2 for a user's mistake, 1 for the rest."""
+    """Prints how a job ended, with the end of its log after a fault.
+
+    Returns:
+        The launcher's exit status: 0 if it finished, 2 after a user's mistake, else 1.
+    """
     match ending:
         case "finished":
             return 0
@@ -85,6 +87,8 @@ def show_end(ending: Ending, why: str, *, log: Path | None) -> int:
                 print(f"--- the end of {log}\n{shown}\n---", file=sys.stderr)
             print(f"fault: {why}" + (f" (log: {log})" if log else ""), file=sys.stderr, flush=True)
             return 1
-        case _:
+        case "preempted" | "time_limit" | "cancelled":
             print(f"stopped: {why}", file=sys.stderr, flush=True)
             return 1
+        case _:
+            assert_never(ending)

@@ -1,120 +1,89 @@
-"""Owns what each rank of a job does around its worker: environment, early signals, the end."""
+"""Runs one rank of a job: `python -u -m launchers.job CLUSTER RUN SUBMISSION START`, the command of every rank."""
 
-import contextlib
-import importlib
+import argparse
 import os
 import signal
-import socket
 import sys
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
-
-import submitit
+from typing import NoReturn
 
 from cmscale.errors import UserError
+from cmscale.io.process import node_name
 from cmscale.runs.folder import RunDir
-from launchers.outcome import RankEnd, attempt_folder, write_rank_end
+from launchers.clusters import CLUSTERS
+from launchers.jobs import load_worker
+from launchers.judge import RankEnd, RankState
+from launchers.placement import RankPlace
+from launchers.submission import Submission
 
-# Set where SIGTERM or the user signal came before the worker had handlers of its own: it should stop at once.
 EARLY_SIGNAL = "CMSCALE_EARLY_SIGNAL"
-
-_PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Job:
-    """What submitit pickles: a worker by name, `module:function`, and its arguments (plain values).
-
-    The worker returns `finished` or `preempted`. A UserError ends the rank with status 2 and one line,
-    anything else that is raised with status 1 and a traceback.
-    """
-
-    worker: str
-    args: tuple[Any, ...]
-    run_dir: str
-    master_port: int | None = None
-
-    def __call__(self) -> NoReturn:
-        environment = submitit.JobEnvironment()
-        self._stop_on_signals()
-        if environment.cluster == "local":
-            _die_with_parent()
-        # A rank killed while submitit wrote a pickle left these, and submitit would fail on them.
-        for pickle in (environment.paths.result_pickle, environment.paths.submitted_pickle):
-            pickle.with_suffix(f"{pickle.suffix}.save_tmp").unlink(missing_ok=True)
-        set_rank_environment(environment, master_port=self.master_port)
-        rank, folder = environment.global_rank, attempt_folder(RunDir(Path(self.run_dir)))
-        host = socket.gethostname()
-        write_rank_end(folder, RankEnd(rank=rank, host=_node_name(), end="running"))
-        try:
-            module, _, function = self.worker.partition(":")
-            end = getattr(importlib.import_module(module), function)(*self.args)
-        except UserError as error:
-            write_rank_end(folder, RankEnd(rank=rank, host=_node_name(), end="user_error", message=str(error)))
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
-        except Exception as error:
-            message = " ".join(f"{type(error).__name__}: {error}".split())
-            write_rank_end(folder, RankEnd(rank=rank, host=_node_name(), end="fault", message=message))
-            traceback.print_exc()
-            print(f"rank {rank} on {host} failed", file=sys.stderr, flush=True)
-            # Not by raising: threads and children that a fault leaves behind must not keep the rank alive.
-            sys.stdout.flush()
-            os._exit(1)
-        assert end in ("finished", "preempted"), f"{self.worker} returned {end!r}"
-        write_rank_end(folder, RankEnd(rank=rank, host=_node_name(), end=end))
-        # Not by returning: an upload to storage that hangs, or wandb's last words, would keep the rank until the
-        # cluster kills it, and with it what follows in the batch script.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-    def _stop_on_signals(self) -> None:
-        """Takes both signals from submitit, which drops SIGTERM and requeues on a count of time limits."""
-
-        def note(number: int, _: FrameType | None) -> None:
-            os.environ[EARLY_SIGNAL] = signal.Signals(number).name
-
-        signal.signal(signal.SIGTERM, note)
-        signal.signal(signal.SIGUSR2, note)
+"""Variable with the name of a signal that came before the worker had handlers: the worker should stop at once."""
 
 
-def set_rank_environment(environment: submitit.JobEnvironment, *, master_port: int | None) -> None:
-    """The four variables of a rank, MASTER_ADDR and MASTER_PORT, and OMP_NUM_THREADS unless it is given."""
-    local_ranks = environment.num_tasks // environment.num_nodes
-    cpus = os.environ.get("SLURM_CPUS_PER_TASK") or str(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+def main(arguments: list[str]) -> NoReturn:
+    """Runs the worker of a submission as one rank, and reports how it ended. Ends the process."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, _note_signal)
+    parser = argparse.ArgumentParser(prog="launchers.job", description=__doc__)
+    parser.add_argument("cluster", choices=list(CLUSTERS))
+    parser.add_argument("run", type=Path)
+    parser.add_argument("submission")
+    parser.add_argument("start")
+    flags = parser.parse_args(arguments)
+    submission = Submission(RunDir(flags.run), flags.submission)
+    place = CLUSTERS[flags.cluster].enter_rank()
+    set_rank_environment(place)
+
+    def report(end: RankState, message: str = "") -> None:
+        submission.write_rank_end(flags.start, RankEnd(place.rank, node_name(), end, message))
+
+    report("running")
+    try:
+        job = submission.read_job()
+        end = load_worker(job.worker)(*job.arguments)
+    except UserError as error:
+        report("user_error", str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Exception as error:
+        report("fault", " ".join(f"{type(error).__name__}: {error}".split()))
+        traceback.print_exc()
+        print(f"rank {place.rank} on {node_name()} failed", file=sys.stderr, flush=True)
+        _exit(1)
+    match end:
+        case "finished" | "preempted":
+            report(end)
+        case _:
+            raise AssertionError(f"{job.worker} returned {end!r}")
+    _exit(0)
+
+
+def _exit(status: int) -> NoReturn:
+    """Ends the process at once: threads and children left by the worker (an upload that hangs) must not delay it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _note_signal(number: int, _: FrameType | None) -> None:
+    os.environ[EARLY_SIGNAL] = signal.Signals(number).name
+
+
+def set_rank_environment(place: RankPlace) -> None:
+    """Sets the variables by which torch.distributed finds ranks, and OMP_NUM_THREADS unless it is set already."""
+    cpus = os.environ.get("SLURM_CPUS_PER_TASK") or str(max(1, len(os.sched_getaffinity(0)) // place.ranks_per_node))
     os.environ.update(
-        RANK=str(environment.global_rank),
-        WORLD_SIZE=str(environment.num_tasks),
-        LOCAL_RANK=str(environment.local_rank),
-        LOCAL_WORLD_SIZE=str(local_ranks),
-        MASTER_ADDR="127.0.0.1" if environment.num_nodes == 1 else _first_address(environment.hostnames[0]),
-        MASTER_PORT=str(master_port or slurm_port(environment.job_id, os.environ.get("SLURM_RESTART_COUNT", "0"))),
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.num_ranks),
+        LOCAL_RANK=str(place.local_rank),
+        LOCAL_WORLD_SIZE=str(place.ranks_per_node),
+        MASTER_ADDR=place.master_address,
+        MASTER_PORT=str(place.master_port),
     )
     os.environ.setdefault("OMP_NUM_THREADS", cpus)
 
 
-def slurm_port(job_id: str, restart: str) -> int:
-    """A port that all ranks derive alike, below the ephemeral ones, another one after each restart."""
-    return 10000 + (int(job_id.split("_")[0]) * 37 + int(restart)) % 20000
-
-
-def _first_address(host: str) -> str:
-    """The first node's address: by name, or as srun knows itself (it runs on the first node)."""
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(host)
-    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
-
-
-def _node_name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def _die_with_parent() -> None:
-    """No rank outlives its controller, however that one ends."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+if __name__ == "__main__":
+    main(sys.argv[1:])

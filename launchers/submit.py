@@ -2,99 +2,113 @@
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
 from cmscale.config import Config, differences, dump_config, parse_config, read_config, trajectory
 from cmscale.errors import UserError
-from cmscale.io.storage import replace_durably
+from cmscale.io.durable import replace_durably
 from cmscale.runs.folder import RunDir
-from launchers.beside import arguments_of, kept_beside, with_kept_checkpoints
 from launchers.checks import check_evaluation, check_export, check_inputs
-from launchers.outcome import newest_step
-from launchers.plan import add_cluster_flags, describe_training, make_plan
-from launchers.slurm import script_text
-from launchers.start import (
+from launchers.clusters import CLUSTERS
+from launchers.command_line import add_cluster_flags, describe_training, guarded, placement_from
+from launchers.evaluate_checkpoints import arguments_for, with_kept_checkpoints
+from launchers.jobs import TRAIN, JobSpec
+from launchers.run_folders import (
     create_run,
     existing_run,
-    guarded,
-    launch,
-    refuse_if_running,
-    run_of,
+    new_run,
+    only_launcher,
     with_absolute_paths,
     write_provenance,
 )
-
-WORKER = "cmscale.training.loop:main"
+from launchers.submission import newest_step
 
 
 def main(arguments: list[str]) -> int:
-    """Submits or runs the training. Returns its exit status, 0 once submitted. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="submit.py", description=__doc__)
-    add_cluster_flags(parser)
-    parser.add_argument("--resume", metavar="RUN", help="continue a run: its folder, or its name in --runs-dir")
-    parser.add_argument("--fresh", action="store_true", help="with --resume: start anew if no checkpoint can be loaded")
-    parser.add_argument(
-        "--evaluate-every",
-        type=int,
-        metavar="N",
-        help="evaluate every N-th step's checkpoint in a job of its own; those checkpoints are kept",
-    )
-    parser.add_argument("items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file; overrides of its keys")
-    flags = parser.parse_intermixed_args(arguments)
-    file, overrides = split_items(flags.items)
-    if flags.fresh and not flags.resume:
-        raise UserError("--fresh: a new run is fresh anyway; it goes with --resume")
-    if flags.resume:
-        if flags.name:
-            raise UserError(f"--name {flags.name}: a run that is resumed keeps its name; leave it out")
-        run = existing_run(flags.resume, runs_dir=flags.runs_dir)
-        config = resumed_config(run, file, overrides)
-    else:
-        if file is None:
-            raise UserError("no config given: submit.py [flags] CONFIG [key=value ...]")
-        run = run_of(name=flags.name, runs_dir=flags.runs_dir, stem=Path(file).stem)
-        config = with_absolute_paths(read_config(file, overrides))
-    plan = make_plan(flags, device=config.engine.device, slurm=config.slurm, restart=config.restart)
+    """Submits or runs a training.
+
+    Returns:
+        Its exit status; 0 if it was submitted and is not waited for.
+
+    Raises:
+        UserError: a mistake in the command, the config or the inputs.
+    """
+    flags = _parser().parse_intermixed_args(arguments)
+    run, config = _run_and_config(flags)
+    placement = placement_from(flags, device=config.engine.device, config=config)
+    evaluations: tuple[str, ...] = ()
     if flags.evaluate_every is not None:
         config = with_kept_checkpoints(config, flags.evaluate_every)
-        plan = replace(plan, beside=arguments_of(run, plan, flags.evaluate_every))
-    print(describe_training(plan, config, root=run.root), flush=True)
+        evaluations = arguments_for(run, placement, flags.evaluate_every)
+    cluster = CLUSTERS[placement.cluster]
+    job = JobSpec(TRAIN, (str(run.root), flags.fresh), run, placement, evaluations)
+    print(describe_training(placement, config, root=run.root), flush=True)
     if flags.dry_run:
-        if plan.cluster == "slurm":
-            print("\n" + script_text(run, plan, submission="(name)"))
+        if preview := cluster.preview(job):
+            print("\n" + preview)
         return 0
     check_inputs(config)
     if flags.evaluate_every is not None:
         check_evaluation(config, asked={})
     if config.checkpoint.export_to is not None:
         check_export(config.checkpoint.export_to, run.name, is_new=not flags.resume)
-    if flags.resume:
-        refuse_if_running(run, WORKER)
-        if newest_step(run) >= config.train.total_steps:
-            print(f"run {run.name} is finished: step {newest_step(run)} of {config.train.total_steps}")
-            print(f"run: {run.root}")
-            return 0
-        replace_durably(run.config, dump_config(config).encode())
-        write_provenance(run)
-    else:
+    if not flags.resume:
         create_run(run, config)
-        refuse_if_running(run, WORKER)
-    with kept_beside(plan.beside if plan.cluster == "local" else ()) as finish:
-        status = launch(WORKER, (str(run.root), flags.fresh), run=run, plan=plan, wait=flags.wait)
-        if status == 0:
-            finish()
+    with only_launcher(run, TRAIN):
+        if flags.resume:
+            if newest_step(run) >= config.train.total_steps:
+                print(f"run {run.name} is finished: step {newest_step(run)} of {config.train.total_steps}")
+                print(f"run: {run.root}")
+                return 0
+            replace_durably(run.config, dump_config(config).encode())
+            write_provenance(run)
+        status = cluster.run(job, wait=flags.wait)
     print(f"run: {run.root}", flush=True)
     return status
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="submit.py", description=__doc__)
+    add_cluster_flags(parser)
+    parser.add_argument("--resume", metavar="RUN", help="continue a run: its folder, or its name in --runs-dir")
+    parser.add_argument(
+        "--fresh", action="store_true", help="with --resume: start from step 0 if no checkpoint can be loaded"
+    )
+    parser.add_argument(
+        "--evaluate-every",
+        type=int,
+        metavar="N",
+        help="evaluate the checkpoint of every N-th step in a job of its own, and keep these checkpoints",
+    )
+    parser.add_argument(
+        "items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, and values that override its own"
+    )
+    return parser
+
+
+def _run_and_config(flags: argparse.Namespace) -> tuple[RunDir, Config]:
+    """The run that the flags name, new or to resume, and the config that it trains with."""
+    file, overrides = split_items(flags.items)
+    if flags.fresh and not flags.resume:
+        raise UserError("--fresh: a new run starts from step 0 anyway; use it with --resume")
+    if flags.resume:
+        if flags.name:
+            raise UserError(f"--name {flags.name}: a run that is resumed keeps its name; leave it out")
+        run = existing_run(flags.resume, runs_dir=flags.runs_dir)
+        return run, resumed_config(run, file, overrides)
+    if file is None:
+        raise UserError("no config given: submit.py [flags] CONFIG [key=value ...]")
+    run = new_run(name=flags.name, runs_dir=flags.runs_dir, stem=Path(file).stem)
+    return run, with_absolute_paths(read_config(file, overrides))
+
+
 def split_items(items: list[str]) -> tuple[str | None, list[str]]:
-    """CONFIG (the one without `=`, if any) and the overrides.
+    """Splits positional arguments into CONFIG (the one without `=`; None if there is none) and overrides.
 
     Raises:
-        UserError: two configs.
+        UserError: there are two configs.
     """
     files = [item for item in items if "=" not in item or Path(item).is_file()]
     if len(files) > 1:
@@ -103,16 +117,16 @@ def split_items(items: list[str]) -> tuple[str | None, list[str]]:
 
 
 def resumed_config(run: RunDir, file: str | None, overrides: list[str]) -> Config:
-    """The config that a run goes on with: its own, or one that moves no loss against it.
+    """The config that a resumed run continues with: its own or that of `file`, with overrides.
 
     Raises:
-        UserError: a value that moves the losses differs; the differences are named.
+        UserError: a value that changes the losses differs from the run's own; the differences are named.
     """
-    old = read_config(run.config)
+    old = read_config(run.config, resolved=True)
     new = (
         read_config(file, overrides)
         if file
-        else parse_config(run.config.read_text(), overrides, origin=str(run.config))
+        else parse_config(run.config.read_text(), overrides, origin=str(run.config), resolved=True)
     )
     if changed := differences(trajectory(old), trajectory(new)):
         raise UserError(

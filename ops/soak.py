@@ -192,9 +192,9 @@ def ranks_of(launcher: int) -> list[psutil.Process]:
     for process in family(launcher):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             environment = process.environ()
-            is_rank = "submitit.core._submit" in process.cmdline() and "SUBMITIT_LOCAL_GLOBALID" in environment
+            is_rank = "launchers.job" in process.cmdline() and "SUBMITIT_LOCAL_GLOBALID" in environment
             parent = process.parent()
-            if is_rank and parent is not None and "launchers.controller" in parent.cmdline():
+            if is_rank and parent is not None and "launchers.clusters.local_controller" in parent.cmdline():
                 found[int(environment["SUBMITIT_LOCAL_GLOBALID"])] = process
     return [found[rank] for rank in sorted(found)] if len(found) == NUM_RANKS else []
 

@@ -14,17 +14,19 @@ from pathlib import Path
 
 import pytest
 from slow_worker import AT_THE_START
-from test_launching import SUBMISSION, attempts, events, job_id, submit, wait_until
+from test_launching import SUBMISSION, attempts, events, job_id, submit, wait, wait_until
 from test_training_on_slurm import ranks_of
 
-from cmscale.config import Slurm
+from cmscale.config import Restart, Slurm
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines
-from launchers.outcome import newest_step
-from launchers.plan import Plan
-from launchers.slurm import run_slurm, wait_for_end
+from launchers.clusters.slurm import SlurmCluster, wait_for_end
+from launchers.jobs import JobSpec
+from launchers.submission import Submission, newest_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from launch_fixtures import placement
 from ranks import run_ranks
 from small_runs import STEPS, assert_equal, make_data, make_run
 
@@ -59,20 +61,26 @@ def submit_training(
     *arguments: object,
     nodes: int = 2,
     minutes: int = 60,
-    slurm: Slurm | None = None,
+    mem_gb: int = 0,
+    restart: Restart | None = None,
     submission: str = SUBMISSION,
 ) -> None:
-    """A job of one rank on each node."""
-    slurm = slurm or Slurm(cpus_per_task=1, signal_seconds=5, backoff_seconds=1)
-    plan = Plan("slurm", nodes, 1, False, "low", minutes, slurm)
-    args = (str(run.root), *arguments)
-    assert run_slurm(f"slow_worker:{worker}", args, run=run, plan=plan, submission=submission, wait=False) == 0
+    """Submits a job of one rank per node."""
+    where = placement(
+        nodes=nodes,
+        partition="low",
+        minutes=minutes,
+        slurm=Slurm(cpus_per_task=1, mem_gb=mem_gb),
+        restart=restart or Restart(signal_seconds=5, backoff_seconds=1),
+    )
+    job = JobSpec(f"slow_worker:{worker}", (str(run.root), *arguments), run, where, submission=submission)
+    assert SlurmCluster().run(job, wait=False) == 0
 
 
 def resume(run: RunDir) -> int:
     """What `submit.py --resume` does, to the end."""
     submit_training(run, "stay", (), submission="two")
-    return wait_for_end(run, "two")
+    return wait_for_end(Submission(run, "two"))
 
 
 def wait_for_stay(run: RunDir, number: int) -> None:
@@ -131,8 +139,6 @@ def history(testbed: Path, data: Path, golden: RunDir, tmp_path_factory: pytest.
         run = make_run(folder, data, "checkpoint.keep_last=99", patient)
         submit_training(run, "stay", (1, 5, 6))
         wait_for_stay(run, 1)
-        for name in ("0_result.pkl", "1_result.pkl", "submitted.pkl"):  # as killed starts may leave them
-            (run.logs / f"{job_id(run)}_{name}.save_tmp").write_bytes(b"cut o")
         jobs = [job_id(run)]
         preempt(nodes=2)
         wait_for_stay(run, 2)
@@ -143,7 +149,7 @@ def history(testbed: Path, data: Path, golden: RunDir, tmp_path_factory: pytest.
         jobs.append(job_id(run))
         orphans = [rank.pid for rank in ranks if rank.is_running()]
         subprocess.run(["scancel", jobs[-1]], check=True)
-        statuses = [wait_for_end(run, SUBMISSION)]
+        statuses = [wait(run)]
         saved, before = newest_step(run), logged(run)
         statuses.append(resume(run))
         return History(run, jobs, orphans, saved, before, attempts(run), statuses)
@@ -177,11 +183,11 @@ def test_a_cancelled_job_saves_within_the_kill_wait_and_does_not_come_back(histo
     assert events(history.run).count("requeued") == 2  # after the preemption and the kill
 
 
-def test_what_killed_starts_left_of_a_pickle_is_removed(history: History) -> None:
-    assert list(history.run.logs.glob("*.save_tmp")) == []
+def test_no_start_of_a_job_needs_a_pickle(history: History) -> None:
+    assert list(history.run.root.rglob("*.pkl*")) == []
 
 
-def test_a_truncated_pickle_is_named_and_not_tried_again(
+def test_a_truncated_job_file_is_named_and_not_tried_again(
     slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunDir(tmp_path / "run")
@@ -189,13 +195,13 @@ def test_a_truncated_pickle_is_named_and_not_tried_again(
     scontrol("update", nodes, "State=DRAIN", "Reason=test")
     try:
         submit(run, total_steps=3, how="well")
-        pickle = run.logs / f"{job_id(run)}_submitted.pkl"
-        pickle.write_bytes(pickle.read_bytes()[:100])
+        job = Submission(run, SUBMISSION).job_file
+        job.write_bytes(job.read_bytes()[:20])
     finally:
         scontrol("update", nodes, "State=RESUME")
-    assert wait_for_end(run, SUBMISSION) == 1
-    assert f"fault: {pickle}: can't be read" in capsys.readouterr().err
-    assert attempts(run) == ["fault"]
+    assert wait(run) == 2
+    assert f"error: {job}: missing or damaged" in capsys.readouterr().err
+    assert attempts(run) == ["user_error"]
 
 
 @pytest.mark.slow
@@ -211,12 +217,12 @@ def test_a_node_given_up_with_its_tasks_alive_can_commit_no_more(
     os.kill(process_of(folder / f"slurmd-{node}.pid"), signal.SIGKILL)
     scontrol("update", f"NodeName={node}", "State=DOWN", "Reason=test")
     try:
-        assert wait_for_end(run, SUBMISSION) == 0
+        assert wait(run) == 0
         told = [record for record in read_lines(run.events) if record["event"] == "checkpoint_failed"]
         assert "start 2 of the run has taken over from start 1; nothing committed" in told[0]["why"]
         assert_equal(run, golden_of_one_rank)
-        assert len(list(run.logs.glob("*_submitted.pkl"))) == 1  # the old start's script submitted nothing
-        wait_until(lambda: "Slurm has started the job again elsewhere" in batch_log(run))
+        assert len(list(run.logs.glob("*_batch.log"))) == 1  # the earlier start's script submitted nothing
+        wait_until(lambda: "Slurm has started this job again on other nodes" in batch_log(run))
     finally:
         command = f"mount -t tmpfs tmpfs /dev/shm && mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
         shell = ["unshare", "--mount", "--propagation", "private", "bash", "-c", f"{command} -f {slurm}"]
@@ -230,7 +236,7 @@ def test_a_node_on_which_two_starts_failed_is_left_out_of_the_next(
 ) -> None:
     run = make_run(tmp_path / "run", data)
     submit_training(run, "die_on_one_node", nodes=1)
-    assert wait_for_end(run, SUBMISSION) == 0
+    assert wait(run) == 0
     assert attempts(run) == ["fault", "fault", "finished"]
     assert f"without {(run.root / 'bad-node').read_text()}" in batch_log(run)
     assert_equal(run, golden_of_one_rank)
@@ -250,7 +256,7 @@ def test_a_grace_shorter_than_the_save_leaves_the_checkpoint_before_and_says_so(
         submit_training(run, "save_slowly_once", nodes=1)
         wait_until(lambda: (run.root / "slow").exists())
         preempt(nodes=2)
-        assert wait_for_end(run, SUBMISSION) == 0
+        assert wait(run) == 0
     finally:
         scontrol("update", "PartitionName=low", "GraceTime=30")
     (partial,) = [record for record in read_lines(run.events) if record["event"] == "unfinished_save"]
@@ -278,7 +284,7 @@ def test_a_controller_that_is_away_while_a_job_goes_back_is_waited_for(
         assert events(run).count("requeued") == 1
     finally:
         restart_daemon(folder, "slurmctld", ["slurmctld", "-D", "-i", "-f", str(slurm)])
-    assert wait_for_end(run, SUBMISSION) == 0
+    assert wait(run) == 0
     assert attempts(run) == ["preempted", "finished"]
     assert saved == 5
     assert "scontrol requeue" in batch_log(run)  # what was tried in vain
@@ -292,12 +298,11 @@ def test_five_preemptions_within_five_minutes_limits_spend_no_restart(
     slurm: Path, data: Path, golden: RunDir, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", data)
-    none_to_spend = Slurm(cpus_per_task=1, signal_seconds=5, max_restarts=0)
-    submit_training(run, "stay", (1, 2, 3, 5, 7), minutes=5, slurm=none_to_spend)
+    submit_training(run, "stay", (1, 2, 3, 5, 7), minutes=5, restart=Restart(signal_seconds=5, max_restarts=0))
     for number in range(1, 6):
         wait_for_stay(run, number)
         preempt(nodes=2)
-    assert wait_for_end(run, SUBMISSION) == 0
+    assert wait(run) == 0
     assert attempts(run) == ["preempted"] * 5 + ["finished"]
     assert logged(run) == list(range(1, STEPS + 1))
     assert_equal(run, golden)
@@ -310,9 +315,9 @@ def test_three_time_limits_are_saved_and_requeued_and_three_without_a_step_stop_
 ) -> None:
     run = make_run(tmp_path / "run", data)
     # Slurm's limits are whole minutes, and it looks every 30 s: the signal comes 40 to 10 s before the end of one.
-    limits = Slurm(cpus_per_task=1, signal_seconds=10, max_restarts=0)
-    submit_training(run, "stay", (2, 4, 6, AT_THE_START, AT_THE_START), minutes=1, slurm=limits)
-    assert wait_for_end(run, SUBMISSION) == 1
+    restart = Restart(signal_seconds=10, max_restarts=0)
+    submit_training(run, "stay", (2, 4, 6, AT_THE_START, AT_THE_START), minutes=1, restart=restart)
+    assert wait(run) == 1
     assert capsys.readouterr().err == (
         "stopped: no progress before the time limit, three times; newest checkpoint: step 7; ask for more --time\n"
     )
@@ -348,7 +353,7 @@ def test_a_preemption_that_brings_the_user_signal_too_saves_once(
     submit_training(run, "stay", (4,))
     wait_for_stay(run, 1)
     preempt(nodes=2)
-    assert wait_for_end(run, SUBMISSION) == 0
+    assert wait(run) == 0
     assert attempts(run) == ["preempted", "finished"]
     saved = [record["step"] for record in read_lines(run.events) if record["event"] == "checkpoint"]
     assert saved == [0, 3, 5, 6, 9]
@@ -362,12 +367,12 @@ def test_a_rank_that_takes_more_memory_than_the_job_has_is_named_and_restarts_ar
     configured: Path, data: Path, golden: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run", data)
-    limited = Slurm(cpus_per_task=1, mem_gb=2, max_restarts=1, backoff_seconds=1)
-    submit_training(run, "eat_all_memory", 2, slurm=limited)
-    assert wait_for_end(run, SUBMISSION) == 1
+    submit_training(run, "eat_all_memory", 2, mem_gb=2, restart=Restart(max_restarts=1, backoff_seconds=1))
+    assert wait(run) == 1
     said = capsys.readouterr().err
     assert (
-        "failed 2 times (slurm.max_restarts 1): rank 1 on node2: out of memory; ask for more with slurm.mem_gb" in said
+        "failed 2 times (restart.max_restarts 1): rank 1 on node2: out of memory; request more with slurm.mem_gb"
+        in said
     )
     assert attempts(run) == ["fault", "fault"]
     assert resume(run) == 0

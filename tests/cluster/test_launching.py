@@ -7,32 +7,38 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cmscale.config import Slurm
+from cmscale.config import Restart, Slurm
+from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
-from launchers.beside import arguments_of
-from launchers.outcome import read_json
-from launchers.plan import Plan
-from launchers.slurm import run_slurm, script_text, wait_for_end
+from launchers.clusters.slurm import SlurmCluster, script_text, wait_for_end
+from launchers.evaluate_checkpoints import arguments_for
+from launchers.jobs import EVALUATE, JobSpec
+from launchers.submission import Submission, read_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from launch_fixtures import CONFIG, dataset
+from launch_fixtures import CONFIG, dataset, placement
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 SUBMISSION = "one"
 
 
-def submit(run: RunDir, *, total_steps: int, how: str, minutes: int = 60, slurm: Slurm | None = None) -> None:
-    """A job of two nodes, one rank on each."""
+def submit(run: RunDir, *, total_steps: int, how: str, minutes: int = 60, signal_seconds: int = 5) -> None:
+    """Submits a job of two nodes with one rank on each."""
     run.logs.mkdir(parents=True)
-    plan = Plan("slurm", 2, 1, False, "low", minutes, slurm or Slurm(cpus_per_task=2, signal_seconds=5))
-    args = (str(run.root), total_steps, how)
-    assert run_slurm("cluster_worker:main", args, run=run, plan=plan, submission=SUBMISSION, wait=False) == 0
+    restart = Restart(signal_seconds=signal_seconds)
+    where = placement(nodes=2, partition="low", minutes=minutes, slurm=Slurm(cpus_per_task=2), restart=restart)
+    job = JobSpec("cluster_worker:main", (str(run.root), total_steps, how), run, where, submission=SUBMISSION)
+    assert SlurmCluster().run(job, wait=False) == 0
+
+
+def wait(run: RunDir) -> int:
+    """Waits for the end of the job. Returns its exit status."""
+    return wait_for_end(Submission(run, SUBMISSION))
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float = 90) -> None:
@@ -71,7 +77,7 @@ def facts(run: RunDir, rank: int) -> dict[str, str]:
 def test_two_nodes_meet_and_each_rank_knows_its_place(slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = RunDir(tmp_path / "run")
     submit(run, total_steps=3, how="well")
-    assert wait_for_end(run, SUBMISSION) == 0, capsys.readouterr().err
+    assert wait(run) == 0, capsys.readouterr().err
     assert steps(run) == [1, 2, 3]
     first, second = facts(run, 0), facts(run, 1)
     assert (first["node"], second["node"]) == ("node1", "node2")
@@ -91,7 +97,7 @@ def test_users_mistake_ends_the_job_with_2_and_is_not_tried_again(
 ):
     run = RunDir(tmp_path / "run")
     submit(run, total_steps=3, how="user_error")
-    assert wait_for_end(run, SUBMISSION) == 2
+    assert wait(run) == 2
     assert capsys.readouterr().err == "error: train.seed: got -1; it should be at least 0\n"
     assert attempts(run) == ["user_error"]
 
@@ -110,7 +116,7 @@ def test_preemption_while_ranks_are_starting_is_no_fault(slurm: Path, tmp_path: 
         "--wrap=sleep 1",
     ]
     subprocess.run(higher, check=True, capture_output=True)
-    assert wait_for_end(run, SUBMISSION) == 0
+    assert wait(run) == 0
     assert steps(run) == [1, 2, 3]
     assert "fault" not in attempts(run)
 
@@ -118,8 +124,8 @@ def test_preemption_while_ranks_are_starting_is_no_fault(slurm: Path, tmp_path: 
 def test_time_limit_saves_and_requeues_and_repeats_no_step(slurm: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
     # Slurm's limits are whole minutes: the signal comes 50 s before the end of one.
-    submit(run, total_steps=150, how="slow", minutes=1, slurm=Slurm(cpus_per_task=2, signal_seconds=50))
-    assert wait_for_end(run, SUBMISSION) == 0
+    submit(run, total_steps=150, how="slow", minutes=1, signal_seconds=50)
+    assert wait(run) == 0
     assert steps(run) == list(range(1, 151))
     assert set(attempts(run)[:-1]) == {"time_limit"}
     assert attempts(run)[-1] == "finished"
@@ -131,7 +137,7 @@ def test_the_same_fault_three_times_stops_with_the_reason_and_the_log(
 ):
     run = RunDir(tmp_path / "run")
     submit(run, total_steps=30, how="fault")
-    assert wait_for_end(run, SUBMISSION) == 1
+    assert wait(run) == 1
     said = capsys.readouterr().err
     assert "fault: 3 failures without progress since step 0: RuntimeError: rank 1 is out of luck" in said
     assert "Traceback" in said
@@ -140,34 +146,30 @@ def test_the_same_fault_three_times_stops_with_the_reason_and_the_log(
 
 
 def test_job_that_slurm_refuses_is_one_line(slurm: Path, tmp_path: Path):
-    from cmscale.errors import UserError
-
     run = RunDir(tmp_path / "run")
     run.logs.mkdir(parents=True)
-    plan = Plan("slurm", 1, 1, False, "nowhere", 60, Slurm())
+    job = JobSpec("cluster_worker:main", (), run, placement(partition="nowhere"))
     with pytest.raises(UserError, match=r"Slurm refuses the job: sbatch: error: .*partition"):
-        run_slurm("cluster_worker:main", (), run=run, plan=plan, submission=SUBMISSION, wait=False)
+        SlurmCluster().run(job, wait=False)
 
 
 def test_slurm_itself_accepts_the_script(slurm: Path, tmp_path: Path):
-    plan = Plan("slurm", 2, 4, False, "low", 60, Slurm())
-    script = script_text(RunDir(tmp_path), plan, submission=SUBMISSION)
+    where = placement(nodes=2, ranks_per_node=4, partition="low")
+    script = script_text(JobSpec("cluster_worker:main", (), RunDir(tmp_path), where))
     ran = subprocess.run(["sbatch", "--test-only"], input=script, text=True, check=True, capture_output=True)
-    assert re.search(r"to start at .* using 8 processors on nodes node\[1-2\]", ran.stderr), ran.stderr
+    assert re.search(r"to start at .* using 64 processors on nodes node\[1-2\]", ran.stderr), ran.stderr
 
 
-def test_evaluations_beside_training_are_jobs_of_their_own_that_the_batch_script_asks_for(slurm: Path, tmp_path: Path):
+def test_evaluations_during_training_are_jobs_of_their_own_that_the_batch_script_requests(slurm: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
     run.logs.mkdir(parents=True)
     text = CONFIG.format(data=dataset(tmp_path / "data"))
-    text = text.replace("signal_seconds: 5", "signal_seconds: 5, cpus_per_task: 1")
-    run.config.write_text(text.replace("total_steps: 3", "total_steps: 5"))
-    plan = Plan("slurm", 1, 1, False, "low", 60, Slurm(cpus_per_task=1, signal_seconds=5))
-    plan = replace(plan, beside=arguments_of(run, plan, 2))
-    args = (str(run.root), 5, "well")
-    assert run_slurm("cluster_worker:main", args, run=run, plan=plan, submission=SUBMISSION, wait=True) == 0
+    run.config.write_text(text.replace("total_steps: 3", "total_steps: 5") + "slurm: {cpus_per_task: 1}\n")
+    where = placement(partition="low", slurm=Slurm(cpus_per_task=1), restart=Restart(signal_seconds=5))
+    job = JobSpec("cluster_worker:main", (str(run.root), 5, "well"), run, where, arguments_for(run, where, 2))
+    assert SlurmCluster().run(job, wait=True) == 0
     jobs = [read_json(path) or {} for path in run.logs.glob("submissions/*/job.json")]
-    assert sorted(job["worker"] for job in jobs) == ["cluster_worker:main", "cmscale.evaluation.evaluate:main"]
+    assert sorted(job["worker"] for job in jobs) == ["cluster_worker:main", EVALUATE]
     assert [path.name for path in run.asked_evaluation(5).parent.iterdir()] == [run.asked_evaluation(5).name]
     assert len({job["job_id"] for job in jobs}) == 2
 

@@ -54,7 +54,7 @@ def ranks_of(run: RunDir) -> list[psutil.Process]:
         line = process.info["cmdline"] or []
         if (
             "python" in Path(line[0] if line else "").name
-            and "submitit.core._submit" in line
+            and "launchers.job" in line
             and any(str(run.root) in part for part in line)
         ):
             found.append(process)

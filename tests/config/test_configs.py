@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cmscale.config import Slurm, accumulation_steps, dump_config, known_keys, parse_config, read_config
-from launchers.plan import Plan, describe_training
+from cmscale.config import Restart, Slurm, accumulation_steps, dump_config, known_keys, parse_config, read_config
+from launchers.command_line import describe_training
+from launchers.placement import Placement
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((CHECKOUT / "configs").glob("*.yaml"))
@@ -36,9 +37,9 @@ def test_config_is_at_most_40_lines_and_survives_being_written_out(path: Path):
 @pytest.mark.parametrize("nodes", [1, 2, 4, 8])
 def test_lsun_config_divides_over_nodes_of_eight_gpus(path: Path, nodes: int):
     config = read_config(path)
-    plan = Plan("slurm", nodes, 8, True, None, 60, Slurm())
-    assert accumulation_steps(config, num_ranks=plan.num_ranks) * plan.num_ranks * 4 == 2048
-    assert "images" in describe_training(plan, config, root=Path("run"))
+    placement = Placement("slurm", nodes, 8, True, None, 60, Slurm(), Restart())
+    assert accumulation_steps(config, num_ranks=placement.num_ranks) * placement.num_ranks * 4 == 2048
+    assert "images" in describe_training(placement, config, root=Path("run"))
 
 
 @pytest.mark.parametrize("kind", SUCCESSORS)

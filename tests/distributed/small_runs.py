@@ -1,4 +1,4 @@
-"""Owns the small runs that the tests of faults train: their data, their config, what they leave."""
+"""Makes and reads the small runs of the fault tests: data, config, launching, results."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.log import latest_metrics, read_lines
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from data_fixtures import pictures, write_lmdb
+from data_fixtures import encoded_images, write_lmdb
 
 from data_prep.prepare import main as prepare
 
@@ -36,7 +36,7 @@ slurm: {cpus_per_task: 1}
 
 def make_data(folder: Path) -> Path:
     """A prepared data set of fifty 8 px images."""
-    source = write_lmdb(folder / "photos_lmdb", pictures(50))
+    source = write_lmdb(folder / "photos_lmdb", encoded_images(50))
     arguments = ["--source", f"lsun:{source}", "--format", "webdataset", "--image-size", "8", "--encoding", "png"]
     assert prepare([*arguments, "--out", str(folder / "set"), "--samples-per-shard", "20"]) == 0
     return folder / "set"
@@ -55,13 +55,14 @@ def launch(run: RunDir, worker: str, *arguments: str, num_ranks: int = 2) -> sub
         from pathlib import Path
         from cmscale.config import read_config
         from cmscale.runs.folder import RunDir
-        from launchers import start
-        from launchers.plan import Plan
+        from launchers.clusters import CLUSTERS
+        from launchers.jobs import JobSpec
+        from launchers.placement import Placement
         run = RunDir(Path({str(run.root)!r}))
         config = read_config(run.config)
-        plan = Plan("local", 1, {num_ranks}, False, None, None, config.slurm, config.restart)
-        args = {(str(run.root), *arguments)!r}
-        raise SystemExit(start.launch({worker!r}, args, run=run, plan=plan, wait=True))
+        placement = Placement("local", 1, {num_ranks}, False, None, None, config.slurm, config.restart)
+        job = JobSpec({worker!r}, {(str(run.root), *arguments)!r}, run, placement)
+        raise SystemExit(CLUSTERS["local"].run(job, wait=True))
     """
     paths = [str(CHECKOUT), str(Path(__file__).parent)]
     return subprocess.Popen(
@@ -80,14 +81,14 @@ def losses(run: RunDir) -> list[float]:
 
 
 def last_weights(run: RunDir) -> dict[str, bytes]:
-    """Every file of the last checkpoint's ranks."""
+    """The rank files of the last checkpoint."""
     found = {path.name: path.read_bytes() for path in sorted(run.checkpoint(STEPS).glob("rank-*"))}
     assert found
     return found
 
 
 def assert_equal(run: RunDir, golden: RunDir) -> None:
-    """The same losses and last weights, bit for bit."""
+    """Asserts that losses and final weights are equal bit for bit."""
     assert losses(run) == losses(golden)
     assert last_weights(run) == last_weights(golden)
 
@@ -98,5 +99,5 @@ def events(run: RunDir, *kinds: str) -> list[dict]:
 
 
 def outcomes(outputs: list[str]) -> list:
-    """What each rank said that happened, its last line."""
+    """The last line of each rank's output, which names how it ended."""
     return [json.loads(output.splitlines()[-1]) for output in outputs]

@@ -1,4 +1,4 @@
-"""An evaluation is the same on any number of ranks, and after one of them was killed in its middle."""
+"""Tests that an evaluation is the same on any number of ranks, and after a rank was killed in its middle."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(run: Path) -> dict[str, dict[str, Any]]:
-    """Every result of a run by its file's name, without what may differ."""
+    """The results of a run by file name, without the values that may differ."""
     found = {path.name: json.loads(path.read_text()) for path in (run / "evaluations").glob("*.json")}
     for result in found.values():
         del result["seconds"], result["protocol"]["num_ranks"], result["protocol"]["source"]
@@ -70,8 +70,8 @@ def test_the_ranks_share_the_work_of_nearest_neighbours(folder: Path) -> None:
 def test_a_trained_run_in_real_features_is_the_same_on_1_2_and_3_ranks_and_after_one_was_killed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_data(tmp_path), "evaluate.features=efficientnet")
     trainer = launch(run, "cmscale.training.loop:main", num_ranks=1)
-    said, _ = trainer.communicate()
-    assert trainer.returncode == 0, said
+    output, _ = trainer.communicate()
+    assert trainer.returncode == 0, output
     run_ranks(1, "evaluate_work:evaluate_trained", str(tmp_path), timeout=600)
     alone = results(tmp_path / "on 1")
     (found,) = alone.values()
@@ -93,9 +93,8 @@ def test_the_launcher_evaluates_what_is_due_beside_training_in_a_job_of_its_own(
     run = write_trained_run(tmp_path / "run", data=write_dataset(tmp_path, count=8), step=100, samples=8)
     arguments = ["--once", str(run.root), "--every", "50", "--", "--cluster", "local", "--gpus-per-node", "2"]
     for _ in range(2):
-        subprocess.run(
-            [sys.executable, "-m", "launchers.beside", *arguments], cwd=ROOT, check=True, capture_output=True
-        )
+        command = [sys.executable, "-m", "launchers.evaluate_checkpoints", *arguments]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (result,) = results(run.root).values()
     assert (result["step"], result["num_samples"], result["score_name"]) == (100, 8, "FD-EfficientNet")
     assert [event["event"] for event in read_lines(run.events)] == ["evaluated"]  # once

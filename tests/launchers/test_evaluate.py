@@ -8,20 +8,24 @@ import pytest
 from launch_fixtures import CONFIG, dataset
 
 from launchers import evaluate
-from launchers.start import guarded
+from launchers.clusters import CLUSTERS
+from launchers.clusters.local import LocalMachine
+from launchers.command_line import guarded
+from launchers.jobs import JobSpec
 
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """What would have been launched: (request, run, plan)."""
+    """What would have been launched: (request, run, placement)."""
     launched: list[tuple] = []
 
-    def launch(worker: str, args: tuple, *, run, plan, wait: bool) -> int:
-        assert worker == "cmscale.evaluation.evaluate:main"
-        launched.append((args[0], run, plan))
-        return 0
+    class Recorder(LocalMachine):
+        def run(self, job: JobSpec, *, wait: bool) -> int:
+            assert job.worker == "evaluate"
+            launched.append((job.arguments[0], job.run, job.placement))
+            return 0
 
-    monkeypatch.setattr(evaluate, "launch", launch)
+    monkeypatch.setitem(CLUSTERS, "local", Recorder())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "one"
@@ -45,12 +49,12 @@ def test_a_run_is_evaluated_in_its_own_folder_with_its_own_config(
     source: str, asked: list, monkeypatch, tmp_path: Path
 ):
     assert run(monkeypatch, source, "--samples", "100", "--steps", "1,2", "--seeds", "3", "--step", "0,latest") == 0
-    ((request, where, plan),) = asked
+    ((request, where, placement),) = asked
     assert where.root == tmp_path / "runs" / "one"
     assert request["source"] == str(tmp_path / source)
     assert (request["samples"], request["steps"], request["seeds"]) == (100, "1,2", 3)
     assert (request["checkpoints"], request["device"]) == ("0,latest", "cpu")
-    assert plan.restart.signal_seconds == 5
+    assert placement.restart.signal_seconds == 5
 
 
 def test_foreign_weights_get_a_folder_of_their_own_and_the_given_config(asked: list, monkeypatch, tmp_path: Path):

@@ -15,8 +15,9 @@ from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from launchers import submit
 from launchers.checks import check_export, check_inputs
-from launchers.plan import parse_time
-from launchers.start import create_run, existing_run, run_of, with_absolute_paths
+from launchers.clusters.local import LocalMachine
+from launchers.command_line import parse_time
+from launchers.run_folders import create_run, existing_run, new_run, only_launcher, with_absolute_paths
 
 
 def run_submit(*arguments: str, cwd: Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -57,7 +58,8 @@ def test_dry_run_prints_plan_and_script_from_any_folder_in_two_seconds_without_t
 
 
 def test_launchers_import_no_torch():
-    code = "import sys; sys.argv[0] = 'x'; import launchers.submit, launchers.evaluate, launchers.restart;"
+    code = "import sys; sys.argv[0] = 'x'; import launchers.submit, launchers.evaluate, launchers.job;"
+    code += "import launchers.clusters.slurm_epilogue, launchers.clusters.local_controller;"
     code += "print([name for name in ('torch', 'numpy', 'boto3', 'deepspeed') if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
@@ -91,7 +93,7 @@ def test_cpu_ranks_ask_slurm_for_no_gpus(tmp_path: Path, config_file: Path):
         ([], "no config given"),
         (["CONFIG", "CONFIG"], "one config at a time"),
         (["--name", "../up", "CONFIG"], "--name '../up'"),
-        (["--fresh", "CONFIG"], "--fresh: a new run is fresh anyway"),
+        (["--fresh", "CONFIG"], "--fresh: a new run starts from step 0 anyway"),
         (["--resume", "nobody"], "--resume nobody: no run there"),
         (["CONFIG", "data.path=nodata"], "no such folder"),
         (["CONFIG", "model.image_size=16"], "images of 8 px, model.image_size is 16"),
@@ -139,7 +141,7 @@ def test_time_is_read_as_minutes_or_as_slurm_writes_it(text: str, minutes: int):
 
 def test_run_folder_holds_resolved_config_and_provenance(tmp_path: Path, config_file: Path):
     config = with_absolute_paths(read_config(config_file))
-    run = run_of(name="one", runs_dir=tmp_path / "runs", stem="tiny")
+    run = new_run(name="one", runs_dir=tmp_path / "runs", stem="tiny")
     create_run(run, config)
     assert read_config(run.config) == config
     (start,) = json.loads(run.provenance.read_text())["starts"]
@@ -150,12 +152,12 @@ def test_run_folder_holds_resolved_config_and_provenance(tmp_path: Path, config_
 
 
 def test_no_room_for_the_run_leaves_no_folder(tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch):
-    run = run_of(name="full", runs_dir=tmp_path / "runs", stem="tiny")
+    run = new_run(name="full", runs_dir=tmp_path / "runs", stem="tiny")
 
     def no_room(*_: object) -> None:
         raise UserError("no space left on the device")
 
-    monkeypatch.setattr("launchers.start.replace_durably", no_room)
+    monkeypatch.setattr("launchers.run_folders.replace_durably", no_room)
     with pytest.raises(UserError, match="no space"):
         create_run(run, read_config(config_file))
     assert not run.root.exists()
@@ -172,7 +174,7 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: 
 class TestResume:
     @pytest.fixture
     def run(self, tmp_path: Path, config_file: Path) -> RunDir:
-        run = run_of(name="old", runs_dir=tmp_path / "runs", stem="tiny")
+        run = new_run(name="old", runs_dir=tmp_path / "runs", stem="tiny")
         create_run(run, with_absolute_paths(read_config(config_file)))
         return run
 
@@ -192,13 +194,25 @@ class TestResume:
         with pytest.raises(UserError, match=r"model\.channels: 32 -> 64"):
             submit.resumed_config(run, str(other), [])
 
+    def test_a_run_that_another_launcher_runs_is_refused_and_left_as_it_is(
+        self, run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ):
+        monkeypatch.setattr(LocalMachine, "run", lambda *_, **__: pytest.fail("started"))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        before = run.config.read_bytes(), run.provenance.read_bytes()
+        monkeypatch.setattr(sys, "argv", ["submit.py", "--cluster", "local", "--resume", str(run.root)])
+        with only_launcher(run, "train"):
+            assert submit.guarded(submit.main) == 2
+        assert "another launcher is running this run" in capsys.readouterr().err
+        assert (run.config.read_bytes(), run.provenance.read_bytes()) == before
+
     def test_finished_run_says_so_and_starts_nothing(
         self, run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ):
         folder = run.checkpoint(3)
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-        monkeypatch.setattr(submit, "launch", lambda *_, **__: pytest.fail("started"))
+        monkeypatch.setattr(LocalMachine, "run", lambda *_, **__: pytest.fail("started"))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert submit.main(["--cluster", "local", "--resume", str(run.root)]) == 0
         assert f"finished: step 3 of 3\nrun: {run.root}\n" in capsys.readouterr().out

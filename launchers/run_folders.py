@@ -1,5 +1,6 @@
-"""Owns how a run begins on disk and how its job is handed to a cluster; what both launchers share."""
+"""Creates and finds folders of runs: config.yaml, provenance.json, and the lock of the run's launcher."""
 
+import contextlib
 import datetime
 import getpass
 import importlib.metadata
@@ -10,9 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-import uuid
-from collections.abc import Callable
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from pydantic import BaseModel
 
 from cmscale.config import Config, dump_config
 from cmscale.errors import UserError
-from cmscale.io.storage import explained, replace_durably
+from cmscale.io.durable import explained, replace_durably
+from cmscale.io.locks import hold
+from cmscale.io.process import CHECKOUT
 from cmscale.runs.folder import RunDir
 from launchers.checks import is_remote
-from launchers.local import CHECKOUT, refuse_second_launcher, run_local
-from launchers.plan import Plan
-from launchers.slurm import refuse_running_job, run_slurm
+from launchers.clusters import CLUSTERS
 
 _PATHS = (
     "data.path",
@@ -39,25 +39,14 @@ _PATHS = (
 )
 
 
-def guarded(main: Callable[[list[str]], int]) -> int:
-    """Runs a command: a user's mistake is one line and status 2, a failing storage one line and status 1."""
-    try:
-        return main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"fault: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+def new_run(*, name: str | None, runs_dir: Path, stem: str) -> RunDir:
+    """The absolute path of a run's folder. Nothing is created.
 
-
-def run_of(*, name: str | None, runs_dir: Path, stem: str) -> RunDir:
-    """The folder that a new run gets: absolute, named after its config and the time unless named by hand.
+    Args:
+        name: The run's name; None for `stem` and the time.
 
     Raises:
-        UserError: a name that is no plain name.
+        UserError: the name has characters that file names should not have.
     """
     name = name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
@@ -66,7 +55,7 @@ def run_of(*, name: str | None, runs_dir: Path, stem: str) -> RunDir:
 
 
 def existing_run(text: str, *, runs_dir: Path) -> RunDir:
-    """The run that `--resume` names: a folder, or a name under `--runs-dir`.
+    """The run that `--resume` names: a folder, or a name in `--runs-dir`.
 
     Raises:
         UserError: no such run.
@@ -78,7 +67,7 @@ def existing_run(text: str, *, runs_dir: Path) -> RunDir:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config with local paths made absolute: a resume from elsewhere must find the same files."""
+    """The config with absolute local paths, so that a resume from another folder finds the same files."""
     for key in _PATHS:
         section, leaf = key.split(".")
         value = getattr(getattr(config, section), leaf, None)
@@ -93,10 +82,10 @@ def _with(model: Any, name: str, value: str | BaseModel) -> Any:
 
 
 def create_run(run: RunDir, config: Config) -> None:
-    """Makes the folder with config.yaml and provenance.json, or nothing.
+    """Creates the folder with config.yaml and provenance.json, or nothing.
 
     Raises:
-        UserError: there is such a run already, or the folder can't be written.
+        UserError: the folder exists already, or cannot be written.
     """
     if run.root.exists():
         raise UserError(f"run {run.root} exists; continue it with --resume {run.name}, or give another --name")
@@ -113,7 +102,7 @@ def create_run(run: RunDir, config: Config) -> None:
 
 
 def write_provenance(run: RunDir) -> None:
-    """Adds this start to provenance.json: packages, git revision, host, command line."""
+    """Adds this start to provenance.json: package versions, git revision, host, command line."""
     old = json.loads(run.provenance.read_text())["starts"] if run.provenance.exists() else []
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -137,7 +126,7 @@ def _user() -> str:
 
 
 def git_revision() -> str | None:
-    """The checkout's commit, with `-dirty` where tracked files differ from it."""
+    """The checkout's commit, with `-dirty` if tracked files differ from it; None outside a repository."""
     if shutil.which("git") is None:
         return None
     command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -146,9 +135,7 @@ def git_revision() -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that pyproject.toml names and are installed."""
-    import tomllib
-
+    """Versions of the installed packages that pyproject.toml names."""
     named = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["dependencies"]
     versions = {}
     for requirement in named:
@@ -160,15 +147,14 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def launch(worker: str, args: tuple, *, run: RunDir, plan: Plan, wait: bool) -> int:
-    """Hands the job to the cluster, and waits if asked to, or on this machine. Returns the exit status."""
-    submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    if plan.cluster == "slurm":
-        return run_slurm(worker, args, run=run, plan=plan, submission=submission, wait=wait)
-    return run_local(worker, args, run=run, plan=plan, submission=submission)
+@contextlib.contextmanager
+def only_launcher(run: RunDir, worker: str) -> Iterator[None]:
+    """Reserves a run for this launcher during the block.
 
-
-def refuse_if_running(run: RunDir, worker: str) -> None:
-    """Raises UserError where a launcher or a Slurm job of this worker is still at work on a run."""
-    refuse_second_launcher(run)
-    refuse_running_job(run, worker)
+    Raises:
+        UserError: another launcher is running the run, or a job of this worker that was submitted earlier is.
+    """
+    with hold(run.logs / ".launcher.lock", timeout=0, what=f"{run.root}: another launcher is running this run"):
+        for cluster in CLUSTERS.values():
+            cluster.refuse_if_running(run, worker)
+        yield

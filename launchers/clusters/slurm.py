@@ -1,0 +1,216 @@
+"""Runs jobs on Slurm: writes the batch script (submitit's, with our epilogue), submits it, and waits for the end."""
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+import time
+from contextlib import suppress
+
+import submitit
+
+from cmscale.errors import UserError
+from cmscale.io import slurm
+from cmscale.io.durable import replace_durably
+from cmscale.io.packages import check_tested, private
+from cmscale.runs.folder import RunDir
+from launchers.clusters.base import rank_command
+from launchers.follow import Follower, show_end
+from launchers.jobs import JobSpec
+from launchers.placement import Placement, PlacementRequest, RankPlace
+from launchers.submission import Submission, read_json, submissions_of
+
+DEFAULT_MINUTES = 24 * 60
+DEFAULT_GPUS_PER_NODE = 8
+POLL_SECONDS = 1.0
+LONGEST_SILENCE_SECONDS = 600.0
+# The epilogue should have written how the job ended once it is in one of these states, or unknown to Slurm.
+_OVER = {"CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
+
+
+class SlurmCluster:
+    """Slurm, through sbatch on the PATH."""
+
+    name = "slurm"
+
+    def suits(self, request: PlacementRequest) -> bool:
+        # A plan for several nodes can be printed where there is no Slurm.
+        return shutil.which("sbatch") is not None or (request.dry_run and request.nodes > 1)
+
+    def place(self, request: PlacementRequest) -> Placement:
+        if shutil.which("sbatch") is None and not request.dry_run:
+            raise UserError(
+                "--cluster slurm: there is no sbatch on the PATH; log in to the cluster, or use --cluster local"
+            )
+        minutes = request.minutes or DEFAULT_MINUTES
+        signal_seconds = request.restart.signal_seconds
+        if minutes * 60 <= signal_seconds:
+            raise UserError(
+                f"--time: {minutes} minutes end before the signal to save, which comes restart.signal_seconds "
+                f"{signal_seconds} before the end; request more time or lower it"
+            )
+        gpus = request.device != "cpu"
+        ranks = request.ranks_per_node or (DEFAULT_GPUS_PER_NODE if gpus else 1)
+        return Placement(
+            self.name, request.nodes, ranks, gpus, request.partition, minutes, request.slurm, request.restart
+        )
+
+    def describe(self, placement: Placement) -> str:
+        return f"Slurm, partition {placement.partition or '(default)'}"
+
+    def preview(self, job: JobSpec) -> str:
+        return script_text(job)
+
+    def refuse_if_running(self, run: RunDir, worker: str) -> None:
+        for submission in submissions_of(run):
+            if active := _active_job(submission, worker):
+                job_id, state = active
+                raise UserError(f"{run.root}: job {job_id} of this run is {state}; end it first: scancel {job_id}")
+
+    def run(self, job: JobSpec, *, wait: bool) -> int:
+        submission = Submission(job.run, job.submission)
+        submission.write_job(job.worker, job.arguments)
+        replace_durably(submission.script, script_text(job).encode())
+        job_id = slurm.submit(submission.script)
+        submission.replace_job_id(job_id)
+        print(f"job {job_id} submitted; log: {job.run.logs}/{job_id}_0_log.out", flush=True)
+        return wait_for_end(submission) if wait else 0
+
+    def enter_rank(self) -> RankPlace:
+        environment = submitit.JobEnvironment()
+        first_node = environment.hostnames[0]
+        return RankPlace(
+            rank=environment.global_rank,
+            num_ranks=environment.num_tasks,
+            local_rank=environment.local_rank,
+            ranks_per_node=environment.num_tasks // environment.num_nodes,
+            master_address="127.0.0.1" if environment.num_nodes == 1 else _address(first_node),
+            master_port=master_port(environment.raw_job_id, os.environ.get("SLURM_RESTART_COUNT", "0")),
+        )
+
+
+class _ScriptWriter(submitit.SlurmExecutor):
+    """submitit's executor, of which we take the batch script alone. It can be written where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def script_text(job: JobSpec) -> str:
+    """The batch script of a job: its ranks under srun, then the epilogue, which decides what follows."""
+    placement, restart = job.placement, job.placement.restart
+    assert placement.minutes is not None
+    submission = Submission(job.run, job.submission)
+    shared = slurm.common_parameters(
+        job_name=job.run.name,
+        nodes=placement.nodes,
+        tasks_per_node=placement.ranks_per_node,
+        cpus_per_task=placement.slurm.cpus_per_task,
+        minutes=placement.minutes,
+        partition=placement.partition,
+        mem_gb=placement.slurm.mem_gb,
+    )
+    # -K1: a rank that fails ends all others, which would hang in a collective.
+    shared["srun_args"] = ["-K1", *shared["srun_args"]]
+    shared["additional_parameters"] |= {"output": str(job.run.logs / "%j_batch.log")}
+    during, after = _evaluation_lines(job)
+    shared["setup"] += [
+        'start="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
+        "trap : TERM  # the epilogue runs even if Slurm ends the job; ranks have handlers of their own",
+        *during,
+    ]
+    epilogue = [sys.executable, "-m", "launchers.clusters.slurm_epilogue", str(job.run.root), job.submission]
+    limits = (
+        f"--max-restarts {restart.max_restarts} --backoff-seconds {restart.backoff_seconds} "
+        f"--signal-seconds {restart.signal_seconds}"
+    )
+    shared["teardown"] = ["status=$?", *after, f'{shlex.join(epilogue)} "$start" --status $status {limits}']
+    settings = placement.slurm
+    options = {"account": settings.account, "qos": settings.qos, "constraint": settings.constraint}
+    writer = _ScriptWriter(job.run.logs)
+    writer.update_parameters(
+        **shared,
+        signal_delay_s=restart.signal_seconds,
+        **({"gpus_per_node": placement.ranks_per_node} if placement.gpus else {}),
+        **{name: value for name, value in options.items() if value},
+    )
+    ranks = shlex.join(rank_command(SlurmCluster.name, submission, "")[:-1]) + ' "$start"'
+    check_tested("submitit")
+    return private(writer, "_make_submission_file_text", package="submitit")(ranks, "") + "\n"
+
+
+def _evaluation_lines(job: JobSpec) -> tuple[list[str], list[str]]:
+    """Lines that look for checkpoints to evaluate while ranks run, and once more after them."""
+    if not job.evaluations:
+        return [], []
+    command = [sys.executable, "-m", "launchers.evaluate_checkpoints"]
+    return [f"{shlex.join([*command, *job.evaluations])} &"], [shlex.join([*command, "--once", *job.evaluations])]
+
+
+def wait_for_end(submission: Submission) -> int:
+    """Shows rank 0's log until the job has ended for good; Ctrl-C ends the waiting and not the job.
+
+    Returns:
+        The exit status of the job: 0, 1 or 2; 130 after Ctrl-C.
+    """
+    follower = Follower()
+    try:
+        return _follow_to_end(submission, follower)
+    except KeyboardInterrupt:
+        print(f"\nno longer waiting; the job continues (scancel ends it), run {submission.run.root}", file=sys.stderr)
+        return 130
+    finally:
+        follower.close()
+
+
+def _follow_to_end(submission: Submission, follower: Follower) -> int:
+    logs, silent_since = submission.run.logs, None
+    job_id = "unknown"  # until a record that can be read names it
+    while True:
+        job_id = (read_json(submission.job_file) or {}).get("job_id", job_id)
+        log = logs / f"{job_id}_0_log.out"
+        states = slurm.job_states(job_id) if job_id.isdecimal() else None
+        follower.show(log)
+        if ending := read_json(submission.ending_file):
+            rank_log = logs / f"{job_id}_{ending['rank']}_log.out"
+            return show_end(ending["ending"], ending["why"], log=rank_log if rank_log.exists() else log)
+        silent_since = (silent_since or time.monotonic()) if states is None else None
+        if silent_since is not None and time.monotonic() - silent_since > LONGEST_SILENCE_SECONDS:
+            return show_end("fault", f"Slurm does not answer about job {job_id}", log=log)
+        if states is not None and (not states or states & _OVER):
+            time.sleep(2 * POLL_SECONDS)  # the epilogue may still be writing how the job ended
+            resubmitted = (read_json(submission.job_file) or {}).get("job_id", job_id) != job_id
+            if not resubmitted and not submission.ending_file.exists():
+                how = states.pop().lower() if states else "Slurm no longer knows it, and it reported no end"
+                return show_end("cancelled", f"job {job_id}: {how}; {submission.how_to_go_on}", log=log)
+        time.sleep(POLL_SECONDS)
+
+
+def _active_job(submission: Submission, worker: str) -> tuple[str, str] | None:
+    """(id, state) of a submission's job if it is this worker's and waits or runs."""
+    try:
+        record = submission.read_job()
+    except UserError:  # damaged: ranks refuse to start from it, too
+        return None
+    if record.worker != worker or record.job_id is None or submission.ending_file.exists():
+        return None
+    try:
+        states = slurm.job_states(record.job_id) or set()
+    except FileNotFoundError:  # no Slurm on this machine
+        return None
+    active = sorted(states & slurm.ACTIVE_STATES)
+    return (record.job_id, active[0]) if active else None
+
+
+def master_port(job_id: str, restart: str) -> int:
+    """A port that all ranks compute alike: below the ephemeral ports, and another one after each restart."""
+    return 10000 + (int(job_id) * 37 + int(restart)) % 20000
+
+
+def _address(host: str) -> str:
+    """A node's address: by its name, or as srun reports its own (srun runs on the first node)."""
+    with suppress(OSError):
+        return socket.gethostbyname(host)
+    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", host)

@@ -1,0 +1,151 @@
+"""Shares the command line of the launchers: flags that say where a job runs, the printed plan, exit statuses."""
+
+import argparse
+import datetime
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cmscale.config import Config, Restart, Slurm, accumulation_steps
+from cmscale.errors import UserError
+from launchers.clusters import CLUSTERS, place
+from launchers.placement import Device, Placement, PlacementRequest
+
+
+def guarded(main: Callable[[list[str]], int]) -> int:
+    """Runs a command: a user's mistake is one line and status 2, a failing storage or Slurm one line and status 1."""
+    try:
+        return main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"fault: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where a job runs; `submit.py` and `evaluate.py` have the same."""
+    group = parser.add_argument_group("where the job runs")
+    group.add_argument("--nodes", type=_count, default=1, metavar="N", help="number of nodes (default: 1)")
+    group.add_argument(
+        "--gpus-per-node",
+        type=_count,
+        metavar="G",
+        help="GPUs per node, one rank per GPU; with engine.device=cpu: ranks per node. Default: 8 on Slurm (1 with "
+        "engine.device=cpu); on this machine the number of its GPUs, or 1",
+    )
+    group.add_argument(
+        "--cluster",
+        choices=("auto", *CLUSTERS),
+        default="auto",
+        help="auto: Slurm if sbatch is on the PATH, else this machine (default: auto)",
+    )
+    group.add_argument("--partition", metavar="P", help="Slurm partition (default: the cluster's)")
+    group.add_argument(
+        "--time",
+        type=parse_time,
+        metavar="T",
+        help="time limit: minutes, HH:MM:SS or D-HH:MM (default: 1-00:00 on Slurm, none on this machine)",
+    )
+    group.add_argument("--name", help="name of the run (default: the config's name and the time)")
+    group.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: ./runs)"
+    )
+    group.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch script; start nothing")
+    group.add_argument(
+        "--wait",
+        action="store_true",
+        help="wait until the job has ended and exit with its status (always so on this machine)",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; it should be a whole number of at least 1")
+    return int(text)
+
+
+def parse_time(text: str) -> int:
+    """Minutes, rounded up, of `90`, `HH:MM:SS`, `D-HH`, `D-HH:MM` or `D-HH:MM:SS`."""
+    patterns = (
+        r"(?P<m>\d+)",
+        r"(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)",
+        r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?",
+    )
+    for pattern in patterns:
+        if match := re.fullmatch(pattern, text):
+            part = {name: int(value or 0) for name, value in match.groupdict().items()}
+            seconds = 60 * (60 * (24 * part.get("d", 0) + part.get("h", 0)) + part.get("m", 0)) + part.get("s", 0)
+            if seconds:
+                return -(-seconds // 60)
+    raise argparse.ArgumentTypeError(f"got {text!r}; write minutes, HH:MM:SS or D-HH:MM")
+
+
+def placement_from(flags: argparse.Namespace, *, device: Device, config: Config | None) -> Placement:
+    """The placement that the flags of `add_cluster_flags` request.
+
+    Args:
+        device: What ranks compute on.
+        config: Gives the sections `slurm` and `restart`; None for their defaults.
+
+    Raises:
+        UserError: the request cannot be met.
+    """
+    request = PlacementRequest(
+        nodes=flags.nodes,
+        ranks_per_node=flags.gpus_per_node,
+        partition=flags.partition,
+        minutes=flags.time,
+        device=device,
+        dry_run=flags.dry_run,
+        slurm=config.slurm if config else Slurm(),
+        restart=config.restart if config else Restart(),
+    )
+    return place(flags.cluster, request)
+
+
+def describe_training(placement: Placement, config: Config, *, root: Path) -> str:
+    """The plan of a training run, as a table.
+
+    Raises:
+        UserError: the global batch cannot be divided over the ranks.
+    """
+    accumulation = accumulation_steps(config, num_ranks=placement.num_ranks)
+    train, checkpoint = config.train, config.checkpoint
+    rows = {
+        "run": str(root),
+        **describe_placement(placement),
+        "method": f"{config.method.kind}, {config.model.image_size} px, {config.engine.precision}, "
+        f"ZeRO-{config.engine.zero_stage}",
+        "global batch": f"{train.global_batch_size} = {placement.num_ranks} ranks x {accumulation} accumulated x "
+        f"{train.micro_batch_size} micro-batch",
+        "steps": f"{train.total_steps:,}",
+        "images": f"{train.total_steps * train.global_batch_size:,}",
+        "data": config.data.path,
+        **({"teacher": teacher} if (teacher := getattr(config.method, "teacher", None)) else {}),
+        "checkpoints": f"{root / 'checkpoints'}, every {checkpoint.every_steps} steps, "
+        f"{checkpoint.keep_last} kept; exported to {checkpoint.export_to or 'nowhere'}",
+    }
+    return as_table(rows)
+
+
+def describe_placement(placement: Placement) -> dict[str, str]:
+    """The rows of a plan that say where the job runs."""
+    kind = "GPU" if placement.gpus else "CPU"
+    return {
+        "cluster": CLUSTERS[placement.cluster].describe(placement),
+        "nodes": str(placement.nodes),
+        "ranks": f"{placement.num_ranks} ({placement.ranks_per_node} {kind} ranks per node)",
+        "time limit": str(datetime.timedelta(minutes=placement.minutes)) if placement.minutes else "none",
+    }
+
+
+def as_table(rows: dict[str, str]) -> str:
+    """Two columns of text, one line per row."""
+    width = max(len(name) for name in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,0 +1,115 @@
+"""Decides what follows after a start of a job has ended: nothing, the queue again, a restart, or a stop. No I/O."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from launchers.judge import Attempt
+
+MAX_STARTS_WITHOUT_PROGRESS = 3
+LONGEST_BACKOFF_SECONDS = 300
+FAULTS_OF_A_BAD_NODE = 2
+
+Action = Literal["done", "requeue", "restart", "stop"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do next, and why.
+
+    Attributes:
+        action: `requeue` is the same job in the queue again, `restart` is a new start after a fault.
+        why: One line for events and users.
+        delay_seconds: The pause before a restart.
+        exclude: Nodes that a restart should avoid.
+    """
+
+    action: Action
+    why: str
+    delay_seconds: int = 0
+    exclude: tuple[str, ...] = ()
+
+
+def decide(
+    history: Sequence[Attempt],
+    *,
+    max_restarts: int,
+    backoff_seconds: int,
+    can_requeue: bool,
+    go_on: str,
+) -> Decision:
+    """Decides what follows after the last start in `history`. Preemptions and time limits use up no restart.
+
+    Args:
+        history: The starts of one submission, oldest first; at least one.
+        max_restarts: The number of restarts after faults.
+        backoff_seconds: The pause before the first restart; it doubles while restarts bring no progress.
+        can_requeue: Whether the cluster has a queue to return to after a time limit.
+        go_on: What a user does to continue after a stop.
+    """
+    last = history[-1]
+    match last.ending:
+        case "finished":
+            return Decision("done", "finished")
+        case "user_error":
+            return Decision("stop", last.message)
+        case "cancelled":
+            return Decision("stop", f"cancelled; {last.message}; {go_on}")
+        case "time_limit":
+            return _after_time_limit(history, can_requeue=can_requeue, go_on=go_on)
+        case "preempted":
+            return Decision("requeue", f"preempted; {last.message or f'step {last.step}'}")
+        case "fault":
+            faults = [attempt for attempt in history if attempt.ending == "fault"]
+            return _after_fault(faults, max_restarts=max_restarts, backoff_seconds=backoff_seconds)
+        case _:
+            assert_never(last.ending)
+
+
+def _after_time_limit(history: Sequence[Attempt], *, can_requeue: bool, go_on: str) -> Decision:
+    last = history[-1]
+    if not can_requeue:
+        return Decision("stop", f"time limit reached; {last.message}; {go_on}")
+    if _starts_without_progress(history) >= MAX_STARTS_WITHOUT_PROGRESS:
+        return Decision("stop", f"no progress before the time limit, three times; {last.message}; ask for more --time")
+    return Decision("requeue", f"time limit; {last.message or f'step {last.step}'}")
+
+
+def _after_fault(faults: Sequence[Attempt], *, max_restarts: int, backoff_seconds: int) -> Decision:
+    last = faults[-1]
+    in_a_row = _starts_without_progress(faults)
+    if in_a_row >= MAX_STARTS_WITHOUT_PROGRESS:
+        since = last.measured or f"step {max(last.step, 0)}"
+        return Decision("stop", f"{in_a_row} failures without progress since {since}: {last.message}")
+    if len(faults) > max_restarts:
+        return Decision("stop", f"failed {len(faults)} times (restart.max_restarts {max_restarts}): {last.message}")
+    delay = min(backoff_seconds * 2 ** (in_a_row - 1), LONGEST_BACKOFF_SECONDS)
+    return Decision("restart", last.message, delay, _bad_nodes(faults))
+
+
+def _starts_without_progress(attempts: Sequence[Attempt]) -> int:
+    """How many of the last attempts ended at the same place as the very last one."""
+    place = (attempts[-1].step, attempts[-1].measured)
+    count = 0
+    for attempt in reversed(attempts):
+        if (attempt.step, attempt.measured) != place:
+            break
+        count += 1
+    return count
+
+
+def _bad_nodes(faults: Sequence[Attempt]) -> tuple[str, ...]:
+    """Nodes on which two starts failed first; a single failure does not show that the node is at fault."""
+    nodes = [fault.node for fault in faults if fault.node]
+    return tuple(sorted({node for node in nodes if nodes.count(node) >= FAULTS_OF_A_BAD_NODE}))
+
+
+def spare_bad_nodes(bad: Sequence[str], responding: Sequence[str], *, wanted: int) -> tuple[str, ...]:
+    """The bad nodes to exclude: all of them if the job still fits on the others, else none.
+
+    Args:
+        bad: Nodes that a restart should avoid.
+        responding: Nodes of the partition that answer.
+        wanted: The number of nodes that the job needs.
+    """
+    return tuple(bad) if len(set(responding) - set(bad)) >= wanted else ()

@@ -1,0 +1,125 @@
+"""Evaluates checkpoints while training goes on: a job of its own for every N-th, requested once.
+
+On Slurm the batch script of the training job runs it, so that nobody needs to stay logged in; on this machine the
+launcher does. It looks for committed checkpoints and starts `launchers/evaluate.py RUN --step K` for each. A file in
+the run's logs records that the evaluation of a step was requested.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cmscale.config import Config, read_config
+from cmscale.errors import UserError
+from cmscale.io.process import CHECKOUT, die_with_parent
+from cmscale.io.slurm import outside_of_jobs
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.folder import RunDir
+from launchers.placement import Placement
+
+LOOK_SECONDS = 10.0
+
+
+def main(arguments: list[str]) -> int:
+    """Looks for due checkpoints until SIGTERM, and then once more: `RUN --every N [--once] -- FLAGS`."""
+    own, flags = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="launchers.evaluate_checkpoints", usage="%(prog)s RUN --every N [--once] -- FLAG ..."
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--every", type=int, required=True, metavar="N", help="evaluate every N-th step's checkpoint")
+    parser.add_argument("--once", action="store_true", help="look once, instead of until SIGTERM")
+    given = parser.parse_args(own)
+    run, stop = RunDir(given.run), threading.Event()
+    if given.once:
+        stop.set()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    die_with_parent(signal.SIGTERM)
+    while not stop.wait(LOOK_SECONDS):
+        request_due(run, every=given.every, flags=flags)
+    request_due(run, every=given.every, flags=flags)
+    return 0
+
+
+def request_due(run: RunDir, *, every: int, flags: list[str]) -> None:
+    """Starts the evaluation of each checkpoint that is due. One that Slurm did not accept is due again."""
+    for step in due(run, every=every):
+        marker = run.asked_evaluation(step)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another start of the job was faster
+            marker.open("x").close()
+            command = [sys.executable, str(CHECKOUT / "launchers" / "evaluate.py"), *flags, str(run.root)]
+            ran = subprocess.run([*command, "--step", str(step)], env=outside_of_jobs(), check=False)
+            print(f"evaluation of step {step}: exit status {ran.returncode}", flush=True)
+            if ran.returncode not in (0, 2) and "local" not in flags:  # it was not submitted; the next try may be
+                marker.unlink()
+
+
+def due(run: RunDir, *, every: int) -> Iterator[int]:
+    """Steps of committed checkpoints to evaluate whose evaluation was not requested yet: every N-th, and the last."""
+    last = read_config(run.config).train.total_steps
+    for step in committed_steps(run):
+        if step and (step % every == 0 or step == last) and not run.asked_evaluation(step).exists():
+            yield step
+
+
+def with_kept_checkpoints(config: Config, every: int) -> Config:
+    """The config, changed so that checkpoints to evaluate are kept.
+
+    Raises:
+        UserError: training will write no checkpoints at these steps.
+    """
+    saved = config.checkpoint.every_steps
+    if every < 1 or every % saved:
+        raise UserError(f"--evaluate-every {every}: checkpoints are written every {saved} steps; give a multiple of it")
+    kept = config.checkpoint.model_copy(update={"keep_every": math.gcd(every, config.checkpoint.keep_every)})
+    return config.model_copy(update={"checkpoint": kept})
+
+
+def arguments_for(run: RunDir, placement: Placement, every: int) -> tuple[str, ...]:
+    """The arguments of this module for a training job: evaluations run on one node of the same kind."""
+    ranks = 1 if placement.cluster == "local" else placement.ranks_per_node
+    flags = ["--cluster", placement.cluster, "--gpus-per-node", str(ranks)]
+    flags += ["--partition", placement.partition] if placement.partition else []
+    return (str(run.root), "--every", str(every), "--", *flags)
+
+
+@contextlib.contextmanager
+def evaluating(arguments: tuple[str, ...]) -> Iterator[Callable[[], None]]:
+    """Runs this module on this machine during the block; without arguments it does nothing.
+
+    Yields:
+        A function to call if training finished: it waits for the last evaluations. Without the call they are ended
+        together with the block.
+    """
+    if not arguments:
+        yield lambda: None
+        return
+    command = [sys.executable, "-m", "launchers.evaluate_checkpoints", *arguments]
+    once = [*command[:3], "--once", *arguments]
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def finish() -> None:
+        process.terminate()
+        process.wait()
+        subprocess.run(once, env=environment, check=False)  # SIGTERM may have come before its handler was installed
+
+    try:
+        yield finish
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""Judges how one start of a job ended, from what its ranks reported and what the cluster saw. No I/O."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Ending = Literal["finished", "preempted", "time_limit", "cancelled", "user_error", "fault"]
+RankState = Literal["running", "finished", "preempted", "user_error", "fault"]
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """The last report of one rank in one start. A rank that was killed stays `running`."""
+
+    rank: int
+    host: str
+    end: RankState
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """The rank that failed first, as the cluster saw it: `how` is a signal or an exit status, in words."""
+
+    rank: int
+    node: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job that has ended.
+
+    Attributes:
+        ending: How it ended.
+        message: Why.
+        step: The step of the newest checkpoint; -1 if there is none.
+        rank: The rank that `message` is about.
+        node: The node of that rank; empty if no rank is to blame.
+        measured: For an evaluation, what all evaluations of its run had stored by then. Two starts with equal values
+            made no progress between them.
+    """
+
+    ending: Ending
+    message: str
+    step: int
+    rank: int = 0
+    node: str = ""
+    measured: str = ""
+
+
+def judge(
+    ends: Sequence[RankEnd],
+    *,
+    status: int,
+    first_failure: RankFailure | None,
+    step: int,
+    leaving: Ending | None,
+) -> Attempt:
+    """Decides how a start ended.
+
+    Args:
+        ends: The reports of its ranks, earliest first.
+        status: The exit status of the whole start: srun's, or the worst rank's.
+        first_failure: The rank that failed first; None if the cluster saw no rank fail.
+        step: The step of the newest checkpoint; -1 if there is none.
+        leaving: `preempted`, `time_limit` or `cancelled` if the cluster was ending the job; None otherwise.
+    """
+    user_error = _first(ends, "user_error")
+    if user_error:
+        return _blamed("user_error", user_error, step)
+    if status == 0 and ends and all(end.end == "finished" for end in ends):
+        return Attempt("finished", "", step)
+    if leaving:  # checked before faults: ranks of which some were ended already report errors that mean nothing
+        return Attempt(leaving, f"newest checkpoint: step {step}" if step >= 0 else "no checkpoint yet", step)
+    if first_failure:
+        report = next((end for end in ends if end.rank == first_failure.rank), None)
+        if report is not None and report.end == "fault":
+            return _blamed("fault", report, step)
+        # It was killed before it could report anything; errors of other ranks are consequences.
+        message = f"rank {first_failure.rank} on {first_failure.node}: {first_failure.how}"
+        return Attempt("fault", message, step, first_failure.rank, first_failure.node)
+    fault = _first(ends, "fault")
+    if fault:
+        return _blamed("fault", fault, step)
+    if status == 0 and ends and all(end.end in ("finished", "preempted") for end in ends):
+        return Attempt("preempted", "", step)
+    return Attempt("fault", f"the processes ended with status {status} and no rank reported a reason", step)
+
+
+def _first(ends: Sequence[RankEnd], state: RankState) -> RankEnd | None:
+    return next((end for end in ends if end.end == state), None)
+
+
+def _blamed(ending: Ending, report: RankEnd, step: int) -> Attempt:
+    return Attempt(ending, report.message, step, report.rank, report.host)

@@ -1,0 +1,142 @@
+"""Reads and writes the files of one submission: its job, reports of its ranks, and how its starts ended."""
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cmscale.errors import UserError
+from cmscale.io.durable import replace_durably
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import append_line, read_lines, write_event
+from launchers import jobs
+from launchers.judge import Attempt, RankEnd
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """The file `job.json`: what the ranks of every start run, and the id of the newest Slurm job."""
+
+    worker: str
+    arguments: tuple[Any, ...]
+    job_id: str | None
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A folder `logs/submissions/NAME` of a run. `NAME/START/` holds the reports of the ranks of one start."""
+
+    run: RunDir
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return self.run.logs / "submissions" / self.name
+
+    @property
+    def job_file(self) -> Path:
+        return self.folder / "job.json"
+
+    @property
+    def script(self) -> Path:
+        """The batch script, which every start runs; only on clusters that have one."""
+        return self.folder / "job.sh"
+
+    @property
+    def ending_file(self) -> Path:
+        """Written when the job has ended for good."""
+        return self.folder / "ending.json"
+
+    def write_job(self, worker: str, arguments: tuple[Any, ...], *, job_id: str | None = None) -> None:
+        value = {"worker": worker, "arguments": list(arguments)}
+        write_json(self.job_file, value | ({"job_id": job_id} if job_id else {}))
+
+    def replace_job_id(self, job_id: str) -> None:
+        """Records that the job goes on under another id."""
+        record = self.read_job()
+        self.write_job(record.worker, record.arguments, job_id=job_id)
+
+    def read_job(self) -> JobRecord:
+        """The job, also as older versions wrote it (without arguments, the worker under its former name).
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        value = read_json(self.job_file)
+        if value is None or not isinstance(value.get("worker"), str):
+            raise UserError(f"{self.job_file}: missing or damaged, so the job cannot start again; submit it once more")
+        arguments = tuple(value.get("arguments", ()))
+        return JobRecord(jobs.current_name(value["worker"]), arguments, value.get("job_id"))
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether the job evaluates: then its end says nothing about the run's training."""
+        with contextlib.suppress(UserError):
+            return self.read_job().worker == jobs.EVALUATE
+        return False
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What a user does to continue the job after it was stopped."""
+        if self.is_evaluation:
+            return "the same command continues with what is missing"
+        return "continue with --resume"
+
+    def write_rank_end(self, start: str, end: RankEnd) -> None:
+        write_json(self.folder / start / f"rank-{end.rank:04d}.json", asdict(end))
+
+    def rank_ends(self, start: str) -> list[RankEnd]:
+        """The last reports of the ranks of a start, oldest first."""
+        files = sorted((self.folder / start).glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return [RankEnd(**json.loads(path.read_text())) for path in files]
+
+    def record(self, attempt: Attempt) -> list[Attempt]:
+        """Appends a start that ended to the history. Returns the whole history, oldest first."""
+        if self.is_evaluation:
+            measured = stored_measurements(self.run)
+            interrupted = attempt.ending in ("preempted", "time_limit", "cancelled")
+            attempt = replace(attempt, measured=measured, message=measured if interrupted else attempt.message)
+        file = self.folder / "attempts.jsonl"
+        append_line(file, asdict(attempt), durable=True)
+        return [Attempt(**record) for record in read_lines(file)]
+
+    def report(self, event: str, attempt: Attempt, *, why: str) -> None:
+        """Writes an event of this job to the run's events.jsonl; an evaluation's has the prefix `evaluation_`."""
+        name = f"evaluation_{event}" if self.is_evaluation else event
+        write_event(self.run, name, step=max(attempt.step, 0), rank=attempt.rank, why=why)
+
+    def end(self, attempt: Attempt, *, why: str) -> None:
+        """Writes that the job has ended for good."""
+        write_json(self.ending_file, {**asdict(attempt), "why": why})
+
+
+def submissions_of(run: RunDir) -> list[Submission]:
+    """The submissions of a run, oldest first."""
+    return [Submission(run, path.parent.name) for path in sorted(run.logs.glob("submissions/*/job.json"))]
+
+
+def stored_measurements(run: RunDir) -> str:
+    """How much the evaluations of a run have measured so far."""
+    # Not by glob, which fails if another evaluation of the run removes its blocks meanwhile.
+    names = [name for _, _, files in os.walk(run.evaluation_progress) for name in files]
+    sets, blocks = sum(name.endswith(".json") for name in names), sum(name.startswith("block-") for name in names)
+    return f"{sets} sets and {blocks} blocks of samples"
+
+
+def newest_step(run: RunDir) -> int:
+    """The step of the newest committed checkpoint in the run's folder; -1 if there is none."""
+    return max(committed_steps(run), default=-1)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    replace_durably(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file; None if it is missing or damaged."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        return json.loads(path.read_text())
+    return None

@@ -1,0 +1,108 @@
+"""How Slurm's commands are called, and what their answers mean."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cmscale.errors import UserError
+from cmscale.io.slurm import ACTIVE_STATES, PYTHON_PATH, common_parameters, job_states, outside_of_jobs, refusal, submit
+
+
+@pytest.fixture
+def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is the whole PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def install(folder: Path, name: str, lines: str) -> None:
+    file = folder / name
+    file.write_text(f"#!/bin/sh\n{lines}\n")
+    file.chmod(0o755)
+
+
+@pytest.mark.parametrize("printed", ["17", "17;cluster1"])
+def test_a_submission_gives_the_job_id(printed: str, bin_folder: Path) -> None:
+    install(bin_folder, "sbatch", f"[ \"$*\" = '--parsable --begin=now+3 job.sh' ] && echo '{printed}'")
+    assert submit(Path("job.sh"), "--begin=now+3") == "17"
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("echo noise >&2; echo 'sbatch: error: no partition' >&2; exit 1", "job: sbatch: error: no partition$"),
+        ("echo one >&2; echo two >&2; exit 1", "job: one; two$"),
+        ("exit 1", "sbatch gave no reason"),
+        ("echo what", "job: what$"),
+    ],
+)
+def test_a_job_that_slurm_refuses_is_one_line(lines: str, reason: str, bin_folder: Path) -> None:
+    install(bin_folder, "sbatch", lines)
+    with pytest.raises(UserError, match=f"Slurm refuses the {reason}" if reason.startswith("job") else reason):
+        submit(Path("job.sh"))
+
+
+def test_without_sbatch_a_submission_is_refused(bin_folder: Path) -> None:
+    with pytest.raises(UserError, match="no sbatch on the PATH"):
+        submit(Path("job.sh"))
+
+
+def test_sbatch_gets_the_environment_that_is_given(bin_folder: Path) -> None:
+    install(bin_folder, "sbatch", 'echo "$NUMBER"')
+    assert submit(Path("job.sh"), environment={"NUMBER": "4", "PATH": str(bin_folder)}) == "4"
+
+
+@pytest.mark.parametrize(
+    ("lines", "states"),
+    [
+        ("echo RUNNING", {"RUNNING"}),
+        ("printf 'COMPLETED\\nPENDING\\nCOMPLETED\\n'", {"COMPLETED", "PENDING"}),
+        ("", set()),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", set()),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", None),
+    ],
+)
+def test_states_of_a_job_or_of_an_arrays_tasks(lines: str, states: set[str] | None, bin_folder: Path) -> None:
+    install(bin_folder, "squeue", lines)
+    assert job_states("7") == states
+
+
+def test_without_squeue_there_is_no_answer(bin_folder: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        job_states("7")
+
+
+def test_jobs_that_are_over_are_not_active() -> None:
+    over = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
+    assert not over & ACTIVE_STATES
+    assert {"PENDING", "RUNNING", "COMPLETING"} <= ACTIVE_STATES
+
+
+def test_the_reason_of_a_refusal_is_in_sbatchs_own_lines() -> None:
+    assert refusal("Traceback\nsbatch: error: a\nsbatch: error: b\n") == "sbatch: error: a; sbatch: error: b"
+
+
+def test_a_jobs_own_variables_do_not_reach_another_job() -> None:
+    given = {"SLURM_JOB_ID": "1", "SLURM_CONF": "2", "SBATCH_REQUEUE": "3", "HOME": "4"}
+    assert outside_of_jobs(given) == {"SLURM_CONF": "2", "HOME": "4"}
+
+
+def test_a_batch_script_finds_the_checkout_before_the_users_own_path() -> None:
+    shown = subprocess.run(
+        ["/bin/bash", "-c", f'{PYTHON_PATH}; echo "$PYTHONPATH"'],
+        env={**os.environ, "PYTHONPATH": "/theirs"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout == f"{Path(__file__).resolve().parents[2]}:/theirs\n"
+
+
+def test_a_job_without_a_memory_limit_requests_all_memory_of_a_node() -> None:
+    where = {"job_name": "a", "nodes": 1, "tasks_per_node": 1, "cpus_per_task": 3, "minutes": 5}
+    assert common_parameters(**where, partition=None)["mem"] == "0"
+    limited = common_parameters(**where, partition="gpu", mem_gb=7)
+    assert (limited["mem"], limited["partition"], limited["srun_args"]) == ("7GB", "gpu", ["--cpus-per-task=3"])
+    assert limited["additional_parameters"] == {"requeue": True}

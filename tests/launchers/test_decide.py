@@ -1,0 +1,127 @@
+"""What follows after a start of a job: the queue again, a restart, or a stop, and when."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from launchers.decide import Decision, decide, spare_bad_nodes
+from launchers.judge import Attempt, Ending
+
+FAULT = Attempt("fault", "boom", 10, 1, "node2")
+
+
+def decided(history: Sequence[Attempt], **other: Any) -> Decision:
+    defaults = {"max_restarts": 10, "backoff_seconds": 10, "can_requeue": True, "go_on": "go on so"}
+    return decide(history, **{**defaults, **other})
+
+
+def fault(step: int, *, node: str = "node2") -> Attempt:
+    return Attempt("fault", "boom", step, 1, node)
+
+
+def test_a_finished_job_is_done_whatever_came_before() -> None:
+    assert decided([FAULT] * 5 + [Attempt("finished", "", 20)], max_restarts=0) == Decision("done", "finished")
+
+
+def test_a_users_mistake_stops_at_once_with_its_message() -> None:
+    assert decided([Attempt("user_error", "no such file", 0)]) == Decision("stop", "no such file")
+
+
+def test_a_cancelled_job_stops_and_says_how_to_continue() -> None:
+    assert decided([Attempt("cancelled", "newest", 9)]) == Decision("stop", "cancelled; newest; go on so")
+
+
+def test_preemptions_use_up_no_restart() -> None:
+    history = [Attempt("preempted", "", 10)] * 50
+    assert decided(history, max_restarts=0) == Decision("requeue", "preempted; step 10")
+    assert decided([Attempt("preempted", "newest", 10)]).why == "preempted; newest"
+    assert decided([*history, fault(11)], max_restarts=1).action == "restart"
+
+
+class TestTimeLimits:
+    def limits(self, *steps: int) -> list[Attempt]:
+        return [Attempt("time_limit", "newest", step) for step in steps]
+
+    def test_they_requeue_until_three_in_a_row_brought_no_progress(self) -> None:
+        assert decided(self.limits(5, 9, 9), max_restarts=0) == Decision("requeue", "time limit; newest")
+        stopped = decided(self.limits(5, 9, 9, 9), max_restarts=0)
+        assert stopped.action == "stop"
+        assert stopped.why == "no progress before the time limit, three times; newest; ask for more --time"
+        assert decided(self.limits(9, 9, 9, 12)).action == "requeue"
+
+    def test_starts_of_other_kinds_without_progress_count_too(self) -> None:
+        history = [Attempt("preempted", "", 9), fault(9), *self.limits(9)]
+        assert decided(history).action == "stop"
+
+    def test_without_a_queue_they_stop(self) -> None:
+        assert decided(self.limits(5), can_requeue=False) == Decision("stop", "time limit reached; newest; go on so")
+
+    def test_an_evaluation_makes_progress_by_what_it_measures(self) -> None:
+        measured = [Attempt("time_limit", "", 9, measured=f"{n} blocks") for n in (1, 2, 3, 3)]
+        assert decided(measured).action == "requeue"
+        assert decided([*measured, measured[-1]]).action == "stop"
+
+
+class TestFaults:
+    def test_the_third_without_progress_stops(self) -> None:
+        assert [decided([FAULT] * n).action for n in (1, 2, 3)] == ["restart", "restart", "stop"]
+        assert decided([FAULT] * 3).why == "3 failures without progress since step 10: boom"
+        assert decided([fault(-1)] * 3).why == "3 failures without progress since step 0: boom"
+        assert decided([fault(1), fault(1), fault(2)]).action == "restart"
+
+    @pytest.mark.parametrize("between", ["preempted", "time_limit"])
+    def test_starts_between_them_that_were_no_faults_do_not_count_as_progress(self, between: Ending) -> None:
+        other = Attempt(between, "", 10)
+        assert decided([FAULT, other, FAULT, other, FAULT]).action == "stop"
+
+    def test_an_evaluation_that_measures_makes_progress(self) -> None:
+        faults = [Attempt("fault", "boom", 10, measured=measured) for measured in ("1", "2", "3")]
+        assert decided(faults).action == "restart"
+        assert decided([faults[0]] * 3).why == "3 failures without progress since 1: boom"
+
+    def test_restarts_are_bounded_even_with_progress(self) -> None:
+        assert decided([fault(step) for step in range(4)], max_restarts=4).action == "restart"
+        stopped = decided([fault(step) for step in range(5)], max_restarts=4)
+        assert stopped == Decision("stop", "failed 5 times (restart.max_restarts 4): boom")
+        assert decided([FAULT], max_restarts=0).action == "stop"
+
+    def test_the_pause_doubles_while_nothing_moves_and_starts_anew_after_progress(self) -> None:
+        assert [decided([FAULT] * n).delay_seconds for n in (1, 2)] == [10, 20]
+        assert decided([fault(1), fault(1), fault(2)]).delay_seconds == 10
+        assert decided([FAULT] * 2, backoff_seconds=3).delay_seconds == 6
+        assert decided([FAULT], backoff_seconds=0).delay_seconds == 0
+
+    def test_the_pause_has_an_upper_bound(self) -> None:
+        assert decided([FAULT], backoff_seconds=300).delay_seconds == 300
+        assert decided([FAULT, FAULT], backoff_seconds=200).delay_seconds == 300
+
+    def test_a_node_that_failed_twice_is_excluded_and_one_that_failed_once_is_not(self) -> None:
+        assert decided([fault(1, node="a"), fault(2, node="b")]).exclude == ()
+        assert decided([fault(1, node="a"), fault(2, node="b"), fault(3, node="a")]).exclude == ("a",)
+        both = [fault(step, node=node) for step, node in enumerate("bababa")]
+        assert decided(both).exclude == ("a", "b")
+
+    def test_starts_without_a_node_to_blame_and_starts_that_were_no_faults_exclude_none(self) -> None:
+        assert decided([fault(1, node=""), fault(2, node="")]).exclude == ()
+        preempted = Attempt("preempted", "", 1, node="a")
+        assert decided([preempted, preempted, fault(2, node="a")]).exclude == ()
+
+
+@pytest.mark.parametrize(
+    ("bad", "responding", "wanted", "excluded"),
+    [
+        (("a",), ("a", "b", "c"), 2, ("a",)),
+        (("a",), ("a", "b"), 2, ()),  # excluding it would leave the job in the queue for ever
+        (("a",), ("b", "c"), 2, ("a",)),  # it does not answer any more
+        (("a", "b"), ("a", "b", "c"), 1, ("a", "b")),
+        (("a", "b"), ("a", "b", "c"), 2, ()),
+        (("a",), ("a", "b", "b"), 2, ()),  # sinfo lists a node once per partition
+        (("a",), (), 1, ()),  # sinfo does not answer
+        ((), ("a",), 1, ()),
+    ],
+)
+def test_bad_nodes_are_excluded_only_if_enough_others_are_spare(
+    bad: tuple[str, ...], responding: tuple[str, ...], wanted: int, excluded: tuple[str, ...]
+) -> None:
+    assert spare_bad_nodes(bad, responding, wanted=wanted) == excluded

@@ -1,0 +1,84 @@
+"""How a start of a job is judged, from reports of its ranks and from what the cluster saw."""
+
+from typing import Any
+
+import pytest
+
+from launchers.judge import Attempt, RankEnd, RankFailure, judge
+
+
+def judged(*states: str, status: int = 0, **other: Any) -> Attempt:
+    """A start whose ranks 0, 1, ... reported these states, in this order."""
+    ends = [RankEnd(rank, f"node{rank}", state, f"rank {rank}: {state}") for rank, state in enumerate(states)]  # pyright: ignore[reportArgumentType]
+    return judge(ends, **{"status": status, "first_failure": None, "step": 3, "leaving": None, **other})
+
+
+def test_a_start_finished_only_if_every_rank_did_and_the_status_is_0() -> None:
+    assert judged("finished", "finished") == Attempt("finished", "", 3)
+    assert judged("finished", "running").ending == "fault"
+    assert judged("finished", "preempted").ending == "preempted"
+    assert judged("finished", "finished", status=1).ending == "fault"
+
+
+def test_a_start_without_any_report_is_a_fault_that_names_the_status() -> None:
+    assert judged(status=7) == Attempt("fault", "the processes ended with status 7 and no rank reported a reason", 3)
+    assert judged().ending == "fault"
+
+
+def test_a_start_is_preempted_if_ranks_left_by_themselves() -> None:
+    assert judged("preempted", "preempted") == Attempt("preempted", "", 3)
+    assert judged("preempted", "preempted", status=1).ending == "fault"
+    assert judged("preempted", "running").ending == "fault"
+
+
+def test_one_users_mistake_decides_whatever_else_was_seen() -> None:
+    failure = RankFailure(0, "node0", "Killed")
+    for other in ({}, {"leaving": "preempted"}, {"leaving": "cancelled"}, {"first_failure": failure}):
+        attempt = judged("fault", "user_error", "finished", status=2, **other)
+        assert attempt == Attempt("user_error", "rank 1: user_error", 3, 1, "node1")
+
+
+def test_the_first_reported_mistake_is_named() -> None:
+    ends = [RankEnd(2, "b", "user_error", "first"), RankEnd(0, "a", "user_error", "second")]
+    assert judge(ends, status=2, first_failure=None, step=0, leaving=None).message == "first"
+
+
+@pytest.mark.parametrize("leaving", ["preempted", "time_limit", "cancelled"])
+def test_errors_of_ranks_while_the_cluster_ends_the_job_are_no_fault(leaving: str) -> None:
+    failure = RankFailure(1, "node1", "Terminated")
+    attempt = judged("fault", "running", status=143, leaving=leaving, first_failure=failure)
+    assert attempt == Attempt(leaving, "newest checkpoint: step 3", 3)  # pyright: ignore[reportArgumentType]
+    assert judged("running", leaving=leaving, step=-1).message == "no checkpoint yet"
+    assert judged("running", leaving=leaving, step=0).message == "newest checkpoint: step 0"
+
+
+def test_a_job_that_finished_while_the_cluster_was_ending_it_has_finished() -> None:
+    assert judged("finished", "finished", leaving="preempted").ending == "finished"
+
+
+def test_a_killed_rank_is_named_and_not_those_that_lost_it() -> None:
+    ends = [RankEnd(0, "node1", "fault", "connection closed by peer"), RankEnd(1, "node2", "running")]
+    attempt = judge(ends, status=137, first_failure=RankFailure(1, "node2", "Killed"), step=0, leaving=None)
+    assert attempt == Attempt("fault", "rank 1 on node2: Killed", 0, 1, "node2")
+
+
+@pytest.mark.parametrize("state", ["running", "finished", "preempted"])
+def test_a_failed_rank_without_an_error_of_its_own_is_named_by_what_the_cluster_saw(state: str) -> None:
+    attempt = judged("fault", state, status=1, first_failure=RankFailure(1, "node1", "exit status 1"))
+    assert (attempt.message, attempt.rank) == ("rank 1 on node1: exit status 1", 1)
+
+
+def test_a_rank_that_failed_before_its_first_report_is_named() -> None:
+    attempt = judged("running", status=1, first_failure=RankFailure(5, "node9", "Exited with exit code 1"))
+    assert (attempt.message, attempt.rank, attempt.node) == ("rank 5 on node9: Exited with exit code 1", 5, "node9")
+
+
+def test_the_rank_that_failed_first_reports_its_own_error() -> None:
+    attempt = judged("fault", "fault", status=1, first_failure=RankFailure(1, "node1", "Exited with exit code 1"))
+    assert attempt == Attempt("fault", "rank 1: fault", 3, 1, "node1")
+
+
+def test_without_the_clusters_view_the_earliest_fault_is_named() -> None:
+    ends = [RankEnd(1, "b", "fault", "first"), RankEnd(0, "a", "fault", "second"), RankEnd(2, "c", "running")]
+    attempt = judge(ends, status=1, first_failure=None, step=4, leaving=None)
+    assert attempt == Attempt("fault", "first", 4, 1, "b")

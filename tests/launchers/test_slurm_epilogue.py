@@ -1,0 +1,279 @@
+"""What the end of a Slurm job's batch script reads from Slurm, and what it does: requeue, submit again, or stop."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines
+from launchers.clusters import slurm_epilogue
+from launchers.clusters.slurm_epilogue import (
+    SLACK_SECONDS,
+    first_failure,
+    leaving,
+    parse_first_failure,
+    superseded,
+)
+from launchers.jobs import EVALUATE, TRAIN
+from launchers.judge import RankEnd, RankFailure
+from launchers.submission import Submission
+
+NO_MEMORY = "out of memory; request more with slurm.mem_gb"
+
+
+class TestFirstFailure:
+    def test_it_is_read_from_what_srun_prints(self) -> None:
+        log = "srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Exited with exit code 1\n"
+        assert parse_first_failure(log) == RankFailure(1, "node2", "Killed")
+        assert parse_first_failure("srun: error: gpu-07: tasks 8-15: Exited with exit code 1") == RankFailure(
+            8, "gpu-07", "Exited with exit code 1"
+        )
+        assert parse_first_failure("nothing to report") is None
+
+    @pytest.mark.parametrize(
+        "log",
+        [
+            "srun: error: node2: task 1: Out Of Memory\n",
+            "slurmstepd-node2: error: Exceeded job memory limit\nsrun: error: node2: task 1: Killed\n",
+            "srun: error: node2: task 1: Killed\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n",
+        ],
+    )
+    def test_memory_that_ran_out_is_named(self, log: str) -> None:
+        assert parse_first_failure(log) == RankFailure(1, "node2", NO_MEMORY)
+
+    def test_of_ranks_that_are_killed_together_the_one_that_used_the_memory_is_named(self, tmp_path: Path) -> None:
+        run = RunDir(tmp_path)
+        run.logs.mkdir()
+        (run.logs / "7_batch.log").write_text(
+            "slurmstepd-node1: error: Exceeded job memory limit\n"
+            "srun: error: node1: task 0: Killed\nsrun: error: node2: task 1: Killed\n"
+        )
+        (run.logs / "7_0_log.out").write_text("slurmstepd-node1: error: *** STEP 7.0 ON node1 CANCELLED ***\n")
+        exceeded = "slurmstepd-node2: error: StepId=7.0 exceeded memory limit (3 > 2), being killed\n"
+        (run.logs / "7_1_log.out").write_text(exceeded)
+        ends = [RankEnd(0, "node1", "running"), RankEnd(1, "node2", "running")]
+        assert first_failure(run, "7", ends) == RankFailure(1, "node2", NO_MEMORY)
+        (run.logs / "7_1_log.out").unlink()
+        assert first_failure(run, "7", ends) == RankFailure(0, "node1", NO_MEMORY)
+
+    def test_each_start_reads_its_own_part_of_the_log_of_all(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = RunDir(tmp_path)
+        run.logs.mkdir()
+        (run.logs / "7_batch.log").write_text("srun: error: a: task 0: Killed\n7.0: fault; requeue: x\nquiet\n")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert first_failure(run, "7", []) is None
+        monkeypatch.delenv("SLURM_RESTART_COUNT")
+        assert first_failure(run, "7", []) == RankFailure(0, "a", "Killed")
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"JobState": "CANCELLED"}, "cancelled"),
+        ({"JobState": "COMPLETING"}, "cancelled"),
+        ({"JobState": "TIMEOUT"}, "time_limit"),
+        ({"JobState": "RUNNING", "PreemptTime": "2026-01-01T00:00:00"}, "preempted"),
+        ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "2020-01-01T00:00:00"}, "time_limit"),
+        ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "2090-01-01T00:00:00"}, None),
+        ({"JobState": "RUNNING", "EndTime": "Unknown"}, None),
+        ({}, None),
+    ],
+)
+def test_why_a_job_leaves_is_read_from_scontrol(facts: dict[str, str], expected: str | None) -> None:
+    assert leaving(facts, signal_seconds=120) == expected
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [
+        (0, "time_limit"),
+        (120, "time_limit"),  # the signal just came
+        (120 + SLACK_SECONDS - 2, "time_limit"),  # it may come this much earlier
+        (120 + SLACK_SECONDS + 2, None),  # no signal can have come: ranks that end now have failed
+    ],
+)
+def test_ranks_that_end_near_the_time_limit_were_signalled_up_to_a_minute_early(
+    left: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert SLACK_SECONDS == 60
+    now = time.mktime(time.strptime("2026-05-01T12:00:00", "%Y-%m-%dT%H:%M:%S"))
+    monkeypatch.setattr(slurm_epilogue.time, "time", lambda: now)
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now + left))
+    assert leaving({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": end}, signal_seconds=120) == expected
+
+
+def test_an_earlier_start_of_a_job_notices_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert not superseded({"Restarts": "0"})
+    assert superseded({"Restarts": "1"})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not superseded({"Restarts": "1"})
+    assert not superseded({})  # slurmctld does not answer
+
+
+class FakeSlurm:
+    """Commands of Slurm that record how they were called, one line per call."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls_file = folder / "calls"
+        folder.mkdir()
+        self.answer("scontrol", '[ "$1" = requeue ] || echo JobState=RUNNING Restarts=0')
+        self.answer("sbatch", "echo 8")
+        self.answer("sinfo", "printf 'node1\\nnode2\\nnode3\\n'")
+
+    def answer(self, name: str, line: str) -> None:
+        file = self.folder / name
+        file.write_text(f'#!/bin/sh\necho "{name} $*" >>{self.calls_file}\n{line}\n')
+        file.chmod(0o755)
+
+    def calls(self, name: str) -> list[str]:
+        return [line for line in self.calls_file.read_text().splitlines() if line.startswith(name)]
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = FakeSlurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.setattr(slurm_epilogue.time, "sleep", lambda _: None)
+    return fake
+
+
+@pytest.fixture
+def submission(tmp_path: Path) -> Submission:
+    submission = Submission(RunDir(tmp_path / "run"), "one")
+    submission.write_job(TRAIN, ("run",), job_id="7")
+    submission.script.write_text("#!/bin/sh\n")
+    return submission
+
+
+def epilogue(submission: Submission, start: str = "7.0", *, status: int, max_restarts: int = 9) -> int:
+    limits = ["--max-restarts", str(max_restarts), "--backoff-seconds", "3", "--signal-seconds", "1"]
+    return slurm_epilogue.main([str(submission.run.root), submission.name, start, "--status", str(status), *limits])
+
+
+def events(submission: Submission) -> list[str]:
+    return [record["event"] for record in read_lines(submission.run.events)]
+
+
+def ending(submission: Submission) -> dict:
+    return json.loads(submission.ending_file.read_text())
+
+
+def test_a_job_that_finished_leaves_its_ending_and_no_event(commands: FakeSlurm, submission: Submission) -> None:
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "finished"))
+    assert epilogue(submission, status=0) == 0
+    assert ending(submission)["ending"] == "finished"
+    assert events(submission) == []
+    assert commands.calls("sbatch") == []
+
+
+def test_a_preempted_job_returns_to_the_queue_and_has_no_ending_yet(
+    commands: FakeSlurm, submission: Submission
+) -> None:
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "preempted"))
+    assert epilogue(submission, status=0) == 0
+    assert commands.calls("scontrol requeue") == ["scontrol requeue 7"]
+    assert events(submission) == ["requeued"]
+    assert not submission.ending_file.exists()
+
+
+def test_a_requeue_that_slurm_refuses_is_tried_again_and_then_ends_the_job(
+    commands: FakeSlurm, submission: Submission
+) -> None:
+    commands.answer("scontrol", '[ "$1" = requeue ] && exit 1; echo JobState=RUNNING')
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "preempted"))
+    assert epilogue(submission, status=0) == 1
+    assert len(commands.calls("scontrol requeue")) == 7
+    assert events(submission) == ["requeued", "fault"]
+    assert ending(submission)["why"] == "Slurm did not requeue the job; continue with --resume"
+
+
+def test_a_failed_job_is_submitted_again_from_the_same_files(commands: FakeSlurm, submission: Submission) -> None:
+    job, script = submission.read_job(), submission.script.read_bytes()
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    assert epilogue(submission, status=1) == 1
+    assert commands.calls("sbatch") == [f"sbatch --parsable --begin=now+3 {submission.script}"]
+    again = submission.read_job()
+    assert (again.worker, again.arguments, again.job_id) == (job.worker, job.arguments, "8")
+    assert submission.script.read_bytes() == script
+    assert sorted(path.name for path in submission.folder.iterdir()) == [
+        "7.0",
+        "attempts.jsonl",
+        "job.json",
+        "job.sh",
+    ]
+    assert events(submission) == ["requeued"]
+
+
+@pytest.mark.parametrize(
+    ("spare", "excluded"), [(["node1", "node2", "node3"], " --exclude=node2"), (["node1", "node2"], "")]
+)
+def test_a_node_that_failed_twice_is_excluded_if_others_are_spare(
+    spare: list[str], excluded: str, commands: FakeSlurm, submission: Submission
+) -> None:
+    commands.answer("sinfo", "\n".join(f"echo {node}" for node in spare))
+    for number, start in enumerate(("7.0", "7.1")):
+        submission.run.checkpoint(number).mkdir(parents=True)
+        (submission.run.checkpoint(number) / "manifest.json").write_text("{}")
+        submission.write_rank_end(start, RankEnd(1, "node2", "fault", "boom"))
+        assert epilogue(submission, start, status=1) == 1
+    first, second = commands.calls("sbatch")
+    assert first == f"sbatch --parsable --begin=now+3 {submission.script}"
+    assert second == f"sbatch --parsable --begin=now+3{excluded} {submission.script}"
+    assert "--partition=gpu" in commands.calls("sinfo")[0]
+
+
+def test_variables_of_this_job_do_not_reach_the_next(
+    commands: FakeSlurm, submission: Submission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_REQUEUE", "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    commands.answer("sbatch", f"env >{tmp_path}/environment; echo 8")
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    assert epilogue(submission, status=1) == 1
+    names = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM_", "SBATCH_"))} == {"SLURM_CONF"}
+
+
+def test_an_earlier_start_on_a_lost_node_writes_nothing(
+    commands: FakeSlurm, submission: Submission, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.answer("scontrol", "echo JobState=RUNNING Restarts=1")
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "fault", "boom"))
+    before = sorted(submission.folder.rglob("*"))
+    assert epilogue(submission, status=1) == 1
+    assert "Slurm has started this job again on other nodes" in capsys.readouterr().out
+    assert sorted(submission.folder.rglob("*")) == before
+    assert events(submission) == []
+    assert commands.calls("sbatch") == []
+
+
+@pytest.mark.parametrize(("worker", "event"), [(EVALUATE, "evaluation_fault"), (TRAIN, "fault")])
+def test_a_job_that_failed_for_good_leaves_an_event_and_its_ending(
+    worker: str, event: str, commands: FakeSlurm, submission: Submission
+) -> None:
+    submission.write_job(worker, ())
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "fault", "boom"))
+    assert epilogue(submission, status=1, max_restarts=0) == 1
+    (record,) = read_lines(submission.run.events)
+    assert record["event"] == event
+    assert "boom" in record["why"]
+    assert ending(submission)["ending"] == "fault"
+    assert commands.calls("sbatch") == []
+
+
+def test_a_users_mistake_ends_the_job_with_status_2(commands: FakeSlurm, submission: Submission) -> None:
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "user_error", "no such file"))
+    assert epilogue(submission, status=2) == 2
+    assert (ending(submission)["ending"], ending(submission)["why"]) == ("user_error", "no such file")
+    assert events(submission) == []

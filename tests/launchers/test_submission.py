@@ -1,0 +1,119 @@
+"""The files of a submission: the job that ranks read, its history, and files that older versions wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cmscale.errors import UserError
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines
+from launchers.decide import decide
+from launchers.jobs import EVALUATE, TRAIN, WORKERS, load_worker
+from launchers.judge import Attempt, RankEnd
+from launchers.submission import JobRecord, Submission, newest_step, submissions_of
+
+
+@pytest.fixture
+def submission(tmp_path: Path) -> Submission:
+    return Submission(RunDir(tmp_path), "one")
+
+
+def test_a_job_is_a_name_and_json_values(submission: Submission) -> None:
+    arguments = ("a", 1, True, None, [1.5], {"key": "value"})
+    submission.write_job(TRAIN, arguments)
+    assert submission.read_job() == JobRecord(TRAIN, arguments, None)
+    submission.replace_job_id("17")
+    submission.replace_job_id("18")
+    assert submission.read_job() == JobRecord(TRAIN, arguments, "18")
+    assert json.loads(submission.job_file.read_text()).keys() == {"worker", "arguments", "job_id"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "worker"),
+    [
+        ({"worker": "cmscale.train:main", "job_id": "17"}, TRAIN),
+        ({"worker": "cmscale.training.loop:main", "job_id": "17"}, TRAIN),
+        ({"job_id": "17", "worker": "cmscale.evaluate:main"}, EVALUATE),
+        ({"job_id": "17", "worker": "cmscale.evaluation.evaluate:main"}, EVALUATE),
+    ],
+)
+def test_jobs_that_older_versions_wrote_are_readable(stored: dict, worker: str, submission: Submission) -> None:
+    submission.folder.mkdir(parents=True)
+    submission.job_file.write_text(json.dumps(stored))
+    assert submission.read_job() == JobRecord(worker, (), "17")
+    assert submission.is_evaluation == (worker == EVALUATE)
+    assert submissions_of(submission.run) == [submission]
+
+
+@pytest.mark.parametrize("text", [None, "", '{"worker": "tra', "{}", '{"worker": 3}'])
+def test_a_missing_or_damaged_job_is_named(text: str | None, submission: Submission) -> None:
+    if text is not None:
+        submission.folder.mkdir(parents=True)
+        submission.job_file.write_text(text)
+    with pytest.raises(UserError, match=r"submissions/one/job\.json: missing or damaged"):
+        submission.read_job()
+    assert not submission.is_evaluation
+
+
+def test_every_worker_of_the_table_exists() -> None:
+    assert set(WORKERS) == {TRAIN, EVALUATE}
+    assert all(callable(load_worker(worker)) for worker in WORKERS)
+    assert load_worker("json:dumps") is json.dumps
+
+
+def test_reports_of_ranks_are_read_in_the_order_in_which_they_were_written(submission: Submission) -> None:
+    ends = [RankEnd(1, "b", "fault", "boom"), RankEnd(0, "a", "running")]
+    for end in (RankEnd(1, "b", "running"), *ends):
+        submission.write_rank_end("7.0", end)
+    assert submission.rank_ends("7.0") == ends
+    assert submission.rank_ends("7.1") == []
+
+
+def test_the_history_survives_a_line_cut_by_a_crash(submission: Submission) -> None:
+    first, second = Attempt("preempted", "", 3), Attempt("fault", "boom", 4, 1, "node1")
+    assert submission.record(first) == [first]
+    with (submission.folder / "attempts.jsonl").open("a") as file:
+        file.write('{"ending": "fa')
+    assert submission.record(second) == [first, second]
+
+
+def test_an_evaluation_continues_as_long_as_it_measures_though_no_step_is_trained(submission: Submission) -> None:
+    submission.write_job(EVALUATE, ())
+
+    def action(history: list[Attempt]) -> str:
+        limits = {"max_restarts": 0, "backoff_seconds": 0, "can_requeue": True}
+        return decide(history, **limits, go_on=submission.how_to_go_on).action  # pyright: ignore[reportArgumentType]
+
+    for number in range(4):
+        blocks = submission.run.evaluation_progress / "a set"
+        blocks.mkdir(parents=True, exist_ok=True)
+        (blocks / f"block-{number}.safetensors").touch()
+        assert action(submission.record(Attempt("time_limit", "", 9))) == "requeue"
+    assert action(submission.record(Attempt("time_limit", "", 9))) == "requeue"
+    assert action(submission.record(Attempt("time_limit", "", 9))) == "stop"
+    cancelled = submission.record(Attempt("cancelled", "newest", 9))[-1]
+    assert cancelled.message == cancelled.measured == "0 sets and 4 blocks of samples"
+    assert submission.record(Attempt("fault", "boom", 9))[-1].message == "boom"
+
+
+@pytest.mark.parametrize(("worker", "event"), [(TRAIN, "fault"), (EVALUATE, "evaluation_fault")])
+def test_events_of_an_evaluation_have_names_of_their_own(worker: str, event: str, submission: Submission) -> None:
+    submission.write_job(worker, ())
+    submission.report("fault", Attempt("fault", "boom", -1, 3), why="boom")
+    (record,) = read_lines(submission.run.events)
+    assert {name: record[name] for name in ("event", "step", "rank", "why")} == {
+        "event": event,
+        "step": 0,
+        "rank": 3,
+        "why": "boom",
+    }
+
+
+def test_the_newest_step_is_that_of_a_committed_checkpoint(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert newest_step(run) == -1
+    for step in (5, 10):
+        run.checkpoint(step).mkdir(parents=True)
+    (run.checkpoint(5) / "manifest.json").write_text("{}")
+    assert newest_step(run) == 5
