@@ -10,16 +10,13 @@ from types import FrameType
 from typing import NoReturn
 
 from cmscale.errors import UserError
-from cmscale.io.process import node_name
+from cmscale.io.process import EARLY_SIGNAL, node_name
 from cmscale.runs.folder import RunDir
 from launchers.clusters import CLUSTERS
 from launchers.jobs import load_worker
 from launchers.judge import RankEnd, RankState
 from launchers.placement import RankPlace
 from launchers.submission import Submission
-
-EARLY_SIGNAL = "CMSCALE_EARLY_SIGNAL"
-"""Variable with the name of a signal that came before the worker had handlers: the worker should stop at once."""
 
 
 def main(arguments: list[str]) -> NoReturn:

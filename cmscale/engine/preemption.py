@@ -5,12 +5,9 @@ import signal
 from types import FrameType
 
 from cmscale.distributed.collectives import any_rank
+from cmscale.io.process import EARLY_SIGNAL
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-
-
-EARLY_SIGNAL = "CMSCALE_EARLY_SIGNAL"
-"""Set by the launcher's job where a signal came while this package was being imported."""
 
 
 class Preemption:

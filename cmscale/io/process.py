@@ -9,6 +9,9 @@ from pathlib import Path
 # The folder that holds the packages cmscale, launchers and data_prep: what a child process needs on its PYTHONPATH.
 CHECKOUT = Path(__file__).resolve().parents[2]
 
+EARLY_SIGNAL = "CMSCALE_EARLY_SIGNAL"
+"""Variable with the name of a signal that came before a job's worker had handlers: it should stop at once."""
+
 _PR_SET_PDEATHSIG = 1
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from cmscale.errors import UserError
+from cmscale.io.process import EARLY_SIGNAL
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_of
-from launchers.job import EARLY_SIGNAL
 
 
 def main(run_dir: str, total_steps: int, how: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.engine import checkpoint
+from cmscale.io.process import EARLY_SIGNAL
 from cmscale.runs.folder import RunDir
 from cmscale.training import loop as train
-from launchers.job import EARLY_SIGNAL
 
 AT_THE_START = -1
 

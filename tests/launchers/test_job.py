@@ -13,11 +13,11 @@ from submitit import SlurmExecutor
 from submitit.core.core import PicklingExecutor
 
 from cmscale.config import Restart, Slurm
-from cmscale.engine import preemption
 from cmscale.errors import UserError
+from cmscale.io.process import EARLY_SIGNAL
 from cmscale.runs.folder import RunDir
 from launchers.clusters.slurm import master_port, script_text
-from launchers.job import EARLY_SIGNAL, set_rank_environment
+from launchers.job import set_rank_environment
 from launchers.jobs import TRAIN, JobSpec
 from launchers.placement import RankPlace
 from launchers.submission import Submission
@@ -51,10 +51,6 @@ def test_threads_are_slurms_cpus_or_a_share_of_this_machines(monkeypatch: pytest
         monkeypatch.setenv("SLURM_CPUS_PER_TASK", cpus or "")
         set_rank_environment(place)
         assert os.environ["OMP_NUM_THREADS"] == threads
-
-
-def test_training_reads_the_signal_that_the_rank_noted() -> None:
-    assert preemption.EARLY_SIGNAL == EARLY_SIGNAL
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
