@@ -1,31 +1,59 @@
 #!/usr/bin/env bash
-# All checks: set-up, lint, types, import contracts, tests. `--all` adds the slow tests; other arguments go to pytest.
+# Runs all checks: set-up, lint, types, import contracts, tests.
+#   bash ops/test.sh            everything but the slow tests, at most 20 minutes on two processors
+#   bash ops/test.sh --quick    lint, types, contracts and unit tests, at most 4 minutes after the first set-up
+#   bash ops/test.sh --all      the slow tests too, at most 75 minutes
+# Other arguments go to pytest in place of the chosen tests: `bash ops/test.sh tests/io -k lock`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-marks=(-m "not slow")
+extent=normal
 arguments=()
 for argument in "$@"; do
-  if [ "$argument" = --all ]; then marks=(); else arguments+=("$argument"); fi
+  case "$argument" in
+    --quick) extent=quick ;;
+    --all) extent=all ;;
+    *) arguments+=("$argument") ;;
+  esac
 done
 
 source ops/setup.sh test
 
-# Slurm and a browser where this machine may have them: elsewhere their tests skip and say why.
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && grep -q '^ID=debian' /etc/os-release; then
+# Slurm and a browser, if this machine may install them; elsewhere their tests are skipped and name the reason.
+if [ "$extent" != quick ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && grep -q '^ID=debian' /etc/os-release; then
   wanted=(slurmctld slurmd slurm-client munge chromium iproute2)
   if ! dpkg -s "${wanted[@]}" >/dev/null 2>&1; then
     echo "installing ${wanted[*]}"
     export DEBIAN_FRONTEND=noninteractive
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${wanted[@]}"; } >.venv/apt.log 2>&1 ||
-      echo "apt-get failed (.venv/apt.log); tests that need Slurm or chromium will skip"
+      echo "apt-get failed (.venv/apt.log); tests that need Slurm or chromium are skipped"
   fi
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-step() { printf '\n== %s\n' "$*"; "$@"; }
+step() {
+  local began=$SECONDS
+  printf '\n== %s\n' "$*"
+  "$@"
+  printf -- '-- %s s\n' $((SECONDS - began))
+}
 step ruff check .
 step ruff format --check .
 step pyright
 step lint-imports
-step python -m pytest "${marks[@]}" ${arguments[@]+"${arguments[@]}"}
+
+if [ ${#arguments[@]} -gt 0 ]; then
+  step python -m pytest "${arguments[@]}"
+  exit
+fi
+# Unit tests run in one process per processor; tests that start ranks, clusters and browsers run one after the other.
+together=(tests/distributed tests/cluster tests/browser)
+ignored=()
+for folder in "${together[@]}"; do ignored+=(--ignore "$folder"); done
+marks="not slow"
+case "$extent" in
+  quick) marks="not slow and not long" ;;
+  all) marks="" ;;
+esac
+step python -m pytest -n "$(nproc)" --dist worksteal -m "$marks" "${ignored[@]}" tests
+[ "$extent" = quick ] || step python -m pytest -m "$marks" "${together[@]}"
