@@ -143,7 +143,7 @@ def reorder_qkv(tensor: Tensor, *, head_channels: int, source: Layout, to: Layou
 
 
 def convert_qkv_layout(weights: Mapping[str, Tensor], *, model: Model, to: Layout) -> Weights:
-    """The weights of a network of `model` (whose `qkv_layout` says their order) with qkv in another order."""
+    """Reorders the qkv channels of weights from `model.qkv_layout` to another layout."""
     is_qkv = {parameter.name for parameter in parameters(model) if parameter.is_qkv}
     return {
         name: reorder_qkv(tensor, head_channels=model.head_channels, source=model.qkv_layout, to=to)

@@ -24,7 +24,7 @@ def rank_file(rank: int, num_ranks: int) -> str:
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run (DESIGN.md, section 4)."""
+    """The folder of a run, with the path of every file in it."""
 
     root: Path
 

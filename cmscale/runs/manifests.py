@@ -131,7 +131,7 @@ class RankPart(Document):
 
 
 class CheckpointManifest(Document):
-    """Written last; a checkpoint is its manifest (DESIGN.md, section 4).
+    """The manifest of a checkpoint, written last: a folder without it is not a checkpoint.
 
     Each rank's file holds one 1-D float32 tensor of its segments per quantity: `master`, `exp_avg`, `exp_avg_sq`,
     `target` where the method has one, and each EMA by name. `scalars` are numbers that every rank has alike.

@@ -26,7 +26,7 @@ class Metric(Document):
 
 
 class EvaluationResult(Document):
-    """`evaluations/*.json` of a run (DESIGN.md, section 4).
+    """The content of a run's `evaluations/*.json`.
 
     `fid` is the Fréchet distance over pooled `features`; only over `inception` is it an FID, and `score_name`
     says what it is to be called. `kid_subset_std` and `inception_score_split_std` are the deviations within

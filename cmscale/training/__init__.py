@@ -1,1 +1,1 @@
-"""Trains a run: the loop and the parts that it turns."""
+"""Trains a run: the loop, what a step needs, logging, and checks before and during training."""

@@ -1,4 +1,4 @@
-"""Assembles what a training step needs from the config: engine, networks, loss, data."""
+"""Builds what a training step needs from the config: engine, networks, loss, data."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -56,15 +56,20 @@ class Parts:
 
 
 def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
-    """Builds networks, engine and loss of a method; a new student starts with the teacher's weights if it has one.
+    """Builds networks, engine and loss of a method. Collective.
+
+    Args:
+        fresh: Whether training starts at step 0; then the student starts with the teacher's weights if the method's
+            `teacher_choice` is not None.
 
     Raises:
-        UserError: a class-conditional network: it can be sampled and evaluated, but not trained.
+        UserError: the network is class-conditional; such networks can be sampled and evaluated, but not trained.
     """
     method = config.method
     if config.model.num_classes is not None:
         raise UserError(
-            "model.num_classes: data sets carry no classes, so conditional networks can't be trained; leave it out"
+            f"model.num_classes: {config.model.num_classes}, but training data has no classes, so that only "
+            "unconditional networks can be trained; leave it out"
         )
     facts, starts_from_teacher = method.facts, method.teacher_choice is not None
     teacher = load_teacher(config) if facts.follows_teacher or (starts_from_teacher and fresh) else None
@@ -73,7 +78,7 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
     )
     start = None
     if fresh and teacher is not None:
-        start = {**build_network().state_dict(), **teacher}  # sCM's weighting is no teacher's
+        start = {**build_network().state_dict(), **teacher}  # a teacher has no weights for the learned weighting
     engine = Engine(config, world, build_network, start, has_target=facts.has_target)
     networks = Networks(
         student=denoiser_for(method, engine.network),
@@ -84,20 +89,24 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
     return Parts(config, world, engine, loss, networks, None if teacher is None else weights_fingerprint(teacher))
 
 
-def must_be_its_teacher(config: Config, trained_with: str | None, now: str | None) -> str | None:
-    """The fingerprint of the run's teacher, which must be the one that the run started with.
+def check_same_teacher(config: Config, first: str | None, current: str | None) -> str | None:
+    """The fingerprint of the run's teacher, which must not change when the run is resumed.
+
+    Args:
+        first: Fingerprint in the checkpoint.
+        current: Fingerprint of the weights that `method.teacher` holds now.
 
     Raises:
-        UserError: another teacher, for example a run that was trained further since.
+        UserError: the two differ, for example because the teacher's run was trained further.
     """
-    if now is not None and trained_with is not None and now != trained_with:
+    if current is not None and first is not None and current != first:
         assert config.method.teacher_choice is not None
         raise UserError(
-            f"method.teacher: {config.method.teacher_choice.source} holds other weights "
-            f"(fingerprint {now[:12]}) than this run started with "
-            f"({trained_with[:12]}); name the checkpoint that the run started with, or start a new run"
+            f"method.teacher: the weights of {config.method.teacher_choice.source} have changed since this run started "
+            f"(fingerprint {first[:12]}, now {current[:12]}); name the checkpoint that the run started with, or start "
+            "a new run"
         )
-    return trained_with or now
+    return first or current
 
 
 def build_teacher(config: Config, engine: Engine, weights: dict[str, torch.Tensor]) -> EDMDenoiser | TrigFlow:
@@ -107,7 +116,7 @@ def build_teacher(config: Config, engine: Engine, weights: dict[str, torch.Tenso
 
 
 def load_distance(config: Config, world: World) -> Distance | None:
-    """The distance of the loss. VGG for LPIPS comes from the config's file, else one process per node downloads it."""
+    """The distance of the loss. VGG16 for LPIPS is read from the config's file, or downloaded once per node."""
     settings = config.method.distance_settings
     weights = None
     if settings is not None and settings.name == "lpips":

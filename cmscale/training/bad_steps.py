@@ -1,4 +1,4 @@
-"""Handles steps that were not finite: keeps their batches, and decides when training must roll back."""
+"""Handles steps with a non-finite loss or gradient: saves their batches, and decides when to roll back."""
 
 import math
 
@@ -14,44 +14,44 @@ from cmscale.runs.manifests import TrainState
 
 
 class BadSteps:
-    """Counts steps that were not applied. All ranks see the same results, so all decide the same.
+    """Counts non-finite steps. All ranks get the same results and therefore decide alike.
 
-    An fp16 overflow above the smallest loss scale is not counted: it is how the scale is found.
+    An fp16 overflow with a loss scale above 1 is not counted, as the loss scale is found by overflows.
     """
 
     def __init__(self, config: Config, run: RunDir, world: World) -> None:
         self._config = config
         self._run = run
         self._world = world
-        self._in_a_row = 0
+        self._consecutive = 0
         self._rollbacks = 0
 
-    def is_lost(self, result: StepResult, batch: Batch, state: TrainState) -> bool:
-        """Counts a step. Returns whether training must roll back (`train.max_nonfinite_steps` of them in a row).
+    def must_roll_back(self, result: StepResult, batch: Batch, state: TrainState) -> bool:
+        """Counts a step. Returns whether it is the last of `train.max_nonfinite_steps` consecutive non-finite ones.
 
         Raises:
-            RuntimeError: it rolled back `train.max_rollbacks` times already.
+            RuntimeError: training has already rolled back `train.max_rollbacks` times.
         """
         scaling = math.isfinite(result.loss) and result.loss_scale > 1
         if result.applied or scaling:
-            self._in_a_row = 0 if result.applied else self._in_a_row
+            self._consecutive = 0 if result.applied else self._consecutive
             return False
-        self._in_a_row += 1
-        self._keep(batch, state)
+        self._consecutive += 1
+        self._save(batch, state)
         train = self._config.train
-        if self._in_a_row < train.max_nonfinite_steps:
+        if self._consecutive < train.max_nonfinite_steps:
             return False
-        where = f"after step {state.step}: {self._in_a_row} batches in a row gave no finite loss or gradient"
+        problem = f"after step {state.step}: {self._consecutive} consecutive batches without finite loss and gradient"
         if self._rollbacks == train.max_rollbacks:
-            raise RuntimeError(f"{where}, after {self._rollbacks} rollbacks; see logs/nonfinite-*.safetensors")
+            raise RuntimeError(f"{problem}, after {self._rollbacks} rollbacks; see logs/nonfinite-*.safetensors")
         self._rollbacks += 1
-        self._in_a_row = 0
+        self._consecutive = 0
         if self._world.is_main:
-            write_event(self._run, "rolled_back", step=state.step, rank=0, why=where)
+            write_event(self._run, "rolled_back", step=state.step, rank=0, why=problem)
         return True
 
-    def _keep(self, batch: Batch, state: TrainState) -> None:
-        """Saves this rank's share of the batch in logs/, with the positions that its noise is drawn from."""
+    def _save(self, batch: Batch, state: TrainState) -> None:
+        """Saves this rank's part of the batch in logs/, with the positions that key its noise."""
         name = f"nonfinite-{step_name(state.step)}-cursor-{state.cursor}-rank-{self._world.rank:04d}.safetensors"
         self._run.logs.mkdir(exist_ok=True)
         save_file(
@@ -60,5 +60,5 @@ class BadSteps:
             metadata={"positions": ",".join(map(str, batch.positions)), "keys": ",".join(batch.keys)},
         )
         write_event(
-            self._run, "nonfinite_step", step=state.step, rank=self._world.rank, why=f"batch kept in logs/{name}"
+            self._run, "nonfinite_step", step=state.step, rank=self._world.rank, why=f"batch saved in logs/{name}"
         )

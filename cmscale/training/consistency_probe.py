@@ -1,4 +1,4 @@
-"""Measures the consistency error of the network in training, on a fixed batch that training does not draw from."""
+"""Measures the consistency error of the network during training, on a fixed batch."""
 
 import numpy as np
 
@@ -15,10 +15,10 @@ PROBE_IMAGES = 16
 
 
 class Probe:
-    """Measures the first EMA's consistency error every `train.consistency_error_every` steps and at the last one.
+    """Measures the first EMA's consistency error every `train.consistency_error_every` steps and after the last one.
 
-    The noise has a purpose of its own and the times lie off every training grid, so that no number is shared with
-    training. The images are those of `train.consistency_error_data`, else the first ones of the training data.
+    The images are the first ones of `train.consistency_error_data`, or of the training data if it is not set. Noise
+    and times are never those of training: the noise has a separate key, and the times lie on no training grid.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -30,12 +30,12 @@ class Probe:
         indices = range(world.rank * share, (world.rank + 1) * share)
         url = config.train.consistency_error_data or config.data.path
         images = first_images(url, count=PROBE_IMAGES, size=config.model.image_size)
-        # ZeRO-3 needs equally many evaluations on all ranks: with many ranks or few images, images repeat.
+        # ZeRO-3 needs the same number of evaluations on all ranks: with many ranks or few images, images repeat
         self._indices = [index % len(images) for index in indices]
         self._clean = images[self._indices]
 
     def after(self, step: int, engine: Engine, teacher: Denoise | None) -> float | None:
-        """The mean error over neighbouring times and images; None if none is due after this step. Collective."""
+        """The mean error over neighbouring times and images; None if it is not due after this step. Collective."""
         method, train = self._config.method, self._config.train
         if not schedules.is_due(step, train.consistency_error_every, train.total_steps):
             return None

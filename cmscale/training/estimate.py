@@ -1,4 +1,4 @@
-"""Estimates what a config costs before it is run: parameters, memory per rank, FLOP, time."""
+"""Estimates the cost of a config before it is run: parameters, memory per rank, FLOP, time."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +17,7 @@ def num_parameters(config: Config) -> int:
 
 
 def forward_flop(config: Config) -> int:
-    """FLOP of one forward pass of one image (a multiplication and an addition count as two)."""
+    """FLOP of a forward pass per image (a multiplication and an addition count as two)."""
     size = config.model.image_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         labels = None if config.model.num_classes is None else torch.zeros(1, dtype=torch.long)
@@ -30,7 +30,7 @@ def estimates(config: Config, *, num_ranks: int, tflops: float) -> list[tuple[st
     count, low = num_parameters(config), BYTES[config.engine.precision]
     stage, copies = config.engine.zero_stage, len(config.ema.rates)
     facts = config.method.facts
-    masters = 3 * 4 + 4 * copies + 4 * facts.has_target  # fp32 weights and two moments, shadows
+    masters = 3 * 4 + 4 * copies + 4 * facts.has_target  # bytes: fp32 weights, two moments, EMAs, target
     share = num_ranks if stage >= 1 else 1
     networks = 1 + facts.has_target + facts.follows_teacher
     weights = networks * low * count / (num_ranks if stage == 3 else 1)

@@ -1,4 +1,4 @@
-"""Trains a run: loads or creates its state, then runs the loop until the last step or a preemption."""
+"""Runs the training loop of a run from its newest checkpoint until the last step or a preemption."""
 
 import contextlib
 from pathlib import Path
@@ -17,7 +17,7 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState, read_dataset_manifest
 from cmscale.training import preflight
-from cmscale.training.assemble import assemble, must_be_its_teacher, open_data
+from cmscale.training.assemble import assemble, check_same_teacher, open_data
 from cmscale.training.bad_steps import BadSteps
 from cmscale.training.consistency_probe import Probe
 from cmscale.training.run_log import RunLog
@@ -46,7 +46,7 @@ def main(run_dir: str, fresh: bool = False) -> str:
         preflight.check(config, run, world)
         return train(config, run, world, preemption=preemption, fresh=fresh)
     except Exception as error:
-        with contextlib.suppress(OSError, UserError):  # a full disk must not hide what happened
+        with contextlib.suppress(OSError, UserError):  # a full disk must not hide the error
             write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(error).__name__}: {error}")
         raise
     finally:
@@ -54,7 +54,7 @@ def main(run_dir: str, fresh: bool = False) -> str:
 
 
 def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, fresh: bool = False) -> str:
-    """Trains a run from its newest checkpoint, or from the start, to its end. Collective."""
+    """Trains a run from its newest checkpoint, or from step 0 if it has none. Collective."""
     data = read_dataset_manifest(open_storage(config.data.path)).fingerprint
     generation = claim_generation(run)
     found = newest(run, config, world, data_fingerprint=data, fresh=fresh)
@@ -63,8 +63,8 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     state = TrainState() if found is None else restore(found, engine)
     teacher = parts.teacher_fingerprint
     if found is not None:
-        teacher = must_be_its_teacher(config, found.manifest.teacher_fingerprint, teacher)
-    batches = open_data(config, world, state)  # before any thread is started: its workers are forked
+        teacher = check_same_teacher(config, found.manifest.teacher_fingerprint, teacher)
+    batches = open_data(config, world, state)  # before any thread is started, as its workers are forked
     exporter = Exporter(run, config.checkpoint.export_to) if config.checkpoint.export_to and world.is_main else None
     checkpoints = Checkpoints(
         run,
@@ -82,10 +82,10 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     bad_steps = BadSteps(config, run, world)
     stragglers = Stragglers(run, world, every=config.train.log_every)
     log.started(state)
-    if found is None:  # take no step before there is a checkpoint to return to
+    if found is None:  # a rollback needs a checkpoint
         checkpoints.save(state, engine)
         if not checkpoints.close():
-            raise CheckpointFailed(f"the first checkpoint could not be written; see {run.events}")
+            raise CheckpointFailed(f"the first checkpoint can't be written; see {run.events}")
 
     while state.step < config.train.total_steps and not preemption.requested():
         stragglers.begin()
@@ -101,7 +101,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
             stragglers.stepped(state.step, ready=engine.clock.started, forward=engine.clock.seconds())
         error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
         log.stepped(state, values, result, consistency_error=error)
-        if bad_steps.is_lost(result, batch, state):  # return to the newest checkpoint, and skip the data that led here
+        if bad_steps.must_roll_back(result, batch, state):  # to the newest checkpoint, without repeating the data since
             checkpoints.wait()
             found = newest(run, config, world, data_fingerprint=data)
             assert found is not None, "the first checkpoint is written before the first step"
@@ -121,5 +121,5 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     log.ended(state, "finished" if finished else "preempted", why="" if finished else preemption.why)
     engine.close()
     if not saved:
-        raise CheckpointFailed(f"step {state.step}: the last checkpoint could not be written; see {run.events}")
+        raise CheckpointFailed(f"step {state.step}: the last checkpoint can't be written; see {run.events}")
     return "finished" if finished else "preempted"

@@ -1,4 +1,4 @@
-"""Owns what every rank looks at before a run begins: a node that can't do the work is named within seconds."""
+"""Checks every rank before a run starts, so that an error names a faulty node within seconds."""
 
 import hashlib
 import importlib.metadata
@@ -20,54 +20,55 @@ from cmscale.io.process import node_name
 from cmscale.runs.folder import RunDir
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "xformers")
-LEAST_MEMORY = 256 * 2**20  # bytes of the host's memory a rank; less, and starting would end in a kill
-LEAST_GPU_SHARE = 0.25  # of the GPU's memory; less, and somebody else's process holds it
-WRITTEN = 2**20  # bytes
-SEEN_SECONDS = 10.0  # for a file to be seen from another node
-PEERS_SECONDS = 5.0  # that ranks of good nodes wait, so that the job ends by the bad node's word
+LEAST_MEMORY = 256 * 2**20  # bytes of host memory per rank; with less, the kernel would kill the process
+LEAST_GPU_SHARE = 0.25  # of the GPU's memory; if less is free, another process uses the GPU
+WRITTEN = 2**20  # bytes of the storage check
+SEEN_SECONDS = 10.0  # until a file must be visible on another node
+PEERS_SECONDS = 5.0  # by which ranks on sound nodes wait, so that the first error in the job's log is the faulty node's
 
 
 class PreflightFailed(RuntimeError):
-    """A node is not fit for the run; names it."""
+    """A check failed; the message names the node."""
 
 
 def check(config: Config, run: RunDir, world: World) -> None:
-    """Device, memory, storage, equal versions, a collective on the device. Collective.
+    """Checks device, memory, storage, equal versions, a shared run folder, and a collective. Collective.
 
     Raises:
-        PreflightFailed: on every rank, with the first problem; on ranks that have none, a few seconds later.
+        PreflightFailed: on every rank, with the first problem; on ranks without a problem a few seconds later.
     """
-    own: list[str] = []
-    for what in (check_device, check_memory, check_storage):
-        own += _problem(what, run, world)
-    mine = versions(config)
-    everybody = gather((own, mine))
-    found = [(rank, problem) for rank, (problems, _) in enumerate(everybody) for problem in problems]
-    for rank, (_, theirs) in enumerate(everybody):
-        named = [name for name in mine if theirs[name] != everybody[0][1][name]]
-        if named:
-            found.append((rank, f"{named[0]} is {theirs[named[0]]}, on rank 0 {everybody[0][1][named[0]]}"))
-    _stop_if(found, world)
+    problems: list[str] = []
+    for one_check in (check_device, check_memory, check_storage):
+        problems += _problem(one_check, run, world)
+    reports = gather((problems, versions(config)))
+    found = [(rank, problem) for rank, (reported, _) in enumerate(reports) for problem in reported]
+    expected = reports[0][1]
+    for rank, (_, installed) in enumerate(reports):
+        different = [name for name in expected if installed[name] != expected[name]]
+        if different:
+            name = different[0]
+            found.append((rank, f"{name} is {installed[name]}, but {expected[name]} on rank 0"))
+    _raise_first(found, world)
     token = from_main(uuid.uuid4().hex)
     shared = run.logs / f".preflight-{token}"
     if world.is_main:
         shared.touch()
     barrier()
-    late = gather(_problem(check_shared, shared, world) + _problem(check_collective, run, world))
+    collective = gather(_problem(check_shared, shared, world) + _problem(check_collective, run, world))
     if world.is_main:
         shared.unlink(missing_ok=True)
-    _stop_if([(rank, problem) for rank, problems in enumerate(late) for problem in problems], world)
+    _raise_first([(rank, problem) for rank, reported in enumerate(collective) for problem in reported], world)
 
 
 def check_device(_: RunDir, world: World) -> None:
-    """The device multiplies."""
+    """Multiplies two matrices on the device."""
     ones = torch.ones(64, 64, device=world.device)
     if float((ones @ ones).sum()) != 64**3:
-        raise RuntimeError(f"{world.device} multiplies wrongly")
+        raise RuntimeError(f"{world.device}: a matrix product is wrong; take the node out of use")
 
 
 def check_memory(_: RunDir, world: World) -> None:
-    """There is some left, on the host and on the GPU."""
+    """Checks the free memory of the host and of the GPU."""
     available = psutil.virtual_memory().available
     if available < LEAST_MEMORY * world.ranks_per_node:
         raise MemoryError(f"only {available / 2**20:.0f} MiB of memory left for {world.ranks_per_node} ranks")
@@ -80,7 +81,7 @@ def check_memory(_: RunDir, world: World) -> None:
 
 
 def check_storage(run: RunDir, world: World) -> None:
-    """The run's folder takes a file, durably, and gives it back."""
+    """Writes a file durably to the run's folder and reads it."""
     run.logs.mkdir(parents=True, exist_ok=True)
     path = run.logs / f".preflight-rank-{world.rank}"
     data = os.urandom(WRITTEN)
@@ -90,32 +91,34 @@ def check_storage(run: RunDir, world: World) -> None:
             file.flush()
             os.fsync(file.fileno())
         if path.read_bytes() != data:
-            raise OSError(f"{path}: reads otherwise than it was written")
+            raise OSError(f"{path}: the data read is not the data written")
     finally:
         path.unlink(missing_ok=True)
 
 
 def check_shared(path: Path, _: World) -> None:
-    """What rank 0 writes into the run's folder is seen here."""
+    """Waits until a file of rank 0 is visible in the run's folder."""
     until = time.monotonic() + SEEN_SECONDS
     while not path.exists():
         if time.monotonic() > until:
-            raise FileNotFoundError(f"{path.parent}: is not the folder that rank 0 sees; a run needs a shared one")
+            raise FileNotFoundError(
+                f"{path.parent}: does not show a file that rank 0 wrote; use a folder that all nodes share"
+            )
         time.sleep(0.05)
 
 
 def check_collective(_: RunDir, world: World) -> None:
-    """A sum over all ranks, on the device."""
+    """Sums ones over all ranks, on the device."""
     if not dist.is_initialized():
         return
     ones = torch.ones(1024, device=world.device)
     dist.all_reduce(ones)
     if float(ones.sum()) != 1024.0 * world.num_ranks:
-        raise RuntimeError(f"a sum over {world.num_ranks} ranks gave {float(ones.mean())}")
+        raise RuntimeError(f"the sum of 1 over {world.num_ranks} ranks is {float(ones.mean())}")
 
 
 def versions(config: Config) -> dict[str, str]:
-    """What must be alike on every rank: interpreter, packages, this package's own source, the run's config."""
+    """What must be equal on every rank: Python, packages, cmscale's source, the run's config."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -128,15 +131,17 @@ def versions(config: Config) -> dict[str, str]:
     return found | {"cmscale's source": source.hexdigest()[:12], "config.yaml": config.fingerprint()[:12]}
 
 
-def _problem(what: Callable[..., None], *arguments: object) -> list[str]:
+def _problem(one_check: Callable[..., None], *arguments: object) -> list[str]:
+    """The error of a check, or nothing."""
     try:
-        what(*arguments)
+        one_check(*arguments)
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
     return []
 
 
-def _stop_if(found: list[tuple[int, str]], world: World) -> None:
+def _raise_first(found: list[tuple[int, str]], world: World) -> None:
+    """Raises PreflightFailed on every rank for the first of the problems (rank, text). Collective."""
     nodes = gather(node_name())
     if not found:
         return

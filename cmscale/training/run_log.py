@@ -1,4 +1,4 @@
-"""Logs a training run: metrics every few steps, events, and lines that launchers turn into a progress bar."""
+"""Logs a training run: metrics, events, and a line per logged step from which launchers draw a progress bar."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from cmscale.training.wandb_mirror import MetricsLog
 
 
 class RunLog:
-    """Rank 0 logs the run; the other ranks log only what they had to replace in their data."""
+    """Rank 0 logs metrics and events; the other ranks log only samples and shards that they had to replace."""
 
     def __init__(self, config: Config, run: RunDir, world: World, *, batches: Batches) -> None:
         self._config = config
@@ -28,7 +28,7 @@ class RunLog:
         self._replaced: set[str] = set()
 
     def started(self, state: TrainState) -> None:
-        """Logs that training starts or resumes at a state."""
+        """Logs that training starts or resumes at `state`."""
         self._cursor = state.cursor
         self._event("resumed" if state.step else "start", state)
 
@@ -37,7 +37,7 @@ class RunLog:
     ) -> None:
         """Logs every `train.log_every` steps, the first and last step, and every step that was not applied.
 
-        A step whose consistency error was measured is logged too.
+        Steps with a consistency error are logged too.
         """
         self._log_replaced(state)
         if not result.applied:
@@ -71,13 +71,13 @@ class RunLog:
             print(f"step {state.step}/{total}  loss {result.loss:.5g}  {speed:.1f} images/s", flush=True)
 
     def ended(self, state: TrainState, event: str, *, why: str) -> None:
-        """Logs how training ended, and closes the wandb mirror."""
+        """Logs how training ended, and closes the log."""
         self._log_replaced(state)
         self._event(event, state, why=why)
         self._metrics.close()
 
     def _log_replaced(self, state: TrainState) -> None:
-        """Each rank logs its own undecodable samples and bad shards, once."""
+        """Logs each undecodable sample and each bad shard of this rank once."""
         for event, found in (("bad_sample", self._batches.bad), ("bad_shard", self._batches.bad_shards)):
             for name in found.keys() - self._replaced:
                 self._replaced.add(name)

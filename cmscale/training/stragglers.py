@@ -1,4 +1,4 @@
-"""Finds a slow rank by the time that each rank takes before it first waits for the others in a step."""
+"""Finds a slow rank by the time that each rank needs before the first collective of a step."""
 
 import statistics
 import time
@@ -8,12 +8,12 @@ from cmscale.distributed.world import World
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
 
-FACTOR = 2.0  # of the ranks' median
+FACTOR = 2.0  # times the median of the ranks
 MARGIN = 0.05  # seconds above the median; smaller differences are noise
 
 
 class Stragglers:
-    """Compares the ranks' own seconds of a step: getting the data, and the first forward pass."""
+    """Compares the time per step that each rank needs to get its data and for the first forward pass."""
 
     def __init__(self, run: RunDir, world: World, *, every: int) -> None:
         self._run = run
@@ -30,8 +30,8 @@ class Stragglers:
         """Call after an applied step. Collective every `every` steps.
 
         Args:
-            ready: `time.perf_counter()` when the step's data was there.
-            forward: seconds of its first forward pass.
+            ready: `time.perf_counter()` when the step's data was available.
+            forward: Seconds of its first forward pass.
         """
         self._seconds.append(ready - self._began + forward)
         if step % self._every:
@@ -40,12 +40,12 @@ class Stragglers:
         self._seconds.clear()
         rank = slowest(means)
         if rank is not None and self._world.is_main:
-            why = f"rank {rank} takes {means[rank]:.3f} s per step before it first waits for the others, the median is "
+            why = f"rank {rank} needs {means[rank]:.3f} s per step before the first collective, the median rank "
             write_event(self._run, "straggler", step=step, rank=rank, why=f"{why}{statistics.median_low(means):.3f} s")
 
 
 def slowest(means: list[float]) -> int | None:
-    """The rank that is far above the median; None if there is none."""
+    """The slowest rank if it is far above the median, else None."""
     median = statistics.median_low(means)
     rank = max(range(len(means)), key=means.__getitem__)
     return rank if means[rank] > max(FACTOR * median, median + MARGIN) else None

@@ -1,4 +1,4 @@
-"""The mirror of a run's metrics on wandb: a thread of its own, whose failures never reach training."""
+"""Logs metrics to metrics.jsonl and to wandb, so that no failure of wandb can stop or delay training."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from cmscale.runs.log import append_line, write_event
 
 
 class MetricsLog:
-    """Writes metrics of rank 0 to metrics.jsonl and mirrors them to wandb. Other ranks' logs do nothing."""
+    """Writes the metrics of rank 0 to metrics.jsonl and to wandb; on other ranks (`active` False) it does nothing."""
 
     def __init__(self, run: RunDir, wandb: Wandb, *, config: dict[str, Any], active: bool) -> None:
         self._run = run
@@ -22,7 +22,7 @@ class MetricsLog:
         self._mirror = WandbMirror(run, wandb, config=config) if active and wandb.mode != "off" else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Logs one step's numbers; `record["step"]` is the applied step they belong to."""
+        """Logs the metrics of the applied step `record["step"]`."""
         if not self._active:
             return
         append_line(self._run.metrics, record)
@@ -30,16 +30,16 @@ class MetricsLog:
             self._mirror.write(record)
 
     def close(self) -> None:
-        """Ends the mirror, waiting a few seconds at the most."""
+        """Closes the wandb run; waits at most a few seconds."""
         if self._mirror is not None:
             self._mirror.close()
 
 
 class WandbMirror:
-    """wandb in a thread of its own: nothing it does, raises or waits for reaches training.
+    """Logs to wandb in a separate thread, so that training never waits for it or sees its errors.
 
-    The run's id is kept beside the run, so that every resumption is the same wandb run. Steps are our own
-    (`define_metric`), because wandb drops what is logged at a step it has passed.
+    The wandb id is stored in the run's folder, so that a resumed run continues its wandb run. `step` is a metric of its
+    own (`define_metric`), as wandb drops records with a step below its last one.
     """
 
     def __init__(self, run: RunDir, wandb: Wandb, *, config: dict[str, Any]) -> None:
@@ -51,12 +51,12 @@ class WandbMirror:
         self._thread.start()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Hands a record over; a full queue (wandb away for long) drops it, metrics.jsonl has it."""
+        """Queues a record; it is dropped if the queue is full because wandb can't be reached."""
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(record)
 
     def close(self, patience: float = 10.0) -> None:
-        """Asks wandb to end and leaves it behind after `patience` seconds."""
+        """Closes the wandb run, without waiting longer than `patience` seconds."""
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)
         self._thread.join(patience)

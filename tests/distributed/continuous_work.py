@@ -1,4 +1,4 @@
-"""Owns what the ranks of sCM's and progressive distillation's engine tests do; prints JSON."""
+"""Rank functions of the engine tests of sCM and progressive distillation; they print JSON."""
 
 import json
 
@@ -21,28 +21,28 @@ ema: {rates: [0.9]}
 
 
 def losses(method: str) -> None:
-    """Losses and norms of four steps in each stage, and how far the weighting moved."""
+    """Losses and gradient norms of four steps per ZeRO stage, and the change of the weighting."""
     world = joined()
     found = {}
-    for stage in range(4 if "kind: pd" in method else 3):  # sCM refuses stage 3
+    for stage in range(4 if "kind: pd" in method else 3):  # sCM can't use stage 3
         config = parse_config(TEXT.replace("METHOD", method), [f"engine.zero_stage={stage}"])
         parts = assemble(config, world, fresh=True)
         before = whole(parts.engine, "master")
         results = []
         ends = []
         for step in range(4):
-            point = schedules.at(config, step)
+            values = schedules.at(config, step)
             own = images(step).clamp(-1, 1).chunk(world.num_ranks)[world.rank]
             positions = range(8 * step + world.rank * len(own), 8 * step + (world.rank + 1) * len(own))
             numbers = SampleRandomness(0, tuple(positions), world.device).split(2)
             micro = [
-                lambda clean=clean, drawn=drawn: parts.loss(parts.networks, clean, point, drawn).mean()  # noqa: B023
+                lambda clean=clean, drawn=drawn: parts.loss(parts.networks, clean, values, drawn).mean()  # noqa: B023
                 for clean, drawn in zip(own.split(2), numbers, strict=True)
             ]
-            result = parts.engine.step(micro, point.learning_rate)
+            result = parts.engine.step(micro, values.learning_rate)
             assert result.applied
-            parts.engine.shards.update(point)
-            ends.append(point.ends_stage)
+            parts.engine.shards.update(values)
+            ends.append(values.ends_stage)
             if ends[-1]:
                 parts.engine.start_over()
                 shards = parts.engine.shards

@@ -1,4 +1,4 @@
-"""Owns what the ranks of the engine's tests do; each function runs in every rank and prints JSON."""
+"""Rank functions of the engine tests; each runs on every rank and prints JSON."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SmallNetwork, images, joined, micro_losses, point_at, small_config, train, whole
+from small import SmallNetwork, images, joined, micro_losses, small_config, train, values_at, whole
 
 from cmscale.distributed.collectives import barrier
 from cmscale.distributed.world import World
@@ -27,13 +27,13 @@ def engine_at(world: World, stage: int, *overrides: str, has_target: bool = True
 
 
 def digest(engine: Engine) -> dict[str, str]:
-    """A hash of each quantity's whole flat space. Collective."""
+    """A hash of each quantity's gathered flat space. Collective."""
     flats = {name: engine.shards.full(name) for name in engine.shards.quantities}
     return {name: hashlib.sha256(flat.numpy().tobytes()).hexdigest() for name, flat in flats.items()}
 
 
 def losses(precision: str, *overrides: str) -> None:
-    """Losses and norms of four steps in each stage, with a target network and without."""
+    """Losses and gradient norms of four steps per ZeRO stage, with and without a target network."""
     if precision == "fp16":
         allow_fp16()
     world = joined()
@@ -50,7 +50,7 @@ def losses(precision: str, *overrides: str) -> None:
 
 
 def bad_steps() -> None:
-    """A NaN loss on one rank's first micro-batch, then a NaN gradient: neither leaves a trace."""
+    """A NaN loss on one rank's first micro-batch, then a NaN gradient: neither changes the state."""
     world = joined()
     for stage, precision in (
         (0, "fp32"),
@@ -86,7 +86,7 @@ def bad_steps() -> None:
 
 
 def unet_losses() -> None:
-    """Two steps of the real network in each stage, recomputing activations or not: target, teacher, dropout."""
+    """Two steps of the UNet per ZeRO stage, with target, teacher and dropout, with and without recomputation."""
     world = joined()
     found = {}
     for stage in range(4):
@@ -113,7 +113,7 @@ def unet_losses() -> None:
                     return ((out - goal - clean) ** 2).mean()
 
                 result = engine.step([partial(loss, clean) for clean in own], 1e-3)
-                engine.shards.update(point_at(step))
+                engine.shards.update(values_at(step))
                 results.append([result.loss, result.grad_norm])
             found[f"{stage} {recomputes}"] = results
             engine.close()
@@ -125,7 +125,7 @@ def engine_micro_steps(world: World) -> int:
 
 
 def allow_fp16() -> None:
-    """Lets this CPU compute in fp16, which it can, if slowly."""
+    """Enables fp16 on the CPU, which DeepSpeed refuses although PyTorch can compute it slowly."""
     from deepspeed.accelerator import get_accelerator
 
     from cmscale.engine import settings
@@ -137,7 +137,7 @@ def allow_fp16() -> None:
 
 
 def overflow() -> None:
-    """fp16 with far too large a loss scale: skipped steps, a falling scale, and weights that wait."""
+    """fp16 with a far too large loss scale: steps are skipped, the scale falls, the weights stay."""
     allow_fp16()
     world = joined()
     found = {}
@@ -146,7 +146,7 @@ def overflow() -> None:
         before = digest(engine)
         results = []
         for step in range(12):
-            result = engine.step(micro_losses(engine, step, world), point_at(step).learning_rate)
+            result = engine.step(micro_losses(engine, step, world), values_at(step).learning_rate)
             if not any(earlier.applied for earlier in results) and not result.applied:
                 assert digest(engine) == before
             results.append(result)
@@ -157,7 +157,7 @@ def overflow() -> None:
 
 
 def save_in_every_stage(folder: str) -> None:
-    """Trains five steps in each stage, saving after three; an engine restored there ends in the same bits."""
+    """Trains five steps per ZeRO stage and saves after three; a restored engine must end bit for bit equal."""
     world = joined()
     found = {}
     for stage, precision in (*((stage, "fp32") for stage in range(4)), (0, "bf16"), (2, "bf16"), (3, "bf16")):
@@ -196,7 +196,7 @@ def resume(run: RunDir, engine: Engine, world: World, *overrides: str) -> TrainS
 
 
 def restore_elsewhere(folder: str) -> None:
-    """Loads every stage's checkpoint into the next stage, on these ranks: the same bits after gathering."""
+    """Loads the checkpoint of every ZeRO stage into the next stage: after gathering, bit for bit equal."""
     world = joined()
     found = {}
     for path in sorted(Path(folder).iterdir()):
@@ -217,7 +217,7 @@ def restore_elsewhere(folder: str) -> None:
 
 
 def shown(engine: Engine) -> None:
-    """Sampling with an EMA's weights sees those weights, and leaves the network as it was."""
+    """Sampling with an EMA uses its weights, and does not change the network."""
     clean, sigma = torch.ones(2, 3, 8, 8), torch.ones(2)
     with torch.no_grad():
         before = engine.network(clean, sigma)

@@ -1,4 +1,4 @@
-"""Owns what ranks do in the tests of evaluations: one process imports everything, its forks are the ranks."""
+"""Runs evaluations on several ranks: one process imports everything, and the ranks are forks of it."""
 
 import ctypes
 import json
@@ -22,13 +22,13 @@ from cmscale.evaluation.blocks import BlockStore
 from cmscale.evaluation.metrics import neighbours
 from cmscale.runs.folder import RunDir
 
-REQUEST = {"samples": 300, "device": "cpu"}  # three blocks, the last of 44: no number of ranks divides them
+REQUEST = {"samples": 300, "device": "cpu"}  # three blocks, the last of 44 samples: uneven on 2 and 3 ranks
 
 
 def evaluate_on_ranks(folder: str) -> None:
-    """A run evaluated on 1, 2 and 3 ranks; and on 2 of which one is killed, then on 3."""
+    """Evaluates a run on 1, 2 and 3 ranks; then on 2 ranks, one of which is killed, and again on 3."""
     measuring.build_features = build_cheap_features
-    neighbours._BLOCK_ELEMENTS = 700  # or one block would hold all distances, and one rank
+    neighbours._BLOCK_ELEMENTS = 700  # otherwise one block, and so one rank, would have all distances
     root = Path(folder)
     run = write_trained_run(root / "run", data=write_dataset(root))
     _on_1_2_and_3_ranks(run, root, steps="1,2", seeds=2)
@@ -36,7 +36,7 @@ def evaluate_on_ranks(folder: str) -> None:
 
 
 def evaluate_trained(folder: str) -> None:
-    """The same with a run that was trained, in features of a real network."""
+    """Does the same with a trained run and the features of a real network."""
     root = Path(folder)
     _on_1_2_and_3_ranks(RunDir(root / "run"), root, steps="1")
     _killed_and_continued(RunDir(root / "run"), root)
@@ -69,7 +69,7 @@ def forked(
     by_command: bool = False,
     **asked: Any,
 ) -> list[int]:
-    """The exit codes of ranks that evaluate a run, by rank; `before` happens in a rank first.
+    """The exit codes of ranks that evaluate a run, by rank; `before` is called first on each rank.
 
     They are a job's, or with `by_command` do what `cmscale evaluate` does under torchrun.
     """
@@ -117,7 +117,7 @@ def note_commits(path: Path) -> Callable[[], None]:
 
 
 def note_rows(path: Path, rank: int) -> Callable[[], None]:
-    """Writes down how many rows of distances a rank computes."""
+    """Records how many rows of distances a rank computes."""
     compute = neighbours._squared_distances
 
     def noted(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Owns what a rank does in the tests of faults: train a run in which something goes wrong, once or always."""
+"""Rank functions of the fault tests: they train a run with a fault that happens once or in every start."""
 
 import contextlib
 import errno
@@ -19,35 +19,35 @@ from cmscale.distributed import collectives
 from cmscale.distributed import world as worlds
 from cmscale.engine import checkpoint
 from cmscale.runs.folder import RunDir
-from cmscale.training import loop as train
+from cmscale.training import assemble, loop
 
 GLOBAL_BATCH = 8
 
 
 def main(run_dir: str, fault: str) -> str:
-    """A job's worker: on rank 1 something happens before step 4; all but `raises` happen in the first start only."""
+    """A job's worker with a fault on rank 1 before step 4; all faults but `raises` happen only in the first start."""
     marker = Path(run_dir) / "happened"
     if os.environ["RANK"] == "1" and (fault == "raises" or not marker.exists()):
         actions = {"stops": stop, "holds the GIL": hold_the_gil, "raises": fail}
 
-        def happen(_: train.Parts) -> None:
+        def happen(_: assemble.Parts) -> None:
             marker.touch()
             actions[fault]()
 
         before_step(4, happen)
-    return train.main(run_dir)
+    return loop.main(run_dir)
 
 
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
-    threading.Event().wait()  # it is continued for its stacks, and steps no more
+    threading.Event().wait()  # continued by the watchdog to print its stacks; it takes no more steps
 
 
 def hold_the_gil() -> None:
     import ctypes
 
     library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)  # a PyDLL call keeps the GIL
-    for _ in range(2):  # the second waits for ever, whatever signals come
+    for _ in range(2):  # the second call blocks for ever, and no signal interrupts it
         library.pthread_mutex_lock(mutex)
 
 
@@ -55,22 +55,22 @@ def fail() -> None:
     raise RuntimeError("rank 1 is out of luck")
 
 
-def before_step(step: int, action: Callable[[train.Parts], None]) -> None:
-    """Has `action` happen before the attempt at the step after `step` applied ones."""
-    original = train.Parts.step
+def before_step(step: int, action: Callable[[assemble.Parts], None]) -> None:
+    """Calls `action` before the step that follows `step` applied ones."""
+    original = assemble.Parts.step
 
-    def acting(self: train.Parts, batch: Any, point: Any) -> Any:
-        if point.step == step:
+    def acting(self: assemble.Parts, batch: Any, values: Any) -> Any:
+        if values.step == step:
             action(self)
-        return original(self, batch, point)
+        return original(self, batch, values)
 
-    train.Parts.step = acting
+    assemble.Parts.step = acting
 
 
 def scenarios(root: str) -> None:
-    """Trains run after run in these ranks, each with a fault of its own; prints how each ended."""
+    """Trains several runs in the same ranks, each with another fault; prints how each ended."""
     worlds.connect(worlds.detect("cpu"))
-    worlds.disconnect = lambda: None  # the ranks stay together from run to run
+    worlds.disconnect = lambda: None  # the ranks stay connected from run to run
     ends = {name: ended(Path(root) / name, fault) for name, fault in FAULTS.items()}
     if os.environ["RANK"] == "0":
         damage(Path(root) / "golden", Path(root) / "damaged")
@@ -83,7 +83,7 @@ def scenarios(root: str) -> None:
 def ended(run_dir: Path, fault: Callable[[], Any]) -> str:
     with fault():
         try:
-            return train.main(str(run_dir))
+            return loop.main(str(run_dir))
         except RuntimeError as error:
             return f"{type(error).__name__}: {error}"
 
@@ -99,7 +99,7 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def signals_during_a_save() -> Any:
-    """Both signals come twice while the second checkpoint is being written, on each rank."""
+    """Sends both signals twice on each rank while the second checkpoint is written."""
     write, saves = checkpoint.save_file, []
 
     def interrupted(*arguments: Any, **more: Any) -> None:
@@ -112,51 +112,51 @@ def signals_during_a_save() -> Any:
 
 
 def signals_to_data_workers() -> Any:
-    """Before every step the data workers of this rank get the signals of preemption."""
+    """Sends the preemption signals to the data workers of this rank before every step."""
     import multiprocessing
 
-    original = train.Parts.step
+    original = assemble.Parts.step
 
-    def signalling(self: train.Parts, batch: Any, point: Any) -> Any:
+    def signalling(self: assemble.Parts, batch: Any, values: Any) -> Any:
         workers = multiprocessing.active_children()
         assert workers
         for worker in workers:
             for number in (signal.SIGUSR2, signal.SIGTERM):
                 os.kill(worker.pid or 0, number)
-        return original(self, batch, point)
+        return original(self, batch, values)
 
-    return patched(train.Parts, "step", signalling)
+    return patched(assemble.Parts, "step", signalling)
 
 
 def rank_1_is_slow() -> Any:
-    original = train.Parts.step
+    original = assemble.Parts.step
 
-    def slow(self: train.Parts, batch: Any, point: Any) -> Any:
-        if os.environ["RANK"] == "1" and point.step >= 7:
+    def slow(self: assemble.Parts, batch: Any, values: Any) -> Any:
+        if os.environ["RANK"] == "1" and values.step >= 7:
             time.sleep(1.0)
-        return original(self, batch, point)
+        return original(self, batch, values)
 
-    return patched(train.Parts, "step", slow)
+    return patched(assemble.Parts, "step", slow)
 
 
 def nan_in(batches: Collection[int]) -> Callable[[], Any]:
-    """Rank 1's images of these global batches (counted from 0) are not numbers."""
+    """Sets the images of rank 1 to NaN in these global batches (counted from 0)."""
 
     def spoilt() -> Any:
-        original = train.to_device
+        original = assemble.to_device
 
         def to_device(batch: Any, device: torch.device) -> torch.Tensor:
             images = original(batch, device)
             bad = batch.positions[0] // GLOBAL_BATCH in batches and os.environ["RANK"] == "1"
             return images * math.nan if bad else images
 
-        return patched(train, "to_device", to_device)
+        return patched(assemble, "to_device", to_device)
 
     return spoilt
 
 
 def fp16_on_this_cpu() -> Any:
-    """Lets this CPU compute in fp16, which it can, if slowly."""
+    """Allows fp16 on the CPU, where it works but is slow."""
     from engine_work import allow_fp16
 
     allow_fp16()
@@ -164,7 +164,7 @@ def fp16_on_this_cpu() -> Any:
 
 
 def no_space_for_step_6() -> Any:
-    """The disk of rank 1 has no room for the third checkpoint."""
+    """Simulates a full disk on rank 1 for the third checkpoint."""
     write = checkpoint.save_file
 
     def full(tensors: Any, path: Path) -> None:
@@ -176,7 +176,7 @@ def no_space_for_step_6() -> Any:
 
 
 def damage(whole: Path, copy: Path) -> None:
-    """A copy of a finished run whose newest checkpoint has a flipped byte and whose second newest has no manifest."""
+    """Copies a finished run, flips a byte of its newest checkpoint, and removes the manifest of the one before."""
     shutil.copytree(whole, copy)
     run = RunDir(copy)
     file = run.checkpoint(9) / "rank-0001-of-0002.safetensors"
@@ -200,9 +200,9 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 
 def as_a_job_does(run_dir: str) -> None:
-    """Trains; a fault ends the rank at once, with status 1."""
+    """Trains; an error ends the rank at once with status 1."""
     try:
-        print(json.dumps(train.main(run_dir)), flush=True)
+        print(json.dumps(loop.main(run_dir)), flush=True)
     except Exception as error:
         print(json.dumps(f"{type(error).__name__}: {error}"), flush=True)
         os._exit(1)

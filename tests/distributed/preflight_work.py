@@ -1,4 +1,4 @@
-"""Owns what a rank does in the tests of the preflight: look, and say how it ended."""
+"""The rank function of the preflight tests: runs the preflight and prints how it ended."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from cmscale.training import preflight
 
 
 def look(folder: str) -> None:
-    """Both ranks look three times: all is well; rank 1's node has another torch; rank 1 adds wrongly."""
+    """Runs the preflight three times: without fault, with another torch on rank 1, with a wrong sum on rank 1."""
     world = joined()
     os.environ["SLURMD_NODENAME"] = f"node{world.rank + 1}"
     preflight.PEERS_SECONDS = 0.05
@@ -24,7 +24,7 @@ def look(folder: str) -> None:
     def wrong_sum(run: RunDir, own: object) -> None:
         preflight_collective(run, own)
         if world.rank == 1:
-            raise RuntimeError("a sum over 2 ranks gave 1.5")
+            raise RuntimeError("the sum of 1 over 2 ranks is 1.5")
 
     preflight_collective = preflight.check_collective
     ends = []

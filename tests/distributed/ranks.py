@@ -1,4 +1,4 @@
-"""Owns the start of gloo ranks in tests: N processes that run one function on a free port."""
+"""Starts gloo ranks in tests: N processes that run one function and connect through a free port."""
 
 import json
 import os
@@ -16,18 +16,18 @@ ROOT = Path(__file__).parents[2]
 
 
 class RankFailed(AssertionError):
-    """A rank ended with an error; holds the end of what it wrote."""
+    """A rank ended with an error; the message holds the end of its stderr."""
 
 
 @dataclass
 class Rank:
-    """A started rank; what it writes goes to files, so that it never waits for a reader."""
+    """A started rank; its output goes to files, so that it never blocks on a full pipe."""
 
     process: subprocess.Popen[bytes]
     out: IO[bytes]
     err: IO[bytes]
 
-    def said(self) -> str:
+    def output(self) -> str:
         return _text(self.out)
 
     def errors(self) -> str:
@@ -40,7 +40,7 @@ def _text(file: IO[bytes]) -> str:
 
 
 def run_ranks(num_ranks: int, function: str, *arguments: Any, timeout: float = 240.0) -> list[str]:
-    """Runs `module:function(*arguments)` (JSON values) in N processes; what each printed, by rank.
+    """Runs `module:function(*arguments)` (JSON values) in N processes; returns their stdout by rank.
 
     Raises:
         RankFailed: a rank failed or took too long. Names it and shows the end of its errors; the others are
@@ -49,13 +49,13 @@ def run_ranks(num_ranks: int, function: str, *arguments: Any, timeout: float = 2
     ranks = start_ranks(num_ranks, function, *arguments)
     failed = wait(ranks, timeout=timeout)
     if failed:
-        told = "".join(f"\nrank {r}: exit {ranks[r].process.returncode}\n{ranks[r].errors()[-3000:]}" for r in failed)
-        raise RankFailed(f"{function} on {num_ranks} ranks failed{told}")
-    return [rank.said() for rank in ranks]
+        ends = "".join(f"\nrank {r}: exit {ranks[r].process.returncode}\n{ranks[r].errors()[-3000:]}" for r in failed)
+        raise RankFailed(f"{function} on {num_ranks} ranks failed{ends}")
+    return [rank.output() for rank in ranks]
 
 
 def wait(ranks: list[Rank], *, timeout: float) -> list[int]:
-    """Waits until all have ended well, or one has not; kills the rest. Who failed by itself."""
+    """Waits until all ranks have succeeded or one has failed, and kills the rest. Returns those that failed."""
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:
@@ -83,7 +83,7 @@ def start_ranks(
 
     Args:
         inside: for each rank a command that runs its command (`ip netns exec NAME`).
-        more: environment variables beside the usual ones.
+        more: Additional environment variables.
     """
     port = free_port()
     ranks = []
@@ -108,7 +108,7 @@ def start_ranks(
 
 
 def free_port() -> int:
-    """A port that nothing listens on at this moment."""
+    """A port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -119,7 +119,7 @@ if __name__ == "__main__":
 
     module_name, _, function_name = sys.argv[1].partition(":")
     getattr(importlib.import_module(module_name), function_name)(*json.loads(sys.argv[2]))
-    # As a real rank leaves: an interpreter that ends with gloo's threads alive is now and then aborted.
+    # real ranks end this way too: an interpreter that exits with gloo's threads alive sometimes aborts
     importlib.import_module("cmscale.distributed.world").disconnect()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Owns what a rank does in the tests that kill it: saves without DeepSpeed, dying at a named point."""
+"""Rank functions of the tests of killed saves: they save without DeepSpeed and are killed at a named point."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def run_of(folder: str, rank: int, point: str) -> RunDir:
 
 
 def save_at_every_point(folder: str) -> None:
-    """For every case a run with step 10 saved, then two ranks that save step 20, one of which is killed there."""
+    """For every case, saves step 10 of a run; then two ranks save step 20, and one is killed at the case's point."""
     for dying_rank, point in CASES:
         run = run_of(folder, dying_rank, point)
         generation = checkpoint.claim_generation(run)
@@ -62,7 +62,7 @@ def save_at_every_point(folder: str) -> None:
 
 
 def _forked(run: RunDir, world: World, generation: int, point: str | None) -> int:
-    """A forked rank: starting Python anew for every case would take most of the time."""
+    """Forks a rank, as starting Python for every case would take most of the time."""
     process = os.fork()
     if process == 0:
         if point is not None:

@@ -1,4 +1,4 @@
-"""Owns the small network, config and training that the engine's tests share."""
+"""Defines the small network, config and training steps of the engine tests."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ ema: {rates: [0.9, 0.5]}
 
 
 def whole(engine: Engine, quantity: str) -> dict[str, torch.Tensor]:
-    """All of a quantity, by parameter name and in the parameters' shapes. Collective."""
+    """A gathered quantity, by parameter name and in the parameters' shapes. Collective."""
     return by_name(engine.shards.full(quantity), engine.shards.parameters)
 
 
@@ -32,7 +32,7 @@ def small_config(*overrides: str) -> Config:
 
 
 class SmallNetwork(nn.Module):
-    """Called as the UNet is; the sizes of its parameters divide by nothing, so that partitions are padded."""
+    """A network with the UNet's interface, and parameter sizes that make ZeRO pad its partitions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def images(step: int) -> torch.Tensor:
     return torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(step))
 
 
-def point_at(step: int) -> ScheduleValues:
+def values_at(step: int) -> ScheduleValues:
     return ScheduleValues(step=step, learning_rate=1e-2 / (1 + step), num_scales=4, target_ema=0.8)
 
 
@@ -74,7 +74,7 @@ def micro_losses(
     micro: int = 2,
     spoil: Callable[[int], bool] = lambda index: False,
 ) -> list[Callable[[], torch.Tensor]]:
-    """This rank's losses of a step: the student against the target (without one, against itself)."""
+    """This rank's losses of a step: the student against the target, or without a target against itself."""
     own = images(step).chunk(world.num_ranks)[world.rank].split(micro)
 
     def loss(index: int) -> torch.Tensor:
@@ -93,9 +93,9 @@ def micro_losses(
 def train(engine: Engine, world: World, steps: range) -> list[StepResult]:
     results = []
     for step in steps:
-        point = point_at(step)
-        result = engine.step(micro_losses(engine, step, world), point.learning_rate)
+        values = values_at(step)
+        result = engine.step(micro_losses(engine, step, world), values.learning_rate)
         if result.applied:
-            engine.shards.update(point)
+            engine.shards.update(values)
         results.append(result)
     return results

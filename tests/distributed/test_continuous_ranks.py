@@ -1,4 +1,4 @@
-"""sCT, sCD (ZeRO 0 to 2) and progressive distillation (0 to 3): the same losses on one rank and on two."""
+"""Tests that sCT, sCD (ZeRO 0 to 2) and progressive distillation (0 to 3) have equal losses on one and two ranks."""
 
 import json
 import sys
@@ -23,8 +23,8 @@ def test_every_stage_trains_alike_on_one_rank_and_on_two(method: str, tmp_path: 
     config = parse_config(TEXT.replace("METHOD", "{kind: edm}"))
     teacher = tmp_path / "teacher.safetensors"
     write_safetensors(teacher, random_weights(config.model), config=config, step=1, weights_name="ema_0.9")
-    told = method.replace("TEACHER", str(teacher))
-    one, two = (json.loads(run_ranks(n, "continuous_work:losses", told)[0].splitlines()[-1]) for n in (1, 2))
+    method = method.replace("TEACHER", str(teacher))
+    one, two = (json.loads(run_ranks(n, "continuous_work:losses", method)[0].splitlines()[-1]) for n in (1, 2))
     golden = [number for pair in one["0"] for number in pair]
     for found in (*one.values(), *two.values()):
         assert [number for pair in found for number in pair] == pytest.approx(golden, rel=2e-4)

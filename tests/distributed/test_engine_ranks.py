@@ -1,4 +1,4 @@
-"""What the engine promises over several ranks, on gloo."""
+"""Tests of the engine on several gloo ranks."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ from ranks import run_ranks
 
 
 def agreed(outputs: list[str]) -> dict:
-    """What every rank printed, which must be the same."""
-    told = [json.loads(output.splitlines()[-1]) for output in outputs]
-    assert all(other == told[0] for other in told)
-    return told[0]
+    """The JSON that the ranks printed, which must be equal."""
+    results = [json.loads(output.splitlines()[-1]) for output in outputs]
+    assert all(result == results[0] for result in results)
+    return results[0]
 
 
 def assert_near(found: dict, expected: dict, *, relative: float) -> None:

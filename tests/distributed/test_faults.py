@@ -1,4 +1,4 @@
-"""What a run makes of signals, numbers that are none, and ranks that stop: the fault matrix on gloo ranks."""
+"""Tests of training through faults on gloo ranks: signals, non-finite values, ranks that stop or hang."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The folder of the runs of `fault_work.scenarios`, and how each ended, on two ranks that started once."""
+    """The folder with the runs of `fault_work.scenarios`, all trained by the same two ranks, and how each ended."""
     root = tmp_path_factory.mktemp("runs")
     for name in (
         "golden",
@@ -77,7 +77,7 @@ def test_a_batch_without_a_finite_loss_is_not_applied_and_is_kept(runs: tuple[Pa
     assert ends["nan once"] == "finished"
     metrics, expected = latest_metrics(run), latest_metrics(golden(runs))
     assert losses(run)[:4] == losses(golden(runs))[:4]
-    assert [record["samples"] for record in metrics] == [8, 16, 24, 32, 48, 56, 64, 72, 80]  # the fifth is passed over
+    assert [record["samples"] for record in metrics] == [8, 16, 24, 32, 48, 56, 64, 72, 80]  # the fifth is not applied
     for name in ("num_scales", "target_ema", "lr"):
         assert [record[name] for record in metrics] == [record[name] for record in expected]
     files = sorted(run.logs.glob("nonfinite-*"))
@@ -101,10 +101,10 @@ def test_bad_batches_in_a_row_roll_back_and_are_passed_over(runs: tuple[Path, di
 def test_going_back_is_bounded(runs: tuple[Path, dict[str, str]]) -> None:
     root, ends = runs
     run = RunDir(root / "nan for ever")
-    assert ends["nan for ever"].startswith("RuntimeError: after step 3: 3 batches in a row gave no finite loss")
-    assert "after going back 1 times" in ends["nan for ever"]
+    assert ends["nan for ever"].startswith("RuntimeError: after step 3: 3 consecutive batches without finite loss")
+    assert "after 1 rollbacks" in ends["nan for ever"]
     assert len(events(run, "rolled_back")) == 1
-    assert "going back 1 times" in events(run, "fault")[-1]["why"]
+    assert "after 1 rollbacks" in events(run, "fault")[-1]["why"]
 
 
 def test_an_fp16_overflow_lowers_the_scale_and_is_no_bad_batch(runs: tuple[Path, dict[str, str]]) -> None:
@@ -157,8 +157,8 @@ def test_a_rank_that_hangs_is_named_with_its_stacks_and_the_job_goes_on_by_itsel
 ) -> None:
     run = make_run(tmp_path / "run", data, "engine.step_timeout_minutes=0.2")
     job = launch(run, "fault_work:main", how)
-    _, said = job.communicate(timeout=200)
-    assert job.returncode == 0, said
+    _, output = job.communicate(timeout=200)
+    assert job.returncode == 0, output
     named = [record for record in events(run, "fault") if "no step within 12 s" in record["why"]]
     assert sorted((record["rank"], record["step"]) for record in named) == [(0, 4), (1, 4)]  # rank 0 waits for rank 1
     stopped = [record["rank"] for record in named if "was stopped" in record["why"]]
@@ -174,12 +174,12 @@ def test_a_rank_that_hangs_is_named_with_its_stacks_and_the_job_goes_on_by_itsel
 def test_the_same_fault_at_the_same_step_stops_the_run_after_three(data: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", data)
     job = launch(run, "fault_work:main", "raises")
-    _, said = job.communicate(timeout=200)
+    _, output = job.communicate(timeout=200)
     assert job.returncode == 1
     why = "fault: 3 failures without progress since step 3: RuntimeError: rank 1 is out of luck"
-    assert said.splitlines()[-1].startswith(why)
-    assert "--- the end of" in said
-    assert "in fail\n" in said  # the log's tail has the place
+    assert output.splitlines()[-1].startswith(why)
+    assert "--- the end of" in output
+    assert "in fail\n" in output  # the log's tail has the place
     assert [record["event"] for record in events(run, "requeued", "start", "resumed")] == [
         "start",
         "requeued",
@@ -197,8 +197,8 @@ def test_wandb_that_is_away_holds_up_neither_training_nor_its_end(
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     run = make_run(tmp_path / "run", data, "wandb.mode=online")
     job = launch(run, "cmscale.training.loop:main")
-    _, said = job.communicate(timeout=200)
-    assert job.returncode == 0, said
+    _, output = job.communicate(timeout=200)
+    assert job.returncode == 0, output
     (finished,) = events(run, "finished")
     assert time.time() - finished["time"] < 40  # ten seconds of patience; wandb's own at exit are sixty
     assert_equal(run, golden(runs))
@@ -230,7 +230,7 @@ def test_a_run_goes_on_over_other_numbers_of_ranks_and_stages(
             continue
         ranks = start_ranks(num_ranks, "train_work:until_signalled", str(run), until, int(signal.SIGTERM))
         assert wait(ranks, timeout=200) == []
-        assert outcomes([rank.said() for rank in ranks]) == ["preempted"] * num_ranks
+        assert outcomes([rank.output() for rank in ranks]) == ["preempted"] * num_ranks
     assert losses(RunDir(run)) == pytest.approx(losses(golden(runs)), rel=2e-5)
     for record, expected in zip(latest_metrics(RunDir(run)), latest_metrics(golden(runs)), strict=True):
         assert record["samples"] == expected["samples"]
@@ -239,7 +239,7 @@ def test_a_run_goes_on_over_other_numbers_of_ranks_and_stages(
 
 @pytest.fixture
 def namespaces() -> Iterator[list[str]]:
-    """Two network namespaces on one bridge; the ranks in them see each other by it alone."""
+    """Two network namespaces, connected only by a bridge."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     names = [f"cms{os.getpid() % 100000}{letter}" for letter in "ab"]
@@ -275,7 +275,7 @@ def test_ranks_cut_off_from_each_other_leave_together_and_the_next_start_is_exac
     overrides = ("engine.collective_timeout_minutes=0.2", "train.log_every=1")
     run = make_run(tmp_path / "run", data, *overrides)
     places = [["ip", "netns", "exec", name] for name in namespaces]
-    # No address in the namespaces is the host name's, so that gloo must be told its interface.
+    # gloo must be given its interface, as the host name resolves to no address in the namespaces
     where = {"MASTER_ADDR": "10.213.7.1", "GLOO_SOCKET_IFNAME": "eth0"}
     ranks = start_ranks(2, "fault_work:as_a_job_does", str(run.root), inside=places, more=where)
     until = time.monotonic() + 120
@@ -288,7 +288,7 @@ def test_ranks_cut_off_from_each_other_leave_together_and_the_next_start_is_exac
         time.sleep(0.05)
     ended = [rank.process.poll() for rank in ranks]
     wait(ranks, timeout=0)  # kills what is left
-    assert ended == [1, 1], ranks[0].said() + ranks[1].said()  # each by itself: neither saw the other leave
+    assert ended == [1, 1], ranks[0].output() + ranks[1].output()  # each by itself: neither saw the other leave
     subprocess.run(["ip", "link", "set", namespaces[1], "up"], check=True)
     again = start_ranks(2, "train_work:to_the_end", str(run.root), inside=places, more=where)
     assert wait(again, timeout=200) == [], again[0].errors()[-2000:]

@@ -1,4 +1,4 @@
-"""A rank killed at any named point of a save leaves the old checkpoint or the new one, never a mix."""
+"""Tests that a rank killed during a save leaves the old checkpoint or the new one, never a mix."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from cmscale.engine.checkpoint_reader import verify_checkpoint
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folders that the killed saves left, one a case."""
+    """The folders of the killed saves, one per case."""
     folder = str(tmp_path_factory.mktemp("runs"))
     run_ranks(1, "save_work:save_at_every_point", folder)
     return folder

@@ -1,4 +1,4 @@
-"""The 256 px path of the LSUN configs, on this machine: narrowed it trains, whole it makes a forward pass."""
+"""Tests of the LSUN configs at 256 px: training with a narrow network, a forward pass of the full one."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ NARROWED = [
     "model.channels=32",
     "model.num_res_blocks=1",
     "model.head_channels=32",
-    "method.distance=l2",  # LPIPS wants VGG's weights
+    "method.distance=l2",  # LPIPS needs VGG's weights
     "train.total_steps=10",
     "train.global_batch_size=2",
     "train.micro_batch_size=1",

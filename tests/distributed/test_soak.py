@@ -1,4 +1,4 @@
-"""A small run killed at random moments ends as one that nobody killed."""
+"""Tests that a small run killed at random moments ends like an uninterrupted one."""
 
 import subprocess
 import sys

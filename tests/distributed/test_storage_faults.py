@@ -1,4 +1,4 @@
-"""Storage that is slow, failing, lying or away: training goes on, and what S3 shows is whole."""
+"""Tests with storage that is slow, failing, wrong or absent: training continues, and copies on S3 are complete."""
 
 import subprocess
 import sys
@@ -26,21 +26,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def golden(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run on one rank that copies nothing."""
+    """A finished run on one rank without copies on S3."""
     run = make_run(tmp_path_factory.mktemp("golden") / "run", data, "wandb.mode=off")
     run_ranks(1, "train_work:to_the_end", str(run.root))
     return run
 
 
 def copies(run: RunDir, s3: str) -> list[int]:
-    """The steps that S3 shows, each whole."""
+    """The steps of the checkpoints on S3, after checking that each is complete."""
     found = list_checkpoints(f"{s3}/{run.name}")
     assert all(verify_checkpoint(copy.url) == [] for copy in found)
     return [copy.step for copy in found]
 
 
 def copy_all(run: RunDir, s3: str, *, patience: float = 60) -> set[int]:
-    """Copies in a thread, as training does; the steps that are left."""
+    """Copies in a thread like training does; returns the steps that are not copied."""
     return Exporter(run, s3, retry_seconds=0.05).close(patience)
 
 
@@ -78,7 +78,7 @@ def test_an_exporter_killed_in_a_multipart_upload_shows_nothing_and_the_next_end
         from cmscale.runs.folder import RunDir
         from cmscale.io.s3 import S3Storage
 
-        def upload(self, key, path):  # in parts, as only large files go
+        def upload(self, key, path):  # in parts, which otherwise only large files are
             in_parts = TransferConfig(multipart_threshold=1, multipart_chunksize=5 * 2**20)
             padded = path.with_name("padded")
             padded.write_bytes(path.read_bytes() + bytes(6 * 2**20))
@@ -114,11 +114,11 @@ def test_a_run_trains_on_exactly_while_storage_fails_is_slow_and_cuts_connection
     rules = [proxy.add(fault, times=2) for fault in ("503", "slow", "reset", "reset after")]
     run = make_run(tmp_path / "run", data, f"checkpoint.export_to={s3}")
     job = launch(run, "cmscale.training.loop:main", num_ranks=1)
-    _, said = job.communicate(timeout=200)
-    assert job.returncode == 0, said
+    _, output = job.communicate(timeout=200)
+    assert job.returncode == 0, output
     assert [rule.used for rule in rules] == [2, 2, 2, 2]
     assert_equal(run, golden)
-    finish_copies(run.root)  # what a try that failed left for the next start
+    finish_copies(run.root)  # the copies that failed
     assert copies(run, s3) == [0, 3, 6, 9]
 
 
@@ -128,11 +128,11 @@ def test_storage_away_through_the_exit_holds_up_neither_training_nor_its_end(
     rule = proxy.add("stall", match="PUT .*rank-")
     run = make_run(tmp_path / "run", data, f"checkpoint.export_to={s3}", "engine.collective_timeout_minutes=0.1")
     job = launch(run, "cmscale.training.loop:main", num_ranks=1)
-    _, said = job.communicate(timeout=200)
-    assert job.returncode == 0, said
+    _, output = job.communicate(timeout=200)
+    assert job.returncode == 0, output
     assert rule.used
     (finished,) = events(run, "finished")
-    assert time.time() - finished["time"] < 20  # seconds of patience are over, minutes of an upload's are not
+    assert time.time() - finished["time"] < 20  # after a preemption's few seconds, not after an upload's minutes
     assert_equal(run, golden)
     assert copies(run, s3) == []
     proxy.clear()

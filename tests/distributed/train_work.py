@@ -1,4 +1,4 @@
-"""Owns what a rank does in the tests of whole runs: train a run folder, ended by a signal where the test says so."""
+"""Rank functions of the tests of whole runs: they train a run folder, optionally until a signal."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines
-from cmscale.training import loop as train
+from cmscale.training import loop
 
 
 def to_the_end(run_dir: str) -> None:
     """Trains, and prints how it ended."""
-    print(json.dumps(train.main(run_dir)))
+    print(json.dumps(loop.main(run_dir)))
 
 
 def until_signalled(run_dir: str, step: int, number: int) -> None:
@@ -25,7 +25,7 @@ def until_signalled(run_dir: str, step: int, number: int) -> None:
 
 
 class BreakingWandb:
-    """A wandb run that goes away in `log` from a step on, and never comes back from `finish`."""
+    """A wandb run that fails in `log` from a step on, and blocks in `finish`."""
 
     def __init__(self, *, breaks_at: int) -> None:
         self.breaks_at = breaks_at
@@ -42,8 +42,8 @@ class BreakingWandb:
 
 
 def while_wandb_breaks(run_dir: str, breaks_at: int, until: int | None) -> None:
-    """Trains, to the end or until a SIGTERM, beside such a wandb; its ids are written down."""
-    import wandb  # slow, and the other runs want none
+    """Trains to the end or until a SIGTERM with such a wandb, and records the wandb ids."""
+    import wandb  # imported here, as it is slow and the other runs do not need it
 
     def init(**asked: str) -> BreakingWandb:
         with (Path(run_dir) / "wandb-ids").open("a") as file:

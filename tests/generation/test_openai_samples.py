@@ -34,8 +34,8 @@ class Original:
         skip = SD**2 / ((sigma - low) ** 2 + SD**2)
         out = SD * (sigma - low) / np.sqrt(sigma**2 + SD**2)
         # the network's time is float32, as in the released code
-        told = np.float32(250.0) * np.log(np.full(len(x), sigma, np.float32))
-        return out * self.network(x / np.sqrt(sigma**2 + SD**2), told.astype(np.float64)) + skip * x
+        c_noise = np.float32(250.0) * np.log(np.full(len(x), sigma, np.float32))
+        return out * self.network(x / np.sqrt(sigma**2 + SD**2), c_noise.astype(np.float64)) + skip * x
 
     def slope(self, x: np.ndarray, sigma: float) -> np.ndarray:
         return (x - self(x, sigma)) / sigma
@@ -74,8 +74,8 @@ def sampled(
     (tmp_path / "config.yaml").write_text(dump_config(small_config(model, method)))
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4)).numpy()
     np.save(tmp_path / "noise.npy", noise)
-    told = ["--config", tmp_path / "config.yaml", "--num", 2, "--noise", tmp_path / "noise.npy", "--raw", *arguments]
-    assert run(monkeypatch, "sample", tmp_path / "model.pt", *told, "--out", tmp_path / "samples.npz") == 0
+    options = ["--config", tmp_path / "config.yaml", "--num", 2, "--noise", tmp_path / "noise.npy", "--raw", *arguments]
+    assert run(monkeypatch, "sample", tmp_path / "model.pt", *options, "--out", tmp_path / "samples.npz") == 0
     original = Original(model, weights, consistency=method["kind"] != "edm")
     return np.load(tmp_path / "samples.npz")["arr_0"], noise.astype(np.float64), original
 

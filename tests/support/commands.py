@@ -1,4 +1,4 @@
-"""Runs the `cmscale` command in the test's own process."""
+"""Runs the `cmscale` command in the test's process."""
 
 import sys
 
@@ -8,7 +8,7 @@ from cmscale.cli import main as cli
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The command in this process; its exit status."""
+    """Runs the command in this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["cmscale", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -1,4 +1,4 @@
-"""A tiny run with a checkpoint as training leaves it, written without DeepSpeed, and a prepared data set beside it."""
+"""Writes a tiny data set and a run with a checkpoint in training's format, without DeepSpeed."""
 
 import hashlib
 from pathlib import Path
@@ -29,7 +29,7 @@ evaluate: {{features: efficientnet, num_samples: {samples}}}
 
 
 class Projection(torch.nn.Module):
-    """A stand-in for a network of features: the interface of the real one at no cost."""
+    """A cheap stand-in for a feature network, with the same interface."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Projection(torch.nn.Module):
 
 
 def build_cheap_features(kind: str, **_: object) -> FeatureExtractor:
-    """What stands for `build_features`."""
+    """Replaces `build_features`."""
     return FeatureExtractor(kind, 16, None, "0" * 64, Projection(), torch.device("cpu"))
 
 
@@ -61,7 +61,7 @@ def write_dataset(folder: Path, *, count: int = 40, size: int = 8) -> Path:
 def write_trained_run(
     root: Path, *, data: Path, kind: str = "ct", method: str = "distance: l2", step: int = 7, samples: int = 300
 ) -> RunDir:
-    """A run of random weights (each EMA its own) with one checkpoint."""
+    """A run with one checkpoint of random weights, different for each EMA."""
     run = RunDir(root)
     config = parse_config(TEXT.format(kind=kind, method=method, data=data, samples=samples))
     run.checkpoint(step).mkdir(parents=True)
@@ -71,7 +71,7 @@ def write_trained_run(
 
 
 def write_checkpoint(run: RunDir, config: Config, *, step: int) -> None:
-    """A checkpoint in the layout of DESIGN.md, one rank's."""
+    """Writes a checkpoint of one rank."""
     with torch.device("meta"):
         parameters = number_parameters(build_unet(config.model))
     total = count_elements(parameters)

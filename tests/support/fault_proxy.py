@@ -1,10 +1,10 @@
-"""Owns an HTTP proxy that stands in front of an S3 server and misbehaves by rule, over real sockets.
+"""Runs an HTTP proxy in front of an S3 server that injects faults by rules, over real sockets.
 
     with FaultProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         proxy.add("503", match="PUT .*manifest", times=2)
 
-A request goes to the first rule that matches and is not used up; without one it passes.
+The first matching rule that is not used up applies to a request; without one the request is forwarded.
 """
 
 import http.client
@@ -19,15 +19,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 FAULTS = {
-    "503": "answers SlowDown, without asking the server",
-    "403": "answers InvalidAccessKeyId, without asking the server",
+    "503": "answers SlowDown without forwarding the request",
+    "403": "answers InvalidAccessKeyId without forwarding the request",
     "reset": "reads the request and resets the connection",
-    "reset after": "lets the server do it, then resets the connection instead of answering",
-    "stall": "answers nothing until the proxy ends",
+    "reset after": "forwards the request, then resets the connection instead of answering",
+    "stall": "does not answer until the proxy ends",
     "slow": "sends the body in small pieces with pauses",
     "truncate": "announces the whole body, sends half of it and closes",
     "corrupt": "flips a bit in the middle of the body",
-    "corrupt upload": "flips a bit in the middle of what the server is sent",
+    "corrupt upload": "flips a bit in the middle of the request's body",
 }
 _PAUSE_SECONDS = 0.02
 _CODES = {"503": "SlowDown", "403": "InvalidAccessKeyId"}
@@ -35,7 +35,7 @@ _CODES = {"503": "SlowDown", "403": "InvalidAccessKeyId"}
 
 @dataclass
 class Rule:
-    """One misbehaviour: `match` is searched for in `METHOD /path?query`; `times` None means always."""
+    """A fault for requests whose `METHOD /path?query` matches; `after` requests pass first, `times` None is always."""
 
     fault: str
     match: str
@@ -46,7 +46,7 @@ class Rule:
     def takes(self, request: str) -> bool:
         if not re.search(self.match, request):
             return False
-        if self.after:  # lets so many matching requests pass first
+        if self.after:
             self.after -= 1
             return False
         if self.times is not None and self.used >= self.times:
@@ -61,7 +61,7 @@ class FaultProxy:
 
     Attributes:
         upstream: The real server's URL.
-        log: What came: (`METHOD /path?query`, the fault or an empty text), in order.
+        log: The requests in order: (`METHOD /path?query`, the fault or an empty string).
     """
 
     upstream: str
@@ -69,13 +69,13 @@ class FaultProxy:
     log: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, fault: str, *, match: str = "", times: int | None = None, after: int = 0) -> Rule:
-        """Adds a rule; the rule counts in `used` how often it was applied."""
+        """Adds a rule, which counts in `used` how often it was applied."""
         assert fault in FAULTS, fault
         self.rules.append(Rule(fault, match, times, after))
         return self.rules[-1]
 
     def clear(self) -> None:
-        """From now on everything passes."""
+        """Removes all rules."""
         self.rules.clear()
 
     def __enter__(self) -> "FaultProxy":
@@ -93,7 +93,7 @@ class FaultProxy:
         self._server.server_close()
 
     def fault_of(self, request: str) -> str:
-        """The fault that this request gets; noted."""
+        """The fault for this request, or an empty string; logs it."""
         with self._lock:
             fault = next((rule.fault for rule in self.rules if rule.takes(request)), "")
             self.log.append((request, fault))
@@ -105,10 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: tests read `FaultProxy.log`."""
+        """Does nothing, as tests read `FaultProxy.log`."""
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # a client that gave up
+        with suppress(ConnectionError):  # the client has closed the connection
             super().handle()
 
     def _serve(self) -> None:
@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.proxy.ended.wait(_PAUSE_SECONDS)
 
     def _reset(self) -> None:
-        # Linger of zero: closing sends RST, not FIN.
+        # with a linger time of zero, closing sends RST instead of FIN
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True

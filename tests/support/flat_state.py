@@ -1,4 +1,4 @@
-"""Owns a stand-in for the engine, for tests of checkpoints: shards over plain tensors, without DeepSpeed."""
+"""Replaces the engine in tests of checkpoints: shards over plain tensors, without DeepSpeed."""
 
 import torch
 
@@ -33,7 +33,7 @@ def parameters_of(shapes: dict[str, tuple[int, ...]]) -> tuple[Parameter, ...]:
 
 
 class StandIn:
-    """One rank's state: every quantity holds its own numbers, made from `seed`."""
+    """The state of one rank; each quantity has different values, drawn from `seed`."""
 
     def __init__(
         self, rank: int, num_ranks: int, *, zero_stage: int = 2, seed: int = 0, has_target: bool = True

@@ -1,4 +1,4 @@
-"""Small networks for tests, random weights for them, and the network's definition in float64 numpy."""
+"""Defines small networks for tests, random weights for them, and the UNet in float64 numpy as reference."""
 
 import functools
 from typing import Any
@@ -66,7 +66,7 @@ def small_config(model: Model, method: dict[str, Any] | None = None) -> Config:
 
 
 def random_weights(model: Model, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights with no zeros in them, such that activations keep their size; norms' gains are near 1."""
+    """Random weights without zeros, scaled so that activations keep their size; gains of norms are near 1."""
     source = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in parameter_shapes(model).items():
@@ -79,7 +79,7 @@ def random_weights(model: Model, *, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 class NumpyNetwork:
-    """The ADM UNet from its published description, one formula a method, in float64."""
+    """The ADM UNet from its published description in float64, one formula per method."""
 
     def __init__(self, model: Model, weights: dict[str, torch.Tensor]) -> None:
         self.model = model
@@ -106,7 +106,7 @@ class NumpyNetwork:
         return [f"{side}.{number}" for number in sorted(numbers)]
 
     def blocks(self, stage: str, x: np.ndarray, embedding: np.ndarray) -> np.ndarray:
-        """What a block is, is told by the names of its parameters; whether it resamples, by its place."""
+        """Recognises a block's type by its parameter names, and resampling by its position."""
         depth = stage.count(".") + 1
         names = {name.split(".")[depth] for name in self.weights if name.startswith(f"{stage}.")}
         for number in sorted(names):
@@ -166,7 +166,7 @@ class NumpyNetwork:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
 
     def conv(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Stride 1, size kept."""
+        """Convolution with stride 1 that keeps the image size."""
         kernel = self.weights[f"{name}.weight"]
         margin = kernel.shape[-1] // 2
         padded = np.pad(x, ((0, 0), (0, 0), (margin, margin), (margin, margin)))
@@ -175,7 +175,7 @@ class NumpyNetwork:
         return product + self.weights[f"{name}.bias"][:, None, None]
 
     def norm(self, name: str, x: np.ndarray) -> np.ndarray:
-        """32 groups of neighbouring channels, each of mean 0 and variance 1."""
+        """Normalises 32 groups of neighbouring channels to mean 0 and variance 1."""
         groups = x.reshape(len(x), 32, -1)
         centred = groups - groups.mean(axis=-1, keepdims=True)
         normal = (centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)).reshape(x.shape)
@@ -196,6 +196,6 @@ def halve(x: np.ndarray) -> np.ndarray:
 
 
 def relative(found: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> float:
-    """Largest difference, relative to the largest expected value."""
+    """The largest difference, relative to the largest expected value."""
     a, b = (np.asarray(torch.as_tensor(value).detach().double()) for value in (found, expected))
     return float(np.abs(a - b).max() / np.abs(b).max())

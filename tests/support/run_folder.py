@@ -1,4 +1,4 @@
-"""Writes a run's folder as training leaves it, for tests of what reads one."""
+"""Writes a run's folder in training's format, for tests of code that reads one."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from cmscale.runs.results import EvaluationResult, Metric, score_name
 
 
 def write_run(root: Path, *, kind: str = "ct", total_steps: int = 200, nfes: tuple[int, ...] = (1, 2)) -> RunDir:
-    """A run with metrics, events, three grids, provenance, and evaluations with `nfes` at two steps."""
+    """A run with metrics, events, three sample grids, provenance, and evaluations with `nfes` at two steps."""
     run = RunDir(root)
     run.samples.mkdir(parents=True)
     run.config.write_text(
@@ -58,7 +58,7 @@ def write_evaluation(
     times: tuple[float, ...] | None = None,
     warnings: tuple[str, ...] = (),
 ) -> None:
-    """An evaluation of a run in its place."""
+    """Writes an evaluation to the run's folder."""
     result = EvaluationResult(
         step=step,
         weights=weights,

@@ -1,4 +1,4 @@
-"""Owns a process that the watchdog's tests hang: it beats three times, then does what its name says."""
+"""A process for tests of the watchdog: it beats three times, then hangs in the way that its argument names."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def hold_the_gil() -> None:
     import ctypes
 
     library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)  # a PyDLL call keeps the GIL
-    for _ in range(2):  # the second waits for ever, whatever signals come
+    for _ in range(2):  # the second call blocks for ever, and no signal interrupts it
         library.pthread_mutex_lock(mutex)
 
 
@@ -45,7 +45,7 @@ def main() -> None:
             while time.monotonic() < until:
                 watchdog.beat(5)
                 threading.Event().wait(0.02)
-            worker = os.fork()  # as a data worker does, it keeps the pipe open
+            worker = os.fork()  # like a data worker, it keeps the pipe open
             if worker == 0:
                 signal.pause()
             watchdog.stop()

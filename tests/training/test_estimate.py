@@ -1,4 +1,4 @@
-"""The estimate counts the networks, states and passes that training really has."""
+"""Tests that the estimate counts the networks, states and passes of real training."""
 
 import math
 import re
@@ -44,7 +44,7 @@ def number(text: str) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_networks_states_and_passes_are_the_methods(method: str) -> None:
     networks, states, passes = METHODS[method]
-    # In GiB with two digits such a small network is 0.00: a parameter count that shows is given in its place.
+    # a larger parameter count, as this network's memory in GiB would be rounded to 0.00
     config = config_of(method, "model.channels=512", "model.channel_multipliers=[1,4]", "model.head_channels=64")
     count = num_parameters(config)
     rows = dict(estimates(config, num_ranks=2, tflops=1.0))

@@ -1,4 +1,4 @@
-"""What a node must be able to do before a run begins on it."""
+"""Tests of the checks before a run."""
 
 import types
 from pathlib import Path
@@ -40,8 +40,8 @@ def test_a_node_without_memory_is_named(run: RunDir, monkeypatch: pytest.MonkeyP
         look(run)
 
 
-def test_a_run_folder_that_is_not_shared_is_told(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_folder_that_is_not_shared_is_named(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "SEEN_SECONDS", 0.0)
-    monkeypatch.setattr(Path, "touch", lambda *_: None)  # what rank 0 writes comes nowhere
-    with pytest.raises(PreflightFailed, match=r"is not the folder that rank 0 sees"):
+    monkeypatch.setattr(Path, "touch", lambda *_: None)  # a file of rank 0 never becomes visible
+    with pytest.raises(PreflightFailed, match=r"use a folder that all nodes share"):
         look(run)

@@ -1,4 +1,4 @@
-"""The slow rank that all others wait for."""
+"""Tests of finding a slow rank."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from cmscale.training.stragglers import Stragglers, slowest
         ([1.0, 2.3], 1),
         ([2.3, 1.0], 0),
         ([1.0, 1.9, 1.0, 1.0], None),  # not far above the median
-        ([0.001, 0.03], None),  # far above, of nothing
+        ([0.001, 0.03], None),  # a large factor, but a negligible time
         ([1.0], None),
     ],
 )
@@ -44,4 +44,4 @@ def test_the_straggler_is_named_every_so_often_by_the_mean_of_its_steps(
     assert gathered == pytest.approx([1.5, 3.5])
     (first,) = read_lines(run.events)
     assert (first["event"], first["step"], first["rank"]) == ("straggler", 2, 1)
-    assert first["why"] == "rank 1 takes 4.500 s a step before it meets the others, the median is 1.500 s"
+    assert first["why"] == "rank 1 needs 4.500 s per step before the first collective, the median rank 1.500 s"

@@ -1,4 +1,4 @@
-"""wandb that goes away in the middle of a run or at its end."""
+"""Tests that training survives failures of wandb in the middle and at the end of a run."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from cmscale.training.wandb_mirror import MetricsLog, WandbMirror
 
 
 class Server:
-    """A wandb run that breaks as told: in `log` from a step on, or in `finish`, for ever."""
+    """A wandb run that fails as configured: in `log` from a step on, or by blocking in `finish`."""
 
     def __init__(self, *, breaks_at: int = 10**9, hangs_at_the_end: bool = False) -> None:
         self.breaks_at = breaks_at
