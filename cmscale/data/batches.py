@@ -122,14 +122,16 @@ class _RankBatches(Dataset[Any]):
             shard = shards[self.samples.shard_of(index)]
             try:
                 key, data = self.samples.read(index)
-                decode_into(data, row)
-                return key
             except BadFile as error:
                 bad_shards[shard.name] = str(error)
                 if len(bad_shards) == len(shards):
                     raise
                 index = self.samples.in_next_shard(index)
                 tried = 0
+                continue
+            try:
+                decode_into(data, row)
+                return key
             except BadImage as error:
                 bad[key] = str(error)
                 index = self.samples.after(index)

@@ -85,12 +85,11 @@ class Samples:
 
     def _open_verified(self, name: str) -> io.FileIO:
         for _ in range(_MAX_EVICTIONS):
-            path = self.cache.path(name)
             try:
-                return path.open("rb", buffering=0)
+                return self.cache.path(name).open("rb", buffering=0)
             except FileNotFoundError:
                 continue  # another process evicted it between the check and the opening
-        raise RuntimeError(f"{path}: evicted {_MAX_EVICTIONS} times before it could be opened; raise data.cache_gb")
+        raise RuntimeError(f"{self.cache.folder / name}: evicted {_MAX_EVICTIONS} times before it could be opened; raise data.cache_gb")
 
     def after(self, index: int) -> int:
         """The sample that replaces an undecodable one: the next in its shard, cyclically."""

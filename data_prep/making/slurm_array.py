@@ -1,7 +1,6 @@
 """Makes the shards of a preparation with an array of Slurm tasks: submits it, follows it, and runs its tasks."""
 
 import io
-import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from cmscale.errors import UserError
+from cmscale.io.slurm import ACTIVE_STATES, common_parameters, job_states, refusal
 from cmscale.runs.manifests import Document, read_document
 from data_prep.making.preparation import PROGRESS, Preparation
 from data_prep.making.processes import make_missing
@@ -16,7 +16,6 @@ from data_prep.making.progress import ProgressCounter
 from data_prep.making.shards import DatasetSettings, ShardRecord
 from data_prep.sources import open_source
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 2.0
 _ARRAY = f"{PROGRESS}/array.json"
 _REFUSED = f"{PROGRESS}/refused-"
@@ -124,18 +123,15 @@ def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int
     tasks = min(placement.nodes, preparation.num_shards)
     executor = SlurmExecutor(_log_folder(preparation))
     executor.update_parameters(
-        job_name="prepare",
-        nodes=1,
-        ntasks_per_node=1,
-        cpus_per_task=placement.cpus,
         array_parallelism=tasks,
-        time=placement.minutes,
-        mem="0",  # all memory of the node
-        stderr_to_stdout=True,
-        srun_args=[f"--cpus-per-task={placement.cpus}"],  # srun 22.05 does not inherit the CPU count from sbatch
-        setup=[f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
-        additional_parameters={"requeue": True},
-        **({"partition": placement.partition} if placement.partition else {}),
+        **common_parameters(
+            job_name="prepare",
+            nodes=1,
+            tasks_per_node=1,
+            cpus_per_task=placement.cpus,
+            minutes=placement.minutes,
+            partition=placement.partition,
+        ),
     )
     arguments = [
         ArrayTask(
@@ -155,8 +151,7 @@ def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int
     except FileNotFoundError:
         raise UserError("--slurm: no sbatch on the PATH; run this on a login node, or without --slurm") from None
     except (FailedJobError, FailedSubmissionError) as error:
-        lines = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()
-        raise UserError(f"Slurm refuses the array: {'; '.join(lines)}") from None
+        raise UserError(f"Slurm refuses the array: {refusal(str(error))}") from None
     return jobs[0].job_id.split("_")[0]
 
 
@@ -169,14 +164,10 @@ def _log_folder(preparation: Preparation) -> Path:
 def _active(job_id: str) -> bool:
     """Whether tasks of the array are waiting or running; True if Slurm does not answer."""
     try:
-        asked = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", "--jobs", job_id], capture_output=True, text=True, check=False
-        )
+        states = job_states(job_id)
     except FileNotFoundError:
         raise UserError("--slurm: no squeue on the PATH; run this on a login node, or without --slurm") from None
-    if asked.returncode:
-        return "Invalid job id" not in asked.stderr
-    return bool(asked.stdout.split())
+    return states is None or bool(states & ACTIVE_STATES)
 
 
 def _wait(preparation: Preparation, job_id: str, pause: Callable[[float], None] = time.sleep) -> None:
