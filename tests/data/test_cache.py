@@ -77,6 +77,15 @@ def test_faults_of_the_network_are_retried_with_growing_waits(tmp_path: Path) ->
     assert waits == [1.0, 2.0, 4.0]
 
 
+def test_retries_really_wait(tmp_path: Path, monkeypatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    storage = Counting(FILES, [ConnectionError("503")])
+    entry = FileEntry(name="shard-1", size=1000, sha256=hashlib.sha256(FILES["shard-1"]).hexdigest())
+    FileCache(storage, {"shard-1": entry}, folder=tmp_path, name="set", limit=10_000).path("shard-1")  # type: ignore[arg-type]
+    assert slept == [1.0]
+
+
 def test_a_storage_that_never_answers_is_one_fault(tmp_path: Path) -> None:
     storage = Counting(FILES, [ConnectionError(f"try {n}") for n in range(9)])
     with pytest.raises(ConnectionError, match="try 3"):
@@ -94,6 +103,37 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used_longest_ago(tm
         assert sum(p.stat().st_size for p in tmp_path.glob("*/shard*")) <= 3000
     assert sorted(p.name for p in tmp_path.glob("*/shard*")) == ["shard-2", "shard-3", "shard-4"]
     assert small.path("shard-0").read_bytes() == FILES["shard-0"]
+
+
+def test_a_file_that_is_used_again_is_not_the_next_to_be_deleted(tmp_path: Path) -> None:
+    storage = Counting(FILES)
+    small = cache_of(storage, tmp_path, limit=2000)
+    for number in (0, 1):
+        os.utime(small.path(f"shard-{number}"), (number, number))
+    cache_of(storage, tmp_path, limit=2000).path("shard-0")
+    small.path("shard-2")
+    assert sorted(p.name for p in tmp_path.glob("*/shard*")) == ["shard-0", "shard-2"]
+
+
+def test_whether_a_file_needs_fetching_is_known_for_good_bad_and_deleted_files(tmp_path: Path) -> None:
+    storage = Counting(FILES, [b"damaged"] * cache.ATTEMPTS)
+    some = cache_of(storage, tmp_path)
+    assert not some.has("shard-0")
+    with pytest.raises(cache.BadFile, match="shard-0: damaged"):
+        some.path("shard-0")
+    assert some.has("shard-0")
+    path = some.path("shard-1")
+    assert some.has("shard-1")
+    path.unlink()
+    assert not some.has("shard-1")
+
+
+def test_the_cache_belongs_to_its_user_alone_and_a_file_in_its_place_is_one_line(tmp_path: Path) -> None:
+    cache_of(Counting(FILES), tmp_path / "cache").path("shard-0")
+    assert (tmp_path / "cache" / "set").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"^data.cache_dir: cannot write to {tmp_path}/file/set [^\n]*$"):
+        cache_of(Counting(FILES), tmp_path / "file").path("shard-0")
 
 
 def test_processes_that_fetch_at_the_same_time_stay_within_the_limit_together(tmp_path: Path) -> None:
