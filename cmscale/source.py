@@ -171,3 +171,16 @@ def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) 
     if run_dir is None and folder is not None and folder.parent.name == "checkpoints":
         run_dir = folder.parent.parent
     return Source(origin, settings, without_weighting(read_weights(origin, name)), name, manifest.state.step, run_dir)
+
+
+def checkpoint_step(text: str) -> int | None:
+    """The step that `--step` names; None for the newest checkpoint.
+
+    Raises:
+        UserError: neither a number nor `latest`.
+    """
+    if text == "latest":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--step {text}: give a step number or latest")
+    return int(text)

@@ -1,4 +1,4 @@
-"""Owns what a machine is asked before anything is run on it."""
+"""Collects what a machine offers, for `cmscale doctor`."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ PACKAGES = (
 
 
 def findings() -> Iterator[tuple[str, str]]:
-    """(what was looked for, what was found), one after the other."""
+    """Yields (what was looked for, what was found)."""
     import torch
 
     from cmscale.model.attention import choose_attention

@@ -1,6 +1,6 @@
-"""Evaluates a source: which checkpoints, weights and times are measured, and the document that each leaves.
+"""Evaluates a source: measures the requested checkpoints, weights and samplings, and writes a result for each.
 
-An evaluation that is killed or preempted goes on where it was, on any number of ranks, with the same result.
+An evaluation that was killed or preempted continues where it stopped, on any number of ranks, with the same result.
 """
 
 import time
@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from cmscale.config import Config, Evaluate
+from cmscale.config.requests import EvaluateRequest
 from cmscale.consistency.sampler import num_evaluations
 from cmscale.distributed import collectives
 from cmscale.distributed import world as worlds
@@ -21,10 +22,11 @@ from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
 from cmscale.evaluation.images import open_images
 from cmscale.evaluation.measure import image_blocks, left_out, measure
+from cmscale.evaluation.metrics.frechet import FID
+from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.evaluation.session import (
     TIMEOUT_MINUTES,
-    Bench,
-    MeasuringRequest,
+    EvaluationSession,
     describe_step,
     machine_protocol,
     sampling_protocol,
@@ -34,52 +36,47 @@ from cmscale.generation.draw import SampleRequest
 from cmscale.io.storage import open_parent
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
-from cmscale.runs.results import EvaluationResult, combine, score_name
-from cmscale.source import Source, dataset_of, load_source
+from cmscale.runs.results import EvaluationResult, combine
+from cmscale.source import Source, checkpoint_step, dataset_of, load_source
 
 
-class Request(MeasuringRequest):
-    """What to evaluate and how. Lists are written `1,2`."""
+def draws_of(request: EvaluateRequest, *, num: int) -> list[SampleRequest]:
+    """The samplings that a request asks for, with seed 0: one per number of steps, or one at the given times."""
+    if request.times is not None:
+        if request.steps is not None:
+            raise UserError(f"--steps {request.steps}: --times gives the number of steps; leave one of them out")
+        return [SampleRequest(num=num).with_files(noise=None, times=request.times, shape=())]
+    steps = [None] if request.steps is None else _numbers(request.steps, flag="--steps")
+    return [SampleRequest(num=num, steps=each) for each in steps]
 
-    out: str | None = None
-    steps: str | None = None
-    times: str | None = None
-    seeds: int = 1
-    checkpoints: str = "latest"
-    run_dir: str | None = None
-    """Where results and progress go for a source that is no run; on a cluster all nodes see it."""
 
-    def draws(self, *, num: int) -> list[SampleRequest]:
-        """The ways of sampling asked for, seed 0: each number of steps, or the given times."""
-        if self.times is not None:
-            if self.steps is not None:
-                raise UserError(f"--steps {self.steps}: --times says how many steps there are; leave one out")
-            return [SampleRequest(num=num).with_files(noise=None, times=self.times, shape=())]
-        steps = [None] if self.steps is None else _numbers(self.steps, flag="--steps")
-        return [SampleRequest(num=num, steps=each) for each in steps]
+def sources_of(request: EvaluateRequest) -> Iterator[Source]:
+    """Every requested checkpoint with each of the requested weights."""
+    for part in request.checkpoints.split(","):
+        for weights in _weights(request):
+            yield load_source(
+                request.source,
+                weights=weights,
+                step=checkpoint_step(part),
+                config=request.config,
+                overrides=request.overrides,
+            )
 
-    def sources(self) -> Iterator[Source]:
-        """Every checkpoint asked for with every weights asked for."""
-        for part in self.checkpoints.split(","):
-            step = None if part == "latest" else _numbers(part, flag="--step")[0]
-            for weights in self.weights_list:
-                yield load_source(self.source, weights=weights, step=step, config=self.config, overrides=self.overrides)
 
-    @property
-    def weights_list(self) -> list[str | None]:
-        return [None] if self.weights is None else [name.strip() for name in self.weights.split(",")]
+def _weights(request: EvaluateRequest) -> list[str | None]:
+    return [None] if request.weights is None else [name.strip() for name in request.weights.split(",")]
 
-    @property
-    def count(self) -> int:
-        """How many evaluations that makes."""
-        steps = 1 if self.steps is None else len(self.steps.split(","))
-        return len(self.checkpoints.split(",")) * len(self.weights_list) * steps
+
+def _count(request: EvaluateRequest) -> int:
+    """The number of evaluations that a request asks for."""
+    steps = 1 if request.steps is None else len(request.steps.split(","))
+    return len(request.checkpoints.split(",")) * len(_weights(request)) * steps
 
 
 def main(request: dict[str, Any]) -> str:
-    """Evaluates on all ranks of a job. Returns `finished` or `preempted` (the blocks so far are kept)."""
+    """Evaluates on all ranks of a job. Returns `finished`, or `preempted` (finished blocks are kept)."""
     try:
-        wanted = Request.model_validate(request)
+        wanted = EvaluateRequest.model_validate(request)
     except ValidationError as error:
         raise UserError(f"evaluation request: {error.errors(include_url=False)[0]['msg']}") from None
     preemption = Preemption.install()
@@ -91,11 +88,11 @@ def main(request: dict[str, Any]) -> str:
     return "preempted" if done is None else "finished"
 
 
-def run_here(request: Request) -> list[Path] | None:
-    """Evaluates in this process, alone or as one of torchrun's ranks, finished samples too.
+def run_here(request: EvaluateRequest) -> list[Path] | None:
+    """Evaluates in this process, which may be one of torchrun's ranks; also measures finished samples.
 
     Returns:
-        The results' files; None where a signal interrupted.
+        The results' files; None if a signal interrupted.
     """
     preemption = Preemption.install()
     world = worlds.detect(request.device)
@@ -107,63 +104,65 @@ def run_here(request: Request) -> list[Path] | None:
         return evaluate(request, world, preemption=preemption)
 
 
-def evaluate(request: Request, world: World, *, preemption: Preemption) -> list[Path] | None:
-    """Every asked checkpoint with every asked weights at every asked number of steps. Collective.
+def evaluate(request: EvaluateRequest, world: World, *, preemption: Preemption) -> list[Path] | None:
+    """Evaluates every requested checkpoint with the requested weights and samplings. Collective.
 
     Returns:
-        The results' files, or None where a preemption came between.
+        The results' files; None if a preemption interrupted.
     """
-    if request.out is not None and request.count > 1:
-        raise UserError(f"--out {request.out}: one file can't hold {request.count} evaluations; ask for one")
-    bench: Bench | None = None
+    if request.out is not None and _count(request) > 1:
+        raise UserError(f"--out {request.out}: one file can't hold {_count(request)} evaluations; ask for one")
+    session: EvaluationSession | None = None
     done = []
     with worlds.same_arithmetic(world.device):
-        for source in request.sources():
+        for source in sources_of(request):
             evaluating, data = source.config.evaluate, source.config.data.path
-            bench = bench or Bench.build(evaluating, world, given=request.given(), data=data, preemption=preemption)
-            for draw in request.draws(num=bench.settings.num_samples):
-                path = _evaluate_one(request, source, bench, draw)
+            session = session or EvaluationSession.build(request, evaluating, world, data=data, preemption=preemption)
+            for draw in draws_of(request, num=session.settings.num_samples):
+                path = _evaluate_one(request, source, session, draw)
                 if path is None:
                     return None
                 done.append(path)
     return done
 
 
-def _evaluate_one(request: Request, source: Source, bench: Bench, draw: SampleRequest) -> Path | None:
-    """One network sampled in one way, over all seeds. Collective."""
+def _evaluate_one(
+    request: EvaluateRequest, source: Source, session: EvaluationSession, draw: SampleRequest
+) -> Path | None:
+    """Evaluates one network in one sampling, over all seeds. Collective."""
     started = time.monotonic()
     out = _result_path(request, source, draw)
-    collectives.on_main(lambda: _check_fit(source, bench))
-    denoise = source.denoiser(bench.world.device)
+    collectives.on_main(lambda: _check_fit(source, session))
+    denoise = source.denoiser(session.world.device)
     work_dir = work_folder(source, request.run_dir)
     measured = []
     for seed in range(request.seeds):
         label = f"{describe_step(source)} seed {seed}"
-        found = bench.measure_samples(source, denoise, replace(draw, seed=seed), work_dir=work_dir, label=label)
+        found = session.measure_samples(source, denoise, replace(draw, seed=seed), work_dir=work_dir, label=label)
         if found is None:
             return None
         measured.append(found)
     seconds = time.monotonic() - started
-    collectives.on_main(lambda: _write_result(source, bench, draw, measured, out=out, seconds=seconds))
+    collectives.on_main(lambda: _write_result(source, session, draw, measured, out=out, seconds=seconds))
     return out
 
 
-def _check_fit(source: Source, bench: Bench) -> None:
+def _check_fit(source: Source, session: EvaluationSession) -> None:
     size = source.config.model.image_size
-    assert bench.reference is not None, "rank 0 has the reference"
-    bench.reference.refuse_other_size((size, size), whose="the model")
+    assert session.reference is not None, "rank 0 has the reference"
+    session.reference.refuse_other_size((size, size), whose="the model")
 
 
 def _write_result(
     source: Source,
-    bench: Bench,
+    session: EvaluationSession,
     draw: SampleRequest,
     measured: list[dict[str, float]],
     *,
     out: Path,
     seconds: float,
 ) -> None:
-    reference = bench.reference
+    reference = session.reference
     assert reference is not None, "rank 0 has the reference"
     data = dataset_of(source)
     result = EvaluationResult(
@@ -173,22 +172,22 @@ def _write_result(
         times=None if draw.sigmas is None else tuple(draw.sigmas.tolist()),
         num_samples=draw.num,
         seeds=tuple(range(len(measured))),
-        features=bench.extractor.label,
-        score_name=score_name(bench.extractor.label),
+        features=session.extractor.label,
+        score_name=session.extractor.distance_name,
         reference=reference.describe(),
         seconds=round(seconds, 3),
         protocol={
             "source": source.origin,
             **sampling_protocol(source, draw),
-            **bench.features_protocol(),
-            **machine_protocol(bench.world),
+            **session.features_protocol(),
+            **machine_protocol(session.world),
             "data": None if data is None else {"fingerprint": data.fingerprint, "preprocess": data.preprocess},
         },
         warnings=(
             *reference.mismatches(preprocess=None if data is None else data.preprocess),
-            *left_out(reference, num_samples=draw.num, features=bench.extractor.label),
+            *left_out(measured[0], reference=reference),
         ),
-        **as_fields(measured),
+        metrics=combine(measured),
     )
     storage, key = open_parent(out)
     storage.write(key, result.to_bytes())
@@ -197,26 +196,26 @@ def _write_result(
         write_event(RunDir(source.run_dir), "evaluated", step=source.step, rank=0, why=summary(result))
 
 
-def evaluate_images(request: Request, world: World, *, preemption: Preemption) -> Path:
-    """Finished samples, anybody's: an `.npz` with `arr_0`, or a folder of images."""
+def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preemption) -> Path:
+    """Evaluates finished samples: an `.npz` with `arr_0`, or a folder of images."""
     started = time.monotonic()
     images = open_images(request.source)
-    bench = Bench.build(Evaluate(), world, given=request.given(), data=None, preemption=preemption)
-    reference = bench.reference
+    session = EvaluationSession.build(request, Evaluate(), world, data=None, preemption=preemption)
+    reference = session.reference
     assert reference is not None, "a world of one has the reference"
     reference.refuse_other_size((images.height, images.width), whose=request.source)
-    blocks = image_blocks(images.read(), bench.extractor)
+    blocks = image_blocks(images.read(), session.extractor)
     measured = measure(blocks, num_samples=images.count, reference=reference)
     result = EvaluationResult(
         num_samples=images.count,
         seeds=(0,),
-        features=bench.extractor.label,
-        score_name=score_name(bench.extractor.label),
+        features=session.extractor.label,
+        score_name=session.extractor.distance_name,
         reference=reference.describe(),
         seconds=round(time.monotonic() - started, 3),
-        protocol={"source": images.name, **bench.features_protocol(), **machine_protocol(world)},
-        warnings=tuple(left_out(reference, num_samples=images.count, features=bench.extractor.label)),
-        **as_fields([measured]),
+        protocol={"source": images.name, **session.features_protocol(), **machine_protocol(world)},
+        warnings=tuple(left_out(measured, reference=reference)),
+        metrics=combine([measured]),
     )
     out = Path(request.out or f"{Path(request.source).stem}-evaluation.json")
     storage, key = open_parent(out)
@@ -225,29 +224,24 @@ def evaluate_images(request: Request, world: World, *, preemption: Preemption) -
     return out
 
 
-def as_fields(measured: list[dict[str, float]]) -> dict[str, Any]:
-    """The metrics over all sets, as fields of the result."""
-    return dict(combine(measured))
-
-
 def summary(result: EvaluationResult) -> str:
-    """The result in a line."""
-    parts = [f"{result.score_name} {result.fid.mean:.4g}"]
-    for name in ("precision", "recall"):
-        metric = getattr(result, name)
-        if metric is not None:
-            parts.append(f"{name} {metric.mean:.3f}")
+    """The result in one line."""
+    parts = []
+    for metric in all_metrics():
+        if (measured := result.metrics.get(metric.name)) is not None:
+            title = result.score_name if metric.name == FID.name else metric.title
+            parts.append(f"{title} {measured.mean:{metric.format}}")
     nfe = "" if result.nfe is None else f", NFE {result.nfe}"
     return f"{', '.join(parts)} ({result.num_samples} samples{nfe})"
 
 
-def _result_path(request: Request, source: Source, draw: SampleRequest) -> Path:
+def _result_path(request: EvaluateRequest, source: Source, draw: SampleRequest) -> Path:
     """Where the result goes: `--out`, or the run's evaluations folder."""
     if request.out is not None:
         return Path(request.out)
     home = source.run_dir or (None if request.run_dir is None else Path(request.run_dir))
     if home is None:
-        raise UserError(f"{request.source}: not a run on this machine; say where the result goes with --out FILE.json")
+        raise UserError(f"{request.source}: not a run on this machine; give --out FILE.json for the result")
     return RunDir(home).evaluation(
         step=source.step,
         weights=source.weights_name,
@@ -258,7 +252,7 @@ def _result_path(request: Request, source: Source, draw: SampleRequest) -> Path:
 
 def _nfe(config: Config, draw: SampleRequest) -> int:
     steps = draw.steps if draw.sigmas is None else int(torch.count_nonzero(draw.sigmas))
-    default = config.method.sampler_steps if config.method.kind == "edm" else 1
+    default = config.method.default_sampling_steps
     return num_evaluations(config.method, steps or default, draw.sampler)
 
 

@@ -1,4 +1,4 @@
-"""Owns one measurement of samples: drawn and measured on all ranks in blocks, then turned into numbers."""
+"""Measures sets of samples: draws them on all ranks in blocks, extracts features, and computes the metrics."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from rich.progress import track
 
 from cmscale import __version__
 from cmscale.config import Evaluate
+from cmscale.config.requests import MeasuringRequest
 from cmscale.consistency.solver import Denoise
 from cmscale.data import read_images
 from cmscale.distributed import collectives
@@ -20,63 +20,36 @@ from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BlockStore
 from cmscale.evaluation.features.extractor import FeatureExtractor, build_features
+from cmscale.evaluation.manifold import DENSITY_K, Manifold
 from cmscale.evaluation.measure import measure_distributions, measure_neighbours
-from cmscale.evaluation.metrics.neighbours import DENSITY_K, Manifold
 from cmscale.evaluation.reference.reference import Reference, read_reference, reference_from_images
 from cmscale.generation.draw import SampleRequest, draw_batch, used_sigmas
 from cmscale.io.fetch import cache_folder, local_file
-from cmscale.io.pictures import to_uint8
+from cmscale.io.image_tensors import to_uint8
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir, step_name
 from cmscale.runs.manifests import DATASET_MANIFEST, read_dataset_manifest
 from cmscale.source import Source
 
-MAX_REFERENCE_IMAGES = 50_000  # measured on the spot; larger data sets want data_prep/reference.py once
-_PIXELS_A_PASS = 1 << 20
+MAX_REFERENCE_IMAGES = 50_000  # measured in every evaluation; statistics of larger data sets are made once
+_PIXELS_PER_PASS = 1 << 20
 
 PROTOCOL = 1
-"""Counts the definitions of samples, features and metrics: whatever changes a number by more than rounding (another
-preprocessing, another tap of a network, another estimator) takes the next one, and measures kept under the last are
-not taken for its own.
+"""Number of the definitions of samples, features and metrics. A change of a definition that moves a number by more than
+rounding (another preprocessing, another layer of a network, another estimator) raises it, so that values stored under
+the old definitions are not reused.
 """
 
 
 TIMEOUT_MINUTES = 120.0
-"""Of the ranks' collectives: rank 0 measures a reference while the others wait."""
-
-
-class MeasuringRequest(BaseModel):
-    """Which network is measured and against what; `None` leaves a value to the source's config."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str
-    reference: str | None = None
-    samples: int | None = None
-    features: str | None = None
-    inception_weights: str | None = None
-    dinov2_weights: str | None = None
-    weights: str | None = None
-    config: str | None = None
-    overrides: list[str] = []
-    device: str = "auto"
-
-    def given(self) -> dict[str, Any]:
-        """What stands before the config's `evaluate` section, by its keys."""
-        return {
-            "features": self.features,
-            "inception_weights": self.inception_weights,
-            "dinov2_weights": self.dinov2_weights,
-            "reference": self.reference,
-            "num_samples": self.samples,
-        }
+"""Limit of collectives, which includes the time in which rank 0 measures a reference."""
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What all measurements of one call share: ranks, settings, features, and on rank 0 the reference.
+class EvaluationSession:
+    """What all measurements of one command share: ranks, settings, features, and on rank 0 the reference.
 
-    Every rank has the reference's features for nearest neighbours (`manifold`), where there are such.
+    Every rank has the reference's features for nearest neighbours (`manifold`), if there are enough.
     """
 
     world: World
@@ -88,15 +61,19 @@ class Bench:
 
     @classmethod
     def build(
-        cls, settings: Evaluate, world: World, *, given: dict[str, Any], data: str | None, preemption: Preemption
-    ) -> "Bench":
-        """The values given on the command line before the config's; the training data where neither names a
-        reference. Collective.
+        cls, request: MeasuringRequest, configured: Evaluate, world: World, *, data: str | None, preemption: Preemption
+    ) -> "EvaluationSession":
+        """Opens a session. Collective.
+
+        Args:
+            configured: The config's `evaluate` section; values of the request replace its own.
+            data: The training data, which is the reference if neither names one.
+
+        Raises:
+            UserError: a setting is not allowed, or a file is missing.
         """
-        settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
-        if settings.num_samples < 2:
-            raise UserError(f"--samples {settings.num_samples}: an evaluation takes at least 2 samples")
-        named = {"inception": settings.inception_weights, "dinov2": settings.dinov2_weights}.get(settings.features)
+        settings = request.settings(configured)
+        _, named = settings.weights()
         weights = None if named is None else local_file(named)
         extractor = build_features(settings.features, weights=weights, device=world.device)
         reference = collectives.on_main(lambda: load_reference(settings.reference or data, extractor))
@@ -105,12 +82,12 @@ class Bench:
     def measure_samples(
         self, source: Source, denoise: Denoise, draw: SampleRequest, *, work_dir: Path, label: str
     ) -> dict[str, float] | None:
-        """Every metric of the samples that `draw` asks for, on every rank. Collective.
+        """All metrics of the samples that `draw` describes, on every rank. Collective.
 
-        What an earlier, interrupted call committed to `work_dir`, blocks or all metrics, is taken as it is.
+        Blocks or metrics that an interrupted call stored in `work_dir` are reused.
 
         Returns:
-            None where a preemption came between; the blocks so far are kept.
+            None if a preemption interrupted; the finished blocks are kept.
         """
         if source.config.model.num_classes is not None:
             draw = replace(draw, classes="random")
@@ -130,7 +107,7 @@ class Bench:
         return self._measured(store)
 
     def features_protocol(self) -> dict[str, Any]:
-        """What decides the numbers that images give: network, its weights, the code."""
+        """What determines the metrics of given images: the features' network, its weights, the code."""
         return {
             "features": self.extractor.label,
             "features_sha256": self.extractor.weights_sha256,
@@ -144,7 +121,7 @@ class Bench:
         return self.reference.sha256
 
     def _measured(self, store: BlockStore) -> dict[str, float]:
-        """Distributions on rank 0, where the reference is; nearest neighbours on all ranks. Collective."""
+        """Computes distributions on rank 0, where the reference is, and neighbours on all ranks. Collective."""
         found, pooled = collectives.on_main(lambda: self._distributions(store)) or ({}, None)
         if self.manifold is not None and store.num_samples > DENSITY_K:
             features = collectives.array_from_main(pooled)
@@ -158,7 +135,7 @@ class Bench:
 
 
 def shared_manifold(reference: Reference | None, extractor: FeatureExtractor, world: World) -> Manifold | None:
-    """Rank 0's reference for nearest neighbours, on every rank; None where it has too few features. Collective."""
+    """Rank 0's reference for nearest neighbours, on every rank; None if it has too few features. Collective."""
     subset = None if reference is None else reference.subset
     if not collectives.from_main(subset is not None and len(subset) > DENSITY_K):
         return None
@@ -170,10 +147,10 @@ def draw_block(
 ) -> torch.Tensor:
     """The block's samples as uint8.
 
-    They are drawn so many at a time as the image size alone says: a convolution's rounding may depend on its
-    batch, a result must not depend on who had how much memory.
+    The batch size follows from the image size alone: a convolution's rounding may depend on its batch, and a result
+    must not depend on the memory of a machine.
     """
-    size = max(1, _PIXELS_A_PASS // source.config.model.image_size**2)
+    size = max(1, _PIXELS_PER_PASS // source.config.model.image_size**2)
     return torch.cat(
         [
             to_uint8(draw_batch(source, denoise, draw, indices=block[at : at + size], device=device))
@@ -183,13 +160,13 @@ def draw_block(
 
 
 def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
-    """The statistics that `named` holds, or those of the images there.
+    """The reference statistics in a file, or those of a data set's or folder's images.
 
     Raises:
-        UserError: nothing is named, nothing is there, or more images than are measured on the spot.
+        UserError: `named` is None, nothing is there, or there are too many images to measure in every evaluation.
     """
     if named is None:
-        raise UserError("evaluate: nothing to compare with; give --reference DATASET|FOLDER|FILE.npz")
+        raise UserError("evaluate: no reference; give --reference DATASET|FOLDER|FILE.npz")
     if named.endswith((".npz", ".pkl", ".pt", ".pth")):
         return read_reference(local_file(named), extractor)
     storage = open_storage(named)
@@ -198,7 +175,7 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
     manifest = read_dataset_manifest(storage)
     if manifest.count > MAX_REFERENCE_IMAGES:
         raise UserError(
-            f"{named}: {manifest.count} images are too many to measure on the spot; "
+            f"{named}: {manifest.count} images are too many to measure in every evaluation; "
             "make statistics once with data_prep/reference.py and give them as --reference"
         )
     return reference_from_images(
@@ -211,11 +188,12 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
 
 
 def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
-    """What decides a sample, but for its seed."""
+    """What determines a sample, except its seed."""
+    sampler = source.config.method.facts.sampler
     return {
         "weights_sha256": source.fingerprint,
         "model": source.config.model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"}),
-        "sampler": {"edm": draw.sampler, "pd": "euler"}.get(source.config.method.kind, "multistep"),
+        "sampler": draw.sampler if sampler == "ode" else sampler,
         "sigmas": used_sigmas(source, draw).tolist(),
         "clip": draw.clip,
         "quantisation": "truncated to uint8",
@@ -224,7 +202,7 @@ def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
 
 
 def machine_protocol(world: World) -> dict[str, Any]:
-    """Torch and the device: what moves a result by rounding."""
+    """Torch and the device, which change a result by rounding."""
     cuda = world.device.type == "cuda"
     return {
         "torch": torch.__version__,
@@ -234,11 +212,11 @@ def machine_protocol(world: World) -> dict[str, Any]:
 
 
 def work_folder(source: Source, run_dir: str | None) -> Path:
-    """Where blocks are kept until they are measured: with the source's run, else with the given one, else here."""
+    """Where blocks are stored: in the source's run, else in `run_dir`, else in the cache."""
     home = source.run_dir or (None if run_dir is None else Path(run_dir))
     return cache_folder() / "evaluations" if home is None else RunDir(home).evaluation_progress
 
 
 def describe_step(source: Source) -> str:
-    """A source's checkpoint in a few words, for progress bars and results."""
+    """A source's checkpoint and weights, for progress bars and printed results."""
     return f"{step_name(source.step)} {source.weights_name}"

@@ -16,10 +16,10 @@ import torch
 from evaluation_fixtures import build_cheap_features, write_dataset, write_trained_run
 from ranks import free_port
 
-from cmscale.evaluation import evaluate
+from cmscale.config.requests import EvaluateRequest
+from cmscale.evaluation import evaluate, manifold
 from cmscale.evaluation import session as measuring
 from cmscale.evaluation.blocks import BlockStore
-from cmscale.evaluation.metrics import neighbours
 from cmscale.runs.folder import RunDir
 
 REQUEST = {"samples": 300, "device": "cpu"}  # three blocks, the last of 44 samples: uneven on 2 and 3 ranks
@@ -28,7 +28,7 @@ REQUEST = {"samples": 300, "device": "cpu"}  # three blocks, the last of 44 samp
 def evaluate_on_ranks(folder: str) -> None:
     """Evaluates a run on 1, 2 and 3 ranks; then on 2 ranks, one of which is killed, and again on 3."""
     measuring.build_features = build_cheap_features
-    neighbours._BLOCK_ELEMENTS = 700  # otherwise one block, and so one rank, would have all distances
+    manifold._BLOCK_ELEMENTS = 700  # otherwise one block, and so one rank, would have all distances
     root = Path(folder)
     run = write_trained_run(root / "run", data=write_dataset(root))
     _on_1_2_and_3_ranks(run, root, steps="1,2", seeds=2)
@@ -91,7 +91,7 @@ def _evaluates(run: RunDir, *, before: Callable[[], None] | None, by_command: bo
             before()
         request = {"source": str(run.root), **REQUEST, **asked}
         if by_command:
-            assert evaluate.run_here(evaluate.Request(**request))
+            assert evaluate.run_here(EvaluateRequest(**request))
         else:
             assert evaluate.main(request) == "finished"
         sys.stdout.flush()
@@ -118,11 +118,11 @@ def note_commits(path: Path) -> Callable[[], None]:
 
 def note_rows(path: Path, rank: int) -> Callable[[], None]:
     """Records how many rows of distances a rank computes."""
-    compute = neighbours._squared_distances
+    compute = manifold._squared_distances
 
     def noted(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         with path.open("a") as file:
             file.write(f"{rank} {len(x)}\n")
         return compute(x, *others)
 
-    return lambda: setattr(neighbours, "_squared_distances", noted)
+    return lambda: setattr(manifold, "_squared_distances", noted)

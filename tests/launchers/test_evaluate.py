@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from launch_fixtures import CONFIG, dataset
 
+from cmscale.config.requests import EvaluateRequest, options_of
 from launchers import evaluate
 from launchers.clusters import CLUSTERS
 from launchers.clusters.local import LocalMachine
@@ -67,11 +68,30 @@ def test_foreign_weights_get_a_folder_of_their_own_and_the_given_config(asked: l
     )
 
 
-def test_every_key_of_the_request_is_one_that_the_worker_knows(asked: list, monkeypatch):
-    from cmscale.evaluation.evaluate import Request
-
+def test_the_jobs_argument_is_the_request(asked: list, monkeypatch):
     assert run(monkeypatch, "runs/one") == 0
-    Request.model_validate(asked[0][0])
+    assert EvaluateRequest.model_validate(asked[0][0]).model_dump(mode="json") == asked[0][0]
+
+
+def test_every_option_of_the_request_reaches_the_job(asked: list, monkeypatch, tmp_path: Path):
+    (tmp_path / "there").touch()
+    given = {
+        option.name: "3"
+        if option.kind is int
+        else "there"
+        if option.is_path
+        else (option.choices or ("efficientnet",))[-1]
+        for option in options_of(EvaluateRequest)
+        if option.flag and option.name not in ("config", "device")
+    }
+    flags = {option.name: option.flag for option in options_of(EvaluateRequest)}
+    arguments = [part for name, value in given.items() for part in (flags[name], value)]
+    assert run(monkeypatch, "runs/one", *arguments, "--device", "cpu") == 0
+    request = asked[0][0]
+    for option in options_of(EvaluateRequest):
+        if option.name in given:
+            expected = str(tmp_path / "there") if option.is_path and option.name != "times" else given[option.name]
+            assert str(request[option.name]) == expected, option.name
 
 
 @pytest.mark.parametrize(
@@ -115,9 +135,9 @@ def test_weights_that_the_features_do_not_need_are_not_asked_for(asked: list, mo
     ("arguments", "words"),
     [
         (["nowhere"], "SOURCE: nowhere: no such file or folder"),
-        (["runs/one", "--name", "two"], "--name two: runs/one is a run's"),
-        (["runs/one", "train.seed=1"], "runs/one is a run's"),
-        (["weights.pt", "train.seed=1"], "see --config"),
+        (["runs/one", "--name", "two"], "--name two: runs/one belongs to a run"),
+        (["runs/one", "train.seed=1"], "runs/one belongs to a run"),
+        (["weights.pt", "train.seed=1"], "overrides go with --config"),
         (["runs/one", "--reference", "gone.npz"], "--reference: "),
         (["runs/one", "--device", "cuda"], "no CUDA device"),
     ],

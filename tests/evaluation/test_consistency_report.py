@@ -14,7 +14,7 @@ from cmscale.config import Config, parse_config
 from cmscale.consistency.consistency_curve import error_curve
 from cmscale.consistency.consistency_error import consistency_error
 from cmscale.data.first_images import first_images
-from cmscale.evaluation.consistency_curve import measure_consistency_error
+from cmscale.evaluation.consistency_report import measure_consistency_error
 from cmscale.interop import write_safetensors
 from cmscale.report import build_report
 from cmscale.rng import normal_like_samples

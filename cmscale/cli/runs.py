@@ -1,0 +1,60 @@
+"""Commands that show runs: `report`, `runs`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cmscale.errors import UserError
+
+app = typer.Typer()
+console = Console(stderr=True)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    beside: Annotated[list[Path] | None, typer.Option(help="Another run to show too; may be repeated.")] = None,
+) -> None:
+    """Builds the page report/index.html of a run."""
+    from cmscale.report import build_report
+    from cmscale.runs.folder import RunDir
+
+    for folder in [run, *(beside or [])]:
+        if not RunDir(folder).config.is_file():
+            raise UserError(f"{folder}: not a run (no config.yaml)")
+    print(build_report(RunDir(run), siblings=[RunDir(folder) for folder in beside or []]))
+
+
+@app.command()
+def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds runs.")] = Path("runs")) -> None:
+    """Lists runs with method, step, loss and last event."""
+    from cmscale.config import read_config
+    from cmscale.runs.folder import RunDir
+    from cmscale.runs.log import is_of_evaluation, latest_metrics, read_lines
+
+    if not runs_dir.is_dir():
+        raise UserError(f"{runs_dir}: no such folder")
+    table = Table("run", "method", "step", "of", "loss", "last event", box=None)
+    for path in sorted(child.parent for child in runs_dir.glob("*/config.yaml")):
+        run = RunDir(path)
+        try:
+            config = read_config(run.config)
+        except UserError as error:
+            table.add_row(run.name, "?", "", "", "", str(error))
+            continue
+        metrics = latest_metrics(run)
+        last = metrics[-1] if metrics else {"step": 0, "loss": float("nan")}
+        events = [event["event"] for event in read_lines(run.events) if not is_of_evaluation(event["event"])]
+        table.add_row(
+            run.name,
+            config.method.kind,
+            str(last["step"]),
+            str(config.train.total_steps),
+            f"{last['loss']:.4g}",
+            events[-1] if events else "never started",
+        )
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
