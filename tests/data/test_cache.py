@@ -18,6 +18,7 @@ from data_fixtures import COUNT, collect, data, world
 from cmscale.data import cache, open_batches
 from cmscale.data.cache import FileCache
 from cmscale.errors import UserError
+from cmscale.io.local import LocalStorage
 from cmscale.io.locks import LockTimeout, hold
 from cmscale.runs.manifests import FileEntry
 
@@ -32,6 +33,9 @@ class Counting:
         self.faults = faults or []
         self.downloads: list[str] = []
         self.during: Callable[[str], object] = lambda _: None
+
+    def local_path(self, key: str) -> None:
+        return None
 
     def join(self, key: str) -> str:
         return f"{self.url}/{key}"
@@ -113,6 +117,52 @@ def test_a_file_that_is_used_again_is_not_the_next_to_be_deleted(tmp_path: Path)
     cache_of(storage, tmp_path, limit=2000).path("shard-0")
     small.path("shard-2")
     assert sorted(p.name for p in tmp_path.glob("*/shard*")) == ["shard-0", "shard-2"]
+
+
+def test_use_is_recorded_once_a_minute_and_a_deleted_file_is_noticed_then(tmp_path: Path, monkeypatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(cache.time, "monotonic", lambda: now)
+    some = cache_of(Counting(FILES), tmp_path)
+    path = some.path("shard-0")
+    os.utime(path, (0, 0))
+    now += 59
+    assert some.touch("shard-0")
+    assert path.stat().st_mtime == 0
+    now += 1
+    assert some.touch("shard-0")
+    assert path.stat().st_mtime > 0
+    path.unlink()
+    assert some.touch("shard-0")
+    now += 60
+    assert not some.touch("shard-0")
+
+
+def test_a_local_data_set_is_read_in_place_untouched_and_checked_twice(tmp_path: Path, monkeypatch) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write("shard-0", FILES["shard-0"])
+    os.utime(tmp_path / "shard-0", (0, 0))
+    entry = FileEntry(name="shard-0", size=1000, sha256=hashlib.sha256(FILES["shard-0"]).hexdigest())
+    answers = iter([False, True])
+    monkeypatch.setattr(cache, "matches", lambda *_: next(answers))  # a network file system that fails once
+    found = FileCache(storage, {"shard-0": entry}, folder=None, name="set", limit=1).path("shard-0")
+    assert found == tmp_path / "shard-0"
+    assert found.stat().st_mtime == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-0"]
+
+
+def test_a_remote_data_set_is_cached_in_a_folder_of_the_user_in_tmpdir(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    storage = Counting(FILES)
+    entry = FileEntry(name="shard-0", size=1000, sha256=hashlib.sha256(FILES["shard-0"]).hexdigest())
+    some = FileCache(storage, {"shard-0": entry}, folder=None, name="set", limit=1000)  # type: ignore[arg-type]
+    assert some.path("shard-0") == tmp_path / f"cmscale-cache-{os.getuid()}" / "set" / "shard-0"
+
+
+def test_files_that_another_process_deletes_meanwhile_are_not_counted(tmp_path: Path) -> None:
+    some = cache_of(Counting(FILES), tmp_path, limit=1000)
+    some.path("shard-0")
+    (some.folder / "shard-9").symlink_to("nowhere")  # listed, but gone when it is looked at
+    assert some.path("shard-1").exists()
 
 
 def test_whether_a_file_needs_fetching_is_known_for_good_bad_and_deleted_files(tmp_path: Path) -> None:
