@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cmscale.config import Config
+from cmscale.config import Config, Evaluate
 from cmscale.errors import UserError
 from cmscale.io.storage import open_parent, open_storage
 from cmscale.runs.checkpoints import committed_steps
@@ -32,18 +32,22 @@ def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None
     """Checks that an evaluation's reference and the weights of its feature network exist.
 
     Args:
-        asked: `features`, `reference` and paths of weights, where the command gives them; else the config's count.
+        asked: Options of the command, by name; those that replace keys of `evaluate` are used.
 
     Raises:
-        UserError: something is missing; one line.
+        UserError: an option is not allowed, or a file is missing; one line.
     """
-    features = asked.get("features") or (config.evaluate.features if config else None)
-    for key in ("reference", "inception_weights", "dinov2_weights"):
-        if asked.get(key):
-            check_exists(asked[key], key=f"--{key.replace('_', '-')}")
-        elif config and key in ("reference", f"{features}_weights") and (named := getattr(config.evaluate, key)):
-            check_exists(named, key=f"evaluate.{key}")
-    if config and not (asked.get("reference") or config.evaluate.reference):
+    files = ("features_weights", "inception_weights", "dinov2_weights", "reference")
+    options = {key: asked.get(key) for key in ("features", *files)}
+    settings = (config.evaluate if config else Evaluate()).replaced(options)
+    weights_key, weights = settings.weights()
+    for key, used in ((weights_key, weights), ("reference", settings.reference)):
+        if used and not options[key]:
+            check_exists(used, key=f"evaluate.{key}")
+    for key in files:
+        if options[key]:
+            check_exists(options[key], key=f"--{key.replace('_', '-')}")
+    if config and not settings.reference:
         check_dataset(config.data.path, image_size=config.model.image_size)
 
 

@@ -33,6 +33,7 @@ _PATHS = (
     "method.teacher",
     "method.lpips_weights",
     "checkpoint.export_to",
+    "evaluate.features_weights",
     "evaluate.inception_weights",
     "evaluate.dinov2_weights",
     "evaluate.reference",

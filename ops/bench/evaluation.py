@@ -29,11 +29,12 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from cmscale.evaluation.features import extractor as feature_code
-from cmscale.evaluation.features.extractor import FIDInception, build_features
-from cmscale.evaluation.metrics.distributions import frechet_distance, kernel_distance
-from cmscale.evaluation.metrics.neighbours import Manifold, compare
-from cmscale.evaluation.metrics.statistics import Moments, Sums
+from cmscale.evaluation.features.extractor import CHUNK_SIZE, build_features
+from cmscale.evaluation.features.inception import FIDInception
+from cmscale.evaluation.manifold import Manifold, compare
+from cmscale.evaluation.metrics.frechet import frechet_distance
+from cmscale.evaluation.metrics.kernel_distance import kernel_distance
+from cmscale.evaluation.statistics import Moments, Sums
 
 WIDTH = 2048
 Action = Callable[[], object]
@@ -79,7 +80,7 @@ def _features(given: argparse.Namespace, clock: Callable[[], float], *, count: i
             )
     theirs.to(given.device)
     images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8)
-    chunks = images.to(given.device).split(feature_code._CHUNK[given.device])
+    chunks = images.to(given.device).split(CHUNK_SIZE[given.device])
 
     def bare() -> None:
         with torch.inference_mode():

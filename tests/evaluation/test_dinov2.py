@@ -1,7 +1,6 @@
 """DINOv2 equals another implementation of it on the same random weights, and needs nothing but a local file."""
 
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from cmscale.evaluation.features.dinov2 import DINOv2
 from cmscale.evaluation.features.extractor import build_features
 from cmscale.evaluation.measure import image_blocks, left_out, measure
 from cmscale.evaluation.reference.reference import read_reference, reference_from_images
-from cmscale.runs.results import score_name
 
 WIDTH, DEPTH, SIDE = 128, 2, 37
 IMAGES = np.random.default_rng(0).integers(0, 256, size=(9, 24, 24, 3), dtype=np.uint8)
@@ -122,20 +120,20 @@ def test_features_come_from_a_local_file_and_the_distance_is_called_fd_dinov2(we
     found = measure(image_blocks(IMAGES, extractor), num_samples=len(IMAGES), reference=reference)
     assert found["fid"] < 1e-6 * np.trace(reference.pooled.covariance)
     assert "inception_score" not in found
-    assert "no Inception Score" in left_out(reference, num_samples=9, features=extractor.label)[0]
-    assert score_name("dinov2_vitl14") == "FD-DINOv2"
+    assert "no Inception Score" in left_out(found, reference=reference)[0]
+    assert extractor.distance_name == "FD-DINOv2"
 
 
 def test_published_sizes_are_named() -> None:
     for (width, depth), name in {(384, 12): "vits14", (1536, 40): "vitg14"}.items():
         with torch.device("meta"):
             network = DINOv2(width=width, depth=depth, patch=14, side=37, swiglu=name == "vitg14")
-            assert DINOv2.shaped_like(network.state_dict()).label == f"dinov2_{name}"
+            assert DINOv2.for_weights(network.state_dict()).label == f"dinov2_{name}"
     assert sum(value.numel() for value in network.state_dict().values()) == pytest.approx(1.1365e9, rel=1e-4)
 
 
 def test_no_file_and_other_weights_are_refused_in_a_line(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"set evaluate.dinov2_weights"):
+    with pytest.raises(UserError, match=r"set evaluate\.features_weights"):
         build_features("dinov2")
     state = torch.load(weights, weights_only=True)
     torch.save({**state, "register_tokens": torch.zeros(1, 4, WIDTH)}, tmp_path / "registers.pth")
@@ -151,5 +149,6 @@ def test_edm2s_file_is_read_for_dinov2_only_by_its_own_statistics(weights: Path,
     extractor = build_features("dinov2", weights=weights)
     with pytest.raises(UserError, match="dinov2_vitl14 statistics, the evaluation uses dinov2_128x2"):
         read_reference(tmp_path / "edm2.pkl", extractor)
-    found = read_reference(tmp_path / "edm2.pkl", replace(extractor, label="dinov2_vitl14"))
+    extractor.network.label = "dinov2_vitl14"
+    found = read_reference(tmp_path / "edm2.pkl", extractor)
     assert (found.count, found.pooled.width) == (9, WIDTH)

@@ -1,18 +1,27 @@
-"""Features equal those of torch-fidelity's own extractor; EfficientNet-Lite0 sees what is in a picture."""
+"""Inception features equal torch-fidelity's; EfficientNet-Lite0 classifies photographs; a new network is one file."""
 
 import fcntl
 import hashlib
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import run
+from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+import cmscale.evaluation.features
+from cmscale.config import Evaluate
 from cmscale.errors import UserError
-from cmscale.evaluation.features.extractor import FIDInception, _download_inception, build_features
+from cmscale.evaluation.features.extractor import build_features
+from cmscale.evaluation.features.inception import FIDInception
 from cmscale.io.fetch import download_lock
+from cmscale.runs.manifests import read_document
+from cmscale.runs.results import EvaluationResult
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +101,7 @@ def test_other_weights_other_kinds_and_no_file_are_refused_in_a_line(weights, tm
         build_features("inception", weights=tmp_path / "text.pth")
     with pytest.raises(UserError, match="no such weights file"):
         build_features("inception", weights=tmp_path / "absent.pth")
-    with pytest.raises(UserError, match="one of inception, dinov2, efficientnet"):
+    with pytest.raises(UserError, match="got 'resnet'; allowed: dinov2, efficientnet, inception"):
         build_features("resnet")
 
 
@@ -132,6 +141,77 @@ def test_one_process_of_a_node_downloads_inception_and_the_others_wait_for_it(tm
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with ThreadPoolExecutor() as ranks, download_lock("inception.lock"):
-        waiting = [ranks.submit(_download_inception) for _ in range(3)]
+        waiting = [ranks.submit(FIDInception.default_weights) for _ in range(3)]
     assert len({each.result() for each in waiting}) == 1
     assert len(asked) == 1
+
+
+TOY = """
+import torch
+
+from cmscale.errors import UserError
+from cmscale.evaluation.features.extractor import FeatureNetwork
+
+
+class MeanColour(FeatureNetwork):
+    label = "mean_colour"
+    distance_name = "FD-Colour"
+    width = 3
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(3))
+
+    @classmethod
+    def default_weights(cls):
+        raise UserError("features colour: set evaluate.features_weights")
+
+    def forward(self, images):
+        return {"pooled": self.gain * images.float().mean(dim=(2, 3))}
+
+
+NETWORK = MeanColour
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The weights of a feature network that one new file, `colour.py`, adds to the package."""
+    package = cmscale.evaluation.features
+    (tmp_path / "networks").mkdir()
+    (tmp_path / "networks" / "colour.py").write_text(TOY)
+    (tmp_path / "networks" / "empty.py").write_text("")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / "networks")])
+    path = tmp_path / "colour.pth"
+    torch.save({"gain": torch.tensor([1.0, 2.0, 3.0])}, path)
+    yield path
+    for name in ("colour", "empty"):
+        sys.modules.pop(f"{package.__name__}.{name}", None)
+        vars(package).pop(name, None)
+
+
+def test_a_network_in_a_new_file_is_found_by_its_name(toy: Path) -> None:
+    extractor = build_features("colour", weights=toy)
+    assert (extractor.label, extractor.distance_name, extractor.width) == ("mean_colour", "FD-Colour", 3)
+    expected = IMAGES.float().mean(dim=(2, 3)).numpy() * [1, 2, 3]
+    np.testing.assert_allclose(extractor(IMAGES)["pooled"], expected, rtol=1e-6)
+    with pytest.raises(UserError, match=r"set evaluate\.features_weights"):
+        build_features("colour")
+    with pytest.raises(TypeError, match=r"empty\.py: defines no NETWORK"):
+        build_features("empty")
+
+
+def test_a_network_in_a_new_file_is_known_to_the_config_and_the_command(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(IMAGES.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number}.png")
+    assert Evaluate(features="colour", features_weights=str(toy)).weights() == ("features_weights", str(toy))
+    out = tmp_path / "out.json"
+    arguments = ["--features", "colour", "--features-weights", toy, "--reference", tmp_path / "images"]
+    assert run(monkeypatch, "evaluate", tmp_path / "images", *arguments, "--out", out, "--device", "cpu") == 0
+    found = read_document(EvaluationResult, out.read_bytes(), origin="out")
+    assert (found.features, found.score_name) == ("mean_colour", "FD-Colour")
+    assert any("no Inception Score" in line for line in found.warnings)
+    assert any("no sFID" in line for line in found.warnings)

