@@ -85,7 +85,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     if found is None:  # a rollback needs a checkpoint
         checkpoints.save(state, engine)
         if not checkpoints.close():
-            raise CheckpointFailed(f"the first checkpoint can't be written; see {run.events}")
+            raise CheckpointFailed(f"the first checkpoint could not be written; see {run.events}")
 
     while state.step < config.train.total_steps and not preemption.requested():
         stragglers.begin()
@@ -121,5 +121,5 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     log.ended(state, "finished" if finished else "preempted", why="" if finished else preemption.why)
     engine.close()
     if not saved:
-        raise CheckpointFailed(f"step {state.step}: the last checkpoint can't be written; see {run.events}")
+        raise CheckpointFailed(f"step {state.step}: the last checkpoint could not be written; see {run.events}")
     return "finished" if finished else "preempted"

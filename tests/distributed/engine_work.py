@@ -125,7 +125,7 @@ def engine_micro_steps(world: World) -> int:
 
 
 def allow_fp16() -> None:
-    """Enables fp16 on the CPU, which DeepSpeed refuses although PyTorch can compute it slowly."""
+    """Allows fp16 on the CPU, where it works but is slow."""
     from deepspeed.accelerator import get_accelerator
 
     from cmscale.engine import settings
