@@ -45,8 +45,8 @@ def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None
         if used and not options[key]:
             check_exists(used, key=f"evaluate.{key}")
     for key in files:
-        if options[key]:
-            check_exists(options[key], key=f"--{key.replace('_', '-')}")
+        if given := options[key]:
+            check_exists(given, key=f"--{key.replace('_', '-')}")
     if config and not settings.reference:
         check_dataset(config.data.path, image_size=config.model.image_size)
 

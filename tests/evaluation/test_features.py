@@ -186,8 +186,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.save({"gain": torch.tensor([1.0, 2.0, 3.0])}, path)
     yield path
     for name in ("colour", "empty"):
-        sys.modules.pop(f"{package.__name__}.{name}", None)
-        vars(package).pop(name, None)
+        if sys.modules.pop(f"{package.__name__}.{name}", None):
+            delattr(package, name)
 
 
 def test_a_network_in_a_new_file_is_found_by_its_name(toy: Path) -> None:
