@@ -1,12 +1,11 @@
 """Tests of the files in configs/: short, valid, with the numbers of the papers."""
 
-import ast
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cmscale.config import Restart, Slurm, accumulation_steps, dump_config, known_keys, parse_config, read_config
+from cmscale.config import Restart, Slurm, accumulation_steps, dump_config, parse_config, read_config
 from launchers.command_line import describe_training
 from launchers.placement import Placement
 
@@ -108,19 +107,3 @@ def test_an_override_reaches_every_leaf(path: Path):
     for key, value in leaves.items():
         written = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
         assert parse_config(path.read_text(), [f"{key}={written}"]) == read_config(path), key
-
-
-def test_every_leaf_is_read_by_the_code():
-    """By name, as an attribute or through getattr, outside of the models that declare it."""
-    read: set[str] = set()
-    files = [file for folder in ("cmscale", "launchers", "data_prep") for file in (CHECKOUT / folder).rglob("*.py")]
-    for file in files:
-        if file == CHECKOUT / "cmscale" / "config.py":
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                read.add(node.attr)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-                read |= {part.value for part in node.args if isinstance(part, ast.Constant)}
-    unread = [key for key in known_keys() if key.rpartition(".")[2] not in read]
-    assert unread == []

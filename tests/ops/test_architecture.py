@@ -4,11 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architecture
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(CHECKOUT / "ops"))
-import architecture
 
 
 def test_the_picture_is_up_to_date() -> None:

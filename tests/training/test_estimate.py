@@ -26,7 +26,9 @@ METHODS = {  # method: (networks, fp32 values per parameter, forward passes per 
     "{kind: ict}": (1, 5, 4),
     "{kind: ect, teacher: t}": (1, 5, 4),
     "{kind: sct}": (1, 5, 5),
-    "{kind: scd, teacher: t}": (2, 5, 6),
+    "{kind: scd, teacher: t}": (2, 5, 7),
+    "{kind: scd, teacher: t, tangent: jvp}": (2, 5, 6),
+    "{kind: sct, tangent: central_differences}": (1, 5, 6),
     "{kind: pd, teacher: t}": (2, 6, 5),
 }
 
