@@ -89,7 +89,8 @@ class Samples:
                 return self.cache.path(name).open("rb", buffering=0)
             except FileNotFoundError:
                 continue  # another process evicted it between the check and the opening
-        raise RuntimeError(f"{self.cache.folder / name}: evicted {_MAX_EVICTIONS} times before it could be opened; raise data.cache_gb")
+        path = self.cache.folder / name
+        raise RuntimeError(f"{path}: evicted {_MAX_EVICTIONS} times before it could be opened; raise data.cache_gb")
 
     def after(self, index: int) -> int:
         """The sample that replaces an undecodable one: the next in its shard, cyclically."""

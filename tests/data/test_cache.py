@@ -187,22 +187,24 @@ def test_the_cache_belongs_to_its_user_alone_and_a_file_in_its_place_is_one_line
 
 
 def test_processes_that_fetch_at_the_same_time_stay_within_the_limit_together(tmp_path: Path) -> None:
-    """While one cache downloads, another one of the node does: it counts what the first has yet to write."""
+    """While one cache downloads, another one of the node does, and a third: each counts what the others will write."""
     storage = Counting(FILES)
-    first, second = (cache_of(storage, tmp_path, limit=3000) for _ in range(2))
+    first, second, third = (cache_of(storage, tmp_path, limit=3000) for _ in range(3))
     for at, number in enumerate([0, 1]):
         os.utime(first.path(f"shard-{number}"), (at, at))
-    found = []
+    there = []
 
     def fetch_another(name: str) -> None:
+        there.append(sorted(path.name for path in tmp_path.glob("*/shard*")))
         if name == "shard-2":
             second.path("shard-3")
-            found.extend(sorted(path.name for path in tmp_path.glob("*/shard*")))
+        elif name == "shard-3":
+            third.path("shard-4")
 
     storage.during = fetch_another
     assert first.path("shard-2").read_bytes() == FILES["shard-2"]
-    assert found == ["shard-1", "shard-3"]
-    assert sorted(path.name for path in tmp_path.glob("*/shard*")) == ["shard-1", "shard-2", "shard-3"]
+    assert there == [["shard-0", "shard-1"], ["shard-1"], []]
+    assert sorted(path.name for path in tmp_path.glob("*/shard*")) == ["shard-2", "shard-3", "shard-4"]
 
 
 def test_no_other_process_counts_or_evicts_while_one_makes_room(tmp_path: Path, monkeypatch) -> None:
