@@ -1,32 +1,40 @@
-"""Owns the way from features to numbers: one pass over blocks of features, all metrics at its end.
+"""Computes metrics: one pass over blocks of features builds the inputs, then every metric of the registry follows.
 
     extractor = build_features("inception", weights=path, device=device)
     reference = read_reference("lsun_bedroom.npz", extractor)
     blocks = image_blocks(images.read(), extractor)
-    measured = measure(blocks, num_samples=images.count, reference=reference)  # finished images, one process
+    measured = measure(blocks, num_samples=images.count, reference=reference)  # existing images, in one process
 
-Of samples on ranks rank 0 measures the distributions, all ranks share the nearest neighbours: `measuring.Bench`.
+For samples that are drawn on several ranks, rank 0 computes the metrics of distributions and all ranks those of nearest
+neighbours (`cmscale.evaluation.session`).
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Iterator
+from typing import assert_never
 
 import numpy as np
 
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
 from cmscale.evaluation.features.extractor import FeatureExtractor, Features
-from cmscale.evaluation.images import batches
-from cmscale.evaluation.metrics.distributions import InceptionScoreSums, frechet_distance, kernel_distance
-from cmscale.evaluation.metrics.neighbours import DENSITY_K, Manifold, compare
-from cmscale.evaluation.metrics.statistics import Sums, total
+from cmscale.evaluation.sample_files import batches
+from cmscale.evaluation.manifold import DENSITY_K, Manifold, NeighbourSets
+from cmscale.evaluation.metrics.registry import (
+    DistributionMetric,
+    Need,
+    NeighbourMetric,
+    ReferenceSet,
+    SampleSet,
+    all_metrics,
+)
 from cmscale.evaluation.reference.reference import Reference
+from cmscale.evaluation.statistics import Sums, total
 
 
 def image_blocks(
     images: Iterable[np.ndarray], extractor: FeatureExtractor
 ) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
-    """Features of finished images (uint8 [H, W, 3]), block by block."""
+    """Features of images (uint8 [H, W, 3]), block by block."""
     at = 0
     for batch in batches(images, BLOCK):
         yield range(at, at + len(batch)), extractor(batch)
@@ -34,15 +42,15 @@ def image_blocks(
 
 
 def measure(blocks: Iterable[tuple[range, Features]], *, num_samples: int, reference: Reference) -> dict[str, float]:
-    """Every metric of one set of samples for which the features and the reference suffice, in this process.
+    """Every metric of one set of samples whose needs the features and the reference meet, in this process.
 
-    The covariance's square root and the reference's neighbours are computed once a reference, not once a call.
+    What depends on the reference alone, its covariance's factor and its nearest neighbours, is computed only once.
 
     Args:
-        blocks: index ranges and their features, ascending, 0 to num_samples without a gap.
+        blocks: Index ranges and their features, ascending, from 0 to `num_samples` without a gap.
 
     Raises:
-        UserError: fewer than two samples, a feature that is not finite, other widths than the reference's.
+        UserError: Fewer than two samples, a feature that is not finite, or widths that differ from the reference's.
     """
     found, pooled = measure_distributions(blocks, num_samples=num_samples, reference=reference)
     if reference.manifold is not None and num_samples > DENSITY_K:
@@ -51,60 +59,95 @@ def measure(blocks: Iterable[tuple[range, Features]], *, num_samples: int, refer
 
 
 def measure_distributions(
-    blocks: Iterable[tuple[range, Features]], *, num_samples: int, reference: Reference
+    blocks: Iterable[tuple[range, Features]], *, num_samples: int, reference: ReferenceSet
 ) -> tuple[dict[str, float], np.ndarray]:
-    """`measure` without the metrics of nearest neighbours, and the pooled features [num_samples, D] for those.
+    """The metrics of `measure` that need no nearest neighbours, and the pooled features [num_samples, D].
 
-    Memory holds the pooled features in float32, the sums and one block.
+    Memory holds the pooled features and the logits in float32, the sums, and one block.
     """
+    samples = _gather(blocks, num_samples=num_samples, reference=reference)
+    found: dict[str, float] = {}
+    for metric in all_metrics():
+        if isinstance(metric, DistributionMetric) and all(_is_met(need, samples, reference) for need in metric.needs):
+            found |= metric.values(samples, reference)
+    return found, samples.pooled
+
+
+def _gather(blocks: Iterable[tuple[range, Features]], *, num_samples: int, reference: ReferenceSet) -> SampleSet:
     if num_samples < 2:
-        raise UserError(f"evaluation: {num_samples} sample(s); it takes at least 2")
+        raise UserError(f"evaluation: {num_samples} sample(s); it needs at least 2")
     pooled = np.empty((num_samples, reference.pooled.width), dtype=np.float32)
-    spatial: Sums | None = None
+    logits: np.ndarray | None = None
     sums: Sums | None = None
-    scores = InceptionScoreSums(num_samples)
+    spatial: Sums | None = None
     at = 0
     for block, features in blocks:
         assert block.start == at, f"block {block} where sample {at} is next"
         if not np.isfinite(features["pooled"]).all():
-            raise UserError(f"evaluation: samples {block.start} to {block.stop - 1} give features that are not finite")
+            raise UserError(f"evaluation: the features of samples {block.start} to {block.stop - 1} are not finite")
         pooled[block.start : block.stop] = features["pooled"]
         sums = _added(sums, features["pooled"])
         if "logits" in features:
-            scores.add(block, features["logits"])
+            if logits is None:
+                logits = np.empty((num_samples, features["logits"].shape[1]), dtype=np.float32)
+            logits[block.start : block.stop] = features["logits"]
         if "spatial" in features and reference.spatial is not None:
             spatial = _added(spatial, features["spatial"])
         at = block.stop
     assert at == num_samples, f"{at} samples where {num_samples} were announced"
     assert sums is not None
-    found = {"fid": frechet_distance(sums.moments(), reference.pooled)}
-    if spatial is not None and reference.spatial is not None:
-        found["sfid"] = frechet_distance(spatial.moments(), reference.spatial)
-    if scores.has_samples:
-        found["inception_score"], found["inception_score_split_std"] = scores.score()
-    if reference.subset is not None and len(reference.subset) > 1:
-        found["kid"], found["kid_subset_std"] = kernel_distance(pooled, reference.subset)
-    return found, pooled
+    return SampleSet(pooled, sums.moments(), None if spatial is None else spatial.moments(), logits)
 
 
 def _added(sums: Sums | None, features: np.ndarray) -> Sums:
     return total(part for part in (sums, Sums.of(features)) if part is not None)
 
 
+def _is_met(need: Need, samples: SampleSet, reference: ReferenceSet) -> bool:
+    match need:
+        case Need.SPATIAL_FEATURES:
+            return samples.spatial is not None and reference.spatial is not None
+        case Need.CLASS_LOGITS:
+            return samples.logits is not None
+        case Need.REFERENCE_IMAGES:
+            return _has_images(reference)
+        case _:
+            assert_never(need)
+
+
+def _has_images(reference: ReferenceSet) -> bool:
+    return reference.subset is not None and len(reference.subset) > 1
+
+
 def measure_neighbours(samples: Manifold, reference: Manifold) -> dict[str, float]:
-    """Precision, recall, density, coverage, on all ranks of the samples' world. Collective."""
-    return asdict(compare(samples, reference))
+    """The metrics of nearest neighbours, on all ranks of the samples' world. Collective."""
+    sets = NeighbourSets(samples, reference)
+    return {metric.name: metric.compute(sets) for metric in all_metrics() if isinstance(metric, NeighbourMetric)}
 
 
-def left_out(reference: Reference, *, num_samples: int, features: str) -> list[str]:
-    """One line for each group of metrics that `measure` can't give, and why."""
-    lines = []
-    if features.startswith("dinov2"):
-        lines.append("no Inception Score: DINOv2 has no classes")
-    if reference.spatial is None or features != "inception":
-        lines.append("no sFID: the reference or the network has no spatial features")
-    if reference.subset is None:
-        lines.append("no KID, precision, recall: the reference holds statistics without images")
-    elif reference.manifold is None or num_samples <= DENSITY_K:
-        lines.append(f"no precision, recall: they need more than {DENSITY_K} samples on each side")
-    return lines
+def left_out(measured: Collection[str], *, reference: Reference) -> list[str]:
+    """One line for all metrics that are missing from `measured` for the same reason.
+
+    Args:
+        measured: Names of the metrics that `measure` returned for this reference.
+    """
+    titles: dict[str, list[str]] = {}
+    for metric in all_metrics():
+        if metric.name not in measured:
+            titles.setdefault(_reason(metric, reference), []).append(metric.title)
+    return [f"no {', '.join(missing)}: {reason}" for reason, missing in titles.items()]
+
+
+def _reason(metric: DistributionMetric | NeighbourMetric, reference: Reference) -> str:
+    """Why a metric was left out: what the reference lacks, else what the network's features lack."""
+    if isinstance(metric, NeighbourMetric):
+        if not _has_images(reference):
+            return "the reference holds statistics without images"
+        return f"more than {DENSITY_K} samples and reference images are needed"
+    if Need.REFERENCE_IMAGES in metric.needs and not _has_images(reference):
+        return "the reference holds statistics without images"
+    if Need.SPATIAL_FEATURES in metric.needs:
+        return "the reference or the feature network has no spatial features"
+    if Need.CLASS_LOGITS in metric.needs:
+        return "the feature network predicts no classes"
+    return "the samples were measured before this metric existed"

@@ -1,19 +1,16 @@
-"""Owns the document that an evaluation leaves: every metric with its spread, and what is needed to repeat
-it."""
+"""The documents that evaluations and searches for sampling times write."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cmscale.runs.manifests import Document
 
-METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "density", "coverage")
-
 
 class Metric(Document):
-    """A metric over independent sets of samples; the deviation of a single value is 0 and says nothing."""
+    """A metric over independent sets of samples. The deviation of a single value is recorded as 0."""
 
     mean: float
     std: float
@@ -21,6 +18,7 @@ class Metric(Document):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Metric":
+        """The metric of one value per set."""
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         return cls(mean=statistics.fmean(values), std=spread, values=tuple(values))
 
@@ -28,20 +26,22 @@ class Metric(Document):
 class EvaluationResult(Document):
     """The content of a run's `evaluations/*.json`.
 
-    `fid` is the Fréchet distance over pooled `features`; only over `inception` is it an FID, and `score_name`
-    says what it is to be called. `kid_subset_std` and `inception_score_split_std` are the deviations within
-    one set.
+    In the file each metric is a key of its own, next to the other keys; a metric that was not measured is absent, or
+    null in older files. Any name is accepted whose value has the form of a `Metric`, so that metrics of other versions
+    stay readable.
 
     Attributes:
-        step, weights, nfe: the checkpoint, its weights and the network's evaluations a sample; None for
-        finished images.
-        times: the sampler's times where they were given; None for those that follow from the number of steps
-        (`protocol` has them in either case).
-        seeds: one for each independent set of samples.
-        reference: what `Reference.describe` says.
-        protocol: sampler, times, quantisation, hashes of the networks' weights, versions: what a repetition
-        needs.
-        warnings: known differences between the reference and the training data; metrics left out, and why.
+        step, weights, nfe: The checkpoint, its weights, and the network evaluations per sample; None for images that
+            were not sampled here.
+        times: The sampler's times if they were given; None if they follow from the number of steps. `protocol` has them
+            in either case.
+        seeds: One per independent set of samples.
+        features: The label of the feature network.
+        score_name: Name of the Fréchet distance over these features; only over the FID Inception it is FID.
+        reference: What `Reference.describe` returns.
+        metrics: By name, the deviations within one set of samples (`kid_subset_std`) among them. `fid` is always there.
+        protocol: What a repetition needs: sampler, times, quantisation, hashes of the networks' weights, versions.
+        warnings: Known differences between the reference and the training data; metrics that were left out, and why.
     """
 
     step: int | None = None
@@ -53,35 +53,41 @@ class EvaluationResult(Document):
     features: str
     score_name: str
     reference: dict[str, Any]
-    fid: Metric
-    sfid: Metric | None = None
-    inception_score: Metric | None = None
-    precision: Metric | None = None
-    recall: Metric | None = None
-    kid: Metric | None = None
-    density: Metric | None = None
-    coverage: Metric | None = None
-    kid_subset_std: Metric | None = None
-    inception_score_split_std: Metric | None = None
+    metrics: dict[str, Metric]
     seconds: float
     protocol: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
+    @property
+    def fid(self) -> Metric:
+        """The Fréchet distance over the pooled features, the score that results are compared by."""
+        return self.metrics["fid"]
 
-def combine(measured: Sequence[dict[str, float]]) -> dict[str, Metric]:
-    """The metrics of several independent sets (each as `measure` gives them) as `EvaluationResult` fields."""
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_flat(cls, given: Any, read: ModelWrapValidatorHandler["EvaluationResult"]) -> "EvaluationResult":
+        if isinstance(given, Mapping) and "metrics" not in given:
+            metrics = {key: value for key, value in given.items() if key not in cls.model_fields}
+            rest = {key: value for key, value in given.items() if key in cls.model_fields}
+            given = {**rest, "metrics": {name: value for name, value in metrics.items() if value is not None}}
+        result = read(given)
+        if "fid" not in result.metrics:
+            raise ValueError("fid is missing")
+        return result
+
+    @model_serializer(mode="wrap")
+    def _write_flat(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content = write(self)
+        return {**content, **content.pop("metrics")}
+
+
+def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
+    """The metrics of several independent sets of samples, each as `evaluation.measure.measure` returns them."""
     return {name: Metric.of([values[name] for values in measured]) for name in measured[0]}
 
 
-def score_name(features: str) -> str:
-    """What the Fréchet distance over these features is called: FID over the FID Inception alone."""
-    if features.startswith("dinov2"):
-        return "FD-DINOv2"
-    return {"inception": "FID", "efficientnet_lite0": "FD-EfficientNet"}.get(features, f"FD-{features}")
-
-
 class Trial(Document):
-    """One set of times that was measured."""
+    """A set of times that was measured, as indices on the grid and as noise levels."""
 
     indices: tuple[int, ...]
     times: tuple[float, ...]
@@ -89,14 +95,16 @@ class Trial(Document):
 
 
 class TimeSearch(Document):
-    """What a search found, and all it tried; `complete` is false while it is under way.
+    """A search for sampling times and all that it tried; `complete` is false while it is under way.
 
     Attributes:
-        step, weights, score_name, num_samples, seed: what was sampled, and by what it was judged.
-        last: the grid is 0..last, descending.
-        trials: every evaluation, in the order made.
-        indices, times, score: the best of all trials with as many steps as asked for.
-        protocol: what a repetition needs, and what a resumption must share.
+        step, weights, num_samples, seed: The checkpoint, its weights, and the samples that each trial draws.
+        score_name: Name of the score that trials are compared by.
+        steps: The number of sampling steps whose times are searched for.
+        last: The grid is 0..last, descending.
+        trials: Every evaluation, in the order made.
+        indices, times, score: The best trial with `steps` steps.
+        protocol: What a repetition needs and a resumed search must share.
     """
 
     version: int = 1

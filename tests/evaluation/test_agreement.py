@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cmscale.evaluation.metrics.kernel_distance import kernel_distance
 from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -18,6 +17,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from cmscale.evaluation.features.extractor import build_features
 from cmscale.evaluation.features.inception import FIDInception
 from cmscale.evaluation.measure import image_blocks, measure
+from cmscale.evaluation.metrics.kernel_distance import kernel_distance
 from cmscale.evaluation.reference.reference import reference_from_images
 
 KID = {"kid_subsets": 100, "kid_subset_size": 9}

@@ -160,8 +160,7 @@ def test_finished_samples_are_measured_against_a_folder_with_real_features(
         found = result(out)
         assert found.score_name == "FD-EfficientNet"
         assert found.fid.mean < 1e-6  # the same images
-        assert found.precision is not None
-        assert found.precision.mean == 1.0
+        assert found.metrics["precision"].mean == 1.0
 
 
 def test_bad_input_is_one_line_and_status_2(

@@ -9,14 +9,11 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from cmscale.errors import UserError
-from cmscale.evaluation.metrics import distributions as metrics
-from cmscale.evaluation.metrics.distributions import (
-    InceptionScoreSums,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-)
-from cmscale.evaluation.metrics.statistics import Moments, Sums
+from cmscale.evaluation.metrics import kernel_distance as kid
+from cmscale.evaluation.metrics.frechet import frechet_distance
+from cmscale.evaluation.metrics.inception_score import inception_score
+from cmscale.evaluation.metrics.kernel_distance import kernel_distance
+from cmscale.evaluation.statistics import Moments, Sums
 
 
 def _features(count: int, width: int, *, seed: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
@@ -82,13 +79,13 @@ def test_fid_of_a_set_with_itself_is_zero_to_machine_precision() -> None:
 
 
 def test_features_of_another_width_are_refused() -> None:
-    with pytest.raises(UserError, match="width 8 can't be compared with a reference of width 9"):
+    with pytest.raises(UserError, match="width 8 cannot be compared with a reference of width 9"):
         _fid(_features(20, 8, seed=1), _features(20, 9, seed=1))
 
 
 @pytest.mark.parametrize("kernel_elements", [0, 1 << 25], ids=["kernel a subset", "kernel once"])
 def test_kid_equals_torch_fidelitys_mean_and_deviation(pair, kernel_elements: int, monkeypatch) -> None:
-    monkeypatch.setattr(metrics, "_KERNEL_ELEMENTS", kernel_elements)
+    monkeypatch.setattr(kid, "_KERNEL_ELEMENTS", kernel_elements)
     size = min(25, *map(len, pair))
     mean, deviation = kernel_distance(*pair, subset_size=size)
     theirs = kid_features_to_metric(
@@ -132,12 +129,13 @@ def test_inception_score_in_order_equals_adms_definition() -> None:
     assert inception_score(LOGITS[:230], shuffle_seed=None)[0] == pytest.approx(np.mean(scores), rel=1e-12)
 
 
-def test_inception_score_is_the_same_in_blocks_and_with_certain_classifiers() -> None:
-    logits = LOGITS * 200  # probabilities underflow to 0
-    sums = InceptionScoreSums(len(logits))
-    for at in range(0, len(logits), 100):
-        block = range(at, min(at + 100, len(logits)))
-        sums.add(block, logits[block.start : block.stop])
-    whole = inception_score(logits)
-    assert np.isfinite(whole[0])
-    assert sums.score() == pytest.approx(whole, rel=1e-12)
+def test_inception_score_of_certain_predictions_is_the_number_of_classes_in_a_part() -> None:
+    logits = np.eye(4, dtype="f4")[np.arange(400) % 4] * 1e4  # the other classes' probabilities underflow to 0
+    assert inception_score(logits, shuffle_seed=None) == pytest.approx((4.0, 0.0), rel=1e-12)
+    assert inception_score(np.zeros((400, 4), "f4")) == pytest.approx((1.0, 0.0), rel=1e-12)
+
+
+def test_inception_score_of_few_samples_counts_only_the_parts_that_hold_some() -> None:
+    assert inception_score(np.eye(4, dtype="f4") * 1e4) == (1.0, 0.0)  # one sample per part
+    with pytest.raises(UserError, match="no samples"):
+        inception_score(np.zeros((0, 4), "f4"))

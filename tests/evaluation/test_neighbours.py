@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from cmscale.evaluation.metrics import neighbours
-from cmscale.evaluation.metrics.neighbours import DENSITY_K, K, Manifold, Neighbourhood, compare
+from cmscale.evaluation import manifold
+from cmscale.evaluation.manifold import DENSITY_K, K, Manifold, Neighbourhood, compare
 
 
 def _features(count: int, *, seed: int, width: int = 24, shift: float = 0.0) -> np.ndarray:
@@ -46,7 +46,7 @@ def _defined(x: np.ndarray, y: np.ndarray) -> Neighbourhood:
 @pytest.mark.parametrize("block_elements", [1 << 24, 700])
 @pytest.mark.parametrize("name", PAIRS)
 def test_equals_the_definitions_whatever_the_block(name: str, block_elements: int, monkeypatch) -> None:
-    monkeypatch.setattr(neighbours, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(manifold, "_BLOCK_ELEMENTS", block_elements)
     x, y = PAIRS[name]
     assert compare(Manifold(x), Manifold(y)) == _defined(x, y)
 
@@ -73,10 +73,10 @@ def test_a_set_compared_with_itself_is_perfect() -> None:
 
 
 def test_no_block_of_distances_exceeds_its_limit(monkeypatch) -> None:
-    monkeypatch.setattr(neighbours, "_BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(manifold, "_BLOCK_ELEMENTS", 1000)
     seen = []
-    inner = neighbours._squared_distances
-    monkeypatch.setattr(neighbours, "_squared_distances", lambda *args: seen.append(inner(*args)) or seen[-1])
+    inner = manifold._squared_distances
+    monkeypatch.setattr(manifold, "_squared_distances", lambda *args: seen.append(inner(*args)) or seen[-1])
     compare(Manifold(_X), Manifold(_Y))
     assert len(seen) > 10
     assert max(block.numel() for block in seen) <= 1000

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BlockStore, blocks
-from cmscale.evaluation.metrics.statistics import Moments, Sums, total
+from cmscale.evaluation.statistics import Moments, Sums, total
 
 FEATURES = np.random.default_rng(0).gamma(0.5, size=(97, 12)).astype(np.float32)
 

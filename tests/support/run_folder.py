@@ -8,7 +8,7 @@ from PIL import Image
 
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line
-from cmscale.runs.results import EvaluationResult, Metric, score_name
+from cmscale.runs.results import EvaluationResult, Metric
 
 
 def write_run(root: Path, *, kind: str = "ct", total_steps: int = 200, nfes: tuple[int, ...] = (1, 2)) -> RunDir:
@@ -57,6 +57,9 @@ def write_evaluation(
     weights: str = "ema_0.999",
     times: tuple[float, ...] | None = None,
     warnings: tuple[str, ...] = (),
+    num_samples: int = 500,
+    reference: str = "0123",
+    metrics: dict[str, float] | None = None,
 ) -> None:
     """Writes an evaluation to the run's folder."""
     result = EvaluationResult(
@@ -64,13 +67,16 @@ def write_evaluation(
         weights=weights,
         nfe=nfe,
         times=times,
-        num_samples=500,
+        num_samples=num_samples,
         seeds=tuple(range(len(values))),
         features=features,
-        score_name=score_name(features),
-        reference={"name": "crops"},
-        fid=Metric.of(values),
-        precision=Metric.of([0.5] * len(values)),
+        score_name="FID" if features == "inception" else "FD-EfficientNet",
+        reference={"name": "crops", "sha256": reference},
+        metrics={
+            "fid": Metric.of(values),
+            "precision": Metric.of([0.5] * len(values)),
+            **{name: Metric.of([value] * len(values)) for name, value in (metrics or {}).items()},
+        },
         seconds=1.0,
         warnings=warnings,
     )

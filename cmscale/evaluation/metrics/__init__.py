@@ -1,1 +1,1 @@
-"""The metrics and the statistics that they need."""
+"""The metrics. Each module except `registry` holds one or several and lists them in `METRICS`."""

@@ -1,7 +1,7 @@
-"""Owns the mergeable statistics of features: float64 sums, and the mean and covariance that follow from them.
+"""Sums of features that can be merged, and the mean and covariance that follow from them.
 
-Sums are taken a block of samples at a time and merged in the blocks' order, so the same features give the
-same bits however many ranks they came from.
+Sums are taken per block of samples, in float64, and merged in the blocks' order, so the same features give the same
+bits on any number of ranks.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from cmscale.errors import UserError
 
 @dataclass(frozen=True)
 class Sums:
-    """n, sum of x [D], sum of x x^T [D, D] of float64 features x."""
+    """The number of features x, the sum of x [D] and the sum of x x^T [D, D], in float64."""
 
     count: int
     first: np.ndarray
@@ -34,7 +34,7 @@ class Sums:
         """Mean and unbiased covariance.
 
         Raises:
-            UserError: fewer than two samples.
+            UserError: Fewer than two samples.
         """
         if self.count < 2:
             raise UserError(f"statistics: {self.count} sample(s); a covariance needs at least 2")
@@ -47,7 +47,7 @@ def total(parts: Iterable[Sums]) -> Sums:
     """The sum of all parts, added in their order.
 
     Raises:
-        UserError: no parts.
+        UserError: No parts.
     """
     iterator = iter(parts)
     first = next(iterator, None)
@@ -74,11 +74,11 @@ class Moments:
 
     @cached_property
     def factor(self) -> np.ndarray:
-        """A matrix L [D, rank] with L L^T = covariance; computed once, then kept.
+        """A matrix L [D, rank] with L L^T = covariance; computed once, then cached.
 
-        Cholesky's where the covariance is safely positive. Else an eigendecomposition, whose eigenvalues
-        within rounding of zero are dropped: a degenerate covariance gives a narrower factor, and its noise
-        never meets a square root, which would blow 1e-16 up to 1e-8.
+        The Cholesky factor if the covariance is safely positive definite. Otherwise it comes from an eigendecomposition
+        without the eigenvalues within rounding of zero: a degenerate covariance gives a narrower factor, and no square
+        root of noise is taken, which would turn 1e-16 into 1e-8.
         """
         covariance = (self.covariance + self.covariance.T) / 2
         rounding = self.width * np.finfo(np.float64).eps
@@ -87,7 +87,7 @@ class Moments:
             if lower.diagonal().min() ** 2 > np.trace(covariance) * rounding:
                 return lower
         except np.linalg.LinAlgError:
-            pass  # not positive: the other way
+            pass  # not positive definite
         values, vectors = np.linalg.eigh(covariance)
         kept = values > max(values[-1], 0.0) * rounding
         return vectors[:, kept] * np.sqrt(values[kept])
