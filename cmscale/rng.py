@@ -1,6 +1,6 @@
-"""Owns randomness: every number drawn in training is a function of (seed, sample position, what it is for) alone.
+"""Draws the random numbers of training: each is a function of (seed, sample position, purpose) and of nothing else.
 
-So it depends on no rank, no batch size and no history, and a resumed run draws what an uninterrupted one would.
+They do not depend on rank, batch size or history, so a resumed run draws what an uninterrupted one does.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import torch
 
 
 def key(*parts: int | str) -> int:
-    """A 63-bit key of its parts: any change of a part gives an unrelated key."""
+    """A 63-bit key of the parts; another part gives an unrelated key."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -39,25 +39,27 @@ def normal_like_samples(
 
 @dataclass(frozen=True)
 class SampleRandomness:
-    """The random numbers of the samples at `positions` (their places in the endless training sequence)."""
+    """The random numbers of a training batch.
+
+    Attributes:
+        positions: the samples' places in the endless training sequence, one per sample.
+    """
 
     seed: int
     positions: tuple[int, ...]
     device: torch.device
 
-    def noise(self, shape: Sequence[int], purpose: str = "noise") -> torch.Tensor:
+    def noise(self, shape: Sequence[int]) -> torch.Tensor:
         """Standard normal, [B, *shape] float32, on the device."""
-        return normal_like_samples(self.seed, self.positions, shape, purpose=purpose, device=self.device)
+        return normal_like_samples(self.seed, self.positions, shape, purpose="noise", device=self.device)
 
-    def uniform(self, purpose: str = "time") -> torch.Tensor:
-        """Uniform on [0, 1), [B] float64, drawn on the CPU and moved to the device."""
-        drawn = [
-            torch.rand((), dtype=torch.float64, generator=generator(self.seed, p, purpose)) for p in self.positions
-        ]
+    def uniform(self) -> torch.Tensor:
+        """Uniform on [0, 1), [B] float64, drawn on the CPU and moved to the device: the sample's training time."""
+        drawn = [torch.rand((), dtype=torch.float64, generator=generator(self.seed, p, "time")) for p in self.positions]
         return torch.stack(drawn).to(self.device)
 
     def dropout_keys(self) -> tuple[int, ...]:
-        """One key a sample: networks given the same keys drop the same elements (shared dropout)."""
+        """One key per sample: networks called with the same keys drop the same elements (shared dropout)."""
         return tuple(key(self.seed, position, "dropout") for position in self.positions)
 
     def split(self, size: int) -> list["SampleRandomness"]:

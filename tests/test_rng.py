@@ -1,4 +1,4 @@
-"""What randomness promises: each sample's numbers depend on (seed, position, purpose), and on nothing else."""
+"""Randomness: each sample's numbers depend on (seed, position, purpose), and on nothing else."""
 
 import torch
 from hypothesis import given
@@ -29,6 +29,16 @@ def test_seed_position_and_purpose_each_give_other_numbers() -> None:
         for purpose in ("noise", "start")
     ]
     assert len({tuple(row.flatten().tolist()) for row in drawn}) == len(drawn)
+
+
+def test_every_number_of_a_sample_changes_with_the_seed_and_with_the_position() -> None:
+    def numbers(seed: int, position: int) -> tuple:
+        random = SampleRandomness(seed, (position,), CPU)
+        return tuple(random.noise((8,)).flatten().tolist()), random.uniform().item(), random.dropout_keys()
+
+    drawn = [numbers(seed, position) for seed in (0, 1) for position in (0, 1)]
+    for kind in range(3):
+        assert len({one[kind] for one in drawn}) == len(drawn)
 
 
 def test_keys_tell_their_parts_apart() -> None:

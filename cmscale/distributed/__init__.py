@@ -1,1 +1,1 @@
-"""The ranks of a job and their collectives."""
+"""The ranks of a job, their process group and their collectives."""

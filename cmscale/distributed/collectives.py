@@ -1,4 +1,4 @@
-"""Collectives by which the ranks agree on small values; each does nothing where there is one rank."""
+"""Collectives on small values, by which the ranks agree; with one rank they return their argument."""
 
 import datetime
 from collections.abc import Callable
@@ -8,14 +8,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from cmscale.distributed.compat import process_groups, set_timeout
+
 T = TypeVar("T")
 
 
 def bound_collectives(*, timeout_minutes: float) -> None:
-    """Gives every process group its timeout: a library that makes groups of its own gives them torch's 30 minutes."""
+    """Sets the timeout of every process group: a library that makes its own groups leaves them torch's 30 minutes."""
     if dist.is_initialized():
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.set_timeout(datetime.timedelta(minutes=timeout_minutes), group)
+        for group in process_groups():
+            set_timeout(group, datetime.timedelta(minutes=timeout_minutes))
 
 
 def any_rank(flag: bool) -> bool:
@@ -32,13 +34,13 @@ def max_over_ranks(value: int) -> int:
     """The largest of the ranks' values. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
-    tensor = torch.tensor([value], dtype=torch.int64)  # on the CPU: gloo carries it beside any device's traffic
+    tensor = torch.tensor([value], dtype=torch.int64)  # on the CPU, so gloo sends it and no device waits
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor.item())
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value (small, picklable by the ranks' own trust in each other), by rank. Collective."""
+    """Every rank's value, by rank. Values are small and are pickled: ranks of one job trust each other. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -56,9 +58,9 @@ def from_main(value: Any) -> Any:
 
 
 def array_from_main(array: np.ndarray | None) -> np.ndarray:
-    """Rank 0's array (the others give None), of any size, on every rank. Collective."""
+    """Rank 0's array, of any size, on every rank; the others pass None. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        assert array is not None, "rank 0 has the array"
+        assert array is not None, "rank 0 passes the array"
         return array
     shape, dtype = from_main(None if array is None else (array.shape, array.dtype))
     sent = np.empty(shape, dtype) if array is None else np.ascontiguousarray(array)
@@ -73,7 +75,11 @@ def barrier() -> None:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Runs `action()` on rank 0: its result there, None elsewhere; what it raises, every rank raises. Collective."""
+    """Runs `action()` on rank 0. Returns its result there and None elsewhere. Collective.
+
+    Raises:
+        Exception: whatever `action` raises, on every rank.
+    """
     result: T | None = None
     error: Exception | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""Owns where this process stands among the others, and how they agree on small values."""
+"""Finds this process's rank and device, and joins the process group."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ from cmscale.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """Ranks and nodes. `rank` counts over all nodes, `rank_of_node` within one."""
+    """This process's place: `rank` counts over all nodes, `rank_of_node` within its node."""
 
     rank: int = 0
     num_ranks: int = 1
@@ -36,15 +36,15 @@ class World:
 
 
 def detect(device: str = "auto") -> World:
-    """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; none set means a world of one.
+    """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; if none is set, the world has one rank.
 
-    Every launcher (the project's own jobs, torchrun) sets these four and MASTER_ADDR and MASTER_PORT.
+    Every launcher (this project's jobs, torchrun) sets these four, and MASTER_ADDR and MASTER_PORT.
 
     Args:
-        device: `auto` takes CUDA where there is one.
+        device: `auto`, `cpu` or `cuda`; `auto` is CUDA if there is a device.
 
     Raises:
-        UserError: `cuda` on a machine without.
+        UserError: `cuda` on a machine without enough GPUs.
     """
     environment = os.environ
     num_ranks = int(environment.get("WORLD_SIZE", "1"))
@@ -58,26 +58,32 @@ def detect(device: str = "auto") -> World:
 
 
 def choose_device(device: str, *, rank_of_node: int = 0) -> torch.device:
-    """The device of a rank. Raises UserError for `cuda` on a machine without enough GPUs."""
+    """The device of a rank.
+
+    Raises:
+        UserError: `cuda` on a machine without enough GPUs.
+        RuntimeError: Slurm allocated GPUs and CUDA finds none.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto" and count == 0 and os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
         node = os.environ.get("SLURMD_NODENAME", "this node")
-        raise RuntimeError(f"{node}: Slurm gave it GPUs and CUDA finds none; its driver may have failed")
+        raise RuntimeError(f"{node}: Slurm allocated GPUs there and CUDA finds none; its driver may have failed")
     if device == "cpu" or (device == "auto" and count == 0):
         return torch.device("cpu")
     if count == 0:
-        raise UserError("engine.device: cuda was asked for, but this machine has no CUDA device; use engine.device=cpu")
+        raise UserError("engine.device: cuda, but this machine has no CUDA device; use engine.device=cpu")
     if rank_of_node >= count:
         raise UserError(
-            f"engine.device: rank {rank_of_node} of this node has no GPU, there are {count}; lower --gpus-per-node"
+            f"engine.device: rank {rank_of_node} of this node has no GPU, the node has {count}; lower --gpus-per-node"
         )
     return torch.device("cuda", rank_of_node)
 
 
 @contextmanager
 def same_arithmetic(device: torch.device) -> Iterator[None]:
-    """On a CPU one thread: how a sum is split over threads moves its last digits, and some results must be the same on
-    any number of ranks, which share a node's processors.
+    """Runs the block with one CPU thread, so that results do not depend on the number of ranks.
+
+    The ranks of a node share its processors, and the number of threads changes the last digits of a sum.
     """
     threads = torch.get_num_threads()
     if device.type == "cpu":
@@ -89,7 +95,7 @@ def same_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
-    """Joins the process group (gloo for CPU tensors, NCCL for CUDA), of one rank too: DeepSpeed wants it."""
+    """Joins the process group: gloo for CPU tensors, NCCL for CUDA. DeepSpeed needs one for a single rank too."""
     if dist.is_initialized():
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -107,7 +113,7 @@ def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
 
 @contextmanager
 def joined(world: World, *, timeout_minutes: float) -> Iterator[None]:
-    """The process group of several ranks, left at the end however that comes; a world of one needs none."""
+    """Joins the process group of several ranks and leaves it when the block ends or fails; one rank needs none."""
     if world.num_ranks > 1:
         connect(world, timeout_minutes=timeout_minutes)
     try:
@@ -117,6 +123,6 @@ def joined(world: World, *, timeout_minutes: float) -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Leaves the process group, where there is one."""
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,1 +1,1 @@
-"""Layer 3: networks spread over ranks by DeepSpeed, and everything that keeps a run from losing its work."""
+"""Trains networks that DeepSpeed spreads over ranks, and keeps a run from losing its work: checkpoints, preemption."""

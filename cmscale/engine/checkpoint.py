@@ -1,4 +1,4 @@
-"""Owns the writing of checkpoints: staged, hashed, manifest last, fenced by generation."""
+"""Writes checkpoints: staged, hashed, the manifest last, and never by an older start than the run's newest."""
 
 import contextlib
 import json
@@ -27,15 +27,18 @@ from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segm
 
 
 class Fenced(RuntimeError):
-    """A newer start of the run exists; this one may not commit."""
+    """Raised if a newer start of the run exists: this one may not commit."""
 
 
 class CheckpointFailed(RuntimeError):
-    """A checkpoint could not be written, and the config says to stop then."""
+    """Raised if a checkpoint could not be written and training must stop for that."""
 
 
 def claim_generation(run: RunDir) -> int:
-    """Makes this start of the run its newest: no older one commits, its unfinished saves go. Collective."""
+    """Makes this start of the run its newest. Collective.
+
+    From then on no older start commits; unfinished saves of older starts are removed.
+    """
 
     def claim() -> int:
         generation = read_generation(run) + 1
@@ -46,7 +49,7 @@ def claim_generation(run: RunDir) -> int:
                 replaced.rename(final)
         for leftover in run.checkpoints.glob(".step-*"):
             if ".save-" in leftover.name:
-                why = f"{leftover.name}: an earlier start ended before it was complete; removed"
+                why = f"{leftover.name}: an earlier start ended before this save was complete; removed"
                 write_event(run, "unfinished_save", step=step_of(leftover.name[1:]), rank=0, why=why)
             shutil.rmtree(leftover, ignore_errors=True)
         return generation
@@ -55,25 +58,26 @@ def claim_generation(run: RunDir) -> int:
 
 
 def read_generation(run: RunDir) -> int:
-    """How often the run was started so far."""
+    """The number of starts of the run so far."""
     try:
         return int(json.loads(run.generation.read_text())["generation"])
     except FileNotFoundError:
         return 0
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{run.generation}: damaged; remove it when no job of this run is alive") from None
+        raise UserError(f"{run.generation}: damaged; delete it once no job of this run is alive") from None
 
 
 class Checkpoints:
-    """Saves of one start of a run. Call on every rank alike; a save agrees on one flag and communicates nothing else.
+    """Saves checkpoints during one start of a run. Every rank makes the same calls.
 
-    `save` copies to host memory and returns; a thread writes, and a save waits only for the one before. Rank 0's
-    thread commits when every rank's part is recorded.
+    `save` copies the state to host memory and returns; a thread writes it. A save waits for the one before and agrees
+    across ranks on one flag; it communicates nothing else. Rank 0's thread commits once every rank has recorded its
+    part.
 
     Args:
         generation: from `claim_generation`.
-        exporter: receives every committed step, on rank 0.
-        loaded: the state that this start took from a checkpoint: it is saved already.
+        exporter: gets the step of every committed checkpoint, on rank 0.
+        loaded: the state that this start read from a checkpoint, which need not be saved again.
     """
 
     def __init__(
@@ -101,18 +105,18 @@ class Checkpoints:
         self._saves = 0
 
     def maybe_save(self, state: TrainState, engine: Engine) -> bool:
-        """Saves where the step is a multiple of `checkpoint.every_steps`. Whether it did."""
+        """Saves if the step is a multiple of `checkpoint.every_steps`. Returns whether it did."""
         if state.step == 0 or state.step % self._config.checkpoint.every_steps:
             return False
         self.save(state, engine)
         return True
 
     def save(self, state: TrainState, engine: Engine) -> None:
-        """Copies the state and starts writing it; nothing where just this state was saved.
+        """Copies the state and starts to write it; does nothing if this very state was saved last. Collective.
 
         Raises:
-            CheckpointFailed: on every rank, where the save before failed on any and
-                `checkpoint.stop_on_failure` is set, or a newer start of the run has taken over.
+            CheckpointFailed: on every rank, if the previous save failed on any and `checkpoint.stop_on_failure` is
+                set, or if a newer start of the run has taken over.
         """
         if state == self._saved:
             return
@@ -120,7 +124,7 @@ class Checkpoints:
         stop = self._config.checkpoint.stop_on_failure or isinstance(self._failure, Fenced)
         if any_rank(stop and self._failure is not None):
             why = self._failure or "on another rank"
-            raise CheckpointFailed(f"the checkpoint before was not written: {why}") from self._failure
+            raise CheckpointFailed(f"the previous checkpoint was not written: {why}") from self._failure
         shards = engine.shards
         tensors = {name: shards.local(name).detach().to("cpu", copy=True) for name in shards.quantities}
         manifest = CheckpointManifest(
@@ -140,7 +144,7 @@ class Checkpoints:
             scalars=engine.scalars(),
         )
         self._saved, self._failure = state, None
-        self._saves += 1  # a name of its own, so that no record of a failed save counts for this one
+        self._saves += 1  # names the folder, so that no record of a failed save counts for this one
         staged = self._run.checkpoints / f".{step_name(state.step)}.start-{self._generation}.save-{self._saves}"
         self._thread = threading.Thread(
             target=self._write, args=(staged, manifest, tensors, shards.segments), name=f"save-{state.step}"
@@ -148,13 +152,13 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits until the last save is written (and committed, on rank 0) or has failed."""
+        """Waits until the last save is written (on rank 0: committed) or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def close(self) -> bool:
-        """Waits for the last save; whether it was committed (True where there was none). Collective."""
+        """Waits for the last save. Returns whether it was committed; True if there was none. Collective."""
         self.wait()
         return all_ranks(self._failure is None)
 
@@ -172,7 +176,7 @@ class Checkpoints:
                 parts = self._await_parts(staged)
                 self._commit(staged, manifest.model_copy(update={"parts": parts}))
                 seconds = round(time.monotonic() - began, 3)
-                self._say("checkpoint", manifest.state.step, seconds=seconds)
+                self._report("checkpoint", manifest.state.step, seconds=seconds)
                 self._retain()
                 if self._exporter is not None:
                     self._exporter.offer(manifest.state.step)
@@ -180,31 +184,36 @@ class Checkpoints:
             self._failure = error
             with contextlib.suppress(OSError):
                 record(staged, self._world.rank, {"error": f"{type(error).__name__}: {error}"})
-            self._say("checkpoint_failed", manifest.state.step, why=f"{type(error).__name__}: {error}")
+            self._report("checkpoint_failed", manifest.state.step, why=f"{type(error).__name__}: {error}")
             if self._world.is_main:
                 shutil.rmtree(staged, ignore_errors=True)
 
     def _await_parts(self, staged: Path) -> tuple[RankPart, ...]:
-        """Every rank's record, by rank. Raises the first error found in one, or TimeoutError."""
+        """Every rank's record, by rank.
+
+        Raises:
+            RuntimeError: a rank recorded an error.
+            TimeoutError: a rank recorded nothing within the collectives' time-out.
+        """
         deadline = time.monotonic() + 60.0 * self._config.engine.collective_timeout_minutes
         parts: list[RankPart] = []
         while len(parts) < self._world.num_ranks:
             path = record_path(staged, len(parts))
             try:
-                told = json.loads(path.read_text())
+                recorded = json.loads(path.read_text())
             except FileNotFoundError:
                 self._must_be_newest()
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"rank {len(parts)} has not written its part of the checkpoint") from None
                 time.sleep(0.01)
                 continue
-            if "error" in told:
-                raise RuntimeError(f"rank {len(parts)}: {told['error']}")
-            parts.append(RankPart.model_validate(told))
+            if "error" in recorded:
+                raise RuntimeError(f"rank {len(parts)}: {recorded['error']}")
+            parts.append(RankPart.model_validate(recorded))
         return tuple(parts)
 
     def _commit(self, staged: Path, manifest: CheckpointManifest) -> None:
-        """Publishes a staged checkpoint under its name, in place of an earlier one of the same step."""
+        """Renames a staged checkpoint to its final name; it replaces an earlier one of the same step."""
         for rank in range(self._world.num_ranks):
             record_path(staged, rank).unlink()
         write_manifest(staged, manifest)
@@ -223,20 +232,24 @@ class Checkpoints:
             raise Fenced(f"start {newest} of the run has taken over from start {self._generation}; nothing committed")
 
     def _retain(self) -> None:
-        """Removes all but the last K checkpoints, multiples of `keep_every`, and what waits for upload."""
+        """Removes old checkpoints.
+
+        It keeps the last `keep_last`, multiples of `keep_every`, and those that wait for their upload, unless storage
+        has been away for so long that `2 keep_last` newer ones exist: then a full disk is the greater risk.
+        """
         kept = self._config.checkpoint
         steps = committed_steps(self._run)
         waiting = self._exporter.waiting() if self._exporter is not None else set()
-        patient = steps[-2 * kept.keep_last :]  # storage that stays away must not fill the disk
+        patient = steps[-2 * kept.keep_last :]
         for step in steps[: -kept.keep_last]:
             if (kept.keep_every and step % kept.keep_every == 0) or (step in waiting and step in patient):
                 continue
             hidden = self._run.checkpoints / f".{step_name(step)}.removed-{self._generation}"
-            self._run.checkpoint(step).rename(hidden)  # first out of sight, so that no half of it is ever seen
+            self._run.checkpoint(step).rename(hidden)  # renamed first, so that nobody reads half of it
             shutil.rmtree(hidden, ignore_errors=True)
 
-    def _say(self, event: str, step: int, *, why: str = "", **more: Any) -> None:
-        with contextlib.suppress(OSError):  # a full disk is told of by the exception, not by the log
+    def _report(self, event: str, step: int, *, why: str = "", **more: Any) -> None:
+        with contextlib.suppress(OSError):  # on a full disk the exception reports it
             write_event(
                 self._run,
                 event,
@@ -249,7 +262,7 @@ class Checkpoints:
 
 
 def write_part(staged: Path, world: World, tensors: dict[str, torch.Tensor], segments: tuple[Segment, ...]) -> None:
-    """Writes a rank's file, durably, then its record."""
+    """Writes a rank's file durably, then its record."""
     with explained(staged):
         staged.mkdir(parents=True, exist_ok=True)
         path = staged / rank_file(world.rank, world.num_ranks)
@@ -260,16 +273,16 @@ def write_part(staged: Path, world: World, tensors: dict[str, torch.Tensor], seg
     record(staged, world.rank, RankPart(file=entry, segments=segments).model_dump(mode="json"))
 
 
-def record(staged: Path, rank: int, told: dict[str, Any]) -> None:
-    """Leaves word for rank 0 that a rank's part is written, or why not."""
-    replace_durably(record_path(staged, rank), json.dumps(told).encode())
+def record(staged: Path, rank: int, value: dict[str, Any]) -> None:
+    """Records for rank 0 that a rank's part is written, or the error."""
+    replace_durably(record_path(staged, rank), json.dumps(value).encode())
 
 
 def record_path(staged: Path, rank: int) -> Path:
-    """Where a rank leaves word while a checkpoint is staged."""
+    """The file of a rank's record while a checkpoint is staged."""
     return staged / f"part-{rank:04d}.json"
 
 
 def write_manifest(staged: Path, manifest: CheckpointManifest) -> None:
-    """Completes a staged checkpoint."""
+    """Writes the manifest, which completes a staged checkpoint."""
     replace_durably(staged / CHECKPOINT_MANIFEST, manifest.to_bytes())

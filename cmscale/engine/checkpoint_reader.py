@@ -1,4 +1,4 @@
-"""Owns the reading of checkpoints, local or on S3, without DeepSpeed: list, verify, read."""
+"""Lists, verifies and reads checkpoints on any storage, without DeepSpeed."""
 
 import bisect
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from cmscale.runs.manifests import CheckpointManifest, RankPart, is_plain_name, 
 
 @dataclass(frozen=True)
 class Listed:
-    """A checkpoint that has a manifest."""
+    """A committed checkpoint."""
 
     step: int
     url: str
 
 
 def list_checkpoints(run_url: str | Path) -> list[Listed]:
-    """The checkpoints of a run (a folder or `s3://` with `checkpoints/` in it), oldest first."""
+    """The committed checkpoints of a run (a folder or URL that has `checkpoints/` in it), oldest first."""
     storage = open_storage(run_url)
     checkpoints = storage.sub("checkpoints")
     return [Listed(step, checkpoints.join(step_name(step))) for step in committed_steps(storage)]
@@ -36,7 +36,7 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
     """The manifest of the checkpoint at `storage`.
 
     Raises:
-        UserError: none there, not one, or one that names files outside its folder.
+        UserError: there is no manifest, it is damaged, or it names files outside its folder.
     """
     raw = storage.read_if_present(CHECKPOINT_MANIFEST)
     if raw is None:
@@ -49,7 +49,7 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
 
 
 def verify_checkpoint(url: str | Path) -> list[str]:
-    """What is wrong with a checkpoint, one line each naming the file; none where it is as written."""
+    """What is wrong with a checkpoint: one line per problem, with the file; an empty list if it is intact."""
     storage = open_storage(url)
     try:
         manifest = read_manifest(storage)
@@ -62,7 +62,7 @@ def verify_checkpoint(url: str | Path) -> list[str]:
 
 
 def layout_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]:
-    """Whether the parts cover the flat space exactly once."""
+    """A problem if the parts do not cover the flat space exactly once."""
     runs = sorted((segment.start, segment.length) for part in manifest.parts for segment in part.segments)
     at = 0
     for start, length in runs:
@@ -73,7 +73,7 @@ def layout_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]:
 
 
 def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart) -> list[str]:
-    """What is wrong with one rank's file: absent, altered, or not the tensors that the manifest promises."""
+    """What is wrong with one rank's file: missing, altered, or without the tensors that the manifest lists."""
     where = storage.join(part.file.name)
     try:
         with local_copy(storage, part.file.name) as path:
@@ -99,10 +99,10 @@ def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart
 def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
     """The named fp32 parameters of one quantity of a checkpoint (`master`, an EMA's name, `target`).
 
-    Every file is checked against its hash first; from S3 each is fetched once a node, into the cache.
+    Every file is checked against its hash first; from a remote storage each is fetched once per node, into the cache.
 
     Raises:
-        UserError: no complete checkpoint there, no such quantity in it, or a damaged file; one line.
+        UserError: there is no complete checkpoint, no such quantity in it, or a file is damaged.
     """
     storage = open_storage(url)
     manifest = read_manifest(storage)
@@ -125,7 +125,7 @@ def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
 
 
 class FlatReader:
-    """Reads runs of a local checkpoint's flat space, whatever the world size and ZeRO stage that wrote it."""
+    """Reads parts of a local checkpoint's flat space, whatever world size and ZeRO stage wrote it."""
 
     def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
         self._folder = folder
@@ -157,7 +157,7 @@ class FlatReader:
 
 
 def by_name(flat: torch.Tensor, parameters: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """Views of a flat space as named parameters (`manifests.Parameter`)."""
+    """Views of a flat tensor by parameter name and in the parameters' shapes (`manifests.Parameter`)."""
     found = {}
     for parameter in parameters:
         numel = torch.Size(parameter.shape).numel()

@@ -1,4 +1,4 @@
-"""Owns the time of a step's first forward pass: what a rank does by itself, before it waits for the others."""
+"""Times the first forward pass of a step: the part that a rank does alone, before it waits for other ranks."""
 
 import time
 
@@ -6,13 +6,18 @@ import torch
 
 
 class ForwardClock:
-    """Reads the host's clock, or on CUDA the device's, which runs behind the host. (ZeRO-3 gathers on the way.)"""
+    """Measures with the host's clock on a CPU, with the device's on CUDA, which runs behind the host.
+
+    Under ZeRO-3 the time includes the gathering of parameters.
+
+    Attributes:
+        started: when the step began, by `time.perf_counter`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._stopped = 0.0
         self.started = 0.0
-        """When, by `time.perf_counter`, the step began."""
 
     def start(self) -> None:
         self.started = time.perf_counter()
@@ -26,7 +31,7 @@ class ForwardClock:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """Of the last step, which must be over: then nothing is waited for."""
+        """The time of the last step. The step must be over, so that this waits for nothing."""
         if not self._on_cuda:
             return self._stopped - self.started
         self._events[1].synchronize()

@@ -1,44 +1,53 @@
-"""Owns the training step on DeepSpeed: the student, its companions, and what never reaches the weights."""
+"""Runs training steps on DeepSpeed: the student, its target and teacher, and the guard against bad gradients."""
 
-import logging
 import math
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from cmscale.config import Config, accumulation_steps
-from cmscale.distributed.collectives import bound_collectives
 from cmscale.distributed.world import World
-from cmscale.engine import masters, settings
+from cmscale.engine import backend, settings, wrappers
 from cmscale.engine.clock import ForwardClock
+from cmscale.engine.flat_space import (
+    count_elements,
+    flat_part_size,
+    flatten,
+    number_parameters,
+    own_range,
+    segments_of_rank,
+)
 from cmscale.engine.frozen import FrozenNetwork, Network, PartitionedNetwork
 from cmscale.engine.optimizer import GuardedStep, build_optimizer
-from cmscale.engine.shards import FlatShards, Read, flatten
+from cmscale.engine.shards import FlatShards, Read
+
+_ALIGNMENT = 2  # elements per rank; DeepSpeed's own in stages 1 and 2
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. All ranks hold the same values."""
+    """The outcome of a step, the same on all ranks.
+
+    Attributes:
+        applied: whether the weights were updated.
+        loss: mean over the global batch.
+        grad_norm: Euclidean norm of the mean gradient, before clipping; inf if the step was not applied.
+        loss_scale: fp16's loss scale during the step, 1 in other precisions.
+    """
 
     applied: bool
     loss: float
-    """Mean over the global batch."""
     grad_norm: float
-    """Euclidean norm of the mean gradient, before clipping; inf where the step was not applied."""
     loss_scale: float
-    """fp16's loss scale during the step, 1 in other precisions."""
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss was not finite on some rank; the step was not applied, its gradients are dropped."""
+    """Raised on every rank if the loss is not finite on one. The step was not applied, its gradients are dropped."""
 
     def __init__(self, *, ranks: list[int], losses: list[float]) -> None:
         named = ", ".join(f"rank {rank} has {losses[rank]}" for rank in ranks)
@@ -50,9 +59,12 @@ class Engine:
     """A network in training, spread over the ranks by ZeRO.
 
     Args:
-        build_network: gives the network; called once for the student, once for the target.
-        initial: named fp32 tensors to start from; the network's own initial values where None.
+        build_network: returns a new network; called once for the student, once for the target.
+        initial: named fp32 tensors to start from; None for the network's own initial values.
         has_target: whether the method has a target network.
+
+    Raises:
+        UserError: the device cannot compute in the precision, or DeepSpeed is not a version that is known.
     """
 
     def __init__(
@@ -65,7 +77,7 @@ class Engine:
         has_target: bool = False,
     ) -> None:
         settings.check_precision(config, world.device)
-        self._deepspeed = _import_deepspeed(world)
+        self._deepspeed = backend.import_deepspeed(config, world)
         self._config = config
         self._world = world
         self.dtype = settings.COMPUTE_DTYPES[config.engine.precision]
@@ -76,19 +88,19 @@ class Engine:
             module.load_state_dict(initial)
         if any(True for _ in module.buffers()):
             raise ValueError("a network with buffers: checkpoints hold parameters only")
-        self.parameters = masters.number_parameters(module)
-        self._num_elements = masters.count_elements(self.parameters)
-        self._alignment = 2  # elements a rank; DeepSpeed's, for stages 1 and 2
-        self._part_size = masters.flat_part_size(
-            self._num_elements, num_ranks=world.num_ranks, alignment=self._alignment
+        self.parameters = number_parameters(module)
+        self._part_size = flat_part_size(
+            count_elements(self.parameters), num_ranks=world.num_ranks, alignment=_ALIGNMENT
         )
         start = flatten(dict(module.named_parameters()), self.parameters)
         self._optimizer = build_optimizer(config.optimizer, module.parameters())
-        self._wrapped = self._initialize(module, optimizer=self._optimizer)
+        self._wrapped = backend.wrap(self._deepspeed, module, config, world, optimizer=self._optimizer)
+        self._wrapper = wrappers.wrapper_of(self._wrapped.optimizer, self._wrapped.module)
+        self._scaler = self._wrapper.loss_scaler() if config.engine.precision == "fp16" else None
+        self._guard = None
         if settings.is_plain(config):
-            GuardedStep(self._optimizer, clip=config.engine.gradient_clip)
-        masters.keep_going_at_smallest_scale(masters.loss_scaler(self._wrapped.optimizer))
-        masters.prepare_moments(self._wrapped.optimizer, self._optimizer, self._wrapped.module)
+            self._guard = GuardedStep(self._optimizer, clip=config.engine.gradient_clip)
+        wrappers.prepare_moments(self._wrapper, self._optimizer)
         self._target = self._build_frozen(build_network, start) if has_target else None
         self.shards = self._build_shards()
         self.shards.set_masters(start)
@@ -96,26 +108,21 @@ class Engine:
 
     @property
     def network(self) -> Network:
-        """The student, called as the network is."""
+        """The student; called like the network itself."""
         return self._wrapped
 
     @property
     def target(self) -> Network | None:
-        """The target network, whose weights follow `shards`' target; None where the method has none."""
+        """The target network, with the weights of `shards`' quantity `target`; None if the method has none."""
         return self._target
-
-    @property
-    def applied_steps(self) -> int:
-        """How many updates the optimizer has made since it last started."""
-        return int(self._step_counters()[0].item())
 
     def add_frozen(
         self, name: str, state_dict: Mapping[str, torch.Tensor], build_network: Callable[[], nn.Module]
     ) -> Network:
-        """A network for evaluation only (a teacher), in the compute dtype; partitioned too under ZeRO-3.
+        """Adds a network for evaluation only (a teacher), in the compute dtype; ZeRO-3 partitions it too. Collective.
 
         Raises:
-            ValueError: the tensors are not this network's; names the network and the first difference.
+            ValueError: the tensors do not fit the network; the message has `name` and the first difference.
         """
         module = build_network()
         expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
@@ -125,25 +132,24 @@ class Engine:
                 raise ValueError(
                     f"{name}: {key} is {given.get(key)} in the weights and {expected.get(key)} in the network"
                 )
-        frozen = self._build_frozen(build_network, flatten(state_dict, masters.number_parameters(module)))
+        frozen = self._build_frozen(build_network, flatten(state_dict, number_parameters(module)))
         frozen.module.eval()
         return frozen
 
     def step(self, micro_losses: Iterable[Callable[[], torch.Tensor]], learning_rate: float) -> StepResult:
-        """One step over the global batch. Collective.
+        """Makes one step over the global batch. Collective.
 
         Args:
-            micro_losses: for each micro-batch of this rank a function that computes its mean loss (a scalar).
+            micro_losses: per micro-batch of this rank a function that returns its mean loss (a scalar tensor).
 
         Raises:
-            NonFiniteLoss: on every rank, where any rank's loss is not finite. The weights are as before.
+            NonFiniteLoss: on every rank, if any rank's loss is not finite. The weights are as before.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        scaler = masters.loss_scaler(self._wrapped.optimizer)
-        before = masters.scaler_state(scaler)
-        # at stage 0 DeepSpeed 0.19.8 divides fp16's gradients by a loss scale that it never multiplied in
-        scale = before["cur_scale"] if scaler is not None and self._config.engine.zero_stage == 0 else 1.0
+        before = wrappers.scaler_state(self._scaler)
+        # At stage 0 DeepSpeed 0.19.8 divides fp16's gradients by a loss scale that it never multiplied in.
+        scale = before["cur_scale"] if self._scaler is not None and self._config.engine.zero_stage == 0 else 1.0
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         losses: list[float] = []
         count = 0
@@ -163,13 +169,13 @@ class Engine:
             self._wrapped.step()
         if count != self._accumulation:
             raise ValueError(f"a step takes {self._accumulation} micro-batches, got {count}")
-        applied = self._wrapped.was_step_applied()
+        applied = self._wrapped.was_step_applied() if self._guard is None else self._guard.applied
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             assert not applied
-            masters.restore_scaler(scaler, before)  # the scale is not to blame
+            wrappers.restore_scaler(self._scaler, before)  # the loss scale is not the cause
             raise NonFiniteLoss(ranks=bad, losses=losses)
-        norm = self._wrapped.get_global_grad_norm()
+        norm = self._wrapped.get_global_grad_norm() if self._guard is None else self._guard.norm
         return StepResult(
             applied=applied,
             loss=math.fsum(losses) / len(losses),
@@ -178,16 +184,16 @@ class Engine:
         )
 
     def start_over(self) -> None:
-        """Keeps the weights: the optimizer is as before its first step, the averages begin anew. Collective."""
+        """Resets the optimizer, the EMAs and the target, and keeps the weights. Collective."""
         for counter in self._step_counters():
             counter.zero_()
         self.shards.start_over()
 
     @contextmanager
     def showing(self, quantity: str) -> Iterator[Network]:
-        """The student with another quantity's weights (an EMA, the target), to sample from. Collective."""
+        """Yields the student with another quantity's weights (an EMA, the target), to sample from. Collective."""
         flat = self.shards.full(quantity)
-        kept = self.shards.full("master") if settings.is_plain(self._config) else None
+        kept = None if self._guard is None else self.shards.full("master")
         self._show(flat)
         del flat
         self._wrapped.eval()
@@ -196,72 +202,38 @@ class Engine:
                 yield self._wrapped
         finally:
             self._wrapped.train()
-            if kept is not None:  # here the network's weights are the masters themselves
+            if kept is not None:  # without a wrapper the network's weights are the masters
                 self._show(kept)
             else:
                 self.renew_network()
 
     def scalars(self) -> dict[str, float]:
-        """What a checkpoint holds beside the flat space: the optimizer's step and fp16's loss scaler."""
-        scaler = masters.scaler_state(masters.loss_scaler(self._wrapped.optimizer))
-        return {"optimizer_step": float(self._step_counters()[0].item()), **scaler}
+        """Numbers that a checkpoint holds in addition to the flat space: the optimizer's step, fp16's loss scaler."""
+        return {"optimizer_step": float(self._step_counters()[0].item()), **wrappers.scaler_state(self._scaler)}
 
     def restore(self, read: Read, scalars: Mapping[str, float]) -> None:
-        """Sets all that a checkpoint holds; the networks follow. Collective."""
+        """Sets everything that a checkpoint holds, and the networks' weights with it. Collective."""
         for counter in self._step_counters():
             counter.fill_(scalars["optimizer_step"])
-        scaler = masters.loss_scaler(self._wrapped.optimizer)
-        masters.restore_scaler(scaler, dict(scalars) if "cur_scale" in scalars else {})
+        wrappers.restore_scaler(self._scaler, dict(scalars) if "cur_scale" in scalars else {})
         self.shards.restore(read)
         self.renew_network()
 
     @torch.no_grad()
     def renew_network(self) -> None:
         """Derives the student's working weights from the fp32 masters. Collective."""
-        wrapped = self._wrapped.optimizer
-        if hasattr(wrapped, "fp32_partitioned_groups_flat"):
-            for low, master in zip(
-                wrapped.fp16_partitioned_groups_flat, wrapped.fp32_partitioned_groups_flat, strict=True
-            ):
-                low.data.copy_(master.data)
-        elif hasattr(wrapped, "update_lp_params"):
-            wrapped.update_lp_params()
-        elif hasattr(wrapped, "fp32_groups"):
-            for low, master in zip(wrapped.fp16_groups[0], wrapped.fp32_groups[0], strict=True):
-                low.data.copy_(master.data)
-        masters.settle(self._world.device)
+        self._wrapper.renew()
+        wrappers.settle(self._world.device)
 
     def close(self) -> None:
-        """Drops DeepSpeed's hooks and buffers, so that another engine may follow in this process."""
+        """Drops DeepSpeed's hooks and buffers, so that this process can build another engine."""
         self._wrapped.destroy()
 
     @torch.no_grad()
     def _show(self, flat: torch.Tensor) -> None:
         """Writes the whole flat space into the student's working weights."""
-        for parameter, place in zip(self._wrapped.module.parameters(), self.parameters, strict=True):
-            numel = torch.Size(place.shape).numel()
-            values = flat[place.offset : place.offset + numel]
-            if self._config.engine.zero_stage == 3:
-                share = parameter.ds_tensor.ds_numel
-                own = values[self._world.rank * share : (self._world.rank + 1) * share]
-                parameter.ds_tensor.data[: own.numel()].copy_(own)
-            else:
-                parameter.data.copy_(values.view(parameter.shape))
-        masters.settle(self._world.device)
-
-    def _initialize(self, module: nn.Module, *, optimizer: torch.optim.Optimizer | None) -> Any:
-        common: dict[str, Any] = {"num_elements": masters.count_elements(masters.number_parameters(module))}
-        if optimizer is not None:
-            told = settings.deepspeed_settings(
-                self._config, num_ranks=self._world.num_ranks, device=self._world.device, **common
-            )
-        else:
-            told = settings.frozen_settings(self._config, device=self._world.device, **common)
-        wrapped, *_ = self._deepspeed.initialize(
-            model=module, optimizer=optimizer, config=told, dist_init_required=False
-        )
-        bound_collectives(timeout_minutes=self._config.engine.collective_timeout_minutes)
-        return wrapped
+        self._wrapper.show(flat, self.parameters, rank=self._world.rank)
+        wrappers.settle(self._world.device)
 
     def _build_frozen(
         self, build_network: Callable[[], nn.Module], flat: torch.Tensor
@@ -274,40 +246,30 @@ class Engine:
                 offset += parameter.numel()
         module.requires_grad_(False)
         if self._config.engine.zero_stage == 3:
-            return PartitionedNetwork(self._initialize(module, optimizer=None))
+            return PartitionedNetwork(backend.wrap(self._deepspeed, module, self._config, self._world, optimizer=None))
         return FrozenNetwork(
             module,
             dtype=self.dtype,
             device=self._world.device,
-            part_size=masters.flat_part_size(offset, num_ranks=self._world.num_ranks, alignment=self._alignment),
+            part_size=flat_part_size(offset, num_ranks=self._world.num_ranks, alignment=_ALIGNMENT),
             num_ranks=self._world.num_ranks,
         )
 
     def _build_shards(self) -> FlatShards:
         stage, num_ranks, rank = self._config.engine.zero_stage, self._world.num_ranks, self._world.rank
-        segments = tuple(
-            masters.segments_of_rank(
-                self.parameters, other, num_ranks=num_ranks, zero_stage=stage, part_size=self._part_size
-            )
-            for other in range(num_ranks)
-        )
+        own = partial(segments_of_rank, num_ranks=num_ranks, zero_stage=stage, part_size=self._part_size)
         publish = None
         if isinstance(self._target, PartitionedNetwork):
-            ranges = [masters.own_range(p, rank, num_ranks=num_ranks) for p in self.parameters]
+            ranges = [own_range(p, rank, num_ranks=num_ranks) for p in self.parameters]
             publish = partial(self._target.publish, own_lengths=[end - begin for begin, end in ranges])
         elif self._target is not None:
             publish = self._target.publish
         return FlatShards(
             self.parameters,
-            masters.find_pieces(
-                self._wrapped.optimizer,
-                self._optimizer,
-                self._wrapped.module,
-                parameters=self.parameters,
-                rank=rank,
-                num_ranks=num_ranks,
+            wrappers.find_pieces(
+                self._wrapper, self._optimizer, parameters=self.parameters, rank=rank, num_ranks=num_ranks
             ),
-            segments_by_rank=segments,
+            segments_by_rank=tuple(own(self.parameters, other) for other in range(num_ranks)),
             rank=rank,
             ema_rates=dict(zip(self._config.ema.names, self._config.ema.rates, strict=True)),
             has_target=self._target is not None,
@@ -315,7 +277,7 @@ class Engine:
         )
 
     def _gather_losses(self, mean: torch.Tensor) -> list[float]:
-        """Every rank's mean loss, by rank: the one wait for the device in a step."""
+        """Every rank's mean loss, by rank: the only wait for the device in a step. Collective."""
         own = mean.cpu().view(1)
         if self._world.num_ranks == 1:
             return own.tolist()
@@ -325,18 +287,3 @@ class Engine:
 
     def _step_counters(self) -> list[torch.Tensor]:
         return [state["step"] for state in self._optimizer.state.values()]
-
-
-def _import_deepspeed(world: World) -> Any:
-    """DeepSpeed, told before its import which device it serves, almost silent, compiling nothing."""
-    os.environ.setdefault("LOCAL_RANK", str(world.rank_of_node))
-    if world.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    # DeepSpeed still calls two collectives by the names that torch 2.14 renamed
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # on CPUs it would compile a shared-memory collective at its first start, for a minute, where gloo serves
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -1,38 +1,39 @@
-"""Owns copies of checkpoints on S3 (or in a folder): data first, read back and compared, manifest last."""
+"""Copies checkpoints to another storage: data first, read back and compared, the manifest last."""
 
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest
+from cmscale.engine.checkpoint_reader import read_manifest
 from cmscale.io.fetch import file_sha256
 from cmscale.io.local import LocalStorage
 from cmscale.io.protocol import ArrivedChanged
 from cmscale.io.storage import Storage, local_copy, open_storage
+from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_name
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import FileEntry
 
-TRIES = 3  # uploads of one file before the step waits for the next round
+TRIES = 3  # uploads of one file before its checkpoint waits for the next round
 
 
 class DamagedUpload(RuntimeError):
-    """What was read back is not what was sent."""
+    """Raised if what was read back is not what was uploaded."""
 
 
 def exported_run(run: RunDir, export_to: str) -> Storage:
-    """Where a run's copies go: `export_to` joined by the run's name, in the layout of the run's folder."""
+    """The storage of a run's copies: `export_to` and the run's name. Its layout is that of the run's folder."""
     return open_storage(export_to).sub(run.name)
 
 
 def export_checkpoint(folder: Path, target: Storage) -> bool:
-    """Copies a complete local checkpoint to `target`. Whether it is there now, as it is here.
+    """Copies a complete local checkpoint to `target`. Returns whether `target` now holds this checkpoint.
 
-    A target that has a manifest already is left alone.
+    A target that has a manifest already is not changed.
 
     Raises:
-        DamagedUpload: a file came back changed, `TRIES` times.
+        DamagedUpload: a file differed after `TRIES` uploads.
         UserError, ConnectionError, OSError: from the storage.
     """
     source = LocalStorage(folder)
@@ -57,13 +58,13 @@ def _upload_checked(path: Path, target: Storage, entry: FileEntry) -> None:
 
 
 def pending_exports(run: RunDir, export_to: str) -> list[int]:
-    """Steps whose checkpoints are complete here and not there, oldest first."""
-    remote = {listed.step for listed in list_checkpoints(exported_run(run, export_to).url)}
-    return [listed.step for listed in list_checkpoints(run.root) if listed.step not in remote]
+    """The steps whose checkpoints are committed in the run's folder and not in `export_to`, oldest first."""
+    remote = set(committed_steps(exported_run(run, export_to)))
+    return [step for step in committed_steps(run) if step not in remote]
 
 
 def export_pending(run: RunDir, export_to: str) -> list[int]:
-    """Finishes what earlier exits left; the steps copied."""
+    """Copies what earlier starts left. Returns the steps copied."""
     storage = exported_run(run, export_to)
     done = []
     for step in pending_exports(run, export_to):
@@ -73,18 +74,16 @@ def export_pending(run: RunDir, export_to: str) -> list[int]:
 
 
 class Exporter:
-    """Copies checkpoints in a thread of its own; what fails is logged, tried again, and never raised.
+    """Copies checkpoints in a thread of its own. A failure is recorded, tried again, and never raised.
 
-    It first ends the multipart uploads of a killed start, and copies what an earlier start left. One a run:
-    it is
-    for rank 0.
+    It first ends the unfinished uploads of a killed start, and copies what earlier starts left. One per run, on rank 0.
     """
 
     def __init__(self, run: RunDir, export_to: str, *, retry_seconds: float = 60.0) -> None:
         self._run = run
         self._export_to = export_to
         self._retry_seconds = retry_seconds
-        self._waiting = {listed.step for listed in list_checkpoints(run.root)}
+        self._waiting = set(committed_steps(run))
         self._closing = False
         self._scanned = False
         self._changed = threading.Condition()
@@ -103,7 +102,7 @@ class Exporter:
             return set(self._waiting)
 
     def close(self, patience: float) -> set[int]:
-        """Leaves after the queue is done or `patience` seconds; the steps that wait for the next start."""
+        """Waits for the queue, `patience` seconds at most. Returns the steps left for the next start."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -121,13 +120,13 @@ class Exporter:
                 return
 
     def _round(self) -> bool:
-        """Copies all that waits; whether nothing failed."""
+        """Copies all that waits. Returns whether nothing failed."""
         step = -1
         try:
             storage = exported_run(self._run, self._export_to)
             if not self._scanned:
                 storage.abort_uploads()
-                self._forget({listed.step for listed in list_checkpoints(storage.url)})
+                self._forget(set(committed_steps(storage)))
                 self._scanned = True
             for step in sorted(self.waiting()):
                 self._copy(step, storage.sub(f"checkpoints/{step_name(step)}"))
@@ -144,10 +143,7 @@ class Exporter:
         if not (folder / CHECKPOINT_MANIFEST).exists():
             event, why = "export_dropped", "removed here before it could be copied"
         elif not export_checkpoint(folder, target):
-            event, why = (
-                "export_refused",
-                "another checkpoint of this step is there already; it was left as it is",
-            )
+            event, why = "export_refused", "another checkpoint of this step is there already; it was not changed"
         seconds = round(time.monotonic() - began, 3)
         write_event(self._run, event, step=step, rank=0, why=why, seconds=seconds)
 
@@ -156,7 +152,7 @@ class Exporter:
             self._waiting -= steps
 
     def _pause(self) -> bool:
-        """Waits before the next try; whether to give up because the run is ending."""
+        """Waits before the next try. Returns whether to give up because the run is ending."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing, timeout=self._retry_seconds)
             return self._closing

@@ -1,20 +1,21 @@
-"""Owns networks that are evaluated and never trained (target, teacher), where every rank holds them whole."""
+"""Networks that are evaluated and never trained (target, teacher): whole on every rank, or partitioned by ZeRO-3."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from cmscale.engine.masters import settle
+from cmscale.distributed.compat import all_gather_flat
+from cmscale.engine.wrappers import partition, settle
+
+Network = Callable[..., torch.Tensor]
 
 
 class FrozenNetwork:
-    """A network whose parameters are views of one flat buffer in the compute dtype.
+    """A network whose parameters are views of one flat buffer in the compute dtype, whole on every rank.
 
-    `publish` fills the buffer from the ranks' fp32 parts with one all-gather. The buffer is padded to
-    `num_ranks x part_size`, where rank r's part is flat[r part_size : (r + 1) part_size].
+    The buffer is padded to `num_ranks x part_size` elements; rank r's part is flat[r part_size : (r + 1) part_size].
     """
 
     def __init__(
@@ -37,14 +38,14 @@ class FrozenNetwork:
 
     @torch.no_grad()
     def publish(self, local: torch.Tensor) -> None:
-        """Shows the weights whose fp32 elements the ranks hold in `local`. Collective."""
+        """Sets the weights from the fp32 elements that each rank has in `local`: one all-gather. Collective."""
         self._sent[: local.numel()].copy_(local)
         if self._num_ranks > 1:
-            dist.all_gather_single(self._flat, self._sent)
+            all_gather_flat(self._flat, self._sent)
 
 
 class PartitionedNetwork:
-    """A frozen network under ZeRO-3: an engine without optimizer, partitioned as the student is."""
+    """A frozen network under ZeRO-3: a DeepSpeed engine without optimizer, partitioned like the student."""
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
@@ -56,12 +57,9 @@ class PartitionedNetwork:
 
     @torch.no_grad()
     def publish(self, local: torch.Tensor, *, own_lengths: list[int]) -> None:
-        """Copies the rank's own elements into each parameter's partition; no communication."""
+        """Sets this rank's part of each parameter from its fp32 elements in `local`, without communication."""
         at = 0
         for parameter, length in zip(self.module.parameters(), own_lengths, strict=True):
-            parameter.ds_tensor.data[:length].copy_(local[at : at + length])  # pyright: ignore[reportAttributeAccessIssue]
+            partition(parameter)[:length].copy_(local[at : at + length])
             at += length
         settle(local.device)
-
-
-Network = Callable[..., torch.Tensor]

@@ -1,4 +1,4 @@
-"""Owns the wish to stop: signals set a flag, and all ranks agree on it at a step's boundary."""
+"""Turns signals into a request to save and stop, on which all ranks agree at a step's boundary."""
 
 import os
 import signal
@@ -11,12 +11,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class Preemption:
-    """Whether this run was asked to save and leave.
+    """Whether this run was asked to save and stop.
 
-    SIGTERM (Slurm's GraceTime, `scancel`) and SIGUSR2 (submitit's and `--signal`) count, once, however often
-    they come;
-    outside Slurm also the first Ctrl-C, the second interrupts. A handler only sets a flag: no collective
-    runs in it.
+    SIGTERM (Slurm's GraceTime, `scancel`) and SIGUSR2 (Slurm's `--signal`) count, as one request however often they
+    come. Outside Slurm the first Ctrl-C counts too, and the second interrupts. The handler only sets a flag, because
+    no collective may run in it.
     """
 
     def __init__(self) -> None:
@@ -24,26 +23,26 @@ class Preemption:
 
     @classmethod
     def install(cls) -> "Preemption":
-        """Takes over the signals of this process. Call from the main thread, after others who do."""
+        """Installs the handlers. Call it in the main thread, after all others that install handlers."""
         watched = cls()
         signals = SIGNALS if "SLURM_JOB_ID" in os.environ else (*SIGNALS, signal.SIGINT)
         for number in signals:
             signal.signal(number, watched._receive)
-        watched._received = watched._received or os.environ.get(EARLY_SIGNAL)  # after: none falls in between
+        watched._received = watched._received or os.environ.get(EARLY_SIGNAL)  # read last: no signal is lost in between
         return watched
 
     @property
     def why(self) -> str:
-        """The name of the signal that this rank got first; `another rank` where only others did."""
+        """The name of the first signal that this rank got; `another rank` if only others got one."""
         return self._received or "another rank"
 
     @property
     def flagged(self) -> bool:
-        """Whether this rank was asked to leave; others may not have been."""
+        """Whether this rank was asked to stop; others may not have been."""
         return self._received is not None
 
     def requested(self) -> bool:
-        """Whether any rank was asked to leave. Collective: call on all ranks, at the step's boundary."""
+        """Whether any rank was asked to stop. Collective: call it on all ranks, at the step's boundary."""
         return any_rank(self._received is not None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002

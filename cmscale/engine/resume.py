@@ -1,4 +1,4 @@
-"""Owns the return to a checkpoint: the newest valid one on all ranks, into any world size and ZeRO stage."""
+"""Finds the newest valid checkpoint and restores it, into any world size and ZeRO stage."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,20 +19,23 @@ from cmscale.runs.manifests import CheckpointManifest, TrainState
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint whose every file was read and found as it was written."""
+    """A checkpoint of which every file was read and has the recorded hash."""
 
     folder: Path
     manifest: CheckpointManifest
 
 
 def newest(run: RunDir, config: Config, world: World, *, data_fingerprint: str, fresh: bool = False) -> Found | None:
-    """The newest valid checkpoint of a run, the same on all ranks; None where the run has none. Collective.
+    """The newest valid checkpoint of a run, the same on all ranks; None if the run has none. Collective.
 
-    A damaged one is named in events.jsonl, and the one before it is looked at.
+    A damaged one is recorded in events.jsonl and renamed, and the one before it is tried.
+
+    Args:
+        fresh: Starts from step 0 if no checkpoint is valid.
 
     Raises:
-        UserError: there are checkpoints and none is valid, or steps and no checkpoint (unless `fresh`); or it is of
-            another config (in what moves the losses) or another data set.
+        UserError: all checkpoints are damaged, or the run has made steps and has no checkpoint (both unless `fresh`);
+            or the checkpoint belongs to another config (in values that change the losses) or another data set.
     """
     folders = from_main(on_main(lambda: [run.checkpoint(step) for step in reversed(named_steps(run))]))
     problems: list[str] = []
@@ -50,21 +53,21 @@ def newest(run: RunDir, config: Config, world: World, *, data_fingerprint: str, 
     elif folders:
         raise UserError(
             f"{run.checkpoints}: none of the {len(folders)} checkpoints is valid ({problems[0]}); "
-            "mend them, or start again from step 0 with --fresh"
+            "repair one, or start again from step 0 with --fresh"
         )
     if not folders and not fresh and any(True for _ in read_lines(run.metrics)):
         raise UserError(
             f"{run.checkpoints}: no checkpoint there, though {run.metrics} has steps of this run; "
-            "bring them back, or start again from step 0 with --fresh"
+            "copy one back, or start again from step 0 with --fresh"
         )
     return None
 
 
 def restore(found: Found, engine: Engine) -> TrainState:
-    """Puts a checkpoint into the engine, bit for bit. Collective.
+    """Sets the engine to a checkpoint, bit for bit. Returns the state of training. Collective.
 
     Raises:
-        UserError: it is another network's.
+        UserError: the checkpoint is of another network.
     """
     manifest = found.manifest
     if manifest.parameters != engine.parameters or set(engine.shards.quantities) - set(manifest.quantities):
@@ -74,7 +77,7 @@ def restore(found: Found, engine: Engine) -> TrainState:
 
 
 def _set_aside(folders: list[Path]) -> None:
-    """Renames damaged checkpoints: kept for a look, they count as none."""
+    """Renames damaged checkpoints, so that they are kept and no longer count as checkpoints."""
     for folder in folders:
         aside = folder.with_name(f"damaged-{folder.name}")
         while aside.exists():
@@ -83,7 +86,7 @@ def _set_aside(folders: list[Path]) -> None:
 
 
 def _problems(folder: Path, world: World) -> list[str]:
-    """What is wrong with a checkpoint, the same on all ranks, which share the reading. Collective."""
+    """What is wrong with a checkpoint, the same on all ranks; each rank reads a share of the files. Collective."""
     storage = LocalStorage(folder)
     found: list[str] = []
     try:

@@ -1,24 +1,25 @@
-"""Owns what DeepSpeed is told: its config dictionary from ours, and the refusal of what can't work."""
+"""Translates the config into DeepSpeed's, and refuses a precision that the device lacks."""
 
 from typing import Any
 
 import torch
 
 from cmscale.config import Config, accumulation_steps
+from cmscale.distributed.compat import cpu_has_fp16
 from cmscale.errors import UserError
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LARGEST_BUCKET = 100_000_000  # elements; DeepSpeed's 5e8 would take 2 GB a buffer, whatever the network's size
+LARGEST_BUCKET = 100_000_000  # elements; DeepSpeed's 5e8 would take 2 GB per buffer, whatever the network's size
 
 
 def check_precision(config: Config, device: torch.device) -> None:
-    """Refuses a precision that the device can't compute in.
+    """Checks that the device computes in the config's precision.
 
     Raises:
-        UserError: fp16 or bf16 where the device has none.
+        UserError: the precision is fp16 or bf16 and the device lacks it.
     """
     precision = config.engine.precision
-    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if precision == "fp16" and device.type == "cpu" and not cpu_has_fp16():
         raise UserError("engine.precision: fp16 does not run on this machine's CPU; use fp32 or bf16, or a GPU")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("engine.precision: this GPU has no bf16; use fp16 or fp32")
@@ -27,10 +28,9 @@ def check_precision(config: Config, device: torch.device) -> None:
 def deepspeed_settings(config: Config, *, num_ranks: int, num_elements: int, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's config for the network that is trained.
 
-    Gradients travel and are reduced in fp32 whatever the compute dtype. Stages 2 and 3 also accumulate them
-    in fp32;
-    stages 0 and 1 accumulate micro-batches in the compute dtype, because DeepSpeed 0.19.8 has fp32 there only
-    together with an optimizer (`BF16_Optimizer`) that applies non-finite gradients.
+    Gradients are sent and reduced in fp32 in every precision. Stages 2 and 3 also accumulate micro-batches and keep
+    the mean in fp32. Stages 0 and 1 do both in the compute dtype: DeepSpeed 0.19.8 has fp32 there only together with
+    an optimizer (`BF16_Optimizer`) that applies non-finite gradients.
     """
     stage = config.engine.zero_stage
     settings = _common(config, num_elements=num_elements, device=device)
@@ -38,7 +38,7 @@ def deepspeed_settings(config: Config, *, num_ranks: int, num_elements: int, dev
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, num_ranks=num_ranks),
-        # stage 0 in fp32 has no wrapper of DeepSpeed's that skips a bad step, so `GuardedStep` clips there
+        # At stage 0 in fp32 DeepSpeed wraps nothing: `GuardedStep` clips, and skips bad steps.
         "gradient_clipping": 0.0 if is_plain(config) else (config.engine.gradient_clip or 0.0),
     }
     if stage >= 2:
@@ -47,18 +47,18 @@ def deepspeed_settings(config: Config, *, num_ranks: int, num_elements: int, dev
 
 
 def frozen_settings(config: Config, *, num_elements: int, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's config for a network that is only evaluated (stage 3, where it must be partitioned too)."""
+    """DeepSpeed's config for a network that is evaluated only, which stage 3 partitions too."""
     return _common(config, num_elements=num_elements, device=device) | {"train_micro_batch_size_per_gpu": 1}
 
 
 def is_plain(config: Config) -> bool:
-    """Whether DeepSpeed runs our optimizer as it is: nothing partitioned, nothing in low precision."""
+    """Whether DeepSpeed runs the torch optimizer without a wrapper: nothing partitioned, no low precision."""
     return config.engine.zero_stage == 0 and config.engine.precision == "fp32"
 
 
 def _common(config: Config, *, num_elements: int, device: torch.device) -> dict[str, Any]:
     precision = config.engine.precision
-    bucket = min(LARGEST_BUCKET, num_elements + num_elements % 2)  # DeepSpeed wants it even
+    bucket = min(LARGEST_BUCKET, num_elements + num_elements % 2)  # DeepSpeed requires an even number
     return {
         "zero_optimization": {
             "stage": config.engine.zero_stage,
@@ -68,7 +68,7 @@ def _common(config: Config, *, num_elements: int, device: torch.device) -> dict[
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
-            # 0: every parameter is partitioned, so writing a partition is writing the parameter
+            # 0: every parameter is partitioned, so that writing its partition writes the parameter
             "stage3_param_persistence_threshold": 0,
             "sub_group_size": 10**12,
             "log_trace_cache_warnings": False,

@@ -1,29 +1,27 @@
-"""Owns this rank's parts of the flat fp32 space: views of masters and moments, the EMAs, the target."""
+"""Holds this rank's elements of the flat fp32 space: views of masters and moments, the EMAs, the target."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from cmscale.config.schedules import ScheduleValues
-from cmscale.engine.masters import MOMENTS, Piece, count_elements
+from cmscale.distributed.compat import all_gather_flat
+from cmscale.engine.flat_space import MOMENTS, Piece, count_elements
 from cmscale.runs.manifests import Parameter, Segment
 
 
 class Read(Protocol):
-    """Gives flat[start : start + length] of a quantity, float32 on the CPU."""
+    """Returns flat[start : start + length] of a quantity, float32 on the CPU."""
 
     def __call__(self, quantity: str, start: int, length: int) -> torch.Tensor: ...
 
 
 class FlatShards:
-    """The quantities of the flat space that a checkpoint holds, on this rank.
+    """The quantities that a checkpoint holds, on this rank.
 
-    `master`, `exp_avg` and `exp_avg_sq` are DeepSpeed's own tensors, seen through views. `target` and the
-    EMAs are
-    kept here, in fp32, only for the elements that this rank owns, so that following the masters needs no
-    communication.
+    `master`, `exp_avg` and `exp_avg_sq` are views of DeepSpeed's own tensors. `target` and the EMAs are kept here, in
+    fp32, for the elements of this rank alone, so that an update needs no communication.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class FlatShards:
 
     @property
     def quantities(self) -> tuple[str, ...]:
-        """`master`, the moments, `target` where there is one, and each EMA by name."""
+        """`master`, both moments, `target` if the method has one, and each EMA by name."""
         return ("master", *MOMENTS, *self._followers)
 
     @torch.no_grad()
@@ -73,7 +71,7 @@ class FlatShards:
 
     @torch.no_grad()
     def reset_followers(self) -> None:
-        """Sets the EMAs and the target to the masters, where training starts."""
+        """Sets the EMAs and the target to the masters, as at the start of training. Collective with a target."""
         for name in self._followers if self._owned else ():
             torch._foreach_copy_(self._views(name), self._masters())
         self.publish_target()
@@ -88,10 +86,9 @@ class FlatShards:
 
     @torch.no_grad()
     def update(self, values: ScheduleValues) -> None:
-        """Moves the EMAs and the target after an applied step: shadow <- rate shadow + (1 - rate) master, in
-        fp32.
+        """Updates the EMAs and the target after an applied step: average <- rate average + (1 - rate) master, in fp32.
 
-        The target's rate is the step's mu(k). The target's network then shows the new target (collective).
+        The target's rate is the step's mu(k). The target network then gets the new weights. Collective with a target.
         """
         rates = dict(self._ema_rates)
         if "target" in self._followers:
@@ -104,7 +101,7 @@ class FlatShards:
         self.publish_target()
 
     def publish_target(self) -> None:
-        """Puts the target's fp32 shadow into its network, in the compute dtype. Collective with a target."""
+        """Sets the target network's weights, in its compute dtype. Collective with a target."""
         if self._publish_target is not None:
             self._publish_target(self._followers["target"])
 
@@ -118,7 +115,7 @@ class FlatShards:
         sent = local.new_zeros(longest)
         sent[: local.numel()] = local
         gathered = local.new_empty(len(self.segments_by_rank) * longest)
-        dist.all_gather_single(gathered, sent)
+        all_gather_flat(gathered, sent)
         whole = local.new_empty(self.num_elements)
         for part, segments in zip(gathered.view(-1, longest), self.segments_by_rank, strict=True):
             for segment in segments:
@@ -127,7 +124,10 @@ class FlatShards:
 
     @torch.no_grad()
     def restore(self, read: Read) -> None:
-        """Sets every quantity from `read`. The networks' low-precision weights are the caller's to renew."""
+        """Sets every quantity from `read`. Collective with a target.
+
+        The student's working weights stay as they are: see `Engine.renew_network`.
+        """
         for quantity in ("master", *MOMENTS):
             for piece in self._held:
                 piece.views[quantity].copy_(read(quantity, piece.start, piece.length))
@@ -138,7 +138,7 @@ class FlatShards:
 
     @torch.no_grad()
     def set_masters(self, flat: torch.Tensor) -> None:
-        """Sets the masters from the whole flat space (float32, any device), and all that follows them."""
+        """Sets the masters, the EMAs and the target from the whole flat space (float32, on any device)."""
         for piece in self._held:
             piece.views["master"].copy_(flat[piece.start : piece.start + piece.length])
         self.reset_followers()
@@ -149,8 +149,3 @@ class FlatShards:
     def _views(self, name: str) -> list[torch.Tensor]:
         flat = self._followers[name]
         return list(flat.split([piece.length for piece in self._owned]))
-
-
-def flatten(tensors: Mapping[str, torch.Tensor], parameters: tuple[Parameter, ...]) -> torch.Tensor:
-    """The flat space of named tensors, [num_elements] float32 on the CPU."""
-    return torch.cat([tensors[parameter.name].detach().float().cpu().reshape(-1) for parameter in parameters])

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 
 PATIENCE = 5.0  # seconds for the rank to write its stacks
-LINGER = 10.0  # seconds before the kill, at most: peers that wait for this rank write their stacks, too
+LINGER = 10.0  # seconds before the kill, at most: peers that wait for this rank write their stacks too
 
 
 def main() -> None:
-    """Reads heartbeats (the step, 8 bytes) on standard input until the rank ends, ends it, or is late."""
+    """Reads heartbeats (the step, 8 bytes) from standard input until the rank ends, closes the pipe, or is late."""
     rank_process, limit, rank = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     events, stacks = sys.argv[4], sys.argv[5]
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
@@ -32,27 +32,27 @@ def main() -> None:
 
 
 def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks: str) -> None:
-    """Lets the rank write its stacks, tells events.jsonl, and kills it.
+    """Has the rank write its stacks, records a `fault` in events.jsonl, and kills the rank.
 
-    The first kill ends the job. A rank that hangs has all others wait for it, so that all are late within moments
-    and only their stacks tell which is the one: the kill waits for them.
+    The first kill ends the job. If one rank hangs, all others wait for it and are late within moments, and only their
+    stacks show which one it is: so the kill waits for them.
     """
     state = state_of(process)
     stopped = " (the process was stopped)" if state in "Tt" else ""
     before = size(stacks)
     os.kill(process, signal.SIGUSR1)
-    os.kill(process, signal.SIGCONT)  # a stopped process writes nothing
+    os.kill(process, signal.SIGCONT)  # a stopped process would write nothing
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and size(stacks) == before:
         time.sleep(0.02)
-    time.sleep(0.2)  # the rest of the threads
+    time.sleep(0.2)  # the stacks of the other threads
     why = f"no step within {limit:g} s{stopped}; stacks in {stacks}"
     record = {"time": time.time(), "event": "fault", "step": step, "rank": rank, "why": why}
     try:
         load_append()(events, record, durable=True)
         time.sleep(min(LINGER, limit / 2))
     finally:
-        os.kill(process, signal.SIGKILL)  # whatever the disk says
+        os.kill(process, signal.SIGKILL)  # also if the disk is full
 
 
 def load_append() -> Callable[..., None]:
@@ -76,7 +76,7 @@ def state_of(process: int) -> str:
 
 
 def size(path: str) -> int:
-    """The file's bytes, 0 where there is none."""
+    """The size of a file in bytes, 0 if there is none."""
     try:
         return os.stat(path).st_size  # noqa: PTH116
     except OSError:

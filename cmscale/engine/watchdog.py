@@ -1,4 +1,4 @@
-"""Owns the watch over a rank: a process of its own that ends the rank when no step comes within the limit."""
+"""Watches a rank from a second process, which kills the rank if no step ends within the limit."""
 
 import contextlib
 import faulthandler
@@ -16,11 +16,10 @@ WATCH = Path(__file__).with_name("watch.py")
 
 
 class Watchdog:
-    """Watches this process from outside, so that a held GIL, a stuck collective and SIGSTOP are all seen.
+    """Watches this process from outside, so that it notices a held GIL, a stuck collective and SIGSTOP alike.
 
-    Past the limit the stacks of all threads go to `logs/stacks-rank-N.txt`, the rank and step to
-    events.jsonl, and this
-    process is killed; the launcher then ends the job. The watch ends by itself with this process.
+    Past the limit it writes the stacks of all threads to `logs/stacks-rank-N.txt` and a `fault` with rank and step to
+    events.jsonl, and kills this process; the launcher then ends the job. The watch itself ends with this process.
     """
 
     def __init__(self, run: RunDir, config: Config, world: World) -> None:
@@ -36,21 +35,21 @@ class Watchdog:
         )
         assert self._process.stdin is not None
         self._pipe = self._process.stdin.fileno()
-        os.set_blocking(self._pipe, False)  # a watch that hangs must not hold the rank
+        os.set_blocking(self._pipe, False)  # a watch that hangs must not block the rank
 
     @property
     def pid(self) -> int:
-        """The watching process."""
+        """The process id of the watch."""
         return self._process.pid
 
     def beat(self, step: int) -> None:
-        """Says that the rank lives, at a step; starts the limit anew."""
+        """Reports that the rank is at a step; the limit starts again."""
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._pipe, step.to_bytes(8, "little", signed=True))
 
     def stop(self) -> None:
-        """Ends the watch."""
-        self._process.kill()  # closing the pipe would not do: forked data workers hold it too
+        """Stops the watch."""
+        self._process.kill()  # closing the pipe is not enough: forked data workers have it too
         self._process.wait()
         faulthandler.unregister(signal.SIGUSR1)
         self._stacks.close()

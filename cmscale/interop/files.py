@@ -1,4 +1,4 @@
-"""Owns how weight files come from and go to a storage: by way of a local path, whole or not at all."""
+"""Reads and writes weight files of any storage by way of a local path; a written file is whole or absent."""
 
 import os
 import shutil
@@ -24,10 +24,10 @@ def folder(source: str | Path | Storage) -> Storage:
 
 @contextmanager
 def readable(storage: Storage, key: str) -> Iterator[Path]:
-    """A local path of the object: itself, or a copy that is removed afterwards.
+    """A local path of the object: its own, or that of a copy that is removed afterwards.
 
     Raises:
-        UserError: no such object.
+        UserError: there is no such object.
     """
     with ExitStack() as stack:
         try:
@@ -40,10 +40,13 @@ def readable(storage: Storage, key: str) -> Iterator[Path]:
 
 @contextmanager
 def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
-    """A local path to write some `size` bytes to; the object appears when the block ends well.
+    """A local path to write to; the object appears when the block ends without an exception.
+
+    Args:
+        size: the expected size in bytes.
 
     Raises:
-        UserError: no room, or not allowed to write.
+        UserError: there is not enough space, or writing is not allowed.
     """
     target = storage.local_path(key)
     parent = None if target is None else target.parent
@@ -54,7 +57,7 @@ def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
             free = shutil.disk_usage(temporary).free
             if free < size * 1.01:
                 needed = f"{size / 2**30:.2f} GiB are needed, {free / 2**30:.2f} are free"
-                raise UserError(f"{parent or tempfile.gettempdir()}: no room for {key} ({needed})")
+                raise UserError(f"{parent or tempfile.gettempdir()}: not enough space for {key} ({needed})")
             path = Path(temporary) / "weights"
             yield path
             if target is None:

@@ -1,1 +1,1 @@
-"""The folder of a run: paths, documents, logs."""
+"""A run on disk: its paths, documents, logs and committed checkpoints."""

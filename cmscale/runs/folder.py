@@ -1,4 +1,4 @@
-"""Owns the names of everything in a run's folder: each path of a run is written here and nowhere else."""
+"""Names everything in a run's folder: no other module spells a path of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ CHECKPOINT_MANIFEST = "manifest.json"
 
 
 def step_name(step: int) -> str:
-    """`step-000000500`, the name that a step has in every folder; sorts as it counts."""
+    """`step-000000500`, the name of a step in every folder; names sort by step."""
     return f"step-{step:09d}"
 
 
 def step_of(name: str) -> int:
-    """The step in a name made by `step_name` (further parts after the digits are ignored)."""
+    """The step in a name that begins as `step_name` makes it; what follows the digits is ignored."""
     return int(name.removeprefix("step-")[:9])
 
 
 def rank_file(rank: int, num_ranks: int) -> str:
-    """`rank-0000-of-0002.safetensors`, one rank's part of a checkpoint."""
+    """`rank-0000-of-0002.safetensors`, the file of one rank in a checkpoint."""
     return f"rank-{rank:04d}-of-{num_ranks:04d}.safetensors"
 
 
@@ -54,7 +54,7 @@ class RunDir:
 
     @property
     def generation(self) -> Path:
-        """Counts the starts of a run; a checkpoint's writer holds one and is fenced by it."""
+        """The number of starts of the run; only its newest start may commit checkpoints."""
         return self.root / "generation.json"
 
     @property
@@ -77,11 +77,11 @@ class RunDir:
 
     @property
     def evaluation_progress(self) -> Path:
-        """What evaluations under way have measured, and the metrics of each seed that they have finished."""
+        """Partial results of evaluations: blocks of features, and the metrics of each finished seed."""
         return self.evaluations / ".blocks"
 
     def evaluation(self, *, step: int, weights: str, nfe: int, times: Sequence[float] = ()) -> Path:
-        """A result; `times` are those of a sampler that was given some."""
+        """The file of a result; `times` are the sampler's, if they were given."""
         at = f"-at-{'-'.join(f'{time:.5g}' for time in times)}" if times else ""
         return self.evaluations / f"{step_name(step)}-{weights}-nfe{nfe}{at}.json"
 
@@ -100,7 +100,7 @@ class RunDir:
         return self.root / "logs"
 
     def asked_evaluation(self, step: int) -> Path:
-        """Says that the evaluation of a step was asked for."""
+        """A marker: the evaluation of this step was submitted."""
         return self.logs / "evaluations-asked" / step_name(step)
 
     @property

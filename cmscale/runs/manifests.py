@@ -1,4 +1,4 @@
-"""Owns the JSON documents that publish a folder: a data set's manifest, a checkpoint's, the state of training."""
+"""Defines the JSON documents that publish a folder: a data set's manifest, a checkpoint's, the state of training."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ DATASET_MANIFEST = "manifest.json"
 
 
 class Document(BaseModel):
-    """A frozen JSON document of known keys."""
+    """A frozen JSON document; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_bytes(self) -> bytes:
-        """Canonical text: the same document gives the same bytes."""
+        """The canonical text: equal documents give equal bytes."""
         return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -30,7 +30,7 @@ D = TypeVar("D", bound=Document)
 
 
 class FileEntry(Document):
-    """A published file: its name inside the folder, bytes, SHA-256."""
+    """A published file: its name inside the folder, its size in bytes, its SHA-256."""
 
     name: str
     size: int
@@ -95,9 +95,9 @@ def dataset_fingerprint(
 
 
 class TrainState(Document):
-    """Where training stands: applied steps, and the samples consumed (the data cursor).
+    """The progress of training: the number of applied steps, and of samples consumed (the data cursor).
 
-    A step that was not applied (fp16 overflow, a skipped batch) moves the cursor and not the step.
+    A step that was not applied (fp16 overflow, a skipped batch) advances the cursor only.
     """
 
     step: int = 0
@@ -116,7 +116,7 @@ class Parameter(Document):
 
 
 class Segment(Document):
-    """A run of elements that a rank's file holds: flat[start : start + length] at its position `at`."""
+    """Contiguous elements in a rank's file: flat[start : start + length], at position `at` of the file's tensors."""
 
     start: int
     length: int
@@ -133,8 +133,16 @@ class RankPart(Document):
 class CheckpointManifest(Document):
     """The manifest of a checkpoint, written last: a folder without it is not a checkpoint.
 
-    Each rank's file holds one 1-D float32 tensor of its segments per quantity: `master`, `exp_avg`, `exp_avg_sq`,
-    `target` where the method has one, and each EMA by name. `scalars` are numbers that every rank has alike.
+    Each rank's file holds, per quantity, one 1-D float32 tensor of the rank's segments. Quantities are `master`,
+    `exp_avg`, `exp_avg_sq`, `target` if the method has a target network, and each EMA by name.
+
+    Attributes:
+        generation: the start of the run that wrote the checkpoint.
+        config_fingerprint: the hash of `trajectory`. A resume compares `trajectory` itself, to name what differs;
+            the hash is for earlier versions of this program, which require it.
+        config: the whole config of the run.
+        trajectory: the config's values that change the losses.
+        scalars: numbers that are the same on every rank.
     """
 
     version: Literal[1] = 1
@@ -158,7 +166,7 @@ def read_document(kind: type[D], raw: bytes, *, origin: str) -> D:
     """Parses a document.
 
     Raises:
-        UserError: it is not such a document; one line naming `origin`.
+        UserError: it is not such a document; the message begins with `origin`.
     """
     try:
         return kind.model_validate_json(raw)
@@ -169,10 +177,10 @@ def read_document(kind: type[D], raw: bytes, *, origin: str) -> D:
 
 
 def read_dataset_manifest(storage: Storage) -> DatasetManifest:
-    """The manifest of the data set at `storage`, checked against itself.
+    """The manifest of the data set at `storage`.
 
     Raises:
-        UserError: none there, damaged, empty, or counts and fingerprint that do not match its own shards.
+        UserError: there is none, it is damaged, or empty, or its counts and fingerprint do not match its own shards.
     """
     raw = storage.read_if_present(DATASET_MANIFEST)
     if raw is None:

@@ -109,6 +109,6 @@ def test_off_grid_times_lie_on_no_grid_that_training_visits():
 
 
 def test_times_drawn_depend_on_the_samples_place_alone():
-    whole = SampleRandomness(7, tuple(range(8)), torch.device("cpu")).uniform("time")
-    part = SampleRandomness(7, (5, 2), torch.device("cpu")).uniform("time")
+    whole = SampleRandomness(7, tuple(range(8)), torch.device("cpu")).uniform()
+    part = SampleRandomness(7, (5, 2), torch.device("cpu")).uniform()
     assert torch.equal(grid.uniform_index(whole, 40)[[5, 2]], grid.uniform_index(part, 40))

@@ -64,7 +64,7 @@ def at(time: np.ndarray) -> np.ndarray:
 
 def setting(random: SampleRandomness):
     clean = images(random.seed)
-    uniform = random.uniform("time").numpy()
+    uniform = random.uniform().numpy()
     return clean, uniform, clean.double().numpy(), random.noise(clean.shape[1:]).double().numpy()
 
 

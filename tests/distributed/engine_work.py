@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from small import SmallNetwork, images, joined, micro_losses, small_config, train, values_at, whole
+from torch import nn
 
 from cmscale.distributed.collectives import barrier
 from cmscale.distributed.world import World
@@ -43,7 +44,7 @@ def losses(precision: str, *overrides: str) -> None:
             engine = engine_at(world, stage, f"engine.precision={precision}", *overrides, has_target=has_target)
             results = train(engine, world, range(4))
             assert all(result.applied for result in results)
-            assert engine.applied_steps == 4
+            assert engine.scalars()["optimizer_step"] == 4
             found[f"{stage} {has_target}"] = [[result.loss, result.grad_norm] for result in results]
             engine.close()
     print(json.dumps(found))
@@ -83,6 +84,37 @@ def bad_steps() -> None:
         engine.close()
         golden.close()
     print(json.dumps("ok"))
+
+
+class Line(nn.Module):
+    """weight times x, summed: every element's gradient is x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight * x.to(self.weight.dtype)).sum().float()
+
+
+def mean_gradients(precision: str, stage: int, gradients: list[list[float]]) -> None:
+    """Makes one step of a network in which micro-batch j of rank i has the gradient gradients[i][j]; prints the mean.
+
+    The mean is read from Adam's first moment after the first step, which is (1 - beta1) times the gradient.
+    """
+    world = joined()
+    own = gradients[world.rank]
+    overrides = f"engine.zero_stage={stage}", f"engine.precision={precision}", "optimizer.kind=adam"
+    batch = f"train.global_batch_size={world.num_ranks * len(own)}", "train.micro_batch_size=1"
+    config = small_config(*overrides, *batch)
+    engine = Engine(config, world, Line)
+    result = engine.step([lambda x=x: engine.network(torch.tensor(x)) for x in own], 1e-2)
+    assert result.applied
+    moments = engine.shards.full("exp_avg") / (1 - config.optimizer.betas[0])
+    assert bool((moments == moments[0]).all())
+    norm = result.grad_norm / math.sqrt(moments.numel())
+    engine.close()
+    print(json.dumps([float(moments[0]), norm]))
 
 
 def unet_losses() -> None:
@@ -151,7 +183,7 @@ def overflow() -> None:
                 assert digest(engine) == before
             results.append(result)
         found[stage] = [[result.applied, result.loss_scale] for result in results]
-        assert engine.applied_steps == sum(result.applied for result in results)
+        assert engine.scalars()["optimizer_step"] == sum(result.applied for result in results)
         engine.close()
     print(json.dumps(found))
 

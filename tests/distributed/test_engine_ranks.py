@@ -53,6 +53,27 @@ def test_low_precision_gives_the_same_losses_and_norms_in_every_stage_to_its_rou
         assert_near({key: two[key] for key in reference}, reference, relative=rounding)
 
 
+SMALL = 2**-9  # beside 1 it is less than half of bf16's last digit: a sum in bf16 loses it
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_are_averaged_over_ranks_in_fp32(stage: int) -> None:
+    found = agreed(run_ranks(2, "engine_work:mean_gradients", "bf16", stage, [[1.0], [SMALL]]))
+    assert found == pytest.approx([(1 + SMALL) / 2] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_micro_batches_are_accumulated_in_fp32(stage: int) -> None:
+    found = agreed(run_ranks(2, "engine_work:mean_gradients", "bf16", stage, [[1.0, SMALL, SMALL, SMALL], [0.0] * 4]))
+    assert found == pytest.approx([(1 + 3 * SMALL) / 8] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_rank_and_micro_batch_counts_alike_in_the_gradient(stage: int) -> None:
+    found = agreed(run_ranks(2, "engine_work:mean_gradients", "fp32", stage, [[1.0, 2.0], [4.0, 9.0]]))
+    assert found == pytest.approx([4.0, 4.0], rel=1e-6)
+
+
 def test_no_bad_loss_or_gradient_reaches_the_weights_and_the_next_step_is_as_if_it_had_not_been() -> None:
     assert agreed(run_ranks(2, "engine_work:bad_steps")) == "ok"
 

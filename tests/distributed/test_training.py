@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks, start_ranks, wait
+from ranks import RankFailed, run_ranks, start_ranks, wait
 
 from cmscale.config import dump_config, parse_config
 from cmscale.runs.folder import RunDir
@@ -148,3 +149,14 @@ def test_another_world_and_stage_sees_the_same_samples_with_the_same_noise(
     run = make_run(tmp_path / "run", data, "ct", "engine.zero_stage=0", "train.micro_batch_size=8")
     assert outcomes(run_ranks(1, "train_work:to_the_end", str(run.root))) == ["finished"]
     assert losses(run) == pytest.approx(losses(golden["ct"]), rel=2e-5)
+
+
+def test_a_run_whose_teacher_was_replaced_is_not_resumed(golden: Uninterrupted, data: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(golden["edm"].root, teacher)
+    run = make_run(tmp_path / "run", data, "cd", "train.total_steps=3", teacher=teacher)
+    assert outcomes(run_ranks(1, "train_work:to_the_end", str(run.root))) == ["finished"]
+    assert outcomes(run_ranks(1, "train_work:to_the_end", str(run.root))) == ["finished"]  # the same teacher
+    shutil.rmtree(RunDir(teacher).checkpoint(STEPS))  # now its newest checkpoint has other weights
+    with pytest.raises(RankFailed, match=rf"UserError: method.teacher: the weights of {teacher} have changed"):
+        run_ranks(1, "train_work:to_the_end", str(run.root))

@@ -2,12 +2,14 @@
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from flat_state import StandIn, flat_config, ranks_of
+from fsyncs import record_fsyncs
 from safetensors.torch import save_file
 
 from cmscale.config import Config
@@ -16,6 +18,7 @@ from cmscale.engine import checkpoint, resume
 from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_generation
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
 from cmscale.errors import UserError
+from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, read_lines
 from cmscale.runs.manifests import TrainState
@@ -101,6 +104,61 @@ def test_retention_keeps_the_last_and_every_nth(run: RunDir) -> None:
     save(run, *range(10, 100, 10), config=flat_config("checkpoint.keep_last=2", "checkpoint.keep_every=30"))
     assert [listed.step for listed in list_checkpoints(run.root)] == [30, 60, 80, 90]
     assert len(list(run.checkpoints.iterdir())) == 4
+
+
+class WaitingExporter:
+    """An exporter that never finishes an upload."""
+
+    def __init__(self) -> None:
+        self.steps: set[int] = set()
+
+    def offer(self, step: int) -> None:
+        self.steps.add(step)
+
+    def waiting(self) -> set[int]:
+        return set(self.steps)
+
+
+def test_retention_keeps_what_waits_for_its_upload_for_twice_as_long(run: RunDir) -> None:
+    exporter = WaitingExporter()
+    writer = Checkpoints(
+        run,
+        flat_config("checkpoint.keep_last=2"),
+        World(),
+        generation=claim_generation(run),
+        data_fingerprint="data",
+        exporter=exporter,  # pyright: ignore[reportArgumentType]
+    )
+
+    def kept_after(step: int) -> list[int]:
+        writer.save(TrainState(step=step, cursor=step), StandIn(0, 1, seed=step))  # pyright: ignore[reportArgumentType]
+        assert writer.close()
+        return committed_steps(run)
+
+    assert [kept_after(step) for step in (10, 20, 30, 40)][-1] == [10, 20, 30, 40]  # each is the only copy
+    assert kept_after(50) == [20, 30, 40, 50]  # storage that stays away must not fill the disk
+    exporter.steps -= {30, 50}
+    assert kept_after(60) == [40, 50, 60]
+    exporter.steps.clear()
+    assert kept_after(70) == [60, 70]
+
+
+def test_a_save_is_durable_before_it_is_committed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = claim_generation(run)
+    synced = record_fsyncs(monkeypatch)
+    writer = Checkpoints(run, flat_config(), World(), generation=generation, data_fingerprint="data")
+    writer.save(TrainState(step=10, cursor=80), StandIn(0, 1, seed=10))  # pyright: ignore[reportArgumentType]
+    assert writer.close()
+    staged = f".step-000000010.start-{generation}.save-1"
+    names = [re.sub(r"^\.(.*)\.\w+$", r"\1", path.name) if path.parent.name == staged else path.name for path in synced]
+    assert names[: names.index("checkpoints") + 1] == [
+        "rank-0000-of-0001.safetensors",  # the weights
+        "part-0000.json",
+        staged,  # the names of both
+        "manifest.json",
+        staged,
+        "checkpoints",  # the rename that commits
+    ]
 
 
 @pytest.mark.parametrize("damage", ["flip", "delete", "truncate", "manifest", "pickle", "cut_manifest"])

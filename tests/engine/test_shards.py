@@ -4,22 +4,22 @@ import pytest
 import torch
 from flat_state import SHAPES, StandIn, parameters_of
 
-from cmscale.config.schedules import Point
-from cmscale.engine import masters
+from cmscale.config.schedules import ScheduleValues
+from cmscale.engine import flat_space
 from cmscale.engine.checkpoint_reader import by_name
-from cmscale.engine.shards import flatten
+from cmscale.engine.flat_space import flatten
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 40])
 def test_every_element_belongs_to_exactly_one_rank(zero_stage: int, num_ranks: int) -> None:
     parameters = parameters_of(SHAPES)
-    total = masters.count_elements(parameters)
-    part = masters.flat_part_size(total, num_ranks=num_ranks, alignment=2)
+    total = flat_space.count_elements(parameters)
+    part = flat_space.flat_part_size(total, num_ranks=num_ranks, alignment=2)
     owners = torch.zeros(total, dtype=torch.int64)
     for rank in range(num_ranks):
         at = 0
-        for segment in masters.segments_of_rank(
+        for segment in flat_space.segments_of_rank(
             parameters, rank, num_ranks=num_ranks, zero_stage=zero_stage, part_size=part
         ):
             assert segment.at == at
@@ -40,7 +40,7 @@ def test_the_flat_space_holds_parameters_in_model_order_without_gaps() -> None:
 def test_averages_and_target_follow_the_masters_at_their_rates(zero_stage: int) -> None:
     state = StandIn(1, 2, zero_stage=zero_stage)
     before = {name: state.shards.local(name).clone() for name in state.shards.quantities}
-    state.shards.update(Point(step=3, learning_rate=1.0, target_ema=0.75))
+    state.shards.update(ScheduleValues(step=3, learning_rate=1.0, target_ema=0.75))
     for name, rate in (("target", 0.75), ("ema_0.9", 0.9), ("ema_0.5", 0.5)):
         expected = rate * before[name].double() + (1 - rate) * before["master"].double()
         torch.testing.assert_close(state.shards.local(name).double(), expected, rtol=1e-6, atol=1e-7)
@@ -50,7 +50,7 @@ def test_averages_and_target_follow_the_masters_at_their_rates(zero_stage: int) 
 
 def test_a_target_rate_of_zero_makes_the_target_the_master_exactly() -> None:
     state = StandIn(0, 1)
-    state.shards.update(Point(step=0, learning_rate=1.0, target_ema=0.0))
+    state.shards.update(ScheduleValues(step=0, learning_rate=1.0, target_ema=0.0))
     assert torch.equal(state.shards.local("target"), state.shards.local("master"))
 
 
@@ -61,13 +61,13 @@ def test_starting_over_keeps_the_masters_and_nothing_else(zero_stage: int) -> No
     state.shards.start_over()
     for name in ("master", "target", "ema_0.9", "ema_0.5"):
         assert torch.equal(state.shards.local(name), before)
-    assert not any(state.shards.local(name).any() for name in masters.MOMENTS)
+    assert not any(state.shards.local(name).any() for name in flat_space.MOMENTS)
     assert torch.equal(state.published, before)
 
 
 def test_a_target_without_a_rate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"step 7.*target_ema"):
-        StandIn(0, 1).shards.update(Point(step=7, learning_rate=1.0))
+        StandIn(0, 1).shards.update(ScheduleValues(step=7, learning_rate=1.0))
 
 
 def test_set_masters_starts_every_average_there() -> None:

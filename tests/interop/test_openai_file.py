@@ -161,6 +161,6 @@ def test_writing_the_weights_of_another_network_leaves_no_file(tmp_path):
 def test_no_room_is_one_line_and_leaves_no_file(tmp_path, monkeypatch):
     model = small_model()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"no room for x\.pt"):
+    with pytest.raises(UserError, match=r"not enough space for x\.pt"):
         write_openai(tmp_path / "x.pt", random_weights(model), model=model)
     assert list(tmp_path.iterdir()) == []

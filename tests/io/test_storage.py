@@ -2,14 +2,17 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import memory_storage
 import pytest
+from fsyncs import record_fsyncs
 from memory_storage import MemoryStorage
 
 from cmscale.errors import UserError
+from cmscale.interop.files import writable
 from cmscale.io.fetch import local_file
 from cmscale.io.local import LocalStorage
 from cmscale.io.storage import Storage, open_parent, open_storage
@@ -72,6 +75,53 @@ def test_a_write_that_fails_leaves_the_old_bytes(tmp_path: Path, monkeypatch: py
     monkeypatch.undo()
     assert storage.read("file") == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("way", ["write", "write_if_absent", "upload", "weights"])
+def test_what_is_written_to_a_local_folder_is_on_the_disk_with_its_name(way: str, tmp_path: Path, monkeypatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "root" / "inner" / "file"
+    source.write_bytes(b"bytes")
+    synced = record_fsyncs(monkeypatch)
+    storage = LocalStorage(tmp_path / "root")
+    match way:
+        case "write":
+            storage.write("inner/file", b"bytes")
+        case "write_if_absent":
+            storage.write_if_absent("inner/file", b"bytes")
+        case "upload":
+            storage.upload("inner/file", source)
+        case "weights":
+            with writable(storage, "inner/file", size=5) as path:
+                path.write_bytes(b"bytes")
+    assert target.read_bytes() == b"bytes"
+    assert synced[-1] == target.parent  # the name, last
+    assert [path for path in synced[:-1] if path.is_relative_to(target.parent) and path != target.parent]  # the bytes
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_whose_folders_cannot_be_synced_is_written_all_the_same(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    LocalStorage(tmp_path).write("file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_disk_that_fails_while_a_folder_is_synced_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        LocalStorage(tmp_path).write("file", b"new")
 
 
 @pytest.mark.parametrize("url", ["http://host/x", "pipe:cat", "gs://bucket/x", "s3://"])

@@ -194,7 +194,7 @@ def test_the_loss_is_its_formula(kind: str, derivative: str, step: int, random: 
     def expand(value: np.ndarray) -> np.ndarray:
         return value[:, None, None, None]
 
-    t = np.arctan(np.exp(-1.0 + 1.4 * norm.ppf(random.uniform("time").numpy())) / SD)
+    t = np.arctan(np.exp(-1.0 + 1.4 * norm.ppf(random.uniform().numpy())) / SD)
     x0, z = clean.double().numpy(), SD * random.noise((3, 4, 4)).double().numpy()
     cos, sin = expand(np.cos(t)), expand(np.sin(t))
     x = cos * x0 + sin * z
@@ -226,7 +226,7 @@ def test_the_gradient_descends_the_consistency_of_neighbours():
     clean = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     loss = SCTLoss(method)(Networks(flow), clean, ScheduleValues(10**6, 1.0), random)
     loss.sum().backward()
-    t = torch.atan(torch.exp(-1.0 + 1.4 * torch.special.ndtri(random.uniform("time"))) / SD)
+    t = torch.atan(torch.exp(-1.0 + 1.4 * torch.special.ndtri(random.uniform())) / SD)
     noise = SD * random.noise((3, 4, 4)).double()
     cos, sin = (value[:, None, None, None] for value in (t.cos(), t.sin()))
     x, slope = cos * clean + sin * noise, cos * noise - sin * clean

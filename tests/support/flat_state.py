@@ -4,7 +4,7 @@ import torch
 
 from cmscale.config import Config, parse_config
 from cmscale.distributed.world import World
-from cmscale.engine import masters
+from cmscale.engine import flat_space
 from cmscale.engine.shards import FlatShards, Read
 from cmscale.runs.manifests import Parameter
 
@@ -29,7 +29,7 @@ def parameters_of(shapes: dict[str, tuple[int, ...]]) -> tuple[Parameter, ...]:
     module = torch.nn.Module()
     for name, shape in shapes.items():
         module.register_parameter(name.replace(".", "_"), torch.nn.Parameter(torch.zeros(shape)))
-    return masters.number_parameters(module)
+    return flat_space.number_parameters(module)
 
 
 class StandIn:
@@ -39,10 +39,12 @@ class StandIn:
         self, rank: int, num_ranks: int, *, zero_stage: int = 2, seed: int = 0, has_target: bool = True
     ) -> None:
         self.parameters = parameters_of(SHAPES)
-        total = masters.count_elements(self.parameters)
-        part = masters.flat_part_size(total, num_ranks=num_ranks, alignment=2)
+        total = flat_space.count_elements(self.parameters)
+        part = flat_space.flat_part_size(total, num_ranks=num_ranks, alignment=2)
         segments = tuple(
-            masters.segments_of_rank(self.parameters, other, num_ranks=num_ranks, zero_stage=zero_stage, part_size=part)
+            flat_space.segments_of_rank(
+                self.parameters, other, num_ranks=num_ranks, zero_stage=zero_stage, part_size=part
+            )
             for other in range(num_ranks)
         )
         self.whole = {
@@ -50,9 +52,12 @@ class StandIn:
             for index, name in enumerate(("master", "exp_avg", "exp_avg_sq", "target", "ema_0.9", "ema_0.5"))
         }
         pieces = [
-            masters.Piece(
+            flat_space.Piece(
                 s.start,
-                {name: self.whole[name][s.start : s.start + s.length].clone() for name in ("master", *masters.MOMENTS)},
+                {
+                    name: self.whole[name][s.start : s.start + s.length].clone()
+                    for name in ("master", *flat_space.MOMENTS)
+                },
             )
             for s in segments[rank]
         ]

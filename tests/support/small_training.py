@@ -27,11 +27,11 @@ class BatchRandomness(SampleRandomness):
     def _source(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * self.seed + len(purpose))
 
-    def noise(self, shape, purpose: str = "noise") -> Tensor:
-        return torch.randn(len(self.positions), *shape, generator=self._source(purpose))
+    def noise(self, shape) -> Tensor:
+        return torch.randn(len(self.positions), *shape, generator=self._source("noise"))
 
-    def uniform(self, purpose: str = "time") -> Tensor:
-        return torch.rand(len(self.positions), generator=self._source(purpose), dtype=torch.float64)
+    def uniform(self) -> Tensor:
+        return torch.rand(len(self.positions), generator=self._source("time"), dtype=torch.float64)
 
     def dropout_keys(self) -> tuple[int, ...]:
         return ()

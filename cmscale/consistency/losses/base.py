@@ -24,5 +24,5 @@ def uniform_neighbours(
 ) -> tuple[Tensor, Tensor]:
     """(t_n, t_{n+1}), each [B] float64, with n uniform on 1..N-1; Consistency Models, algorithms 2 and 3."""
     assert values.num_scales is not None
-    index = grid.uniform_index(random.uniform("time"), values.num_scales)
+    index = grid.uniform_index(random.uniform(), values.num_scales)
     return grid.neighbours(method, index, values.num_scales)

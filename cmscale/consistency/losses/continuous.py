@@ -62,7 +62,7 @@ class ContinuousLoss(ABC):
         method, student = self.method, networks.student
         assert isinstance(student, Flow)
         sd = method.sigma_data
-        sigma = grid.lognormal_time(random.uniform("time"), p_mean=method.p_mean, p_std=method.p_std)
+        sigma = grid.lognormal_time(random.uniform(), p_mean=method.p_mean, p_std=method.p_std)
         t = torch.atan(sigma / sd)
         noise = sd * random.noise(clean.shape[1:]).to(clean)
         keys = random.dropout_keys()

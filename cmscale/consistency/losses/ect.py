@@ -29,7 +29,7 @@ class ECTLoss:
     def __call__(self, networks: Networks, clean: Tensor, values: ScheduleValues, random: SampleRandomness) -> Tensor:
         assert values.stage is not None
         method = self.method
-        upper = grid.lognormal_time(random.uniform("time"), p_mean=method.p_mean, p_std=method.p_std)
+        upper = grid.lognormal_time(random.uniform(), p_mean=method.p_mean, p_std=method.p_std)
         lower = ect_lower_time(upper, stage=values.stage, q=method.q, k=method.k, b=method.b)
         noise = random.noise(clean.shape[1:]).to(clean)
         keys = random.dropout_keys()

@@ -25,7 +25,7 @@ class EDMLoss:
 
     def __call__(self, networks: Networks, clean: Tensor, values: ScheduleValues, random: SampleRandomness) -> Tensor:
         del values
-        sigma = grid.lognormal_time(random.uniform("time"), p_mean=self.method.p_mean, p_std=self.method.p_std)
+        sigma = grid.lognormal_time(random.uniform(), p_mean=self.method.p_mean, p_std=self.method.p_std)
         noise = random.noise(clean.shape[1:]).to(clean)
         noisy = clean + expand_as(sigma, clean) * noise
         denoised = evaluate(networks.student, noisy, sigma, dropout_keys=random.dropout_keys())

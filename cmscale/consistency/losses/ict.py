@@ -25,7 +25,7 @@ class ICTLoss:
         assert values.num_scales is not None
         times = grid.karras_grid(self.method, values.num_scales)
         p_mean, p_std = self.method.p_mean, self.method.p_std
-        index = grid.lognormal_index(random.uniform("time"), times, p_mean=p_mean, p_std=p_std)
+        index = grid.lognormal_index(random.uniform(), times, p_mean=p_mean, p_std=p_std)
         lower, upper = grid.neighbours(self.method, index, values.num_scales)
         noise = random.noise(clean.shape[1:]).to(clean)
         keys = random.dropout_keys()

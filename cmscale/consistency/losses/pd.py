@@ -32,7 +32,7 @@ class PDLoss:
     def __call__(self, networks: Networks, clean: Tensor, values: ScheduleValues, random: SampleRandomness) -> Tensor:
         assert values.num_scales is not None
         assert networks.target is not None
-        index = grid.uniform_index(random.uniform("time"), values.num_scales + 1)
+        index = grid.uniform_index(random.uniform(), values.num_scales + 1)
         times = grid.karras_grid(self.method, 2 * values.num_scales + 1).to(index.device)
         upper, middle, lower = times[2 * index], times[2 * index - 1], times[2 * index - 2]
         noisy = clean + expand_as(upper, clean) * random.noise(clean.shape[1:]).to(clean)

@@ -1,0 +1,37 @@
+"""The parts of torch whose names differ between versions, or are private: here alone, and guarded."""
+
+import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cmscale.io.packages import private
+
+
+def all_gather_flat(gathered: torch.Tensor, own: torch.Tensor) -> None:
+    """Gathers every rank's `own` [n] into `gathered` [num_ranks n], by rank. Collective.
+
+    torch 2.14 calls this collective `all_gather_single`, earlier versions `all_gather_into_tensor`.
+    """
+    collective = getattr(dist, "all_gather_single", None) or private(dist, "all_gather_into_tensor", package="torch")
+    collective(gathered, own)
+
+
+def process_groups() -> list[Any]:
+    """Every process group of this process, those that other libraries made included."""
+    world = private(dist.distributed_c10d, "_world", package="torch")
+    return list(private(world, "pg_map", package="torch"))
+
+
+def set_timeout(group: Any, timeout: datetime.timedelta) -> None:
+    """Bounds the collectives of a group. Public since torch 2.14; `_set_pg_timeout` before."""
+    setter = getattr(dist, "set_timeout", None)
+    if setter is None:
+        setter = private(dist.distributed_c10d, "_set_pg_timeout", package="torch")
+    setter(timeout, group)
+
+
+def cpu_has_fp16() -> bool:
+    """Whether torch's CPU kernels compute in fp16 on this machine."""
+    return bool(private(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", package="torch")())

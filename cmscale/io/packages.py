@@ -1,0 +1,57 @@
+"""Guards the use of other packages' private parts: a renamed one is an error that names the versions, never a guess."""
+
+import importlib.metadata
+import warnings
+from functools import cache
+from typing import Any
+
+from cmscale.errors import UserError
+
+# The versions that the private parts were read in and the tests ran with. pyproject.toml bounds the packages by them.
+TESTED = {"deepspeed": "0.19.8", "mosaicml-streaming": "0.13.0", "submitit": "1.5.4", "torch": "2.14.1"}
+
+
+class UnsupportedVersion(UserError):
+    """Raised when a package lacks a part that this program relies on."""
+
+
+@cache
+def check_tested(package: str) -> None:
+    """Warns, once per process, if the installed version of a package is of another series than the tested one."""
+    found = importlib.metadata.version(package)
+    if found.split(".")[:2] != TESTED[package].split(".")[:2]:
+        warnings.warn(
+            f"{package} {found} is installed, tested is {TESTED[package]}: its private parts may have changed",
+            stacklevel=2,
+        )
+
+
+def private(owner: Any, attribute: str, *, package: str) -> Any:
+    """`owner.attribute`, a part of `package` that its versions may rename.
+
+    Raises:
+        UnsupportedVersion: there is no such attribute.
+    """
+    try:
+        return getattr(owner, attribute)
+    except AttributeError:
+        raise unsupported(f"{_name(owner)} has no attribute {attribute!r}", package=package) from None
+
+
+def unsupported(problem: str, *, package: str) -> UnsupportedVersion:
+    """The error to raise for a part of `package` that is not as expected."""
+    found = importlib.metadata.version(package)
+    return UnsupportedVersion(
+        f"{package} {found}: {problem}, and cmscale relies on it; install {package}=={TESTED[package]}, which is tested"
+    )
+
+
+def qualified_name(kind: type) -> str:
+    """`module.Class`, the name by which tables of classes know a class without importing it."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _name(owner: Any) -> str:
+    if isinstance(owner, type):
+        return qualified_name(owner)
+    return getattr(owner, "__name__", None) or qualified_name(type(owner))
