@@ -40,8 +40,11 @@ class Stragglers:
         self._seconds.clear()
         rank = slowest(means)
         if rank is not None and self._world.is_main:
-            why = f"rank {rank} needs {means[rank]:.3f} s per step before the first collective, the median rank "
-            write_event(self._run, "straggler", step=step, rank=rank, why=f"{why}{statistics.median_low(means):.3f} s")
+            why = (
+                f"rank {rank} needs {means[rank]:.3f} s per step before the first collective, "
+                f"the median rank {statistics.median_low(means):.3f} s"
+            )
+            write_event(self._run, "straggler", step=step, rank=rank, why=why)
 
 
 def slowest(means: list[float]) -> int | None:
