@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from cmscale.config.features import feature_networks
 from cmscale.config.models import Evaluate
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def _option(
@@ -70,17 +69,18 @@ class MeasuringRequest(BaseModel):
         None, "Samples per evaluation. Default: evaluate.num_samples of the config.", metavar="N", ge=2
     )
     features: str | None = _option(
-        None, "Network whose features are compared. Default: evaluate.features of the config.", metavar="NAME"
+        None,
+        f"Network whose features are compared: {', '.join(feature_networks())}. "
+        "Default: evaluate.features of the config.",
+        metavar="NAME",
     )
     features_weights: str | None = _option(
-        None, "Weights of the features' network.", metavar="PATH[#sha256=HEX]", is_path=True
+        None, "Weights of that network; local path or s3://.", metavar="PATH[#sha256=HEX]", is_path=True
     )
     inception_weights: str | None = _option(
-        None, "Weights of the FID Inception.", metavar="PATH[#sha256=HEX]", is_path=True
+        None, "The same, for inception only.", metavar="PATH[#sha256=HEX]", is_path=True
     )
-    dinov2_weights: str | None = _option(
-        None, "Published weights of DINOv2.", metavar="PATH[#sha256=HEX]", is_path=True
-    )
+    dinov2_weights: str | None = _option(None, "The same, for dinov2 only.", metavar="PATH[#sha256=HEX]", is_path=True)
     config: str | None = _option(None, "Config of a SOURCE without one (OpenAI .pt).", metavar="CONFIG", is_path=True)
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto uses CUDA if there is a device.")
 
