@@ -1,4 +1,4 @@
-"""Kills a small run at random moments until it is done, and compares it with a run that nobody killed."""
+"""Kills a small run at random moments until it has finished, and compares it with an uninterrupted run."""
 
 import argparse
 import collections
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, assert_never, get_args
 
 import numpy as np
 import psutil
@@ -29,7 +30,7 @@ from data_prep.prepare import main as prepare
 CHECKOUT = Path(__file__).resolve().parents[1]
 NUM_RANKS = 2
 EVERY = 5  # steps between checkpoints
-PATIENCE = 180.0  # seconds without the awaited moment: something hangs
+PATIENCE = 180.0  # seconds to wait for a moment; after that something hangs
 CONFIG = """
 method: {kind: ct, distance: l2, s1: 20}
 model: {image_size: 8, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, attention_resolutions: [4],
@@ -43,17 +44,17 @@ checkpoint: {every_steps: EVERY, keep_last: 3}
 wandb: {mode: off}
 restart: {max_restarts: 1000000, backoff_seconds: 0, signal_seconds: 5}
 """
-MOMENTS = ("while starting", "between steps", "during a save")
-TARGETS = ("rank 0", "rank 1", "the controller", "launcher, controller and ranks")
+Moment = Literal["while starting", "between steps", "during a save"]
+Target = Literal["rank 0", "rank 1", "the controller", "launcher, controller and ranks"]
 
 
 class Stuck(RuntimeError):
-    """The run does not come to where it should."""
+    """Raised when the run does not reach the moment or the end that it should reach."""
 
 
 @dataclass
 class Soak:
-    """One run under kills. Counts what it did to it."""
+    """One run that is killed again and again, with a record of the kills."""
 
     root: Path
     config: Path
@@ -68,10 +69,10 @@ class Soak:
         self.run = RunDir(self.root / "soak")
 
     def go(self, number: int) -> None:
-        """Starts the run, kills it `number` times, and lets it come to its end.
+        """Starts the run, kills it `number` times, and waits until it has finished.
 
         Raises:
-            Stuck: it hangs, or ends otherwise than well.
+            Stuck: it hangs, or ends without having finished.
         """
         self.launcher = start(self.root, "soak", self.config)
         while len(self.kills) < number:
@@ -83,27 +84,28 @@ class Soak:
         while self.launcher.poll() != 0:
             self._revive()
             if time.monotonic() > until:
-                raise Stuck(f"after the last kill the run did not come to its end: {log_of(self.root, 'soak')}")
+                raise Stuck(f"after the last kill the run did not finish: {log_of(self.root, 'soak')}")
             time.sleep(0.1)
 
     def end(self) -> None:
-        """Ends what is still at work on the run."""
+        """Kills all processes of the run that are left."""
         kill(family(self.launcher.pid))
 
     def _revive(self) -> None:
-        """Another launcher resumes what one left that was killed, or gave up after three kills without progress."""
+        """Resumes the run if its launcher was killed, or gave up after three kills without progress."""
         if self.launcher.poll() is None:
             return
         if self.launcher.returncode == 0:
-            raise Stuck("the run came to its end before the last kill")
+            raise Stuck("the run finished before the last kill")
         if self.launcher.returncode == 2 or not self.run.config.exists() or self.revived_after == len(self.kills):
-            raise Stuck(f"the run ended, though not by a kill: see {log_of(self.root, 'soak')}")
+            raise Stuck(f"the run ended without a kill: see {log_of(self.root, 'soak')}")
         self.revived_after = len(self.kills)
         self.launcher = start(self.root, "soak", None)
 
     def _kill(self, launcher: subprocess.Popen[bytes]) -> bool:
-        """Waits for a moment of a start and kills; False where the launcher ended before it came."""
-        moment, target = self.random.choice(MOMENTS), self.random.choice(TARGETS)
+        """Waits for a random moment of a start and kills. Returns False if the launcher ended before that moment."""
+        moment: Moment = self.random.choice(get_args(Moment))
+        target: Target = self.random.choice(get_args(Target))
         last, leftovers = self._step(), self._staged()
         fresh: dict[int, psutil.Process] = {}
 
@@ -121,10 +123,12 @@ class Soak:
                 if not wait_for(lambda: self._step() >= goal, launcher):
                     return False
                 time.sleep(self.random.uniform(0, 0.05))
-            case _:
+            case "during a save":
                 if not wait_for(lambda: bool(self._staged() - leftovers), launcher):
                     return False
                 time.sleep(self.random.uniform(0, 0.02))
+            case _:
+                assert_never(moment)
         everybody = family(launcher.pid)
         self.seen |= {process.pid for process in everybody}
         match target:
@@ -132,8 +136,10 @@ class Soak:
                 victims = [fresh[int(target[-1])]]
             case "the controller":
                 victims = [process for process in everybody if process.pid == fresh[0].ppid()]
-            case _:
+            case "launcher, controller and ranks":
                 victims = everybody
+            case _:
+                assert_never(target)
         kill(victims)
         if launcher.pid in [victim.pid for victim in victims]:
             launcher.wait()
@@ -148,7 +154,7 @@ class Soak:
 
 
 def start(root: Path, name: str, config: Path | None) -> subprocess.Popen[bytes]:
-    """The launcher of a new run, or (without a config) of its resumption."""
+    """Starts the launcher of a new run or, without a config, resumes the run."""
     command = [sys.executable, str(CHECKOUT / "launchers" / "submit.py"), "--cluster", "local"]
     command += ["--gpus-per-node", str(NUM_RANKS), "--runs-dir", str(root)]
     command += ["--resume", name] if config is None else ["--name", name, str(config)]
@@ -161,19 +167,19 @@ def log_of(root: Path, name: str) -> Path:
 
 
 def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[bytes]) -> bool:
-    """Whether it came before the launcher ended."""
+    """Waits for a condition. Returns False if the launcher ended first. Raises Stuck after `PATIENCE` seconds."""
     until = time.monotonic() + PATIENCE
     while not condition():
         if launcher.poll() is not None:
             return False
         if time.monotonic() > until:
-            raise Stuck(f"nothing for {PATIENCE:g} s")
+            raise Stuck(f"nothing happened for {PATIENCE:g} s")
         time.sleep(0.002)
     return True
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all below it, itself first."""
+    """A process and all its descendants, itself first."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -187,7 +193,7 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The ranks' processes under a launcher, in the order of their ranks."""
+    """The processes of the ranks under a launcher, by rank; empty unless all are running."""
     found: dict[int, psutil.Process] = {}
     for process in family(launcher):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -200,7 +206,7 @@ def ranks_of(launcher: int) -> list[psutil.Process]:
 
 
 def differences(golden: RunDir, run: RunDir, *, steps: int) -> list[str]:
-    """Every line of metrics, replayed ones too, and every file of the last checkpoint that is not as golden."""
+    """Lines of metrics.jsonl (replayed ones too) and files of the last checkpoint that differ from the golden run."""
     expected = {record["step"]: record["loss"] for record in read_lines(golden.metrics)}
     got = [(record["step"], record["loss"]) for record in read_lines(run.metrics)]
     found = [f"step {step}: loss {loss!r}, golden {expected[step]!r}" for step, loss in got if loss != expected[step]]
@@ -212,8 +218,8 @@ def differences(golden: RunDir, run: RunDir, *, steps: int) -> list[str]:
     return found
 
 
-def redone(run: RunDir) -> list[int]:
-    """How many steps each start repeated of those before it."""
+def repeated_steps(run: RunDir) -> list[int]:
+    """How many steps each start repeated."""
     counts: list[int] = []
     last = 0
     for record in read_lines(run.metrics):
@@ -224,7 +230,7 @@ def redone(run: RunDir) -> list[int]:
 
 
 def prepared(folder: Path, *, steps: int) -> Path:
-    """A data set of fifty 8 px images, and the config that trains on it."""
+    """Prepares a data set of fifty 8 px images. Returns the config that trains on it."""
     rows, columns = np.mgrid[0:32, 0:32]
     images = (
         np.stack([(37 * number + 3 * (c + 1) * rows + 5 * columns) % 256 for c in range(3)], axis=-1)
@@ -242,7 +248,7 @@ def prepared(folder: Path, *, steps: int) -> Path:
 
 
 def orphans(pids: set[int]) -> list[int]:
-    """Those of the processes that are still there, a few seconds later."""
+    """Those of the processes that still exist after 10 seconds."""
     until = time.monotonic() + 10
     while time.monotonic() < until:
         left = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
@@ -253,26 +259,26 @@ def orphans(pids: set[int]) -> list[int]:
 
 
 def left_in_shared_memory(pids: set[int]) -> list[Path]:
-    """What is named after one of the processes in /dev/shm: `torch_PID_...`, for instance."""
+    """Files in /dev/shm named after one of the processes, such as `torch_PID_...`."""
     folder = Path("/dev/shm")
     named = ((file, re.search(r"\d+", file.name)) for file in (folder.iterdir() if folder.is_dir() else ()))
     return [file for file, number in named if number and int(number[0]) in pids]
 
 
 def report(golden: RunDir, soak: Soak, *, steps: int, asked: int) -> int:
-    """Prints the figures. Returns the exit status."""
+    """Prints counts of kills, repeated steps and differences. Returns the exit status."""
     events = collections.Counter(record["event"] for record in read_lines(soak.run.events))
     found = differences(golden, soak.run, steps=steps)
-    found += [f"process {pid} of a killed start is still there" for pid in orphans(soak.seen)]
-    found += [f"{file} was left by a killed start" for file in left_in_shared_memory(soak.seen)]
-    repeated = redone(soak.run)
+    found += [f"process {pid} of a killed start still exists" for pid in orphans(soak.seen)]
+    found += [f"{file} was left behind by a killed start" for file in left_in_shared_memory(soak.seen)]
+    repeated = repeated_steps(soak.run)
     by = [collections.Counter(kill[place] for kill in soak.kills) for place in (0, 1)]
     print(f"kills: {len(soak.kills)} of {asked}")
     for counter in by:
         print("  " + ", ".join(f"{name}: {count}" for name, count in sorted(counter.items())))
-    print(f"steps: {steps}, redone: {sum(repeated)}, at most {max(repeated, default=0)} after one kill")
+    print(f"steps: {steps}, repeated: {sum(repeated)}, at most {max(repeated, default=0)} after one kill")
     rejected, unfinished = events["damaged_checkpoint"], events["unfinished_save"]
-    print(f"checkpoints rejected: {rejected} damaged, {unfinished} unfinished saves removed")
+    print(f"checkpoints: {rejected} damaged, {unfinished} unfinished saves removed")
     print(f"differences: {len(found)}")
     for line in found[:20]:
         print(f"  {line}")
@@ -281,9 +287,11 @@ def report(golden: RunDir, soak: Soak, *, steps: int, asked: int) -> int:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="soak.py", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
-    parser.add_argument("--folder", type=Path, help="a new folder, kept; default: a temporary one, kept if not equal")
+    parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for moments and victims (default: 0)")
+    parser.add_argument(
+        "--folder", type=Path, help="a new folder, which is kept (default: a temporary one, kept only after a failure)"
+    )
     flags = parser.parse_args(arguments)
     if flags.folder is not None and flags.folder.exists():
         print(f"error: --folder {flags.folder}: exists; name a new one", file=sys.stderr)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ends the testbed of TESTBED_DIR (or of SLURM_CONF): its jobs, then its daemons; removes its folder unless KEEP=1.
+# Stops the testbed of TESTBED_DIR (or of SLURM_CONF): its jobs, then its daemons. Removes its folder unless KEEP=1.
 set -uo pipefail
 dir="${TESTBED_DIR:-$(dirname "${SLURM_CONF:-/}")}"
 [ -f "$dir/slurm.conf" ] && [ -d "$dir/log" ] || { echo "slurm_testbed: no testbed in '$dir'; set TESTBED_DIR" >&2; exit 2; }
@@ -28,7 +28,7 @@ for name in "$dir"/slurmd-node*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
   kill -KILL "$pid" 2>/dev/null
   rm -f "$name"
 done
-# What the nodes' steps left behind is in the mount namespaces that up.sh made, and nothing else is.
+# Only processes that the nodes' steps left behind are in the mount namespaces that up.sh made.
 for link in /proc/[0-9]*/ns/mnt; do
   namespace="$(readlink "$link" 2>/dev/null)" || continue
   [[ " $namespaces " == *" $namespace "* ]] || continue

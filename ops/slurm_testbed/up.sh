@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine: up.sh [NODES]. See README.md beside it; `eval "$(ops/slurm_testbed/up.sh 2)"` to use it.
+# Starts a real Slurm on this machine: up.sh [NODES]. Usage: `eval "$(ops/slurm_testbed/up.sh 2)"`; see README.md.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 nodes="${1:-2}"
@@ -16,15 +16,15 @@ dir="${TESTBED_DIR:-$(mktemp -d "${TMPDIR:-/tmp}/slurm-testbed.XXXXXX")}"
 mkdir -p "$dir"
 dir="$(cd "$dir" && pwd)"
 export SLURM_CONF="$dir/slurm.conf"
-say() { echo "export SLURM_CONF=$SLURM_CONF TESTBED_DIR=$dir PATH=\"\$PATH:/usr/sbin\""; }
+print_environment() { echo "export SLURM_CONF=$SLURM_CONF TESTBED_DIR=$dir PATH=\"\$PATH:/usr/sbin\""; }
 
 alive() { [ -f "$dir/$1.pid" ] && kill -0 "$(cat "$dir/$1.pid")" 2>/dev/null; }
-if alive slurmctld; then say; exit 0; fi # it is up
+if alive slurmctld; then print_environment; exit 0; fi # it runs already
 rm -rf "$dir"/state "$dir"/spool "$dir"/*.pid
 mkdir -p "$dir"/{state,log}
 trap 'echo "slurm_testbed: did not come up; logs in $dir/log" >&2; TESTBED_DIR="$dir" KEEP=1 "$here/down.sh"' ERR
 
-# Ports that are free now, all different.
+# Free ports, all different.
 read -r -a ports < <(python3 - "$((nodes + 1))" <<'PY'
 import socket, sys
 held = [socket.socket() for _ in range(int(sys.argv[1]))]
@@ -37,7 +37,7 @@ PY
 sed -e "s|@DIR@|$dir|g" -e "s|@HOST@|$(hostname -s)|g" -e "s|@CONTROL_PORT@|${ports[0]}|g" \
   -e "s|@KILL_WAIT@|${TESTBED_KILL_WAIT:-15}|g" "$here/slurm.conf.in" >"$SLURM_CONF"
 if [ "${TESTBED_USER_SIGNAL:-0}" = 1 ]; then echo "SlurmctldParameters=preempt_send_user_signal" >>"$SLURM_CONF"; fi
-if [ "${TESTBED_MEMORY:-0}" = 1 ]; then # without cgroups a limit is held by looking, every second
+if [ "${TESTBED_MEMORY:-0}" = 1 ]; then # without cgroups memory is polled, every second
   sed -i "s|^SelectTypeParameters=.*|SelectTypeParameters=CR_Core_Memory|" "$SLURM_CONF"
   printf '%s\n' JobAcctGatherType=jobacct_gather/linux JobAcctGatherFrequency=task=1 JobAcctGatherParams=OverMemoryKill >>"$SLURM_CONF"
 fi
@@ -58,7 +58,7 @@ echo "export TMPDIR=$dir/\$SLURMD_NODENAME/tmp"
 EOF
 chmod 755 "$dir/task_prolog.sh"
 
-# Daemons in sessions of their own, ended by down.sh through the process ids recorded here.
+# Starts a daemon in a session of its own; down.sh ends it by the process id that is recorded here.
 start() {
   local name="$1"
   shift
@@ -72,13 +72,13 @@ start munged munged --foreground --force --key-file="$dir/munge.key" --socket="$
 for _ in $(seq 100); do [ -S "$dir/munge.socket" ] && break; sleep 0.1; done
 start slurmctld slurmctld -D -i -f "$SLURM_CONF"
 for k in $(seq "$nodes"); do
-  # Its own /dev/shm and names; /tmp stays shared (runs may be there), each node's tasks get a TMPDIR of their own.
+  # Its own /dev/shm and host names; /tmp stays shared (runs may be there), tasks of each node get their own TMPDIR.
   start "slurmd-node$k" unshare --mount --propagation private bash -c \
     "mount -t tmpfs tmpfs /dev/shm && mount --bind '$dir/hosts' /etc/hosts && exec slurmd -D -N node$k -f '$SLURM_CONF'"
 done
 for _ in $(seq 300); do
   ready="$(sinfo --noheader --Node --partition=low --states=idle --format=%N 2>/dev/null | sort -u | wc -l || true)"
-  [ "$ready" = "$nodes" ] && { say; exit 0; }
+  [ "$ready" = "$nodes" ] && { print_environment; exit 0; }
   sleep 0.1
 done
 false

@@ -36,6 +36,7 @@ def test_preemptions_use_up_no_restart() -> None:
     history = [Attempt("preempted", "", 10)] * 50
     assert decided(history, max_restarts=0) == Decision("requeue", "preempted; step 10")
     assert decided([Attempt("preempted", "newest", 10)]).why == "preempted; newest"
+    assert decided(history).delay_seconds == 0
     assert decided([*history, fault(11)], max_restarts=1).action == "restart"
 
 

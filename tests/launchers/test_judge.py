@@ -15,6 +15,7 @@ def judged(*states: str, status: int = 0, **other: Any) -> Attempt:
 
 def test_a_start_finished_only_if_every_rank_did_and_the_status_is_0() -> None:
     assert judged("finished", "finished") == Attempt("finished", "", 3)
+    assert judged("finished", "finished").rank == 0
     assert judged("finished", "running").ending == "fault"
     assert judged("finished", "preempted").ending == "preempted"
     assert judged("finished", "finished", status=1).ending == "fault"
