@@ -20,7 +20,7 @@ from cmscale.distributed import world as worlds
 from cmscale.distributed.world import World
 from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
-from cmscale.evaluation.images import open_images
+from cmscale.evaluation.sample_files import open_images
 from cmscale.evaluation.measure import image_blocks, left_out, measure
 from cmscale.evaluation.metrics.frechet import FID
 from cmscale.evaluation.metrics.registry import all_metrics
@@ -150,7 +150,7 @@ def _evaluate_one(
 def _check_fit(source: Source, session: EvaluationSession) -> None:
     size = source.config.model.image_size
     assert session.reference is not None, "rank 0 has the reference"
-    session.reference.refuse_other_size((size, size), whose="the model")
+    session.reference.refuse_other_size((size, size), of="the model")
 
 
 def _write_result(
@@ -203,7 +203,7 @@ def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preem
     session = EvaluationSession.build(request, Evaluate(), world, data=None, preemption=preemption)
     reference = session.reference
     assert reference is not None, "a world of one has the reference"
-    reference.refuse_other_size((images.height, images.width), whose=request.source)
+    reference.refuse_other_size((images.height, images.width), of=request.source)
     blocks = image_blocks(images.read(), session.extractor)
     measured = measure(blocks, num_samples=images.count, reference=reference)
     result = EvaluationResult(

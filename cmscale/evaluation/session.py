@@ -22,7 +22,8 @@ from cmscale.evaluation.blocks import BlockStore
 from cmscale.evaluation.features.extractor import FeatureExtractor, build_features
 from cmscale.evaluation.manifold import DENSITY_K, Manifold
 from cmscale.evaluation.measure import measure_distributions, measure_neighbours
-from cmscale.evaluation.reference.reference import Reference, read_reference, reference_from_images
+from cmscale.evaluation.reference.reference import Reference, reference_from_images
+from cmscale.evaluation.reference.registry import is_reference_file, read_reference
 from cmscale.generation.draw import SampleRequest, draw_batch, used_sigmas
 from cmscale.io.fetch import cache_folder, local_file
 from cmscale.io.image_tensors import to_uint8
@@ -167,7 +168,7 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
     """
     if named is None:
         raise UserError("evaluate: no reference; give --reference DATASET|FOLDER|FILE.npz")
-    if named.endswith((".npz", ".pkl", ".pt", ".pth")):
+    if is_reference_file(named):
         return read_reference(local_file(named), extractor)
     storage = open_storage(named)
     if storage.read_if_present(DATASET_MANIFEST) is None:

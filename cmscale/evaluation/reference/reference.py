@@ -1,14 +1,7 @@
-"""Owns what samples are compared with: reference statistics, read from the formats that the field uses.
-
-Read: ADM `.npz` (`arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`), EDM `.npz` (`mu`, `sigma`), EDM2 `.pkl` (nothing
-in it is executed), torch-fidelity's cached statistics (`.pt`), and plain images (`.npz` with `arr_0` alone,
-or a folder). Written: ADM's format, with extra keys that say what it was made of, and the statistics alone as EDM
-keeps them (`edm2`: as EDM2 does).
-"""
+"""Defines what samples are compared with: statistics of real images in one kind of features."""
 
 import hashlib
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +13,12 @@ import torch
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
 from cmscale.evaluation.features.extractor import FeatureExtractor
-from cmscale.evaluation.images import batches, npz_header, npz_rows, open_images
-from cmscale.evaluation.metrics.neighbours import DENSITY_K, Manifold
-from cmscale.evaluation.metrics.statistics import Moments, Sums, total
-from cmscale.evaluation.reference.edm2 import read_edm2
+from cmscale.evaluation.manifold import DENSITY_K, Manifold
+from cmscale.evaluation.sample_files import batches
+from cmscale.evaluation.statistics import Moments, Sums, total
 from cmscale.io.fetch import file_sha256
 
-SUBSET = 10_000  # images kept for KID, precision and recall, as ADM's references
+SUBSET = 10_000  # images kept for KID, precision and recall, as in ADM's references
 _SUBSET_SEED = 0
 
 
@@ -35,14 +27,15 @@ class Reference:
     """Statistics of real images in one kind of features.
 
     Attributes:
-        name: where it came from.
-        sha256: of the file read; of the images for a reference made from images.
-        features: the label of its features; None where the file doesn't say.
-        count: how many images `pooled` holds; None where the file doesn't say.
-        pooled, spatial: their Gaussians; spatial (for sFID) where there is one.
-        subset: pooled features of some of the images [M, D], for KID, precision and recall; None where there
-        are none.
-        preprocess, image_size: how the images were made; None where the file doesn't say.
+        name: Where it came from.
+        sha256: Hash of the file; for a reference made from images, hash of their pixels.
+        features: Label of the features; None if the file does not state it.
+        count: Number of images in `pooled`; None if the file does not state it.
+        pooled: Gaussian of the pooled features.
+        spatial: Gaussian of the spatial features (for sFID); None if there is none.
+        subset: Pooled features of some of the images, float32 [M, D], for KID, precision and recall, or None.
+        preprocess, image_size: How the images were made, and their side in pixels; None if the file does not state it.
+        device: Where distances between features are computed.
     """
 
     name: str
@@ -58,12 +51,12 @@ class Reference:
 
     @cached_property
     def manifold(self) -> Manifold | None:
-        """The subset with its nearest neighbours, for precision and recall."""
+        """The subset with its nearest neighbours; None if it is too small for them."""
         enough = self.subset is not None and len(self.subset) > DENSITY_K
         return Manifold(self.subset, device=self.device) if enough and self.subset is not None else None
 
     def describe(self) -> dict[str, Any]:
-        """What a result records of it."""
+        """What an evaluation's result records about the reference."""
         return {
             "name": self.name,
             "sha256": self.sha256,
@@ -74,69 +67,18 @@ class Reference:
         }
 
     def mismatches(self, *, preprocess: str | None) -> list[str]:
-        """One line for a known difference to how the model's data was made, which moves an FID."""
+        """One line per known difference from the preprocessing of the model's data, as it changes an FID."""
         if None in (self.preprocess, preprocess) or self.preprocess == preprocess:
             return []
         return [f"reference and training data differ in preprocessing: {self.preprocess} against {preprocess}"]
 
-    def refuse_other_size(self, size: tuple[int, int], *, whose: str) -> None:
-        """Raises UserError where the reference is known to be of images of another size."""
+    def refuse_other_size(self, size: tuple[int, int], *, of: str) -> None:
+        """Raises UserError if the reference is known to be of images of another size than (height, width)."""
         if self.image_size is not None and size != (self.image_size, self.image_size):
             raise UserError(
-                f"reference {self.name}: made of images of {self.image_size} px, {whose} has {size[0]} x {size[1]}; "
+                f"reference {self.name}: made of images of {self.image_size} px, {of} has {size[0]} x {size[1]}; "
                 "compare images of one size"
             )
-
-
-def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
-    """Reads a reference for an extractor's features.
-
-    Where a file holds images (`arr_0`) and not their features, the features are extracted here.
-
-    Raises:
-        UserError: no such file, another format, statistics of other features or another width.
-    """
-    path = Path(path)
-    if path.is_dir():
-        images = open_images(path)
-        return reference_from_images(images.read(), extractor, name=str(path), count=images.count)
-    if not path.is_file():
-        raise UserError(f"reference {path}: no such file or folder")
-    digest = file_sha256(path)
-    match path.suffix:
-        case ".npz":
-            found = _read_npz(path, digest, extractor)
-        case ".pkl":
-            found = _from_mapping(path, digest, read_edm2(path, features=extractor.label), extractor)
-        case ".pt" | ".pth":
-            found = _from_mapping(path, digest, _torch_fidelity(path), extractor)
-        case _:
-            raise UserError(f"reference {path}: statistics are .npz, .pkl (EDM2) or .pt (torch-fidelity)")
-    if found.features not in (None, extractor.label):
-        raise UserError(f"reference {path}: holds {found.features} features, the evaluation uses {extractor.label}")
-    if found.pooled.width != extractor.width:
-        raise UserError(
-            f"reference {path}: features of width {found.pooled.width}, {extractor.label} gives {extractor.width}"
-        )
-    _check_further(path, found, extractor)
-    return found
-
-
-def _check_further(path: Path, found: Reference, extractor: FeatureExtractor) -> None:
-    """Spatial statistics and single features of the right widths, while nothing has been sampled yet."""
-    if found.spatial is not None and extractor.spatial_width not in (None, found.spatial.width):
-        raise UserError(
-            f"reference {path}: spatial features of width {found.spatial.width}, {extractor.label} gives "
-            f"{extractor.spatial_width}"
-        )
-    if found.subset is not None:
-        if found.subset.ndim != 2 or found.subset.shape[1] != extractor.width:
-            raise UserError(
-                f"reference {path}: features_0 {list(found.subset.shape)}, {extractor.label} gives width "
-                f"{extractor.width}"
-            )
-        if not np.isfinite(found.subset).all():
-            raise UserError(f"reference {path}: features_0 holds NaN or infinity")
 
 
 def reference_from_images(
@@ -148,10 +90,9 @@ def reference_from_images(
     preprocess: str | None = None,
     subset: int = SUBSET,
 ) -> Reference:
-    """Makes a reference of images (uint8 [H, W, 3], `count` of them). Memory holds a block and the subset's
-    features.
+    """Makes a reference from `count` uint8 images [H, W, 3], with a block of them and the subset's features in memory.
 
-    The subset is drawn without replacement from a fixed seed; `subset_indices` says which.
+    The subset is drawn without replacement from a fixed seed: `subset_indices`.
 
     Raises:
         UserError: fewer than two images.
@@ -187,112 +128,48 @@ def reference_from_images(
 
 
 def subset_indices(count: int, subset: int = SUBSET) -> np.ndarray:
-    """Which of `count` images a reference keeps for KID, precision and recall: ascending, always the same."""
+    """Indices of the images, of `count`, that a reference keeps: ascending, and the same for the same count."""
     drawn = np.random.RandomState(_SUBSET_SEED).permutation(count)[:subset]
     return np.sort(drawn)
 
 
-def write_reference(path: Path, reference: Reference, images: Iterable[np.ndarray], *, num_images: int) -> None:
-    """Writes a reference in ADM's format, with `images` (the subset, one at a time) as `arr_0`.
+def reference_from_arrays(path: Path, arrays: Mapping[str, Any], extractor: FeatureExtractor) -> Reference:
+    """Makes a reference from the arrays of a file.
 
-    Extra keys: `features_0` (the subset's pooled features), `features`, `preprocess`, `image_size`, `count`,
-    `source`.
-    """
-    arrays: dict[str, np.ndarray] = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
-    if reference.spatial is not None:
-        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
-    if reference.subset is not None:
-        arrays["features_0"] = reference.subset
-    for key in ("features", "preprocess", "image_size", "count"):
-        if (value := getattr(reference, key)) is not None:
-            arrays[key] = np.array(value)
-    arrays["source"] = np.array(reference.name)
-    staged = path.with_name(f".{path.name}")
-    try:
-        with zipfile.ZipFile(staged, "w", zipfile.ZIP_STORED) as archive:
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.lib.format.write_array(file, array, allow_pickle=False)
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                _write_images(file, images, num_images)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def write_edm(path: Path, reference: Reference) -> None:
-    """Writes the statistics alone, as EDM's `fid.py` reads them: `.npz` with `mu` and `sigma`, float64.
+    Args:
+        arrays: `mu` [D] and `sigma` [D, D]; and any of `mu_s` and `sigma_s`, `subset` [M, D], `features`, `count`,
+            `preprocess`, `image_size`.
 
     Raises:
-        UserError: features other than Inception's.
+        UserError: no `mu` and `sigma`, or arrays that do not fit each other.
     """
-    if reference.features != "inception":
-        raise UserError(f"{path}: EDM's files hold Inception statistics, not {reference.features}")
-    staged = path.with_name(f".{path.name}.npz")
-    try:
-        np.savez(staged, mu=reference.pooled.mean, sigma=reference.pooled.covariance)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _write_images(file: Any, images: Iterable[np.ndarray], count: int) -> None:
-    written = 0
-    for image in images:
-        if written == 0:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image.shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-        file.write(np.ascontiguousarray(image).tobytes())
-        written += 1
-    assert written == count, f"{written} images came where {count} were announced"
-
-
-def _read_npz(path: Path, digest: str, extractor: FeatureExtractor) -> Reference:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = set(archive.files)
-            found = {name: archive[name] for name in names - {"arr_0"}}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"reference {path}: not an .npz of plain arrays ({error})") from None
-    if "mu" not in names and "arr_0" in names:
-        images = open_images(path)
-        return reference_from_images(images.read(), extractor, name=str(path), count=images.count)
-    label = str(found["features"]) if "features" in found else None
-    subset = found.get("features_0")
-    shape = npz_header(path, "arr_0")[0] if "arr_0" in names else None
-    if shape is not None and len(shape) == 4:
-        found.setdefault("image_size", shape[1])
-    if subset is None and shape and shape[0] and label in (None, extractor.label):
-        subset = np.concatenate([extractor(batch)["pooled"] for batch in batches(npz_rows(path, "arr_0"), BLOCK)])
-    return _from_mapping(path, digest, {**found, "subset": subset}, extractor)
-
-
-def _from_mapping(path: Path, digest: str, found: dict[str, Any], extractor: FeatureExtractor) -> Reference:
     return Reference(
         name=str(path),
-        sha256=digest,
-        features=str(found["features"]) if "features" in found else None,
-        count=int(found["count"]) if "count" in found else None,
-        pooled=_moments(path, found, "mu", "sigma"),
-        spatial=_moments(path, found, "mu_s", "sigma_s") if "mu_s" in found else None,
-        subset=_single(path, found.get("subset")),
-        preprocess=str(found["preprocess"]) if "preprocess" in found else None,
-        image_size=int(found["image_size"]) if "image_size" in found else None,
+        sha256=file_sha256(path),
+        features=str(arrays["features"]) if "features" in arrays else None,
+        count=int(arrays["count"]) if "count" in arrays else None,
+        pooled=_moments(path, arrays, "mu", "sigma"),
+        spatial=_moments(path, arrays, "mu_s", "sigma_s") if "mu_s" in arrays else None,
+        subset=_subset(path, arrays.get("subset")),
+        preprocess=str(arrays["preprocess"]) if "preprocess" in arrays else None,
+        image_size=int(arrays["image_size"]) if "image_size" in arrays else None,
         device=extractor.device,
     )
 
 
-def _single(path: Path, features: np.ndarray | None) -> np.ndarray | None:
-    """Single features in the precision that ours have."""
-    if features is None or features.dtype.kind in "fiu":
-        return None if features is None else np.asarray(features, dtype=np.float32)
-    raise UserError(f"reference {path}: features_0 are no numbers ({features.dtype})")
+def _subset(path: Path, features: np.ndarray | None) -> np.ndarray | None:
+    """Features in the precision of an extractor."""
+    if features is None:
+        return None
+    if features.dtype.kind not in "fiu":
+        raise UserError(f"reference {path}: features_0 must be numbers, it is {features.dtype}")
+    return np.asarray(features, dtype=np.float32)
 
 
-def _moments(path: Path, found: dict[str, Any], mean_key: str, covariance_key: str) -> Moments:
-    if mean_key not in found or covariance_key not in found:
+def _moments(path: Path, arrays: Mapping[str, Any], mean_key: str, covariance_key: str) -> Moments:
+    if mean_key not in arrays or covariance_key not in arrays:
         raise UserError(f"reference {path}: holds no {mean_key} and {covariance_key}")
-    mean, covariance = (np.asarray(found[key], dtype=np.float64) for key in (mean_key, covariance_key))
+    mean, covariance = (np.asarray(arrays[key], dtype=np.float64) for key in (mean_key, covariance_key))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(
             f"reference {path}: {mean_key} {list(mean.shape)} and {covariance_key} {list(covariance.shape)} don't fit"
@@ -300,16 +177,3 @@ def _moments(path: Path, found: dict[str, Any], mean_key: str, covariance_key: s
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"reference {path}: {mean_key} or {covariance_key} holds NaN or infinity")
     return Moments(mean, covariance)
-
-
-def _torch_fidelity(path: Path) -> dict[str, Any]:
-    reconstruct = np.zeros(0).__reduce__()[0]  # numpy's own, wherever this version keeps it
-    allowed = [np.ndarray, np.dtype, reconstruct, type(np.dtype("f4")), type(np.dtype("f8"))]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"reference {path}: not torch-fidelity's statistics ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"reference {path}: not torch-fidelity's statistics (no mu and sigma)")
-    return found

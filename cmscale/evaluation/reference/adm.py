@@ -1,0 +1,84 @@
+"""ADM's reference files: an `.npz` with images (`arr_0`) and statistics (`mu`, `sigma`, `mu_s`, `sigma_s`).
+
+This package writes more arrays, which ADM's evaluator ignores: `features_0` (pooled features of the images),
+`features`, `preprocess`, `image_size`, `count`, `source`.
+"""
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmscale.evaluation.blocks import BLOCK
+from cmscale.evaluation.features.extractor import FeatureExtractor
+from cmscale.evaluation.npz import npz_arrays, npz_header, npz_names, npz_rows
+from cmscale.evaluation.reference.reference import Reference, reference_from_arrays
+from cmscale.evaluation.reference.registry import ReferenceFormat, ReferenceWriter
+from cmscale.evaluation.sample_files import batches
+
+
+def _matches(path: Path) -> bool:
+    names = npz_names(path)
+    return "mu" in names and names != {"mu", "sigma"}
+
+
+def _read(path: Path, extractor: FeatureExtractor) -> Reference:
+    """Without `features_0`, the features of the images in `arr_0` are extracted."""
+    names = npz_names(path)
+    arrays = npz_arrays(path, names - {"arr_0"})
+    label = str(arrays["features"]) if "features" in arrays else None
+    subset = arrays.get("features_0")
+    shape = npz_header(path, "arr_0")[0] if "arr_0" in names else None
+    if shape is not None and len(shape) == 4:
+        arrays.setdefault("image_size", np.array(shape[1]))
+    if subset is None and shape and shape[0] and label in (None, extractor.label):
+        subset = np.concatenate([extractor(batch)["pooled"] for batch in batches(npz_rows(path, "arr_0"), BLOCK)])
+    return reference_from_arrays(path, {**arrays, "subset": subset}, extractor)
+
+
+def write_adm(path: Path, reference: Reference, images: Iterable[np.ndarray]) -> None:
+    """Writes a reference with the images of its subset, uint8 [H, W, 3], in the subset's order."""
+    arrays: dict[str, np.ndarray] = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    num_images = 0 if reference.subset is None else len(reference.subset)
+    if reference.subset is not None and num_images:
+        arrays["features_0"] = reference.subset
+    for key in ("features", "preprocess", "image_size", "count"):
+        if (value := getattr(reference, key)) is not None:
+            arrays[key] = np.array(value)
+    arrays["source"] = np.array(reference.name)
+    staged = path.with_name(f".{path.name}")
+    try:
+        with zipfile.ZipFile(staged, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+            if num_images:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    _write_images(file, images, num_images)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _write_images(file: Any, images: Iterable[np.ndarray], count: int) -> None:
+    written = 0
+    for image in images:
+        if written == 0:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image.shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(image).tobytes())
+        written += 1
+    assert written == count, f"{written} images for a subset of {count}"
+
+
+FORMAT = ReferenceFormat(
+    description=".npz with mu and sigma, and images (ADM) or more arrays",
+    suffixes=(".npz",),
+    matches=_matches,
+    read=_read,
+    writer=ReferenceWriter(suffix=".npz", keeps_images=True, write=write_adm),
+)

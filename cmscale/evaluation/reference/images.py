@@ -1,0 +1,26 @@
+"""References that are images: a folder, or an `.npz` with `arr_0` and without statistics."""
+
+from pathlib import Path
+
+from cmscale.evaluation.features.extractor import FeatureExtractor
+from cmscale.evaluation.npz import npz_names
+from cmscale.evaluation.reference.reference import Reference, reference_from_images
+from cmscale.evaluation.reference.registry import ReferenceFormat
+from cmscale.evaluation.sample_files import open_images
+
+
+def _matches(path: Path) -> bool:
+    return path.is_dir() or ("arr_0" in (names := npz_names(path)) and "mu" not in names)
+
+
+def _read(path: Path, extractor: FeatureExtractor) -> Reference:
+    images = open_images(path)
+    return reference_from_images(images.read(), extractor, name=str(path), count=images.count)
+
+
+FORMAT = ReferenceFormat(
+    description="a folder of images, or .npz with arr_0",
+    suffixes=("", ".npz"),
+    matches=_matches,
+    read=_read,
+)
