@@ -37,8 +37,8 @@ def export(
     overrides: OverridesArgument = None,
 ) -> None:
     """Writes weights in a format of another project, or uploads the checkpoints that a run has not exported yet."""
+    from cmscale.export.weights import export_weights, finish_copies
     from cmscale.source import checkpoint_step, load_source
-    from cmscale.weights_export import export_weights, finish_copies
 
     if to is None:
         for copied in finish_copies(Path(source)):

@@ -1,4 +1,4 @@
-"""Turns a run's folder into a page to look at: report/index.html, one file that needs nothing else."""
+"""Writes a run's report: report/index.html, one self-contained page."""
 
 from cmscale.report.page import build_report
 

@@ -1,4 +1,4 @@
-"""Owns what the page knows of a run: everything is read from its folder, whatever of it is there yet."""
+"""Reads what the page shows from a run's folder; any part of it may be missing."""
 
 import contextlib
 import json
@@ -8,36 +8,26 @@ from typing import Any
 
 import yaml
 
+from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.log import latest_metrics, read_lines
-from cmscale.runs.manifests import read_document
-from cmscale.runs.results import EvaluationResult
+from cmscale.runs.results import EvaluationResult, read_evaluations
 
-METHODS = {
-    "edm": "EDM diffusion model",
-    "cd": "Consistency distillation",
-    "ct": "Consistency training",
-    "ict": "Improved consistency training",
-    "ect": "Easy consistency tuning",
-    "sct": "Continuous-time consistency training",
-    "scd": "Continuous-time consistency distillation",
-    "pd": "Progressive distillation",
-}
 _ENDINGS = {"finished": "finished", "preempted": "preempted", "fault": "failed"}
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run's folder, read. Missing files give empty parts.
+    """The content of a run's folder. Missing files give empty parts.
 
     Attributes:
-        config: the resolved config as nested dictionaries, and `config_text` as it stands in the file.
+        config: The resolved config as nested dictionaries; `config_text` is the text of the file.
         metrics: metrics.jsonl, the last record of each step, by step.
         events: events.jsonl in the order written.
-        evaluations: by step, weights and number of evaluations; `unreadable` names files that are none.
+        evaluations: By step, weights and network evaluations; `unreadable` has one line per file that is not valid.
         grids: (step, file) of the sample grids, by step.
-        consistency: what `cmscale consistency-error` wrote, by step.
+        consistency: The results of `cmscale consistency-error`, by step.
     """
 
     run: RunDir
@@ -56,7 +46,7 @@ class RunFacts:
         return self.run.name
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """A leaf of the config by its dotted key."""
+        """The config's value at a dotted key."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -64,14 +54,16 @@ class RunFacts:
 
     @property
     def method(self) -> str:
+        """The method's title; its kind if this version does not have the method."""
         kind = str(self.setting("method.kind", ""))
-        return METHODS.get(kind, kind or "unknown method")
+        section = METHODS_BY_KIND.get(kind)
+        return section.facts.title if section is not None else kind or "unknown method"
 
     @property
     def step(self) -> int:
-        """The furthest step that the run has told of."""
-        said = [record["step"] for record in self.metrics[-1:]] + [event.get("step", 0) for event in self.events]
-        return max(said, default=0)
+        """The last step that metrics or events mention."""
+        steps = [record["step"] for record in self.metrics[-1:]] + [event.get("step", 0) for event in self.events]
+        return max(steps, default=0)
 
     @property
     def total_steps(self) -> int:
@@ -79,7 +71,7 @@ class RunFacts:
 
     @property
     def status(self) -> str:
-        """`finished`, `preempted`, `failed`, `running` or `not started`: what the last telling event says."""
+        """`finished`, `preempted`, `failed`, `running` or `not started`, by the last event that determines it."""
         for event in reversed(self.events):
             if (name := event.get("event")) in _ENDINGS:
                 return _ENDINGS[name]
@@ -92,7 +84,7 @@ def read_facts(run: RunDir) -> RunFacts:
     """Reads a run's folder.
 
     Raises:
-        UserError: no such folder.
+        UserError: The folder does not exist.
     """
     if not run.root.is_dir():
         raise UserError(f"{run.root}: no such run")
@@ -100,7 +92,7 @@ def read_facts(run: RunDir) -> RunFacts:
     config: Any = {}
     with contextlib.suppress(yaml.YAMLError):
         config = yaml.safe_load(text)
-    evaluations, unreadable = _read_evaluations(run)
+    evaluations, unreadable = read_evaluations(run)
     provenance: Any = {}
     if run.provenance.exists():
         with contextlib.suppress(json.JSONDecodeError):
@@ -117,13 +109,3 @@ def read_facts(run: RunDir) -> RunFacts:
         provenance=provenance if isinstance(provenance, dict) else {},
         consistency=[json.loads(path.read_bytes()) for path in sorted(run.consistency_errors.glob("step-*.json"))],
     )
-
-
-def _read_evaluations(run: RunDir) -> tuple[list[EvaluationResult], list[str]]:
-    found, unreadable = [], []
-    for path in sorted(run.evaluations.glob("*.json")):
-        try:
-            found.append(read_document(EvaluationResult, path.read_bytes(), origin=path.name))
-        except UserError as error:
-            unreadable.append(str(error))
-    return sorted(found, key=lambda each: (each.step or 0, each.weights or "", each.nfe or 0)), unreadable

@@ -1,4 +1,4 @@
-"""Owns the assembly of report/index.html: facts and plots into one self-contained page."""
+"""Assembles report/index.html, one self-contained page, from a run's facts and plots."""
 
 import base64
 import datetime
@@ -10,37 +10,30 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
+from cmscale.evaluation.metrics.frechet import FID
+from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
 from cmscale.io.durable import replace_durably
+from cmscale.report.comparison import best_by_score
 from cmscale.report.facts import RunFacts, read_facts
 from cmscale.report.paper import PAPER
 from cmscale.report.plots import Curve, time_curve, training_curve
 from cmscale.report.quality import quality_panels
 from cmscale.runs.folder import RunDir
-from cmscale.runs.results import EvaluationResult, Metric
+from cmscale.runs.results import EvaluationResult
 
 _MAX_IMAGE = 1024
 _MAX_GRIDS = 6
 _MAX_EVENTS = 200
-_COLUMNS = (
-    ("sFID", "sfid"),
-    ("IS", "inception_score"),
-    ("precision", "precision"),
-    ("recall", "recall"),
-    ("KID", "kid"),
-    ("density", "density"),
-    ("coverage", "coverage"),
-)
-_FEATURES = {"inception": "FID Inception", "efficientnet_lite0": "EfficientNet-Lite0"}
 
 
 def build_report(run: RunDir, *, siblings: Sequence[RunDir] = ()) -> Path:
-    """Writes the page of a run and returns its path. Whatever the run has not yet is left out.
+    """Writes the page of a run and returns its path. What the run does not have yet is left out.
 
     Args:
-        siblings: other runs to stand beside in tables and curves, a teacher above all.
+        siblings: Other runs, such as a teacher, that tables and curves show for comparison.
 
     Raises:
-        UserError: no such run.
+        UserError: The run does not exist.
     """
     facts = read_facts(run)
     environment = Environment(
@@ -55,8 +48,9 @@ def build_report(run: RunDir, *, siblings: Sequence[RunDir] = ()) -> Path:
 
 
 def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
-    everyone = [facts, *siblings]
-    rows = [_row(each, owner) for owner in everyone for each in owner.evaluations]
+    runs = [facts, *siblings]
+    metrics = all_metrics()
+    rows = [_row(each, owner, metrics) for owner in runs for each in owner.evaluations]
     return {
         "facts": facts,
         "size": facts.setting("model.image_size"),
@@ -65,11 +59,16 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
         "grids": _grids(facts),
         "curves": _training(facts),
         "evaluations": rows,
-        "columns": [(title, key) for title, key in _COLUMNS if any(row["cells"][key][0] for row in rows)],
+        "columns": [
+            (metric.title, metric.name)
+            for metric in metrics
+            if metric.name != FID.name and any(metric.name in row["cells"] for row in rows)
+        ],
+        "score": FID.name,
         "several_runs": bool(siblings),
-        "score_names": sorted({each.score_name for owner in everyone for each in owner.evaluations}),
-        "warnings": _warnings(everyone),
-        "quality": quality_panels(everyone),
+        "score_names": sorted({each.score_name for owner in runs for each in owner.evaluations}),
+        "warnings": _warnings(runs),
+        "quality": quality_panels(runs),
         "paper": PAPER,
         "events": _events(facts),
         "timeline": _timeline(facts),
@@ -79,7 +78,7 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
 
 
 def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
-    """The numbers at the top: what, value, remark."""
+    """(name, value, remark) of the numbers at the top."""
     tiles = [("steps", f"{facts.step:,}", f"of {facts.total_steps:,}" if facts.total_steps else "")]
     if facts.metrics:
         last = facts.metrics[-1]
@@ -96,22 +95,23 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
             tiles.append(("loss", f"{sum(recent) / len(recent):.4g}", f"from {facts.metrics[0].get('loss', 0):.4g}"))
         rates = sorted(record["images_per_second"] for record in facts.metrics if record.get("images_per_second"))
         if rates:
-            tiles.append(("images/s", f"{rates[len(rates) // 2]:,.4g}", "median"))
-    if facts.evaluations:
-        best = min(facts.evaluations, key=lambda each: each.fid.mean)
-        tiles.append((f"best {best.score_name}", f"{best.fid.mean:.4g}", f"step {best.step}, {best.nfe} NFE"))
+            tiles.append(("images per second", f"{rates[len(rates) // 2]:,.4g}", "median"))
+    for best in best_by_score(facts.evaluations):
+        value, _ = FID.formatted(best.fid)
+        remark = f"step {best.step:,}, {best.nfe} NFE, {best.num_samples:,} samples" if best.step is not None else ""
+        tiles.append((f"best {best.score_name}", value, remark))
     return tiles
 
 
 def _grids(facts: RunFacts) -> list[dict[str, Any]]:
-    """Sample grids evenly over the run, the first and the last among them."""
+    """Sample grids at even distances over the run, including the first and the last."""
     count = len(facts.grids)
     chosen = sorted({round(i * (count - 1) / (_MAX_GRIDS - 1)) for i in range(_MAX_GRIDS)}) if count else []
     return [{"step": facts.grids[i][0], "source": _inlined(facts.grids[i][1])} for i in chosen]
 
 
 def _inlined(path: Path) -> str:
-    """An image file as a data URL; large ones are scaled down."""
+    """An image file as a data URL; large images are scaled down."""
     with Image.open(path) as image:
         shown = image.convert("RGB")
         if max(shown.size) <= _MAX_IMAGE:
@@ -123,7 +123,7 @@ def _inlined(path: Path) -> str:
 
 
 def _training(facts: RunFacts) -> list[tuple[str, str]]:
-    """(title, svg) of every logged quantity that there is."""
+    """(title, svg) of every quantity that was logged."""
     panels = [
         ("Loss", "loss", True, True),
         ("Learning rate", "lr", False, False),
@@ -131,7 +131,7 @@ def _training(facts: RunFacts) -> list[tuple[str, str]]:
         ("Target network's EMA μ(k)", "target_ema", False, False),
         ("Gradient norm", "grad_norm", True, True),
         ("Consistency error", "consistency_error", True, False),
-        ("Images a second", "images_per_second", False, True),
+        ("Images per second", "images_per_second", False, True),
     ]
     found = []
     for title, key, log, smooth in panels:
@@ -143,7 +143,7 @@ def _training(facts: RunFacts) -> list[tuple[str, str]]:
 
 
 def _consistency(facts: RunFacts) -> list[tuple[str, str]]:
-    """(title, svg) of the newest consistency error against time, where one was measured."""
+    """(title, svg) of the newest consistency error against time, if one was measured."""
     if not facts.consistency:
         return []
     last = facts.consistency[-1]
@@ -159,54 +159,38 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and value == value and abs(value) != float("inf")
 
 
-def _row(result: EvaluationResult, owner: RunFacts) -> dict[str, Any]:
-    metrics = {
-        "score": (result.fid, ".2f"),
-        "sfid": (result.sfid, ".2f"),
-        "inception_score": (result.inception_score, ".2f"),
-        "precision": (result.precision, ".3f"),
-        "recall": (result.recall, ".3f"),
-        "kid": (result.kid, ".4g"),
-        "density": (result.density, ".3f"),
-        "coverage": (result.coverage, ".3f"),
-    }
+def _row(result: EvaluationResult, owner: RunFacts, metrics: Sequence[MetricDefinition]) -> dict[str, Any]:
     return {
         "result": result,
         "run": owner.name,
         "times": ", ".join(f"{time:.4g}" for time in result.times or ()),
-        "features": _FEATURES.get(result.features, result.features),
-        "cells": {name: _cell(metric, form) for name, (metric, form) in metrics.items()},
+        "cells": {
+            metric.name: metric.formatted(result.metrics[metric.name])
+            for metric in metrics
+            if metric.name in result.metrics
+        },
     }
 
 
-def _cell(metric: Metric | None, form: str) -> tuple[str, str]:
-    """A metric as (mean, deviation); the deviation of a single value is left out."""
-    if metric is None:
-        return "", ""
-    return f"{metric.mean:{form}}", f"± {metric.std:{form}}" if len(metric.values) > 1 else ""
-
-
-def _warnings(everyone: list[RunFacts]) -> list[str]:
-    """A line for each different warning, with the evaluations that it came with."""
-    said: dict[str, dict[str, list[str]]] = {}
-    for owner in everyone:
+def _warnings(runs: list[RunFacts]) -> list[str]:
+    """One line per distinct warning, with the evaluations that have it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for owner in runs:
         for each in owner.evaluations:
             for warning in each.warnings:
-                whose = said.setdefault(warning, {}).setdefault(owner.name, [])
-                whose.append(
-                    "finished samples" if each.step is None else f"step {each.step} {each.weights} NFE {each.nfe}"
-                )
-    total = sum(len(owner.evaluations) for owner in everyone)
+                name = "existing images" if each.step is None else f"step {each.step} {each.weights} NFE {each.nfe}"
+                found.setdefault(warning, {}).setdefault(owner.name, []).append(name)
+    total = sum(len(owner.evaluations) for owner in runs)
     lines = []
-    for warning, owners in said.items():
+    for warning, owners in found.items():
         which = "; ".join(f"{name}, {', '.join(evaluations)}" for name, evaluations in owners.items())
         count = sum(map(len, owners.values()))
         lines.append(f"{warning} ({f'all {total} evaluations' if count == total > 1 else which})")
-    return lines + [line for owner in everyone for line in owner.unreadable]
+    return lines + [line for owner in runs for line in owner.unreadable]
 
 
 def _events(facts: RunFacts) -> list[dict[str, Any]]:
-    """The newest events, in their order; what they say beyond the common keys is joined to their reason."""
+    """The newest events, in order; the keys that not every event has become `details`."""
     shown = []
     for event in facts.events[-_MAX_EVENTS:]:
         more = {key: value for key, value in event.items() if key not in ("time", "event", "step", "rank", "why")}
@@ -216,7 +200,7 @@ def _events(facts: RunFacts) -> list[dict[str, Any]]:
 
 
 def _timeline(facts: RunFacts) -> list[tuple[float, str, str]]:
-    """(percent of the run's time, event, label) of every event but the checkpoints' mass."""
+    """(percent of the run's time, event, label) of every event."""
     timed = [event for event in facts.events if _is_number(event.get("time"))]
     if len(timed) < 2 or timed[-1]["time"] <= timed[0]["time"]:
         return []

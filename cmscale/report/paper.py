@@ -1,11 +1,11 @@
-"""Owns the published numbers that a run stands beside: Consistency Models (arXiv 2303.01469), LSUN 256 px."""
+"""Published results that the report shows for comparison: Consistency Models (arXiv 2303.01469), LSUN 256 px."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Published:
-    """A row of the paper's table: FID, precision, recall of 50,000 samples."""
+    """A row of the paper's table: FID, precision and recall of 50,000 samples."""
 
     method: str
     nfe: int

@@ -1,5 +1,4 @@
-"""Owns the page's curves: matplotlib figures as inline SVG whose ink takes the page's colour, light or
-dark."""
+"""Draws the report's curves with matplotlib, as inline SVG that takes the page's text colour, light or dark."""
 
 import io
 import re
@@ -13,7 +12,7 @@ import matplotlib.ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK = "#010203"  # stands for the page's text colour; becomes `currentColor`
+INK = "#010203"  # placeholder for the page's text colour; replaced by `currentColor`
 ACCENT = "#2f6fdb"
 SECOND = "#d9722b"
 COLOURS = (ACCENT, SECOND, "#2a9d76", "#9a5fc4", "#c2456b", "#7f8a99")
@@ -42,7 +41,7 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line of points; `errors` are deviations, drawn as bars where one is not 0."""
+    """A labelled curve; `errors` are standard deviations, drawn as bars unless all are 0."""
 
     label: str
     x: Sequence[float]
@@ -53,7 +52,7 @@ class Curve:
 def training_curve(
     x: Sequence[float], y: Sequence[float], *, name: str, log: bool = False, smooth: bool = False
 ) -> str:
-    """A quantity over the steps; smoothed, the raw values stay as a faint line behind."""
+    """A quantity against the training step; if smoothed, the raw values are a faint line behind it."""
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.3)
         if smooth and len(y) > 20:
@@ -73,8 +72,7 @@ def training_curve(
 
 
 def steps_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Sequence[tuple[str, float]] = ()) -> str:
-    """Quality against network evaluations a sample, with error bars; `levels` (label, value) are dashed
-    lines."""
+    """A score against network evaluations per sample, with error bars; `levels` (label, value) are dashed lines."""
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
         _draw(axes, curves, levels)
@@ -83,14 +81,14 @@ def steps_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seq
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("network evaluations a sample")
+        axes.set_xlabel("network evaluations per sample")
         axes.set_ylabel(y_label)
         axes.legend(loc="upper right")
         return _svg(figure, name)
 
 
 def progress_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
-    """Quality against the training step, with error bars."""
+    """A score against the training step, with error bars."""
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
         _draw(axes, curves)
@@ -103,7 +101,7 @@ def progress_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
 
 
 def time_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
-    """Quantities over the noise level, both axes logarithmic."""
+    """Quantities against the noise level, on two logarithmic axes."""
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
         for curve, colour in zip(curves, cycle(COLOURS), strict=False):
@@ -117,7 +115,7 @@ def time_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
 
 
 def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Sequence[tuple[str, float]] = ()) -> str:
-    """Quality against how many steps an EMA averages over, with error bars; `levels` as in `steps_curve`."""
+    """A score against the number of steps that an EMA averages, with error bars; `levels` as in `steps_curve`."""
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
         _draw(axes, curves, levels)
@@ -127,7 +125,7 @@ def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seque
         ticks = sorted({round(value) for curve in curves for value in curve.x})
         axes.set_xticks(ticks)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("steps averaged over, 1 / (1 − rate)")
+        axes.set_xlabel("averaged steps, 1 / (1 − rate)")
         axes.set_ylabel(y_label)
         axes.legend(loc="best")
         return _svg(figure, name)
@@ -151,7 +149,7 @@ def _draw(axes: Axes, curves: Sequence[Curve], levels: Sequence[tuple[str, float
 
 
 def _log_scale(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic axis labelled with plain numbers: 1, 2, 5 of a decade, or of many the decades alone."""
+    """A logarithmic axis with plain numbers: 1, 2 and 5 of each decade, or only the decades if there are many."""
     axes.set_yscale("log")
     digits = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
     axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=digits, numticks=8))
@@ -165,7 +163,7 @@ def _thousands(axes: Axes) -> None:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential average over about a thirtieth of the curve, unbiased at its start."""
+    """An exponential average over about a thirtieth of the curve, corrected for the bias at its start."""
     keep = 1 - 1 / max(5.0, len(values) / 30)
     total = weight = 0.0
     found = []
@@ -177,7 +175,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` element; `name` keeps its ids apart from those of the page's other figures."""
+    """The figure as an `<svg>` element; `name` makes its ids differ from those of other figures on the page."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -185,5 +183,5 @@ def _svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{name}"', text, count=1)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # matplotlib names groups alike in every figure
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # matplotlib uses the same group names in every figure
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)

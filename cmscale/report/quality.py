@@ -1,9 +1,10 @@
-"""Owns the curves of quality: against sampling steps, training and the EMA's rate, one set a score."""
+"""Draws scores against sampling steps, training steps and the EMA's length, one set of curves per score."""
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cmscale.report.comparison import best_of
 from cmscale.report.facts import RunFacts
 from cmscale.report.plots import Curve, ema_curve, progress_curve, steps_curve
 from cmscale.runs.results import EvaluationResult, Metric
@@ -11,29 +12,29 @@ from cmscale.runs.results import EvaluationResult, Metric
 Level = tuple[str, float]
 
 
-def quality_panels(everyone: Sequence[RunFacts]) -> list[tuple[str, str]]:
-    """(title, svg) of every curve for which a score has at least two points; the first run is the page's own."""
+def quality_panels(runs: Sequence[RunFacts]) -> list[tuple[str, str]]:
+    """(title, svg) of every plot that has at least two points; the first run is the one that the page is about."""
     found = []
-    for name in sorted({each.score_name for owner in everyone for each in owner.evaluations}):
+    for name in sorted({each.score_name for owner in runs for each in owner.evaluations}):
         for title, plot in (
-            (f"{name} against the number of sampling steps", _against_steps(everyone, name)),
-            (f"{name} over training", _over_training(everyone[0], name)),
-            (f"{name} against the EMA's length", _against_ema(everyone[0], name)),
+            (f"{name} against the number of sampling steps", _against_steps(runs, name)),
+            (f"{name} over training", _over_training(runs[0], name)),
+            (f"{name} against the EMA's length", _against_ema(runs[0], name)),
         ):
             if plot is not None:
                 found.append((title, plot))
     return found
 
 
-def _against_steps(everyone: Sequence[RunFacts], name: str) -> str | None:
-    """Each run's newest evaluations; one that has a single number of steps (a teacher) is a line across."""
+def _against_steps(runs: Sequence[RunFacts], name: str) -> str | None:
+    """Each run's newest evaluations; another run with a single one, such as a teacher, is a horizontal line."""
     curves: list[Curve] = []
     levels: list[Level] = []
-    for owner in everyone:
+    for owner in runs:
         for weights, mine in _grouped(_evaluations(owner, name), lambda each: each.weights or ""):
             newest = _newest(mine)
             plain = [each for each in newest if each.times is None]
-            if owner is not everyone[0] and len(plain) == 1:
+            if owner is not runs[0] and len(plain) == 1:
                 levels.append((f"{owner.name}, {plain[0].nfe} NFE", plain[0].fid.mean))
             elif plain:
                 curves.append(_curve(f"{owner.name}, {weights}", [(each.nfe, each.fid) for each in plain]))
@@ -56,7 +57,7 @@ def _over_training(owner: RunFacts, name: str) -> str | None:
 
 
 def _against_ema(owner: RunFacts, name: str) -> str | None:
-    """The newest step that has several EMAs; the weights without one are a line across."""
+    """The newest step with several EMAs; weights that are no average are a horizontal line."""
     curves: list[Curve] = []
     levels: list[Level] = []
     plain = [each for each in _evaluations(owner, name) if each.times is None]
@@ -85,8 +86,8 @@ def _newest(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
 
 
 def _best_of_each(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
-    """The best result of each number of evaluations."""
-    return [min(same, key=lambda each: each.fid.mean) for _, same in _grouped(results, lambda each: each.nfe or 0)]
+    """The best result for each number of network evaluations."""
+    return [best_of(same) for _, same in _grouped(results, lambda each: each.nfe or 0)]
 
 
 def _grouped(

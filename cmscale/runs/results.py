@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from cmscale.runs.manifests import Document
+from cmscale.errors import UserError
+from cmscale.runs.folder import RunDir
+from cmscale.runs.manifests import Document, read_document
 
 
 class Metric(Document):
@@ -78,7 +80,19 @@ class EvaluationResult(Document):
     @model_serializer(mode="wrap")
     def _write_flat(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content = write(self)
-        return {**content, **content.pop("metrics")}
+        metrics = content.pop("metrics")
+        return {**content, **metrics}
+
+
+def read_evaluations(run: RunDir) -> tuple[list[EvaluationResult], list[str]]:
+    """The evaluations in a run's folder by step, weights and NFE, and one line per file that is not readable."""
+    found, unreadable = [], []
+    for path in sorted(run.evaluations.glob("*.json")):
+        try:
+            found.append(read_document(EvaluationResult, path.read_bytes(), origin=path.name))
+        except UserError as error:
+            unreadable.append(str(error))
+    return sorted(found, key=lambda each: (each.step or 0, each.weights or "", each.nfe or 0)), unreadable
 
 
 def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, Metric]:

@@ -13,10 +13,10 @@ from small_runs import CHECKOUT, assert_equal, events, launch, make_data, make_r
 
 from cmscale.engine.checkpoint_reader import list_checkpoints, verify_checkpoint
 from cmscale.engine.export import Exporter
+from cmscale.export.weights import finish_copies
 from cmscale.io.s3 import S3Storage
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
-from cmscale.weights_export import finish_copies
 
 
 @pytest.fixture(scope="module")

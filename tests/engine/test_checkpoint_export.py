@@ -1,4 +1,4 @@
-"""Copies of checkpoints on S3: complete or invisible, compared, never in training's way."""
+"""Copies of checkpoints on S3: complete or invisible, compared, and never a reason for training to stop."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from cmscale.engine.checkpoint import Checkpoints, claim_generation
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
 from cmscale.engine.export import DamagedUpload, Exporter, export_checkpoint, export_pending, pending_exports
 from cmscale.errors import UserError
+from cmscale.export.weights import finish_copies
 from cmscale.io.local import LocalStorage
 from cmscale.io.s3 import S3Storage
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines
 from cmscale.runs.manifests import TrainState
-from cmscale.weights_export import finish_copies
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_uploads_that_a_killed_exporter_left_are_ended(run: RunDir, s3: str) -> 
     assert [upload["Key"] for upload in left] == ["another/run"]
 
 
-def test_a_checkpoint_removed_before_its_copy_is_dropped_with_a_word(run: RunDir, tmp_path: Path) -> None:
+def test_a_checkpoint_removed_before_its_copy_is_recorded_as_dropped(run: RunDir, tmp_path: Path) -> None:
     exporter = Exporter(run, str(tmp_path / "copies"))
     exporter.offer(77)
     assert exporter.close(patience=60) == set()

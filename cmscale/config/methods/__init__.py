@@ -17,7 +17,12 @@ from cmscale.config.methods.sct import SCT
 AnyMethod = EDM | CD | CT | ICT | ECT | SCT | SCD | PD
 Method = Annotated[AnyMethod, Field(discriminator="kind")]
 
-KINDS: tuple[str, ...] = tuple(get_args(method.model_fields["kind"].annotation)[0] for method in get_args(AnyMethod))
+METHODS_BY_KIND: dict[str, type[MethodSection]] = {
+    get_args(method.model_fields["kind"].annotation)[0]: method for method in get_args(AnyMethod)
+}
+"""The section of every `method.kind`."""
+
+KINDS: tuple[str, ...] = tuple(METHODS_BY_KIND)
 """Every `method.kind`."""
 
 __all__ = [
@@ -27,6 +32,7 @@ __all__ = [
     "EDM",
     "ICT",
     "KINDS",
+    "METHODS_BY_KIND",
     "PD",
     "SCD",
     "SCT",

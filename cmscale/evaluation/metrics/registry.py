@@ -9,7 +9,7 @@ Metric modules import no torch when they are imported: reports and model cards r
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +18,7 @@ import numpy as np
 
 import cmscale.evaluation.metrics as package
 from cmscale.evaluation.statistics import Moments
-from cmscale.runs.results import EvaluationResult
+from cmscale.runs.results import EvaluationResult, Metric
 
 if TYPE_CHECKING:
     from cmscale.evaluation.manifold import NeighbourSets
@@ -89,8 +89,15 @@ class MetricDefinition:
     higher_is_better: bool
     spread_name: str | None = None
 
-    def is_better(self, value: float, other: float) -> bool:
-        return value > other if self.higher_is_better else value < other
+    def best(self, results: Sequence[EvaluationResult]) -> EvaluationResult:
+        """The result with the best mean; all must have this metric. The earliest of equal ones."""
+        choose = max if self.higher_is_better else min
+        return choose(results, key=lambda result: result.metrics[self.name].mean)
+
+    def formatted(self, measured: Metric) -> tuple[str, str]:
+        """Mean and deviation as text; the deviation of a single value is empty."""
+        deviation = f"± {measured.std:{self.format}}" if len(measured.values) > 1 else ""
+        return f"{measured.mean:{self.format}}", deviation
 
 
 @dataclass(frozen=True, kw_only=True)

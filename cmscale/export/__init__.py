@@ -1,0 +1,1 @@
+"""Writes weights in formats that other programs load, with a model card."""

@@ -1,0 +1,83 @@
+"""Exports a source's weights to a format that other programs load, and finishes the copies of a run's checkpoints."""
+
+from pathlib import Path
+from typing import Literal, assert_never
+
+from cmscale.config import read_config
+from cmscale.engine.export import export_pending
+from cmscale.errors import UserError
+from cmscale.export.card import model_card
+from cmscale.interop import write_diffusers, write_openai, write_safetensors
+from cmscale.io.storage import open_parent
+from cmscale.runs.folder import RunDir
+from cmscale.runs.results import EvaluationResult, read_evaluations
+from cmscale.source import Source, dataset_of
+
+Format = Literal["safetensors", "openai", "diffusers"]
+
+
+def export_weights(source: Source, *, format: Format, to: str) -> None:
+    """Writes the weights and a model card to a path or `s3://` URL.
+
+    `safetensors` and `openai` are one file, with the card next to it; `diffusers` is a folder that contains the card.
+
+    Raises:
+        UserError: The format cannot express the network, the file's name has another ending, the target cannot be
+            written, or an evaluation of the run is not readable.
+    """
+    card = model_card(
+        source.config,
+        step=source.step,
+        weights_name=source.weights_name,
+        dataset=dataset_of(source),
+        evaluations=_evaluations(source),
+    )
+    match format:
+        case "safetensors":
+            _check_ending(to, ".safetensors")
+            write_safetensors(
+                to, source.weights, config=source.config, step=source.step, weights_name=source.weights_name
+            )
+        case "openai":
+            _check_ending(to, ".pt")
+            write_openai(to, source.weights, model=source.config.model)
+        case "diffusers":
+            write_diffusers(
+                to, source.weights, config=source.config, step=source.step, weights_name=source.weights_name, card=card
+            )
+            return
+        case _:
+            assert_never(format)
+    storage, name = open_parent(to)
+    storage.write(f"{name}.md", card.encode())
+
+
+def finish_copies(folder: Path) -> list[int]:
+    """Copies the checkpoints of a run that its `checkpoint.export_to` lacks. Returns their steps.
+
+    Raises:
+        UserError: The folder is not a run's, or the run has no `checkpoint.export_to`.
+    """
+    run = RunDir(folder)
+    if not run.config.is_file():
+        raise UserError(f"{folder}: not a run (it has no config.yaml); to export weights, give --to PATH")
+    export_to = read_config(run.config).checkpoint.export_to
+    if export_to is None:
+        raise UserError(
+            f"{folder}: checkpoint.export_to is not set, nothing to copy; to export weights, give --to PATH"
+        )
+    return export_pending(RunDir(folder.absolute()), export_to)
+
+
+def _check_ending(to: str, ending: str) -> None:
+    if not to.endswith(ending):
+        raise UserError(f"--to {to}: the file's name must end in {ending}, by which commands recognise the format")
+
+
+def _evaluations(source: Source) -> list[EvaluationResult]:
+    if source.run_dir is None:
+        return []
+    evaluations, unreadable = read_evaluations(RunDir(source.run_dir))
+    if unreadable:
+        raise UserError(f"model card: {unreadable[0]}; move the file out of the run's folder")
+    return evaluations
