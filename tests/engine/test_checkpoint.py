@@ -1,4 +1,4 @@
-"""Checkpoints: what a save leaves on disk, what is believed on the way back, and who may commit."""
+"""Checkpoints: what a save writes, which checkpoint a resume accepts, and which start of a run may commit."""
 
 import errno
 import json
@@ -241,7 +241,7 @@ def test_an_older_start_can_commit_no_more(run: RunDir) -> None:
         old.save(TrainState(step=30, cursor=240), StandIn(0, 1, seed=30))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_new_start_clears_what_a_killed_one_left_half_written_and_says_so(run: RunDir) -> None:
+def test_a_new_start_clears_what_a_killed_one_left_half_written_and_records_it(run: RunDir) -> None:
     save(run, 10)
     shutil.copytree(run.checkpoint(10), run.checkpoints / ".step-000000020.start-1.save-2")
     shutil.copytree(run.checkpoint(10), run.checkpoints / ".step-000000005.removed-1")

@@ -1,4 +1,4 @@
-"""Requests to leave: seen once, whichever signal brings them."""
+"""Requests to save and stop: one per run, whichever signals ask for it."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Preemption:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_is_a_request_to_leave(installed: Preemption, number: signal.Signals) -> None:
+def test_a_signal_is_a_request_to_stop(installed: Preemption, number: signal.Signals) -> None:
     assert not installed.requested()
     os.kill(os.getpid(), number)
     assert installed.requested()
@@ -40,7 +40,7 @@ def test_signals_that_come_twice_are_one_request(installed: Preemption) -> None:
     assert installed.why == "SIGTERM"
 
 
-def test_a_continued_process_is_not_asked_to_leave(installed: Preemption) -> None:
+def test_a_continued_process_is_not_asked_to_stop(installed: Preemption) -> None:
     os.kill(os.getpid(), signal.SIGCONT)
     assert not installed.requested()
 

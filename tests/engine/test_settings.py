@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, what is refused before it is asked, and the optimizer that guards itself."""
+"""DeepSpeed's config, precisions that are refused, and the guarded step of an unwrapped optimizer."""
 
 import math
 
@@ -24,12 +24,12 @@ def test_fp32_and_bf16_are_allowed_on_cpus(precision: str) -> None:
     settings.check_precision(flat_config(f"engine.precision={precision}"), CPU)
 
 
-def test_deepspeed_is_told_the_batch_as_the_config_divides_it() -> None:
-    told = settings.deepspeed_settings(flat_config(), num_ranks=2, num_elements=101, device=CPU)
-    assert told["train_batch_size"] == 8
-    assert told["train_micro_batch_size_per_gpu"] == 2
-    assert told["gradient_accumulation_steps"] == 2
-    assert told["zero_optimization"]["allgather_bucket_size"] == 102
+def test_deepspeeds_config_has_the_batch_as_the_config_divides_it() -> None:
+    found = settings.deepspeed_settings(flat_config(), num_ranks=2, num_elements=101, device=CPU)
+    assert found["train_batch_size"] == 8
+    assert found["train_micro_batch_size_per_gpu"] == 2
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["zero_optimization"]["allgather_bucket_size"] == 102
 
 
 def guarded(clip: float | None) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:

@@ -1,4 +1,4 @@
-"""The flat space: who owns what, and how the averages follow."""
+"""The flat space: which rank holds which elements, and how the EMAs and the target are updated."""
 
 import pytest
 import torch

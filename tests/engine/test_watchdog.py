@@ -1,4 +1,4 @@
-"""The watch from outside: whatever holds a rank, it is named, its stacks are kept, and it ends."""
+"""The watchdog: a rank that makes no step is recorded with its stacks and killed, whatever blocks it."""
 
 import os
 import select

@@ -1,4 +1,4 @@
-"""The templates for a bucket: the policy allows what storage does and nothing else, S3 takes the lifecycle."""
+"""The templates for a bucket: the policy allows exactly what the storage does, and S3 accepts the lifecycle."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TEMPLATES = Path(__file__).parents[2] / "ops" / "templates"
 
 @pytest.fixture
 def strict_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server of its own, which can be told to hold users to their policies."""
+    """An S3 server of its own, which can enforce the policies of its users."""
     server = subprocess.Popen(
         [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stderr=subprocess.PIPE, text=True
     )

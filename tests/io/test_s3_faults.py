@@ -1,4 +1,4 @@
-"""The way from S3 through a server that misbehaves, over real sockets: retried with backoff, then one line."""
+"""Reads from an S3 server that misbehaves, over real sockets: retried with growing waits, then one line."""
 
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +20,7 @@ SHARD = r"GET .*shard"
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long somebody would have slept."""
+    """The waits between attempts, recorded instead of slept."""
     found: list[float] = []
     monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=found.append))
     monkeypatch.setattr("cmscale.data.cache._wait", found.append)

@@ -82,12 +82,19 @@ def test_what_is_written_to_a_local_folder_is_on_the_disk_with_its_name(way: str
     source, target = tmp_path / "source", tmp_path / "root" / "inner" / "file"
     source.write_bytes(b"bytes")
     synced = record_fsyncs(monkeypatch)
-    storage = LocalStorage(tmp_path / "root")
+    storage, link = LocalStorage(tmp_path / "root"), os.link
+
+    def record_link(existing: Path, new: Path) -> None:
+        link(existing, new)
+        synced.append(new)
+
+    monkeypatch.setattr(os, "link", record_link)
     match way:
         case "write":
             storage.write("inner/file", b"bytes")
         case "write_if_absent":
             storage.write_if_absent("inner/file", b"bytes")
+            assert synced[-2] == target  # linked before its name is made durable
         case "upload":
             storage.upload("inner/file", source)
         case "weights":
