@@ -38,7 +38,7 @@ def main(run_dir: str, fresh: bool = False) -> str:
         UserError: the config can't be carried out here.
     """
     run = RunDir(Path(run_dir))
-    config = read_config(run.config)
+    config = read_config(run.config, resolved=True)
     preemption = Preemption.install()
     world = worlds.detect(config.engine.device)
     worlds.connect(world, timeout_minutes=config.engine.collective_timeout_minutes)
