@@ -1,5 +1,4 @@
-"""Owns an evaluation's progress: samples are measured in blocks of fixed index ranges, each committed to a
-file.
+"""Stores the progress of an evaluation: features of blocks of samples with fixed index ranges, one file per block.
 
 A block is the unit of work, of progress and of summation. Which rank measured it leaves no trace, so the
 result depends on no number of ranks, and a killed evaluation goes on with the blocks that are missing.

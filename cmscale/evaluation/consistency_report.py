@@ -1,4 +1,4 @@
-"""Owns the consistency-error command: a source followed along held-out trajectories, as JSON and as a plot."""
+"""Writes the consistency error of a source along held-out trajectories, as JSON and as a plot."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
-from cmscale.model.denoiser import EDMDenoiser
+from cmscale.model.precondition import teacher_denoiser_for
 from cmscale.model.unet import build_unet
 from cmscale.runs.folder import RunDir
 from cmscale.source import Source, load_source, load_teacher
@@ -114,4 +114,4 @@ def _teacher(source: Source, named: str | None, *, device: torch.device) -> tupl
     network.load_state_dict(load_teacher(source.config))
     network.to(device).eval().requires_grad_(False)
     assert method.teacher_choice is not None
-    return method.teacher_choice.source, EDMDenoiser(network, sigma_data=method.sigma_data)
+    return method.teacher_choice.source, teacher_denoiser_for(method, network)

@@ -1,7 +1,7 @@
-"""Owns the search for multistep sampling's times: greedy, one time after the other, by ternary search.
+"""Searches the times of multistep sampling greedily, one after the other, by ternary search.
 
-Pure: what is minimised (an FID, in practice) comes as a callable of the chosen indices of a descending grid
-0..last, index 0 being the start of sampling. Consistency Models, appendix C: each time is found with those
+The objective (in practice an FID) is a callable of the chosen indices of a descending grid 0..last, where index 0 is
+the start of sampling. Consistency Models, appendix C: each time is found with those
 before it fixed, the score taken for unimodal in it.
 """
 

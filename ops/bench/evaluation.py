@@ -1,4 +1,4 @@
-"""Owns the speed of evaluation: ours, torch-fidelity's and the bare operation in one run, interleaved, medians.
+"""Measures the speed of evaluation against torch-fidelity and the bare operations, interleaved in one run; medians.
 
     python ops/bench/evaluation.py [--json FILE] [--full] [--repeats 3] [--device cpu|cuda] [--threads 1]
 

@@ -1,4 +1,4 @@
-"""Owns the testbed that the tests of this folder share: a real Slurm of two nodes on this machine."""
+"""Starts the testbed that the tests of this folder share: a real Slurm with two nodes on this machine."""
 
 import os
 import shutil
