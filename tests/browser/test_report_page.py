@@ -1,4 +1,4 @@
-"""The run's page in a real browser: it renders, nothing overflows, both colour schemes are legible."""
+"""The report in a real browser: it renders, nothing overflows, and both colour schemes are legible."""
 
 import re
 import shutil

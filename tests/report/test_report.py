@@ -1,15 +1,21 @@
-"""The run's page shows what the run has, needs nothing but itself, and never calls another score FID."""
+"""The report shows what a run has, is one self-contained file, and calls no other score FID."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 from run_folder import write_evaluation, write_run
 
+from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
+from cmscale.evaluation.metrics.registry import all_metrics
+from cmscale.io.process import CHECKOUT
 from cmscale.report import build_report
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line
+from cmscale.runs.results import EvaluationResult, Metric
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def test_a_whole_run_is_shown(run) -> None:
         "node1",
     ):
         assert shown in page
-    for title in ("Loss", "Learning rate", "Discretisation N(k)", "Gradient norm", "Images a second"):
+    for title in ("Loss", "Learning rate", "Discretisation N(k)", "Gradient norm", "Images per second"):
         assert f"<h3>{title}</h3>" in page
     assert page.count("data:image/png;base64,") == 3
     assert "FD-EfficientNet against the number of sampling steps" in page
@@ -57,6 +63,91 @@ def test_values_have_error_bars_where_there_were_several_sets(run) -> None:
     assert re.search(r"<strong>123\.00</strong><small></small>", page)
 
 
+def _best(page: str) -> dict[str, tuple[str, str]]:
+    """The tiles of best scores: value and remark by title."""
+    tiles = re.findall(r'<dt>(best [^<]*)</dt><dd class="value">([^<]*)</dd><dd class="soft">([^<]*)</dd>', page)
+    return {title: (value, remark) for title, value, remark in tiles}
+
+
+def test_the_best_tile_shows_the_best_evaluation(run) -> None:
+    write_evaluation(run, step=150, nfe=2, values=(9.0,))
+    write_evaluation(run, step=200, nfe=2, values=(12.0,))
+    assert _best(_page(run)) == {"best FD-EfficientNet": ("9.00", "step 150, 2 NFE, 500 samples")}
+
+
+def test_only_evaluations_of_one_score_reference_and_sample_count_are_compared(run) -> None:
+    write_evaluation(run, step=150, nfe=2, values=(5.0,), reference="4567")
+    write_evaluation(run, step=160, nfe=2, values=(4.0,), num_samples=400)
+    write_evaluation(run, step=170, nfe=2, values=(3.0,), features="inception")
+    assert _best(_page(run)) == {
+        "best FD-EfficientNet": ("10.50", "step 200, 2 NFE, 500 samples"),
+        "best FID": ("3.00", "step 170, 2 NFE, 500 samples"),
+    }
+    write_evaluation(run, step=180, nfe=2, values=(30.0,), num_samples=50_000)
+    write_evaluation(run, step=180, nfe=1, values=(40.0,), num_samples=50_000)
+    assert _best(_page(run))["best FD-EfficientNet"] == ("30.00", "step 180, 2 NFE, 50,000 samples")
+
+
+def test_the_best_of_a_metric_follows_its_direction() -> None:
+    results = [_measured(value) for value in (0.3, 0.7, 0.5)]
+    for metric in all_metrics():
+        best = metric.best(results).metrics[metric.name].mean
+        assert best == (0.7 if metric.name in HIGHER_IS_BETTER else 0.3), metric.name
+
+
+HIGHER_IS_BETTER = {"inception_score", "precision", "recall", "density", "coverage"}
+
+
+def _measured(value: float) -> EvaluationResult:
+    """An evaluation in which every metric has this value."""
+    return EvaluationResult(
+        num_samples=9,
+        seeds=(0,),
+        features="inception",
+        score_name="FID",
+        reference={},
+        metrics={metric.name: Metric.of([value]) for metric in all_metrics()},
+        seconds=1.0,
+    )
+
+
+def test_every_metric_is_a_column_and_only_metrics_that_were_measured(run) -> None:
+    headers = re.findall(r'<th class="n">([^<]*)</th>', _page(run))
+    assert headers[headers.index("samples") + 1 :][:2] == ["FD-EfficientNet", "precision"]
+    metrics = {metric.name: 0.125 for metric in all_metrics() if metric.name != "fid"}
+    write_evaluation(run, step=200, nfe=1, values=(20.0,), metrics=metrics)
+    page = _page(run)
+    headers = re.findall(r'<th class="n">([^<]*)</th>', page)
+    titles = [metric.title for metric in all_metrics() if metric.name != "fid"]
+    assert headers[headers.index("FD-EfficientNet") + 1 :][: len(titles)] == titles
+    assert page.count('<td class="n">0.125<small></small></td>') == 5  # KID and those of nearest neighbours
+
+
+@pytest.mark.parametrize("kind", METHODS_BY_KIND)
+def test_the_methods_title_is_the_one_that_the_method_states(kind: str, tmp_path) -> None:
+    page = _page(write_run(tmp_path / "a_run", kind=kind))
+    assert f'<p class="kind">{METHODS_BY_KIND[kind].facts.title} at 16 px</p>' in page
+
+
+def test_a_method_of_another_version_is_shown_by_its_kind(tmp_path) -> None:
+    assert '<p class="kind">other at 16 px</p>' in _page(write_run(tmp_path / "a_run", kind="other"))
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from cmscale.report import build_report
+from cmscale.runs.folder import RunDir
+
+build_report(RunDir(Path(sys.argv[1])))
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_report_needs_no_torch(run) -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(run.root)], cwd=CHECKOUT, check=True)
+
+
 def test_a_distance_over_other_features_is_never_called_fid(run) -> None:
     page = _page(run)
     evaluations = page[page.index('id="evaluations"') : page.index("Published results")]
@@ -69,7 +160,7 @@ def test_a_distance_over_other_features_is_never_called_fid(run) -> None:
     assert "<td>FD-EfficientNet</td>" in table
 
 
-def test_equal_warnings_are_one_line_that_says_which_evaluations_they_are_of(run) -> None:
+def test_equal_warnings_are_one_line_that_names_the_evaluations(run) -> None:
     for nfe in (4, 8):
         write_evaluation(run, step=200, nfe=nfe, values=(9.0,), warnings=("no sFID", f"only of {nfe}"))
     notes = re.findall(r'<p class="note">([^<]*)</p>', _page(run))
@@ -82,7 +173,7 @@ def test_equal_warnings_are_one_line_that_says_which_evaluations_they_are_of(run
     assert "no sFID (all 6 evaluations)" in _page(run)
 
 
-def test_the_papers_numbers_stand_beside(run) -> None:
+def test_the_papers_numbers_are_shown_for_comparison(run) -> None:
     page = _page(run)
     for number in ("7.80", "5.22", "3.57", "11.00", "20.70"):
         assert f'<td class="n">{number}</td>' in page
@@ -94,7 +185,7 @@ def test_quality_against_the_emas_rate_where_there_are_several(run) -> None:
     write_evaluation(run, step=200, nfe=1, values=(30.0, 31.0), weights="master")
     page = _page(run)
     assert "<h3>FD-EfficientNet against the EMA&#39;s length</h3>" in page
-    for label in ("step 200, 1 NFE", "no EMA, 1 NFE", "10k", "steps averaged over"):
+    for label in ("step 200, 1 NFE", "no EMA, 1 NFE", "10k", "averaged steps"):
         assert label in page
 
 
@@ -103,7 +194,7 @@ def test_searched_times_are_a_curve_of_their_own(run) -> None:
     write_evaluation(run, step=200, nfe=2, values=(8.0,), times=(80.0, 3.0))
     page = _page(run)
     assert "my_run, ema_0.999, searched times" in page
-    assert "<small>at 80, 3</small>" in page
+    assert '<small class="times">at 80, 3</small>' in page
 
 
 def test_siblings_share_tables_and_curves(run, tmp_path) -> None:
@@ -117,15 +208,15 @@ def test_a_run_that_has_nothing_yet_has_a_page(tmp_path) -> None:
     run = RunDir(tmp_path / "new")
     run.root.mkdir()
     page = _page(run)
-    for said in ("not started", "No sample grid yet", "No evaluation yet", "Nothing logged yet"):
-        assert said in page
+    for text in ("not started", "No sample grid yet", "No evaluation yet", "No training step has been logged yet"):
+        assert text in page
 
 
 def test_the_status_is_what_happened_last(run) -> None:
     append_line(run.events, {"time": 1.79e9 + 10, "event": "fault", "step": 200, "rank": 1, "why": "loss <nan>"})
     page = _page(run)
     assert '<span class="status failed">failed</span>' in page
-    assert "loss &lt;nan&gt;" in page  # what a run says is text, never markup
+    assert "loss &lt;nan&gt;" in page  # the run's content is text, never markup
 
 
 def test_a_loss_that_is_not_finite_and_a_cut_line_spoil_nothing(run) -> None:
@@ -135,7 +226,7 @@ def test_a_loss_that_is_not_finite_and_a_cut_line_spoil_nothing(run) -> None:
     assert "<h3>Loss</h3>" in _page(run)
 
 
-def test_an_evaluation_that_is_none_is_named(run) -> None:
+def test_an_evaluation_that_is_not_valid_is_named(run) -> None:
     (run.evaluations / "step-000000300-x-nfe1.json").write_text("{}")
     assert "step-000000300-x-nfe1.json: not a valid EvaluationResult" in _page(run)
 
