@@ -17,6 +17,7 @@ from typing import Any
 
 from cmscale.data.formats import ShardFormat, Span, WrittenShard
 from cmscale.errors import UserError
+from cmscale.io.packages import check_tested
 from cmscale.runs.manifests import ShardEntry
 
 _COLUMNS = {"image": "bytes", "key": "str"}
@@ -35,6 +36,7 @@ class MDSFormat(ShardFormat):
     def write_shard(self, samples: Iterator[tuple[str, bytes]], path: Path, *, encoding: str) -> WrittenShard:  # noqa: ARG002
         from streaming.base.format.mds import MDSWriter  # slow to import
 
+        check_tested("mosaicml-streaming")
         folder = path.with_suffix(".writing")
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         writer = MDSWriter(columns=_COLUMNS, out=str(folder), size_limit=None)
@@ -103,6 +105,7 @@ class MDSShards:
             raise UserError(f"{index}: does not list the manifest's shards; run data_prep/verify.py on the data set")
         from streaming.base.format import reader_from_json  # slow to import, so not for other formats' readers
 
+        check_tested("mosaicml-streaming")
         self._readers = [reader_from_json(str(index.parent), "", item) for item in objects]
         for reader in self._readers:
             reader.validate(allow_unsafe_types=False)
