@@ -1,4 +1,4 @@
-"""A worker without a network: counts steps over gloo, saves its count, stops on signals."""
+"""A worker without a network: counts steps with gloo, saves the count, stops on signals."""
 
 import json
 import os
@@ -11,14 +11,15 @@ import torch.distributed as dist
 
 from cmscale.errors import UserError
 from cmscale.io.process import EARLY_SIGNAL
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_of
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 
 
 def main(run_dir: str, total_steps: int, how: str) -> str:
     """Runs to `total_steps`; `how` is `well`, `user_error`, `fault`, or `slow` (one step in 0.2 s)."""
-    run, asked = RunDir(Path(run_dir)), [EARLY_SIGNAL in os.environ]
+    run, signals = RunDir(Path(run_dir)), [EARLY_SIGNAL in os.environ]
     for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda *_: asked.append(True))
+        signal.signal(number, lambda *_: signals.append(True))
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     if how == "user_error":
@@ -36,15 +37,15 @@ def main(run_dir: str, total_steps: int, how: str) -> str:
     (run.root / f"facts-{rank}.json").write_text(json.dumps(facts | {"pid": os.getpid()}))
     step = newest(run)
     while step < total_steps:
-        said = torch.tensor([1, int(any(asked))])
-        dist.all_reduce(said)
+        totals = torch.tensor([1, int(any(signals))])
+        dist.all_reduce(totals)
         step += 1
         if rank == 0:
             with (run.root / "steps.txt").open("a") as file:
-                file.write(f"{step} {int(said[0])}\n")
+                file.write(f"{step} {int(totals[0])}\n")
         if how == "fault" and rank == 1 and step == 2:
             raise RuntimeError("rank 1 is out of luck")
-        if said[1]:
+        if totals[1]:
             return "preempted" if save(run, step) else "never"
         if how == "slow":
             time.sleep(0.2)
@@ -64,5 +65,4 @@ def save(run: RunDir, step: int) -> bool:
 
 
 def newest(run: RunDir) -> int:
-    found = run.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")
-    return max((step_of(path.parent.name) for path in found), default=0)
+    return max(committed_steps(run), default=0)

@@ -14,7 +14,7 @@ TESTBED = CHECKOUT / "ops" / "slurm_testbed"
 
 @pytest.fixture(scope="session")
 def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The testbed's slurm.conf; it goes down with the session."""
+    """The slurm.conf of the testbed, which runs until the end of the session."""
     if os.geteuid() != 0:
         pytest.skip("the Slurm testbed needs root")
     if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None:
@@ -29,9 +29,9 @@ def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def slurm(testbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The testbed in this test's environment, its queue empty before and after."""
+    """The testbed's slurm.conf, set in the environment; the queue is empty before and after the test."""
     monkeypatch.setenv("SLURM_CONF", str(testbed))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    subprocess.run(["scancel", "--user=root"], check=True)  # what a module's fixture may have left
+    subprocess.run(["scancel", "--user=root"], check=True)  # jobs that a module's fixture may have left
     yield testbed
     subprocess.run(["scancel", "--user=root"], check=True)

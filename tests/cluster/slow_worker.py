@@ -1,4 +1,4 @@
-"""Real training, slowed down so that a cluster has time to do to it what it likes."""
+"""Workers that train for real, with pauses at chosen steps, so that tests can do something to the job there."""
 
 import os
 import signal
@@ -10,22 +10,22 @@ from typing import Any
 from cmscale.engine import checkpoint
 from cmscale.io.process import EARLY_SIGNAL
 from cmscale.runs.folder import RunDir
-from cmscale.training import loop as train
+from cmscale.training import assemble, loop
 
 AT_THE_START = -1
 
 
-def stay(run_dir: str, places: tuple[int, ...]) -> str:
-    """Real training whose last rank stays, once before the step after each of `places`, until asked to leave.
+def stay(run_dir: str, places: list[int]) -> str:
+    """Trains; the last rank waits once before the step after each of `places` until it is asked to leave.
 
-    The others wait for it in the middle of that step. `AT_THE_START` is before the rank has met the others. Where it
-    stays for the n-th time it says so, with its process id, in `staying-N`.
+    Meanwhile the other ranks wait for it within that step. `AT_THE_START` is before the rank has met the others. At
+    its n-th wait the rank writes its process id to the file `staying-N`.
     """
     run, last = RunDir(Path(run_dir)), os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
-    number = len(list(run.root.glob("staying-*")))  # only one rank's
+    number = len(list(run.root.glob("staying-*")))  # only one rank writes these files
     to_come = list(places[number:]) if last else []
-    install, installed = train.Preemption.install, []
-    train.Preemption.install = lambda: installed.append(install()) or installed[0]
+    install, installed = loop.Preemption.install, []
+    loop.Preemption.install = lambda: installed.append(install()) or installed[0]
 
     def wait_here(asked: Callable[[], bool]) -> None:
         to_come.pop(0)
@@ -38,11 +38,11 @@ def stay(run_dir: str, places: tuple[int, ...]) -> str:
         wait_here(lambda: EARLY_SIGNAL in os.environ)
     else:
         before_every_step(lambda step: wait_here(lambda: installed[0].flagged) if to_come[:1] == [step] else None)
-    return train.main(run_dir)
+    return loop.main(run_dir)
 
 
 def eat_all_memory(run_dir: str, starts: int) -> str:
-    """Real training whose last rank takes 3 GiB before the step after 4, in its first `starts` starts."""
+    """Trains; the last rank allocates 3 GiB before the step after 4, in the first `starts` starts."""
     run, last = RunDir(Path(run_dir)), os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
 
     def eat(step: int) -> None:
@@ -52,11 +52,11 @@ def eat_all_memory(run_dir: str, starts: int) -> str:
             assert eaten
 
     before_every_step(eat)
-    return train.main(run_dir)
+    return loop.main(run_dir)
 
 
 def die_on_one_node(run_dir: str) -> str:
-    """Real training that dies before the step after 4 on the node where it first came to it."""
+    """Trains; dies before the step after 4 on the node that first reached it."""
     marker = Path(run_dir) / "bad-node"
 
     def die(step: int) -> None:
@@ -67,11 +67,11 @@ def die_on_one_node(run_dir: str) -> str:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     before_every_step(die)
-    return train.main(run_dir)
+    return loop.main(run_dir)
 
 
 def wait_for_another_start(run_dir: str) -> str:
-    """Real training that, in the first start, stays before step 4 until the run was started again."""
+    """Trains; the first start waits before the step after 4 until the run was started again."""
     run = RunDir(Path(run_dir))
     until = time.monotonic() + 200
 
@@ -80,11 +80,11 @@ def wait_for_another_start(run_dir: str) -> str:
             time.sleep(0.05)
 
     before_every_step(wait)
-    return train.main(run_dir)
+    return loop.main(run_dir)
 
 
 def save_slowly_once(run_dir: str) -> str:
-    """Real training whose save of step 5 takes longer, in the first start, than any grace."""
+    """Trains; in the first start the save of step 5 takes longer than any grace."""
     marker, write = Path(run_dir) / "slow", checkpoint.save_file
 
     def save_file(tensors: Any, path: Path) -> None:
@@ -95,14 +95,15 @@ def save_slowly_once(run_dir: str) -> str:
 
     checkpoint.save_file = save_file
     before_every_step(lambda step: time.sleep(0.1))
-    return train.main(run_dir)
+    return loop.main(run_dir)
 
 
 def before_every_step(action: Callable[[int], None]) -> None:
-    original = train.Parts.step
+    """Calls `action` with the number of applied steps before every step."""
+    original = assemble.Parts.step
 
-    def acting(self: train.Parts, batch: Any, point: Any) -> Any:
-        action(point.step)
-        return original(self, batch, point)
+    def acting(self: assemble.Parts, batch: Any, values: Any) -> Any:
+        action(values.step)
+        return original(self, batch, values)
 
-    train.Parts.step = acting
+    assemble.Parts.step = acting
