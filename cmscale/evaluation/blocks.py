@@ -1,7 +1,7 @@
-"""Stores the progress of an evaluation: features of blocks of samples with fixed index ranges, one file per block.
+"""Stores the features of samples in blocks: fixed ranges of sample indices, one file each.
 
-A block is the unit of work, of progress and of summation. Which rank measured it leaves no trace, so the
-result depends on no number of ranks, and a killed evaluation goes on with the blocks that are missing.
+A block is the unit of work, of progress and of summation. It does not depend on the rank that measured it, so a result
+is the same on any number of ranks, and an evaluation that was killed continues with the missing blocks.
 
     store = BlockStore(folder, identity={...}, num_samples=50_000)      # every rank
     todo = from_main(store.missing())
@@ -9,7 +9,7 @@ result depends on no number of ranks, and a killed evaluation goes on with the b
         store.commit(block, extractor(to_uint8(sample(seeds=block))))
     barrier()
     if world.is_main:
-        measured = ...  # of store.read()
+        measured = ...  # from store.read()
         store.finish(measured, against=reference.sha256)
 """
 
@@ -30,19 +30,18 @@ BLOCK = 128
 
 
 def blocks(num_samples: int) -> list[range]:
-    """The index ranges that `num_samples` samples are measured in; the last may be shorter."""
+    """The index ranges of `num_samples` samples; the last may be shorter."""
     return [range(at, min(at + BLOCK, num_samples)) for at in range(0, num_samples, BLOCK)]
 
 
 class BlockStore:
-    """Measured blocks in a folder that every rank sees.
+    """The blocks of one evaluation, in a folder that every rank sees.
 
     Args:
-        folder: where evaluations keep their progress; this one takes a sub-folder of its own.
-        identity: everything that decides the features (weights' hash, sampler, steps, seed, features' label
-        and hash):
-            another identity never reads these blocks.
-        num_samples: how many samples make the evaluation.
+        folder: Where evaluations store their blocks; each uses a subfolder.
+        identity: Everything that determines the features (hash of the weights, sampler, steps, seed, label and hash of
+            the feature network). Evaluations of different identities share no blocks.
+        num_samples: Number of samples of the evaluation.
     """
 
     def __init__(self, folder: str | Path, *, identity: Mapping[str, Any], num_samples: int) -> None:
@@ -51,19 +50,19 @@ class BlockStore:
         self.num_samples = num_samples
 
     def missing(self) -> list[range]:
-        """The blocks not yet committed, in their order.
+        """The blocks that are not committed, in order.
 
-        By one look at the folder: a shared file system may go on saying of a name that it was asked for that there is
-        no such file, when another node has made it.
+        The folder is listed once, as a shared file system may cache the absence of a name that was looked up before
+        another node created it.
         """
-        there = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-        return [block for block in blocks(self.num_samples) if self._path(block).name not in there]
+        committed = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        return [block for block in blocks(self.num_samples) if self._path(block).name not in committed]
 
     def commit(self, block: range, features: Features) -> None:
-        """Stores a block's features: whole, or not at all.
+        """Stores a block's features; a crash leaves no partial file.
 
         Raises:
-            ValueError: not as many features as the block has samples, or one that is not finite.
+            ValueError: the number of features is not the block's, or a feature is not finite.
         """
         for name, values in features.items():
             if len(values) != len(block):
@@ -73,7 +72,7 @@ class BlockStore:
         replace_durably(self._path(block), save({name: np.ascontiguousarray(v) for name, v in features.items()}))
 
     def read(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
-        """Every block with its features, in their order.
+        """Yields every block with its features, in order.
 
         Raises:
             FileNotFoundError: a block is missing.
@@ -82,12 +81,12 @@ class BlockStore:
             yield block, load_file(self._path(block))
 
     def metrics(self, against: str) -> dict[str, float] | None:
-        """What `finish` kept of this evaluation against this reference; None where it is not finished."""
+        """The metrics that `finish` stored for the reference with this hash; None if there are none."""
         path = self._metrics_path(against)
         return json.loads(path.read_text()) if path.exists() else None
 
     def finish(self, metrics: Mapping[str, float], *, against: str) -> None:
-        """Keeps the metrics against a reference (its hash) in the place of the blocks, which are deleted."""
+        """Stores the metrics against the reference with this hash, and deletes the blocks."""
         replace_durably(self._metrics_path(against), json.dumps(dict(metrics)).encode())
         shutil.rmtree(self.folder, ignore_errors=True)
 

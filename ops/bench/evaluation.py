@@ -2,8 +2,8 @@
 
     python ops/bench/evaluation.py [--json FILE] [--full] [--repeats 3] [--device cpu|cuda] [--threads 1]
 
-Small sizes by default, the sizes of a real evaluation with --full (50,000 against 10,000 features of 2048). On a CPU
-seconds are the process's own, so that neighbours on the machine do not count.
+Sizes are small by default, and those of a real evaluation with --full (50,000 against 10,000 features of 2048). On a
+CPU, seconds are CPU time of the process, so that other processes on the machine do not count.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def _features(given: argparse.Namespace, clock: Callable[[], float], *, count: int) -> dict[str, Any]:
-    """Images a second: the extractor, the bare network over the same chunks, torch-fidelity's extractor."""
+    """Images per second: the extractor, its network alone on the same chunks, torch-fidelity's extractor."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inception.pth"
         torch.save(_random_inception(), path)
@@ -103,7 +103,7 @@ def _features(given: argparse.Namespace, clock: Callable[[], float], *, count: i
 
 
 def _neighbours(given: argparse.Namespace, clock: Callable[[], float], *, sizes: tuple[int, int]) -> dict[str, Any]:
-    """Precision, recall, density and coverage against the matrix products that they need at the least."""
+    """Precision, recall, density and coverage, against the matrix products that they need at least."""
     n, m = sizes
     x, y = _some_features(n, seed=0), _some_features(m, seed=1)
     a, b = (torch.from_numpy(part).to(given.device) for part in (x, y))
@@ -136,13 +136,13 @@ def _neighbours(given: argparse.Namespace, clock: Callable[[], float], *, sizes:
 
 
 def _neighbours_peak(n: int, m: int) -> int:
-    """The most memory in MiB that this process had, the features of both sides among it."""
+    """Peak memory of this process in MiB, including the features of both sides."""
     compare(Manifold(_some_features(n, seed=0)), Manifold(_some_features(m, seed=1)))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def _square_root(given: argparse.Namespace, clock: Callable[[], float], *, width: int) -> dict[str, Any]:
-    """FID of three sets against one reference from their statistics: a root each, the reference's once."""
+    """FID of three sets from their statistics: one square root per set, and one of the shared reference."""
     sets = [Sums.of(_some_features(4 * width, seed=seed, width=width)).moments() for seed in range(3)]
     reference = Sums.of(_some_features(4 * width, seed=9, width=width)).moments()
 
@@ -177,7 +177,7 @@ def _kid(given: argparse.Namespace, clock: Callable[[], float], *, count: int) -
 
 
 def _timed(given: argparse.Namespace, clock: Callable[[], float], actions: dict[str, Action]) -> dict[str, float]:
-    """Median seconds of each action; in every round each has one turn."""
+    """Median seconds of each action; every round runs each of them once."""
     found: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(given.repeats):
         for name, action in actions.items():
@@ -204,7 +204,7 @@ def _device_name(device: str) -> str:
 
 
 def _some_features(count: int, *, seed: int, width: int = WIDTH) -> np.ndarray:
-    """Non-negative float32 features, as pooled ones are."""
+    """Non-negative float32 features, like pooled ones."""
     source = np.random.default_rng(seed)
     found = np.empty((count, width), dtype=np.float32)
     for at in range(0, count, 1000):
@@ -214,7 +214,7 @@ def _some_features(count: int, *, seed: int, width: int = WIDTH) -> np.ndarray:
 
 
 def _random_inception() -> dict[str, torch.Tensor]:
-    """Weights that keep the activations' variance."""
+    """Random weights that preserve the variance of activations."""
     with torch.device("meta"):
         network = FIDInception()
     network.to_empty(device="cpu")

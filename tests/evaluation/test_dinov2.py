@@ -1,4 +1,4 @@
-"""DINOv2 equals another implementation of it on the same random weights, and needs nothing but a local file."""
+"""DINOv2 equals transformers' implementation on the same random weights, and needs only a local file."""
 
 import pickle
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_published_sizes_are_named() -> None:
     assert sum(value.numel() for value in network.state_dict().values()) == pytest.approx(1.1365e9, rel=1e-4)
 
 
-def test_no_file_and_other_weights_are_refused_in_a_line(weights: Path, tmp_path: Path) -> None:
+def test_missing_and_other_weights_are_refused(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set evaluate\.features_weights"):
         build_features("dinov2")
     state = torch.load(weights, weights_only=True)
@@ -144,7 +144,7 @@ def test_no_file_and_other_weights_are_refused_in_a_line(weights: Path, tmp_path
         build_features("efficientnet", weights=weights)
 
 
-def test_edm2s_file_is_read_for_dinov2_only_by_its_own_statistics(weights: Path, tmp_path: Path) -> None:
+def test_edm2s_file_is_read_only_for_the_variant_that_it_holds(weights: Path, tmp_path: Path) -> None:
     content = {"num_images": 9, "fid": {}, "fd_dinov2": {"mu": np.zeros(WIDTH), "sigma": np.eye(WIDTH)}}
     (tmp_path / "edm2.pkl").write_bytes(pickle.dumps(content))
     extractor = build_features("dinov2", weights=weights)

@@ -74,7 +74,7 @@ def test_every_weights_at_every_number_of_steps_gets_its_file_with_all_that_repe
         "device",
     }
     assert two.reference["count"] == 40
-    assert two.warnings == ("no sFID: the reference or the network has no spatial features",)
+    assert two.warnings == ("no sFID: the reference or the feature network has no spatial features",)
     assert cmscale(monkeypatch, "report", run.root) == 0
     assert "against the EMA" in run.report.read_text()
 
@@ -188,13 +188,18 @@ def test_bad_input_is_one_line_and_status_2(
         "features_0 holds NaN": [run.root, "--reference", tmp_path / "holes.npz"],
         "must be uint8 [N, H, W, 3], it is float32": [tmp_path / "floats.npz", "--reference", data],
         "images of different sizes": [tmp_path / "sizes", "--reference", data],
-        "at least 2": [run.root, "--samples", 1],
-        "1 sample(s); it takes at least 2": [tmp_path / "one.npz", "--reference", data],
+        "1 sample(s); it needs at least 2": [tmp_path / "one.npz", "--reference", data],
         "of 8 px, ": [tmp_path / "large.npz", "--reference", data],
         "of 256 px, the model has 8 x 8": [run.root, "--reference", tmp_path / "big.npz"],
-        "as asked for": [run.root, "--features", "inception", "--inception-weights", f"{weights}#sha256={'0' * 64}"],
+        "as the URL": [
+            run.root,
+            "--features",
+            "inception",
+            "--inception-weights",
+            f"{weights}#sha256={'0' * 64}",
+        ],
         "no checkpoint of step 8": [run.root, "--step", 8],
-        "leave one out": [run.root, "--steps", 2, "--times", "80,4"],
+        "leave one of them out": [run.root, "--steps", 2, "--times", "80,4"],
         "must descend": [run.root, "--times", "4,80"],
         "can't hold 2 evaluations": [run.root, "--steps", "1,2"],
         "whole numbers": [run.root, "--steps", "0"],
@@ -259,7 +264,7 @@ def test_a_search_is_interrupted_goes_on_without_a_trial_made_twice_and_its_time
     with monkeypatch.context() as interrupted:
         interrupted.setattr(Preemption, "requested", lambda _: next(flags))
         assert cmscale(monkeypatch, *search) == 1
-    assert "goes on where it was" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     path = run.time_search(step=7, weights="ema_0.9", steps=2)
     begun = read_document(TimeSearch, path.read_bytes(), origin="begun")
     assert (begun.complete, len(begun.trials)) == (False, 2)

@@ -26,7 +26,7 @@ from cmscale.runs.results import EvaluationResult
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Random Inception weights that keep the activations' variance (torch's default lets them vanish)."""
+    """Random Inception weights that preserve the variance of activations (torch's initialisation lets it vanish)."""
     with torch.device("meta"):
         network = FIDInception()
     network.to_empty(device="cpu")
@@ -52,7 +52,7 @@ def measured(weights) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def theirs(weights) -> dict[str, np.ndarray]:
-    """torch-fidelity's extractor on the same weights and images, with the tap that ADM's evaluator reads."""
+    """torch-fidelity's extractor with the same weights and images, and the layer that ADM's evaluator reads."""
     extractor = FeatureExtractorInceptionV3(
         "theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
     )
@@ -82,7 +82,7 @@ def test_features_of_an_image_differ_between_images_and_not_between_calls(measur
     assert np.ptp(measured["pooled"], axis=0).max() > 0.1
 
 
-def test_weights_are_held_against_their_hash(weights, tmp_path) -> None:
+def test_weights_are_checked_against_their_hash(weights, tmp_path) -> None:
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert build_features("inception", weights=weights, sha256=digest).weights_sha256 == digest
     with pytest.raises(UserError, match="its SHA-256 is"):
@@ -93,7 +93,7 @@ def test_weights_are_held_against_their_hash(weights, tmp_path) -> None:
         build_features("inception", weights=named)
 
 
-def test_other_weights_other_kinds_and_no_file_are_refused_in_a_line(weights, tmp_path) -> None:
+def test_other_weights_unknown_networks_and_missing_files_are_refused(weights, tmp_path) -> None:
     with pytest.raises(UserError, match="not the weights of efficientnet"):
         build_features("efficientnet", weights=weights)
     (tmp_path / "text.pth").write_text("no weights")
@@ -113,10 +113,10 @@ def test_only_uint8_images_are_measured() -> None:
         extractor(IMAGES[:, :1])
 
 
-@pytest.mark.parametrize(("picture", "classes"), [("chelsea", {281, 282, 285}), ("coffee", {967, 504, 968})])
-def test_efficientnet_recognises_what_a_picture_shows(picture: str, classes: set[int]) -> None:
+@pytest.mark.parametrize(("photograph", "classes"), [("chelsea", {281, 282, 285}), ("coffee", {967, 504, 968})])
+def test_efficientnet_classifies_photographs(photograph: str, classes: set[int]) -> None:
     data = pytest.importorskip("skimage.data")
-    image = getattr(data, picture)()
+    image = getattr(data, photograph)()
     side = min(image.shape[:2])
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     square = torch.from_numpy(image[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None]

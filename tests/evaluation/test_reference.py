@@ -1,4 +1,4 @@
-"""References come from every format that the field uses; measuring against one is one pass over blocks."""
+"""Every reference format is read and written as its own programs do; measuring is one pass over blocks."""
 
 import dataclasses
 import os
@@ -82,7 +82,7 @@ def test_adms_evaluator_finds_all_its_keys_and_can_stream_the_images(reference, 
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f8", "i4"])
-def test_single_features_come_in_the_precision_of_ours_or_not_at_all(reference, tmp_path, dtype: str) -> None:
+def test_features_of_a_file_are_converted_to_float32_or_refused(reference, tmp_path, dtype: str) -> None:
     arrays = {"mu": MEAN, "sigma": COVARIANCE}
     np.savez(tmp_path / "r.npz", **arrays, features_0=np.ones((5, 16), dtype=dtype))
     found = read_reference(tmp_path / "r.npz", EXTRACTOR).subset
@@ -286,7 +286,7 @@ def test_a_folder_and_an_npz_of_the_same_images_measure_alike(reference, tmp_pat
     assert "sfid" not in results[0]
 
 
-def test_finished_images_that_are_none_are_refused_in_a_line(tmp_path) -> None:
+def test_files_that_are_not_finished_samples_are_refused(tmp_path) -> None:
     np.savez(tmp_path / "float.npz", arr_0=IMAGES.astype("f4"))
     with pytest.raises(UserError, match="must be uint8"):
         open_images(tmp_path / "float.npz")
@@ -317,7 +317,7 @@ def test_the_same_samples_measure_the_same_to_the_bit_from_any_number_of_ranks(r
     assert found[0]["fid"] < 1e-9 * np.trace(COVARIANCE)  # the reference's own images
 
 
-def test_statistics_alone_leave_out_what_needs_images_and_say_so(tmp_path) -> None:
+def test_without_images_the_metrics_that_need_them_are_left_out_with_a_reason(tmp_path) -> None:
     np.savez(tmp_path / "edm.npz", mu=MEAN, sigma=COVARIANCE)
     reference = read_reference(tmp_path / "edm.npz", EXTRACTOR)
     found = measure(image_blocks(IMAGES[:20], EXTRACTOR), num_samples=20, reference=reference)
@@ -330,14 +330,14 @@ def test_fewer_than_two_samples_are_refused(reference) -> None:
         measure(image_blocks(IMAGES[:1], EXTRACTOR), num_samples=1, reference=reference)
 
 
-def test_another_preprocessing_is_named(reference) -> None:
+def test_another_preprocessing_is_reported(reference) -> None:
     assert reference.mismatches(preprocess="adm") == []
     (line,) = reference.mismatches(preprocess="edm")
     assert "preprocessing: adm against edm" in line
     assert reference.mismatches(preprocess=None) == []
 
 
-def test_another_resolution_is_refused_and_adms_images_tell_theirs(reference, tmp_path) -> None:
+def test_another_resolution_is_refused_also_for_adms_files(reference, tmp_path) -> None:
     reference.refuse_other_size((8, 8), of="the model")
     with pytest.raises(UserError, match="of 8 px, the model has 16 x 16"):
         reference.refuse_other_size((16, 16), of="the model")

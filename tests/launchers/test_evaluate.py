@@ -100,6 +100,7 @@ def test_every_option_of_the_request_reaches_the_job(asked: list, monkeypatch, t
         ("{reference: gone.npz}", "evaluate.reference: gone.npz: no such file or folder"),
         ("{inception_weights: gone.pth}", "evaluate.inception_weights: gone.pth: no such file or folder"),
         ("{features: dinov2, dinov2_weights: gone.pth}", "evaluate.dinov2_weights: gone.pth: no such file or folder"),
+        ("{features: efficientnet, features_weights: gone.pth}", "evaluate.features_weights: gone.pth: no such file"),
     ],
 )
 def test_what_the_runs_config_names_must_be_there_before_a_job_is_queued(
