@@ -201,8 +201,11 @@ class AttentionBlock(_Checkpointed):
         return x + self.proj_out(h.flatten(2).transpose(1, 2).reshape(x.shape))
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """A sequence of blocks; residual blocks also receive the embedding and the dropout keys."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(blocks)
 
     def forward(self, input: Tensor, embedding: Tensor, dropout_keys: DropoutKeys = None) -> Tensor:
         for block in self:
