@@ -1,6 +1,6 @@
 """Lists the names and shapes of the network's parameters in OpenAI's and diffusers' formats, from the config."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,14 +140,3 @@ def reorder_qkv(tensor: Tensor, *, head_channels: int, source: Layout, to: Layou
     heads = len(tensor) // (3 * head_channels)
     first = (3, heads) if source == "three_heads_dim" else (heads, 3)
     return tensor.reshape(*first, head_channels, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
-
-
-def convert_qkv_layout(weights: Mapping[str, Tensor], *, model: Model, to: Layout) -> Weights:
-    """Reorders the qkv channels of weights from `model.qkv_layout` to another layout."""
-    is_qkv = {parameter.name for parameter in parameters(model) if parameter.is_qkv}
-    return {
-        name: reorder_qkv(tensor, head_channels=model.head_channels, source=model.qkv_layout, to=to)
-        if name in is_qkv
-        else tensor
-        for name, tensor in weights.items()
-    }

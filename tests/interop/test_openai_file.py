@@ -8,8 +8,10 @@ import pytest
 import torch
 from networks import VARIANTS, random_weights, relative, small_model
 
+from cmscale.config import Model
 from cmscale.errors import UserError
-from cmscale.interop import convert_qkv_layout, parameter_shapes, read_openai, write_openai
+from cmscale.interop import parameter_shapes, read_openai, write_openai
+from cmscale.interop.names import Layout, reorder_qkv
 from cmscale.model import build_unet
 
 
@@ -62,16 +64,25 @@ def test_attention_saved_as_one_dimensional_convolutions_is_taken(tmp_path):
     assert equal(read_openai(tmp_path / "x.pt", model), weights)
 
 
-def test_converting_the_qkv_layout_changes_no_output_and_converts_back():
+def with_layout(weights: dict[str, torch.Tensor], *, model: Model, to: Layout) -> dict[str, torch.Tensor]:
+    """The weights with the qkv channels in another layout than the model's."""
+
+    def reordered(tensor: torch.Tensor) -> torch.Tensor:
+        return reorder_qkv(tensor, head_channels=model.head_channels, source=model.qkv_layout, to=to)
+
+    return {name: reordered(tensor) if ".qkv." in name else tensor for name, tensor in weights.items()}
+
+
+def test_reordering_the_qkv_channels_changes_no_output_and_is_undone_by_the_reverse():
     model = small_model("older qkv")
     released = small_model("older qkv", qkv_layout="three_heads_dim")
     weights = random_weights(model)
-    converted = convert_qkv_layout(weights, model=model, to="three_heads_dim")
-    assert not torch.equal(converted["middle_block.1.qkv.weight"], weights["middle_block.1.qkv.weight"])
-    assert equal(convert_qkv_layout(converted, model=released, to="heads_three_dim"), weights)
+    reordered = with_layout(weights, model=model, to="three_heads_dim")
+    assert not torch.equal(reordered["middle_block.1.qkv.weight"], weights["middle_block.1.qkv.weight"])
+    assert equal(with_layout(reordered, model=released, to="heads_three_dim"), weights)
     x, c_noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
     outputs = []
-    for config, state in ((model, weights), (released, converted)):
+    for config, state in ((model, weights), (released, reordered)):
         network = build_unet(config).eval()
         network.load_state_dict(state)
         outputs.append(network(x, c_noise))
