@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job, small: photographs to shards on S3, a teacher, its distillation, consistency training, evaluation,
-# export, an edited image, a report. `--long` trains for half an hour instead of minutes.
+# Runs the whole pipeline at 16 px: photographs, shards on S3, a teacher, its distillation, consistency training,
+# evaluation, export, an edited image, a report. `--long` trains for half an hour instead of minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +18,7 @@ rm -rf "$runs"
 mkdir -p "$runs"
 say() { printf '\n== %s\n' "$*"; }
 
-# An S3 server on a free loopback port, ours to stop however this ends.
+# An S3 server on a free loopback port; it is stopped however this script ends.
 export AWS_ACCESS_KEY_ID=demo AWS_SECRET_ACCESS_KEY=demo AWS_DEFAULT_REGION=us-east-1
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export AWS_ENDPOINT_URL="http://127.0.0.1:$port"
@@ -40,7 +40,8 @@ PYTHON
 
 bucket=s3://cmscale-demo
 export CMSCALE_CACHE="$PWD/$runs/cache"
-# Memory that glibc gives back after every layer is zeroed again for the next: on a CPU that is a third of an evaluation.
+# Keep freed memory in the process: by default glibc returns it to the kernel after every layer, which zeroes it again
+# for the next layer. On a CPU that takes a third of an evaluation's time.
 export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_TOP_PAD_=268435456
 local=(--cluster local --gpus-per-node 2 --runs-dir "$runs")
 declare -A longer=()
@@ -52,7 +53,7 @@ if [ "$length" = long ]; then
   )
 fi
 
-say "photographs to an LMDB, as LSUN has it"
+say "photographs to an LMDB in LSUN's format"
 python data_prep/demo.py "$runs/demo_train_lmdb"
 
 say "shards on S3, in both formats"
@@ -66,7 +67,7 @@ train() { # kind format [key=value ...]
   local kind=$1 format=$2
   shift 2
   say "training: $kind"
-  # shellcheck disable=SC2086 # words on purpose
+  # shellcheck disable=SC2086 # split into words on purpose
   python launchers/submit.py "${local[@]}" --name "$kind" "configs/demo_$kind.yaml" \
     "data.path=$bucket/$format" "checkpoint.export_to=$bucket/runs" "evaluate.reference=$runs/reference.npz" "$@" ${longer[$kind]:-}
   say "evaluation: $kind, before and after, on both processes"
@@ -83,7 +84,7 @@ python data_prep/demo.py --picture "$runs/photograph.png"
 cmscale edit inpaint "$bucket/exports/cd.safetensors" "$runs/photograph.png" --out "$runs/inpainted.png"
 cmscale report "$runs/cd" --beside "$runs/edm" --beside "$runs/ct"
 
-say "what was learned (FD-EfficientNet, lower is better)"
+say "scores before and after training (FD-EfficientNet, lower is better)"
 learned=0
 python ops/demo_summary.py "$runs" "$length" || learned=$?
 echo "report:   $PWD/$runs/cd/report/index.html"

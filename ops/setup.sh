@@ -1,17 +1,17 @@
-# Sourced: makes or reuses .venv beside this checkout and installs the package with the extra named by $1.
+# Sourced by other scripts: creates or reuses .venv in the checkout and installs the package with the extra $1.
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "cmscale needs Python 3.11 or newer; $python is $("$python" --version 2>&1). Set PYTHON=/path/to/python3.11" >&2
   exit 2
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-# The stamp says what is installed, so that a second call asks no package index.
+# The stamp records what is installed, so that a second call needs no package index.
 stamp="$1 $(sha256sum pyproject.toml | cut -c1-64)"
 installed=.venv/installed
 touch "$installed"
 if ! grep -qxF "$stamp" "$installed"; then
   echo "installing cmscale[$1] into .venv"
-  # First pip itself: the one that Python 3.11 brings takes minutes to resolve these packages, a current one seconds.
+  # pip first: the version that comes with Python 3.11 takes minutes to resolve these packages, a current one seconds.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
   echo "$stamp" >>"$installed"

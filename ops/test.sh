@@ -19,7 +19,7 @@ done
 
 source ops/setup.sh test
 
-# Slurm and a browser, if this machine may install them; elsewhere their tests are skipped and name the reason.
+# Slurm and a browser are installed where that is possible; elsewhere their tests are skipped, with the reason.
 if [ "$extent" != quick ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && grep -q '^ID=debian' /etc/os-release; then
   wanted=(slurmctld slurmd slurm-client munge chromium iproute2)
   if ! dpkg -s "${wanted[@]}" >/dev/null 2>&1; then
