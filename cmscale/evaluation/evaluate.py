@@ -4,7 +4,7 @@ An evaluation that was killed or preempted continues where it stopped, on any nu
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from cmscale.distributed import world as worlds
 from cmscale.distributed.world import World
 from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
-from cmscale.evaluation.sample_files import open_images
 from cmscale.evaluation.measure import image_blocks, left_out, measure
 from cmscale.evaluation.metrics.frechet import FID
-from cmscale.evaluation.metrics.registry import all_metrics
+from cmscale.evaluation.metrics.registry import all_metrics, result_keys
+from cmscale.evaluation.sample_files import open_images
 from cmscale.evaluation.session import (
     TIMEOUT_MINUTES,
     EvaluationSession,
@@ -164,7 +164,7 @@ def _write_result(
 ) -> None:
     reference = session.reference
     assert reference is not None, "rank 0 has the reference"
-    data = dataset_of(source)
+    data, metrics = dataset_of(source), combine(measured)
     result = EvaluationResult(
         step=source.step,
         weights=source.weights_name,
@@ -185,9 +185,10 @@ def _write_result(
         },
         warnings=(
             *reference.mismatches(preprocess=None if data is None else data.preprocess),
-            *left_out(measured[0], reference=reference),
+            *left_out(metrics, reference=reference),
         ),
-        metrics=combine(measured),
+        metrics=metrics,
+        not_measured=_not_measured(metrics),
     )
     storage, key = open_parent(out)
     storage.write(key, result.to_bytes())
@@ -205,7 +206,7 @@ def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preem
     assert reference is not None, "a world of one has the reference"
     reference.refuse_other_size((images.height, images.width), of=request.source)
     blocks = image_blocks(images.read(), session.extractor)
-    measured = measure(blocks, num_samples=images.count, reference=reference)
+    metrics = combine([measure(blocks, num_samples=images.count, reference=reference)])
     result = EvaluationResult(
         num_samples=images.count,
         seeds=(0,),
@@ -214,14 +215,19 @@ def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preem
         reference=reference.describe(),
         seconds=round(time.monotonic() - started, 3),
         protocol={"source": images.name, **session.features_protocol(), **machine_protocol(world)},
-        warnings=tuple(left_out(measured, reference=reference)),
-        metrics=combine([measured]),
+        warnings=tuple(left_out(metrics, reference=reference)),
+        metrics=metrics,
+        not_measured=_not_measured(metrics),
     )
     out = Path(request.out or f"{Path(request.source).stem}-evaluation.json")
     storage, key = open_parent(out)
     storage.write(key, result.to_bytes())
     print(summary(result))
     return out
+
+
+def _not_measured(metrics: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name in result_keys() if name not in metrics)
 
 
 def summary(result: EvaluationResult) -> str:

@@ -17,7 +17,6 @@ import numpy as np
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
 from cmscale.evaluation.features.extractor import FeatureExtractor, Features
-from cmscale.evaluation.sample_files import batches
 from cmscale.evaluation.manifold import DENSITY_K, Manifold, NeighbourSets
 from cmscale.evaluation.metrics.registry import (
     DistributionMetric,
@@ -28,6 +27,7 @@ from cmscale.evaluation.metrics.registry import (
     all_metrics,
 )
 from cmscale.evaluation.reference.reference import Reference
+from cmscale.evaluation.sample_files import batches
 from cmscale.evaluation.statistics import Sums, total
 
 
