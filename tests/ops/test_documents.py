@@ -1,17 +1,23 @@
 """The options of commands and the config keys that documents quote exist."""
 
+import importlib
+import io
 import re
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from cmscale.cli.main import app
 from cmscale.config import known_keys
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [CHECKOUT / "README.md", *sorted((CHECKOUT / "ops").glob("*.md"))]
+SCRIPTS = ["launchers/submit.py", "launchers/evaluate.py", "ops/soak.py", "data_prep/prepare.py", "data_prep/verify.py"]
+SCRIPTS += ["data_prep/reference.py"]
 _COMMAND = re.compile(r"^\s+(?:python (?P<script>\S+\.py)|cmscale (?P<command>[a-z-]+))(?P<rest>[^#]*)")
 
 
@@ -28,16 +34,30 @@ def commands(document: Path) -> set[tuple[str, str]]:
 
 @cache
 def help_of(name: str) -> str:
-    command = ["-m", "cmscale.cli", name.split()[1]] if name.startswith("cmscale ") else [str(CHECKOUT / name)]
-    ran = subprocess.run(
-        [sys.executable, *command, "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200"}
-    )
-    return ran.stdout
+    """What `--help` prints, in wide lines."""
+    if name.startswith("cmscale "):
+        shown = CliRunner().invoke(app, [*name.split()[1:], "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, shown.output
+        return shown.output
+    main = importlib.import_module(name.removesuffix(".py").replace("/", ".").removeprefix("ops.")).main
+    shown = io.StringIO()  # in this process: each script alone would import torch again
+    with redirect_stdout(shown), pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    return shown.getvalue()
 
 
 @pytest.mark.parametrize(("name", "flag"), sorted(set().union(*map(commands, DOCUMENTS))))
 def test_every_option_of_a_quoted_command_exists(name: str, flag: str) -> None:
     assert re.search(rf"{flag}\b", help_of(name)), f"{name} has no {flag}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_in_the_text_belongs_to_a_command(document: Path) -> None:
+    helps = [help_of(name) for name in [*SCRIPTS, *(f"cmscale {name}" for name in get_command(app).commands)]]
+    helps += [(CHECKOUT / "ops" / script).read_text() for script in ("test.sh", "demo.sh")]
+    text = re.sub(r"`docker [^`]*`", "", document.read_text())
+    for option in sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))):
+        assert any(re.search(rf"{option}\b", shown) for shown in helps), option
 
 
 def test_the_readme_quotes_every_command() -> None:
