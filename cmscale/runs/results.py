@@ -28,9 +28,8 @@ class Metric(Document):
 class EvaluationResult(Document):
     """The content of a run's `evaluations/*.json`.
 
-    In the file each metric is a key of its own, next to the other keys; a metric that was not measured is absent, or
-    null in older files. Any name is accepted whose value has the form of a `Metric`, so that metrics of other versions
-    stay readable.
+    In the file each metric is a key of its own, next to the other keys; a metric that was not measured is null. Any
+    name is accepted whose value has the form of a `Metric` or is null, so that metrics of other versions stay readable.
 
     Attributes:
         step, weights, nfe: The checkpoint, its weights, and the network evaluations per sample; None for images that
@@ -42,6 +41,7 @@ class EvaluationResult(Document):
         score_name: Name of the Fréchet distance over these features; only over the FID Inception it is FID.
         reference: What `Reference.describe` returns.
         metrics: By name, the deviations within one set of samples (`kid_subset_std`) among them. `fid` is always there.
+        not_measured: Names of the metrics that were left out.
         protocol: What a repetition needs: sampler, times, quantisation, hashes of the networks' weights, versions.
         warnings: Known differences between the reference and the training data; metrics that were left out, and why.
     """
@@ -56,6 +56,7 @@ class EvaluationResult(Document):
     score_name: str
     reference: dict[str, Any]
     metrics: dict[str, Metric]
+    not_measured: tuple[str, ...] = ()
     seconds: float
     protocol: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -71,7 +72,8 @@ class EvaluationResult(Document):
         if isinstance(given, Mapping) and "metrics" not in given:
             metrics = {key: value for key, value in given.items() if key not in cls.model_fields}
             rest = {key: value for key, value in given.items() if key in cls.model_fields}
-            given = {**rest, "metrics": {name: value for name, value in metrics.items() if value is not None}}
+            measured = {name: value for name, value in metrics.items() if value is not None}
+            given = {**rest, "metrics": measured, "not_measured": tuple(sorted(metrics.keys() - measured.keys()))}
         result = read(given)
         if "fid" not in result.metrics:
             raise ValueError("fid is missing")
@@ -80,8 +82,8 @@ class EvaluationResult(Document):
     @model_serializer(mode="wrap")
     def _write_flat(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content = write(self)
-        metrics = content.pop("metrics")
-        return {**content, **metrics}
+        metrics, not_measured = content.pop("metrics"), content.pop("not_measured")
+        return {**content, **metrics, **dict.fromkeys(not_measured)}
 
 
 def read_evaluations(run: RunDir) -> tuple[list[EvaluationResult], list[str]]:
@@ -96,8 +98,9 @@ def read_evaluations(run: RunDir) -> tuple[list[EvaluationResult], list[str]]:
 
 
 def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
-    """The metrics of several independent sets of samples, each as `evaluation.measure.measure` returns them."""
-    return {name: Metric.of([values[name] for values in measured]) for name in measured[0]}
+    """The metrics that all of several independent sets of samples have, each set as `measure` returns it."""
+    names = [name for name in measured[0] if all(name in values for values in measured)]
+    return {name: Metric.of([values[name] for values in measured]) for name in names}
 
 
 class Trial(Document):

@@ -22,12 +22,12 @@ def read(content: dict) -> EvaluationResult:
     return read_document(EvaluationResult, json.dumps(content).encode(), origin="x.json")
 
 
-def test_an_older_file_is_read_and_written_with_the_same_keys_except_those_that_were_null() -> None:
+def test_an_older_file_is_read_and_written_again_without_a_difference() -> None:
     result = read(OLD)
     assert set(result.metrics) == {"fid", "precision"}
     assert result.fid == Metric(mean=7.8, std=0.1, values=(7.7, 7.9))
     written = json.loads(result.to_bytes())
-    assert written == {key: value for key, value in OLD.items() if key not in ("sfid", "kid", "kid_subset_std")}
+    assert written == OLD
     assert read(written) == result
 
 
@@ -52,6 +52,10 @@ def test_several_sets_are_combined_into_mean_and_sample_deviation() -> None:
         "fid": Metric(mean=2.0, std=2**0.5, values=(1.0, 3.0)),
         "kid": Metric(mean=5.0, std=0.0, values=(5.0, 5.0)),
     }
+
+
+def test_a_metric_that_one_of_several_sets_lacks_is_left_out() -> None:
+    assert combine([{"fid": 1.0, "realism": 2.0}, {"fid": 3.0}]).keys() == {"fid"}
 
 
 def test_a_runs_evaluations_are_sorted_and_unreadable_files_named(tmp_path) -> None:

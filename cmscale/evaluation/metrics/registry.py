@@ -9,7 +9,7 @@ Metric modules import no torch when they are imported: reports and model cards r
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
@@ -151,6 +151,12 @@ def all_metrics() -> tuple[DistributionMetric | NeighbourMetric, ...]:
         found += metrics
     _check_names(found)
     return tuple(found)
+
+
+def result_keys() -> Iterator[str]:
+    """The keys that metrics and their spreads have in an evaluation's JSON."""
+    for metric in all_metrics():
+        yield from (name for name in (metric.name, metric.spread_name) if name is not None)
 
 
 def _check_names(metrics: list[DistributionMetric | NeighbourMetric]) -> None:
