@@ -1,6 +1,6 @@
-"""From images to numbers: the metrics equal those of torch-fidelity, its own code run on the same images and weights.
+"""From images to metrics: the values equal those of torch-fidelity's code on the same images and weights.
 
-Fewer samples than dimensions on both sides, so that every covariance is degenerate, and some images twice.
+Both sides have fewer samples than dimensions, so every covariance is degenerate, and hold some images twice.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ THEIRS = {
 }
 
 
-def pictures(count: int, *, seed: int, contrast: float) -> np.ndarray:
+def blurred_noise(count: int, *, seed: int, contrast: float) -> np.ndarray:
     """Blurred noise, uint8 [count, 32, 32, 3]; the last two are the first two again."""
     coarse = np.random.default_rng(seed).normal(128, contrast, size=(count, 4, 4, 3))
     found = coarse.clip(0, 255).astype(np.uint8).repeat(8, axis=1).repeat(8, axis=2)
@@ -38,13 +38,13 @@ def pictures(count: int, *, seed: int, contrast: float) -> np.ndarray:
     return found
 
 
-SAMPLES = np.concatenate([pictures(8, seed=0, contrast=15), pictures(9, seed=2, contrast=60)])
-REAL = pictures(12, seed=1, contrast=60)
+SAMPLES = np.concatenate([blurred_noise(8, seed=0, contrast=15), blurred_noise(9, seed=2, contrast=60)])
+REAL = blurred_noise(12, seed=1, contrast=60)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights that keep the activations' variance: with torch's own features vanish and every FID is 0."""
+    """Random weights that keep the activations' variance; torch's default lets the features and every FID vanish."""
     with torch.device("meta"):
         network = FIDInception()
     network.to_empty(device="cpu")
@@ -58,8 +58,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Images as torch-fidelity takes them."""
+class ImageList(torch.utils.data.Dataset):
+    """Images in the form that torch-fidelity reads."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = as_tensors(images)
@@ -87,8 +87,8 @@ def ours(kind: str, weights: Path | None) -> dict[str, float]:
 
 def test_inception_metrics_equal_torch_fidelitys_program(weights: Path) -> None:
     theirs = calculate_metrics(
-        input1=Pictures(SAMPLES),
-        input2=Pictures(REAL),
+        input1=ImageList(SAMPLES),
+        input2=ImageList(REAL),
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weights),
         isc=True,
@@ -104,7 +104,9 @@ def test_inception_metrics_equal_torch_fidelitys_program(weights: Path) -> None:
     )
     found = ours("inception", weights)
     assert found["fid"] > 0.1
-    excess = theirs["inception_score_mean"] - 1  # random weights are sure of nothing: the score is hardly above 1
+    excess = (
+        theirs["inception_score_mean"] - 1
+    )  # uncertain predictions of random weights
     assert found["inception_score"] - 1 == pytest.approx(excess, rel=1e-4)
     assert excess > 1e-4
     assert 0 < found["precision"] < 1

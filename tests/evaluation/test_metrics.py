@@ -83,7 +83,7 @@ def test_features_of_another_width_are_refused() -> None:
         _fid(_features(20, 8, seed=1), _features(20, 9, seed=1))
 
 
-@pytest.mark.parametrize("kernel_elements", [0, 1 << 25], ids=["kernel a subset", "kernel once"])
+@pytest.mark.parametrize("kernel_elements", [0, 1 << 25], ids=["a kernel per subset", "one kernel"])
 def test_kid_equals_torch_fidelitys_mean_and_deviation(pair, kernel_elements: int, monkeypatch) -> None:
     monkeypatch.setattr(kid, "_KERNEL_ELEMENTS", kernel_elements)
     size = min(25, *map(len, pair))

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage equal their definitions, torch-fidelity's and ADM's, blockwise."""
+"""Precision, recall, density and coverage equal their definitions and torch-fidelity, with blocks of any size."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ PAIRS = {
 
 
 def _defined(x: np.ndarray, y: np.ndarray) -> Neighbourhood:
-    """Straight from the papers (and the code released with Naeem et al.), in exact float64 distances."""
+    """The papers' definitions (and the code released with Naeem et al.), with exact float64 distances."""
 
     def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return ((a.astype("f8")[:, None] - b.astype("f8")[None]) ** 2).sum(axis=2)

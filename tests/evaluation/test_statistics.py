@@ -62,7 +62,7 @@ def _features(block: range) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_ranks_leave_no_trace_in_the_sums(tmp_path, num_ranks: int) -> None:
+def test_the_number_of_ranks_does_not_change_the_sums(tmp_path, num_ranks: int) -> None:
     store = BlockStore(tmp_path, identity={"seed": 0}, num_samples=700)
     todo = store.missing()
     for rank in reversed(range(num_ranks)):
@@ -74,7 +74,7 @@ def test_ranks_leave_no_trace_in_the_sums(tmp_path, num_ranks: int) -> None:
     assert np.array_equal(got.first, expected.first)
 
 
-def test_a_killed_evaluation_goes_on_with_the_missing_blocks_and_another_never_reads_them(tmp_path) -> None:
+def test_a_killed_evaluation_continues_with_the_missing_blocks_and_another_never_reads_them(tmp_path) -> None:
     first = BlockStore(tmp_path, identity={"seed": 0}, num_samples=300)
     first.commit(range(128, 256), _features(range(128, 256)))
     again = BlockStore(tmp_path, identity={"seed": 0}, num_samples=300)
@@ -85,7 +85,7 @@ def test_a_killed_evaluation_goes_on_with_the_missing_blocks_and_another_never_r
         list(again.read())
     assert again.metrics("reference") is None
     again.finish({"fid": 1.5}, against="reference")
-    assert again.missing() == blocks(300)  # the metrics stand in their place, for this reference alone
+    assert again.missing() == blocks(300)  # the metrics replace them, for this reference only
     assert again.metrics("reference") == {"fid": 1.5}
     assert again.metrics("another") is None
     assert other.metrics("reference") is None
