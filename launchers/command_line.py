@@ -12,6 +12,7 @@ from cmscale.config import Config, Restart, Slurm, accumulation_steps
 from cmscale.errors import UserError
 from launchers.clusters import CLUSTERS, place
 from launchers.placement import Device, Placement, PlacementRequest
+from launchers.request_flags import whole_number
 
 
 def guarded(main: Callable[[list[str]], int]) -> int:
@@ -31,10 +32,10 @@ def guarded(main: Callable[[list[str]], int]) -> int:
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say where a job runs; `submit.py` and `evaluate.py` have the same."""
     group = parser.add_argument_group("where the job runs")
-    group.add_argument("--nodes", type=_count, default=1, metavar="N", help="number of nodes (default: 1)")
+    group.add_argument("--nodes", type=whole_number(1), default=1, metavar="N", help="number of nodes (default: 1)")
     group.add_argument(
         "--gpus-per-node",
-        type=_count,
+        type=whole_number(1),
         metavar="G",
         help="GPUs per node, one rank per GPU; with engine.device=cpu: ranks per node. Default: 8 on Slurm (1 with "
         "engine.device=cpu); on this machine the number of its GPUs, or 1",
@@ -62,12 +63,6 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="wait until the job has ended and exit with its status (always so on this machine)",
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}; it should be a whole number of at least 1")
-    return int(text)
 
 
 def parse_time(text: str) -> int:

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> NoReturn:
     except UserError as error:
         report("user_error", str(error))
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _exit(2)
     except Exception as error:
         report("fault", " ".join(f"{type(error).__name__}: {error}".split()))
         traceback.print_exc()

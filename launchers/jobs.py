@@ -20,9 +20,7 @@ WORKERS = {
 
 _FORMER_NAMES = {
     "cmscale.train:main": TRAIN,
-    "cmscale.training.loop:main": TRAIN,
     "cmscale.evaluate:main": EVALUATE,
-    "cmscale.evaluation.evaluate:main": EVALUATE,
 }
 
 

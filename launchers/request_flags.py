@@ -18,7 +18,7 @@ def add_request_flags(parser: argparse.ArgumentParser, request: type[BaseModel])
         if option.choices:
             shown |= {"choices": option.choices, "metavar": None}
         elif option.kind is int:
-            shown["type"] = _whole_number(option.minimum or 0)
+            shown["type"] = whole_number(option.minimum or 0)
         if option.flag:
             parser.add_argument(option.flag, dest=option.name, **shown)
         elif option.is_list:
@@ -41,7 +41,9 @@ def _value(option: Option, value: Any) -> Any:
     return str(Path(value).expanduser().absolute())
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
+def whole_number(least: int) -> Callable[[str], int]:
+    """The parser of a flag's whole number of at least `least`, for argparse."""
+
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"got {text!r}; it should be a whole number of at least {least}")

@@ -123,8 +123,9 @@ def resumed_config(run: RunDir, file: str | None, overrides: list[str]) -> Confi
         UserError: a value that changes the losses differs from the run's own; the differences are named.
     """
     old = read_config(run.config, resolved=True)
+    written_by_older_release = read_config(run.config) != old  # its YAML lacks the same keys as the run's config
     new = (
-        read_config(file, overrides)
+        read_config(file, overrides, resolved=written_by_older_release)
         if file
         else parse_config(run.config.read_text(), overrides, origin=str(run.config), resolved=True)
     )

@@ -23,14 +23,6 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def node(self) -> int:
-        return self.rank // self.ranks_per_node
-
-    @property
-    def num_nodes(self) -> int:
-        return max(1, self.num_ranks // self.ranks_per_node)
-
-    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

@@ -26,6 +26,7 @@ def import_deepspeed(config: Config, world: World) -> Any:
     """
     if world.is_main:
         check_tested("deepspeed")
+        check_tested("torch")
     found, tested = version("deepspeed"), TESTED["deepspeed"]
     if config.engine.precision == "fp16" and config.engine.zero_stage == 0 and found != tested:
         # `Engine.step` scales the loss because that version does not; a version that does would scale it twice.

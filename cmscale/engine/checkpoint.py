@@ -182,7 +182,7 @@ class Checkpoints:
                     self._exporter.offer(manifest.state.step)
         except Exception as error:
             self._failure = error
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError):
                 record(staged, self._world.rank, {"error": f"{type(error).__name__}: {error}"})
             self._report("checkpoint_failed", manifest.state.step, why=f"{type(error).__name__}: {error}")
             if self._world.is_main:
@@ -249,7 +249,7 @@ class Checkpoints:
             shutil.rmtree(hidden, ignore_errors=True)
 
     def _report(self, event: str, step: int, *, why: str = "", **more: Any) -> None:
-        with contextlib.suppress(OSError):  # on a full disk the exception reports it
+        with contextlib.suppress(OSError, UserError):  # on a full disk the exception reports it
             write_event(
                 self._run,
                 event,

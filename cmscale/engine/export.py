@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cmscale.engine.checkpoint_reader import read_manifest
+from cmscale.errors import UserError
 from cmscale.io.fetch import file_sha256
 from cmscale.io.local import LocalStorage
 from cmscale.io.protocol import ArrivedChanged
@@ -132,7 +133,8 @@ class Exporter:
                 self._copy(step, storage.sub(f"checkpoints/{step_name(step)}"))
                 self._forget({step})
         except Exception as error:
-            write_event(self._run, "export_failed", step=step, rank=0, why=f"{type(error).__name__}: {error}")
+            with suppress(OSError, UserError):  # the log may be on the disk that failed
+                write_event(self._run, "export_failed", step=step, rank=0, why=f"{type(error).__name__}: {error}")
             return False
         return True
 

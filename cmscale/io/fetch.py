@@ -3,6 +3,7 @@
 A URL may end in `#sha256=HEX`; then whatever it names must have that hash.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
-from cmscale.io.locks import hold
+from cmscale.io.locks import LockTimeout, hold
 from cmscale.io.storage import open_parent
 
 DOWNLOAD_MINUTES = 30.0
@@ -65,10 +66,15 @@ def download_lock(name: str) -> Iterator[None]:
     """Holds the lock file `name` in the cache folder, so that one process per node downloads and the others wait.
 
     Raises:
-        LockTimeout: another process has held it for half an hour.
+        RuntimeError: another process has held it for half an hour. The user has made no mistake: a restart may help.
     """
     path = cache_folder() / name
-    with hold(path, timeout=60 * DOWNLOAD_MINUTES, what=f"{path.parent}: downloading a file for this node"):
+    what = f"{path.parent}: downloading a file for this node"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(path, timeout=60 * DOWNLOAD_MINUTES, what=what))
+        except LockTimeout as error:
+            raise RuntimeError(str(error)) from None
         yield
 
 

@@ -27,7 +27,8 @@ def hold(path: Path, *, timeout: float, what: str) -> Iterator[None]:
 
     The kernel frees a flock when its holder ends. Processes forked meanwhile do not hold it. On a file system
     without flock the lock is the file `path` + `.held`, created exclusively, with the holder's process id and host
-    name in it; a file left by a dead process of this host is taken over.
+    name in it; filelock takes over a file left by a dead process of this host, and a file that stays is named in the
+    message.
 
     Args:
         path: The lock file; its folder is made if it is missing. It stays there afterwards.

@@ -33,6 +33,10 @@ PYTHON_PATH = f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$P
 """A line of a batch script: Python finds this checkout's packages, from any folder."""
 
 
+class NoJobIdError(UserError):
+    """Raised when sbatch accepts a job without saying its id."""
+
+
 def common_parameters(
     *,
     job_name: str,
@@ -75,15 +79,21 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
 
     Raises:
         UserError: Slurm refuses the job or does not answer, or there is no sbatch.
+        NoJobIdError: sbatch accepted the job, but what it printed holds no job id; do not submit it again.
     """
     command = ["sbatch", "--parsable", *options, str(script)]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     except FileNotFoundError:
         raise UserError("no sbatch on the PATH; run this on a login node of the cluster") from None
-    job_id = re.fullmatch(r"(\d+)(;.*)?", ran.stdout.strip())
-    if ran.returncode or job_id is None:
+    if ran.returncode:
         raise UserError(f"Slurm refuses the job: {refusal(ran.stderr or ran.stdout)}")
+    # A site's wrapper of sbatch may print lines of its own before or after the id.
+    job_id = re.search(r"^(\d+)(;\S*)?\s*$", ran.stdout, re.MULTILINE)
+    if job_id is None:
+        raise NoJobIdError(
+            f"sbatch accepted the job, but printed no job id: {refusal(ran.stdout)}; find the job with squeue"
+        )
     return job_id[1]
 
 

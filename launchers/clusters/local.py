@@ -124,6 +124,8 @@ def _run_once(job: JobSpec, submission: Submission, start: str, interruption: In
     """Runs one start of a job, and the pause after it. Returns the launcher's exit status; None if it starts again."""
     began = time.monotonic()
     process = interruption.process = _start_controller(job, submission, start)
+    if interruption.signal:  # it came before there was a process to pass it to
+        process.terminate()
     _follow(process, job.run.logs / f"{process.pid}_0_log.out")
     _end_group(process)
     minutes, restart = job.placement.minutes, job.placement.restart

@@ -79,13 +79,12 @@ class SlurmCluster:
 
     def enter_rank(self) -> RankPlace:
         environment = submitit.JobEnvironment()
-        first_node = environment.hostnames[0]
         return RankPlace(
             rank=environment.global_rank,
             num_ranks=environment.num_tasks,
             local_rank=environment.local_rank,
             ranks_per_node=environment.num_tasks // environment.num_nodes,
-            master_address="127.0.0.1" if environment.num_nodes == 1 else _address(first_node),
+            master_address="127.0.0.1" if environment.num_nodes == 1 else _address(environment.hostnames[0]),
             master_port=master_port(environment.raw_job_id, os.environ.get("SLURM_RESTART_COUNT", "0")),
         )
 

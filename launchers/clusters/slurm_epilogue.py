@@ -172,10 +172,16 @@ def _requeue(job_id: str) -> bool:
 
 
 def _retry(action: Callable[[], T], *, waits: Sequence[float] = _WAITS) -> T | None:
-    """What an action returns, tried a bounded number of times; None if it always raised UserError."""
+    """What an action returns, tried a bounded number of times; None if it always raised UserError.
+
+    Raises:
+        NoJobIdError: Slurm has accepted the job: another try would submit it twice.
+    """
     for wait in (*waits, None):
         try:
             return action()
+        except slurm.NoJobIdError:
+            raise
         except UserError as error:
             print(error, file=sys.stderr, flush=True)
         if wait is not None:
@@ -188,7 +194,11 @@ def _submit_again(submission: Submission, decision: Decision) -> bool:
     exclude = _spare(decision.exclude)
     options = [f"--begin=now+{max(1, decision.delay_seconds)}"]
     options += [f"--exclude={','.join(exclude)}"] if exclude else []
-    job_id = _retry(lambda: slurm.submit(submission.script, *options, environment=slurm.outside_of_jobs()))
+    try:
+        job_id = _retry(lambda: slurm.submit(submission.script, *options, environment=slurm.outside_of_jobs()))
+    except slurm.NoJobIdError as error:
+        print(error, file=sys.stderr, flush=True)
+        return True
     if job_id is None:
         return False
     submission.replace_job_id(job_id)

@@ -15,9 +15,7 @@ def test_the_flat_gather_has_either_name(name: str, monkeypatch: pytest.MonkeyPa
     called = []
     monkeypatch.delattr(dist, "all_gather_single", raising=False)
     monkeypatch.delattr(dist, "all_gather_into_tensor", raising=False)
-    with pytest.raises(
-        UnsupportedVersion, match=r"^torch \d.*'all_gather_into_tensor'"
-    ):
+    with pytest.raises(UnsupportedVersion, match=r"^torch \d.*'all_gather_into_tensor'"):
         compat.all_gather_flat(torch.zeros(2), torch.zeros(1))
     monkeypatch.setattr(dist, name, lambda gathered, own: called.append((len(gathered), len(own))), raising=False)
     compat.all_gather_flat(torch.zeros(2), torch.zeros(1))
