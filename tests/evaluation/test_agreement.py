@@ -104,9 +104,7 @@ def test_inception_metrics_equal_torch_fidelitys_program(weights: Path) -> None:
     )
     found = ours("inception", weights)
     assert found["fid"] > 0.1
-    excess = (
-        theirs["inception_score_mean"] - 1
-    )  # uncertain predictions of random weights
+    excess = theirs["inception_score_mean"] - 1  # uncertain predictions of random weights
     assert found["inception_score"] - 1 == pytest.approx(excess, rel=1e-4)
     assert excess > 1e-4
     assert 0 < found["precision"] < 1
