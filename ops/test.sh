@@ -30,6 +30,7 @@ if [ "$extent" != quick ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
   fi
 fi
 
+processors=$(env -u OMP_NUM_THREADS nproc)  # nproc gives OMP_NUM_THREADS if that is set
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 step() {
   local began=$SECONDS
@@ -55,5 +56,5 @@ case "$extent" in
   quick) marks="not slow and not long" ;;
   all) marks="" ;;
 esac
-step python -m pytest -n "$(nproc)" --dist worksteal -m "$marks" "${ignored[@]}" tests
+step python -m pytest -n "$processors" --dist worksteal -m "$marks" "${ignored[@]}" tests
 [ "$extent" = quick ] || step python -m pytest -m "$marks" "${together[@]}"
