@@ -21,6 +21,7 @@ WORKERS = {
 _FORMER_NAMES = {
     "cmscale.train:main": TRAIN,
     "cmscale.evaluate:main": EVALUATE,
+    **{function: name for name, function in WORKERS.items()},
 }
 
 
