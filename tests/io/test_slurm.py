@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from cmscale.errors import UserError
-from cmscale.io.slurm import ACTIVE_STATES, PYTHON_PATH, common_parameters, job_states, outside_of_jobs, refusal, submit
+from cmscale.io.slurm import (
+    ACTIVE_STATES,
+    PYTHON_PATH,
+    NoJobIdError,
+    common_parameters,
+    job_states,
+    outside_of_jobs,
+    refusal,
+    submit,
+)
 
 
 @pytest.fixture
@@ -23,7 +32,7 @@ def install(folder: Path, name: str, lines: str) -> None:
     file.chmod(0o755)
 
 
-@pytest.mark.parametrize("printed", ["17", "17;cluster1"])
+@pytest.mark.parametrize("printed", ["17", "17;cluster1", "note of the site\n17", "17;cluster1\nnote 3"])
 def test_a_submission_gives_the_job_id(printed: str, bin_folder: Path) -> None:
     install(bin_folder, "sbatch", f"[ \"$*\" = '--parsable --begin=now+3 job.sh' ] && echo '{printed}'")
     assert submit(Path("job.sh"), "--begin=now+3") == "17"
@@ -35,12 +44,17 @@ def test_a_submission_gives_the_job_id(printed: str, bin_folder: Path) -> None:
         ("echo noise >&2; echo 'sbatch: error: no partition' >&2; exit 1", "job: sbatch: error: no partition$"),
         ("echo one >&2; echo two >&2; exit 1", "job: one; two$"),
         ("exit 1", "sbatch gave no reason"),
-        ("echo what", "job: what$"),
     ],
 )
 def test_a_job_that_slurm_refuses_is_one_line(lines: str, reason: str, bin_folder: Path) -> None:
     install(bin_folder, "sbatch", lines)
     with pytest.raises(UserError, match=f"Slurm refuses the {reason}" if reason.startswith("job") else reason):
+        submit(Path("job.sh"))
+
+
+def test_a_job_that_slurm_accepts_without_an_id_is_another_error(bin_folder: Path) -> None:
+    install(bin_folder, "sbatch", "echo 'job 17 accepted'")
+    with pytest.raises(NoJobIdError, match="printed no job id: job 17 accepted; find the job with squeue"):
         submit(Path("job.sh"))
 
 

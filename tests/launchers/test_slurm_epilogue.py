@@ -237,6 +237,18 @@ def test_a_submission_that_slurm_takes_at_the_second_try_is_one(
     assert events(submission) == ["requeued"]
 
 
+def test_a_submission_without_a_printed_id_is_not_tried_again(
+    commands: FakeSlurm, submission: Submission, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm accepted the job: each try would be one job more."""
+    commands.answer("sbatch", "echo 'job 17 accepted'")
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    assert epilogue(submission, status=1) == 1
+    assert len(commands.calls("sbatch")) == 1
+    assert "find the job with squeue" in capsys.readouterr().err
+    assert not submission.ending_file.exists()
+
+
 def test_a_job_at_its_time_limit_returns_to_the_queue(
     commands: FakeSlurm, submission: Submission, capsys: pytest.CaptureFixture[str]
 ) -> None:
