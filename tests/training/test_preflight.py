@@ -1,9 +1,11 @@
 """Tests of the checks before a run."""
 
+import contextlib
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from cmscale.distributed.world import World
 from cmscale.runs.folder import RunDir
@@ -45,3 +47,14 @@ def test_a_run_folder_that_is_not_shared_is_named(run: RunDir, monkeypatch: pyte
     monkeypatch.setattr(Path, "touch", lambda *_: None)  # a file of rank 0 never becomes visible
     with pytest.raises(PreflightFailed, match=r"use a folder that all nodes share"):
         look(run)
+
+
+@pytest.mark.parametrize(("free_gib", "refused"), [(19.9, True), (20.0, False)])
+def test_a_gpu_of_which_another_process_holds_more_than_three_quarters_is_named(
+    free_gib: float, refused: bool, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight.torch.cuda, "mem_get_info", lambda _: (int(free_gib * 2**30), 80 * 2**30))
+    world = World(device=torch.device("cuda", 0))
+    expected = pytest.raises(MemoryError, match=r"^cuda:0 has 19.9 of 80.0 GiB free: another process holds it$")
+    with expected if refused else contextlib.nullcontext():
+        preflight.check_memory(run, world)
