@@ -147,7 +147,7 @@ def test_a_slow_rank_is_named_though_all_take_as_long(runs: tuple[Path, dict[str
     assert ends["straggler"] == "finished"
     named = events(run, "straggler")
     assert {record["rank"] for record in named} == {1}
-    assert "rank 1 takes" in named[0]["why"]
+    assert "rank 1 needs" in named[0]["why"]
     assert_equal(run, golden(runs))
 
 
