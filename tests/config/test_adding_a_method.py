@@ -13,6 +13,8 @@ import pytest
 
 from cmscale.config.methods.base import MethodFacts, MethodSection
 
+pytestmark = pytest.mark.long
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 GUIDE = CHECKOUT / "ops" / "adding_a_method.md"
 _BLOCK = re.compile(r"<!-- (?P<what>new file|edit): (?P<path>\S+) -->\n```\w+\n(?P<text>.*?)```", re.DOTALL)

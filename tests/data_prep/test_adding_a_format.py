@@ -16,6 +16,8 @@ from cmscale.errors import UserError
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import read_dataset_manifest
 
+pytestmark = pytest.mark.long
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 GUIDE = CHECKOUT / "ops" / "adding_a_format.md"
 _BLOCK = re.compile(r"<!-- new file: (?P<path>\S+) -->\n```python\n(?P<text>.*?)```", re.DOTALL)

@@ -24,6 +24,8 @@ from cmscale.report import build_report
 from cmscale.runs.manifests import read_document
 from cmscale.runs.results import EvaluationResult
 
+pytestmark = pytest.mark.long
+
 GUIDE = CHECKOUT / "ops" / "adding_a_metric.md"
 _BLOCK = re.compile(
     r"<!-- new file: cmscale/evaluation/metrics/(?P<name>\w+\.py) -->\n```python\n(?P<text>.*?)```", re.DOTALL
