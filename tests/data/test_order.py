@@ -70,7 +70,7 @@ def test_the_sequence_is_the_epochs_one_after_the_other_from_any_start(order: Or
 )
 @settings(max_examples=400, deadline=None)
 def test_a_run_that_stops_and_moves_anywhere_sees_what_a_straight_one_sees(order: Order, start: int, legs):
-    """Legs of (ranks, samples a rank, steps): every position once, in its place among the steps, with its sample."""
+    """Legs of (ranks, samples per rank, steps): every position once, in its place among the steps, with its sample."""
     cursor = start
     for num_ranks, share, steps in legs:
         size = num_ranks * share
