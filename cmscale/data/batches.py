@@ -276,7 +276,9 @@ class Batches:
         iterator, self._iterator = self._iterator, iter(())
         workers = list(getattr(iterator, "_workers", ()))
         if workers:
-            iterator._shutdown_workers()
+            # torch raises the death of a worker out of a signal handler: here it would replace the error that is known.
+            with contextlib.suppress(RuntimeError):
+                iterator._shutdown_workers()
         for worker in workers:
             if worker.is_alive():
                 worker.kill()
