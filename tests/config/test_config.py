@@ -98,6 +98,7 @@ def test_off_is_a_word_and_false_is_not() -> None:
     assert parse_config(TEXT, ["data.flip=false"]).data.flip is False
 
 
+@pytest.mark.long
 def test_overrides_reach_every_leaf() -> None:
     """Every known key works as an override, with its default value, for at least one method."""
     unreached = set(known_keys())
@@ -134,6 +135,7 @@ def test_every_leaf_is_read_by_the_code() -> None:
         ("engine/optimizer.py", ["Optimizer.betas", "Optimizer.eps", "Optimizer.weight_decay"]),
     ],
 )
+@pytest.mark.long
 def test_a_leaf_that_nothing_reads_is_found(tmp_path: Path, module: str, unread: list[str]) -> None:
     shutil.copytree(ROOT / "cmscale", tmp_path / "cmscale", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "cmscale" / module).unlink()

@@ -102,6 +102,7 @@ def _leaves_of(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+@pytest.mark.long
 def test_an_override_reaches_every_leaf(path: Path):
     leaves = _leaves_of(yaml.safe_load(dump_config(read_config(path))))
     for key, value in leaves.items():

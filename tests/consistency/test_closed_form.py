@@ -38,6 +38,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "recipe"), CASES)
+@pytest.mark.long
 def test_training_reaches_the_consistency_function_within_5_percent(method: Method, recipe: Recipe):
     data = Gaussian.random(DIMENSION, seed=0)
     network = train(method, data, recipe)
@@ -45,6 +46,7 @@ def test_training_reaches_the_consistency_function_within_5_percent(method: Meth
     assert max(errors.values()) < 0.05, errors
 
 
+@pytest.mark.long
 def test_edm_training_reaches_the_denoiser_of_the_data():
     data = Gaussian.random(DIMENSION, seed=0)
     network = train(EDM(kind="edm", **RANGE), data, Recipe(perceptron, steps=1500, batch=256, rate=3e-3))

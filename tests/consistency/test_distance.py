@@ -58,6 +58,7 @@ def network(weights: Path, *, average: bool, resize: bool = False) -> perceptual
 
 
 @pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.long
 def test_lpips_with_max_pooling_is_the_lpips_package(features: nn.Sequential, weights: Path, size: int):
     import lpips
 
@@ -89,6 +90,7 @@ def test_lpips_with_average_pooling_is_piq_with_replaced_pooling(
         torch.testing.assert_close(ours(a, b), expected.flatten(), rtol=2e-6, atol=0)
 
 
+@pytest.mark.long
 def test_small_images_are_resized_to_224_bilinearly(weights: Path):
     plain, resizing = network(weights, average=True), network(weights, average=True, resize=True)
     a, b = pairs(1, 64)[0]

@@ -66,6 +66,7 @@ class Teacher:
 
 
 @pytest.mark.parametrize("kind", ["sct", "scd"])
+@pytest.mark.long
 def test_continuous_training_reaches_the_consistency_function_within_5_percent(kind: str):
     method = (
         SCT(kind="sct", tangent_warmup_steps=300)
@@ -113,6 +114,7 @@ class Denoiser(nn.Module):
         return 0.25 / scale**2 * x + 0.5 * sigma / scale * output
 
 
+@pytest.mark.long
 def test_one_distilled_step_is_the_teachers_whole_euler_chain():
     """Four stages, N = 8 to 1: one step of the last student against 16 Euler steps of the exact denoiser."""
     method = PD(kind="pd", teacher="t", start_scales=8, sigma_min=0.02, sigma_max=10.0)

@@ -17,6 +17,7 @@ from cmscale.data.samples import Samples
 from cmscale.errors import UserError
 
 
+@pytest.mark.long
 def test_the_sequence_depends_on_no_rank_batch_stop_or_format(sets: dict[str, str]) -> None:
     reference, _ = collect(data(sets["mds"]), num_ranks=1, batch=24, start=0, steps=10)
     assert sorted(reference) == list(range(240))

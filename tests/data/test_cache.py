@@ -327,6 +327,7 @@ while True:
 """
 
 
+@pytest.mark.long
 def test_a_lock_ends_with_its_holder_and_what_a_killed_reader_left_is_cleared(sets: dict[str, str], tmp_path: Path):
     """SIGKILL in the middle of a download, with workers: no lock, no shared memory, no process, no half file stays."""
     command = [sys.executable, "-c", _STUCK_IN_A_DOWNLOAD, sets["mds"], str(tmp_path)]

@@ -1,6 +1,7 @@
 """The order of samples: properties over random shapes of data sets, batches, ranks and stop points."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +70,7 @@ def test_the_sequence_is_the_epochs_one_after_the_other_from_any_start(order: Or
     ),
 )
 @settings(max_examples=400, deadline=None)
+@pytest.mark.long
 def test_a_run_that_stops_and_moves_anywhere_sees_what_a_straight_one_sees(order: Order, start: int, legs):
     """Legs of (ranks, samples per rank, steps): every position once, in its place among the steps, with its sample."""
     cursor = start

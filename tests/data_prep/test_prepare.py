@@ -46,6 +46,7 @@ def test_every_image_comes_back_in_the_order_of_its_keys(source: Path, tmp_path:
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.long
 def test_a_run_killed_at_any_shard_continues_to_the_same_bytes(source: Path, tmp_path: Path, format: str) -> None:
     assert call(f"lsun:{source}", tmp_path / "whole", format=format) == 0
     command = [sys.executable, "-c", _KILLED_AFTER, "3", "--source", f"lsun:{source}", "--format", format]

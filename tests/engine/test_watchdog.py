@@ -33,6 +33,7 @@ def wait_for_end(process: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["waits", "stopped", "gil"])
+@pytest.mark.long
 def test_a_rank_that_makes_no_step_is_named_its_stacks_kept_and_killed(how: str, tmp_path: Path) -> None:
     status, watch = run_watched(how, tmp_path)
     assert status == -9
@@ -46,6 +47,7 @@ def test_a_rank_that_makes_no_step_is_named_its_stacks_kept_and_killed(how: str,
     wait_for_end(watch)
 
 
+@pytest.mark.long
 def test_a_rank_that_steps_is_left_alone_and_may_end_the_watch(tmp_path: Path) -> None:
     status, watch = run_watched("beats", tmp_path)
     assert status == 0

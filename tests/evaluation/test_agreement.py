@@ -85,6 +85,7 @@ def ours(kind: str, weights: Path | None) -> dict[str, float]:
     return found
 
 
+@pytest.mark.long
 def test_inception_metrics_equal_torch_fidelitys_program(weights: Path) -> None:
     theirs = calculate_metrics(
         input1=ImageList(SAMPLES),
@@ -113,6 +114,7 @@ def test_inception_metrics_equal_torch_fidelitys_program(weights: Path) -> None:
         assert found[name] == pytest.approx(theirs[their_name], rel=1e-4), name
 
 
+@pytest.mark.long
 def test_efficientnet_metrics_equal_torch_fidelitys_functions_on_its_features() -> None:
     extractor = build_features("efficientnet")
     features = [extractor(as_tensors(images)) for images in (SAMPLES, REAL)]

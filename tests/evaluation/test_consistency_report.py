@@ -49,6 +49,7 @@ def saved(folder: Path, method: str, data: Path, *, seed: int = 0) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_the_command_writes_mean_curves_of_straight_trajectories_and_a_plot(data, tmp_path, monkeypatch):
     model, out = saved(tmp_path, "{kind: ct, distance: l2}", data), tmp_path / "error.json"
     plot = tmp_path / "error.png"
@@ -68,6 +69,7 @@ def test_the_command_writes_mean_curves_of_straight_trajectories_and_a_plot(data
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_a_distilled_source_is_followed_along_its_teachers_ode(data, tmp_path):
     teacher = saved(tmp_path, "{kind: edm}", data, seed=1)
     source = load_source(str(saved(tmp_path, f"{{kind: cd, teacher: {teacher}, distance: l2}}", data)))

@@ -147,6 +147,7 @@ def test_another_preprocessing_of_the_reference_is_a_warning_in_the_result(
     assert "reference and training data differ in preprocessing: edm against adm" in result(out).warnings
 
 
+@pytest.mark.long
 def test_finished_samples_are_measured_against_a_folder_with_real_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def theirs(weights) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("name", "width"), [("pooled", 2048), ("logits", 1008), ("spatial", 2023)])
+@pytest.mark.long
 def test_inception_equals_torch_fidelitys(measured, theirs, name: str, width: int) -> None:
     assert measured[name].shape == (6, width)
     assert measured[name].dtype == np.float32

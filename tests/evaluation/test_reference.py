@@ -172,6 +172,7 @@ def test_the_command_writes_edms_and_edm2s_formats(tmp_path, monkeypatch, capsys
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_the_command_measures_a_prepared_data_set(tmp_path, capsys) -> None:
     (tmp_path / "images").mkdir()
     for number, image in enumerate(IMAGES[:12]):

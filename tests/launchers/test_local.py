@@ -86,6 +86,7 @@ def test_users_mistake_is_one_line_status_2_and_not_tried_again(tmp_path: Path) 
     assert len(starts(tmp_path / "run", 0)) == 1
 
 
+@pytest.mark.long
 def test_fault_of_one_rank_ends_all_and_starts_them_again(tmp_path: Path) -> None:
     job = start_job(tmp_path / "run", "once")
     _, printed = job.communicate(timeout=60)
@@ -104,6 +105,7 @@ def test_preempted_ranks_start_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("how", "why"), [("fault", "RuntimeError: rank 1"), ("killed", "killed by SIGKILL")])
+@pytest.mark.long
 def test_three_faults_without_progress_stop_with_the_reason_and_the_log(how: str, why: str, tmp_path: Path) -> None:
     job = start_job(tmp_path / "run", how)
     _, printed = job.communicate(timeout=120)
@@ -115,6 +117,7 @@ def test_three_faults_without_progress_stop_with_the_reason_and_the_log(how: str
     assert not any(alive(start[0]) for rank in (0, 1) for start in starts(tmp_path / "run", rank))
 
 
+@pytest.mark.long
 def test_a_failed_evaluation_leaves_its_finished_run_finished(tmp_path: Path, monkeypatch, capsys) -> None:
     run = RunDir(tmp_path / "run")
     run.root.mkdir()
@@ -133,6 +136,7 @@ def test_a_failed_evaluation_leaves_its_finished_run_finished(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.long
 def test_ending_the_launcher_ends_every_rank(number: signal.Signals, tmp_path: Path) -> None:
     job = start_job(tmp_path / "run", "forever")
     wait_until(lambda: starts(tmp_path / "run", 0) and starts(tmp_path / "run", 1))
@@ -183,6 +187,7 @@ class TestController:
     def codes(self, submission: Submission) -> list[int]:
         return (read_json(submission.folder / "first" / "exits.json") or {})["codes"]
 
+    @pytest.mark.long
     def test_ranks_get_the_user_signal_before_the_time_limit(self, tmp_path: Path) -> None:
         limits = ("--grace-seconds", "60", "--time-limit-seconds", "600", "--signal-seconds", "580")
         process, submission = self.start(tmp_path, *limits, heeds=True)
@@ -190,6 +195,7 @@ class TestController:
         assert (tmp_path / "signal").read_text() == "SIGUSR2"
         assert self.codes(submission) == [0]
 
+    @pytest.mark.long
     def test_a_rank_that_ignores_it_is_killed_at_the_time_limit(self, tmp_path: Path) -> None:
         limits = ("--grace-seconds", "60", "--time-limit-seconds", "10", "--signal-seconds", "1")
         process, submission = self.start(tmp_path, *limits, heeds=False)

@@ -124,6 +124,7 @@ def test_every_metric_is_a_column_and_only_metrics_that_were_measured(run) -> No
 
 
 @pytest.mark.parametrize("kind", METHODS_BY_KIND)
+@pytest.mark.long
 def test_the_methods_title_is_the_one_that_the_method_states(kind: str, tmp_path) -> None:
     page = _page(write_run(tmp_path / "a_run", kind=kind))
     assert f'<p class="kind">{METHODS_BY_KIND[kind].facts.title} at 16 px</p>' in page

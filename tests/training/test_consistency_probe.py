@@ -55,6 +55,7 @@ class Teacher:
 @pytest.mark.parametrize(
     ("method", "follows"), [("{kind: cd, teacher: unread, distance: l2}", True), ("{kind: ct, distance: l2}", False)]
 )
+@pytest.mark.long
 def test_the_probe_follows_the_teacher_of_the_method(method: str, follows: bool, tmp_path: Path) -> None:
     source = write_lmdb(tmp_path / "photos_lmdb", encoded_images(PROBE_IMAGES))
     data = tmp_path / "set"
