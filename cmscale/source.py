@@ -10,6 +10,7 @@ import torch
 
 from cmscale.config import Config, Model, differences, leaves, parse_config, read_config
 from cmscale.config.added import added_at_older_value, with_added_keys
+from cmscale.config.site import read_site
 from cmscale.consistency.solver import Denoise
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest, read_weights
 from cmscale.errors import UserError
@@ -92,13 +93,13 @@ def load_source(
     if origin.endswith((".pt", ".pth")):
         if config is None:
             raise UserError(f"{origin}: OpenAI's files hold no config; give --config CONFIG [key=value ...]")
-        settings = read_config(config, list(overrides))
+        settings = read_config(config, list(overrides), beneath=[read_site().layer])
         return Source(origin, settings, read_openai(local_file(origin), settings.model), "imported", 0)
     storage = open_storage(origin)
     is_file = origin.endswith(".safetensors")
     is_diffusers = not is_file and storage.read_if_present("model_index.json") is not None
     if is_diffusers and config is not None:
-        settings = read_config(config, list(overrides))
+        settings = read_config(config, list(overrides), beneath=[read_site().layer])
         return Source(origin, settings, read_diffusers(storage, model=settings.model)[0], "imported", 0)
     if config is not None or overrides:
         raise UserError(f"--config: {origin} has its own config; leave out --config and key=value")

@@ -1,7 +1,7 @@
 """Prepares a data set: turns a source of images into verified shards, in a folder or on S3.
 
     python data_prep/prepare.py --source lsun:DIR|folder:DIR|zip:FILE|tars:DIR --format mds|webdataset
-        --out DIR|s3://... [--workers W] [--slurm --nodes N]
+        --out DIR|s3://... [--workers W] [--slurm --nodes N [slurm.KEY=VALUE ...]]
 
 Shard k contains the k-th `--samples-per-shard` keys of the sorted source, so any worker can make any shard, with the
 same bytes. Records of finished shards are stored under `.progress/`; after an interruption, the same command
@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
 
+from cmscale.config.site import read_launch_settings, use_site
+from cmscale.config.slurm import parse_minutes, plain_text
 from cmscale.errors import UserError
 from cmscale.runs.manifests import DatasetManifest, dataset_formats
 from data_prep.making.convert import ENCODINGS, RECIPES
@@ -24,6 +26,15 @@ from data_prep.making.processes import check_bad, make_missing
 from data_prep.making.shards import DatasetSettings, ShardRecord
 from data_prep.making.slurm_array import ArrayFailed, ArrayPlacement, make_with_array, running_array
 from data_prep.sources import open_source, source_usage
+
+DEFAULT_MINUTES = 1440
+_UNUSED = {
+    "slurm.nodes": "say it with --nodes",
+    "slurm.cpus_per_task": "say it with --workers",
+    "slurm.gpus_per_node": "tasks of an array use no GPU",
+    "slurm.mem_per_gpu": "tasks of an array use no GPU",
+    "slurm.batch_python": "an array has no commands of its own",
+}
 
 
 def prepare(
@@ -105,22 +116,55 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1, help="with --slurm: number of tasks (default: 1)")
     parser.add_argument("--partition", help="with --slurm: partition to submit to")
     parser.add_argument(
-        "--time", type=int, default=1440, metavar="MINUTES", help="with --slurm: time limit per task (default: 1440)"
+        "--time", metavar="T", help="with --slurm: time limit per task: minutes, HH:MM:SS or D-HH:MM (default: 1440)"
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="slurm.KEY=VALUE",
+        help="with --slurm: what else sbatch is told, by the keys of a config's section slurm",
+    )
+    options = parser.parse_intermixed_args(arguments)
     for name, least in (
         ("workers", 1),
         ("image_size", 1),
         ("samples_per_shard", 1),
         ("max_bad", 0),
         ("nodes", 1),
-        ("time", 1),
     ):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)} must be at least {least}")
-    if not options.slurm and (options.nodes > 1 or options.partition):
-        parser.error("--nodes and --partition need --slurm")
+    if not options.slurm and (options.nodes > 1 or options.partition or options.time or options.settings):
+        parser.error("--nodes, --partition, --time and slurm.KEY=VALUE need --slurm")
     return options
+
+
+def array_placement(options: argparse.Namespace) -> ArrayPlacement:
+    """Where the tasks of `--slurm` run: by the flags, keys `slurm.KEY=VALUE`, SBATCH_* and the site file.
+
+    Raises:
+        UserError: a value is not allowed, or says something that an array has no use for.
+    """
+    for setting in options.settings:
+        if reason := _UNUSED.get(setting.partition("=")[0]):
+            raise UserError(f"{setting}: {reason}")
+        if not setting.startswith("slurm."):
+            raise UserError(f"{setting}: only keys of the section slurm can be given here, as slurm.KEY=VALUE")
+    slurm = read_launch_settings(options.settings).slurm
+    time = options.time or slurm.time or DEFAULT_MINUTES
+    try:
+        minutes = parse_minutes(time)
+        partition = plain_text(options.partition) if options.partition else slurm.partition
+    except ValueError as error:
+        raise UserError(f"--time or --partition: {error}") from None
+    without_gpus = {"mem_per_gpu": None} | ({"gres": None} if slurm.gpus_in_gres() is not None else {})
+    return ArrayPlacement(
+        nodes=options.nodes,
+        cpus=options.workers,
+        minutes=minutes,
+        partition=partition,
+        slurm=slurm.model_copy(update=without_gpus),
+    )
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -136,9 +180,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     preparation = Preparation(open_source(options.source), settings, options.out)
     placement = None
     if options.slurm:
-        placement = ArrayPlacement(
-            nodes=options.nodes, cpus=options.workers, minutes=options.time, partition=options.partition
-        )
+        placement = array_placement(options)
     manifest = prepare(preparation, workers=options.workers, max_bad=options.max_bad, placement=placement)
     print(f"{manifest.count} images in {len(manifest.shards)} shards, {manifest.skipped} skipped")
     print(f"fingerprint: {manifest.fingerprint}")
@@ -148,6 +190,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, 1 if storage or the Slurm array fails, 2 for a user's mistake."""
     try:
+        use_site()
         run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a scri
 import numpy as np
 
 from cmscale.config.features import feature_networks
+from cmscale.config.site import use_site
 from cmscale.data import read_images
 from cmscale.distributed.world import choose_device
 from cmscale.errors import UserError
@@ -104,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
+        use_site()
         print(make_reference(**vars(given)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
 
+from cmscale.config.site import use_site
 from cmscale.data.formats import shard_format
 from cmscale.errors import UserError
 from cmscale.io.protocol import ArrivedChanged, Storage
@@ -155,6 +156,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, 1 for bad files or storage that fails, 2 for a user's mistake."""
     try:
+        use_site()
         return run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

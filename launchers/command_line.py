@@ -2,22 +2,27 @@
 
 import argparse
 import datetime
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from cmscale.config import Config, Restart, Slurm, accumulation_steps
+from cmscale.config import Config, accumulation_steps
+from cmscale.config.site import read_site, use_site
+from cmscale.config.slurm import parse_gpus, parse_minutes, plain_text
 from cmscale.errors import UserError
-from launchers.clusters import CLUSTERS, place
-from launchers.placement import Device, Placement, PlacementRequest
+from launchers.clusters import CLUSTERS
+from launchers.placement import Placement
 from launchers.request_flags import whole_number
+
+T = TypeVar("T")
 
 
 def guarded(main: Callable[[list[str]], int]) -> int:
     """Runs a command: a user's mistake is one line and status 2, a failing storage or Slurm one line and status 1."""
     try:
+        use_site()
         return main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -32,21 +37,22 @@ def guarded(main: Callable[[list[str]], int]) -> int:
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say where a job runs; `submit.py` and `evaluate.py` have the same."""
     group = parser.add_argument_group("where the job runs")
-    group.add_argument("--nodes", type=whole_number(1), default=1, metavar="N", help="number of nodes (default: 1)")
+    group.add_argument("--nodes", type=whole_number(1), metavar="N", help="number of nodes (default: 1)")
     group.add_argument(
         "--gpus-per-node",
-        type=whole_number(1),
-        metavar="G",
-        help="GPUs per node, one rank per GPU; with engine.device=cpu: ranks per node. Default: 8 on Slurm (1 with "
-        "engine.device=cpu); on this machine the number of its GPUs, or 1",
+        type=parsed_by(parse_gpus, keep=True),
+        metavar="[TYPE:]G",
+        help="GPUs per node, one rank per GPU, on Slurm also of a type (a100:4); with engine.device=cpu: ranks per "
+        "node. Default: 8 on Slurm (1 with engine.device=cpu); on this machine the number of its GPUs, or 1",
     )
     group.add_argument(
         "--cluster",
         choices=("auto", *CLUSTERS),
-        default="auto",
         help="auto: Slurm if sbatch is on the PATH, else this machine (default: auto)",
     )
-    group.add_argument("--partition", metavar="P", help="Slurm partition (default: the cluster's)")
+    group.add_argument(
+        "--partition", type=parsed_by(plain_text), metavar="P", help="Slurm partition (default: the cluster's)"
+    )
     group.add_argument(
         "--time",
         type=parse_time,
@@ -54,9 +60,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         help="time limit: minutes, HH:MM:SS or D-HH:MM (default: 1-00:00 on Slurm, none on this machine)",
     )
     group.add_argument("--name", help="name of the run (default: the config's name and the time)")
-    group.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: ./runs)"
-    )
+    group.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of runs (default: the site's, or ./runs)")
     group.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch script; start nothing")
     group.add_argument(
         "--wait",
@@ -67,41 +71,27 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_time(text: str) -> int:
     """Minutes, rounded up, of `90`, `HH:MM:SS`, `D-HH`, `D-HH:MM` or `D-HH:MM:SS`."""
-    patterns = (
-        r"(?P<m>\d+)",
-        r"(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)",
-        r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?",
-    )
-    for pattern in patterns:
-        if match := re.fullmatch(pattern, text):
-            part = {name: int(value or 0) for name, value in match.groupdict().items()}
-            seconds = 60 * (60 * (24 * part.get("d", 0) + part.get("h", 0)) + part.get("m", 0)) + part.get("s", 0)
-            if seconds:
-                return -(-seconds // 60)
-    raise argparse.ArgumentTypeError(f"got {text!r}; write minutes, HH:MM:SS or D-HH:MM")
+    return parsed_by(parse_minutes)(text)
 
 
-def placement_from(flags: argparse.Namespace, *, device: Device, config: Config | None) -> Placement:
-    """The placement that the flags of `add_cluster_flags` request.
+def parsed_by(parse: Callable[[str], T], *, keep: bool = False) -> Callable[[str], T]:
+    """The parser of a flag for argparse, from one that raises ValueError; `keep` keeps the text that it allows."""
 
-    Args:
-        device: What ranks compute on.
-        config: Gives the sections `slurm` and `restart`; None for their defaults.
+    def parsed(text: str) -> T:
+        try:
+            found = parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text if keep else found  # pyright: ignore[reportReturnType]
 
-    Raises:
-        UserError: the request cannot be met.
-    """
-    request = PlacementRequest(
-        nodes=flags.nodes,
-        ranks_per_node=flags.gpus_per_node,
-        partition=flags.partition,
-        minutes=flags.time,
-        device=device,
-        dry_run=flags.dry_run,
-        slurm=config.slurm if config else Slurm(),
-        restart=config.restart if config else Restart(),
-    )
-    return place(flags.cluster, request)
+    return parsed
+
+
+def runs_dir(flags: argparse.Namespace) -> Path:
+    """The folder of runs: the flag's, the site's, else `runs`."""
+    if flags.runs_dir is not None:
+        return flags.runs_dir
+    return Path(read_site().flags.runs_dir or "runs")
 
 
 def describe_training(placement: Placement, config: Config, *, root: Path) -> str:

@@ -1,5 +1,6 @@
 """Decides what follows after a start of a job has ended: nothing, the queue again, a restart, or a stop. No I/O."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
@@ -9,6 +10,15 @@ from launchers.judge import Attempt
 MAX_STARTS_WITHOUT_PROGRESS = 3
 LONGEST_BACKOFF_SECONDS = 300
 FAULTS_OF_A_BAD_NODE = 2
+
+# What a rank reports of itself: `RuntimeError: after step 500: ...`. A rank that was killed reports nothing.
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*: ")
+# Exceptions whose cause lies outside of the program: networks, storage, peers that were lost.
+_FROM_OUTSIDE = re.compile(
+    r"^\w*(Connection|Timeout|TimedOut|Network|Dist|Storage|Endpoint|Client|Proxy|SSL|OSError|IOError|BrokenPipe)\w*:"
+    r"|[Cc]onnection (was )?(closed|reset|refused|aborted)|[Tt]imed? ?out|[Nn]o space left|[Ii]nput/output error"
+    r"|[Ss]tale file handle|temporarily unavailable|[Uu]nreachable|NCCL|[Gg]loo"
+)
 
 Action = Literal["done", "requeue", "restart", "stop"]
 
@@ -53,6 +63,8 @@ def decide(
             return Decision("done", "finished")
         case "user_error":
             return Decision("stop", last.message)
+        case "superseded":
+            return Decision("stop", f"{last.message}; this one has ended and is not started again")
         case "cancelled":
             return Decision("stop", f"cancelled; {last.message}; {go_on}")
         case "time_limit":
@@ -61,6 +73,9 @@ def decide(
             return Decision("requeue", f"preempted; {last.message or f'step {last.step}'}")
         case "fault":
             faults = [attempt for attempt in history if attempt.ending == "fault"]
+            if can_requeue and _repeats(faults):
+                why = f"the same failure twice at step {max(last.step, 0)}, so a third start would fail too"
+                return Decision("stop", f"{why}: {last.message}")
             return _after_fault(faults, max_restarts=max_restarts, backoff_seconds=backoff_seconds)
         case _:
             assert_never(last.ending)
@@ -85,6 +100,29 @@ def _after_fault(faults: Sequence[Attempt], *, max_restarts: int, backoff_second
         return Decision("stop", f"failed {len(faults)} times (restart.max_restarts {max_restarts}): {last.message}")
     delay = min(backoff_seconds * 2 ** (in_a_row - 1), LONGEST_BACKOFF_SECONDS)
     return Decision("restart", last.message, delay, _bad_nodes(faults))
+
+
+def _repeats(faults: Sequence[Attempt]) -> bool:
+    """Whether the last two faults are one exception of the program at one place, such as a loss that is not finite.
+
+    A fault that names its node is not: another node may do better. Nor is one that comes from outside of the program.
+    """
+    if len(faults) < 2:
+        return False
+    before, last = faults[-2:]
+    is_same = (_without_addresses(before.message), before.step, before.measured) == (
+        _without_addresses(last.message),
+        last.step,
+        last.measured,
+    )
+    names_node = any(fault.node and fault.node in fault.message for fault in (before, last))
+    is_exception = _EXCEPTION.match(last.message) and not _FROM_OUTSIDE.search(last.message)
+    return is_same and bool(is_exception) and not names_node
+
+
+def _without_addresses(message: str) -> str:
+    """A message without what differs between two starts though the fault is the same: addresses in memory."""
+    return re.sub(r"0x[0-9a-f]+", "0x", message)
 
 
 def _starts_without_progress(attempts: Sequence[Attempt]) -> int:

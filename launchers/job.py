@@ -10,7 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from cmscale.errors import UserError
-from cmscale.io.process import EARLY_SIGNAL, node_name
+from cmscale.io.process import EARLY_SIGNAL, START, node_name
 from cmscale.runs.folder import RunDir
 from launchers.clusters import CLUSTERS
 from launchers.jobs import load_worker
@@ -32,11 +32,16 @@ def main(arguments: list[str]) -> NoReturn:
     submission = Submission(RunDir(flags.run), flags.submission)
     place = CLUSTERS[flags.cluster].enter_rank()
     set_rank_environment(place)
+    os.environ[START] = f"{submission.name}/{flags.start}"
 
     def report(end: RankState, message: str = "") -> None:
         submission.write_rank_end(flags.start, RankEnd(place.rank, node_name(), end, message))
 
     report("running")
+    if submission.has_moved_on(os.environ.get("SLURM_JOB_ID")):  # Slurm requeued a job that was submitted anew, too
+        report("superseded")
+        print("a later job carries this submission on; this one does nothing", flush=True)
+        _exit(0)
     try:
         job = submission.read_job()
         end = load_worker(job.worker)(*job.arguments)
@@ -50,7 +55,7 @@ def main(arguments: list[str]) -> NoReturn:
         print(f"rank {place.rank} on {node_name()} failed", file=sys.stderr, flush=True)
         _exit(1)
     match end:
-        case "finished" | "preempted":
+        case "finished" | "preempted" | "superseded":
             report(end)
         case _:
             raise AssertionError(f"{job.worker} returned {end!r}")

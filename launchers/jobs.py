@@ -30,8 +30,8 @@ class JobSpec:
     """A job that a command hands to a cluster.
 
     Attributes:
-        worker: A name in WORKERS, or `module:function`. The function returns `finished` or `preempted`; a UserError
-            ends its rank with status 2 and one line, any other exception with status 1 and a traceback.
+        worker: A name in WORKERS, or `module:function`. The function returns `finished`, `preempted` or `superseded`;
+            a UserError ends its rank with status 2 and one line, any other exception with status 1 and a traceback.
         arguments: Positional arguments of the worker: JSON values.
         run: The run in whose folder the job works.
         evaluations: Arguments of `launchers.evaluate_checkpoints`, which runs while the job does; empty for none.

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Ending = Literal["finished", "preempted", "time_limit", "cancelled", "user_error", "fault"]
-RankState = Literal["running", "finished", "preempted", "user_error", "fault"]
+Ending = Literal["finished", "preempted", "time_limit", "cancelled", "superseded", "user_error", "fault"]
+SUPERSEDED = "another job has started this run since and has taken over"
+RankState = Literal["running", "finished", "preempted", "superseded", "user_error", "fault"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def judge(
     user_error = _first(ends, "user_error")
     if user_error:
         return _blamed("user_error", user_error, step)
+    if _first(ends, "superseded"):  # ranks that it takes by surprise may fail
+        return Attempt("superseded", SUPERSEDED, step)
     if status == 0 and ends and all(end.end == "finished" for end in ends):
         return Attempt("finished", "", step)
     if leaving:  # checked before faults: ranks of which some were ended already report errors that mean nothing

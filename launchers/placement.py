@@ -14,7 +14,11 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class PlacementRequest:
-    """What a command's flags and config request of a cluster; None leaves a value to the cluster."""
+    """What a command's flags and config request of a cluster; None leaves a value to the cluster.
+
+    Attributes:
+        gpu_type: Slurm's name of the type of GPU; None for any.
+    """
 
     nodes: int
     ranks_per_node: int | None
@@ -24,6 +28,7 @@ class PlacementRequest:
     dry_run: bool
     slurm: Slurm
     restart: Restart
+    gpu_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Placement:
         gpus: Whether each rank has a GPU.
         partition: None is the cluster's default.
         minutes: The time limit; None is no limit.
+        gpu_type: Slurm's name of the type of GPU; None for any.
     """
 
     cluster: str
@@ -45,6 +51,7 @@ class Placement:
     minutes: int | None
     slurm: Slurm
     restart: Restart
+    gpu_type: str | None = None
 
     @property
     def num_ranks(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cmscale.config import Config, dump_config
+from cmscale.config.slurm import plain_text
 from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably
 from cmscale.io.locks import hold
@@ -26,6 +27,7 @@ from cmscale.io.process import CHECKOUT
 from cmscale.runs.folder import RunDir
 from launchers.checks import is_remote
 from launchers.clusters import CLUSTERS
+from launchers.heartbeat import beating, sign_from_elsewhere
 
 _PATHS = (
     "data.path",
@@ -52,7 +54,16 @@ def new_run(*, name: str | None, runs_dir: Path, stem: str) -> RunDir:
     name = name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
         raise UserError(f"--name {name!r}: letters, digits, dot, dash, underscore and plus only")
-    return RunDir(runs_dir.expanduser().absolute() / name)
+    return RunDir(_plain(runs_dir, flag="--runs-dir").expanduser().absolute() / name)
+
+
+def _plain(path: Path, *, flag: str) -> Path:
+    """A path that may stand in a batch script."""
+    try:
+        plain_text(str(path))
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from None
+    return path
 
 
 def existing_run(text: str, *, runs_dir: Path) -> RunDir:
@@ -61,6 +72,7 @@ def existing_run(text: str, *, runs_dir: Path) -> RunDir:
     Raises:
         UserError: no such run.
     """
+    _plain(Path(text), flag="--resume")
     for root in (Path(text).expanduser(), runs_dir.expanduser() / text):
         if (root / "config.yaml").is_file():
             return RunDir(root.absolute())
@@ -149,13 +161,24 @@ def package_versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def only_launcher(run: RunDir, worker: str) -> Iterator[None]:
+def only_launcher(run: RunDir, worker: str, *, take_over: bool = False) -> Iterator[None]:
     """Reserves a run for this launcher during the block.
+
+    Args:
+        take_over: Go on although jobs or launchers on other machines may be alive: they end when they meet this start.
 
     Raises:
         UserError: another launcher is running the run, or a job of this worker that was submitted earlier is.
     """
     with hold(run.logs / ".launcher.lock", timeout=0, what=f"{run.root}: another launcher is running this run"):
-        for cluster in CLUSTERS.values():
-            cluster.refuse_if_running(run, worker)
-        yield
+        if not take_over:
+            if sign := sign_from_elsewhere(run):
+                raise UserError(
+                    f"{run.root}: another launcher is running this run: process {sign.process} on host {sign.host}, "
+                    f"alive {sign.age_seconds:.0f} s ago; end it there; if that machine is lost, wait a minute or add "
+                    "--take-over"
+                )
+            for cluster in CLUSTERS.values():
+                cluster.refuse_if_running(run, worker)
+        with beating(run):
+            yield

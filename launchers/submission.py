@@ -11,18 +11,24 @@ from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
+from cmscale.runs.generations import claimed_by, highest_claimed
 from cmscale.runs.log import append_line, read_lines, write_event
 from launchers import jobs
-from launchers.judge import Attempt, RankEnd
+from launchers.judge import SUPERSEDED, Attempt, RankEnd
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """The file `job.json`: what the ranks of every start run, and the id of the newest Slurm job."""
+    """The file `job.json`: what the ranks of every start run, and the id of the newest Slurm job.
+
+    Attributes:
+        after: The number of the run's newest start (`cmscale.runs.generations`) when the job was submitted.
+    """
 
     worker: str
     arguments: tuple[Any, ...]
     job_id: str | None
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,16 @@ class Submission:
         return self.folder / "ending.json"
 
     def write_job(self, worker: str, arguments: tuple[Any, ...], *, job_id: str | None = None) -> None:
-        value = {"worker": worker, "arguments": list(arguments)}
-        write_json(self.job_file, value | ({"job_id": job_id} if job_id else {}))
+        self._write(JobRecord(worker, arguments, job_id, after=highest_claimed(self.run)))
 
     def replace_job_id(self, job_id: str) -> None:
         """Records that the job goes on under another id."""
-        record = self.read_job()
-        self.write_job(record.worker, record.arguments, job_id=job_id)
+        self._write(replace(self.read_job(), job_id=job_id))
+
+    def _write(self, record: JobRecord) -> None:
+        optional = {"job_id": record.job_id, "after": record.after}
+        value = {"worker": record.worker, "arguments": list(record.arguments)}
+        write_json(self.job_file, value | {name: given for name, given in optional.items() if given})
 
     def read_job(self) -> JobRecord:
         """The job, also as older versions wrote it (without arguments, the worker under its former name).
@@ -69,7 +78,7 @@ class Submission:
         if value is None or not isinstance(value.get("worker"), str):
             raise UserError(f"{self.job_file}: missing or damaged, so the job cannot start again; submit it once more")
         arguments = tuple(value.get("arguments", ()))
-        return JobRecord(jobs.current_name(value["worker"]), arguments, value.get("job_id"))
+        return JobRecord(jobs.current_name(value["worker"]), arguments, value.get("job_id"), value.get("after", 0))
 
     @property
     def is_evaluation(self) -> bool:
@@ -95,6 +104,8 @@ class Submission:
 
     def record(self, attempt: Attempt) -> list[Attempt]:
         """Appends a start that ended to the history. Returns the whole history, oldest first."""
+        if attempt.ending not in ("finished", "user_error") and self.overtaken():
+            attempt = replace(attempt, ending="superseded", message=SUPERSEDED)
         if self.is_evaluation:
             measured = stored_measurements(self.run)
             interrupted = attempt.ending in ("preempted", "time_limit", "cancelled")
@@ -102,6 +113,23 @@ class Submission:
         file = self.folder / "attempts.jsonl"
         append_line(file, asdict(attempt), durable=True)
         return [Attempt(**record) for record in read_lines(file)]
+
+    def overtaken(self) -> bool:
+        """Whether another job has started the run since: it owns the run now, and this one is not started again."""
+        newest = highest_claimed(self.run)
+        with contextlib.suppress(UserError):
+            if self.is_evaluation or newest <= self.read_job().after:
+                return False
+        claim = claimed_by(self.run, newest)
+        return claim is not None and claim.partition("/")[0] != self.name
+
+    def has_moved_on(self, job_id: str | None) -> bool:
+        """Whether a later Slurm job than `job_id` carries this submission on: two must not work at once."""
+        with contextlib.suppress(UserError):
+            current = self.read_job().job_id
+            if job_id and current and current.isdecimal() and job_id.isdecimal():
+                return int(current) > int(job_id)
+        return False
 
     def report(self, event: str, attempt: Attempt, *, why: str) -> None:
         """Writes an event of this job to the run's events.jsonl; an evaluation's has the prefix `evaluation_`."""

@@ -1,18 +1,20 @@
 """Trains a config on Slurm or on this machine: `submit.py [flags] CONFIG [key=value ...]`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
-from cmscale.config import Config, differences, dump_config, parse_config, read_config, trajectory
+from cmscale.config import Config, differences, dump_config, leaves, parse_config, read_config, trajectory
+from cmscale.config.site import LaunchSettings, site_layers, unused_variables
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.runs.folder import RunDir
 from launchers.checks import check_evaluation, check_export, check_inputs
 from launchers.clusters import CLUSTERS
-from launchers.command_line import add_cluster_flags, describe_training, guarded, placement_from
+from launchers.command_line import add_cluster_flags, describe_training, guarded, runs_dir
 from launchers.evaluate_checkpoints import arguments_for, with_kept_checkpoints
 from launchers.jobs import TRAIN, JobSpec
 from launchers.run_folders import (
@@ -24,6 +26,7 @@ from launchers.run_folders import (
     write_provenance,
 )
 from launchers.submission import newest_step
+from launchers.where import FLAG, Recorded, decide_where, describe_origins, read_recorded
 
 
 def main(arguments: list[str]) -> int:
@@ -36,27 +39,42 @@ def main(arguments: list[str]) -> int:
         UserError: a mistake in the command, the config or the inputs.
     """
     flags = _parser().parse_intermixed_args(arguments)
-    run, config = _run_and_config(flags)
-    placement = placement_from(flags, device=config.engine.device, config=config)
+    origins: dict[str, str] = {}
+    run, config = _run_and_config(flags, origins)
+    recorded = read_recorded(run) if flags.resume else None
+    settings = LaunchSettings(slurm=config.slurm, restart=config.restart)
+    where = decide_where(flags, settings, origins, device=config.engine.device, recorded=recorded)
+    placement, every = where.placement, _evaluate_every(flags, recorded)
     evaluations: tuple[str, ...] = ()
-    if flags.evaluate_every is not None:
-        config = with_kept_checkpoints(config, flags.evaluate_every)
-        evaluations = arguments_for(run, placement, flags.evaluate_every)
+    if every is not None:
+        config = with_kept_checkpoints(config, every)
+        evaluations = arguments_for(run, placement, every)
     cluster = CLUSTERS[placement.cluster]
     job = JobSpec(TRAIN, (str(run.root), flags.fresh), run, placement, evaluations)
     print(describe_training(placement, config, root=run.root), flush=True)
+    if flags.dry_run or flags.resume:
+        rows = where if every is None else where.with_row("evaluate every", str(every), _origin_of_every(flags))
+        print("\n" + describe_origins(rows, origins, {key: value for key, value, _ in leaves(config)}), flush=True)
+    if unused := unused_variables(os.environ):
+        print(f"note: not used, as launchers say this themselves: {', '.join(unused)}", file=sys.stderr)
+    if flags.resume and recorded is None:
+        print(
+            f"note: run {run.name} does not record where it ran (an earlier release started it); flags and defaults "
+            f"give {placement.nodes} nodes of {placement.ranks_per_node} ranks",
+            file=sys.stderr,
+        )
     if flags.dry_run:
         if preview := cluster.preview(job):
             print("\n" + preview)
         return 0
     check_inputs(config)
-    if flags.evaluate_every is not None:
+    if every is not None:
         check_evaluation(config, asked={})
     if config.checkpoint.export_to is not None:
         check_export(config.checkpoint.export_to, run.name, is_new=not flags.resume)
     if not flags.resume:
         create_run(run, config)
-    with only_launcher(run, TRAIN):
+    with only_launcher(run, TRAIN, take_over=flags.take_over):
         if flags.resume:
             if newest_step(run) >= config.train.total_steps:
                 print(f"run {run.name} is finished: step {newest_step(run)} of {config.train.total_steps}")
@@ -64,6 +82,7 @@ def main(arguments: list[str]) -> int:
                 return 0
             replace_durably(run.config, dump_config(config).encode())
             write_provenance(run)
+        Recorded.of(placement, evaluate_every=every).write(run)
         status = cluster.run(job, wait=flags.wait)
     print(f"run: {run.root}", flush=True)
     return status
@@ -77,10 +96,16 @@ def _parser() -> argparse.ArgumentParser:
         "--fresh", action="store_true", help="with --resume: start from step 0 if no checkpoint can be loaded"
     )
     parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="with --resume: continue although an earlier job or launcher may be alive; it then ends by itself",
+    )
+    parser.add_argument(
         "--evaluate-every",
         type=int,
         metavar="N",
-        help="evaluate the checkpoint of every N-th step in a job of its own, and keep these checkpoints",
+        help="evaluate the checkpoint of every N-th step in a job of its own, and keep these checkpoints; "
+        "0 with --resume: no longer",
     )
     parser.add_argument(
         "items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, and values that override its own"
@@ -88,20 +113,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_and_config(flags: argparse.Namespace) -> tuple[RunDir, Config]:
-    """The run that the flags name, new or to resume, and the config that it trains with."""
+def _evaluate_every(flags: argparse.Namespace, recorded: Recorded | None) -> int | None:
+    """The interval of evaluations during training: the flag's, else that which a resumed run had."""
+    if flags.evaluate_every == 0 and flags.resume:
+        return None
+    return flags.evaluate_every if flags.evaluate_every is not None else recorded and recorded.evaluate_every
+
+
+def _origin_of_every(flags: argparse.Namespace) -> str:
+    return "placement.json of the run" if flags.evaluate_every is None else FLAG
+
+
+def _run_and_config(flags: argparse.Namespace, origins: dict[str, str]) -> tuple[RunDir, Config]:
+    """The run that the flags name, new or to resume, and the config that it trains with.
+
+    Args:
+        origins: Gets the origin of each value that is no default, by dotted key.
+    """
     file, overrides = split_items(flags.items)
-    if flags.fresh and not flags.resume:
-        raise UserError("--fresh: a new run starts from step 0 anyway; use it with --resume")
+    for flag in ("fresh", "take_over"):
+        if getattr(flags, flag) and not flags.resume:
+            raise UserError(f"--{flag.replace('_', '-')}: a new run starts from step 0 anyway; use it with --resume")
     if flags.resume:
         if flags.name:
             raise UserError(f"--name {flags.name}: a run that is resumed keeps its name; leave it out")
-        run = existing_run(flags.resume, runs_dir=flags.runs_dir)
-        return run, resumed_config(run, file, overrides)
+        run = existing_run(flags.resume, runs_dir=runs_dir(flags))
+        return run, resumed_config(run, file, overrides, origins)
     if file is None:
         raise UserError("no config given: submit.py [flags] CONFIG [key=value ...]")
-    run = new_run(name=flags.name, runs_dir=flags.runs_dir, stem=Path(file).stem)
-    return run, with_absolute_paths(read_config(file, overrides))
+    run = new_run(name=flags.name, runs_dir=runs_dir(flags), stem=Path(file).stem)
+    return run, with_absolute_paths(read_config(file, overrides, beneath=site_layers(), origins=origins))
 
 
 def split_items(items: list[str]) -> tuple[str | None, list[str]]:
@@ -116,8 +157,15 @@ def split_items(items: list[str]) -> tuple[str | None, list[str]]:
     return (files[0] if files else None), [item for item in items if item not in files]
 
 
-def resumed_config(run: RunDir, file: str | None, overrides: list[str]) -> Config:
+def resumed_config(
+    run: RunDir, file: str | None, overrides: list[str], origins: dict[str, str] | None = None
+) -> Config:
     """The config that a resumed run continues with: its own or that of `file`, with overrides.
+
+    A site's values are beneath those of `file`; the run's own config holds those that it was started with.
+
+    Args:
+        origins: Gets the origin of each value that is no default, by dotted key.
 
     Raises:
         UserError: a value that changes the losses differs from the run's own; the differences are named.
@@ -125,9 +173,9 @@ def resumed_config(run: RunDir, file: str | None, overrides: list[str]) -> Confi
     old = read_config(run.config, resolved=True)
     written_by_older_release = read_config(run.config) != old  # its YAML lacks the same keys as the run's config
     new = (
-        read_config(file, overrides, resolved=written_by_older_release)
+        read_config(file, overrides, resolved=written_by_older_release, beneath=site_layers(), origins=origins)
         if file
-        else parse_config(run.config.read_text(), overrides, origin=str(run.config), resolved=True)
+        else parse_config(run.config.read_text(), overrides, origin=str(run.config), resolved=True, origins=origins)
     )
     if changed := differences(trajectory(old), trajectory(new)):
         raise UserError(

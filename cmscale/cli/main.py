@@ -5,6 +5,7 @@ import sys
 import typer
 
 from cmscale.cli import evaluation, facts, runs, sampling, weights
+from cmscale.config.site import use_site
 from cmscale.errors import UserError
 
 # Commands import torch when they are called, so that `cmscale --help` and `cmscale runs` answer at once.
@@ -17,6 +18,7 @@ for group in (sampling, evaluation, weights, runs, facts):
 def main() -> None:
     """Entry point."""
     try:
+        use_site()
         app()  # exits by itself, with 2 for a wrong command line
     except UserError as error:
         print(f"cmscale: {error}", file=sys.stderr)

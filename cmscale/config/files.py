@@ -5,19 +5,23 @@ import json
 import re
 import sys
 import types
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from cmscale.config.added import with_added_keys
+from cmscale.config.layers import COMMAND_LINE, Layer, make_room, merged
 from cmscale.config.methods import KINDS
 from cmscale.config.models import Config
 from cmscale.config.renamed import RENAMED, with_current_names
 from cmscale.config.section import Section
 from cmscale.errors import UserError
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,42 +50,97 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_config(path: str | Path, overrides: list[str] | None = None, *, resolved: bool = False) -> Config:
+def read_config(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    *,
+    resolved: bool = False,
+    beneath: Sequence[Layer] = (),
+    origins: dict[str, str] | None = None,
+) -> Config:
     """Reads a YAML file and applies `section.key=value` overrides (values in YAML: `[1,2]`, `null`, `1e-4`).
 
     Args:
         resolved: The file is the config.yaml of a run, which holds every key of the release that wrote it: added keys
             get the values that older releases worked with, not their defaults.
+        beneath: Layers of defaults, the lowest first, which the file's values replace.
+        origins: Gets the origin of each value that is no default, by dotted key.
 
     Raises:
         UserError: there is no such file, it is not YAML, or a key or value is not allowed.
     """
-    path = Path(path)
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        raise UserError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: can't be read ({error}); give a readable YAML file") from None
-    return parse_config(text, overrides, origin=str(path), resolved=resolved)
+    text = read_yaml_text(Path(path), what="config")
+    return parse_config(text, overrides, origin=str(path), resolved=resolved, beneath=beneath, origins=origins)
 
 
 def parse_config(
-    text: str, overrides: list[str] | None = None, *, origin: str = "config", resolved: bool = False
+    text: str,
+    overrides: list[str] | None = None,
+    *,
+    origin: str = "config",
+    resolved: bool = False,
+    beneath: Sequence[Layer] = (),
+    origins: dict[str, str] | None = None,
 ) -> Config:
     """Parses the text of a config file like `read_config`; `origin` is its name in messages."""
+    tree = _current_names(parse_sections(text, origin), origin)
+    if resolved:
+        tree = with_added_keys(tree)
+    return validated(Config, [*beneath, Layer(origin, tree)], overrides or [], origin=origin, origins=origins)
+
+
+def validated(
+    model: type[AnySection],
+    layers: Sequence[Layer],
+    overrides: list[str],
+    *,
+    origin: str,
+    origins: dict[str, str] | None = None,
+) -> AnySection:
+    """The sections of `model` with the values of layers, the lowest first, and of overrides over them.
+
+    Args:
+        origin: The name of all of this in messages.
+        origins: Gets the origin of each value that is no default, by dotted key.
+
+    Raises:
+        UserError: a key or value is not allowed.
+    """
+    tree, found = merged(layers)
+    for override in _current_overrides(overrides):
+        found[_apply(tree, override, among=overrides)] = COMMAND_LINE
+    if origins is not None:
+        origins.update(found)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {explain(error)}") from None
+
+
+def read_yaml_text(path: Path, *, what: str) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        UserError: there is no such file, or it can't be read.
+    """
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise UserError(f"{what} {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path}: can't be read ({error}); give a readable YAML file") from None
+
+
+def parse_sections(text: str, origin: str) -> dict[str, Any]:
+    """The sections in the text of a YAML file.
+
+    Raises:
+        UserError: it is not YAML, or holds no sections.
+    """
     tree = _parse_yaml(text, origin)
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: holds {type(tree).__name__}; write sections (method, model, data, ...)")
-    tree = _current_names(tree, origin)
-    if resolved:
-        tree = with_added_keys(tree)
-    for override in _current_overrides(overrides or []):
-        _apply(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(error)}") from None
+    return tree
 
 
 def dump_config(config: Config) -> str:
@@ -133,36 +192,50 @@ def _report_old_keys(old_keys: tuple[str, ...], origin: str) -> None:
         print(f"{origin}: old keys are read under their current names ({renamed}); write those", file=sys.stderr)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, *, among: Sequence[str]) -> str:
+    """Sets the value of an override, one of those in `among`. Returns the dotted key."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: write it as key=value, for example train.seed=1")
-    if key not in known_keys():
-        raise UserError(f"override {override!r}: unknown key{_suggestion(key)}")
+    if key not in known_keys() and key.rpartition(".")[0] not in _MAPPINGS:
+        raise UserError(f"override {override!r}: unknown key{suggestion(key)}")
     *sections, leaf = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        tree[section] = {} if tree.get(section) is None else tree[section]
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section} holds a value in the file; make it a section there")
-    tree[leaf] = _parse_yaml(text, f"override {override!r}") if text else None
+    value = _parse_yaml(text, f"override {override!r}") if text else None
+    others = {name.rpartition(".")[2] for name in (one.partition("=")[0] for one in among)}
+    make_room(tree, ".".join(sections), {**dict.fromkeys(others), leaf: value})
+    tree[leaf] = value
+    return key
 
 
-def _suggestion(key: str) -> str:
+_MAPPINGS = frozenset({"slurm.extra"})  # keys whose values have names of their own: slurm.extra.switches=1
+
+
+def suggestion(key: str) -> str:
     close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _explain(error: ValidationError) -> str:
-    """The first of pydantic's errors as one line: key, value given, values allowed."""
+def explain(error: ValidationError, *, section: str = "") -> str:
+    """The first of pydantic's errors as one line: key, value given, values allowed.
+
+    Args:
+        section: The section that was validated; empty for a whole config.
+    """
     first: Any = error.errors(include_url=False)[0]
     path = [str(part) for index, part in enumerate(first["loc"]) if not (index == 1 and part in KINDS)]
+    path = [section, *path] if section else path
     key = ".".join(path)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     match first["type"]:
         case "extra_forbidden" if key in known_keys():
             return f"{key}: not a key of method.kind {first['loc'][1]}; remove it{more}"
         case "extra_forbidden":
-            return f"{key}: unknown key{_suggestion(key)}{more}"
+            return f"{key}: unknown key{suggestion(key)}{more}"
         case "missing":
             return f"{key}: is missing and has no default; set it{more}"
         case "union_tag_not_found":

@@ -12,6 +12,7 @@ from cmscale.config.features import known_network
 from cmscale.config.methods import Method
 from cmscale.config.renamed import with_current_names
 from cmscale.config.section import AsTuple, Count, Counts, NonNegative, Positive, Rate, Section, operational
+from cmscale.config.slurm import Slurm
 from cmscale.errors import UserError
 
 
@@ -212,16 +213,6 @@ class Restart(Section):
     max_restarts: NonNegative = operational(10)
     backoff_seconds: NonNegative = operational(10)
     signal_seconds: Count = operational(120)
-
-
-class Slurm(Section):
-    """Options of sbatch that the launchers have no flags for. `mem_gb` 0 requests all memory of each node."""
-
-    account: str | None = operational(None)
-    qos: str | None = operational(None)
-    constraint: str | None = operational(None)
-    cpus_per_task: Count = operational(8)
-    mem_gb: NonNegative = operational(0)
 
 
 class Config(Section):

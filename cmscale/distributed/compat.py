@@ -18,6 +18,13 @@ def all_gather_flat(gathered: torch.Tensor, own: torch.Tensor) -> None:
     collective(gathered, own)
 
 
+def rendezvous_store(*, rank: int, num_ranks: int, timeout: datetime.timedelta) -> Any:
+    """The store at MASTER_ADDR and MASTER_PORT by which ranks meet, as `init_process_group` makes it. Collective."""
+    store, _, _ = next(private(dist, "rendezvous", package="torch")("env://", rank, num_ranks, timeout=timeout))
+    store.set_timeout(timeout)
+    return store
+
+
 def process_groups() -> list[Any]:
     """Every process group of this process, those that other libraries made included."""
     world = private(dist.distributed_c10d, "_world", package="torch")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from cmscale.distributed import interfaces
+from cmscale.distributed.compat import rendezvous_store
 from cmscale.errors import UserError
 
 
@@ -87,7 +89,11 @@ def same_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
-    """Joins the process group: gloo for CPU tensors, NCCL for CUDA. DeepSpeed needs one for a single rank too."""
+    """Joins the process group: gloo for CPU tensors, NCCL for CUDA. DeepSpeed needs one for a single rank too.
+
+    Raises:
+        UserError: ranks of several nodes can't reach each other by the addresses of their names.
+    """
     if dist.is_initialized():
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -95,12 +101,18 @@ def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    dist.init_process_group(
-        backend,
-        rank=world.rank,
-        world_size=world.num_ranks,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-    )
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store = None
+    if world.ranks_per_node < world.num_ranks:
+        interfaces.await_master(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            rank=world.rank,
+            ranks_per_node=world.ranks_per_node,
+        )
+        store = rendezvous_store(rank=world.rank, num_ranks=world.num_ranks, timeout=timeout)
+        interfaces.agree(store, rank=world.rank, num_ranks=world.num_ranks)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.num_ranks, timeout=timeout)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -22,16 +23,19 @@ from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.fetch import file_sha256
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name, step_of
+from cmscale.runs.generations import claim_next, read_generation
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
 
-
-class Fenced(RuntimeError):
-    """Raised if a newer start of the run exists: this one may not commit."""
+LOOK_SECONDS = 10.0  # between two looks for a newer start
 
 
 class CheckpointFailed(RuntimeError):
     """Raised if a checkpoint could not be written and training must stop for that."""
+
+
+class Fenced(CheckpointFailed):
+    """Raised if a newer start of the run exists: this one commits nothing more and ends."""
 
 
 def claim_generation(run: RunDir) -> int:
@@ -41,13 +45,15 @@ def claim_generation(run: RunDir) -> int:
     """
 
     def claim() -> int:
-        generation = read_generation(run) + 1
-        replace_durably(run.generation, json.dumps({"generation": generation}).encode())
+        generation = claim_next(run)
         for replaced in run.checkpoints.glob(".step-*.replaced-*"):
             final = run.checkpoint(step_of(replaced.name[1:]))
             if not final.exists():  # killed between the two renames of a commit
-                replaced.rename(final)
+                with contextlib.suppress(FileNotFoundError):  # another start did the same
+                    replaced.rename(final)
         for leftover in run.checkpoints.glob(".step-*"):
+            if _writer(leftover.name) > generation:  # of a newer start that works already
+                continue
             if ".save-" in leftover.name:
                 why = f"{leftover.name}: an earlier start ended before this save was complete; removed"
                 write_event(run, "unfinished_save", step=step_of(leftover.name[1:]), rank=0, why=why)
@@ -57,14 +63,10 @@ def claim_generation(run: RunDir) -> int:
     return from_main(on_main(claim))
 
 
-def read_generation(run: RunDir) -> int:
-    """The number of starts of the run so far."""
-    try:
-        return int(json.loads(run.generation.read_text())["generation"])
-    except FileNotFoundError:
-        return 0
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{run.generation}: damaged; delete it once no job of this run is alive") from None
+def _writer(leftover: str) -> int:
+    """The start that made a hidden folder of checkpoints, such as `.step-000000020.start-1.save-2`; 0 if unknown."""
+    found = re.search(r"\.(?:start|replaced|removed)-(\d+)", leftover)
+    return int(found[1]) if found else 0
 
 
 class Checkpoints:
@@ -103,6 +105,7 @@ class Checkpoints:
         self._saved = loaded
         self._failure: BaseException | None = None
         self._saves = 0
+        self._looked = time.monotonic()
 
     def maybe_save(self, state: TrainState, engine: Engine) -> bool:
         """Saves if the step is a multiple of `checkpoint.every_steps`. Returns whether it did."""
@@ -115,14 +118,15 @@ class Checkpoints:
         """Copies the state and starts to write it; does nothing if this very state was saved last. Collective.
 
         Raises:
+            Fenced: on every rank, if a newer start of the run has taken over.
             CheckpointFailed: on every rank, if the previous save failed on any and `checkpoint.stop_on_failure` is
-                set, or if a newer start of the run has taken over.
+                set.
         """
         if state == self._saved:
             return
         self.wait()
-        stop = self._config.checkpoint.stop_on_failure or isinstance(self._failure, Fenced)
-        if any_rank(stop and self._failure is not None):
+        self.end_if_overtaken()
+        if any_rank(self._config.checkpoint.stop_on_failure and self._failure is not None):
             why = self._failure or "on another rank"
             raise CheckpointFailed(f"the previous checkpoint was not written: {why}") from self._failure
         shards = engine.shards
@@ -162,6 +166,23 @@ class Checkpoints:
         self.wait()
         return all_ranks(self._failure is None)
 
+    def overtaken(self) -> bool:
+        """Whether this rank knows of a newer start of the run. Rank 0 looks for one every 10 seconds."""
+        if self._world.is_main and time.monotonic() >= self._looked + LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._failure = self._newer_start() or self._failure
+        return isinstance(self._failure, Fenced)
+
+    def end_if_overtaken(self) -> None:
+        """Ends this start if any rank knows of a newer one. Collective.
+
+        Raises:
+            Fenced: on every rank.
+        """
+        fenced = self._failure if isinstance(self._failure, Fenced) else None
+        if any_rank(fenced is not None):
+            raise fenced or Fenced("a newer start of the run has taken over")
+
     def _write(
         self,
         staged: Path,
@@ -180,7 +201,8 @@ class Checkpoints:
                 self._retain()
                 if self._exporter is not None:
                     self._exporter.offer(manifest.state.step)
-        except Exception as error:
+        except Exception as failure:
+            error = self._newer_start() or failure  # which may have removed what this start had staged
             self._failure = error
             with contextlib.suppress(OSError, UserError):
                 record(staged, self._world.rank, {"error": f"{type(error).__name__}: {error}"})
@@ -230,6 +252,16 @@ class Checkpoints:
         newest = read_generation(self._run)
         if newest != self._generation:
             raise Fenced(f"start {newest} of the run has taken over from start {self._generation}; nothing committed")
+
+    def _newer_start(self) -> Fenced | None:
+        """The error by which this start ends if there is a newer one; None also if storage does not tell."""
+        try:
+            self._must_be_newest()
+        except Fenced as error:
+            return error
+        except (OSError, UserError):
+            pass
+        return None
 
     def _retain(self) -> None:
         """Removes old checkpoints.

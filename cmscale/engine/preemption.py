@@ -41,6 +41,10 @@ class Preemption:
         """Whether this rank was asked to stop; others may not have been."""
         return self._received is not None
 
+    def ask(self, why: str) -> None:
+        """Asks this rank to stop, as a signal does."""
+        self._received = self._received or why
+
     def requested(self) -> bool:
         """Whether any rank was asked to stop. Collective: call it on all ranks, at the step's boundary."""
         return any_rank(self._received is not None)

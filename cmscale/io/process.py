@@ -12,6 +12,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 EARLY_SIGNAL = "CMSCALE_EARLY_SIGNAL"
 """Variable with the name of a signal that came before a job's worker had handlers: it should stop at once."""
 
+START = "CMSCALE_START"
+"""Variable with the name of this start of a job, `SUBMISSION/START`, in the ranks that a launcher starts."""
+
 _PR_SET_PDEATHSIG = 1
 
 

@@ -4,12 +4,13 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cmscale.errors import UserError
-from cmscale.io.process import CHECKOUT
+from cmscale.io.process import CHECKOUT, EARLY_SIGNAL, START
 
 ACTIVE_STATES = frozenset(
     {
@@ -29,6 +30,12 @@ ACTIVE_STATES = frozenset(
 )
 """States in which a job still runs or will run (squeue's names)."""
 
+_OF_JOBS = ("SLURM_", "SLURMD_", "SLURMSTEPD_", "SBATCH_", "SRUN_", "SALLOC_", "SUBMITIT_", "PMI_", "PMIX_", "OMPI_")
+_OF_RANKS = frozenset(
+    {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", START, EARLY_SIGNAL}
+)
+_DEVICES = frozenset({"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "GPU_DEVICE_ORDINAL"})
+
 PYTHON_PATH = f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}"
 """A line of a batch script: Python finds this checkout's packages, from any folder."""
 
@@ -42,32 +49,50 @@ def common_parameters(
     job_name: str,
     nodes: int,
     tasks_per_node: int,
-    cpus_per_task: int,
+    cpus_per_task: int | None,
     minutes: int,
     partition: str | None,
-    mem_gb: int = 0,
+    mem_gb: int | None = 0,
+    options: Mapping[str, str | bool] | None = None,
+    setup: Sequence[str] = (),
+    srun_args: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Arguments of submitit's `SlurmExecutor.update_parameters` that all our jobs share.
 
     Args:
+        cpus_per_task: None leaves the number to Slurm.
         minutes: The time limit.
         partition: None is the cluster's default partition.
-        mem_gb: Memory per node; 0 requests all of it.
+        mem_gb: Memory per node; 0 requests all of it, None is no request.
+        options: Further options of sbatch by long name; True is one without a value.
+        setup: Lines of shell that the script runs first.
+        srun_args: Further options of srun.
     """
+    given = dict(options or {})
+    # What set-up lines changed must not change what the script's own lines mean, nor end the script.
+    lines = [*setup, "set +eu +o pipefail"] if setup else []
+    if "export" in given:  # sbatch would have srun start ranks without this script's variables
+        lines.append("export SLURM_EXPORT_ENV=ALL")
     return {
         "job_name": job_name,
         "nodes": nodes,
         "ntasks_per_node": tasks_per_node,
-        "cpus_per_task": cpus_per_task,
         "time": minutes,
-        "mem": f"{mem_gb}GB" if mem_gb else "0",
         "stderr_to_stdout": True,
         # srun does not inherit the CPU count from sbatch since Slurm 22.05.
-        "srun_args": [f"--cpus-per-task={cpus_per_task}"],
-        "setup": [PYTHON_PATH],
-        "additional_parameters": {"requeue": True},
+        "srun_args": [*([f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else []), *srun_args],
+        "setup": [*lines, PYTHON_PATH],
+        "additional_parameters": {"requeue": True, **given},
+        "wckey": None,  # submitit's own default is refused by sites that enforce wckeys
+        **({"cpus_per_task": cpus_per_task} if cpus_per_task else {}),
+        **({} if mem_gb is None else {"mem": f"{mem_gb}GB" if mem_gb else "0"}),
         **({"partition": partition} if partition else {}),
     }
+
+
+def exports(variables: Mapping[str, str]) -> list[str]:
+    """Lines of a script that set variables unless they are set already."""
+    return [f'[ -n "${{{name}+set}}" ] || export {name}={shlex.quote(value)}' for name, value in variables.items()]
 
 
 def submit(script: Path, *options: str, environment: Mapping[str, str] | None = None) -> str:
@@ -75,15 +100,16 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
 
     Args:
         options: Options of sbatch; they override those in the script.
-        environment: The variables that sbatch and the job get; None is this process's.
+        environment: The variables that sbatch and the job get, but for those of jobs; None is this process's.
 
     Raises:
         UserError: Slurm refuses the job or does not answer, or there is no sbatch.
         NoJobIdError: sbatch accepted the job, but what it printed holds no job id; do not submit it again.
     """
     command = ["sbatch", "--parsable", *options, str(script)]
+    variables = outside_of_jobs(os.environ if environment is None else environment)
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     except FileNotFoundError:
         raise UserError("no sbatch on the PATH; run this on a login node of the cluster") from None
     if ran.returncode:
@@ -113,16 +139,49 @@ def job_states(job_id: str) -> set[str] | None:
         FileNotFoundError: there is no squeue on the PATH.
     """
     command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    # SQUEUE_PARTITION and the like would hide the job.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    asked = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if asked.returncode == 0:
         return set(asked.stdout.split())
     return set() if "Invalid job id" in asked.stderr else None
 
 
 def outside_of_jobs(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment without a job's own variables, which sbatch would read as options of another job."""
+    """The environment without variables of jobs and ranks, which sbatch and srun would read as options of another job.
+
+    SLURM_CONF stays: it says which Slurm this is. Inside of a job its devices are left out, too.
+    """
+    of_this_job = _OF_RANKS | _DEVICES if "SLURM_JOB_ID" in environment else _OF_RANKS
     return {
         name: value
         for name, value in environment.items()
-        if not name.startswith(("SLURM_", "SBATCH_")) or name == "SLURM_CONF"
+        if name.startswith("SLURM_CONF") or not (name.startswith(_OF_JOBS) or name in of_this_job)
     }
+
+
+@contextmanager
+def outside_of_this_job() -> Iterator[None]:
+    """Takes the variables of jobs and ranks out of this process's environment while the block runs."""
+    before, kept = dict(os.environ), outside_of_jobs()
+    for name in before.keys() - kept.keys():
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def options_in(script: str) -> dict[str, str]:
+    """The options of a batch script by long name; those without a value have an empty one."""
+    words = [word for line in script.splitlines() if line.startswith("#SBATCH ") for word in shlex.split(line)[1:]]
+    return {name.removeprefix("--"): value for name, _, value in (word.partition("=") for word in words)}
+
+
+def without_fulfilled_dependency(script: str) -> str:
+    """A script of a job that has run: without its dependencies, as Slurm refuses those on jobs that it has forgotten.
+
+    `singleton` is kept, as it is fulfilled anew by every job.
+    """
+    fulfilled = re.compile(r"^#SBATCH --dependency=(?!'?singleton'?$).*\n", re.MULTILINE)
+    return fulfilled.sub("", script)

@@ -37,6 +37,11 @@ class RunDir:
         return self.root / "config.yaml"
 
     @property
+    def placement(self) -> Path:
+        """Where the newest job of the run was sent."""
+        return self.root / "placement.json"
+
+    @property
     def provenance(self) -> Path:
         return self.root / "provenance.json"
 
@@ -56,6 +61,14 @@ class RunDir:
     def generation(self) -> Path:
         """The number of starts of the run; only its newest start may commit checkpoints."""
         return self.root / "generation.json"
+
+    @property
+    def generations(self) -> Path:
+        """One file per start, named by its number."""
+        return self.root / "generations"
+
+    def claimed_generation(self, number: int) -> Path:
+        return self.generations / f"{number:06d}"
 
     @property
     def checkpoints(self) -> Path:
@@ -98,6 +111,11 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    @property
+    def launcher_sign(self) -> Path:
+        """Touched by a living launcher every few seconds."""
+        return self.logs / ".launcher.json"
 
     def asked_evaluation(self, step: int) -> Path:
         """A marker: the evaluation of this step was submitted."""

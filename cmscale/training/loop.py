@@ -6,7 +6,7 @@ from pathlib import Path
 from cmscale.config import Config, read_config, schedules
 from cmscale.distributed import world as worlds
 from cmscale.distributed.world import World
-from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_generation
+from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, Fenced, claim_generation
 from cmscale.engine.export import Exporter
 from cmscale.engine.preemption import Preemption
 from cmscale.engine.resume import newest, restore
@@ -32,7 +32,8 @@ def main(run_dir: str, fresh: bool = False) -> str:
         fresh: Start from step 0 if no checkpoint of the run can be loaded.
 
     Returns:
-        `finished`, or `preempted` with a checkpoint of the last applied step.
+        `finished`; `preempted`, with a checkpoint of the last applied step; or `superseded` by a newer start of the
+        run, after which this one commits nothing more.
 
     Raises:
         UserError: the config can't be carried out here.
@@ -41,10 +42,15 @@ def main(run_dir: str, fresh: bool = False) -> str:
     config = read_config(run.config, resolved=True)
     preemption = Preemption.install()
     world = worlds.detect(config.engine.device)
-    worlds.connect(world, timeout_minutes=config.engine.collective_timeout_minutes)
     try:
+        worlds.connect(world, timeout_minutes=config.engine.collective_timeout_minutes)
         preflight.check(config, run, world)
         return train(config, run, world, preemption=preemption, fresh=fresh)
+    except Fenced as error:
+        if world.is_main:
+            with contextlib.suppress(OSError, UserError):
+                write_event(run, "superseded", step=-1, rank=0, why=str(error))
+        return "superseded"
     except Exception as error:
         with contextlib.suppress(OSError, UserError):  # a full disk must not hide the error
             write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(error).__name__}: {error}")
@@ -84,7 +90,9 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     log.started(state)
     if found is None:  # a rollback needs a checkpoint
         checkpoints.save(state, engine)
-        if not checkpoints.close():
+        saved = checkpoints.close()
+        checkpoints.end_if_overtaken()
+        if not saved:
             raise CheckpointFailed(f"the first checkpoint could not be written; see {run.events}")
 
     while state.step < config.train.total_steps and not preemption.requested():
@@ -109,11 +117,14 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         if result.applied and schedules.is_due(state.step, config.train.sample_every, config.train.total_steps):
             save_sample_grid(config, run, world, engine, step=state.step)
         checkpoints.maybe_save(state, engine)
+        if checkpoints.overtaken():
+            preemption.ask("a newer start of the run")
         watchdog.beat(state.step)
 
     finished = state.step >= config.train.total_steps
     checkpoints.save(state, engine)
     saved = checkpoints.close()
+    checkpoints.end_if_overtaken()
     if exporter is not None:  # a preempted job has seconds; the next start uploads the rest
         exporter.close(patience=60.0 * config.engine.collective_timeout_minutes if finished else 5.0)
     watchdog.stop()

@@ -1,14 +1,18 @@
 """Makes the shards of a preparation with an array of Slurm tasks: submits it, follows it, and runs its tasks."""
 
 import io
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
+from cmscale.config import Slurm
+from cmscale.config.site import read_site
 from cmscale.errors import UserError
-from cmscale.io.slurm import ACTIVE_STATES, common_parameters, job_states, refusal
+from cmscale.io.slurm import ACTIVE_STATES, common_parameters, exports, job_states, outside_of_this_job, refusal
 from cmscale.runs.manifests import Document, read_document
 from data_prep.making.preparation import PROGRESS, Preparation
 from data_prep.making.processes import make_missing
@@ -40,12 +44,16 @@ class ArrayTask(Document):
 
 
 class ArrayPlacement(Document):
-    """Where an array runs: number of tasks (one per node), and each task's CPUs, time limit and partition."""
+    """Where an array runs: number of tasks (one per node), and each task's CPUs, time limit and partition.
+
+    Of `slurm` everything is used that does not place ranks or request GPUs.
+    """
 
     nodes: int
     cpus: int
     minutes: int
     partition: str | None = None
+    slurm: Slurm = Slurm()
 
 
 class ArrayFailed(RuntimeError):
@@ -120,8 +128,9 @@ def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.slurm.slurm import SlurmExecutor
 
-    tasks = min(placement.nodes, preparation.num_shards)
-    executor = SlurmExecutor(_log_folder(preparation))
+    tasks, slurm = min(placement.nodes, preparation.num_shards), placement.slurm
+    python = shlex.join(slurm.rank_interpreter(sys.executable))
+    executor = SlurmExecutor(_log_folder(preparation), python=python)
     executor.update_parameters(
         array_parallelism=tasks,
         **common_parameters(
@@ -131,6 +140,10 @@ def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int
             cpus_per_task=placement.cpus,
             minutes=placement.minutes,
             partition=placement.partition,
+            mem_gb=None,
+            options=slurm.options(),
+            setup=[*slurm.setup, *exports(read_site().environment)],
+            srun_args=slurm.srun_args,
         ),
     )
     arguments = [
@@ -146,7 +159,8 @@ def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int
         for task in range(tasks)
     ]
     try:
-        with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what it also raises
+        # submitit prints what it also raises
+        with outside_of_this_job(), redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(run_task, one) for one in arguments]
     except FileNotFoundError:
         raise UserError("--slurm: no sbatch on the PATH; run this on a login node, or without --slurm") from None

@@ -5,6 +5,7 @@ A cluster is one module of this package, and a line in `launchers.clusters.CLUST
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Protocol
 
 from cmscale.runs.folder import RunDir
@@ -56,6 +57,8 @@ class Cluster(Protocol):
         ...
 
 
-def rank_command(cluster: str, submission: Submission, start: str) -> list[str]:
+def rank_command(
+    cluster: str, submission: Submission, start: str, interpreter: Sequence[str] = (sys.executable,)
+) -> list[str]:
     """The command of every rank. `start` names the start of the job among those of its submission."""
-    return [sys.executable, "-u", "-m", "launchers.job", cluster, str(submission.run.root), submission.name, start]
+    return [*interpreter, "-u", "-m", "launchers.job", cluster, str(submission.run.root), submission.name, start]

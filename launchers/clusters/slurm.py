@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import submitit
 
+from cmscale.config.site import read_site
 from cmscale.errors import UserError
 from cmscale.io import slurm
 from cmscale.io.durable import replace_durably
@@ -51,9 +52,25 @@ class SlurmCluster:
                 f"{signal_seconds} before the end; request more time or lower it"
             )
         gpus = request.device != "cpu"
-        ranks = request.ranks_per_node or (DEFAULT_GPUS_PER_NODE if gpus else 1)
+        in_gres = request.slurm.gpus_in_gres()
+        if in_gres is not None and request.ranks_per_node not in (None, in_gres):
+            raise UserError(
+                f"slurm.gres {request.slurm.gres}: requests {in_gres} GPUs per node, --gpus-per-node "
+                f"{request.ranks_per_node}; leave one of them out"
+            )
+        if request.gpu_type and not gpus:
+            raise UserError(f"--gpus-per-node {request.gpu_type}:N: engine.device is cpu; give a number of ranks")
+        ranks = request.ranks_per_node or in_gres or (DEFAULT_GPUS_PER_NODE if gpus else 1)
         return Placement(
-            self.name, request.nodes, ranks, gpus, request.partition, minutes, request.slurm, request.restart
+            self.name,
+            request.nodes,
+            ranks,
+            gpus,
+            request.partition,
+            minutes,
+            request.slurm,
+            request.restart,
+            request.gpu_type,
         )
 
     def describe(self, placement: Placement) -> str:
@@ -64,8 +81,20 @@ class SlurmCluster:
 
     def refuse_if_running(self, run: RunDir, worker: str) -> None:
         for submission in submissions_of(run):
-            if active := _active_job(submission, worker):
-                job_id, state = active
+            job_id = _unfinished_job(submission, worker)
+            if job_id is None:
+                continue
+            silent = f"{run.root}: job {job_id} of this run has not reported its end, and"
+            gone = "if the job is gone, add --take-over"
+            try:
+                states = slurm.job_states(job_id)
+            except FileNotFoundError:
+                raise UserError(
+                    f"{silent} there is no squeue on the PATH to ask; run this on a login node of its cluster; {gone}"
+                ) from None
+            if states is None:
+                raise UserError(f"{silent} Slurm does not answer; try again later; {gone}")
+            for state in sorted(states & slurm.ACTIVE_STATES):
                 raise UserError(f"{run.root}: job {job_id} of this run is {state}; end it first: scancel {job_id}")
 
     def run(self, job: JobSpec, *, wait: bool) -> int:
@@ -99,52 +128,61 @@ class _ScriptWriter(submitit.SlurmExecutor):
 
 def script_text(job: JobSpec) -> str:
     """The batch script of a job: its ranks under srun, then the epilogue, which decides what follows."""
-    placement, restart = job.placement, job.placement.restart
+    placement, restart, settings = job.placement, job.placement.restart, job.placement.slurm
     assert placement.minutes is not None
     submission = Submission(job.run, job.submission)
     shared = slurm.common_parameters(
         job_name=job.run.name,
         nodes=placement.nodes,
         tasks_per_node=placement.ranks_per_node,
-        cpus_per_task=placement.slurm.cpus_per_task,
+        cpus_per_task=settings.cpus_per_task,
         minutes=placement.minutes,
         partition=placement.partition,
-        mem_gb=placement.slurm.mem_gb,
+        mem_gb=None,
+        options=settings.options(),
+        setup=[*settings.setup, *slurm.exports(read_site().environment)],
+        srun_args=settings.srun_args,
     )
     # -K1: a rank that fails ends all others, which would hang in a collective.
     shared["srun_args"] = ["-K1", *shared["srun_args"]]
     shared["additional_parameters"] |= {"output": str(job.run.logs / "%j_batch.log")}
-    during, after = _evaluation_lines(job)
+    interpreter = settings.batch_interpreter(sys.executable)
+    during, after = _evaluation_lines(job, interpreter)
     shared["setup"] += [
         'start="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
         "trap : TERM  # the epilogue runs even if Slurm ends the job; ranks have handlers of their own",
         *during,
     ]
-    epilogue = [sys.executable, "-m", "launchers.clusters.slurm_epilogue", str(job.run.root), job.submission]
+    epilogue = [*interpreter, "-m", "launchers.clusters.slurm_epilogue", str(job.run.root), job.submission]
     limits = (
         f"--max-restarts {restart.max_restarts} --backoff-seconds {restart.backoff_seconds} "
         f"--signal-seconds {restart.signal_seconds}"
     )
-    shared["teardown"] = ["status=$?", *after, f'{shlex.join(epilogue)} "$start" --status $status {limits}']
-    settings = placement.slurm
-    options = {"account": settings.account, "qos": settings.qos, "constraint": settings.constraint}
+    shared["teardown"] = [
+        "status=$?",
+        "trap '' TERM  # a requeue ends this script: its last commands go on to their end",
+        *after,
+        f'{shlex.join(epilogue)} "$start" --status $status {limits}',
+    ]
+    count = placement.ranks_per_node
+    gpus = f"{placement.gpu_type}:{count}" if placement.gpu_type else count
     writer = _ScriptWriter(job.run.logs)
     writer.update_parameters(
         **shared,
         signal_delay_s=restart.signal_seconds,
-        **({"gpus_per_node": placement.ranks_per_node} if placement.gpus else {}),
-        **{name: value for name, value in options.items() if value},
+        **({"gpus_per_node": gpus} if placement.gpus and settings.gpus_in_gres() is None else {}),
     )
-    ranks = shlex.join(rank_command(SlurmCluster.name, submission, "")[:-1]) + ' "$start"'
+    command = rank_command(SlurmCluster.name, submission, "", settings.rank_interpreter(sys.executable))
+    ranks = shlex.join(command[:-1]) + ' "$start"'
     check_tested("submitit")
     return private(writer, "_make_submission_file_text", package="submitit")(ranks, "") + "\n"
 
 
-def _evaluation_lines(job: JobSpec) -> tuple[list[str], list[str]]:
+def _evaluation_lines(job: JobSpec, interpreter: list[str]) -> tuple[list[str], list[str]]:
     """Lines that look for checkpoints to evaluate while ranks run, and once more after them."""
     if not job.evaluations:
         return [], []
-    command = [sys.executable, "-m", "launchers.evaluate_checkpoints"]
+    command = [*interpreter, "-m", "launchers.evaluate_checkpoints"]
     return [f"{shlex.join([*command, *job.evaluations])} &"], [shlex.join([*command, "--once", *job.evaluations])]
 
 
@@ -187,20 +225,13 @@ def _follow_to_end(submission: Submission, follower: Follower) -> int:
         time.sleep(POLL_SECONDS)
 
 
-def _active_job(submission: Submission, worker: str) -> tuple[str, str] | None:
-    """(id, state) of a submission's job if it is this worker's and waits or runs."""
+def _unfinished_job(submission: Submission, worker: str) -> str | None:
+    """The id of a submission's job if it is this worker's and has not reported its end."""
     try:
         record = submission.read_job()
     except UserError:  # damaged: ranks refuse to start from it, too
         return None
-    if record.worker != worker or record.job_id is None or submission.ending_file.exists():
-        return None
-    try:
-        states = slurm.job_states(record.job_id) or set()
-    except FileNotFoundError:  # no Slurm on this machine
-        return None
-    active = sorted(states & slurm.ACTIVE_STATES)
-    return (record.job_id, active[0]) if active else None
+    return None if record.worker != worker or submission.ending_file.exists() else record.job_id
 
 
 def master_port(job_id: str, restart: str) -> int:
@@ -209,7 +240,13 @@ def master_port(job_id: str, restart: str) -> int:
 
 
 def _address(host: str) -> str:
-    """A node's address: by its name, or as srun reports its own (srun runs on the first node)."""
+    """The first node's address: by its name, or as srun, which runs there, reports its own.
+
+    A name that resolves to a loopback address leads other nodes to themselves.
+    """
+    as_srun_says = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     with suppress(OSError):
-        return socket.gethostbyname(host)
-    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
+        by_name = socket.gethostbyname(host)
+        if not by_name.startswith("127.") or not as_srun_says:
+            return by_name
+    return as_srun_says or host

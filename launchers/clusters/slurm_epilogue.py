@@ -6,17 +6,17 @@ The last command of the batch script, after srun. Slurm by itself requeues only 
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar, assert_never
+from typing import assert_never
 
-from cmscale.errors import UserError
-from cmscale.io import slurm
 from cmscale.runs.folder import RunDir
-from launchers.decide import Decision, decide, spare_bad_nodes
+from launchers.clusters.slurm_again import Again, requeue, submit_again, waits_within
+from launchers.decide import Decision, decide
 from launchers.follow import tail
 from launchers.judge import Attempt, Ending, RankEnd, RankFailure, judge
 from launchers.submission import Submission, newest_step
@@ -24,17 +24,16 @@ from launchers.submission import Submission, newest_step
 SLACK_SECONDS = 60
 """Slurm may send the signal before a time limit up to this much earlier than requested."""
 
-_WAITS = (2, 4, 8, 16, 32, 60)  # seconds between tries: slurmctld may be away for a minute or two
+_KILL_WAIT_SECONDS = 20.0  # Slurm's KillWait, 30 by default, less what has passed of it
 _FIRST_FAILURE = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<how>.+)")
 _NO_MEMORY = "out of memory; request more with slurm.mem_gb"
 # srun's message where Slurm limits memory by cgroups, slurmstepd's where it polls, the kernel's through slurmstepd.
 _OUT_OF_MEMORY = re.compile(r"Out Of Memory|[Ee]xceeded (job |step )?memory limit|oom[-_ ]kill")
 
-T = TypeVar("T")
-
 
 def main(arguments: list[str]) -> int:
     """Judges the start that ended, and does what follows. Returns the exit status of the Slurm job."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script: it records what it did first
     flags = _parser().parse_args(arguments)
     submission, job_id = Submission(RunDir(flags.run), flags.submission), os.environ["SLURM_JOB_ID"]
     facts = _job_facts(job_id)
@@ -58,7 +57,8 @@ def main(arguments: list[str]) -> int:
         go_on=submission.how_to_go_on,
     )
     print(f"{flags.start}: {history[-1].ending}; {decision.action}: {decision.why}", flush=True)
-    return _carry_out(decision, history[-1], submission, job_id)
+    again = _start_again(decision, submission, job_id, seconds_left=seconds_left(facts))
+    return _report(decision, again, history[-1], submission, job_id)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,27 +73,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _carry_out(decision: Decision, attempt: Attempt, submission: Submission, job_id: str) -> int:
-    """Does what was decided; a job that Slurm does not take again stops. Returns the exit status of the job."""
-    why = decision.why
+def _start_again(
+    decision: Decision, submission: Submission, job_id: str, *, seconds_left: float | None
+) -> Again | None:
+    """Starts the job again if that was decided. None if it was not, or if Slurm does not take the job again."""
+    waits = waits_within(seconds_left)
     match decision.action:
         case "requeue":
-            submission.report("requeued", attempt, why=why)
-            if _retry(lambda: _requeue(job_id)):
-                return 0
-            why = f"Slurm did not requeue the job; {submission.how_to_go_on}"
+            return requeue(submission, job_id, waits=waits)
         case "restart":
-            if _submit_again(submission, decision):
-                submission.report("requeued", attempt, why=why)
-                return 1  # this job failed, whatever happens to the next
-            why = f"Slurm did not accept the job again after: {why}"
+            return submit_again(submission, delay_seconds=decision.delay_seconds, exclude=decision.exclude, waits=waits)
         case "done" | "stop":
-            pass
+            return None
         case _:
             assert_never(decision.action)
+
+
+def _report(decision: Decision, again: Again | None, attempt: Attempt, submission: Submission, job_id: str) -> int:
+    """Records what was done, after the deed. Returns the exit status of the job."""
+    why = decision.why
+    if again is not None:
+        submission.report("requeued", attempt, why=f"{why}; {again.how}" if again.is_new_job else why)
+        return int(decision.action == "restart")  # that job failed, whatever happens to the next
+    if decision.action == "requeue":
+        why = f"Slurm did not requeue the job; {submission.how_to_go_on}"
+    elif decision.action == "restart":
+        why = f"Slurm did not accept the job again after: {why}"
     if attempt.ending in ("fault", "time_limit", "preempted"):  # the last: Slurm did not take it again
         submission.report("fault", attempt, why=why)
-    submission.end(attempt, why=why)
+    if not submission.has_moved_on(job_id):
+        submission.end(attempt, why=why)
     return {"finished": 0, "user_error": 2}.get(attempt.ending, 1)
 
 
@@ -111,18 +120,26 @@ def leaving(facts: dict[str, str], *, signal_seconds: int) -> Ending | None:
         return "time_limit"
     if facts.get("PreemptTime", "None") not in ("None", "Unknown", "(null)"):
         return "preempted"
-    left = _seconds_left(facts)
+    left = _seconds_to_end(facts)
     if left is not None and left <= signal_seconds + SLACK_SECONDS:
         return "time_limit"
     return None
 
 
-def _seconds_left(facts: dict[str, str]) -> float | None:
+def seconds_left(facts: dict[str, str]) -> float | None:
+    """The time until Slurm kills this script; None if neither slurmctld nor the environment tells."""
+    left = _seconds_to_end(facts)
+    is_ending = facts.get("JobState", "RUNNING") != "RUNNING" or (left is not None and left <= 0)
+    return _KILL_WAIT_SECONDS if is_ending else left
+
+
+def _seconds_to_end(facts: dict[str, str]) -> float | None:
+    """The time until the job's limit, as slurmctld sees it, else as it was when the job started."""
     try:
-        end = time.mktime(time.strptime(facts["EndTime"], "%Y-%m-%dT%H:%M:%S"))
+        return time.mktime(time.strptime(facts["EndTime"], "%Y-%m-%dT%H:%M:%S")) - time.time()
     except (KeyError, ValueError):
-        return None
-    return end - time.time()
+        at_start = os.environ.get("SLURM_JOB_END_TIME", "")
+        return int(at_start) - time.time() if at_start.isdecimal() and "EndTime" not in facts else None
 
 
 def first_failure(run: RunDir, job_id: str, ends: Sequence[RankEnd]) -> RankFailure | None:
@@ -158,63 +175,14 @@ def _batch_log(run: RunDir, job_id: str) -> str:
 
 
 def _job_facts(job_id: str) -> dict[str, str]:
+    """What scontrol prints about a job, by name; empty if there is no scontrol, or slurmctld does not answer."""
     command = ["scontrol", "--oneliner", "show", "job", job_id]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False)
-    return dict(part.split("=", 1) for part in shown.stdout.split() if "=" in part)
-
-
-def _requeue(job_id: str) -> bool:
-    command = ["scontrol", "requeue", job_id]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise UserError(f"{' '.join(command)}: {ran.stderr.strip()}")
-    return True
-
-
-def _retry(action: Callable[[], T], *, waits: Sequence[float] = _WAITS) -> T | None:
-    """What an action returns, tried a bounded number of times; None if it always raised UserError.
-
-    Raises:
-        NoJobIdError: Slurm has accepted the job: another try would submit it twice.
-    """
-    for wait in (*waits, None):
-        try:
-            return action()
-        except slurm.NoJobIdError:
-            raise
-        except UserError as error:
-            print(error, file=sys.stderr, flush=True)
-        if wait is not None:
-            time.sleep(wait)
-    return None
-
-
-def _submit_again(submission: Submission, decision: Decision) -> bool:
-    """Submits the same script again: later, without the nodes that failed. The job gets another id."""
-    exclude = _spare(decision.exclude)
-    options = [f"--begin=now+{max(1, decision.delay_seconds)}"]
-    options += [f"--exclude={','.join(exclude)}"] if exclude else []
     try:
-        job_id = _retry(lambda: slurm.submit(submission.script, *options, environment=slurm.outside_of_jobs()))
-    except slurm.NoJobIdError as error:
-        print(error, file=sys.stderr, flush=True)
-        return True
-    if job_id is None:
-        return False
-    submission.replace_job_id(job_id)
-    excluded = f", without {', '.join(exclude)}" if exclude else ""
-    print(f"submitted again as job {job_id} in {decision.delay_seconds} s{excluded}", flush=True)
-    return True
-
-
-def _spare(bad: Sequence[str]) -> tuple[str, ...]:
-    """The bad nodes, if the partition has enough others."""
-    if not bad:
-        return ()
-    partition, wanted = os.environ.get("SLURM_JOB_PARTITION", ""), int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    command = ["sinfo", "--noheader", "--Node", "--responding", f"--partition={partition}", "--format=%N"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    return spare_bad_nodes(bad, listed.stdout.split(), wanted=wanted)
+        shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        print(f"{' '.join(command)}: {error}", file=sys.stderr, flush=True)
+        return {}
+    return dict(part.split("=", 1) for part in shown.stdout.split() if "=" in part)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The choice of a cluster, placements, refusals of a run that is running, and a third cluster in one file."""
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from launchers import submit
 from launchers.clusters import CLUSTERS, place
+from launchers.heartbeat import SILENT_SECONDS, machine_id
 from launchers.jobs import EVALUATE, TRAIN, JobSpec
 from launchers.run_folders import only_launcher
 from launchers.submission import Submission
@@ -152,8 +155,32 @@ class TestRefusals:
         with only_launcher(run, TRAIN):
             pass
 
-    def test_where_there_is_no_slurm_old_jobs_are_passed_over(self, run: RunDir, commands: Path) -> None:
+    def test_jobs_that_nobody_can_ask_about_are_refused_with_what_to_do(self, run: RunDir, commands: Path) -> None:
         self.submitted(run)
+        silent = pytest.raises(UserError, match=r"job 7 .* no squeue on the PATH .* --take-over")
+        with silent, only_launcher(run, TRAIN):
+            pytest.fail("started")
+        install(commands, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+        with pytest.raises(UserError, match=r"job 7 .* Slurm does not answer"), only_launcher(run, TRAIN):
+            pytest.fail("started")
+        with only_launcher(run, TRAIN, take_over=True):
+            pass
+
+    def test_a_launcher_on_another_machine_is_refused_while_it_lives(self, run: RunDir, commands: Path) -> None:
+        sign = {"host": "login2", "process": 17, "machine": "another kernel"}
+        run.launcher_sign.write_text(json.dumps(sign))
+        alive = pytest.raises(UserError, match=r"another launcher .* process 17 on host login2, alive 0 s ago")
+        with alive, only_launcher(run, TRAIN):
+            pytest.fail("started")
+        with only_launcher(run, TRAIN, take_over=True):
+            assert json.loads(run.launcher_sign.read_text())["process"] == os.getpid()
+        assert not run.launcher_sign.exists()
+        run.launcher_sign.write_text(json.dumps(sign))
+        long_ago = time.time() - 2 * SILENT_SECONDS
+        os.utime(run.launcher_sign, (long_ago, long_ago))
+        with only_launcher(run, TRAIN):
+            pass
+        run.launcher_sign.write_text(json.dumps(sign | {"machine": machine_id()}))  # the lock tells: it is dead
         with only_launcher(run, TRAIN):
             pass
 

@@ -2,14 +2,18 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from cmscale.io.slurm import without_fulfilled_dependency
 from cmscale.runs.folder import RunDir
+from cmscale.runs.generations import claim_next
 from cmscale.runs.log import read_lines
 from launchers.clusters import slurm_epilogue
+from launchers.clusters.slurm_again import waits_within
 from launchers.clusters.slurm_epilogue import (
     SLACK_SECONDS,
     first_failure,
@@ -203,16 +207,157 @@ def test_a_preempted_job_returns_to_the_queue_and_has_no_ending_yet(
     assert not submission.ending_file.exists()
 
 
-def test_a_requeue_that_slurm_refuses_is_tried_again_and_then_ends_the_job(
+SILENT = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+REFUSED = "echo 'Requested operation is presently disabled for job 7' >&2; exit 1"
+
+
+def test_a_controller_that_does_not_answer_is_asked_again_and_then_ends_the_job(
     commands: FakeSlurm, submission: Submission, waits: list[float]
 ) -> None:
-    commands.answer("scontrol", '[ "$1" = requeue ] && exit 1; echo JobState=RUNNING')
+    commands.answer("scontrol", f'[ "$1" = requeue ] && {{ {SILENT}; }}; echo JobState=RUNNING')
     submission.write_rank_end("7.0", RankEnd(0, "node1", "preempted"))
     assert epilogue(submission, status=0) == 1
     assert len(commands.calls("scontrol requeue")) == 7
-    assert events(submission) == ["requeued", "fault"]
+    assert events(submission) == ["fault"]  # no event says that it was requeued
     assert ending(submission)["why"] == "Slurm did not requeue the job; continue with --resume"
     assert waits == [2, 4, 8, 16, 32, 60]  # about two minutes
+    assert commands.calls("sbatch") == []
+
+
+@pytest.mark.parametrize("answer", [REFUSED, "echo 'Access/permission denied' >&2; exit 1", "exit 1"])
+def test_a_requeue_that_slurm_refuses_is_a_new_submission_at_once(
+    answer: str, commands: FakeSlurm, submission: Submission, waits: list[float]
+) -> None:
+    commands.answer("scontrol", f'[ "$1" = requeue ] && {{ {answer}; }}; echo JobState=RUNNING')
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "preempted"))
+    assert epilogue(submission, status=0) == 0
+    assert commands.calls("sbatch") == [f"sbatch --parsable --begin=now+1 {submission.script}"]
+    assert (submission.read_job().job_id, waits) == ("8", [])
+    (event,) = read_lines(submission.run.events)
+    assert event["event"] == "requeued"
+    assert "submitted again as job 8 in 0 s, as Slurm does not requeue it (scontrol requeue 7: " in event["why"]
+    assert not submission.ending_file.exists()
+
+
+def test_without_scontrol_a_job_goes_on_as_a_new_submission(
+    commands: FakeSlurm, submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (commands.folder / "scontrol").unlink()
+    (commands.folder / "sh").symlink_to("/bin/sh")
+    monkeypatch.setenv("PATH", str(commands.folder))
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "preempted"))
+    assert epilogue(submission, status=0) == 0
+    assert submission.read_job().job_id == "8"
+    commands.answer("sbatch", "exit 1")
+    monkeypatch.setattr(slurm_epilogue, "waits_within", lambda _: ())
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "preempted"))
+    assert epilogue(submission, status=0) == 1
+    assert events(submission) == ["requeued", "fault"]
+
+
+def test_tries_end_before_slurm_ends_the_script(
+    commands: FakeSlurm, submission: Submission, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands.answer("scontrol", f'[ "$1" = requeue ] && {{ {SILENT}; }}; echo JobState=TIMEOUT')
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "running"))
+    assert epilogue(submission, status=143) == 1
+    assert waits == [2, 4, 8]  # within the KillWait after a time limit
+    assert events(submission) == ["fault"]
+    assert ending(submission)["ending"] == "time_limit"
+    monkeypatch.setattr(slurm_epilogue.time, "time", lambda: 1000.0)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1040")
+    assert waits_within(slurm_epilogue.seconds_left({})) == (2, 4, 8, 16)
+    assert waits_within(None) == (2, 4, 8, 16, 32, 60)
+
+
+def test_a_request_that_was_carried_out_without_an_answer_is_not_repeated_as_a_new_job(
+    commands: FakeSlurm, submission: Submission, waits: list[float], tmp_path: Path
+) -> None:
+    first = f"touch {tmp_path}/asked; echo 'Socket timed out on send/recv operation' >&2; exit 1"
+    again = "echo 'Job is pending execution for job 7' >&2; exit 1"
+    commands.answer("scontrol", f'[ "$1" = requeue ] || exit 0; [ -e {tmp_path}/asked ] && {{ {again}; }}; {first}')
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "preempted"))
+    assert epilogue(submission, status=0) == 0
+    assert events(submission) == ["requeued"]
+    assert commands.calls("sbatch") == []
+
+
+def test_the_event_comes_after_the_deed_and_the_signal_that_follows_it_does_not_prevent_it(
+    commands: FakeSlurm, submission: Submission
+) -> None:
+    marks = submission.run.root / "seen"
+    commands.answer(
+        "scontrol",
+        f'[ "$1" = requeue ] || exit 0; [ -e {submission.run.events} ] && touch {marks}; kill -TERM $PPID; sleep 0.1',
+    )
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "preempted"))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert epilogue(submission, status=0) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert events(submission) == ["requeued"]
+    assert not marks.exists()
+
+
+class TestTwoStarts:
+    def claim(self, submission: Submission, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CMSCALE_START", start)
+        claim_next(submission.run)
+
+    @pytest.mark.parametrize("state", ["fault", "preempted", "superseded"])
+    def test_a_start_that_another_job_took_over_from_submits_nothing(
+        self, state: str, commands: FakeSlurm, submission: Submission, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.claim(submission, "one/7.0", monkeypatch)
+        self.claim(submission, "two/9.0", monkeypatch)
+        submission.write_rank_end("7.0", RankEnd(0, "node1", state, "boom"))  # pyright: ignore[reportArgumentType]
+        assert epilogue(submission, status=int(state == "fault")) == 1
+        assert commands.calls("sbatch") + commands.calls("scontrol requeue") == []
+        assert ending(submission)["ending"] == "superseded"
+        assert events(submission) == []
+
+    def test_a_start_that_fails_before_it_claims_is_no_older_one(
+        self, commands: FakeSlurm, submission: Submission, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.claim(submission, "zero/5.0", monkeypatch)
+        submission.write_job(TRAIN, ("run",), job_id="7")  # submitted after that start
+        submission.write_rank_end("7.0", RankEnd(0, "node1", "fault", "boom"))
+        assert epilogue(submission, status=1) == 1
+        assert len(commands.calls("sbatch")) == 1
+
+    def test_a_job_that_was_submitted_anew_does_not_end_its_submission_if_slurm_requeues_it_too(
+        self, commands: FakeSlurm, submission: Submission
+    ) -> None:
+        submission.replace_job_id("8")
+        submission.write_rank_end("7.0", RankEnd(0, "node1", "superseded"))
+        assert epilogue(submission, status=0) == 1
+        assert not submission.ending_file.exists()
+        assert commands.calls("sbatch") == []
+
+
+def test_the_users_own_exclusions_hold_and_wished_nodes_are_not_excluded(
+    commands: FakeSlurm, submission: Submission
+) -> None:
+    commands.answer("sinfo", "printf 'node1\\nnode2\\nnode3\\nnode4\\nnode5\\n'")
+    submission.script.write_text("#!/bin/sh\n#SBATCH --exclude=node9\n#SBATCH --nodelist=node3\n")
+    for number, start in enumerate(("7.0", "7.1")):
+        submission.run.checkpoint(number).mkdir(parents=True)
+        (submission.run.checkpoint(number) / "manifest.json").write_text("{}")
+        submission.write_rank_end(start, RankEnd(1, "node2", "fault", "boom"))
+        assert epilogue(submission, start, status=1) == 1
+    assert "--exclude=node9,node2" in commands.calls("sbatch")[1]
+
+
+def test_dependencies_that_were_fulfilled_are_not_submitted_again(commands: FakeSlurm, submission: Submission) -> None:
+    lines = "#!/bin/sh\n#SBATCH --account=team\n"
+    submission.script.write_text(f"{lines}#SBATCH --dependency=afterok:5\nsrun true\n")
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    assert epilogue(submission, status=1) == 1
+    again = submission.script.with_name("job-again.sh")
+    assert commands.calls("sbatch") == [f"sbatch --parsable --begin=now+3 {again}"]
+    assert again.read_text() == f"{lines}srun true\n"
+    assert without_fulfilled_dependency("#SBATCH --dependency=singleton\n") == "#SBATCH --dependency=singleton\n"
 
 
 def test_a_submission_that_slurm_refuses_is_tried_again_and_then_ends_the_job(

@@ -1,0 +1,53 @@
+"""Lays values over one another: a site's defaults, the environment, a config's file, the command line.
+
+Each value keeps its origin, so that `--dry-run` can say where it came from.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cmscale.config.slurm import MEMORY
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values by section and key, and where they come from, in words."""
+
+    origin: str
+    tree: Mapping[str, Any]
+
+
+def merged(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of several layers, those of later ones over those of earlier ones.
+
+    Returns:
+        The merged sections, and the origin of each value by dotted key.
+    """
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        for section, values in layer.tree.items():
+            target = tree.get(section)
+            if values is None and target is not None:
+                continue
+            if not isinstance(values, Mapping) or not isinstance(target, dict):
+                tree[section] = target = dict(values) if isinstance(values, Mapping) else values
+            else:
+                make_room(target, section, values)
+                for key, value in values.items():
+                    is_partial = isinstance(value, Mapping) and isinstance(target.get(key), Mapping)
+                    target[key] = {**target[key], **value} if is_partial else value
+            if isinstance(values, Mapping):
+                origins |= {f"{section}.{key}": layer.origin for key in values}
+    return tree, origins
+
+
+def make_room(target: dict[str, Any], section: str, values: Mapping[str, Any]) -> None:
+    """Removes values that exclude those that are to be laid over them: of the keys of memory one applies."""
+    given = {key for key in MEMORY & values.keys() if values[key] is not None}
+    if section == "slurm" and given:
+        for key in MEMORY - values.keys():
+            target.pop(key, None)

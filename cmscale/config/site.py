@@ -1,0 +1,270 @@
+"""Reads a site's defaults: the site file, and what the user told sbatch by variables SBATCH_*.
+
+The site file is CMSCALE_SITE, else `cmscale/site.yaml` in XDG_CONFIG_HOME, else `~/.config/cmscale/site.yaml`. It holds
+sections of a config (the keys that do not change the losses), `flags` and `environment`. Its values lie beneath those
+of a config: default < site file < SBATCH_* < config file < key=value < flag.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cmscale.config.files import explain, parse_sections, read_yaml_text, suggestion, validated
+from cmscale.config.layers import Layer
+from cmscale.config.models import Checkpoint, Data, Engine, Evaluate, Restart, Wandb
+from cmscale.config.section import Section
+from cmscale.config.slurm import Slurm, Text
+from cmscale.errors import UserError
+
+SECTIONS: dict[str, type[Section]] = {
+    "slurm": Slurm,
+    "restart": Restart,
+    "data": Data,
+    "engine": Engine,
+    "checkpoint": Checkpoint,
+    "evaluate": Evaluate,
+    "wandb": Wandb,
+}
+"""Sections whose keys a site may set, as far as they do not change the losses; `data.path` is a run's own."""
+
+_FLAGS_OF_SLURM = ("partition", "nodes", "gpus_per_node", "time")
+
+# Variables that sbatch reads, and the keys that say the same.
+_KEYS = {
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_EXCLUSIVE": "exclusive",
+    "SBATCH_GPUS_PER_NODE": "gpus_per_node",
+    "SBATCH_GRES": "gres",
+    "SBATCH_MEM_PER_CPU": "mem_per_cpu",
+    "SBATCH_MEM_PER_GPU": "mem_per_gpu",
+    "SBATCH_MEM_PER_NODE": "mem",
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_QOS": "qos",
+    "SBATCH_RESERVATION": "reservation",
+    "SBATCH_TIMELIMIT": "time",
+    "SBATCH_WCKEY": "wckey",
+}
+_EXTRA = (
+    *("acctg-freq", "batch", "clusters", "container", "container-id", "core-spec", "delay-boot", "distribution"),
+    *("gpu-bind", "gpu-freq", "gres-flags", "hint", "mem-bind", "network", "power", "profile", "segment"),
+    *("thread-spec", "threads-per-core", "tres-bind"),
+)
+_EXTRA_WITHOUT_VALUE = ("no-kill", "overcommit", "spread-job", "use-min-nodes")
+# What they would say is the launcher's to say, or must not be said by chance.
+_WITHOUT_NOTICE = frozenset({"SBATCH_DEBUG", "SBATCH_IGNORE_PBS", "SBATCH_WAIT4SWITCH"})
+
+
+class SiteFlags(BaseModel):
+    """Defaults of the launchers' flags that are no keys of the config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    cluster: Literal["auto", "slurm", "local"] | None = None
+    runs_dir: Text | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a site file says; nothing if there is none.
+
+    Attributes:
+        origin: The file in words.
+        tree: Values of the config, by section and key.
+        environment: Variables to set for every command and job, unless they are set already.
+    """
+
+    origin: str = ""
+    tree: Mapping[str, Any] = field(default_factory=dict)
+    flags: SiteFlags = field(default_factory=SiteFlags)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> Layer:
+        return Layer(self.origin, self.tree)
+
+
+class LaunchSettings(Section):
+    """The sections of a config that say how a job is launched, for commands that work without a config."""
+
+    slurm: Slurm = Slurm()
+    restart: Restart = Restart()
+
+
+def is_launch_key(override: str) -> bool:
+    """Whether an override `key=value` says how a job is launched."""
+    return override.partition(".")[0] in LaunchSettings.model_fields
+
+
+def read_launch_settings(overrides: list[str], origins: dict[str, str] | None = None) -> LaunchSettings:
+    """How to launch a job that has no config: the site's values, the environment's, and `key=value` over them.
+
+    Raises:
+        UserError: a key or value is not allowed.
+    """
+    layers = [Layer(layer.origin, _only(LaunchSettings, layer.tree)) for layer in site_layers()]
+    for override in overrides:
+        if not is_launch_key(override):
+            raise UserError(f"override {override!r}: only keys of slurm and restart can be given here")
+    return validated(LaunchSettings, layers, overrides, origin="launch settings", origins=origins)
+
+
+def _only(model: type[BaseModel], tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values for name, values in tree.items() if name in model.model_fields}
+
+
+def site_layers() -> list[Layer]:
+    """The layers beneath a config, the lowest first: the site file, then the variables SBATCH_* of this process.
+
+    Raises:
+        UserError: the file or a variable holds a value that is not allowed.
+    """
+    return [read_site().layer, *environment_layers(os.environ)]
+
+
+def use_site() -> Site:
+    """Reads the site file, and sets its variables for this process and its children unless they are set already."""
+    site = read_site()
+    for name, value in site.environment.items():
+        os.environ.setdefault(name, value)
+    return site
+
+
+def site_file() -> Path | None:
+    """The site file; None if there is none.
+
+    Raises:
+        UserError: CMSCALE_SITE names a file that does not exist.
+    """
+    given = os.environ.get("CMSCALE_SITE")
+    if given is not None:
+        path = Path(given).expanduser()
+        if given and not path.is_file():
+            raise UserError(f"CMSCALE_SITE: {given}: no such file; unset it, or set it to nothing for no site file")
+        return path if given else None
+    path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "cmscale" / "site.yaml"
+    return path if path.is_file() else None
+
+
+def read_site() -> Site:
+    """What the site file says.
+
+    Raises:
+        UserError: it can't be read, or holds a key or value that is not allowed; the message names the file.
+    """
+    path = site_file()
+    return Site() if path is None else _read(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _read(path: Path, _: int) -> Site:
+    origin = f"site file {path}"
+    tree = parse_sections(read_yaml_text(path, what="site file"), origin)
+    tree = {name: {} if values is None else values for name, values in tree.items()}
+    for name, values in tree.items():
+        if name not in (*SECTIONS, "flags", "environment"):
+            raise UserError(
+                f"{origin}: {name}: unknown section; a site sets {', '.join((*SECTIONS, 'flags'))} or environment"
+            )
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise UserError(f"{origin}: {name}: got {values!r}; write keys and values")
+    tree = {name: values if name == "slurm" else _expanded(values, name, origin) for name, values in tree.items()}
+    flags, environment = tree.pop("flags", {}), tree.pop("environment", {})
+    for key in _FLAGS_OF_SLURM:
+        if key in flags:
+            if key in tree.setdefault("slurm", {}):
+                raise UserError(f"{origin}: flags.{key} and slurm.{key} are both given; remove one of them")
+            tree["slurm"][key] = flags.pop(key)
+    for name, values in tree.items():
+        _check_section(name, values, origin)
+    return Site(origin, tree, _checked(SiteFlags, flags, "flags", origin), _variables(environment, origin))
+
+
+def _check_section(name: str, values: dict[str, Any], origin: str) -> None:
+    model = SECTIONS[name]
+    for key in values:
+        found = model.model_fields.get(key)
+        if found is None:
+            raise UserError(f"{origin}: {name}.{key}: unknown key{suggestion(f'{name}.{key}')}")
+        extra = found.json_schema_extra
+        if not (isinstance(extra, dict) and extra.get("operational")) or f"{name}.{key}" == "data.path":
+            raise UserError(f"{origin}: {name}.{key}: belongs to each run; a site can't set it")
+    _checked(model, {"path": "unused", **values} if model is Data else values, name, origin)
+
+
+def _checked(model: type[Any], values: dict[str, Any], name: str, origin: str) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {explain(error, section=name)}") from None
+
+
+def _variables(given: dict[str, Any], origin: str) -> dict[str, str]:
+    for name, value in given.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(value, (dict, list, type(None), bool)):
+            raise UserError(f"{origin}: environment.{name}: got {value!r}; write NAME: text")
+        if "\n" in str(value) or "\0" in str(value):
+            raise UserError(f"{origin}: environment.{name}: got {value!r}; line breaks are not allowed")
+    return {name: str(value) for name, value in given.items()}
+
+
+def _expanded(values: Any, name: str, origin: str) -> Any:
+    """Values with `~` and `$NAME` replaced, as a site's users share its file."""
+    if isinstance(values, dict):
+        return {key: _expanded(value, f"{name}.{key}", origin) for key, value in values.items()}
+    if not isinstance(values, str):
+        return values
+    text = os.path.expanduser(os.path.expandvars(values))  # noqa: PTH111
+    if missing := re.search(r"\$(\w+|\{[^}]*\})", text):
+        raise UserError(f"{origin}: {name}: {missing[0]} is not set; got {values!r}")
+    return text
+
+
+def environment_layers(environment: Mapping[str, str]) -> list[Layer]:
+    """A layer per variable by which the user told sbatch something, so that it holds at every restart, too.
+
+    Raises:
+        UserError: a value is not allowed.
+    """
+    layers = []
+    for name in sorted(environment):
+        key, value = _said_by(name, environment)
+        if key is None:
+            continue
+        section, leaf = "slurm", key
+        values = {"extra": {leaf.removeprefix("extra."): value}} if leaf.startswith("extra.") else {leaf: value}
+        _checked(Slurm, values, section, name)
+        layers.append(Layer(name, {section: values}))
+    return layers
+
+
+def _said_by(name: str, environment: Mapping[str, str]) -> tuple[str | None, Any]:
+    """The key of `slurm` that a variable sets, and its value; None for one that says nothing here."""
+    value = environment[name]
+    if name == "SLURM_CLUSTERS" and "SLURM_JOB_ID" not in environment:
+        return "extra.clusters", value
+    if not name.startswith("SBATCH_"):
+        return None, None
+    if name in _KEYS:
+        if name == "SBATCH_EXCLUSIVE" and value not in ("user", "mcs", "topo"):
+            return "exclusive", True
+        return (_KEYS[name], value) if value else (None, None)
+    if name == "SBATCH_REQ_SWITCH" and value:
+        wait = environment.get("SBATCH_WAIT4SWITCH")
+        return "extra.switches", f"{value}@{wait}" if wait else value
+    option = name.removeprefix("SBATCH_").lower().replace("_", "-")
+    if option in _EXTRA_WITHOUT_VALUE:
+        return f"extra.{option}", True
+    return (f"extra.{option}", value) if option in _EXTRA and value else (None, None)
+
+
+def unused_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables of sbatch that are set and not used."""
+    names = sorted(name for name in environment if name.startswith("SBATCH_") and name not in _WITHOUT_NOTICE)
+    return [name for name in names if environment[name] and _said_by(name, environment)[0] is None]

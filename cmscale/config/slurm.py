@@ -1,0 +1,245 @@
+"""Defines the section `slurm`: what sbatch and srun are told, and the options that follow from it."""
+
+import re
+import shlex
+import unicodedata
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, field_validator, model_validator
+
+from cmscale.config.section import AsTuple, Count, NonNegative, Section, operational
+
+Scalar = str | int | float | bool | None
+
+_TIMES = (
+    r"(?P<m>\d+)(:(?P<s>\d+))?",
+    r"(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)",
+    r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?",
+)
+_GPUS = re.compile(r"((?P<type>[A-Za-z0-9_.+-]*[A-Za-z][A-Za-z0-9_.+-]*):)?(?P<count>[1-9]\d{0,3})")
+_GPU_GRES = re.compile(r"(gres[/:])?gpu(:(?P<type>[^:,=()]*[^:,=()\d][^:,=()]*))?([:=](?P<count>\d+))?(\(.*\))?")
+
+MEMORY = frozenset({"mem_gb", "mem", "mem_per_gpu", "mem_per_cpu"})
+"""Keys of which one at most applies."""
+
+OWN_OPTIONS = {
+    **dict.fromkeys(("output", "error", "open-mode", "job-name"), "cmscale names jobs and logs by the run"),
+    **dict.fromkeys(("signal", "requeue", "no-requeue"), "cmscale requeues jobs; see restart.signal_seconds"),
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-gpu"), "cmscale starts one rank per GPU"),
+    **dict.fromkeys(("gpus", "gpus-per-task", "gpus-per-socket"), "use slurm.gpus_per_node"),
+    **dict.fromkeys(("array", "wrap", "parsable", "test-only", "wait", "input"), "cmscale submits by itself"),
+}
+"""Options of sbatch that `slurm.extra` must not set, and why."""
+
+
+def plain_text(text: str) -> str:
+    """Refuses text that would end a line of a batch script, or that a terminal would not show.
+
+    Raises:
+        ValueError: it is empty, or holds a line break or another control character.
+    """
+    if not text.strip():
+        raise ValueError("is empty; leave it out, or write null")
+    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
+        raise ValueError(f"got {text!r}; line breaks and control characters are not allowed")
+    return text
+
+
+def parse_minutes(text: str | int) -> int:
+    """Minutes, rounded up, of a time limit as Slurm writes it: `90`, `MM:SS`, `HH:MM:SS`, `D-HH`, `D-HH:MM[:SS]`.
+
+    Raises:
+        ValueError: it is none of these, or 0.
+    """
+    for pattern in _TIMES:
+        if match := re.fullmatch(pattern, str(text), re.ASCII):
+            part = {name: int((value or "0")[:9]) for name, value in match.groupdict().items()}
+            seconds = 60 * (60 * (24 * part.get("d", 0) + part.get("h", 0)) + part.get("m", 0)) + part.get("s", 0)
+            if 0 < seconds < 60 * 2**31:
+                return -(-seconds // 60)
+    raise ValueError(f"got {text!r}; write minutes, HH:MM:SS or D-HH:MM")
+
+
+def parse_gpus(text: str | int) -> tuple[str | None, int]:
+    """Type and number of GPUs of a node: `4` is (None, 4), `a100:4` is ("a100", 4).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    match = re.fullmatch(_GPUS, str(text))
+    if match is None:
+        raise ValueError(f"got {text!r}; write a number, or TYPE:NUMBER such as a100:4")
+    return match["type"], int(match["count"])
+
+
+def _checked_time(value: Any) -> Any:
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        parse_minutes(value)
+    return value
+
+
+def _checked_gpus(value: Any) -> Any:
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        parse_gpus(value)
+    return value
+
+
+def _joined(value: Any) -> Any:
+    """A list as Slurm writes it: `[node1, node2]` is `node1,node2`."""
+    if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        return ",".join(value)
+    return value
+
+
+def _size(value: Any) -> Any:
+    """A size as Slurm writes it: a number without a unit is in MB."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _one_of_exclusive(value: Any) -> Any:
+    if not isinstance(value, bool) and value not in ("user", "mcs", "topo"):
+        raise ValueError(f"got {value!r}; write true, false, user, mcs or topo")
+    return value
+
+
+Text = Annotated[str, AfterValidator(plain_text)]
+TextList = Annotated[str, BeforeValidator(_joined), AfterValidator(plain_text)]
+Size = Annotated[str, BeforeValidator(_size), AfterValidator(plain_text)]
+Lines = Annotated[tuple[Text, ...], AsTuple]
+
+
+class Slurm(Section):
+    """What sbatch and srun are told. Every key is an option of sbatch, except for those explained here.
+
+    `partition`, `nodes`, `gpus_per_node` (a number, or TYPE:NUMBER) and `time` are what the flags of the same names
+    give. `mem_gb` 0 requests all memory of each node, null none at all; `mem`, `mem_per_gpu` and `mem_per_cpu` replace
+    it. `cpus_per_task` null leaves the number to Slurm. `extra` holds any other option by its long name, true for one
+    without a value. `srun_args` are options of srun, as for containers. `setup` holds lines of shell that the batch
+    script runs first. `python` is the command of the ranks' interpreter; `batch_python` that of the batch script's own
+    commands: by default `python`, but this very interpreter if srun starts ranks in a container.
+    """
+
+    partition: TextList | None = operational(None)
+    nodes: Count | None = operational(None)
+    gpus_per_node: Annotated[int | str | None, BeforeValidator(_checked_gpus)] = operational(None)
+    time: Annotated[int | str | None, BeforeValidator(_checked_time)] = operational(None)
+    account: Text | None = operational(None)
+    qos: Text | None = operational(None)
+    constraint: Text | None = operational(None)
+    reservation: TextList | None = operational(None)
+    nodelist: TextList | None = operational(None)
+    exclude: TextList | None = operational(None)
+    exclusive: Annotated[bool | str, BeforeValidator(_one_of_exclusive)] = operational(False)
+    gres: TextList | None = operational(None)
+    licenses: TextList | None = operational(None)
+    dependency: TextList | None = operational(None)
+    comment: Text | None = operational(None)
+    mail_user: TextList | None = operational(None)
+    mail_type: TextList | None = operational(None)
+    wckey: Text | None = operational(None)
+    cpus_per_task: Count | None = operational(8)
+    mem_gb: NonNegative | None = operational(0)
+    mem: Size | None = operational(None)
+    mem_per_gpu: Size | None = operational(None)
+    mem_per_cpu: Size | None = operational(None)
+    extra: dict[str, Scalar] = operational({})
+    srun_args: Lines = operational(())
+    setup: Lines = operational(())
+    python: Text | None = operational(None)
+    batch_python: Text | None = operational(None)
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _options(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        found: dict[str, Any] = {}
+        for name, value in given.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9]+([-_][a-z0-9]+)*", name):
+                raise ValueError(f"{name!r} is no option; write its long name without the dashes, such as switches")
+            option, key = name.replace("_", "-"), name.replace("-", "_")
+            if option in OWN_OPTIONS:
+                raise ValueError(f"{name} can't be set here: {OWN_OPTIONS[option]}")
+            if key in cls.model_fields and key not in _NO_OPTIONS:
+                raise ValueError(f"{name} has a key of its own; write slurm.{key}")
+            if option in found:
+                raise ValueError(f"{name} is given twice; remove one of them")
+            if value is not None and not isinstance(value, (str, int, float, bool)):
+                raise ValueError(f"{name}: got {type(value).__name__}; write one value, as in sbatch --{option}=VALUE")
+            found[option] = plain_text(value) if isinstance(value, str) else value
+        return found
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Slurm":
+        memory = {"mem": self.mem, "mem_per_gpu": self.mem_per_gpu, "mem_per_cpu": self.mem_per_cpu}
+        given = [name for name, value in {"mem_gb": self.mem_gb or None, **memory}.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} are both given; Slurm takes one of them, so set one to null")
+        count = self.gpus_in_gres()
+        if count is not None and self.gpus_per_node is not None and parse_gpus(self.gpus_per_node)[1] != count:
+            raise ValueError(f"gres {self.gres} and gpus_per_node {self.gpus_per_node} differ; give one of them")
+        for name, value in (("python", self.python), ("batch_python", self.batch_python)):
+            _words(value, key=name)
+        return self
+
+    def gpus_in_gres(self) -> int | None:
+        """The GPUs of a node that `gres` requests; None if it requests none."""
+        for part in (self.gres or "").split(","):
+            if match := re.fullmatch(_GPU_GRES, part.strip()):
+                return int(match["count"] or 1)
+        return None
+
+    def options(self) -> dict[str, str | bool]:
+        """Options of sbatch by long name, except for those that place ranks. True is an option without a value."""
+        memory = self.mem if self.mem is not None else None if self.mem_gb is None else f"{self.mem_gb}GB"
+        replaced = self.mem_per_gpu is not None or self.mem_per_cpu is not None
+        found: dict[str, Scalar] = {
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "reservation": self.reservation,
+            "nodelist": self.nodelist,
+            "exclude": self.exclude,
+            "exclusive": self.exclusive,
+            "gres": self.gres,
+            "licenses": self.licenses,
+            "dependency": self.dependency,
+            "comment": self.comment,
+            "mail-user": self.mail_user,
+            "mail-type": self.mail_type,
+            "wckey": self.wckey,
+            "mem": None if replaced else "0" if memory == "0GB" else memory,
+            "mem-per-gpu": self.mem_per_gpu,
+            "mem-per-cpu": self.mem_per_cpu,
+            **self.extra,
+        }
+        return {
+            name: value if value is True else str(value)
+            for name, value in found.items()
+            if value is not None and value is not False
+        }
+
+    def rank_interpreter(self, own: str) -> list[str]:
+        """The command of the ranks' Python, as words; `own` is this process's interpreter."""
+        return _words(self.python, key="python") or [own]
+
+    def batch_interpreter(self, own: str) -> list[str]:
+        """The same for the batch script's own commands."""
+        in_container = any(word.startswith("--container") for word in self.srun_args)
+        given = self.batch_python or (None if in_container else self.python)
+        return _words(given, key="batch_python") or [own]
+
+
+_NO_OPTIONS = frozenset({"extra", "srun_args", "setup", "python", "batch_python", "mem_gb"})
+
+
+def _words(command: str | None, *, key: str) -> list[str]:
+    """A command as words.
+
+    Raises:
+        ValueError: a quote is not closed.
+    """
+    try:
+        return shlex.split(command or "")
+    except ValueError as error:
+        raise ValueError(f"{key}: got {command!r}; {error}") from None

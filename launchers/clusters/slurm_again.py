@@ -1,0 +1,163 @@
+"""Starts a Slurm job again at the end of its batch script: requeued, or the same script submitted once more.
+
+Slurm ends a batch script soon: at its time limit, after a preemption's grace, and as soon as it was requeued. So
+everything here is bounded by the time that is left.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from cmscale.errors import UserError
+from cmscale.io import slurm
+from cmscale.io.durable import replace_durably
+from launchers.decide import spare_bad_nodes
+from launchers.submission import Submission
+
+_WAITS = (2, 4, 8, 16, 32, 60)  # seconds between tries: slurmctld may be away for a minute or two
+_LAST_SECONDS = 5.0  # for writing how the job ended
+# What scontrol prints if slurmctld did not get the request or could not act on it now. All else is a refusal.
+_TRANSIENT = re.compile(
+    r"[Uu]nable to contact|[Tt]imed out|[Cc]onnection (refused|reset|failure)|[Cc]ommunication|[Tt]emporarily|try again"
+    r"|[Ss]tandby|[Zz]ero [Bb]ytes|[Tt]ransport endpoint|[Uu]nexpected message|[Aa]uthentication|[Tt]ransition|[Bb]usy"
+)
+_DONE_ALREADY = re.compile(r"pending", re.IGNORECASE)  # of two tries the first was carried out, but not answered
+
+T = TypeVar("T")
+Answer = Literal["done", "refused", "transient"]
+
+
+@dataclass(frozen=True)
+class Again:
+    """How a job goes on: `how` completes the sentence "the job was ...", for events and logs."""
+
+    how: str
+    is_new_job: bool
+
+
+def waits_within(seconds_left: float | None) -> tuple[float, ...]:
+    """The pauses between tries that fit into the time that is left; all of them if that is not known."""
+    if seconds_left is None:
+        return _WAITS
+    fitting, spent = [], 0.0
+    for wait in _WAITS:
+        spent += wait
+        if spent > seconds_left - _LAST_SECONDS:
+            break
+        fitting.append(wait)
+    return tuple(fitting)
+
+
+def requeue(submission: Submission, job_id: str, *, waits: Sequence[float]) -> Again | None:
+    """Returns the job to the queue; where Slurm refuses or there is no scontrol, submits it as a new job at once.
+
+    Returns:
+        How it goes on; None if Slurm does not answer within the time, or takes the job neither way.
+    """
+    for wait in (*waits, None):
+        answer, message = _requeue_once(job_id)
+        if answer == "done":
+            return Again("requeued", is_new_job=False)
+        print(message, file=sys.stderr, flush=True)
+        if answer == "refused":
+            again = submit_again(submission, delay_seconds=0, exclude=(), waits=waits)
+            return again and Again(f"{again.how}, as Slurm does not requeue it ({message})", is_new_job=True)
+        if wait is not None:
+            time.sleep(wait)
+    return None
+
+
+def _requeue_once(job_id: str) -> tuple[Answer, str]:
+    command = ["scontrol", "requeue", job_id]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "refused", "there is no scontrol on the PATH"
+    except OSError as error:
+        return "transient", f"{' '.join(command)}: {error}"
+    said = " ".join((ran.stderr or ran.stdout).split())
+    if ran.returncode == 0 or _DONE_ALREADY.search(said):
+        return "done", said
+    message = f"{' '.join(command)}: {said or f'exit status {ran.returncode}'}"
+    return ("transient" if _TRANSIENT.search(said) else "refused"), message
+
+
+def submit_again(
+    submission: Submission, *, delay_seconds: int, exclude: Sequence[str], waits: Sequence[float]
+) -> Again | None:
+    """Submits the same script again: later, without the nodes that failed. The job gets another id.
+
+    Returns:
+        How it goes on; None if Slurm did not accept it.
+    """
+    script = submission.script.read_text()
+    given = slurm.options_in(script)
+    excluded = _spare(exclude, given)
+    options = [f"--begin=now+{max(1, delay_seconds)}"]
+    if excluded:
+        options += [f"--exclude={','.join(filter(None, [given.get('exclude'), *excluded]))}"]
+    path = submission.script
+    if (again := slurm.without_fulfilled_dependency(script)) != script:
+        path = submission.script.with_name("job-again.sh")
+        replace_durably(path, again.encode())
+    try:
+        job_id = _retry(lambda: slurm.submit(path, *options), waits=waits)
+    except slurm.NoJobIdError as error:
+        print(error, file=sys.stderr, flush=True)
+        return Again("submitted again", is_new_job=True)
+    if job_id is None:
+        return None
+    submission.replace_job_id(job_id)
+    without = f", without {', '.join(excluded)}" if excluded else ""
+    how = f"submitted again as job {job_id} in {delay_seconds} s{without}"
+    print(how, flush=True)
+    return Again(how, is_new_job=True)
+
+
+def _retry(action: Callable[[], T], *, waits: Sequence[float]) -> T | None:
+    """What an action returns, tried a bounded number of times; None if it always raised UserError.
+
+    Raises:
+        NoJobIdError: Slurm has accepted the job: another try would submit it twice.
+    """
+    for wait in (*waits, None):
+        try:
+            return action()
+        except slurm.NoJobIdError:
+            raise
+        except UserError as error:
+            print(error, file=sys.stderr, flush=True)
+        if wait is not None:
+            time.sleep(wait)
+    return None
+
+
+def _spare(bad: Sequence[str], given: dict[str, str]) -> tuple[str, ...]:
+    """The bad nodes, if the partition has enough others, and the job does not insist on them."""
+    if not bad:
+        return ()
+    partition, wanted = os.environ.get("SLURM_JOB_PARTITION", ""), int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    command = ["sinfo", "--noheader", "--Node", "--responding", f"--partition={partition}", "--format=%N"]
+    listed = _hostnames_printed(command)
+    banned, wished = (_expanded(given.get(option, "")) for option in ("exclude", "nodelist"))
+    return spare_bad_nodes([node for node in bad if node not in wished], sorted(listed - banned), wanted=wanted)
+
+
+def _expanded(hostlist: str) -> set[str]:
+    """The hosts of a list as Slurm writes it: `node[1-3],gpu7`."""
+    if "[" not in hostlist:
+        return set(filter(None, hostlist.split(",")))
+    return _hostnames_printed(["scontrol", "show", "hostnames", hostlist])
+
+
+def _hostnames_printed(command: list[str]) -> set[str]:
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return set()
+    return set(ran.stdout.split())

@@ -1,0 +1,79 @@
+"""Shows other machines that a run's launcher is alive: a file in its logs that it touches every few seconds.
+
+A lock tells the processes of one machine apart; many file systems do not show it to others. Ages are differences of
+times that the file system itself gave, so clocks of machines do not matter.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmscale.runs.folder import RunDir
+
+BEAT_SECONDS = 10.0
+SILENT_SECONDS = 60.0
+"""A launcher that has not touched its file for so long is dead, or its machine is."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A launcher's sign of life; `age_seconds` have passed since."""
+
+    host: str
+    process: int
+    machine: str
+    age_seconds: float
+
+
+def machine_id() -> str:
+    """Names this machine's running kernel: locks of its processes are seen by each other."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+@contextmanager
+def beating(run: RunDir) -> Iterator[None]:
+    """Gives signs of life for this process while the block runs."""
+    path, stop = run.launcher_sign, threading.Event()
+    own = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "machine": machine_id()})
+    thread = threading.Thread(target=_beat, args=(path, stop), name="heartbeat", daemon=True)
+    with contextlib.suppress(OSError):  # a full disk is reported by those who need it
+        path.write_text(own)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            if path.read_text() == own:
+                path.unlink()
+
+
+def _beat(path: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def sign_from_elsewhere(run: RunDir) -> Sign | None:
+    """The sign of a launcher that lives on another machine; None if there is none, or it is too old."""
+    probe = run.launcher_sign.with_name(f".launcher-probe-{os.getpid()}")
+    try:
+        given = json.loads(run.launcher_sign.read_text())
+        probe.write_text("")
+        age = probe.stat().st_mtime - run.launcher_sign.stat().st_mtime
+        sign = Sign(str(given["host"]), int(given["process"]), str(given["machine"]), max(age, 0.0))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return sign if sign.machine != machine_id() and sign.age_seconds < SILENT_SECONDS else None

@@ -1,0 +1,187 @@
+"""Decides where a job runs: each value from a flag, a key, what the run recorded, the config, or a default."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cmscale.config import Slurm
+from cmscale.config.layers import COMMAND_LINE
+from cmscale.config.site import LaunchSettings, read_site
+from cmscale.config.slurm import parse_gpus, parse_minutes
+from cmscale.errors import UserError
+from cmscale.io.durable import replace_durably
+from cmscale.runs.folder import RunDir
+from launchers.clusters import CLUSTERS, place
+from launchers.placement import Device, Placement, PlacementRequest
+
+DEFAULT, FLAG = "default", "flag"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The file `placement.json` of a run: where its newest job was sent, for `--resume`."""
+
+    cluster: str
+    nodes: int
+    gpus_per_node: int | str
+    partition: str | None
+    minutes: int | None
+    evaluate_every: int | None = None
+
+    @classmethod
+    def of(cls, placement: Placement, *, evaluate_every: int | None) -> "Recorded":
+        count = placement.ranks_per_node
+        gpus = f"{placement.gpu_type}:{count}" if placement.gpu_type else count
+        return cls(placement.cluster, placement.nodes, gpus, placement.partition, placement.minutes, evaluate_every)
+
+    def write(self, run: RunDir) -> None:
+        replace_durably(run.placement, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+
+def read_recorded(run: RunDir) -> Recorded | None:
+    """Where a run ran; None for runs of releases that did not record it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        found = Recorded(**json.loads(run.placement.read_text()))
+        parse_gpus(found.gpus_per_node)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{run.placement}: damaged ({error}); delete it, and give --nodes, --gpus-per-node, --partition and --time"
+        ) from None
+    return found
+
+
+@dataclass(frozen=True)
+class Where:
+    """A placement, and for each of its values the origin: rows of (name, value, origin)."""
+
+    placement: Placement
+    rows: tuple[tuple[str, str, str], ...]
+
+    def with_row(self, name: str, value: str, origin: str) -> "Where":
+        return replace(self, rows=(*self.rows, (name, value, origin)))
+
+
+class _Chooser:
+    """Chooses values for one cluster and notes where they came from."""
+
+    def __init__(
+        self,
+        flags: argparse.Namespace,
+        settings: LaunchSettings,
+        origins: Mapping[str, str],
+        *,
+        cluster: str,
+        recorded: Recorded | None,
+    ) -> None:
+        self.flags = flags
+        self.slurm: Slurm = settings.slurm
+        self.restart = settings.restart
+        self.origins = origins
+        self.has_keys = cluster != "local"  # this machine has no use for the section `slurm`
+        self.recorded = recorded if recorded is not None and recorded.cluster == cluster else None
+        self.rows: list[tuple[str, str, str]] = []
+
+    def choose(self, name: str, key: Any, recorded: Any, default: Any) -> Any:
+        """The value of a flag, else of a key on the command line, else recorded, else of a key, else the default."""
+        origin = self.origins.get(f"slurm.{name}", DEFAULT)
+        candidates = [
+            (getattr(self.flags, name), FLAG),
+            (key if self.has_keys and origin == COMMAND_LINE else None, f"slurm.{name}, {COMMAND_LINE}"),
+            (recorded if self.recorded else None, "placement.json of the run"),
+            (key if self.has_keys else None, f"slurm.{name}, {origin}"),
+        ]
+        value, origin = next(((value, origin) for value, origin in candidates if value is not None), (default, DEFAULT))
+        self.rows.append((name.replace("_", " "), "not set" if value is None else str(value), origin))
+        return value
+
+    def request(self, *, device: Device, dry_run: bool) -> PlacementRequest:
+        slurm: Slurm = self.slurm
+        recorded = self.recorded
+        gpus = self.choose("gpus_per_node", slurm.gpus_per_node, recorded and recorded.gpus_per_node, None)
+        gpu_type, count = (None, None) if gpus is None else parse_gpus(gpus)
+        time = self.choose("time", slurm.time, recorded and recorded.minutes, None)
+        return PlacementRequest(
+            nodes=self.choose("nodes", slurm.nodes, recorded and recorded.nodes, 1),
+            ranks_per_node=count,
+            partition=self.choose("partition", slurm.partition, recorded and recorded.partition, None),
+            minutes=None if time is None else parse_minutes(time),
+            device=device,
+            dry_run=dry_run,
+            slurm=slurm,
+            restart=self.restart,
+            gpu_type=gpu_type,
+        )
+
+
+def decide_where(
+    flags: argparse.Namespace,
+    settings: LaunchSettings,
+    origins: Mapping[str, str],
+    *,
+    device: Device,
+    recorded: Recorded | None = None,
+) -> Where:
+    """The placement that flags, keys and a run's record request.
+
+    Args:
+        settings: The sections `slurm` and `restart`.
+        origins: Where their values came from, by dotted key.
+        device: What ranks compute on.
+        recorded: Where the run that is resumed ran; used on the same cluster only.
+
+    Raises:
+        UserError: the request cannot be met.
+    """
+    site = read_site()
+    named = (
+        (flags.cluster, FLAG),
+        (recorded and recorded.cluster, "placement.json of the run"),
+        (site.flags.cluster, site.origin),
+    )
+    wanted, origin = next(((name, origin) for name, origin in named if name), ("auto", DEFAULT))
+    if wanted != "auto" and wanted not in CLUSTERS:
+        raise UserError(
+            f"cluster {wanted!r} ({origin}): there is none of this name; give --cluster {'|'.join(CLUSTERS)}"
+        )
+    for name in CLUSTERS if wanted == "auto" else (wanted,):
+        chooser = _Chooser(flags, settings, origins, cluster=name, recorded=recorded)
+        request = chooser.request(device=device, dry_run=flags.dry_run)
+        if wanted == "auto" and not CLUSTERS[name].suits(request):
+            continue
+        if name == "local" and request.gpu_type:
+            raise UserError(
+                f"--gpus-per-node {request.gpu_type}:...: only Slurm knows types of GPUs; give a number here"
+            )
+        placement = place(name, request)
+        how = origin if wanted != "auto" else f"auto, {origin}"
+        return Where(placement, (("cluster", name, how), *chooser.rows))
+    raise AssertionError("this machine suits always")
+
+
+def describe_origins(where: Where, origins: Mapping[str, str], values: Mapping[str, Any]) -> str:
+    """A table of values and where they came from: those of the placement, and every key that is no default.
+
+    Args:
+        values: The values of the config by dotted key.
+    """
+    rows = [*where.rows]
+    placed = {"slurm.gpus_per_node", "slurm.time", "slurm.nodes", "slurm.partition"}
+    for key in sorted(origins.keys() - placed):
+        if key in values:
+            rows.append((key, _shown(values[key]), origins[key]))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows]
+    return "\n".join(["where the values come from:", *(line.rstrip() for line in lines)])
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else f"{text[:57]}..."
