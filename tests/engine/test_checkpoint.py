@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from cmscale.config import Config
 from cmscale.distributed.world import World
 from cmscale.engine import checkpoint, resume
-from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, claim_generation
+from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, Fenced, claim_generation
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
 from cmscale.errors import UserError
 from cmscale.runs.checkpoints import committed_steps
@@ -239,6 +239,33 @@ def test_an_older_start_can_commit_no_more(run: RunDir) -> None:
     assert "taken over" in event["why"]
     with pytest.raises(CheckpointFailed, match="taken over"):  # and it does not go on beside the new one
         old.save(TrainState(step=30, cursor=240), StandIn(0, 1, seed=30))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_start_learns_between_saves_that_another_took_over_and_ends(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "LOOK_SECONDS", 0.0)
+    old = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
+    assert not old.overtaken()
+    old.end_if_overtaken()
+    claim_generation(run)
+    assert old.overtaken()
+    with pytest.raises(Fenced, match="start 2 of the run has taken over from start 1"):
+        old.end_if_overtaken()
+    with pytest.raises(Fenced):
+        old.save(TrainState(step=20, cursor=160), StandIn(0, 1, seed=20))  # pyright: ignore[reportArgumentType]
+
+
+def test_an_older_start_leaves_what_a_newer_one_is_writing(run: RunDir) -> None:
+    """Two starts at once: the one with the lower number may come to clear up last."""
+    save(run, 10)
+    staged = run.checkpoints / ".step-000000020.start-3.save-1"
+    staged.mkdir()
+    assert claim_generation(run) == 2
+    assert staged.exists()
+    assert claim_generation(run) == 3
+    assert claim_generation(run) == 4
+    assert not staged.exists()
 
 
 def test_a_new_start_clears_what_a_killed_one_left_half_written_and_records_it(run: RunDir) -> None:
