@@ -1,5 +1,6 @@
 """Starts gloo ranks in tests: N processes that run one function and connect through a free port."""
 
+import importlib
 import json
 import os
 import socket
@@ -10,7 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
+
+from warm import Forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +26,7 @@ class RankFailed(AssertionError):
 class Rank:
     """A started rank; its output goes to files, so that it never blocks on a full pipe."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     out: IO[bytes]
     err: IO[bytes]
 
@@ -100,10 +103,13 @@ def start_ranks(
             "PYTHONPATH": str(ROOT),
             **(more or {}),
         }
-        command = [*(inside[rank] if inside else ()), sys.executable, str(Path(__file__))]
-        command += [function, json.dumps(arguments)]
         out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-        ranks.append(Rank(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err), out, err))
+        if inside is None:
+            process = Forked(function, arguments, environment, out, err)
+        else:
+            command = [*inside[rank], sys.executable, str(Path(__file__)), function, json.dumps(arguments)]
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
+        ranks.append(Rank(process, out, err))
     return ranks
 
 
@@ -114,13 +120,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-if __name__ == "__main__":
-    import importlib
-
-    module_name, _, function_name = sys.argv[1].partition(":")
-    getattr(importlib.import_module(module_name), function_name)(*json.loads(sys.argv[2]))
+def run_rank(function: str, arguments: str) -> NoReturn:
+    """Runs `module:function` with arguments in JSON as the rank that the environment names. Ends the process."""
+    module_name, _, function_name = function.partition(":")
+    getattr(importlib.import_module(module_name), function_name)(*json.loads(arguments))
     # real ranks end this way too: an interpreter that exits with gloo's threads alive sometimes aborts
     importlib.import_module("cmscale.distributed.world").disconnect()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+if __name__ == "__main__":
+    run_rank(*sys.argv[1:])
