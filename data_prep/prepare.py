@@ -5,13 +5,14 @@
 
 Shard k contains the k-th `--samples-per-shard` keys of the sorted source, so any worker can make any shard, with the
 same bytes. Records of finished shards are stored under `.progress/`; after an interruption, the same command
-continues. The manifest is written last: a folder without it is not a data set.
+continues. The manifest is written last: a folder without it is not a data set. A folder that contains anything else is
+refused.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
@@ -19,8 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from cmscale.config.site import read_launch_settings, use_site
 from cmscale.config.slurm import parse_minutes, plain_text
 from cmscale.errors import UserError
+from cmscale.io.image_files import printable
+from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, dataset_formats
-from data_prep.making.convert import ENCODINGS, RECIPES
+from data_prep.making.convert import DEFAULT_ENCODING, ENCODINGS, RECIPE_EXIF, RECIPES
+from data_prep.making.documents import PREPARATION, PreparationDocument, begun_settings
 from data_prep.making.preparation import Preparation
 from data_prep.making.processes import check_bad, make_missing
 from data_prep.making.shards import DatasetSettings, ShardRecord
@@ -35,6 +39,7 @@ _UNUSED = {
     "slurm.mem_per_gpu": "tasks of an array use no GPU",
     "slurm.batch_python": "an array has no commands of its own",
 }
+_SKIPPED_NAMED = 20
 
 
 def prepare(
@@ -43,24 +48,28 @@ def prepare(
     workers: int,
     max_bad: int,
     placement: ArrayPlacement | None = None,
+    check_source: bool = False,
     report: Callable[[str], None] = print,
 ) -> DatasetManifest:
     """Makes and publishes the data set, here or with a Slurm array; continues an interrupted one of the same plan.
+
+    Args:
+        check_source: Compares what is made already with the source's images by their bytes, not by size and time.
 
     Raises:
         UserError: the user's mistake; nothing is published.
         ArrayFailed: the Slurm array ended without making all shards.
     """
-    finished = preparation.published()
-    if finished is not None:
-        report("already prepared")
-        preparation.forget()
-        return finished
-    running = running_array(preparation) if placement else None
-    records = preparation.records() if running else preparation.begin()
-    if records and not running:
-        report(f"continuing: {len(records)} of {preparation.num_shards} shards are finished")
     try:
+        finished = preparation.published(check_source=check_source)
+        if finished is not None:
+            report("already prepared")
+            preparation.forget()
+            return finished
+        running = running_array(preparation) if placement else None
+        records = preparation.records() if running else preparation.begin(check_source=check_source)
+        if records and not running:
+            report(f"continuing: {len(records)} of {preparation.num_shards} shards are finished")
         with preparation.exclusive():
             try:
                 records = _make(
@@ -107,11 +116,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--preprocess", choices=sorted(RECIPES), default="adm", help="crop and resize of ADM (default) or EDM"
     )
+    encodings = "; ".join(f"{name}: {meaning}" for name, meaning in ENCODINGS.items())
+    parser.add_argument("--encoding", choices=sorted(ENCODINGS), help=f"{encodings} (default: {DEFAULT_ENCODING})")
+    exif = ", ".join(f"{value} with --preprocess {name}" for name, value in sorted(RECIPE_EXIF.items()))
     parser.add_argument(
-        "--encoding", choices=sorted(ENCODINGS), default="jpeg", help="encoding of the images (default: jpeg)"
+        "--exif",
+        choices=("apply", "ignore"),
+        help=f"what to do with EXIF orientations (default: as the tools of that name, {exif})",
     )
     parser.add_argument("--samples-per-shard", type=int, default=1024, help="images per shard (default: 1024)")
     parser.add_argument("--max-bad", type=int, default=0, help="unusable images to skip before giving up (default: 0)")
+    parser.add_argument(
+        "--check-source",
+        action="store_true",
+        help="compare the source with what is made already by the images' bytes (default: by their sizes and times)",
+    )
     parser.add_argument("--slurm", action="store_true", help="make the shards with a Slurm array, one task per node")
     parser.add_argument("--nodes", type=int, default=1, help="with --slurm: number of tasks (default: 1)")
     parser.add_argument("--partition", help="with --slurm: partition to submit to")
@@ -167,24 +186,54 @@ def array_placement(options: argparse.Namespace) -> ArrayPlacement:
     )
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; raises its errors."""
-    options = parse(arguments)
-    settings = DatasetSettings(
+def settings_of(options: argparse.Namespace) -> DatasetSettings:
+    """The settings that the options ask for.
+
+    An encoding or EXIF rule that is not given is that of the data set that is begun at `--out`, if there is one: the
+    same command continues it, although the defaults of the version that began it may have been others.
+    """
+    begun = begun_settings(open_storage(options.out))
+    return DatasetSettings(
         format=options.format,
         image_size=options.image_size,
         preprocess=options.preprocess,
-        encoding=options.encoding,
+        encoding=options.encoding or (begun.encoding if begun else DEFAULT_ENCODING),
+        exif=options.exif or (begun.exif if begun else RECIPE_EXIF[options.preprocess]),
         samples_per_shard=options.samples_per_shard,
     )
-    preparation = Preparation(open_source(options.source), settings, options.out)
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; raises its errors."""
+    options = parse(arguments)
+    preparation = Preparation(open_source(options.source), settings_of(options), options.out)
     placement = None
     if options.slurm:
         placement = array_placement(options)
-    manifest = prepare(preparation, workers=options.workers, max_bad=options.max_bad, placement=placement)
+    manifest = prepare(
+        preparation,
+        workers=options.workers,
+        max_bad=options.max_bad,
+        placement=placement,
+        check_source=options.check_source,
+    )
     print(f"{manifest.count} images in {len(manifest.shards)} shards, {manifest.skipped} skipped")
+    for line in account(preparation.document(), where=preparation.storage.join(PREPARATION)):
+        print(line)
     print(f"fingerprint: {manifest.fingerprint}")
     print(f"dataset: {preparation.storage.url}")
+
+
+def account(document: PreparationDocument, *, where: str) -> Iterator[str]:
+    """Lines that name what was skipped, left out and decided. `where` is the file that names all that is skipped."""
+    for key, reason in document.skipped[:_SKIPPED_NAMED]:
+        yield f"skipped: {printable(key)}: {reason}"
+    if len(document.skipped) > _SKIPPED_NAMED:
+        yield f"skipped: and {len(document.skipped) - _SKIPPED_NAMED} more, all named in {where}"
+    for reason, (count, names) in document.left_out.items():
+        yield f"left out: {reason}: {count} ({', '.join(names)}{', …' if count > len(names) else ''})"
+    for decision, count in document.notes.items():
+        yield f"{decision}: {count} images"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

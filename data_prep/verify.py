@@ -21,7 +21,7 @@ from cmscale.errors import UserError
 from cmscale.io.protocol import ArrivedChanged, Storage
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
-from data_prep.making.preparation import PREPARATION, PreparationDocument
+from data_prep.making.documents import PREPARATION, PreparationDocument
 from data_prep.making.progress import ProgressCounter
 from data_prep.making.shards import DatasetSettings, build_shard
 from data_prep.sources import SourceReader, open_source, source_usage

@@ -77,8 +77,19 @@ def edit(
             help="Image files (`interpolate`: two, or none and --seed); overrides on top of --config.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="PNG with the inputs next to the results.")] = Path("edit.png"),
-    mask: Annotated[Path | None, typer.Option(help="inpaint: image that is white where pixels are missing.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="PNG of the result, at the model's size; of several images FILE-1.png, FILE-2.png, ...")
+    ] = Path("edit.png"),
+    strip: Annotated[
+        Path | None,
+        typer.Option(help="Also write a PNG with each image, the task's input and the result."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="inpaint: image that is white or transparent where pixels are missing, as large as the picture."
+        ),
+    ] = None,
     box: Annotated[str | None, typer.Option(help="inpaint: missing box LEFT,TOP,RIGHT,BOTTOM in pixels.")] = None,
     factor: Annotated[int, typer.Option(min=2, help="superres: side of a patch in pixels.")] = 8,
     sigma: Annotated[float, typer.Option(help="denoise: std of the noise, for images in [-1, 1].")] = 0.5,
@@ -103,5 +114,6 @@ def edit(
         task=task, images=files, mask=mask, box=box, factor=factor, sigma=sigma, steps=steps, count=count, seed=seed
     )
     with console.status(task):
-        edit_images(loaded, request, out=out, device=chosen)
-    print(out)
+        paths = edit_images(loaded, request, out=out, strip=strip, device=chosen)
+    for path in paths:
+        print(path)

@@ -130,7 +130,7 @@ class _RankBatches(Dataset[Any]):
                 tried = 0
                 continue
             try:
-                decode_into(data, row)
+                decode_into(data, row, crop=self.samples.cropped_side is not None)
                 return key
             except BadImage as error:
                 bad[key] = str(error)

@@ -1,21 +1,14 @@
-"""Decodes images: the format is recognised by magic bytes, the size is checked before decoding."""
+"""Decodes the images of prepared data sets: JPEG, PNG or WebP, recognised by the first bytes."""
 
 import contextlib
-import io
-import warnings
 
 import numpy as np
 import simplejpeg
-from PIL import Image
 
-from cmscale.io.image_files import MAX_IMAGE_PIXELS
+from cmscale.io.pictures import BadImage, decode_picture
 
-# Pillow would warn about what `_check_size` refuses.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class BadImage(Exception):
-    """Raised for bytes that are not a usable image; the message says why."""
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+"""The formats that data sets hold, and their file name extensions."""
 
 
 def sniff(data: bytes) -> str:
@@ -29,34 +22,42 @@ def sniff(data: bytes) -> str:
     raise BadImage(f"neither JPEG, PNG nor WebP (starts with {data[:8].hex() or 'nothing'})")
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Decodes an image. Returns RGB, uint8 [H, W, 3]. Raises BadImage."""
-    kind = sniff(data)
-    try:
-        if kind == "jpeg":
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            _check_size(int(width), int(height))
-            if colorspace not in ("CMYK", "YCCK"):  # libjpeg does not convert these to RGB
-                return simplejpeg.decode_jpeg(data)
-        with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            _check_size(*image.size)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(f"damaged {kind}: {error}") from error
+def decode(data: bytes, *, side: int | None = None) -> np.ndarray:
+    """Decodes an image.
+
+    Args:
+        side: Crops the centre of an image whose shorter side is this, as data sets of encoding `keep` hold them.
+
+    Returns:
+        RGB, uint8 [H, W, 3].
+
+    Raises:
+        BadImage: it can't be decoded.
+    """
+    image = decode_picture(data, exif="ignore", formats=(sniff(data).upper(),)).pixels
+    return centre_crop(image, side) if side is not None and min(image.shape[:2]) == side else image
 
 
-def decode_into(data: bytes, pixels: np.ndarray) -> None:
-    """Decodes an image of known size into `pixels`, uint8 [H, W, 3]. Raises BadImage, also for another size."""
+def decode_into(data: bytes, pixels: np.ndarray, *, crop: bool = False) -> None:
+    """Decodes an image into `pixels`, uint8 [H, W, 3].
+
+    Args:
+        crop: Crops the centre of an image whose shorter side is that of the square `pixels`.
+
+    Raises:
+        BadImage: it can't be decoded, or has another size.
+    """
     if data[:3] == b"\xff\xd8\xff":
         with contextlib.suppress(ValueError):  # damaged, too large, another colour space: handled below
             if simplejpeg.decode_jpeg(data, buffer=pixels).shape == pixels.shape:
                 return
-    image = decode(data)
+    image = decode(data, side=pixels.shape[0] if crop else None)
     if image.shape != pixels.shape:
         raise BadImage(f"is {image.shape[1]}x{image.shape[0]}, not {pixels.shape[1]}x{pixels.shape[0]}")
     pixels[:] = image
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_IMAGE_PIXELS:
-        raise BadImage(f"claims {width}x{height} pixels, above the limit of {MAX_IMAGE_PIXELS}")
+def centre_crop(image: np.ndarray, side: int) -> np.ndarray:
+    """The centre of an image [H, W, 3], [side, side, 3]."""
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    return image[top : top + side, left : left + side]

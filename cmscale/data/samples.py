@@ -59,6 +59,11 @@ class Samples:
     def __len__(self) -> int:
         return self.manifest.count
 
+    @property
+    def cropped_side(self) -> int | None:
+        """The side that images are cropped to when they are decoded; None if they are stored cropped."""
+        return self.manifest.image_size if self.manifest.encoding == "keep" else None
+
     def shard_of(self, index: int) -> int:
         """The number of the shard that holds a sample."""
         return bisect_right(self.starts, index) - 1
@@ -131,7 +136,7 @@ def read_images(
             raise UserError(f"{samples.url}: no sample {index}, there are {len(samples)}")
         key, data = samples.read(index)
         try:
-            image = decode(data)
+            image = decode(data, side=samples.cropped_side)
         except BadImage as error:
             raise RuntimeError(f"{samples.url}: sample {key}: {error}") from error
         yield image, key

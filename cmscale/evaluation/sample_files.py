@@ -6,25 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cmscale.errors import UserError
+from cmscale.evaluation.image_folder import ImageFolder
 from cmscale.evaluation.npz import npz_header, npz_rows
-from cmscale.io.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS
-
-SUFFIXES = (*IMAGE_SUFFIXES, ".bmp")
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size. `read()` yields `count` uint8 arrays [H, W, 3] in order, with one in memory."""
+    """Images of one size. `read()` yields `count` uint8 arrays [H, W, 3] in order, with one in memory.
+
+    `notes()` gives what a result should say about them, one line each, once they have been read.
+    """
 
     name: str
     count: int
     height: int
     width: int
     read: Callable[[], Iterator[np.ndarray]]
+    notes: Callable[[], list[str]] = list
 
 
 def open_images(path: str | Path) -> ImageSet:
@@ -70,18 +71,5 @@ def _stack(images: list[np.ndarray]) -> Tensor:
 
 
 def _open_folder(path: Path) -> ImageSet:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        raise UserError(f"{path}: no images there ({', '.join(SUFFIXES)})")
-    height, width, _ = _read_file(files[0]).shape
-    return ImageSet(str(path), len(files), height, width, lambda: (_read_file(file) for file in files))
-
-
-def _read_file(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise UserError(f"{file}: {image.width} x {image.height} pixels, the limit is {MAX_IMAGE_PIXELS}")
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{file}: not an image ({error})") from None
+    folder = ImageFolder(path)
+    return ImageSet(str(path), folder.count, folder.height, folder.width, folder.read, folder.notes)

@@ -1,5 +1,6 @@
-"""Edits image files with a consistency model by one of the zero-shot tasks, and writes a PNG for comparison."""
+"""Edits image files with a consistency model by one of the zero-shot tasks, and writes the results."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ import torch
 
 from cmscale.consistency import zero_shot
 from cmscale.errors import UserError
+from cmscale.generation.edit_inputs import fit, fit_mask, fit_small, read_mask, read_picture
 from cmscale.io import image_tensors
 from cmscale.rng import normal_like_samples
 from cmscale.source import Source
@@ -38,32 +40,74 @@ class EditRequest:
     seed: int = 0
 
 
-def edit_images(source: Source, request: EditRequest, *, out: Path, device: torch.device) -> None:
-    """Writes a PNG with a row per image: the image, the task's input, and the result.
+def edit_images(
+    source: Source, request: EditRequest, *, out: Path, strip: Path | None = None, device: torch.device
+) -> list[Path]:
+    """Writes the result of each image as a PNG of the model's size, at `out`; see `result_paths`.
+
+    The result of `interpolate` is one PNG with all its pictures in a row.
+
+    Args:
+        strip: Also writes a PNG with a row per image: the image, the task's input, and the result, enlarged.
+
+    Returns:
+        The files with results.
 
     Raises:
         UserError: images, mask or box do not fit the task, or the model is not an unconditional consistency model.
     """
-    method, size = source.config.method, source.config.model.image_size
+    method = source.config.method
     if not method.facts.is_consistency_model:
         raise UserError(f"edit: {source.origin} is a diffusion model ({method.kind}); give a consistency model")
     if source.config.model.num_classes is not None:
         raise UserError(f"edit: {source.origin} is class-conditional; give an unconditional model")
     if request.task == "interpolate":
+        if strip is not None:
+            raise UserError(f"--strip {strip}: the result of interpolate is a strip already; leave --strip out")
         tiles = _interpolate(source, request, device=device)
         image_tensors.save_png(image_tensors.grid(tiles, columns=len(tiles)), out)
-        return
+        return [out]
     if not request.images:
         raise UserError(f"edit {request.task}: got no image; give at least one image file")
-    originals = torch.stack([image_tensors.load_image(path, size=size) for path in request.images])
+    originals, missing = _inputs(request, size=source.config.model.image_size)
     clean = image_tensors.from_uint8(originals).to(device)
-    task_input, result = _apply(source, request, clean)
-    columns = [originals, *(image_tensors.to_uint8(images.cpu(), nearest=True) for images in (task_input, result))]
-    tiles = torch.stack(columns, dim=1).flatten(0, 1)
-    image_tensors.save_png(image_tensors.grid(tiles, columns=3), out)
+    task_input, result = _apply(source, request, clean, missing)
+    results = image_tensors.to_uint8(result.cpu(), nearest=True)
+    paths = result_paths(out, len(results))
+    for path, image in zip(paths, results, strict=True):
+        image_tensors.save_png(image_tensors.picture(image), path)
+    if strip is not None:
+        tiles = torch.stack([originals, image_tensors.to_uint8(task_input.cpu(), nearest=True), results], dim=1)
+        image_tensors.save_png(image_tensors.grid(tiles.flatten(0, 1), columns=3), strip)
+    return paths
 
 
-def _apply(source: Source, request: EditRequest, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def result_paths(out: Path, count: int) -> list[Path]:
+    """The files of the results of `count` images: `out`, or if there are several NAME-1.png, NAME-2.png, ..."""
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, count + 1)]
+
+
+def _inputs(request: EditRequest, *, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pictures at the size of the model, uint8 [B, 3, size, size], and the mask of missing pixels of `inpaint`."""
+    pictures = [(path, read_picture(path).pixels) for path in request.images]
+    if request.task == "superres":
+        if size % request.factor:
+            raise UserError(f"--factor: {request.factor} does not divide the image size {size}; choose a divisor")
+        fitted = [fit_small(pixels, size=size, factor=request.factor, path=path) for path, pixels in pictures]
+    else:
+        fitted = [fit(pixels, size=size) for _, pixels in pictures]
+    missing = torch.zeros(1, 1, size, size, dtype=torch.bool)
+    if request.task == "inpaint":
+        sizes = [(path, (pixels.shape[0], pixels.shape[1])) for path, pixels in pictures]
+        missing = _missing(request, size=size, pictures=sizes)
+    return torch.stack(fitted), missing
+
+
+def _apply(
+    source: Source, request: EditRequest, clean: torch.Tensor, missing: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The task's input and its result, both [B, 3, H, W]."""
     denoise = source.denoiser(clean.device)
     sigmas = zero_shot.STROKE_SIGMAS if request.task == "stroke" else None
@@ -77,16 +121,12 @@ def _apply(source: Source, request: EditRequest, clean: torch.Tensor) -> tuple[t
     )
     match request.task:
         case "inpaint":
-            missing = _missing(request, size=clean.shape[-1]).to(clean.device)
+            missing = missing.to(clean.device)
             return torch.where(missing, -1.0, clean), zero_shot.inpaint(chain, clean, missing=missing)
         case "colorize":
             gray = zero_shot.luminance(clean).expand_as(clean)
             return gray, zero_shot.colorize(chain, clean)
         case "superres":
-            if clean.shape[-1] % request.factor:
-                raise UserError(
-                    f"--factor: {request.factor} does not divide the image size {clean.shape[-1]}; choose a divisor"
-                )
             coarse = torch.nn.functional.avg_pool2d(clean, request.factor)
             shown = torch.nn.functional.interpolate(coarse, scale_factor=request.factor, mode="nearest")
             return shown, zero_shot.superres(chain, clean, factor=request.factor)
@@ -110,29 +150,28 @@ def _interpolate(source: Source, request: EditRequest, *, device: torch.device) 
     denoise, sigma_max = source.denoiser(device), source.config.method.sigma_max
     noises = normal_like_samples(request.seed, range(2), source.image_shape, purpose="start", device=device)
     if request.images:
-        size = source.config.model.image_size
-        originals = torch.stack([image_tensors.load_image(path, size=size) for path in request.images])
+        originals, _ = _inputs(request, size=source.config.model.image_size)
         ends = image_tensors.from_uint8(originals)
         noises = zero_shot.find_noise(denoise, ends.to(device), noises, sigma_max=sigma_max)
     strip = zero_shot.interpolate(denoise, noises[:1], noises[1:], sigma_max=sigma_max, count=request.count)
     return image_tensors.to_uint8(strip.cpu().clamp(-1, 1))
 
 
-def _missing(request: EditRequest, *, size: int) -> torch.Tensor:
-    """The mask of missing pixels, bool [1, 1, size, size]: white in --mask, inside --box, or by default the centre."""
+def _missing(request: EditRequest, *, size: int, pictures: list[tuple[Path, tuple[int, int]]]) -> torch.Tensor:
+    """The missing pixels, bool [1, 1, size, size]: those of --mask, inside --box, or by default the centre."""
     if request.mask is not None and request.box is not None:
         raise UserError(f"edit inpaint: got --mask {request.mask} and --box {request.box}; give only one of them")
     if request.mask is not None:
-        mask = image_tensors.load_image(request.mask, size=size).float().mean(0) > 127
-    else:
-        mask = torch.zeros(size, size, dtype=torch.bool)
-        left, top, right, bottom = _box(request.box or f"{size // 4},{size // 4},{size - size // 4},{size - size // 4}")
-        if not (0 <= left < right <= size and 0 <= top < bottom <= size):
-            raise UserError(f"--box: got {request.box}; it must lie inside {size} x {size} pixels and not be empty")
-        mask[top:bottom, left:right] = True
-    if not mask.any():
-        raise UserError(f"--mask {request.mask}: has no white pixel; paint the missing pixels white")
-    return mask[None, None]
+        mask = read_mask(request.mask)
+        if mask.by_transparency:
+            print(f"--mask {request.mask}: {mask.rule}", file=sys.stderr, flush=True)
+        return fit_mask(mask, size=size, pictures=pictures, path=request.mask)
+    left, top, right, bottom = _box(request.box or f"{size // 4},{size // 4},{size - size // 4},{size - size // 4}")
+    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+        raise UserError(f"--box: got {request.box}; it must lie inside {size} x {size} pixels and not be empty")
+    missing = torch.zeros(1, 1, size, size, dtype=torch.bool)
+    missing[..., top:bottom, left:right] = True
+    return missing
 
 
 def _box(text: str) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""Converts image tensors to uint8 and back, arranges them in grids, and reads and writes image files."""
+"""Converts image tensors to uint8 and back, arranges them in grids, and writes image files."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,6 @@ from PIL import Image
 
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
-from cmscale.io.image_files import MAX_IMAGE_PIXELS
 
 _SMALLEST_TILE = 64  # px
 
@@ -60,31 +59,14 @@ def grid(images: torch.Tensor, *, columns: int | None = None, scale: int | None 
     return Image.fromarray(canvas)
 
 
+def picture(image: torch.Tensor) -> Image.Image:
+    """One image, uint8 [3, H, W], without enlargement."""
+    assert image.dtype == torch.uint8
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Writes a PNG file; readers see the old file or the whole new one."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     replace_durably(path, buffer.getvalue())
-
-
-def load_image(path: Path, *, size: int) -> torch.Tensor:
-    """Reads an image file as uint8 [3, size, size]: shorter side resized (BOX down, Lanczos up), centre cropped.
-
-    Raises:
-        UserError: there is no such file, it is not an image, or it has too many pixels.
-    """
-    try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > MAX_IMAGE_PIXELS:
-                raise UserError(f"{path}: {opened.width} x {opened.height} pixels; at most {MAX_IMAGE_PIXELS} are read")
-            image = opened.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: not an image that can be read ({error})") from None
-    ratio = size / min(image.size)
-    target = tuple(max(size, round(side * ratio)) for side in image.size)
-    image = image.resize((target[0], target[1]), Image.Resampling.BOX if ratio < 1 else Image.Resampling.LANCZOS)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 
 from cmscale.errors import UserError
+from cmscale.io.image_files import Exif
 from cmscale.io.storage import Storage
 
 DATASET_MANIFEST = "manifest.json"
@@ -63,7 +64,7 @@ def _known_format(name: str) -> str:
 
 DatasetFormat = Annotated[str, AfterValidator(_known_format)]
 Preprocess = Literal["adm", "edm"]
-Encoding = Literal["jpeg", "png", "webp"]
+Encoding = Literal["jpeg", "png", "webp", "keep"]
 
 
 class DatasetManifest(Document):
@@ -71,6 +72,13 @@ class DatasetManifest(Document):
 
     The fingerprint is the SHA-256 of everything that determines what a reader gets: format, preprocessing, encoding
     and the shards' hashes in order.
+
+    Attributes:
+        encoding: how the images are stored. With `keep`, an image that needed no resizing is stored as the bytes of
+            its source; readers crop its centre to `image_size`.
+        exif: what was done with EXIF orientations; earlier versions ignored them.
+        source: where the images came from.
+        skipped: number of images that could not be used.
     """
 
     version: Literal[1] = 1
@@ -78,6 +86,7 @@ class DatasetManifest(Document):
     image_size: int
     preprocess: Preprocess
     encoding: Encoding
+    exif: Exif = "ignore"
     source: str
     count: int
     skipped: int = 0

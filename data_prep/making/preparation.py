@@ -6,49 +6,34 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from cmscale.data.formats import shard_format
 from cmscale.errors import UserError
+from cmscale.io.image_files import printable
 from cmscale.io.locks import hold
 from cmscale.io.protocol import Storage
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import (
     DATASET_MANIFEST,
     DatasetManifest,
-    Document,
     FileEntry,
     dataset_fingerprint,
     read_dataset_manifest,
     read_document,
 )
 from data_prep.making.convert import ENCODINGS, RECIPES
+from data_prep.making.documents import PLAN, PREPARATION, PROGRESS, PreparationDocument, PreparationPlan
 from data_prep.making.shards import DatasetSettings, ShardRecord, build_shard, deliver
+from data_prep.making.unchanged import changed_shards
 from data_prep.sources import ImageSource, SourceReader
 
-PREPARATION = "preparation.json"
-PROGRESS = ".progress"
 _LOCK_SECONDS = 5.0  # the workers of a process that was killed end within a moment
-
-
-class PreparationPlan(Document):
-    """What is made of what; an interrupted preparation is continued by one with the same plan."""
-
-    settings: DatasetSettings
-    source: str
-    keys: int
-    keys_sha256: str
-
-
-class PreparationDocument(Document):
-    """Published with the shards: how they were made, enough to make any of them again."""
-
-    plan: PreparationPlan
-    recipe: str
-    encoding: str
-    skipped: tuple[tuple[str, str], ...]
+_NAMED = 3
 
 
 class Preparation:
@@ -77,8 +62,9 @@ class Preparation:
 
     @property
     def identity(self) -> str:
-        """A short name that no other preparation has."""
-        return hashlib.sha256(self.storage.url.encode() + self.plan.to_bytes()).hexdigest()[:16]
+        """A short name that no other preparation has, wherever the source lies."""
+        anywhere = self.plan.model_copy(update={"source": ""})
+        return hashlib.sha256(self.storage.url.encode() + anywhere.to_bytes()).hexdigest()[:16]
 
     def keys(self, number: int) -> list[str]:
         """The source's keys that shard `number` is made of."""
@@ -121,23 +107,52 @@ class Preparation:
         with hold(path, timeout=_LOCK_SECONDS, what=f"preparing {self.storage.url}"):
             yield
 
-    def begin(self) -> dict[int, ShardRecord]:
-        """Stores the plan, or continues an interrupted preparation. Returns the records of the finished shards.
+    def begin(self, *, check_source: bool = False) -> dict[int, ShardRecord]:
+        """Stores the plan, or continues an interrupted preparation.
+
+        Args:
+            check_source: Compares the bytes of the images that finished shards were made of; otherwise their sizes
+                and times.
+
+        Returns:
+            The records of the finished shards whose images are unchanged.
 
         Raises:
-            UserError: an unfinished data set of another plan is there.
+            UserError: an unfinished data set of another plan is there, or other files.
         """
-        self.storage.abort_uploads()  # of a process that was killed
-        raw = self.storage.read_if_present(f"{PROGRESS}/plan.json")
+        raw = self.storage.read_if_present(PLAN)
         if raw is None:
-            self.storage.write(f"{PROGRESS}/plan.json", self.plan.to_bytes())
+            self._refuse_foreign()
+            self.storage.write(PLAN, self.plan.to_bytes())
             return {}
-        if raw != self.plan.to_bytes():
+        begun = read_document(PreparationPlan, raw, origin=self.storage.join(PLAN))
+        if (difference := begun.difference(self.plan)) is not None:
             raise UserError(
-                f"{self.storage.url}: contains an unfinished data set of another source or other settings; "
-                f"finish it with its own command, or use another --out"
+                f"{self.storage.url}: contains an unfinished data set of another source or other settings "
+                f"({difference}); finish it with its own command, or use another --out"
             )
-        return self.records()
+        self.storage.abort_uploads()  # of a process that was killed
+        records = self.records()
+        made_of = {n: record.made_of for n, record in records.items() if record.made_of is not None}
+        for number in changed_shards(made_of, self.keys, self.read, contents=check_source):
+            self.storage.delete(self.record_key(number))
+            del records[number]
+        return records
+
+    def _refuse_foreign(self) -> None:
+        """Raises UserError if a new data set would mix with files that no preparation made, or with its own source."""
+        ours = f"{PROGRESS}/"
+        foreign = (entry.key for entry in self.storage.list() if not entry.key.startswith(ours))
+        found = [printable(key) for key in islice(foreign, _NAMED + 1)]
+        if found:
+            named = ", ".join(found[:_NAMED]) + (", …" if len(found) > _NAMED else "")
+            raise UserError(
+                f"{self.storage.url}: contains files of something else ({named}); nothing is changed there: use an "
+                f"empty folder or another --out"
+            )
+        out, source = self.storage.local_path(""), Path(self.source.name.partition(":")[2])
+        if out is not None and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{self.storage.url}: lies inside the source {source}; use another --out")
 
     def records(self) -> dict[int, ShardRecord]:
         """Records of the shards that are finished and stored with the recorded size, by number."""
@@ -155,19 +170,42 @@ class Preparation:
             if record.entry is None or sizes.get(record.entry.name) == record.entry.size
         }
 
-    def published(self) -> DatasetManifest | None:
+    def published(self, *, check_source: bool = False) -> DatasetManifest | None:
         """The manifest of the data set if this plan has been published already, else None.
 
+        Args:
+            check_source: Compares the bytes of all images with those that the data set was made of; otherwise their
+                sizes and times.
+
         Raises:
-            UserError: another data set has been published there.
+            UserError: another data set has been published there, or the images have changed since.
         """
         if self.storage.read_if_present(DATASET_MANIFEST) is None:
             return None
         manifest = read_dataset_manifest(self.storage)
-        raw = self.storage.read_if_present(PREPARATION)
-        if raw is None or read_document(PreparationDocument, raw, origin=PREPARATION).plan != self.plan:
+        if self.storage.read_if_present(PREPARATION) is None:
             raise UserError(f"{self.storage.url}: already contains another data set; use another --out")
+        document = self.document()
+        if (difference := document.plan.difference(self.plan)) is not None:
+            raise UserError(f"{self.storage.url}: already contains another data set ({difference}); use another --out")
+        if check_source and not document.shards:
+            raise UserError(
+                f"{self.storage.url}: an earlier version made it and recorded no hashes of the images, so "
+                f"--check-source can't compare them; leave the option out, or prepare the data set again"
+            )
+        changed = changed_shards(dict(enumerate(document.shards)), self.keys, self.read, contents=check_source)
+        if changed:
+            first = self.keys(changed[0])
+            raise UserError(
+                f"{self.storage.url}: images have changed since it was made: of {len(changed)} of {self.num_shards} "
+                f"shards, first among {first[0]} to {first[-1]}; use another --out, or delete this data set"
+            )
         return manifest
+
+    def document(self) -> PreparationDocument:
+        """The published account of how the data set was made."""
+        origin = self.storage.join(PREPARATION)
+        return read_document(PreparationDocument, self.storage.read(PREPARATION), origin=origin)
 
     def publish(self, records: dict[int, ShardRecord]) -> DatasetManifest:
         """Writes the index, the preparation document and, last, the manifest; then removes the progress records.
@@ -177,16 +215,10 @@ class Preparation:
         """
         ordered = [records[n] for n in range(self.num_shards)]
         shards = tuple(record.entry for record in ordered if record.entry)
-        skipped = tuple(pair for record in ordered for pair in record.bad)
         if not shards:
             raise UserError(f"--source {self.source.name}: none of its {self.plan.keys} images is usable")
+        document = self._account(ordered)
         settings = self.settings
-        document = PreparationDocument(
-            plan=self.plan,
-            recipe=RECIPES[settings.preprocess],
-            encoding=ENCODINGS[settings.encoding],
-            skipped=skipped,
-        )
         index = self.format.index_bytes(shards, (span for record in ordered for span in record.spans))
         files = [(self.format.index_name, index), (PREPARATION, document.to_bytes())]
         for name, data in files:
@@ -196,9 +228,10 @@ class Preparation:
             image_size=settings.image_size,
             preprocess=settings.preprocess,
             encoding=settings.encoding,
+            exif=settings.exif,
             source=self.source.name,
             count=sum(shard.count for shard in shards),
-            skipped=len(skipped),
+            skipped=len(document.skipped),
             shards=shards,
             files=tuple(
                 FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files
@@ -215,6 +248,24 @@ class Preparation:
         self.forget()
         return manifest
 
+    def _account(self, records: list[ShardRecord]) -> PreparationDocument:
+        left_out = self.source.left_out
+        notes: Counter[str] = Counter()
+        for record in records:
+            notes.update(record.notes)
+        made_of = tuple(record.made_of for record in records if record.made_of is not None)
+        return PreparationDocument(
+            plan=self.plan,
+            recipe=RECIPES[self.settings.preprocess],
+            encoding=ENCODINGS[self.settings.encoding],
+            skipped=tuple(pair for record in records for pair in record.bad),
+            notes=dict(notes),
+            left_out={
+                reason: (count, tuple(left_out.names[reason])) for reason, count in sorted(left_out.counts.items())
+            },
+            shards=made_of if len(made_of) == len(records) else (),  # else an earlier version made some of them
+        )
+
     def forget(self) -> None:
         """Removes the progress records and the scratch folder."""
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -230,9 +281,11 @@ class Preparation:
 
     def abandon(self) -> None:
         """Leaves nothing behind after a refusal, unless there are finished shards that the same command can use."""
-        keys = (entry.key for entry in self.storage.list(f"{PROGRESS}/"))
+        keys = [entry.key for entry in self.storage.list()]
         if any(re.fullmatch(rf"{PROGRESS}/\d+\.json", key) for key in keys):
             return
+        for name in {self.format.shard_name(n) for n in range(self.num_shards)}.intersection(keys):
+            self.storage.delete(name)  # delivered, but its record could not be stored
         self.forget()
         progress = self.storage.local_path(PROGRESS)
         if progress is not None:

@@ -14,7 +14,8 @@ from cmscale.config.site import read_site
 from cmscale.errors import UserError
 from cmscale.io.slurm import ACTIVE_STATES, common_parameters, exports, job_states, outside_of_this_job, refusal
 from cmscale.runs.manifests import Document, read_document
-from data_prep.making.preparation import PROGRESS, Preparation
+from data_prep.making.documents import PROGRESS
+from data_prep.making.preparation import Preparation
 from data_prep.making.processes import make_missing
 from data_prep.making.progress import ProgressCounter
 from data_prep.making.shards import DatasetSettings, ShardRecord

@@ -7,14 +7,17 @@ the kinds.
 import hashlib
 import os
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from cmscale.errors import UserError
+from cmscale.io.image_files import LeftOut
+
+REPLACED = "files that a later one of the same name replaces"
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,31 @@ class ImageSource:
         name: `kind:PATH` with an absolute path, as recorded in the data set.
         keys: Sorted keys, in the data set's order.
         open: Opens what `read` needs; called once per process, because handles do not survive a fork.
-        read: Maps (handle, key) to encoded bytes.
+        read: Maps (handle, key) to encoded bytes. Raises OSError or BadImage for an image that can't be read.
+        facts: Maps (handle, key) to a text that changes with the image, without reading it: its size and time. None if
+            there is no such thing.
+        left_out: What is there besides the images.
     """
 
     name: str
     keys: list[str]
     open: Callable[[], Any]
     read: Callable[[Any, str], bytes]
+    facts: Callable[[Any, str], str] | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def digest(self) -> str:
         """SHA-256 of the keys, which shows whether two sources list the same images."""
         return hashlib.sha256("\n".join(self.keys).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def file_facts(path: Path) -> str:
+    """A file's size and time of modification, or that it is missing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "a missing file"
+    return f"{status.st_size} bytes modified at {status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -62,9 +79,20 @@ class SourceReader:
         self._handle: tuple[int, Any] | None = None
 
     def __call__(self, key: str) -> bytes:
+        return self.source.read(self._open(), key)
+
+    def facts(self, keys: Sequence[str]) -> str | None:
+        """A hash of the facts of several images; None if the source has none. Equal facts: the images are the same."""
+        if self.source.facts is None:
+            return None
+        handle = self._open()
+        lines = (f"{key}\0{self.source.facts(handle, key)}\n" for key in keys)
+        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def _open(self) -> Any:
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), self.source.open())
-        return self.source.read(self._handle[1], key)
+        return self._handle[1]
 
     def close(self) -> None:
         handle, self._handle = self._handle, None
@@ -108,5 +136,6 @@ def open_source(text: str) -> ImageSource:
     except PermissionError as error:
         raise UserError(f"--source {text}: not readable ({error.strerror}: {error.filename})") from None
     if not source.keys:
-        raise UserError(f"--source {text}: contains no images")
+        besides = f" (besides images it contains {source.left_out})" if source.left_out else ""
+        raise UserError(f"--source {text}: contains no images{besides}")
     return source

@@ -3,20 +3,23 @@
 from pathlib import Path
 
 from cmscale.errors import UserError
-from cmscale.io.image_files import IMAGE_SUFFIXES
-from data_prep.sources import ImageSource, SourceKind
+from cmscale.io.image_files import image_suffixes, list_files
+from data_prep.sources import ImageSource, SourceKind, file_facts
 
 
 def open_folder(path: Path) -> ImageSource:
-    """Lists the images below a folder."""
+    """Lists the images below a folder. Links to folders are followed, each folder is read once."""
     if not path.is_dir():
         raise UserError(f"--source folder:{path}: is not a folder")
-    keys = sorted(
-        found.relative_to(path).as_posix()
-        for found in path.rglob("*")
-        if found.suffix.lower() in IMAGE_SUFFIXES and found.is_file()
+    listing = list_files(path, image_suffixes())
+    return ImageSource(
+        f"folder:{path}",
+        sorted([*listing.files, *listing.lost]),  # a lost one can't be read: it counts as an unusable image
+        lambda: path,
+        lambda root, key: (root / key).read_bytes(),
+        facts=lambda root, key: file_facts(root / key),
+        left_out=listing.left_out,
     )
-    return ImageSource(f"folder:{path}", keys, lambda: path, lambda root, key: (root / key).read_bytes())
 
 
 KIND = SourceKind("DIR", open_folder)

@@ -6,7 +6,7 @@ from typing import Any
 import lmdb
 
 from cmscale.errors import UserError
-from data_prep.sources import ImageSource, SourceKind
+from data_prep.sources import ImageSource, SourceKind, file_facts
 
 
 def open_lsun(path: Path) -> ImageSource:
@@ -20,12 +20,18 @@ def open_lsun(path: Path) -> ImageSource:
         raise UserError(f"--source lsun:{path}: the keys are not text; this is not an LSUN LMDB") from None
     finally:
         environment.close()
-    return ImageSource(f"lsun:{folder}", keys, lambda: _open_lmdb(folder), _read)
+    return ImageSource(f"lsun:{folder}", keys, lambda: _open_lmdb(folder), _read, facts=_facts)
 
 
 def _read(environment: Any, key: str) -> bytes:
     with environment.begin() as transaction:
         return bytes(transaction.get(key.encode("ascii")))
+
+
+def _facts(environment: Any, key: str) -> str:
+    with environment.begin(buffers=True) as transaction:
+        size = len(transaction.get(key.encode("ascii")))
+    return f"{size} bytes in {file_facts(Path(environment.path()) / 'data.mdb')}"
 
 
 def _lmdb_folder(path: Path) -> Path:

@@ -94,6 +94,7 @@ class DataBenchmark:
 
     def prepare(self, out: object, format: str) -> None:
         command = ["--source", self.source, "--out", str(out), "--format", format, "--image-size", str(SIZE)]
+        command += ["--encoding", "jpeg"]
         with redirect_stdout(io.StringIO()):
             assert prepare.main([*command, "--samples-per-shard", str(PER_SHARD), "--workers", "1"]) == 0
 

@@ -52,8 +52,8 @@ def _bomb(side: int) -> bytes:
 
 UNUSABLE = {
     "corrupt": (encoded(smooth_image(0), "jpeg")[:300], "damaged jpeg"),
-    "garbage": (b"no image", "neither JPEG, PNG nor WebP"),
-    "empty": (b"", "neither JPEG, PNG nor WebP"),
+    "garbage": (b"no image", "no picture in a format that is read"),
+    "empty": (b"", "no picture in a format that is read"),
     "small": (encoded(smooth_image(0, width=40, height=15), "png"), "40x15 is smaller than the crop of 16 px"),
     "bomb": (_bomb(10_000), "10000x10000"),
     "larger bomb": (_bomb(60_000), "3600000000 pixels"),

@@ -1,4 +1,4 @@
-"""Images: quantised as published results are, tiled without loss, read from any image file."""
+"""Images: quantised as published results are, tiled without loss."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cmscale.errors import UserError
-from cmscale.io.image_tensors import from_uint8, grid, load_image, save_png, to_uint8
+from cmscale.io.image_tensors import from_uint8, grid, picture, save_png, to_uint8
 
 
 def test_samples_are_quantised_as_published_results_are() -> None:
@@ -41,16 +41,6 @@ def test_a_grid_shows_every_pixel_of_every_image(tmp_path: Path) -> None:
         assert np.array_equal(shown[top : top + 8, left : left + 8], image.permute(1, 2, 0).numpy())
 
 
-def test_an_image_file_comes_in_at_the_model_size(tmp_path: Path) -> None:
-    Image.new("RGB", (100, 50), (10, 20, 30)).save(tmp_path / "wide.png")
-    image = load_image(tmp_path / "wide.png", size=16)
-    assert image.shape == (3, 16, 16)
-    assert image[:, 3, 5].tolist() == [10, 20, 30]
-
-
-def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(UserError, match="not an image"):
-        load_image(tmp_path / "text.png", size=16)
-    with pytest.raises(UserError, match="no such file"):
-        load_image(tmp_path / "absent.png", size=16)
+def test_a_picture_is_the_pixels_alone() -> None:
+    image = torch.randint(0, 256, (3, 5, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(np.asarray(picture(image)), image.permute(1, 2, 0).numpy())

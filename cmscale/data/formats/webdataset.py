@@ -15,11 +15,10 @@ import numpy as np
 from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
+from cmscale.data.decode import EXTENSIONS, sniff
 from cmscale.data.formats import ShardFormat, Span, WrittenShard, escaped_key
 from cmscale.errors import UserError
 from cmscale.runs.manifests import ShardEntry
-
-_EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
 class WebDatasetFormat(ShardFormat):
@@ -38,7 +37,7 @@ class WebDatasetFormat(ShardFormat):
         writer = TarWriter(memory, user="", group="", mtime=0, encoder=False)
         for key, image in samples:
             begin = writer.tarstream.offset
-            writer.write({"__key__": escaped_key(key), _EXTENSIONS[encoding]: image})
+            writer.write({"__key__": escaped_key(key), EXTENSIONS[_format(image, encoding)]: image})
             spans.append((begin, writer.tarstream.offset))
         writer.close()
         path.write_bytes(memory.getbuffer())
@@ -50,7 +49,12 @@ class WebDatasetFormat(ShardFormat):
         return file.getvalue()
 
     def open_shards(self, index: Path, shards: Sequence[ShardEntry], *, encoding: str) -> "TarShards":
-        return TarShards(index, shards, extension=_EXTENSIONS[encoding])
+        return TarShards(index, shards, extension=EXTENSIONS.get(encoding))
+
+
+def _format(image: bytes, encoding: str) -> str:
+    """The format of an image in a data set of an encoding: in one of `keep` each image has its own."""
+    return sniff(image) if encoding == "keep" else encoding
 
 
 class TarShards:
@@ -59,14 +63,14 @@ class TarShards:
     Args:
         index: The local index file.
         shards: The manifest's shards, in its order.
-        extension: File name extension of the image members.
+        extension: File name extension of the image members; None if they differ.
 
     Raises:
         UserError: the index does not list as many samples as the manifest.
     """
 
-    def __init__(self, index: Path, shards: Sequence[ShardEntry], *, extension: str) -> None:
-        self._extension = extension
+    def __init__(self, index: Path, shards: Sequence[ShardEntry], *, extension: str | None) -> None:
+        self._extensions = tuple(EXTENSIONS.values()) if extension is None else (extension,)
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
         self._spans = np.asarray(np.load(index, mmap_mode="r", allow_pickle=False))  # a memmap is slow to index
         if self._spans.shape != (self._starts[-1], 2):
@@ -76,7 +80,7 @@ class TarShards:
         begin, end = self._spans[self._starts[shard] + index].tolist()
         block = os.pread(file, end - begin, begin)
         sample = next(iter(group_by_keys(_members(block))))
-        return unquote(sample["__key__"]), sample[self._extension]
+        return unquote(sample["__key__"]), next(sample[each] for each in self._extensions if each in sample)
 
 
 def _members(block: bytes) -> Iterator[dict[str, Any]]:
