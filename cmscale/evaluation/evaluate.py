@@ -185,6 +185,7 @@ def _write_result(
         },
         warnings=(
             *reference.mismatches(preprocess=None if data is None else data.preprocess),
+            *reference.notes,
             *left_out(metrics, reference=reference),
         ),
         metrics=metrics,
@@ -215,7 +216,7 @@ def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preem
         reference=reference.describe(),
         seconds=round(time.monotonic() - started, 3),
         protocol={"source": images.name, **session.features_protocol(), **machine_protocol(world)},
-        warnings=tuple(left_out(metrics, reference=reference)),
+        warnings=(*images.notes(), *reference.notes, *left_out(metrics, reference=reference)),
         metrics=metrics,
         not_measured=_not_measured(metrics),
     )

@@ -128,23 +128,69 @@ def test_openai_weights_come_in_with_a_config_and_go_out_again(
 
 
 @pytest.mark.parametrize("task", ["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"])
-def test_every_edit_writes_what_went_in_beside_what_came_out(
+def test_every_edit_writes_its_result_alone_and_a_strip_if_asked(
     task: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "in.png")
-    images = [tmp_path / "in.png"] if task != "interpolate" else []
-    out = tmp_path / "out.png"
-    assert run(monkeypatch, "edit", task, model, *images, "--steps", 3, "--factor", 4, "--count", 3, "--out", out) == 0
-    shown = np.asarray(Image.open(out))
+    out, strip = tmp_path / "out.png", tmp_path / "strip.png"
+    if task == "interpolate":
+        assert run(monkeypatch, "edit", task, model, "--count", 3, "--out", out) == 0
+        assert Image.open(out).size == (3 * 66 + 2, 68)
+        return
+    chain = ("--steps", 3)
+    options = {"inpaint": chain, "colorize": chain, "superres": (*chain, "--factor", 4)}
+    more = options.get(task, ())
+    assert run(monkeypatch, "edit", task, model, tmp_path / "in.png", *more, "--out", out, "--strip", strip) == 0
+    result, shown = np.asarray(Image.open(out)), np.asarray(Image.open(strip))
+    assert result.shape == (16, 16, 3)
     assert shown.shape == (68, 3 * 66 + 2, 3)
+    before, after = (shown[2:66:4, 2 + 66 * column : 66 + 66 * column : 4] for column in (0, 2))
+    assert np.array_equal(before, pixels)
+    assert np.array_equal(after, result)
     if task == "inpaint":
-        before, after = (shown[2:66:4, 2 + 66 * column : 66 + 66 * column : 4] for column in (0, 2))
-        assert np.array_equal(before, pixels)
         outside = np.ones((16, 16), bool)
         outside[4:12, 4:12] = False
-        assert np.array_equal(after[outside], pixels[outside])  # kept pixels are kept exactly
-        assert not np.array_equal(after[~outside], pixels[~outside])
+        assert np.array_equal(result[outside], pixels[outside])  # kept pixels are kept exactly
+        assert not np.array_equal(result[~outside], pixels[~outside])
+
+
+def test_a_small_picture_keeps_its_pixels_and_each_image_gets_a_result(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    small = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    images = [tmp_path / f"{name}.png" for name in "ab"]
+    for path, pixels in zip(images, small, strict=True):
+        Image.fromarray(pixels).save(path)
+    out = tmp_path / "out.png"
+    assert run(monkeypatch, "edit", "superres", model, *images, "--factor", 4, "--steps", 3, "--out", out) == 0
+    written = [Path(line) for line in capsys.readouterr().out.split()]
+    assert written == [tmp_path / "out-1.png", tmp_path / "out-2.png"]
+    for path, pixels in zip(written, small, strict=True):
+        means = np.asarray(Image.open(path)).astype(float).reshape(4, 4, 4, 4, 3).mean((1, 3))
+        assert np.abs(means - pixels).max() <= 0.5  # of 255: the result is rounded to uint8
+
+
+def test_a_mask_by_transparency_works_and_one_of_another_size_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    opacity = np.full((16, 16), 255, np.uint8)
+    opacity[2:9, 3:11] = 0
+    mask, out = tmp_path / "mask.png", tmp_path / "out.png"
+    Image.fromarray(np.dstack([pixels, opacity])).save(mask)
+    command = ("edit", "inpaint", model, tmp_path / "in.png", "--mask", mask, "--steps", 3, "--out", out)
+    assert run(monkeypatch, *command) == 0
+    assert "transparent pixels are missing" in capsys.readouterr().err
+    changed = (np.asarray(Image.open(out)) != pixels).any(-1)
+    assert not changed[opacity == 255].any()
+    assert changed[opacity == 0].mean() > 0.9
+    out.unlink()
+    Image.fromarray(np.full((20, 16), 255, np.uint8)).save(mask)
+    assert run(monkeypatch, *command) == 2
+    assert "16 x 20 pixels" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_estimate_counts_the_lsun_network_without_making_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

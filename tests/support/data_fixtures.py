@@ -58,8 +58,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def make(source: Path, out: str, format: str) -> str:
-    """Prepares a data set of 16 px and shards of 4 images from an LMDB. Returns its URL."""
-    assert call(f"lsun:{source}", out, format=format) == 0
+    """Prepares a data set of JPEGs of 16 px and shards of 4 images from an LMDB. Returns its URL."""
+    assert call(f"lsun:{source}", out, "--encoding", "jpeg", format=format) == 0
     return out
 
 

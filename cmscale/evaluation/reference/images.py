@@ -1,5 +1,6 @@
 """References that are images: a folder, or an `.npz` with `arr_0` and without statistics."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from cmscale.evaluation.features.extractor import FeatureExtractor
@@ -15,7 +16,8 @@ def _matches(path: Path) -> bool:
 
 def _read(path: Path, extractor: FeatureExtractor) -> Reference:
     images = open_images(path)
-    return reference_from_images(images.read(), extractor, name=str(path), count=images.count)
+    reference = reference_from_images(images.read(), extractor, name=str(path), count=images.count)
+    return replace(reference, notes=tuple(images.notes()))
 
 
 FORMAT = ReferenceFormat(

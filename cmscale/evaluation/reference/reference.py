@@ -35,6 +35,7 @@ class Reference:
         spatial: Gaussian of the spatial features (for sFID); None if there is none.
         subset: Pooled features of some of the images, float32 [M, D], for KID, precision and recall, or None.
         preprocess, image_size: How the images were made, and their side in pixels; None if the file does not state it.
+        notes: What a result should say about the images, one line each.
         device: Where distances between features are computed.
     """
 
@@ -47,6 +48,7 @@ class Reference:
     subset: np.ndarray | None = field(default=None, repr=False)
     preprocess: str | None = None
     image_size: int | None = None
+    notes: tuple[str, ...] = ()
     device: torch.device | str = "cpu"
 
     @cached_property
