@@ -16,7 +16,7 @@ Its rules:
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ class Picture:
     decisions: tuple[str, ...]
 
 
-def decode_picture(data: bytes, *, exif: Exif, formats: Sequence[str] | None = None) -> Picture:
+def decode_picture(data: bytes, *, exif: Exif, formats: tuple[str, ...] | None = None) -> Picture:
     """Decodes a picture by the rules of this module.
 
     Args:
@@ -86,7 +86,7 @@ def decode_picture(data: bytes, *, exif: Exif, formats: Sequence[str] | None = N
 
 
 @contextmanager
-def _opened(file: BinaryIO, formats: Sequence[str], *, start: bytes) -> Iterator[Image.Image]:
+def _opened(file: BinaryIO, formats: tuple[str, ...], *, start: bytes) -> Iterator[Image.Image]:
     """A picture whose header is read. The block's errors become BadImage: Pillow's plug-ins raise all kinds."""
     try:
         with Image.open(file, formats=formats) as image:
@@ -104,7 +104,7 @@ def _opened(file: BinaryIO, formats: Sequence[str], *, start: bytes) -> Iterator
         raise BadImage(f"{kind}: {error}") from error
 
 
-def _likely_formats(data: bytes) -> Sequence[str]:
+def _likely_formats(data: bytes) -> tuple[str, ...]:
     """The format that the first bytes state, as loading all of Pillow's plug-ins takes a while; else all."""
     if data[:3] == b"\xff\xd8\xff":
         return ("JPEG",)
