@@ -175,8 +175,11 @@ def describe_origins(where: Where, origins: Mapping[str, str], values: Mapping[s
     rows = [*where.rows]
     placed = {"slurm.gpus_per_node", "slurm.time", "slurm.nodes", "slurm.partition"}
     for key in sorted(origins.keys() - placed):
+        inside, _, name = key.rpartition(".")
         if key in values:
             rows.append((key, _shown(values[key]), origins[key]))
+        elif isinstance(values.get(inside), Mapping) and name in values[inside]:
+            rows.append((key, _shown(values[inside][name]), origins[key]))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows]
     return "\n".join(["where the values come from:", *(line.rstrip() for line in lines)])

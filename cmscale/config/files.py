@@ -21,14 +21,18 @@ from cmscale.config.renamed import RENAMED, with_current_names
 from cmscale.config.section import Section
 from cmscale.errors import UserError
 
+_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int")
 AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the numbers and booleans of YAML 1.2 (1e-4 is a number, `on` a string), without repeated keys."""
+    """Safe YAML with the numbers and booleans of YAML 1.2, without repeated keys.
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's table without its booleans)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    1e-4 is a number, `on` a string. 010 and 24:00:00 are strings, where YAML 1.1 reads 8 and 86400.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's table without its booleans and whole numbers)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -42,6 +46,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

@@ -3,7 +3,7 @@
 Each value keeps its origin, so that `--dry-run` can say where it came from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,17 @@ def merged(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
                     is_partial = isinstance(value, Mapping) and isinstance(target.get(key), Mapping)
                     target[key] = {**target[key], **value} if is_partial else value
             if isinstance(values, Mapping):
-                origins |= {f"{section}.{key}": layer.origin for key in values}
+                origins |= dict.fromkeys(_names(section, values), layer.origin)
     return tree, origins
+
+
+def _names(section: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted keys of a section's values; values that have names of their own count one by one."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from (f"{section}.{key}.{name}" for name in value)
+        else:
+            yield f"{section}.{key}"
 
 
 def make_room(target: dict[str, Any], section: str, values: Mapping[str, Any]) -> None:

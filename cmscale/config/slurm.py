@@ -166,7 +166,10 @@ class Slurm(Section):
                 raise ValueError(f"{name} is given twice; remove one of them")
             if value is not None and not isinstance(value, (str, int, float, bool)):
                 raise ValueError(f"{name}: got {type(value).__name__}; write one value, as in sbatch --{option}=VALUE")
-            found[option] = plain_text(value) if isinstance(value, str) else value
+            try:
+                found[option] = plain_text(value) if isinstance(value, str) else value
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         return found
 
     @model_validator(mode="after")

@@ -1,12 +1,13 @@
 """What follows after a start of a job: the queue again, a restart, or a stop, and when."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from launchers.decide import Decision, decide, spare_bad_nodes
-from launchers.judge import Attempt, Ending
+from launchers.judge import SUPERSEDED, Attempt, Ending
 
 FAULT = Attempt("fault", "boom", 10, 1, "node2")
 
@@ -26,6 +27,12 @@ def test_a_finished_job_is_done_whatever_came_before() -> None:
 
 def test_a_users_mistake_stops_at_once_with_its_message() -> None:
     assert decided([Attempt("user_error", "no such file", 0)]) == Decision("stop", "no such file")
+
+
+def test_a_start_that_another_job_took_over_from_stops() -> None:
+    assert decided([FAULT, Attempt("superseded", SUPERSEDED, 9)]) == Decision(
+        "stop", "another job has started this run since and has taken over; this one has ended and is not started again"
+    )
 
 
 def test_a_cancelled_job_stops_and_says_how_to_continue() -> None:
@@ -70,6 +77,41 @@ class TestFaults:
         assert decided([FAULT] * 3).why == "3 failures without progress since step 10: boom"
         assert decided([fault(-1)] * 3).why == "3 failures without progress since step 0: boom"
         assert decided([fault(1), fault(1), fault(2)]).action == "restart"
+
+    NOT_FINITE = (
+        "RuntimeError: after step 450: 3 consecutive batches without finite loss and gradient, after 2 rollbacks"
+    )
+
+    @pytest.mark.parametrize("message", [NOT_FINITE, "RuntimeError: rank 1 is out of luck", "KeyError: 'x' at 0x7f00"])
+    def test_one_that_repeats_identically_is_not_started_a_third_time_through_a_queue(self, message: str) -> None:
+        faults = [Attempt("fault", message, 400, rank, f"node{rank}") for rank in (0, 1)]
+        faults[1] = replace(faults[1], message=message.replace("0x7f00", "0x7e01"))
+        assert decided(faults[:1]).action == "restart"
+        stopped = decided(faults)
+        assert stopped.action == "stop"
+        assert stopped.why.startswith("the same failure twice at step 400, so a third start would fail too: ")
+        assert stopped.why.endswith(faults[1].message)
+        assert decided([faults[0], Attempt("preempted", "", 400), faults[1]]).action == "stop"
+        assert decided(faults, can_requeue=False).action == "restart"  # this machine has no queue to wait in
+        assert decided([faults[0], replace(faults[1], step=410)]).action == "restart"
+        assert decided([faults[0], replace(faults[1], message=f"{message} again")]).action == "restart"
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            "rank 1 on node2: Killed",
+            "preflight: node2 (rank 1): RuntimeError: cuda:0: a matrix product is wrong",
+            "PreflightFailed: preflight: node2 (rank 1): OSError: no",
+            "ConnectionError: s3://bucket: no answer",
+            "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:1234",
+            "DistBackendError: NCCL error",
+            "TimeoutError: rank 1 has not written its part of the checkpoint",
+            "OSError: [Errno 116] Stale file handle",
+        ],
+    )
+    def test_one_whose_cause_may_pass_or_stay_on_its_node_is_started_a_third_time(self, message: str) -> None:
+        faults = [Attempt("fault", message, 400, 1, "node2")] * 3
+        assert [decided(faults[:n]).action for n in (1, 2, 3)] == ["restart", "restart", "stop"]
 
     @pytest.mark.parametrize("between", ["preempted", "time_limit"])
     def test_starts_between_them_that_were_no_faults_do_not_count_as_progress(self, between: Ending) -> None:

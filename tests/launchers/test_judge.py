@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from launchers.judge import Attempt, RankEnd, RankFailure, judge
+from launchers.judge import SUPERSEDED, Attempt, RankEnd, RankFailure, judge
 
 
 def judged(*states: str, status: int = 0, **other: Any) -> Attempt:
@@ -37,6 +37,11 @@ def test_one_users_mistake_decides_whatever_else_was_seen() -> None:
     for other in ({}, {"leaving": "preempted"}, {"leaving": "cancelled"}, {"first_failure": failure}):
         attempt = judged("fault", "user_error", "finished", status=2, **other)
         assert attempt == Attempt("user_error", "rank 1: user_error", 3, 1, "node1")
+
+
+def test_a_start_that_was_superseded_on_any_rank_is() -> None:
+    for other in ({}, {"leaving": "preempted"}, {"first_failure": RankFailure(0, "node0", "Killed")}, {"status": 1}):
+        assert judged("fault", "superseded", "finished", **other) == Attempt("superseded", SUPERSEDED, 3)
 
 
 def test_the_first_reported_mistake_is_named() -> None:
