@@ -2,15 +2,13 @@
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from cmscale.errors import UserError
-from cmscale.io.process import EARLY_SIGNAL, START, node_name
+from cmscale.io.process import START, exit_at_once, node_name, note_early_signals
 from cmscale.runs.folder import RunDir
 from launchers.clusters import CLUSTERS
 from launchers.jobs import load_worker
@@ -21,8 +19,7 @@ from launchers.submission import Submission
 
 def main(arguments: list[str]) -> NoReturn:
     """Runs the worker of a submission as one rank, and reports how it ended. Ends the process."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, _note_signal)
+    note_early_signals()
     parser = argparse.ArgumentParser(prog="launchers.job", description=__doc__)
     parser.add_argument("cluster", choices=list(CLUSTERS))
     parser.add_argument("run", type=Path)
@@ -41,36 +38,25 @@ def main(arguments: list[str]) -> NoReturn:
     if submission.has_moved_on(os.environ.get("SLURM_JOB_ID")):  # Slurm requeued a job that was submitted anew, too
         report("superseded")
         print("a later job carries this submission on; this one does nothing", flush=True)
-        _exit(0)
+        exit_at_once(0)
     try:
         job = submission.read_job()
         end = load_worker(job.worker)(*job.arguments)
     except UserError as error:
         report("user_error", str(error))
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _exit(2)
+        exit_at_once(2)
     except Exception as error:
         report("fault", " ".join(f"{type(error).__name__}: {error}".split()))
         traceback.print_exc()
         print(f"rank {place.rank} on {node_name()} failed", file=sys.stderr, flush=True)
-        _exit(1)
+        exit_at_once(1)
     match end:
         case "finished" | "preempted" | "superseded":
             report(end)
         case _:
             raise AssertionError(f"{job.worker} returned {end!r}")
-    _exit(0)
-
-
-def _exit(status: int) -> NoReturn:
-    """Ends the process at once: threads and children left by the worker (an upload that hangs) must not delay it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _note_signal(number: int, _: FrameType | None) -> None:
-    os.environ[EARLY_SIGNAL] = signal.Signals(number).name
+    exit_at_once(0)
 
 
 def set_rank_environment(place: RankPlace) -> None:

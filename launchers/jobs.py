@@ -18,6 +18,9 @@ WORKERS = {
 }
 """Worker's name -> `module:function`. Named by string: the launchers themselves import no torch."""
 
+MEET = "cmscale.distributed.world:meet"
+"""Has the ranks of a foreign launcher meet, before any of them has a run."""
+
 _FORMER_NAMES = {
     "cmscale.train:main": TRAIN,
     "cmscale.evaluate:main": EVALUATE,

@@ -2,7 +2,7 @@
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cmscale.distributed import interfaces
+from cmscale.distributed.collectives import on_main
 from cmscale.distributed.compat import rendezvous_store
 from cmscale.errors import UserError
 
@@ -113,6 +114,16 @@ def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
         store = rendezvous_store(rank=world.rank, num_ranks=world.num_ranks, timeout=timeout)
         interfaces.agree(store, rank=world.rank, num_ranks=world.num_ranks)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.num_ranks, timeout=timeout)
+
+
+def meet(device: str, *, timeout_minutes: float, prepare: Callable[[], None]) -> None:
+    """Joins the process group, then has rank 0 prepare what all ranks work on. Collective.
+
+    Raises:
+        Exception: whatever `prepare` raises, on every rank.
+    """
+    connect(detect(device), timeout_minutes=timeout_minutes)
+    on_main(prepare)
 
 
 @contextmanager

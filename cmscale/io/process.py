@@ -4,7 +4,10 @@ import ctypes
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 # The folder that holds the packages cmscale, launchers and data_prep: what a child process needs on its PYTHONPATH.
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -21,6 +24,23 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(number: signal.Signals) -> None:
     """Has the kernel send this process a signal when its parent ends, however that ends (Linux only)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def note_early_signals() -> None:
+    """Notes SIGTERM and SIGUSR2 in EARLY_SIGNAL from now on, until a worker has handlers of its own."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, _note_signal)
+
+
+def _note_signal(number: int, _: FrameType | None) -> None:
+    os.environ[EARLY_SIGNAL] = signal.Signals(number).name
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """Ends the process at once: threads and children left by a worker (an upload that hangs) must not delay it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def node_name() -> str:
