@@ -6,6 +6,7 @@ node is taken, by the variables GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, unles
 """
 
 import contextlib
+import datetime
 import ipaddress
 import json
 import os
@@ -23,6 +24,8 @@ from cmscale.errors import UserError
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 MASTER_SECONDS = 15.0
 """How long a rank waits for rank 0 at a loopback address, which can be right only on one machine."""
+READ_TIME = datetime.timedelta(seconds=5)
+"""How long rank 0 waits until all ranks have read why they end."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ def agree(store: Any, *, rank: int, num_ranks: int) -> None:
         store.set("verdict", json.dumps(asdict(verdict)))
     verdict = Verdict(**json.loads(store.get("verdict")))
     if verdict.error:
+        store.set(f"read-{rank}", "")
+        if rank == 0:  # it holds the store
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"read-{number}" for number in range(num_ranks)], READ_TIME)
         raise UserError(verdict.error)
     if verdict.network == seat.network and GLOO not in os.environ:
         use(verdict.interface)
