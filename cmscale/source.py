@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ from cmscale.model.unet import build_unet
 from cmscale.model.weighting import without_weighting
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
+
+IMPORTED = "imported"
+"""The name of weights that come from another project."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,17 @@ class Source:
         network.to(device).eval().requires_grad_(False)
         return denoiser_for(self.config.method, network)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the weights and of the method's settings."""
         method = self.config.method
         settings = method.model_dump_json(exclude=added_at_older_value("method", method.model_dump()))
         return hashlib.sha256(f"{settings} {weights_fingerprint(self.weights)}".encode()).hexdigest()
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the weights come from another project, so that the config says nothing about their training."""
+        return self.weights_name == IMPORTED
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -64,7 +73,12 @@ def weights_fingerprint(weights: dict[str, torch.Tensor]) -> str:
 
 
 def dataset_of(source: Source) -> DatasetManifest | None:
-    """The manifest of the data that a source was trained on; None if it can't be read any more."""
+    """The manifest of the data that a source was trained on; None if it can't be read any more.
+
+    The config of imported weights says how they are used here, not what they were trained on.
+    """
+    if source.is_imported:
+        return None
     try:
         return read_dataset_manifest(open_storage(source.config.data.path))
     except (UserError, ConnectionError):
@@ -94,13 +108,13 @@ def load_source(
         if config is None:
             raise UserError(f"{origin}: OpenAI's files hold no config; give --config CONFIG [key=value ...]")
         settings = read_config(config, list(overrides), beneath=[read_site().layer])
-        return Source(origin, settings, read_openai(local_file(origin), settings.model), "imported", 0)
+        return Source(origin, settings, read_openai(local_file(origin), settings.model), IMPORTED, 0)
     storage = open_storage(origin)
     is_file = origin.endswith(".safetensors")
     is_diffusers = not is_file and storage.read_if_present("model_index.json") is not None
     if is_diffusers and config is not None:
         settings = read_config(config, list(overrides), beneath=[read_site().layer])
-        return Source(origin, settings, read_diffusers(storage, model=settings.model)[0], "imported", 0)
+        return Source(origin, settings, read_diffusers(storage, model=settings.model)[0], IMPORTED, 0)
     if config is not None or overrides:
         raise UserError(f"--config: {origin} has its own config; leave out --config and key=value")
     if is_file or is_diffusers:

@@ -68,6 +68,7 @@ def make_reference(
         name=name,
         count=count,
         preprocess=manifest.preprocess,
+        encoding=manifest.encoding,
         subset=subset if writer.keeps_images else 0,
     )
     kept = subset_indices(count, subset).tolist() if writer.keeps_images else []

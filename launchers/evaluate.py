@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     placed = decide_where(flags, settings, origins, device=device)
     placement = placed.placement
     request = make_request(flags, device=device, run=run)
-    rows = {name: str(value) for name, value in request.items() if value not in (None, [])}
+    rows = {name: str(value) for name, value in request.items() if value not in (None, [], False)}
     print(as_table({**describe_placement(placement), **rows}), flush=True)
     cluster, job = CLUSTERS[placement.cluster], JobSpec(EVALUATE, (request,), run, placement)
     if flags.dry_run:

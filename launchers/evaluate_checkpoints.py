@@ -7,6 +7,7 @@ the run's logs records that the evaluation of a step was requested.
 
 import argparse
 import contextlib
+import hashlib
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 from cmscale.config import Config, read_config
@@ -21,7 +23,7 @@ from cmscale.errors import UserError
 from cmscale.io.process import CHECKOUT, die_with_parent
 from cmscale.io.slurm import outside_of_jobs
 from cmscale.runs.checkpoints import committed_steps
-from cmscale.runs.folder import RunDir
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from launchers.placement import Placement
 
 LOOK_SECONDS = 10.0
@@ -51,7 +53,7 @@ def main(arguments: list[str]) -> int:
 def request_due(run: RunDir, *, every: int, flags: list[str]) -> None:
     """Starts the evaluation of each checkpoint that is due. One that Slurm did not accept is due again."""
     for step in due(run, every=every):
-        marker = run.asked_evaluation(step)
+        marker = run.asked_evaluation(step, checkpoint_hash(run, step))
         marker.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another start of the job was faster
             marker.open("x").close()
@@ -66,8 +68,26 @@ def due(run: RunDir, *, every: int) -> Iterator[int]:
     """Steps of committed checkpoints to evaluate whose evaluation was not requested yet: every N-th, and the last."""
     last = read_config(run.config).train.total_steps
     for step in committed_steps(run):
-        if step and (step % every == 0 or step == last) and not run.asked_evaluation(step).exists():
-            yield step
+        if step and (step % every == 0 or step == last):
+            markers = run.asked_evaluation(step, checkpoint_hash(run, step)), run.asked_evaluation(step)
+            if not any(marker.exists() for marker in markers):
+                yield step
+
+
+def checkpoint_hash(run: RunDir, step: int) -> str:
+    """The SHA-256 of a checkpoint's manifest, which holds the hashes of its files; empty if it was just removed."""
+    manifest = run.checkpoint(step) / CHECKPOINT_MANIFEST
+    with contextlib.suppress(FileNotFoundError):
+        state = manifest.stat()
+        return _hash_of_file(manifest, state.st_mtime_ns, state.st_size)
+    return ""
+
+
+@cache
+def _hash_of_file(path: Path, changed: int, size: int) -> str:
+    """The hash of a file in this state; it is read once, as this module looks every few seconds."""
+    del changed, size
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def with_kept_checkpoints(config: Config, every: int) -> Config:

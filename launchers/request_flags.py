@@ -19,6 +19,8 @@ def add_request_flags(parser: argparse.ArgumentParser, request: type[BaseModel])
             shown |= {"choices": option.choices, "metavar": None}
         elif option.kind is int:
             shown["type"] = whole_number(option.minimum or 0)
+        elif option.kind is bool:
+            shown = {"help": option.help, "action": "store_true", "default": None}
         if option.flag:
             parser.add_argument(option.flag, dest=option.name, **shown)
         elif option.is_list:

@@ -1,11 +1,14 @@
 """Prints what the demo's runs learned, and fails if one of them learned less than expected."""
 
-import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from cmscale.runs.comparison import groups_of, once_each
+from cmscale.runs.folder import RunDir
+from cmscale.runs.results import read_evaluations
 
 EXPECTED = {"short": {"edm": 1 / 3, "cd": 0.7, "ct": 0.7}, "long": {"edm": 0.4, "cd": 0.4, "ct": 0.4}}
 """By demo and method: the largest fraction of the initial FD-EfficientNet that may be left at the end."""
@@ -17,17 +20,17 @@ def main(runs: Path, length: str) -> int:
     failed = 0
     untrained = None
     for kind, expected in EXPECTED[length].items():
-        files = sorted((runs / kind / "evaluations").glob("step-*.json"))
-        results = [json.loads(path.read_text()) for path in files]
-        first, last = results[0], results[-1]
-        start = first["fid"]["mean"]
+        results, _ = read_evaluations(RunDir(runs / kind))
+        compared = once_each(groups_of(results)[0])
+        first, last = compared[0], compared[-1]
+        start = first.fid.mean
         # CD starts with the teacher's weights, so it is compared with the untrained network, as CT is.
         untrained = start if kind == "edm" else untrained
         base = min(start, untrained) if kind == "cd" and untrained else start
-        left = last["fid"]["mean"] / base
+        left = last.fid.mean / base
         failed += left > expected
-        scores = [f"{result['fid']['mean']:.1f}" for result in (first, last)]
-        table.add_row(kind, str(last["nfe"]), *scores, f"{left:.2f}", f"at most {expected:.2f}")
+        scores = [f"{result.fid.mean:.1f}" for result in (first, last)]
+        table.add_row(kind, str(last.nfe), *scores, f"{left:.2f}", f"at most {expected:.2f}")
     Console(width=100).print(table)
     return int(failed > 0)
 

@@ -74,6 +74,7 @@ def consistency_error(
     config: ConfigOption = None,
     overrides: OverridesArgument = None,
     device: DeviceOption = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Measure anew what has been measured already.")] = False,
 ) -> None:
     """Measures how much a consistency model varies along held-out trajectories, at 100 times unused in training."""
     from cmscale.distributed.world import choose_device
@@ -93,5 +94,6 @@ def consistency_error(
             plot=plot,
             batch_size=batch_size,
             device=chosen,
+            force=force,
         )
     print(path)

@@ -31,23 +31,35 @@ def report(
 
 @app.command()
 def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds runs.")] = Path("runs")) -> None:
-    """Lists runs with method, step, loss and last event."""
+    """Lists runs with method, step, loss, best score and last event.
+
+    The score is the lowest Fréchet distance of the evaluations with the most samples. It says what it was measured on.
+    """
     from cmscale.config import read_config
+    from cmscale.runs.comparison import best_of, describe_basis
     from cmscale.runs.folder import RunDir
     from cmscale.runs.log import is_of_evaluation, latest_metrics, read_lines
+    from cmscale.runs.results import read_evaluations
 
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir}: no such folder")
-    table = Table("run", "method", "step", "of", "loss", "last event", box=None)
+    table = Table("run", "method", "step", "of", "loss", "best score", "last event", box=None)
     for path in sorted(child.parent for child in runs_dir.glob("*/config.yaml")):
         run = RunDir(path)
         try:
             config = read_config(run.config)
         except UserError as error:
-            table.add_row(run.name, "?", "", "", "", str(error))
+            table.add_row(run.name, "?", "", "", "", "", str(error))
             continue
         metrics = latest_metrics(run)
         last = metrics[-1] if metrics else {"step": 0, "loss": float("nan")}
+        evaluations, unreadable = read_evaluations(run)
+        sampled = [each for each in evaluations if each.step is not None]
+        score = f"{len(unreadable)} unreadable files; " if unreadable else ""
+        if sampled:
+            best = best_of(sampled)
+            measured = f"step {best.step}, {best.nfe} NFE, {describe_basis(best)}"
+            score += f"{best.score_name} {best.fid.mean:.2f} ({measured})"
         events = [event["event"] for event in read_lines(run.events) if not is_of_evaluation(event["event"])]
         table.add_row(
             run.name,
@@ -55,6 +67,7 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
             str(last["step"]),
             str(config.train.total_steps),
             f"{last['loss']:.4g}",
+            score,
             events[-1] if events else "never started",
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)

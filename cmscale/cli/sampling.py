@@ -35,14 +35,17 @@ def sample(
     raw: Annotated[bool, typer.Option(help="Write float32 NCHW without clipping.")] = False,
     clip: Annotated[bool, typer.Option(help="Clamp every estimate to [-1, 1], as the released code does.")] = True,
     classes: Annotated[str | None, typer.Option(help="Conditional models: 1,2 (in turn), or `random`.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples drawn at once; changes pixels by rounding.")] = 64,
     weights: WeightsOption = None,
     step: StepOption = "latest",
     config: ConfigOption = None,
     overrides: OverridesArgument = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draws samples. Sample i depends only on (seed, i)."""
+    """Draws samples. The noise and class of sample i depend only on (seed, i).
+
+    In a batch of another size the network rounds differently, which may change a pixel by 1 of 255 levels.
+    """
     from cmscale.distributed.world import choose_device
     from cmscale.generation.draw import SampleRequest, draw_samples, parse_classes, write_samples
     from cmscale.source import checkpoint_step, load_source

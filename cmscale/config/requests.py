@@ -83,6 +83,7 @@ class MeasuringRequest(BaseModel):
     dinov2_weights: str | None = _option(None, "The same, for dinov2 only.", metavar="PATH[#sha256=HEX]", is_path=True)
     config: str | None = _option(None, "Config of a SOURCE without one (OpenAI .pt).", metavar="CONFIG", is_path=True)
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto uses CUDA if there is a device.")
+    force: bool = _option(False, "Measure anew what has been measured already, and replace the result.")
 
     def settings(self, configured: Evaluate) -> Evaluate:
         """The config's `evaluate` section with the values of the request.
@@ -143,7 +144,7 @@ class Option:
     Attributes:
         name: The field's.
         flag: `--step`; empty for an argument without a flag.
-        kind: Type of one value: int or str.
+        kind: Type of one value: int, str, or bool for a switch.
         is_list: Whether it takes any number of values.
         minimum: The smallest number allowed; None if there is none.
         choices: The values allowed; empty if there is no list.
@@ -173,7 +174,7 @@ def options_of(request: type[BaseModel]) -> Iterator[Option]:
         yield Option(
             name=name,
             flag="" if extra["is_positional"] else f"--{(extra['flag'] or name).replace('_', '-')}",
-            kind=str if choices or kind not in (int, str) else kind,
+            kind=str if choices or kind not in (int, str, bool) else kind,
             is_list=get_origin(field.annotation) is list,
             minimum=minimum,
             choices=choices,

@@ -48,7 +48,7 @@ def error_curve(
     Args:
         indices: The noise of image i is a function of (seed, indices[i]).
         teacher: See `consistency_error`.
-        batch_size: Images per pass; the curve does not depend on it.
+        batch_size: Images per pass; another number changes the curve by rounding alone.
     """
     neighbours, to_start, times = [], [], torch.zeros(0)
     for start in range(0, len(clean), batch_size):

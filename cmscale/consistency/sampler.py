@@ -102,7 +102,10 @@ def sample(
     sampler: Sampler = "heun",
     clip: bool = True,
 ) -> Tensor:
-    """Draws samples [len(indices), *shape] from a trained denoiser; sample i depends only on (seed, i).
+    """Draws samples [len(indices), *shape] from a trained denoiser.
+
+    All that enters the denoiser for sample i depends on (seed, i) alone. A network may round differently in a batch of
+    another size or order, so samples are equal to the bit if their batches are equal.
 
     Args:
         steps: Sampling steps; by default method.default_sampling_steps.

@@ -3,14 +3,14 @@
 A block is the unit of work, of progress and of summation. It does not depend on the rank that measured it, so a result
 is the same on any number of ranks, and an evaluation that was killed continues with the missing blocks.
 
-    store = BlockStore(folder, identity={...}, num_samples=50_000)      # every rank
+    store = BlockStore(folder, identity={...}, num_samples=50_000)  # every rank
     todo = from_main(store.missing())
     for block in todo[world.rank :: world.num_ranks]:                   # block: a range of sample indices
         store.commit(block, extractor(to_uint8(sample(seeds=block))))
     barrier()
     if world.is_main:
         measured = ...  # from store.read()
-        store.finish(measured, against=reference.sha256)
+        store.finish(measured)
 """
 
 import hashlib
@@ -39,8 +39,9 @@ class BlockStore:
 
     Args:
         folder: Where evaluations store their blocks; each uses a subfolder.
-        identity: Everything that determines the features (hash of the weights, sampler, steps, seed, label and hash of
-            the feature network). Evaluations of different identities share no blocks.
+        identity: Everything that determines the metrics (hash of the weights, sampler, steps, seed, label and hash of
+            the feature network, hash of the reference, torch and the device). Evaluations of different identities share
+            nothing, so that none continues with another's blocks or removes them.
         num_samples: Number of samples of the evaluation.
     """
 
@@ -80,18 +81,25 @@ class BlockStore:
         for block in blocks(self.num_samples):
             yield block, load_file(self._path(block))
 
-    def metrics(self, against: str) -> dict[str, float] | None:
-        """The metrics that `finish` stored for the reference with this hash; None if there are none."""
-        path = self._metrics_path(against)
-        return json.loads(path.read_text()) if path.exists() else None
+    def metrics(self) -> dict[str, float] | None:
+        """The metrics that `finish` stored; None if there are none."""
+        try:
+            return json.loads(self._metrics_path.read_text())
+        except FileNotFoundError:
+            return None
 
-    def finish(self, metrics: Mapping[str, float], *, against: str) -> None:
-        """Stores the metrics against the reference with this hash, and deletes the blocks."""
-        replace_durably(self._metrics_path(against), json.dumps(dict(metrics)).encode())
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Stores the metrics and deletes the blocks."""
+        replace_durably(self._metrics_path, json.dumps(dict(metrics)).encode())
+        self.discard_blocks()
+
+    def discard_blocks(self) -> None:
+        """Deletes the blocks."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _metrics_path(self, against: str) -> Path:
-        return self.folder.with_name(f"{self.folder.name}-against-{against[:16]}.json")
+    @property
+    def _metrics_path(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")
 
     def _path(self, block: range) -> Path:
         return self.folder / f"block-{block.start:09d}.safetensors"

@@ -2,21 +2,27 @@
 
 import io
 import json
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
+from cmscale import __version__
 from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
+from cmscale.io.storage import open_storage
 from cmscale.model.precondition import teacher_denoiser_for
 from cmscale.model.unet import build_unet
 from cmscale.runs.folder import RunDir
-from cmscale.source import Source, load_source, load_teacher
+from cmscale.runs.manifests import read_dataset_manifest
+from cmscale.runs.results import hash_of, utc_now
+from cmscale.source import Source, load_source, load_teacher, weights_fingerprint
 
 
 def measure_consistency_error(
@@ -30,47 +36,89 @@ def measure_consistency_error(
     plot: Path | None,
     batch_size: int,
     device: torch.device,
+    force: bool = False,
 ) -> Path:
     """Writes the error against time as JSON, and as PNG where a plot is asked for; the JSON's path.
+
+    A result of the same that exists is returned as it is, unless `force` is set.
 
     Trajectories are x + t z, or the ODE of `teacher`; of a distilled source, of its own teacher where none is named.
 
     Raises:
-        UserError: a source without a consistency function, no data, or a run that is elsewhere and no `--out`.
+        UserError: a source without a consistency function, no data, a run that is elsewhere and no `--out`, or another
+            result is at `--out`.
     """
     method, size = source.config.method, source.config.model.image_size
     if not method.facts.is_consistency_model:
         raise UserError(f"consistency-error: {source.origin} is of kind {method.kind}; a consistency model is needed")
     if source.config.model.num_classes is not None:
         raise UserError(f"consistency-error: {source.origin} is class-conditional, and data sets carry no classes")
-    path = _place(source, out)
-    named, follow = _teacher(source, teacher, device=device)
-    clean = first_images(data or source.config.data.path, count=num, size=size)
-    curve = error_curve(
-        method,
-        source.denoiser(device),
-        clean,
-        indices=range(len(clean)),
-        seed=seed,
-        teacher=follow,
-        batch_size=batch_size,
-        device=device,
-    )
-    result = {
+    url = data or source.config.data.path
+    manifest = read_dataset_manifest(open_storage(url))
+    followed = _teacher(source, teacher, device=device)
+    num = min(num, manifest.count)
+    identity = {
         "step": source.step,
         "weights": source.weights_name,
-        "method": method.kind,
-        "data": data or source.config.data.path,
-        "trajectories": "x + t z" if follow is None else f"the ODE of {named}",
-        "num_samples": len(clean),
+        "weights_sha256": source.fingerprint,
+        "model": source.config.model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"}),
+        "data_fingerprint": manifest.fingerprint,
+        "teacher_sha256": followed.sha256,
+        "num_samples": num,
         "seed": seed,
-        "mean": curve.mean,
-        **asdict(curve),
+        "cmscale": __version__,
     }
-    replace_durably(path, json.dumps(result, indent=1).encode())
+    key = hash_of(identity)
+    path = _place(source, out, num_samples=num, seed=seed, key=key)
+    result = _existing(path, key=key, force=force)
+    if result is None:
+        curve = error_curve(
+            method,
+            source.denoiser(device),
+            first_images(url, count=num, size=size),
+            indices=range(num),
+            seed=seed,
+            teacher=followed.denoise,
+            batch_size=batch_size,
+            device=device,
+        )
+        result = {
+            "method": method.kind,
+            "data": url,
+            "trajectories": followed.description,
+            **identity,
+            "mean": curve.mean,
+            **asdict(curve),
+            "date": utc_now(),
+            "key": key,
+        }
+        replace_durably(path, json.dumps(result, indent=1).encode())
     if plot is not None:
+        curve = ErrorCurve(**{field.name: result[field.name] for field in fields(ErrorCurve)})
         replace_durably(plot, draw_curve(curve, title=f"{method.kind}, step {source.step}, {source.weights_name}"))
     return path
+
+
+def _existing(path: Path, *, key: str, force: bool) -> dict[str, Any] | None:
+    """The result of the same at `path`; None if it is to be measured.
+
+    Raises:
+        UserError: another result or something else is there, and is not to be replaced.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "neighbours" not in found:
+        raise UserError(f"{path}: holds something else than a consistency error; name another file")
+    if force:
+        return None
+    if found.get("key") != key:
+        raise UserError(f"{path}: holds another measurement; give another --out, or --force to replace it")
+    print(f"{path}: measured {found['date']} already; --force measures anew", file=sys.stderr, flush=True)
+    return found
 
 
 def draw_curve(curve: ErrorCurve, *, title: str) -> bytes:
@@ -90,28 +138,41 @@ def draw_curve(curve: ErrorCurve, *, title: str) -> bytes:
     return buffer.getvalue()
 
 
-def _place(source: Source, out: Path | None) -> Path:
+def _place(source: Source, out: Path | None, *, num_samples: int, seed: int, key: str) -> Path:
     if out is not None:
         return out
     if source.run_dir is None:
         raise UserError(f"{source.origin}: not a run on this machine; say where the result goes with --out FILE.json")
-    return RunDir(source.run_dir).consistency_error(step=source.step, weights=source.weights_name)
+    return RunDir(source.run_dir).consistency_error(
+        step=source.step, weights=source.weights_name, num_samples=num_samples, seed=seed, key=key
+    )
 
 
-def _teacher(source: Source, named: str | None, *, device: torch.device) -> tuple[str, Denoise | None]:
-    """What the trajectories follow, by name and as a denoiser; None where they are straight."""
+@dataclass(frozen=True)
+class _Followed:
+    """What the trajectories follow: in words, the hash of a teacher's weights, and the teacher; None if straight."""
+
+    description: str
+    sha256: str | None = None
+    denoise: Denoise | None = None
+
+
+def _teacher(source: Source, named: str | None, *, device: torch.device) -> _Followed:
+    """The teacher that is named, else the source's own; straight trajectories if it has none."""
     if named is not None:
         teacher = load_source(named)
         if not teacher.config.method.facts.can_teach:
             raise UserError(f"--teacher {named}: is of kind {teacher.config.method.kind}; a diffusion model is needed")
         if teacher.config.model.image_size != source.config.model.image_size:
             raise UserError(f"--teacher {named}: its images are {teacher.config.model.image_size} px, not the source's")
-        return named, teacher.denoiser(device)
+        return _Followed(f"the ODE of {named}", weights_fingerprint(teacher.weights), teacher.denoiser(device))
     method = source.config.method
     if not method.facts.follows_teacher:
-        return "", None
+        return _Followed("x + t z")
     network = build_unet(source.config.model)
-    network.load_state_dict(load_teacher(source.config))
+    weights = load_teacher(source.config)
+    network.load_state_dict(weights)
     network.to(device).eval().requires_grad_(False)
     assert method.teacher_choice is not None
-    return method.teacher_choice.source, teacher_denoiser_for(method, network)
+    description = f"the ODE of {method.teacher_choice.source}"
+    return _Followed(description, weights_fingerprint(weights), teacher_denoiser_for(method, network))

@@ -4,7 +4,7 @@ An evaluation that was killed or preempted continues where it stopped, on any nu
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from cmscale.config import Config, Evaluate
+from cmscale.config import Config
 from cmscale.config.requests import EvaluateRequest
 from cmscale.consistency.sampler import num_evaluations
 from cmscale.distributed import collectives
@@ -20,23 +20,21 @@ from cmscale.distributed import world as worlds
 from cmscale.distributed.world import World
 from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
-from cmscale.evaluation.measure import image_blocks, left_out, measure
-from cmscale.evaluation.metrics.frechet import FID
-from cmscale.evaluation.metrics.registry import all_metrics, result_keys
-from cmscale.evaluation.sample_files import open_images
+from cmscale.evaluation.finished_samples import evaluate_images
+from cmscale.evaluation.outcome import known_result, make_result, print_result, summary, write_result
+from cmscale.evaluation.progress import Progress
 from cmscale.evaluation.session import (
     TIMEOUT_MINUTES,
     EvaluationSession,
     describe_step,
-    machine_protocol,
     sampling_protocol,
+    with_classes,
     work_folder,
 )
 from cmscale.generation.draw import SampleRequest
-from cmscale.io.storage import open_parent
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
-from cmscale.runs.results import EvaluationResult, combine
+from cmscale.runs.results import EvaluationResult, hash_of
 from cmscale.source import Source, checkpoint_step, dataset_of, load_source
 
 
@@ -113,7 +111,8 @@ def evaluate(request: EvaluateRequest, world: World, *, preemption: Preemption) 
     if request.out is not None and _count(request) > 1:
         raise UserError(f"--out {request.out}: one file can't hold {_count(request)} evaluations; ask for one")
     session: EvaluationSession | None = None
-    done = []
+    done: list[Path] = []
+    homes: set[Path] = set()
     with worlds.same_arithmetic(world.device):
         for source in sources_of(request):
             evaluating, data = source.config.evaluate, source.config.data.path
@@ -123,126 +122,86 @@ def evaluate(request: EvaluateRequest, world: World, *, preemption: Preemption) 
                 if path is None:
                     return None
                 done.append(path)
+                homes.add(work_folder(source, request.run_dir))
+    collectives.on_main(lambda: [Progress.of(request, home).close() for home in homes])
     return done
 
 
 def _evaluate_one(
     request: EvaluateRequest, source: Source, session: EvaluationSession, draw: SampleRequest
 ) -> Path | None:
-    """Evaluates one network in one sampling, over all seeds. Collective."""
+    """Evaluates one network in one sampling, over all seeds; a result that exists is returned as it is. Collective."""
     started = time.monotonic()
-    out = _result_path(request, source, draw)
-    collectives.on_main(lambda: _check_fit(source, session))
+    session.refuse_other_size(source)
+    network = {"step": source.step, "weights": source.weights_name}
+    key = hash_of({**network, **session.identity(source, draw), "num_samples": draw.num, "seeds": request.seeds})
+    out = _result_path(request, source, session, draw, key=key)
+    progress = Progress.of(request, work_folder(source, request.run_dir))
+    title = describe_step(source)
+    if collectives.from_main(
+        collectives.on_main(lambda: known_result(out, key=key, progress=progress, title=title) is not None)
+    ):
+        return out
     denoise = source.denoiser(session.world.device)
-    work_dir = work_folder(source, request.run_dir)
     measured = []
     for seed in range(request.seeds):
-        label = f"{describe_step(source)} seed {seed}"
-        found = session.measure_samples(source, denoise, replace(draw, seed=seed), work_dir=work_dir, label=label)
+        one = replace(draw, seed=seed)
+        label = f"{title} seed {seed}"
+        found = session.measure_samples(source, denoise, one, work_dir=progress.folder, label=label)
         if found is None:
             return None
         measured.append(found)
     seconds = time.monotonic() - started
-    collectives.on_main(lambda: _write_result(source, session, draw, measured, out=out, seconds=seconds))
+
+    def write() -> None:
+        result = _result(source, session, draw, measured, key=key, seconds=seconds)
+        write_result(result, out)
+        progress.finish(key)
+        print_result(result, title=title)
+        if source.run_dir is not None:
+            write_event(RunDir(source.run_dir), "evaluated", step=source.step, rank=0, why=summary(result))
+
+    collectives.on_main(write)
     return out
 
 
-def _check_fit(source: Source, session: EvaluationSession) -> None:
-    size = source.config.model.image_size
-    assert session.reference is not None, "rank 0 has the reference"
-    session.reference.refuse_other_size((size, size), of="the model")
-
-
-def _write_result(
+def _result(
     source: Source,
     session: EvaluationSession,
     draw: SampleRequest,
     measured: list[dict[str, float]],
     *,
-    out: Path,
+    key: str,
     seconds: float,
-) -> None:
-    reference = session.reference
+) -> EvaluationResult:
+    reference, data, size = session.reference, dataset_of(source), source.config.model.image_size
     assert reference is not None, "rank 0 has the reference"
-    data, metrics = dataset_of(source), combine(measured)
-    result = EvaluationResult(
+    stored = (None, None) if data is None else (data.preprocess, data.encoding)
+    known = None
+    if data is not None:
+        known = {"fingerprint": data.fingerprint, "preprocess": stored[0], "encoding": stored[1], "exif": data.exif}
+    return make_result(
+        session,
+        measured,
+        num_samples=draw.num,
+        key=key,
+        seconds=seconds,
+        protocol={
+            "source": source.origin,
+            **sampling_protocol(source, with_classes(source, draw)),
+            "data": known,
+        },
+        comparison=reference.mismatches(preprocess=stored[0], encoding=stored[1], size=(size, size)),
         step=source.step,
         weights=source.weights_name,
         nfe=_nfe(source.config, draw),
         times=None if draw.sigmas is None else tuple(draw.sigmas.tolist()),
-        num_samples=draw.num,
-        seeds=tuple(range(len(measured))),
-        features=session.extractor.label,
-        score_name=session.extractor.distance_name,
-        reference=reference.describe(),
-        seconds=round(seconds, 3),
-        protocol={
-            "source": source.origin,
-            **sampling_protocol(source, draw),
-            **session.features_protocol(),
-            **machine_protocol(session.world),
-            "data": None if data is None else {"fingerprint": data.fingerprint, "preprocess": data.preprocess},
-        },
-        warnings=(
-            *reference.mismatches(preprocess=None if data is None else data.preprocess),
-            *reference.notes,
-            *left_out(metrics, reference=reference),
-        ),
-        metrics=metrics,
-        not_measured=_not_measured(metrics),
     )
-    storage, key = open_parent(out)
-    storage.write(key, result.to_bytes())
-    print(f"{describe_step(source)}: {summary(result)}", flush=True)
-    if source.run_dir is not None:
-        write_event(RunDir(source.run_dir), "evaluated", step=source.step, rank=0, why=summary(result))
 
 
-def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preemption) -> Path:
-    """Evaluates finished samples: an `.npz` with `arr_0`, or a folder of images."""
-    started = time.monotonic()
-    images = open_images(request.source)
-    session = EvaluationSession.build(request, Evaluate(), world, data=None, preemption=preemption)
-    reference = session.reference
-    assert reference is not None, "a world of one has the reference"
-    reference.refuse_other_size((images.height, images.width), of=request.source)
-    blocks = image_blocks(images.read(), session.extractor)
-    metrics = combine([measure(blocks, num_samples=images.count, reference=reference)])
-    result = EvaluationResult(
-        num_samples=images.count,
-        seeds=(0,),
-        features=session.extractor.label,
-        score_name=session.extractor.distance_name,
-        reference=reference.describe(),
-        seconds=round(time.monotonic() - started, 3),
-        protocol={"source": images.name, **session.features_protocol(), **machine_protocol(world)},
-        warnings=(*images.notes(), *reference.notes, *left_out(metrics, reference=reference)),
-        metrics=metrics,
-        not_measured=_not_measured(metrics),
-    )
-    out = Path(request.out or f"{Path(request.source).stem}-evaluation.json")
-    storage, key = open_parent(out)
-    storage.write(key, result.to_bytes())
-    print(summary(result))
-    return out
-
-
-def _not_measured(metrics: Collection[str]) -> tuple[str, ...]:
-    return tuple(name for name in result_keys() if name not in metrics)
-
-
-def summary(result: EvaluationResult) -> str:
-    """The result in one line."""
-    parts = []
-    for metric in all_metrics():
-        if (measured := result.metrics.get(metric.name)) is not None:
-            title = result.score_name if metric.name == FID.name else metric.title
-            parts.append(f"{title} {measured.mean:{metric.format}}")
-    nfe = "" if result.nfe is None else f", NFE {result.nfe}"
-    return f"{', '.join(parts)} ({result.num_samples} samples{nfe})"
-
-
-def _result_path(request: EvaluateRequest, source: Source, draw: SampleRequest) -> Path:
+def _result_path(
+    request: EvaluateRequest, source: Source, session: EvaluationSession, draw: SampleRequest, *, key: str
+) -> Path:
     """Where the result goes: `--out`, or the run's evaluations folder."""
     if request.out is not None:
         return Path(request.out)
@@ -254,6 +213,11 @@ def _result_path(request: EvaluateRequest, source: Source, draw: SampleRequest) 
         weights=source.weights_name,
         nfe=_nfe(source.config, draw),
         times=() if draw.sigmas is None else draw.sigmas.tolist(),
+        features=session.extractor.label,
+        num_samples=draw.num,
+        seeds=request.seeds,
+        reference=session.reference_sha256,
+        key=key,
     )
 
 

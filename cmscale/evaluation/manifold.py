@@ -19,9 +19,7 @@ from torch import Tensor
 
 from cmscale.distributed import collectives
 from cmscale.distributed.world import World
-
-K = 3  # precision and recall (Kynkäänniemi et al. 2019), as in ADM's evaluator and torch-fidelity
-DENSITY_K = 5  # density and coverage (Naeem et al. 2020), as in the released code
+from cmscale.evaluation.metrics.neighbours import DENSITY_K, K
 
 _SLACK = 4  # neighbours beyond the k-th whose distances are computed exactly
 _ROUNDING = 128 * torch.finfo(torch.float32).eps  # generous: it only selects what is computed twice

@@ -24,6 +24,7 @@ from cmscale.evaluation.metrics.registry import (
     NeighbourMetric,
     ReferenceSet,
     SampleSet,
+    SetSizes,
     all_metrics,
 )
 from cmscale.evaluation.reference.reference import Reference
@@ -136,6 +137,18 @@ def left_out(measured: Collection[str], *, reference: Reference) -> list[str]:
         if metric.name not in measured:
             titles.setdefault(_reason(metric, reference), []).append(metric.title)
     return [f"no {', '.join(missing)}: {reason}" for reason, missing in titles.items()]
+
+
+def caveats(result_metrics: Collection[str], sizes: SetSizes) -> list[str]:
+    """One line per metric of `result_metrics` whose values say less than usual, as the sets are small."""
+    lines = [metric.caveat(sizes) for metric in all_metrics() if metric.name in result_metrics]
+    return [line for line in lines if line is not None]
+
+
+def sizes_of(*, num_samples: int, reference: Reference) -> SetSizes:
+    """The sizes of what a measurement compares."""
+    subset = 0 if reference.subset is None else len(reference.subset)
+    return SetSizes(samples=num_samples, reference=reference.count, subset=subset, width=reference.pooled.width)
 
 
 def _reason(metric: DistributionMetric | NeighbourMetric, reference: Reference) -> str:

@@ -1,5 +1,6 @@
 """Reads finished samples: an `.npz` with `arr_0` (the input of ADM's evaluator), or a folder of images."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ class ImageSet:
     """Images of one size. `read()` yields `count` uint8 arrays [H, W, 3] in order, with one in memory.
 
     `notes()` gives what a result should say about them, one line each, once they have been read.
+
+    Attributes:
+        encoding: How their files encode them, several kinds joined by `, `; None for arrays, which are not encoded.
     """
 
     name: str
@@ -26,6 +30,7 @@ class ImageSet:
     width: int
     read: Callable[[], Iterator[np.ndarray]]
     notes: Callable[[], list[str]] = list
+    encoding: str | None = None
 
 
 def open_images(path: str | Path) -> ImageSet:
@@ -54,7 +59,11 @@ def batches(images: Iterable[np.ndarray], size: int) -> Iterator[Tensor]:
         UserError: images of different sizes.
     """
     waiting: list[np.ndarray] = []
+    shape: tuple[int, ...] | None = None
     for image in images:
+        if image.shape != (shape := shape or image.shape):
+            sizes = " and ".join(f"{height} x {width}" for height, width, *_ in (shape, image.shape))
+            raise UserError(f"images of different sizes: {sizes} px (height x width); an evaluation needs one size")
         waiting.append(image)
         if len(waiting) == size:
             yield _stack(waiting)
@@ -63,13 +72,36 @@ def batches(images: Iterable[np.ndarray], size: int) -> Iterator[Tensor]:
         yield _stack(waiting)
 
 
+class PixelHash:
+    """The SHA-256 of images in order: of their pixels, and of their size unless they are square."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._is_begun = False
+
+    def add(self, images: np.ndarray) -> None:
+        """Adds uint8 images [..., 3, H, W]."""
+        height, width = images.shape[-2:]
+        if not self._is_begun and height != width:
+            self._digest.update(f"{height} x {width}".encode())
+        self._is_begun = True
+        self._digest.update(np.ascontiguousarray(images).data)
+
+    def passing(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The images [H, W, 3], each added when it is taken."""
+        for image in images:
+            self.add(image.transpose(2, 0, 1))
+            yield image
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
 def _stack(images: list[np.ndarray]) -> Tensor:
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1:
-        raise UserError(f"images of different sizes: {sorted(sizes)}; an evaluation needs images of one size")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def _open_folder(path: Path) -> ImageSet:
     folder = ImageFolder(path)
-    return ImageSet(str(path), folder.count, folder.height, folder.width, folder.read, folder.notes)
+    encoding = ", ".join(sorted(name.lower() for name in folder.formats))
+    return ImageSet(str(path), folder.count, folder.height, folder.width, folder.read, folder.notes, encoding)

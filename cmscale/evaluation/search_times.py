@@ -1,9 +1,13 @@
-"""Searches the sampling times of a source: each trial is measured on all ranks and stored, and never repeated."""
+"""Searches the sampling times of a source: each trial is measured on all ranks and stored, and never repeated.
+
+Searches that may have other results have other files. The same search again returns what it found.
+"""
 
 import contextlib
+import sys
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-
-import torch
 
 from cmscale.config.requests import SearchTimesRequest
 from cmscale.consistency.grid import indexed_sigmas
@@ -12,20 +16,18 @@ from cmscale.distributed import collectives
 from cmscale.distributed import world as worlds
 from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
+from cmscale.evaluation.progress import Progress, existing
 from cmscale.evaluation.session import (
     TIMEOUT_MINUTES,
     EvaluationSession,
     describe_step,
-    machine_protocol,
-    sampling_protocol,
     work_folder,
 )
 from cmscale.evaluation.ternary_search import Indices, search
 from cmscale.generation.draw import SampleRequest
 from cmscale.io.durable import replace_durably
 from cmscale.runs.folder import RunDir
-from cmscale.runs.manifests import read_document
-from cmscale.runs.results import TimeSearch, Trial
+from cmscale.runs.results import TimeSearch, Trial, hash_of, utc_now
 from cmscale.source import Source, checkpoint_step, load_source
 
 
@@ -61,39 +63,40 @@ def _search(request: SearchTimesRequest, world: worlds.World, *, preemption: Pre
     evaluating, data = source.config.evaluate, source.config.data.path
     with worlds.same_arithmetic(world.device), contextlib.suppress(Interrupted):
         session = EvaluationSession.build(request, evaluating, world, data=data, preemption=preemption)
-        return Trials(request, source, session, denoise=source.denoiser(world.device)).find()
+        session.refuse_other_size(source)
+        return Trials(request, source, session).find()
     return None
 
 
 class Trials:
-    """One search. Its document is written after every trial."""
+    """One search. Its document is written after every trial; with `--force` at first in the request's own folder."""
 
-    def __init__(
-        self, request: SearchTimesRequest, source: Source, session: EvaluationSession, *, denoise: Denoise
-    ) -> None:
+    def __init__(self, request: SearchTimesRequest, source: Source, session: EvaluationSession) -> None:
         self._source = source
         self._session = session
-        self._denoise = denoise
         second = source.config.method.second_time
         self._start, self._last = (0, second.index), second.last
-        self._work_dir = work_folder(source, None)
-        self.path = _result_path(request, source)
+        self._progress = Progress.of(request, work_folder(source, None))
         reference = collectives.from_main(None if session.reference is None else session.reference.describe())
-        sampling = sampling_protocol(source, SampleRequest(num=session.settings.num_samples))
+        num = session.settings.num_samples
+        sampling = session.identity(source, SampleRequest(num=num))
         del sampling["sigmas"]  # each trial has its own
+        network = {"step": source.step, "weights": source.weights_name}
+        key = hash_of({**network, **sampling, "num_samples": num, "seed": request.seed, "steps": request.steps})
+        self.path = _result_path(request, source, session, key=key)
         self.document = TimeSearch(
             step=source.step,
             weights=source.weights_name,
             steps=request.steps,
             last=self._last,
             score_name=session.extractor.distance_name,
-            num_samples=session.settings.num_samples,
+            num_samples=num,
             seed=request.seed,
-            protocol={**sampling, **session.features_protocol(), "reference": reference},
+            protocol={**sampling, **session.machine(), "reference": reference},
+            key=key,
         )
-        self._take_up(
-            collectives.from_main(self.path.read_bytes() if session.world.is_main and self.path.exists() else None)
-        )
+        self._written_to = self._progress.folder / f"search-{key}" if self._progress.is_anew else self.path
+        self._take_up(collectives.from_main(collectives.on_main(self._earlier)))
 
     def find(self) -> Path:
         """Runs the search to its end. Collective.
@@ -102,17 +105,33 @@ class Trials:
             Interrupted: a preemption interrupted; the finished trials are kept.
         """
         steps = self.document.steps
+        if self.document.complete:
+            self._announce()
+            return self.path
         search(self.score, steps=steps, last=self._last, start=self._start)
         best = min((trial for trial in self.document.trials if len(trial.indices) == steps), key=lambda t: t.score)
-        machine = machine_protocol(self._session.world)
+        self._written_to = self.path
         self._write(
             complete=True,
+            date=utc_now(),
             indices=best.indices,
             times=best.times,
             score=best.score,
-            protocol={**self.document.protocol, **machine},
+            protocol={**self.document.protocol, "num_ranks": self._session.world.num_ranks},
         )
+        collectives.on_main(self._progress.close)
         return self.path
+
+    def _announce(self) -> None:
+        """Prints what an earlier search found."""
+        found = self.document
+        if self._session.world.is_main:
+            print(f"times {_listed(found.times)}: {found.score_name} {found.score:.4g}", flush=True)
+            print(f"{self.path}: searched {found.date} already; --force searches anew", file=sys.stderr, flush=True)
+
+    @cached_property
+    def _denoise(self) -> Denoise:
+        return self._source.denoiser(self._session.world.device)
 
     def score(self, indices: Indices) -> float:
         """The Fréchet distance at these indices, from an earlier trial if there is one. Collective."""
@@ -121,40 +140,63 @@ class Trials:
                 return trial.score
         sigmas = indexed_sigmas(self._source.config.method, indices, last=self._last)
         draw = SampleRequest(num=self.document.num_samples, seed=self.document.seed, sigmas=sigmas)
-        label = f"{describe_step(self._source)} at {_written(sigmas)}"
-        found = self._session.measure_samples(self._source, self._denoise, draw, work_dir=self._work_dir, label=label)
+        label = f"{describe_step(self._source)} at {_listed(sigmas.tolist())}"
+        found = self._session.measure_samples(
+            self._source, self._denoise, draw, work_dir=self._progress.folder, label=label
+        )
         if found is None:
             raise Interrupted
         trial = Trial(indices=indices, times=tuple(sigmas.tolist()), score=found["fid"])
         self._write(trials=(*self.document.trials, trial))
         if self._session.world.is_main:
-            print(f"times {_written(sigmas)}: {self.document.score_name} {trial.score:.4g}", flush=True)
+            print(f"times {_listed(sigmas.tolist())}: {self.document.score_name} {trial.score:.4g}", flush=True)
         return trial.score
 
-    def _take_up(self, raw: bytes | None) -> None:
-        """Reuses the trials of an earlier search that measured the same network in the same way."""
-        if raw is None:
-            return
-        old = read_document(TimeSearch, raw, origin=str(self.path))
-        mine = self.document.model_dump(mode="json")
-        theirs = old.model_dump(mode="json")
-        shared = ("step", "weights", "last", "score_name", "num_samples", "seed")
-        same = all(mine[key] == theirs[key] for key in shared)
-        if same and all(theirs["protocol"].get(key) == value for key, value in mine["protocol"].items()):
-            self.document = self.document.model_copy(update={"trials": old.trials})
+    def _earlier(self) -> TimeSearch | None:
+        """The document that this search continues. Rank 0 only.
+
+        Raises:
+            UserError: another search or something else is at the result's place, and is not to be replaced.
+        """
+        found = existing(TimeSearch, self.path)
+        if self._progress.is_anew:
+            found = existing(TimeSearch, self._written_to)
+        elif found is not None and found.key != self.document.key:
+            raise UserError(f"{self.path}: holds another search; give another --out, or --force to replace it")
+        if found is not None and not found.complete and self._is_of_other_machine(found):
+            return None
+        return found
+
+    def _is_of_other_machine(self, found: TimeSearch) -> bool:
+        """Whether trials would be compared that differ by more than their times."""
+        return any(found.protocol.get(name) != self.document.protocol[name] for name in ("torch", "device"))
+
+    def _take_up(self, earlier: TimeSearch | None) -> None:
+        """Goes on with an earlier search of the same."""
+        if earlier is not None:
+            self.document = earlier
 
     def _write(self, **changes: object) -> None:
         self.document = self.document.model_copy(update=changes)
-        collectives.on_main(lambda: replace_durably(self.path, self.document.to_bytes()))
+        collectives.on_main(lambda: replace_durably(self._written_to, self.document.to_bytes()))
 
 
-def _result_path(request: SearchTimesRequest, source: Source) -> Path:
+def _result_path(request: SearchTimesRequest, source: Source, session: EvaluationSession, *, key: str) -> Path:
     if request.out is not None:
         return Path(request.out)
     if source.run_dir is None:
         raise UserError(f"{request.source}: not a run on this machine; give --out FILE.json for the result")
-    return RunDir(source.run_dir).time_search(step=source.step, weights=source.weights_name, steps=request.steps)
+    return RunDir(source.run_dir).time_search(
+        step=source.step,
+        weights=source.weights_name,
+        steps=request.steps,
+        features=session.extractor.label,
+        num_samples=session.settings.num_samples,
+        seed=request.seed,
+        reference=session.reference_sha256,
+        key=key,
+    )
 
 
-def _written(sigmas: torch.Tensor) -> str:
-    return ", ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())
+def _listed(sigmas: Iterable[float]) -> str:
+    return ", ".join(f"{sigma:.4g}" for sigma in sigmas)

@@ -50,13 +50,14 @@ TIMEOUT_MINUTES = 120.0
 class EvaluationSession:
     """What all measurements of one command share: ranks, settings, features, and on rank 0 the reference.
 
-    Every rank has the reference's features for nearest neighbours (`manifold`), if there are enough.
+    Every rank has the reference's hash, and its features for nearest neighbours (`manifold`), if there are enough.
     """
 
     world: World
     settings: Evaluate
     extractor: FeatureExtractor
     reference: Reference | None
+    reference_sha256: str
     manifold: Manifold | None
     preemption: Preemption
 
@@ -78,23 +79,31 @@ class EvaluationSession:
         weights = None if named is None else local_file(named)
         extractor = build_features(settings.features, weights=weights, device=world.device)
         reference = collectives.on_main(lambda: load_reference(settings.reference or data, extractor))
-        return cls(world, settings, extractor, reference, shared_manifold(reference, extractor, world), preemption)
+        sha256 = collectives.from_main(None if reference is None else reference.sha256)
+        manifold = shared_manifold(reference, extractor, world)
+        return cls(world, settings, extractor, reference, sha256, manifold, preemption)
+
+    def refuse_other_size(self, source: Source) -> None:
+        """Raises UserError if the reference is of images of another size than a source's. Collective."""
+        size = source.config.model.image_size
+        reference = self.reference
+        collectives.on_main(lambda: reference and reference.refuse_other_size((size, size), of="the model"))
 
     def measure_samples(
         self, source: Source, denoise: Denoise, draw: SampleRequest, *, work_dir: Path, label: str
     ) -> dict[str, float] | None:
         """All metrics of the samples that `draw` describes, on every rank. Collective.
 
-        Blocks or metrics that an interrupted call stored in `work_dir` are reused.
+        Blocks or metrics that an interrupted call stored in `work_dir` are reused, if they were measured of the same
+        samples against the same reference, with the same torch on the same kind of device.
 
         Returns:
             None if a preemption interrupted; the finished blocks are kept.
         """
-        if source.config.model.num_classes is not None:
-            draw = replace(draw, classes="random")
-        identity = {**sampling_protocol(source, draw), **self.features_protocol(), "seed": draw.seed}
+        draw = with_classes(source, draw)
+        identity = {**self.identity(source, draw), **self.machine(), "seed": draw.seed}
         store = BlockStore(work_dir, identity=identity, num_samples=draw.num)
-        known = collectives.from_main(collectives.on_main(lambda: store.metrics(self._against)))
+        known = collectives.from_main(collectives.on_main(store.metrics))
         if known is not None:
             return known
         todo = collectives.from_main(collectives.on_main(store.missing))
@@ -107,6 +116,20 @@ class EvaluationSession:
             return None
         return self._measured(store)
 
+    def identity(self, source: Source, draw: SampleRequest) -> dict[str, Any]:
+        """What determines the metrics of the samples that `draw` describes, except their number and seeds."""
+        draw = with_classes(source, draw)
+        return {
+            **sampling_protocol(source, draw),
+            **self.features_protocol(),
+            "reference_sha256": self.reference_sha256,
+        }
+
+    def machine(self) -> dict[str, Any]:
+        """Rank 0's torch and device, by which results differ in their last digits. Collective."""
+        machine = collectives.from_main(machine_protocol(self.world))
+        return {name: value for name, value in machine.items() if name != "num_ranks"}
+
     def features_protocol(self) -> dict[str, Any]:
         """What determines the metrics of given images: the features' network, its weights, the code."""
         return {
@@ -116,23 +139,39 @@ class EvaluationSession:
             "cmscale": __version__,
         }
 
-    @property
-    def _against(self) -> str:
-        assert self.reference is not None, "rank 0 has the reference"
-        return self.reference.sha256
-
     def _measured(self, store: BlockStore) -> dict[str, float]:
         """Computes distributions on rank 0, where the reference is, and neighbours on all ranks. Collective."""
         found, pooled = collectives.on_main(lambda: self._distributions(store)) or ({}, None)
+        if collectives.from_main(self.world.is_main and pooled is None):
+            return collectives.from_main(found)
         if self.manifold is not None and store.num_samples > DENSITY_K:
             features = collectives.array_from_main(pooled)
             found |= measure_neighbours(Manifold(features, device=self.world.device, world=self.world), self.manifold)
-        collectives.on_main(lambda: store.finish(found, against=self._against))
+        collectives.on_main(lambda: store.finish(found))
         return collectives.from_main(found)
 
-    def _distributions(self, store: BlockStore) -> tuple[dict[str, float], np.ndarray]:
+    def _distributions(self, store: BlockStore) -> tuple[dict[str, float], np.ndarray | None]:
+        """The metrics of distributions and the pooled features; all metrics, without features, if they are stored.
+
+        They are stored by now if another command measured the same meanwhile and removed the blocks.
+        """
+        assert self.reference is not None, "rank 0 has the reference"
+        try:
+            return self._measured_distributions(store)
+        except FileNotFoundError:
+            if (known := store.metrics()) is None:
+                raise
+            store.discard_blocks()
+            return known, None
+
+    def _measured_distributions(self, store: BlockStore) -> tuple[dict[str, float], np.ndarray]:
         assert self.reference is not None, "rank 0 has the reference"
         return measure_distributions(store.read(), num_samples=store.num_samples, reference=self.reference)
+
+
+def with_classes(source: Source, draw: SampleRequest) -> SampleRequest:
+    """The request with a random class per sample, if the network is class-conditional."""
+    return draw if source.config.model.num_classes is None else replace(draw, classes="random")
 
 
 def shared_manifold(reference: Reference | None, extractor: FeatureExtractor, world: World) -> Manifold | None:
@@ -148,8 +187,8 @@ def draw_block(
 ) -> torch.Tensor:
     """The block's samples as uint8.
 
-    The batch size follows from the image size alone: a convolution's rounding may depend on its batch, and a result
-    must not depend on the memory of a machine.
+    The batch size follows from the image size and the block alone: a convolution's rounding may depend on its batch,
+    and a result must depend neither on the memory of a machine nor on the number of ranks.
     """
     size = max(1, _PIXELS_PER_PASS // source.config.model.image_size**2)
     return torch.cat(
@@ -185,6 +224,7 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
         name=f"{named} {manifest.fingerprint[:12]}",
         count=manifest.count,
         preprocess=manifest.preprocess,
+        encoding=manifest.encoding,
     )
 
 

@@ -3,11 +3,18 @@
 import math
 from collections.abc import Iterator, Sequence
 
+import yaml
+
 from cmscale.config import Config, dump_config
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
 from cmscale.interop import parameter_shapes
+from cmscale.runs.comparison import RULE, basis_of, describe_basis, groups_of, once_each
 from cmscale.runs.manifests import DatasetManifest
 from cmscale.runs.results import EvaluationResult
+from cmscale.source import IMPORTED
+
+_SHOWN_TIMES = 8
+_PRECONDITIONING = {"kind", "sigma_data", "sigma_min", "sigma_max", "rho", "time_embedding", "teacher_time_embedding"}
 
 
 def model_card(
@@ -15,22 +22,31 @@ def model_card(
     *,
     step: int,
     weights_name: str,
+    weights_sha256: str | None = None,
     dataset: DatasetManifest | None = None,
     evaluations: Sequence[EvaluationResult] = (),
 ) -> str:
     """The card of the weights `weights_name` at `step`.
 
     Args:
+        weights_sha256: `Source.fingerprint`, to leave out evaluations of other weights that had this name; None for
+            those of any.
         dataset: The manifest of the training data, if it is available.
         evaluations: Results of `cmscale evaluate`; those of other steps or weights are left out.
+
+    The card of imported weights says nothing about their training: their config only says how they are used here.
     """
-    model, method, train = config.model, config.method, config.train
+    model, method = config.model, config.method
     count = sum(math.prod(shape) for shape in parameter_shapes(model).values())
-    images = step * train.global_batch_size
+    is_imported = weights_name == IMPORTED
+    named = [each for each in evaluations if each.step == step and each.weights == weights_name]
+    mine = [each for each in named if _is_of(each, weights_sha256)]
+    others = len(named) - len(mine)
+    kind = "unconditional" if model.num_classes is None else "class-conditional"
     size = f"{model.image_size}x{model.image_size}"
     lines = [
         "---",
-        "tags: [image-generation, unconditional-image-generation, consistency-models]",
+        f"tags: [image-generation, {kind}-image-generation, consistency-models]",
         "---",
         "",
         f"# {method.kind.upper()} at {size}",
@@ -39,18 +55,15 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        f"| Weights | {weights_name} |",
-        f"| Steps | {step:,} of {train.total_steps:,} |",
-        f"| Images seen | {images:,} (global batch {train.global_batch_size:,}) |",
-        f"| Optimizer | {config.optimizer.kind}, learning rate {config.optimizer.learning_rate:g} |",
-        f"| Precision | {config.engine.precision} |",
+        f"| Weights | {'imported from another project' if is_imported else weights_name} |",
         f"| Classes | {model.num_classes or 'none'} |",
-        f"| Data | {config.data.path} |",
-        *_data_rows(dataset),
+        *([] if is_imported else _training_rows(config, step=step)),
+        *([] if is_imported or dataset is None else _data_rows(dataset)),
         "",
         "## Quality",
         "",
-        *_quality([each for each in evaluations if each.step == step and each.weights == weights_name]),
+        *_quality(mine),
+        *([f"Left out: {_results(others)} of other weights that had this name.", ""] if others else []),
         "",
         "## Limits",
         "",
@@ -60,31 +73,83 @@ def model_card(
         "## Config",
         "",
         "```yaml",
-        dump_config(config).rstrip(),
+        _shown_config(config, is_imported=is_imported).rstrip(),
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _data_rows(dataset: DatasetManifest | None) -> Iterator[str]:
-    if dataset is not None:
-        yield f"| Images in the data set | {dataset.count:,} of {dataset.source}, preprocessing {dataset.preprocess} |"
-        yield f"| Fingerprint of the data set | `{dataset.fingerprint}` |"
+def _training_rows(config: Config, *, step: int) -> Iterator[str]:
+    train = config.train
+    yield f"| Steps | {step:,} of {train.total_steps:,} |"
+    yield f"| Images seen | {step * train.global_batch_size:,} (global batch {train.global_batch_size:,}) |"
+    yield f"| Optimizer | {config.optimizer.kind}, learning rate {config.optimizer.learning_rate:g} |"
+    yield f"| Precision | {config.engine.precision} |"
+    yield f"| Data | {config.data.path} |"
+
+
+def _data_rows(dataset: DatasetManifest) -> Iterator[str]:
+    made = f"preprocessing {dataset.preprocess}, encoding {dataset.encoding}"
+    yield f"| Images in the data set | {dataset.count:,} of {dataset.source}, {made} |"
+    yield f"| Fingerprint of the data set | `{dataset.fingerprint}` |"
+
+
+def _shown_config(config: Config, *, is_imported: bool) -> str:
+    """The config as YAML; of imported weights only what describes the network and its preconditioning."""
+    if not is_imported:
+        return dump_config(config)
+    shown = config.model_dump(mode="json", include={"method": _PRECONDITIONING, "model": True})
+    return yaml.safe_dump(shown, sort_keys=False)
+
+
+def _is_of(evaluation: EvaluationResult, weights_sha256: str | None) -> bool:
+    known = evaluation.protocol.get("weights_sha256")
+    return None in (known, weights_sha256) or known == weights_sha256
 
 
 def _quality(evaluations: Sequence[EvaluationResult]) -> Iterator[str]:
-    """A table with one row per evaluation and one column per metric that any of them has."""
+    """A table per score and reference of the results with the most samples, and the number of those left out."""
     if not evaluations:
         yield "Not evaluated."
         return
-    metrics = [metric for metric in all_metrics() if any(metric.name in each.metrics for each in evaluations)]
-    titles = " | ".join(metric.title for metric in metrics)
-    yield f"| Network evaluations per sample | Samples | Features | {titles} |"
-    yield "|" + "---|" * (3 + len(metrics))
-    for each in sorted(evaluations, key=lambda each: each.nfe or 0):
+    shown: dict[tuple[str, str, str], list[EvaluationResult]] = {}
+    for group in groups_of(evaluations):
+        basis = basis_of(group[0])
+        shown.setdefault((basis.score_name, group[0].features, basis.reference or ""), once_each(group))
+    for group in shown.values():
+        yield from _table(group)
+        yield ""
+    if left_out := len(evaluations) - sum(map(len, shown.values())):
+        yield f"Left out: {_results(left_out)} of fewer samples or seeds. {RULE}"
+        yield ""
+
+
+def _results(count: int) -> str:
+    return f"{count} result{'s' if count > 1 else ''}"
+
+
+def _table(group: Sequence[EvaluationResult]) -> Iterator[str]:
+    """One row per result and one column per metric that any of them has."""
+    first = group[0]
+    metrics = [metric for metric in all_metrics() if any(metric.name in each.metrics for each in group)]
+    titles = " | ".join(metric.title_over(first.score_name) for metric in metrics)
+    yield f"{describe_basis(first)}; features {first.features}."
+    yield ""
+    yield f"| Network evaluations per sample | Times | Samples | Seeds | {titles} |"
+    yield "|" + "---|" * (4 + len(metrics))
+    for each in sorted(group, key=lambda each: each.nfe or 0):
         cells = " | ".join(_cell(each, metric) for metric in metrics)
-        yield f"| {each.nfe} | {each.num_samples:,} | {each.features} | {cells} |"
+        seeds = ", ".join(map(str, each.seeds))
+        yield f"| {each.nfe} | {_times(each)} | {each.num_samples:,} | {seeds} | {cells} |"
+    for line in dict.fromkeys(line for each in group for line in each.warnings):
+        yield f"\n{line[:1].upper()}{line[1:]}."
+
+
+def _times(evaluation: EvaluationResult) -> str:
+    """The noise levels at which the network was evaluated; their number if they are many."""
+    times = evaluation.times or evaluation.protocol.get("sigmas") or ()
+    return ", ".join(f"{time:.4g}" for time in times) if len(times) <= _SHOWN_TIMES else f"{len(times)} times"
 
 
 def _cell(evaluation: EvaluationResult, metric: MetricDefinition) -> str:

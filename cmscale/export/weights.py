@@ -29,6 +29,7 @@ def export_weights(source: Source, *, format: Format, to: str) -> None:
         source.config,
         step=source.step,
         weights_name=source.weights_name,
+        weights_sha256=source.fingerprint,
         dataset=dataset_of(source),
         evaluations=_evaluations(source),
     )

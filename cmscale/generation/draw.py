@@ -1,4 +1,8 @@
-"""Draws samples from a source in batches, and writes them as files that the ADM evaluator reads."""
+"""Draws samples from a source in batches, and writes them as files that the ADM evaluator reads.
+
+The noise and class of sample i depend on (seed, i) alone. Its pixels depend by rounding on the batch in which it is
+drawn, as libraries choose their kernels by its size: a truncated pixel may differ by one of 255 levels.
+"""
 
 import io
 from collections.abc import Callable, Sequence

@@ -27,7 +27,7 @@ class RunFacts:
         events: events.jsonl in the order written.
         evaluations: By step, weights and network evaluations; `unreadable` has one line per file that is not valid.
         grids: (step, file) of the sample grids, by step.
-        consistency: The results of `cmscale consistency-error`, by step.
+        consistency: The results of `cmscale consistency-error`, by step; of one step by number of images, then by date.
     """
 
     run: RunDir
@@ -107,5 +107,10 @@ def read_facts(run: RunDir) -> RunFacts:
         unreadable=unreadable,
         grids=[(step_of(path.stem), path) for path in sorted(run.samples.glob("step-?????????.png"))],
         provenance=provenance if isinstance(provenance, dict) else {},
-        consistency=[json.loads(path.read_bytes()) for path in sorted(run.consistency_errors.glob("step-*.json"))],
+        consistency=_consistency(run),
     )
+
+
+def _consistency(run: RunDir) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_bytes()) for path in sorted(run.consistency_errors.glob("step-*.json"))]
+    return sorted(found, key=lambda each: (each["step"], each["num_samples"], each.get("date") or ""))

@@ -13,11 +13,11 @@ from PIL import Image
 from cmscale.evaluation.metrics.frechet import FID
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
 from cmscale.io.durable import replace_durably
-from cmscale.report.comparison import best_by_score
 from cmscale.report.facts import RunFacts, read_facts
 from cmscale.report.paper import PAPER
 from cmscale.report.plots import Curve, time_curve, training_curve
 from cmscale.report.quality import quality_panels
+from cmscale.runs.comparison import RULE, best_by_score, describe_basis, reference_names
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import EvaluationResult
 
@@ -50,7 +50,8 @@ def build_report(run: RunDir, *, siblings: Sequence[RunDir] = ()) -> Path:
 def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
     runs = [facts, *siblings]
     metrics = all_metrics()
-    rows = [_row(each, owner, metrics) for owner in runs for each in owner.evaluations]
+    shown = [(owner, each) for owner in runs for each in owner.evaluations]
+    features = sorted({(each.score_name, each.features) for _, each in shown})
     return {
         "facts": facts,
         "size": facts.setting("model.image_size"),
@@ -58,15 +59,13 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
         "tiles": _tiles(facts),
         "grids": _grids(facts),
         "curves": _training(facts),
-        "evaluations": rows,
-        "columns": [
-            (metric.title, metric.name)
-            for metric in metrics
-            if metric.name != FID.name and any(metric.name in row["cells"] for row in rows)
+        "tables": [
+            _table([pair for pair in shown if (pair[1].score_name, pair[1].features) == which], metrics)
+            for which in features
         ],
-        "score": FID.name,
+        "rule": RULE,
         "several_runs": bool(siblings),
-        "score_names": sorted({each.score_name for owner in runs for each in owner.evaluations}),
+        "score_names": list(dict.fromkeys(name for name, _ in features)),
         "warnings": _warnings(runs),
         "quality": quality_panels(runs),
         "paper": PAPER,
@@ -98,7 +97,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
             tiles.append(("images per second", f"{rates[len(rates) // 2]:,.4g}", "median"))
     for best in best_by_score(facts.evaluations):
         value, _ = FID.formatted(best.fid)
-        remark = f"step {best.step:,}, {best.nfe} NFE, {best.num_samples:,} samples" if best.step is not None else ""
+        remark = f"step {best.step:,}, {best.nfe} NFE, {describe_basis(best)}" if best.step is not None else ""
         tiles.append((f"best {best.score_name}", value, remark))
     return tiles
 
@@ -143,7 +142,7 @@ def _training(facts: RunFacts) -> list[tuple[str, str]]:
 
 
 def _consistency(facts: RunFacts) -> list[tuple[str, str]]:
-    """(title, svg) of the newest consistency error against time, if one was measured."""
+    """(title, svg) of the consistency error against time at the newest step, over the most images."""
     if not facts.consistency:
         return []
     last = facts.consistency[-1]
@@ -151,7 +150,7 @@ def _consistency(facts: RunFacts) -> list[tuple[str, str]]:
         Curve("to the next time", last["times"][1:], last["neighbours"]),
         Curve("to the one-step sample", last["times"][1:], last["to_start"][1:]),
     ]
-    title = f"Consistency error against time, step {last['step']:,}, {last['weights']}"
+    title = f"Consistency error against time, step {last['step']:,}, {last['weights']}, {last['num_samples']} images"
     return [(title, time_curve(curves, name=title, y_label="difference of f"))]
 
 
@@ -159,11 +158,34 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and value == value and abs(value) != float("inf")
 
 
-def _row(result: EvaluationResult, owner: RunFacts, metrics: Sequence[MetricDefinition]) -> dict[str, Any]:
+def _table(shown: Sequence[tuple[RunFacts, EvaluationResult]], metrics: Sequence[MetricDefinition]) -> dict[str, Any]:
+    """The results over one network's features, whose metrics have names of their own."""
+    results = [each for _, each in shown]
+    score_name, references = results[0].score_name, reference_names(results)
+    return {
+        "score_name": score_name,
+        "columns": [
+            (metric.title_over(score_name), metric.name)
+            for metric in metrics
+            if metric.name != FID.name and any(metric.name in each.metrics for each in results)
+        ],
+        "references": list(dict.fromkeys(references)),
+        "features": results[0].features,
+        "rows": [
+            _row(each, owner, reference, metrics) for (owner, each), reference in zip(shown, references, strict=True)
+        ],
+    }
+
+
+def _row(
+    result: EvaluationResult, owner: RunFacts, reference: str, metrics: Sequence[MetricDefinition]
+) -> dict[str, Any]:
     return {
         "result": result,
         "run": owner.name,
         "times": ", ".join(f"{time:.4g}" for time in result.times or ()),
+        "reference": reference,
+        "score": FID.formatted(result.fid),
         "cells": {
             metric.name: metric.formatted(result.metrics[metric.name])
             for metric in metrics
@@ -183,7 +205,7 @@ def _warnings(runs: list[RunFacts]) -> list[str]:
     total = sum(len(owner.evaluations) for owner in runs)
     lines = []
     for warning, owners in found.items():
-        which = "; ".join(f"{name}, {', '.join(evaluations)}" for name, evaluations in owners.items())
+        which = "; ".join(f"{name}, {', '.join(dict.fromkeys(evaluations))}" for name, evaluations in owners.items())
         count = sum(map(len, owners.values()))
         lines.append(f"{warning} ({f'all {total} evaluations' if count == total > 1 else which})")
     return lines + [line for owner in runs for line in owner.unreadable]

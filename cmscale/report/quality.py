@@ -1,37 +1,53 @@
-"""Draws scores against sampling steps, training steps and the EMA's length, one set of curves per score."""
+"""Draws scores against sampling steps, training steps and the EMA's length.
+
+There is a set of plots for each group of results that may be compared, so that no curve mixes references or numbers of
+samples.
+"""
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cmscale.report.comparison import best_of
 from cmscale.report.facts import RunFacts
 from cmscale.report.plots import Curve, ema_curve, progress_curve, steps_curve
+from cmscale.runs.comparison import basis_of, best_of, describe_basis, groups_of, once_each
 from cmscale.runs.results import EvaluationResult, Metric
 
 Level = tuple[str, float]
 
 
-def quality_panels(runs: Sequence[RunFacts]) -> list[tuple[str, str]]:
-    """(title, svg) of every plot that has at least two points; the first run is the one that the page is about."""
+def quality_panels(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
+    """(title, what is compared, svg) of every plot that has at least two points.
+
+    The first run is the one that the page is about; others appear where their results may be compared with its own.
+    """
     found = []
-    for name in sorted({each.score_name for owner in runs for each in owner.evaluations}):
+    # The number in a plot's name keeps the ids of its elements apart from those of other plots of that score.
+    for number, group in enumerate(_groups(runs), start=1):
+        name = group[0].score_name
         for title, plot in (
-            (f"{name} against the number of sampling steps", _against_steps(runs, name)),
-            (f"{name} over training", _over_training(runs[0], name)),
-            (f"{name} against the EMA's length", _against_ema(runs[0], name)),
+            (f"{name} against the number of sampling steps", _against_steps(runs, group, number)),
+            (f"{name} over training", _over_training(runs[0], group, number)),
+            (f"{name} against the EMA's length", _against_ema(runs[0], group, number)),
         ):
             if plot is not None:
-                found.append((title, plot))
+                found.append((title, describe_basis(group[0]), plot))
     return found
 
 
-def _against_steps(runs: Sequence[RunFacts], name: str) -> str | None:
+def _groups(runs: Sequence[RunFacts]) -> list[list[EvaluationResult]]:
+    """The results of all runs that may be compared, by score, those that count most first."""
+    groups = groups_of(each for owner in runs for each in owner.evaluations)
+    return sorted(groups, key=lambda group: group[0].score_name)
+
+
+def _against_steps(runs: Sequence[RunFacts], group: list[EvaluationResult], number: int) -> str | None:
     """Each run's newest evaluations; another run with a single one, such as a teacher, is a horizontal line."""
+    name = group[0].score_name
     curves: list[Curve] = []
     levels: list[Level] = []
     for owner in runs:
-        for weights, mine in _grouped(_evaluations(owner, name), lambda each: each.weights or ""):
+        for weights, mine in _grouped(_evaluations(owner, group), lambda each: each.weights or ""):
             newest = _newest(mine)
             plain = [each for each in newest if each.times is None]
             if owner is not runs[0] and len(plain) == 1:
@@ -43,24 +59,26 @@ def _against_steps(runs: Sequence[RunFacts], name: str) -> str | None:
                 curves.append(_curve(f"{owner.name}, {weights}, searched times", points))
     if not any(len(curve.x) > 1 for curve in curves):
         return None
-    return steps_curve(curves, name=f"{name} against steps", y_label=name, levels=levels)
+    return steps_curve(curves, name=f"{name} against steps, group {number}", y_label=name, levels=levels)
 
 
-def _over_training(owner: RunFacts, name: str) -> str | None:
+def _over_training(owner: RunFacts, group: list[EvaluationResult], number: int) -> str | None:
+    name = group[0].score_name
     curves = []
-    for weights, mine in _grouped(_evaluations(owner, name), lambda each: each.weights or ""):
+    for weights, mine in _grouped(_evaluations(owner, group), lambda each: each.weights or ""):
         plain = [each for each in mine if each.times is None]
         for nfe, same in _grouped(plain, lambda each: each.nfe or 0):
             if len(same) > 1:
                 curves.append(_curve(f"{weights}, {nfe} NFE", [(each.step, each.fid) for each in same]))
-    return progress_curve(curves, name=f"{name} over training", y_label=name) if curves else None
+    return progress_curve(curves, name=f"{name} over training, group {number}", y_label=name) if curves else None
 
 
-def _against_ema(owner: RunFacts, name: str) -> str | None:
+def _against_ema(owner: RunFacts, group: list[EvaluationResult], number: int) -> str | None:
     """The newest step with several EMAs; weights that are no average are a horizontal line."""
+    name = group[0].score_name
     curves: list[Curve] = []
     levels: list[Level] = []
-    plain = [each for each in _evaluations(owner, name) if each.times is None]
+    plain = [each for each in _evaluations(owner, group) if each.times is None]
     for nfe, mine in _grouped(plain, lambda each: each.nfe or 0):
         averaged = [(rate, each) for each in mine if (rate := _rate(each.weights)) is not None]
         steps = [each.step or 0 for _, each in averaged]
@@ -74,11 +92,16 @@ def _against_ema(owner: RunFacts, name: str) -> str | None:
             for each in mine
             if each.weights == "master" and each.step == max(several)
         ]
-    return ema_curve(curves, name=f"{name} against EMA", y_label=name, levels=levels) if curves else None
+    if not curves:
+        return None
+    return ema_curve(curves, name=f"{name} against EMA, group {number}", y_label=name, levels=levels)
 
 
-def _evaluations(owner: RunFacts, name: str) -> list[EvaluationResult]:
-    return [each for each in owner.evaluations if each.score_name == name and each.step is not None and each.nfe]
+def _evaluations(owner: RunFacts, group: list[EvaluationResult]) -> list[EvaluationResult]:
+    """The owner's results of a group, one for each network and sampling."""
+    basis = basis_of(group[0])
+    mine = [each for each in owner.evaluations if basis_of(each) == basis]
+    return [each for each in once_each(mine) if each.step is not None and each.nfe]
 
 
 def _newest(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:

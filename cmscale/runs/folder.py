@@ -1,10 +1,13 @@
 """Names everything in a run's folder: no other module spells a path of a run."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 CHECKPOINT_MANIFEST = "manifest.json"
+_NAMED_TIMES = 4  # of a sampler in a file's name, which file systems limit to 255 bytes
+_KEY_LENGTH = 12  # hex digits
 
 
 def step_name(step: int) -> str:
@@ -15,6 +18,18 @@ def step_name(step: int) -> str:
 def step_of(name: str) -> int:
     """The step in a name that begins as `step_name` makes it; what follows the digits is ignored."""
     return int(name.removeprefix("step-")[:9])
+
+
+def finished_samples_evaluation(source: str, *, features: str, num_samples: int, reference: str, key: str) -> str:
+    """The name of the file for a result of finished samples; `source` is their file or folder."""
+    stem = _plain(source.rstrip("/").rpartition("/")[2].removesuffix(".npz")) or "samples"
+    what = f"{_plain(features)}-n{num_samples}-ref{reference[:8]}"
+    return f"{stem}-evaluation-{what}-{key[:_KEY_LENGTH]}.json"
+
+
+def _plain(text: str) -> str:
+    """A part of a file's name from what a user or a foreign file calls something."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", text)[:60]
 
 
 def rank_file(rank: int, num_ranks: int) -> str:
@@ -93,20 +108,60 @@ class RunDir:
         """Partial results of evaluations: blocks of features, and the metrics of each finished seed."""
         return self.evaluations / ".blocks"
 
-    def evaluation(self, *, step: int, weights: str, nfe: int, times: Sequence[float] = ()) -> Path:
-        """The file of a result; `times` are the sampler's, if they were given."""
-        at = f"-at-{'-'.join(f'{time:.5g}' for time in times)}" if times else ""
-        return self.evaluations / f"{step_name(step)}-{weights}-nfe{nfe}{at}.json"
+    def evaluation(
+        self,
+        *,
+        step: int,
+        weights: str,
+        nfe: int,
+        times: Sequence[float] = (),
+        features: str,
+        num_samples: int,
+        seeds: int,
+        reference: str,
+        key: str,
+    ) -> Path:
+        """The file of a result. Results whose numbers may differ have different names.
 
-    def time_search(self, *, step: int, weights: str, steps: int) -> Path:
-        return self.evaluations / "times" / f"{step_name(step)}-{weights}-steps{steps}.json"
+        Args:
+            times: The sampler's, if they were given.
+            features: The label of the feature network.
+            seeds: How many sets of samples.
+            reference: The hash of the reference.
+            key: The hash of all that determines the numbers, also of what no other part of the name tells apart.
+        """
+        at = f"-at-{'-'.join(f'{time:.5g}' for time in times[:_NAMED_TIMES])}" if times else ""
+        more = f"-and-{len(times) - _NAMED_TIMES}" if len(times) > _NAMED_TIMES else ""
+        sampling = f"{_plain(weights)}-nfe{nfe}{at}{more}"
+        against = f"ref{reference[:8]}-{key[:_KEY_LENGTH]}"
+        name = f"{step_name(step)}-{sampling}-{_plain(features)}-n{num_samples}-seeds{seeds}-{against}.json"
+        return self.evaluations / name
+
+    def time_search(
+        self,
+        *,
+        step: int,
+        weights: str,
+        steps: int,
+        features: str,
+        num_samples: int,
+        seed: int,
+        reference: str,
+        key: str,
+    ) -> Path:
+        """The file of a search for `steps` times; as for `evaluation`, but with one seed."""
+        what = f"{_plain(weights)}-steps{steps}-{_plain(features)}-n{num_samples}-seed{seed}"
+        name = f"{step_name(step)}-{what}-ref{reference[:8]}-{key[:_KEY_LENGTH]}.json"
+        return self.evaluations / "times" / name
 
     @property
     def consistency_errors(self) -> Path:
         return self.evaluations / "consistency"
 
-    def consistency_error(self, *, step: int, weights: str) -> Path:
-        return self.consistency_errors / f"{step_name(step)}-{weights}.json"
+    def consistency_error(self, *, step: int, weights: str, num_samples: int, seed: int, key: str) -> Path:
+        """The file of a consistency error; `key` also tells apart the data and the teacher."""
+        what = f"{_plain(weights)}-n{num_samples}-seed{seed}-{key[:_KEY_LENGTH]}"
+        return self.consistency_errors / f"{step_name(step)}-{what}.json"
 
     @property
     def logs(self) -> Path:
@@ -117,9 +172,14 @@ class RunDir:
         """Touched by a living launcher every few seconds."""
         return self.logs / ".launcher.json"
 
-    def asked_evaluation(self, step: int) -> Path:
-        """A marker: the evaluation of this step was submitted."""
-        return self.logs / "evaluations-asked" / step_name(step)
+    def asked_evaluation(self, step: int, checkpoint: str = "") -> Path:
+        """A marker: the evaluation of this step was submitted.
+
+        Args:
+            checkpoint: The hash of the checkpoint; older versions wrote markers without.
+        """
+        of = f"-{checkpoint[:_KEY_LENGTH]}" if checkpoint else ""
+        return self.logs / "evaluations-asked" / f"{step_name(step)}{of}"
 
     @property
     def report(self) -> Path:

@@ -1,5 +1,8 @@
 """The documents that evaluations and searches for sampling times write."""
 
+import datetime
+import hashlib
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +28,9 @@ class Metric(Document):
         return cls(mean=statistics.fmean(values), std=spread, values=tuple(values))
 
 
+_ADDED = ("names", "settings", "samples", "date", "key")  # results of older versions lack them; left out where empty
+
+
 class EvaluationResult(Document):
     """The content of a run's `evaluations/*.json`.
 
@@ -43,7 +49,13 @@ class EvaluationResult(Document):
         metrics: By name, the deviations within one set of samples (`kid_subset_std`) among them. `fid` is always there.
         not_measured: Names of the metrics that were left out.
         protocol: What a repetition needs: sampler, times, quantisation, hashes of the networks' weights, versions.
-        warnings: Known differences between the reference and the training data; metrics that were left out, and why.
+        warnings: What limits the numbers: differences between the reference and the training data, and what of them is
+            not known; too few samples; metrics that were left out, and why.
+        names: Names of the metrics over these features, by key: `KID-EfficientNet` is no KID.
+        settings: Parameters of the metrics by key, such as `k` of precision, and the subsets of KID.
+        samples: Of finished samples: name, hash of the pixels, size, encoding.
+        date: When the result was written, UTC.
+        key: Hash of all that determines the numbers; two results with one key are measurements of the same.
     """
 
     step: int | None = None
@@ -60,6 +72,11 @@ class EvaluationResult(Document):
     seconds: float
     protocol: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    names: dict[str, str] = Field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    samples: dict[str, Any] | None = None
+    date: str | None = None
+    key: str | None = None
 
     @property
     def fid(self) -> Metric:
@@ -81,20 +98,44 @@ class EvaluationResult(Document):
 
     @model_serializer(mode="wrap")
     def _write_flat(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content = write(self)
+        content = {name: value for name, value in write(self).items() if value or name not in _ADDED}
         metrics, not_measured = content.pop("metrics"), content.pop("not_measured")
         return {**content, **metrics, **dict.fromkeys(not_measured)}
 
 
 def read_evaluations(run: RunDir) -> tuple[list[EvaluationResult], list[str]]:
-    """The evaluations in a run's folder by step, weights and NFE, and one line per file that is not readable."""
+    """The evaluations in a run's folder, and one line per file that is not readable.
+
+    They are sorted by step, weights and NFE; of several of those, by the number of samples, the largest first.
+    """
     found, unreadable = [], []
     for path in sorted(run.evaluations.glob("*.json")):
         try:
             found.append(read_document(EvaluationResult, path.read_bytes(), origin=path.name))
         except UserError as error:
             unreadable.append(str(error))
-    return sorted(found, key=lambda each: (each.step or 0, each.weights or "", each.nfe or 0)), unreadable
+    return sorted(found, key=_place), unreadable
+
+
+def _place(result: EvaluationResult) -> tuple[Any, ...]:
+    return (
+        result.step or 0,
+        result.weights or "",
+        result.nfe or 0,
+        -result.num_samples,
+        result.features,
+        result.date or "",
+    )
+
+
+def utc_now() -> str:
+    """The time now, as results record it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def hash_of(identity: Mapping[str, Any]) -> str:
+    """The SHA-256 of a description of plain values, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
@@ -122,6 +163,7 @@ class TimeSearch(Document):
         trials: Every evaluation, in the order made.
         indices, times, score: The best trial with `steps` steps.
         protocol: What a repetition needs and a resumed search must share.
+        date, key: As in `EvaluationResult`; searches of older versions lack them.
     """
 
     version: int = 1
@@ -138,3 +180,5 @@ class TimeSearch(Document):
     score: float | None = None
     trials: tuple[Trial, ...] = ()
     protocol: dict[str, object]
+    date: str | None = None
+    key: str | None = None

@@ -72,20 +72,20 @@ def test_one_new_file_adds_a_metric_to_results_messages_report_and_card(
     )
     expected = np.linalg.norm(samples.astype("f8").mean(axis=0) - real.astype("f8").mean(axis=0))
     assert json.loads(out.read_bytes())["mean_shift"]["mean"] == pytest.approx(expected, rel=1e-9)
-    assert f"mean shift {expected:.3f}" in capsys.readouterr().out
+    assert f"mean shift-EfficientNet {expected:.3f}" in capsys.readouterr().out
 
     result = read_document(EvaluationResult, out.read_bytes(), origin="out").model_copy(
         update={"step": 60, "weights": "master", "nfe": 1}
     )
     card = model_card(small_config(small_model()), step=60, weights_name="master", evaluations=[result])
     header, _, row = (line for line in card[card.index("## Quality") :].splitlines() if line.startswith("|"))
-    column = [cell.strip() for cell in header.split("|")].index("mean shift")
+    column = [cell.strip() for cell in header.split("|")].index("mean shift-EfficientNet")
     assert [cell.strip() for cell in row.split("|")][column] == f"{expected:.3f}"
 
     folder = write_run(tmp_path / "run")
-    folder.evaluation(step=60, weights="master", nfe=1).write_bytes(result.to_bytes())
+    (folder.evaluations / "step-000000060-master-nfe1.json").write_bytes(result.to_bytes())
     page = build_report(folder).read_text()
-    assert '<th class="n">mean shift</th>' in page
+    assert '<th class="n">mean shift-EfficientNet</th>' in page
     assert f'<td class="n">{expected:.3f}<small></small></td>' in page
 
 

@@ -1,5 +1,6 @@
 """The consistency-error command: the mean of the measured curves, along the right trajectories, where it belongs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from networks import random_weights
 from run_folder import write_run
 
 from cmscale.config import Config, parse_config
-from cmscale.consistency.consistency_curve import error_curve
+from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.consistency_error import consistency_error
 from cmscale.data.first_images import first_images
+from cmscale.evaluation import consistency_report
 from cmscale.evaluation.consistency_report import measure_consistency_error
 from cmscale.interop import write_safetensors
 from cmscale.report import build_report
@@ -78,7 +80,8 @@ def test_a_distilled_source_is_followed_along_its_teachers_ode(data, tmp_path):
     measure_consistency_error(source, teacher=None, out=own, **common)
     measure_consistency_error(source, teacher=str(teacher), out=named, **common)
     result = json.loads(own.read_text())
-    assert result == json.loads(named.read_text())
+    other = json.loads(named.read_text())
+    assert {**result, "date": ""} == {**other, "date": ""}
     assert str(teacher) in result["trajectories"]
     curve = error_curve(
         source.config.method,
@@ -91,16 +94,44 @@ def test_a_distilled_source_is_followed_along_its_teachers_ode(data, tmp_path):
     assert result["neighbours"] == pytest.approx(curve.neighbours, rel=1e-6)
 
 
-def test_a_runs_result_lies_in_its_folder_and_on_its_page(data, tmp_path):
+def test_a_runs_result_lies_in_its_folder_and_on_its_page(data, tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", kind="ct")
     model = load_source(str(saved(tmp_path, "{kind: ict}", data)))
-    source = type(model)(**{**model.__dict__, "run_dir": folder.root})
-    path = measure_consistency_error(
-        source, data=str(data), num=2, seed=0, teacher=None, out=None, plot=None, batch_size=2, device=CPU
-    )
-    assert path == folder.root / "evaluations" / "consistency" / "step-000000010-ema_0.9.json"
+    source = dataclasses.replace(model, run_dir=folder.root)
+    asked = {"data": str(data), "seed": 0, "teacher": None, "out": None, "plot": None, "batch_size": 2, "device": CPU}
+    path = measure_consistency_error(source, num=2, **asked)
+    assert path.parent == folder.root / "evaluations" / "consistency"
+    assert path.name.startswith("step-000000010-ema_0.9-n2-seed0-")
+    before = path.read_bytes()
+    curve = ErrorCurve(times=[2.0, 1.0], neighbours=[0.5], to_start=[0.0, 0.5])
+    monkeypatch.setattr(consistency_report, "error_curve", lambda *_, **__: curve)  # the names are what matters
+    others = [measure_consistency_error(source, num=num, **{**asked, "seed": seed}) for num, seed in ((3, 0), (2, 1))]
+    teacher = str(saved(tmp_path, "{kind: edm}", data, seed=1))
+    others.append(measure_consistency_error(source, num=2, **{**asked, "teacher": teacher}))
+    assert len({path, *others}) == len(list(path.parent.iterdir())) == 4
+    assert path.read_bytes() == before
     page = build_report(folder).read_text()
-    assert "Consistency error against time, step 10, ema_0.9" in page
+    assert "Consistency error against time, step 10, ema_0.9, 3 images" in page
+
+
+def test_asked_again_a_result_is_returned_and_with_force_measured_anew(data, tmp_path, monkeypatch, capsys):
+    model, out, plot = saved(tmp_path, "{kind: ict}", data), tmp_path / "error.json", tmp_path / "error.png"
+    command = ["consistency-error", model, "--num", 1, "--out", out]
+    assert run(monkeypatch, *command) == 0
+    first = json.loads(out.read_text())
+    out.write_text(json.dumps({**first, "mean": -1.0}))  # a mark
+    assert run(monkeypatch, *command, "--plot", plot) == 0
+    assert json.loads(out.read_text())["mean"] == -1.0
+    assert plot.exists()
+    assert "--force measures anew" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--seed", 1) == 2
+    assert "holds another measurement" in capsys.readouterr().err
+    assert json.loads(out.read_text())["mean"] == -1.0
+    assert run(monkeypatch, *command, "--force") == 0
+    assert json.loads(out.read_text())["mean"] == first["mean"]
+    out.write_text("a note")
+    assert run(monkeypatch, *command, "--force") == 2
+    assert out.read_text() == "a note"
 
 
 def test_what_has_no_consistency_function_and_what_is_not_there_are_one_line(data, tmp_path, monkeypatch, capsys):

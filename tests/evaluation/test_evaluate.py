@@ -1,5 +1,6 @@
 """`cmscale evaluate` and `search-times`: what they leave, what they refuse in one line, where they go on."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ from cmscale.cli import main as cli
 from cmscale.config import read_config
 from cmscale.consistency.grid import indexed_sigmas
 from cmscale.engine.preemption import Preemption
+from cmscale.evaluation import finished_samples, search_times
 from cmscale.evaluation import session as measuring
 from cmscale.evaluation.blocks import BlockStore
 from cmscale.generation.draw import draw_batch
@@ -50,20 +52,19 @@ def result(path: Path) -> EvaluationResult:
 
 
 def test_every_weights_at_every_number_of_steps_gets_its_file_with_all_that_repeats_it(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--weights", "ema_0.9,ema_0.5,master", "--steps", "1,2", "--samples", 20, "--seeds", 2]
     assert cmscale(monkeypatch, "evaluate", run.root, *arguments, "--device", "cpu") == 0
-    found = {path.name: result(path) for path in run.evaluations.glob("*.json")}
-    assert set(found) == {
-        f"step-000000007-{weights}-nfe{nfe}.json" for weights in ("ema_0.9", "ema_0.5", "master") for nfe in (1, 2)
-    }
+    found = {(each.weights, each.nfe): each for each in map(result, run.evaluations.glob("*.json"))}
+    assert set(found) == {(weights, nfe) for weights in ("ema_0.9", "ema_0.5", "master") for nfe in (1, 2)}
     assert len({each.fid.mean for each in found.values()}) == 6
-    two = found["step-000000007-ema_0.9-nfe2.json"]
+    two = found["ema_0.9", 2]
     assert two.seeds == (0, 1)
     assert two.protocol["sampler"] == "multistep"
     assert two.protocol["sigmas"] == pytest.approx([80, 3.991], rel=1e-3)  # the authors' second time for CT
-    assert two.protocol["data"]["preprocess"] == "adm"
+    assert two.protocol["data"]["preprocess"] == two.reference["preprocess"] == "adm"
+    assert two.protocol["data"]["encoding"] == two.reference["encoding"] == "png"
     assert set(two.protocol) >= {
         "weights_sha256",
         "features_sha256",
@@ -74,7 +75,27 @@ def test_every_weights_at_every_number_of_steps_gets_its_file_with_all_that_repe
         "device",
     }
     assert two.reference["count"] == 40
-    assert two.warnings == ("no sFID: the reference or the feature network has no spatial features",)
+    assert two.warnings == (
+        "IS (ADM) takes parts of 5,000 samples; all 20 are one smaller part",
+        "every subset of KID holds all 20 samples, so kid_subset_std does not show how much KID varies",
+        "no sFID: the reference or the feature network has no spatial features",
+    )
+    assert two.settings == {
+        "inception_score": {"splits": 10, "shuffle_seed": 2020},
+        "inception_score_adm": {"splits": 1, "split_size": 5000},
+        "kid": {"subsets": 100, "subset_size": 20, "seed": 2020},
+        "precision": {"k": 3, "reference_images": 40},
+        "recall": {"k": 3, "reference_images": 40},
+        "density": {"k": 5, "reference_images": 40},
+        "coverage": {"k": 5, "reference_images": 40},
+    }
+    assert two.names["kid"] == "KID-EfficientNet"
+    assert two.names["inception_score_adm"] == "IS-EfficientNet (ADM)"
+    assert two.date is not None
+    told = capsys.readouterr()
+    assert [f"warning: {line}" for line in two.warnings] == told.err.splitlines()[:3]
+    assert "KID-EfficientNet" in told.out
+    assert "IS-EfficientNet (torch-fidelity)" in told.out
     assert cmscale(monkeypatch, "report", run.root) == 0
     assert "against the EMA" in run.report.read_text()
 
@@ -85,7 +106,7 @@ def test_the_same_evaluation_again_gives_the_same_numbers(run: RunDir, monkeypat
         out = run.root / name
         shutil.rmtree(run.evaluations, ignore_errors=True)  # the seed's metrics are kept there
         assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 150, "--out", out, "--device", "cpu") == 0
-        values.append(result(out).model_copy(update={"seconds": 0.0}))
+        values.append(result(out).model_copy(update={"seconds": 0.0, "date": None}))
     assert values[0] == values[1]
 
 
@@ -132,8 +153,10 @@ def test_what_another_version_or_protocol_measured_is_measured_again(
     monkeypatch.setattr(measuring, "__version__", "next")
     assert evaluated() == ["block", "set"]
     assert evaluated() == []
-    (found,) = (result(path).protocol for path in run.evaluations.glob("*.json"))
-    assert (found["protocol"], found["cmscale"]) == (measuring.PROTOCOL, "next")
+    found = [result(path) for path in run.evaluations.glob("*.json")]
+    versions = {(each.protocol["protocol"], each.protocol["cmscale"]) for each in found}
+    assert len(found) == len(versions) == 3
+    assert (measuring.PROTOCOL, "next") in versions
 
 
 def test_another_preprocessing_of_the_reference_is_a_warning_in_the_result(
@@ -184,14 +207,14 @@ def test_bad_input_is_one_line_and_status_2(
     out = ["--out", tmp_path / "out.json", "--device", "cpu"]
     cases = {
         "features of width 17, efficientnet gives 16": [run.root, "--reference", tmp_path / "wide.npz"],
-        "mu or sigma holds NaN": [run.root, "--reference", tmp_path / "nan.npz"],
+        "the mean or the covariance holds NaN": [run.root, "--reference", tmp_path / "nan.npz"],
         "features_0 [9, 17], efficientnet gives width 16": [run.root, "--reference", tmp_path / "few.npz"],
         "features_0 holds NaN": [run.root, "--reference", tmp_path / "holes.npz"],
         "must be uint8 [N, H, W, 3], it is float32": [tmp_path / "floats.npz", "--reference", data],
         "images of different sizes": [tmp_path / "sizes", "--reference", data],
         "1 sample(s); it needs at least 2": [tmp_path / "one.npz", "--reference", data],
-        "of 8 px, ": [tmp_path / "large.npz", "--reference", data],
-        "of 256 px, the model has 8 x 8": [run.root, "--reference", tmp_path / "big.npz"],
+        "of 8 x 8 px (height x width), ": [tmp_path / "large.npz", "--reference", data],
+        "of 256 x 256 px (height x width), the model has 8 x 8": [run.root, "--reference", tmp_path / "big.npz"],
         "as the URL": [
             run.root,
             "--features",
@@ -247,8 +270,6 @@ def test_samples_that_are_not_finite_are_refused_in_a_line(
 
 def _sign(run: RunDir, *, step: int) -> None:
     """Makes a changed checkpoint's manifest true again."""
-    import hashlib
-
     manifest = run.checkpoint(step) / "manifest.json"
     document = json.loads(manifest.read_text())
     entry = document["parts"][0]["file"]
@@ -266,7 +287,7 @@ def test_a_search_is_interrupted_goes_on_without_a_trial_made_twice_and_its_time
         interrupted.setattr(Preemption, "requested", lambda _: next(flags))
         assert cmscale(monkeypatch, *search) == 1
     assert "the same command continues" in capsys.readouterr().err
-    path = run.time_search(step=7, weights="ema_0.9", steps=2)
+    (path,) = (run.evaluations / "times").iterdir()
     begun = read_document(TimeSearch, path.read_bytes(), origin="begun")
     assert (begun.complete, len(begun.trials)) == (False, 2)
     assert begun.trials[0].indices == (0, 67)  # the authors'
@@ -279,9 +300,9 @@ def test_a_search_is_interrupted_goes_on_without_a_trial_made_twice_and_its_time
     assert found.score == min(trial.score for trial in found.trials)
     assert found.times == tuple(indexed_sigmas(read_config(run.config).method, found.indices, last=150).tolist())
 
+    before = path.read_bytes()
     assert cmscale(monkeypatch, *search) == 0  # nothing is left to measure
-    assert read_document(TimeSearch, path.read_bytes(), origin="again").trials == found.trials
-
+    assert path.read_bytes() == before
     assert cmscale(monkeypatch, "evaluate", run.root, "--times", path, "--samples", 20, "--device", "cpu") == 0
     (measured,) = (result(each) for each in run.evaluations.glob("*-nfe2-at-80-*.json"))
     assert (measured.times, measured.nfe) == (found.times, 2)
@@ -310,6 +331,196 @@ def test_a_teachers_evaluation_counts_heuns_calls(
     data = Path(read_config(trained.config).data.path)
     teacher = write_trained_run(tmp_path / "edm", data=data, kind="edm", method="sampler_steps: 3")
     assert cmscale(monkeypatch, "evaluate", teacher.root, "--samples", 10, "--device", "cpu") == 0
-    found = result(teacher.evaluation(step=7, weights="ema_0.9", nfe=5))
+    (found,) = map(result, teacher.evaluations.glob("step-000000007-ema_0.9-nfe5-*.json"))
     assert found.protocol["sampler"] == "heun"
     assert found.protocol["sigmas"][-1] == 0.0
+
+
+def other_reference(folder: Path) -> Path:
+    """A reference that is not the training data."""
+    pixels = np.random.default_rng(5).integers(0, 256, size=(30, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "other.npz", arr_0=pixels)
+    return folder / "other.npz"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.json")}
+
+
+def test_no_evaluation_replaces_another_and_asked_again_it_is_returned(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every option that changes the numbers makes a file of its own; `report` and `runs` choose the largest."""
+    run.evaluations.mkdir(exist_ok=True)
+    (run.evaluations / "step-000000007-ema_0.9-nfe1.json").write_text(json.dumps(OLD))  # as 0.1.0 named it
+    evaluate = ["evaluate", run.root, "--samples", 20, "--device", "cpu"]
+    write_checkpoint(run, read_config(run.config), step=9)
+    options = [
+        [],
+        ["--samples", 40],
+        ["--seeds", 2],
+        ["--features", "inception"],
+        ["--reference", other_reference(tmp_path)],
+        ["--weights", "ema_0.5"],
+        ["--step", 7],
+        ["--steps", 2],
+        ["--times", "80,3"],
+        ["--times", "80,3.0000001"],
+        ["--times", ",".join(str(80 - each / 2) for each in range(60))],  # more than fit a file's name
+    ]
+    for number, option in enumerate(options, start=2):
+        before = contents(run.evaluations)
+        assert cmscale(monkeypatch, *evaluate, *option) == 0, option
+        after = contents(run.evaluations)
+        assert len(after) == number, option
+        assert before.items() < after.items(), option
+    everything = contents(run.evaluations)
+    monkeypatch.setattr(measuring, "draw_batch", None)  # nothing is drawn again
+    for option in options:
+        capsys.readouterr()
+        assert cmscale(monkeypatch, *evaluate, *option) == 0, option
+        told = capsys.readouterr()
+        assert "--force measures anew" in told.err
+        assert Path(told.out.splitlines()[-1]).name in everything
+    assert contents(run.evaluations) == everything
+
+    assert cmscale(monkeypatch, "runs", run.root.parent) == 0
+    assert "step 9, 1 NFE, 40 samples against" in " ".join(capsys.readouterr().out.split())
+    assert cmscale(monkeypatch, "report", run.root) == 0
+    page = run.report.read_text()
+    assert page.count("<table>") >= 2  # FD-EfficientNet over both networks' features
+    assert "other.npz" in page
+
+
+OLD = {
+    "step": 7, "weights": "ema_0.9", "nfe": 1, "num_samples": 20, "seeds": [0], "features": "efficientnet",
+    "score_name": "FD-EfficientNet", "reference": {"name": "old"}, "seconds": 1.0,
+    "fid": {"mean": 1.0, "std": 0.0, "values": [1.0]},
+}  # fmt: skip
+
+
+def test_with_force_it_is_measured_anew_and_an_interrupted_one_goes_on_without_what_was_there_before(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ["evaluate", run.root, "--samples", 300, "--seeds", 2, "--device", "cpu"]
+    assert cmscale(monkeypatch, *evaluate) == 0
+    (path,) = run.evaluations.glob("*.json")
+    first = result(path)
+    broken = json.loads(path.read_text())
+    broken["fid"]["mean"] = -1.0  # a mark
+    path.write_text(json.dumps(broken))
+    stored = {each: {"fid": -2.0} for each in run.evaluation_progress.glob("*.json")}
+    assert len(stored) == 2  # the metrics of each seed
+    for each, metrics in stored.items():
+        each.write_text(json.dumps(metrics))
+    drawn: list[int] = []
+    commit = BlockStore.commit
+
+    def noted(store: BlockStore, block: range, features: dict[str, np.ndarray]) -> None:
+        drawn.append(block.start)
+        commit(store, block, features)
+
+    monkeypatch.setattr(BlockStore, "commit", noted)
+    flags = iter([False, False, False, False, True] + [True] * 9)  # in the second seed's second block
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Preemption, "flagged", property(lambda _: next(flags)), raising=False)
+        interrupted.setattr(Preemption, "requested", lambda _: len(drawn) > 3)
+        assert cmscale(monkeypatch, *evaluate, "--force") == 1
+    assert drawn == [0, 128, 256, 0]
+    assert result(path).fid.mean == -1.0
+    assert cmscale(monkeypatch, *evaluate, "--force") == 0
+    assert drawn == [0, 128, 256, 0, 128, 256]  # it continued
+    assert result(path).fid == first.fid
+    assert all(json.loads(each.read_text())["fid"] > 0 for each in stored)  # what other requests would reuse
+    assert not list(run.evaluation_progress.glob("anew-*"))
+    assert cmscale(monkeypatch, *evaluate, "--force") == 0
+    assert len(drawn) == 12  # once more from the start
+
+
+def test_a_file_that_holds_something_else_is_not_written_over(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    evaluate = ["evaluate", run.root, "--out", out, "--device", "cpu"]
+    assert cmscale(monkeypatch, *evaluate, "--samples", 20) == 0
+    before = out.read_bytes()
+    capsys.readouterr()
+    assert cmscale(monkeypatch, *evaluate, "--samples", 21) == 2
+    told = capsys.readouterr().err
+    assert "holds another evaluation" in told
+    assert told.count("\n") == 1
+    assert out.read_bytes() == before
+    assert cmscale(monkeypatch, *evaluate, "--samples", 21, "--force") == 0
+    assert result(out).num_samples == 21
+    out.write_text('{"notes": "mine"}')
+    for force in ([], ["--force"]):
+        assert cmscale(monkeypatch, *evaluate, "--samples", 21, *force) == 2
+    assert out.read_text() == '{"notes": "mine"}'
+
+
+def test_finished_samples_are_known_by_their_pixels_and_their_result_says_what_they_are(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(6)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "samples.npz", arr_0=random.integers(0, 256, size=(12, 8, 8, 3), dtype=np.uint8))
+    common = ["--reference", read_config(run.config).data.path, "--device", "cpu"]
+    evaluate = ["evaluate", "one/samples.npz", *common]
+    assert cmscale(monkeypatch, *evaluate) == 0
+    told = capsys.readouterr()
+    (path,) = tmp_path.glob("*.json")
+    found, pixels = result(path), np.load(tmp_path / "one" / "samples.npz")["arr_0"]
+    assert found.samples == {
+        "name": "one/samples.npz",
+        "sha256": hashlib.sha256(pixels.transpose(0, 3, 1, 2).tobytes()).hexdigest(),
+        "image_size": [8, 8],
+        "encoding": None,
+    }
+    assert [f"warning: {line}" for line in found.warnings] == told.err.splitlines()
+    assert found.warnings[0].startswith("preprocessing and encoding of reference and samples could not be compared")
+    assert found.warnings[1].startswith("12 samples for 16 feature dimensions: their covariance is singular")
+    before = path.read_bytes()
+    assert cmscale(monkeypatch, "evaluate", "two/samples.npz", *common) == 0  # another file of that name
+    assert cmscale(monkeypatch, *evaluate, "--features", "efficientnet") == 0
+    assert cmscale(monkeypatch, *evaluate, "--reference", other_reference(tmp_path)) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 4
+    assert path.read_bytes() == before
+    monkeypatch.setattr(finished_samples, "measure", None)
+    capsys.readouterr()
+    assert cmscale(monkeypatch, *evaluate) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == path.name
+
+
+def test_searches_that_differ_have_files_of_their_own(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search_times, "search", lambda score, *, steps, **_: score(tuple(range(steps))))
+    search = ["search-times", run.root, "--steps", 2, "--samples", 20, "--device", "cpu"]
+    folder = run.evaluations / "times"
+    others = (
+        [],
+        ["--samples", 21],
+        ["--seed", 1],
+        ["--features", "inception"],
+        ["--steps", 3],
+        ["--weights", "ema_0.5"],
+        ["--reference", other_reference(tmp_path)],
+    )
+    for number, other in enumerate(others, start=1):
+        before = contents(folder)
+        assert cmscale(monkeypatch, *search, *other) == 0
+        after = contents(folder)
+        assert len(after) == number, other
+        assert before.items() <= after.items()
+    path = sorted(folder.iterdir())[0]
+    out = tmp_path / "search.json"
+    shutil.copy(path, out)
+    capsys.readouterr()
+    assert cmscale(monkeypatch, *search, "--samples", 22, "--out", out) == 2
+    assert "holds another search" in capsys.readouterr().err
+    assert out.read_bytes() == path.read_bytes()
+    assert cmscale(monkeypatch, *search, "--samples", 22, "--out", out, "--force") == 0
+    assert read_document(TimeSearch, out.read_bytes(), origin="out").num_samples == 22
+    assert not list(run.evaluation_progress.glob("anew-*"))

@@ -10,7 +10,7 @@ from cmscale.evaluation.blocks import blocks
 from cmscale.evaluation.manifold import DENSITY_K, Manifold, compare
 from cmscale.evaluation.measure import left_out, measure
 from cmscale.evaluation.metrics.frechet import frechet_distance
-from cmscale.evaluation.metrics.inception_score import inception_score
+from cmscale.evaluation.metrics.inception_score import adm_inception_score, inception_score
 from cmscale.evaluation.metrics.kernel_distance import kernel_distance
 from cmscale.evaluation.reference.reference import Reference
 from cmscale.evaluation.statistics import Sums
@@ -58,6 +58,7 @@ def test_every_metric_of_several_blocks_is_that_of_all_samples_in_order() -> Non
         "sfid": pytest.approx(frechet_distance(whole["spatial"], real.spatial), rel=1e-10),
         "inception_score": score,
         "inception_score_split_std": score_std,
+        "inception_score_adm": adm_inception_score(SAMPLES["logits"]),
         "kid": kid,
         "kid_subset_std": kid_std,
         **{name: getattr(neighbours, name) for name in ("precision", "recall", "density", "coverage")},
@@ -99,7 +100,7 @@ def test_a_network_without_classes_or_spatial_features_leaves_out_what_needs_the
     assert {"sfid", "inception_score", "inception_score_split_std"}.isdisjoint(found)
     assert left_out(found, reference=reference_of()) == [
         "no sFID: the reference or the feature network has no spatial features",
-        "no Inception Score: the feature network predicts no classes",
+        "no IS (torch-fidelity), IS (ADM): the feature network predicts no classes",
     ]
     found = measure(in_blocks(SAMPLES), num_samples=300, reference=reference_of(spatial=False))
     assert "sfid" not in found

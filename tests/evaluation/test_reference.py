@@ -39,7 +39,9 @@ MEAN, COVARIANCE = POOLED.mean(axis=0), np.cov(POOLED, rowvar=False)
 
 @pytest.fixture
 def reference():
-    return reference_from_images(IMAGES, EXTRACTOR, name="images", count=140, preprocess="adm", subset=50)
+    return reference_from_images(
+        IMAGES, EXTRACTOR, name="images", count=140, preprocess="adm", encoding="png", subset=50
+    )
 
 
 def test_statistics_of_images_are_those_of_all_and_the_subset_a_fixed_draw(reference) -> None:
@@ -48,7 +50,7 @@ def test_statistics_of_images_are_those_of_all_and_the_subset_a_fixed_draw(refer
     chosen = subset_indices(140, 50)
     assert len(set(chosen)) == 50
     assert np.array_equal(reference.subset, POOLED[chosen].astype("f4"))
-    assert (reference.count, reference.image_size) == (140, 8)
+    assert (reference.count, reference.image_size) == (140, (8, 8))
 
 
 def test_a_written_reference_reads_back_whole_and_adms_reader_understands_it(reference, tmp_path) -> None:
@@ -61,7 +63,7 @@ def test_a_written_reference_reads_back_whole_and_adms_reader_understands_it(ref
     again = read_reference(path, EXTRACTOR)
     assert np.array_equal(again.pooled.covariance, reference.pooled.covariance)
     assert np.array_equal(again.subset, reference.subset)
-    assert (again.count, again.preprocess, again.features) == (140, "adm", "inception")
+    assert (again.count, again.preprocess, again.encoding, again.features) == (140, "adm", "png", "inception")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -185,7 +187,8 @@ def test_the_command_measures_a_prepared_data_set(tmp_path, capsys) -> None:
     assert "12 images of 8 px, efficientnet_lite0, 7 kept as arr_0" in capsys.readouterr().out
     extractor = build_features("efficientnet")
     found = read_reference(out, extractor)
-    assert (found.count, found.features, found.preprocess) == (12, "efficientnet_lite0", "adm")
+    assert (found.count, found.features) == (12, "efficientnet_lite0")
+    assert (found.preprocess, found.encoding) == ("adm", "png")
     images = torch.from_numpy(IMAGES[:12]).permute(0, 3, 1, 2).contiguous()
     np.testing.assert_allclose(found.pooled.mean, extractor(images)["pooled"].mean(axis=0), rtol=1e-5, atol=1e-6)
     assert measure(image_blocks(IMAGES[:12], extractor), num_samples=12, reference=found)["fid"] < 1e-6
@@ -322,7 +325,7 @@ def test_without_images_the_metrics_that_need_them_are_left_out_with_a_reason(tm
     np.savez(tmp_path / "edm.npz", mu=MEAN, sigma=COVARIANCE)
     reference = read_reference(tmp_path / "edm.npz", EXTRACTOR)
     found = measure(image_blocks(IMAGES[:20], EXTRACTOR), num_samples=20, reference=reference)
-    assert set(found) == {"fid", "inception_score", "inception_score_split_std"}
+    assert set(found) == {"fid", "inception_score", "inception_score_split_std", "inception_score_adm"}
     assert any("KID, precision, recall" in line for line in left_out(found, reference=reference))
 
 
@@ -331,20 +334,57 @@ def test_fewer_than_two_samples_are_refused(reference) -> None:
         measure(image_blocks(IMAGES[:1], EXTRACTOR), num_samples=1, reference=reference)
 
 
-def test_another_preprocessing_is_reported(reference) -> None:
-    assert reference.mismatches(preprocess="adm") == []
-    (line,) = reference.mismatches(preprocess="edm")
-    assert "preprocessing: adm against edm" in line
-    assert reference.mismatches(preprocess=None) == []
+def test_other_preprocessing_or_encoding_is_reported_and_so_is_what_could_not_be_compared(reference) -> None:
+    assert reference.mismatches(preprocess="adm", encoding="png", size=(8, 8)) == []
+    assert reference.mismatches(preprocess="edm", encoding="jpeg", size=(8, 8)) == [
+        "reference and training data differ in preprocessing: adm against edm",
+        "reference and training data differ in encoding: png against jpeg",
+    ]
+    assert reference.mismatches(preprocess=None, encoding=None, size=(8, 8), of="samples") == [
+        "preprocessing and encoding of reference and samples could not be compared: not known of the samples"
+    ]
+    silent = dataclasses.replace(reference, preprocess=None, encoding=None, image_size=None)
+    lines = silent.mismatches(preprocess="adm", encoding=None, size=(8, 8), of="samples")
+    compared = "of reference and samples could not be compared: not known of"
+    assert lines == [
+        f"preprocessing and image size {compared} the reference",
+        f"encoding {compared} the reference and the samples",
+    ]
 
 
-def test_another_resolution_is_refused_also_for_adms_files(reference, tmp_path) -> None:
-    reference.refuse_other_size((8, 8), of="the model")
-    with pytest.raises(UserError, match="of 8 px, the model has 16 x 16"):
-        reference.refuse_other_size((16, 16), of="the model")
-    np.savez(tmp_path / "adm.npz", arr_0=IMAGES[:30], mu=MEAN, sigma=COVARIANCE)
-    with pytest.raises(UserError, match="of 8 px"):
-        read_reference(tmp_path / "adm.npz", EXTRACTOR).refuse_other_size((8, 4), of="samples.npz")
+WIDE = np.random.default_rng(1).integers(0, 256, size=(20, 32, 48, 3), dtype=np.uint8)
+
+
+def test_both_sides_of_images_are_compared_whatever_the_reference_is(reference, tmp_path) -> None:
+    """Images of 32 x 48 pixels (height first): a folder, an `.npz`, statistics that this program and ADM's write."""
+    wide = reference_from_images(WIDE, EXTRACTOR, name="wide", count=20, subset=9)
+    write_adm(tmp_path / "ours.npz", wide, (WIDE[i] for i in subset_indices(20, 9)))
+    write_adm(tmp_path / "bare.npz", dataclasses.replace(wide, subset=None), ())
+    np.savez(tmp_path / "theirs.npz", arr_0=WIDE, mu=MEAN, sigma=COVARIANCE)
+    np.savez(tmp_path / "images.npz", arr_0=WIDE)
+    (tmp_path / "folder").mkdir()
+    for number, image in enumerate(WIDE):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{number}.png")
+    for name in ("ours.npz", "bare.npz", "theirs.npz", "images.npz", "folder"):
+        found = read_reference(tmp_path / name, EXTRACTOR)
+        assert found.describe()["image_size"] == [32, 48], name
+        found.refuse_other_size((32, 48), of="the samples")
+        for other in ((48, 32), (32, 32), (48, 48)):
+            with pytest.raises(
+                UserError, match=rf"of 32 x 48 px \(height x width\), the model has {other[0]} x {other[1]}"
+            ):
+                found.refuse_other_size(other, of="the model")
+    turned = reference_from_images(WIDE.reshape(20, 48, 32, 3), EXTRACTOR, name="turned", count=20, subset=9)
+    assert turned.sha256 != wide.sha256  # the same bytes
+    np.savez(tmp_path / "old.npz", mu=MEAN, sigma=COVARIANCE, image_size=np.array(256))  # as 0.1.0 wrote it
+    assert read_reference(tmp_path / "old.npz", EXTRACTOR).image_size == (256, 256)
+    for size in (np.array([1, 2, 3]), np.array(8.5), np.array("8"), np.array(0)):
+        np.savez(tmp_path / "odd.npz", mu=MEAN, sigma=COVARIANCE, image_size=size)
+        with pytest.raises(UserError, match="image_size must be"):
+            read_reference(tmp_path / "odd.npz", EXTRACTOR)
+    np.savez(tmp_path / "odd.npz", arr_0=WIDE, mu=MEAN, sigma=COVARIANCE, image_size=np.array(32))
+    with pytest.raises(UserError, match="arr_0 holds images of 32 x 48 px, unlike its image_size"):
+        read_reference(tmp_path / "odd.npz", EXTRACTOR)
 
 
 def test_a_result_holds_each_metric_in_three_parts_and_reads_back(reference) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BlockStore, blocks
-from cmscale.evaluation.statistics import Moments, Sums, total
+from cmscale.evaluation.statistics import Moments, Sums, checked_moments, total
 
 FEATURES = np.random.default_rng(0).gamma(0.5, size=(97, 12)).astype(np.float32)
 
@@ -83,12 +83,11 @@ def test_a_killed_evaluation_continues_with_the_missing_blocks_and_another_never
     assert other.missing() == blocks(300)
     with pytest.raises(FileNotFoundError):
         list(again.read())
-    assert again.metrics("reference") is None
-    again.finish({"fid": 1.5}, against="reference")
-    assert again.missing() == blocks(300)  # the metrics replace them, for this reference only
-    assert again.metrics("reference") == {"fid": 1.5}
-    assert again.metrics("another") is None
-    assert other.metrics("reference") is None
+    assert again.metrics() is None
+    again.finish({"fid": 1.5})
+    assert again.missing() == blocks(300)  # the metrics replace them
+    assert again.metrics() == {"fid": 1.5}
+    assert other.metrics() is None
 
 
 def test_a_block_that_is_short_or_not_finite_is_refused(tmp_path) -> None:
@@ -104,3 +103,43 @@ def test_a_block_that_is_short_or_not_finite_is_refused(tmp_path) -> None:
 
 def test_moments_of_a_constant_have_an_empty_factor() -> None:
     assert Moments(np.ones(3), np.zeros((3, 3))).factor.shape == (3, 0)
+
+
+WIDTH = 12
+SYMMETRIC = np.cov(FEATURES.astype("f8"), rowvar=False)
+
+
+@pytest.mark.parametrize(
+    ("covariance", "said"),
+    [
+        (np.triu(SYMMETRIC), "is not symmetric"),
+        (SYMMETRIC + 1e-3 * np.triu(np.ones((WIDTH, WIDTH)), 1), "is not symmetric"),
+        (-np.eye(WIDTH), "not positive semidefinite"),
+        (SYMMETRIC - 0.1 * np.eye(WIDTH) * np.trace(SYMMETRIC), "not positive semidefinite"),
+        (np.ones((WIDTH, WIDTH)) - np.eye(WIDTH), "not positive semidefinite"),  # no variance, yet correlated
+        (SYMMETRIC * np.nan, "holds NaN or infinity"),
+        (SYMMETRIC + np.inf, "holds NaN or infinity"),
+        (SYMMETRIC[:, :5], "don't fit"),
+        (SYMMETRIC[0], "don't fit"),
+        (SYMMETRIC.astype("U9"), "must be real numbers"),
+        (SYMMETRIC.astype("c16"), "must be real numbers"),
+    ],
+)
+def test_a_matrix_that_is_no_covariance_is_refused(covariance: np.ndarray, said: str) -> None:
+    with pytest.raises(UserError, match=f"^theirs: .*{said}"):
+        checked_moments(np.zeros(WIDTH), covariance, origin="theirs")
+
+
+def test_covariances_of_any_rank_and_precision_that_programs_store_are_taken() -> None:
+    few = np.cov(FEATURES[:4].astype("f8"), rowvar=False)  # rank 3: eigenvalues of -1e-17
+    single = np.cov(FEATURES[:4], rowvar=False, dtype=np.float32)
+    for covariance in (SYMMETRIC, few, SYMMETRIC.astype("f4"), few.astype("f4"), single, few.astype("f2"), 0 * few):
+        found = checked_moments(np.zeros(WIDTH), covariance, origin="theirs")
+        assert np.array_equal(found.covariance, covariance.astype("f8"))
+
+
+def test_features_that_are_not_finite_make_no_statistics() -> None:
+    broken = FEATURES.copy()
+    broken[3, 2] = np.nan
+    with pytest.raises(UserError, match="NaN or infinity"):
+        Sums.of(broken).moments()

@@ -27,6 +27,7 @@ def evaluation(
         reference={"name": "crops"},
         metrics={name: Metric.of(values) for name, values in ({"fid": (7.8, 7.9)} | metrics).items()},
         seconds=1.0,
+        protocol={"sigmas": [80.0]},
     )
 
 
@@ -57,22 +58,67 @@ def test_the_data_sets_own_numbers_are_shown_if_known() -> None:
         shards=(), fingerprint="abc",
     )  # fmt: skip
     card = model_card(CONFIG, step=60, weights_name="ema_0.999943", dataset=manifest)
-    assert "3,033,042 of lsun:bedroom, preprocessing adm" in card
+    assert "3,033,042 of lsun:bedroom, preprocessing adm, encoding png" in card
     assert "`abc`" in card
 
 
 def test_evaluations_of_these_weights_are_a_table_and_others_are_left_out() -> None:
     one_step = evaluation(precision=(0.68,))
-    two_steps = evaluation(nfe=2, fid=(5.22,))
+    two_steps = evaluation(nfe=2, fid=(5.22,)).model_copy(update={"times": (80.0, 4.0)})
     others = [evaluation(step=50, nfe=9, recall=(0.1,)), evaluation(weights="master", nfe=8)]
     assert quality_table(two_steps, one_step, *others) == [
-        ["Network evaluations per sample", "Samples", "Features", "Fréchet distance", "precision"],
-        ["1", "50,000", "inception", "7.85 ± 0.07", "0.680"],
-        ["2", "50,000", "inception", "5.22", "-"],
+        ["Network evaluations per sample", "Times", "Samples", "Seeds", "FID", "precision"],
+        ["1", "80", "50,000", "0, 1", "7.85 ± 0.07", "0.680"],
+        ["2", "80, 4", "50,000", "0, 1", "5.22", "-"],
     ]
 
 
 @pytest.mark.parametrize("metric", all_metrics(), ids=lambda metric: metric.name)
 def test_every_metric_is_a_column(metric) -> None:
     header, row = quality_table(evaluation(**{metric.name: (0.25,)}))
-    assert row[header.index(metric.title)] == f"{0.25:{metric.format}}"
+    assert row[header.index(metric.title_over("FID"))] == f"{0.25:{metric.format}}"
+
+
+def test_of_one_score_and_reference_the_results_with_most_samples_are_shown_and_the_others_counted() -> None:
+    few = evaluation(fid=(99.0,)).model_copy(update={"num_samples": 20})
+    other = evaluation(fid=(3.0,)).model_copy(update={"reference": {"name": "other crops", "sha256": "4567"}})
+    dino = evaluation(fid=(200.0,), kid=(0.5,)).model_copy(
+        update={"features": "dinov2_vitl14", "score_name": "FD-DINOv2", "num_samples": 100}
+    )
+    replaced = evaluation(fid=(77.0,)).model_copy(update={"protocol": {"weights_sha256": "of an earlier training"}})
+    card = model_card(
+        CONFIG,
+        step=60,
+        weights_name="ema_0.999943",
+        weights_sha256="mine",
+        evaluations=[few, evaluation(), other, dino, replaced],
+    )
+    for shown in ("50,000 samples against crops", "50,000 samples against other crops", "7.85 ± 0.07", "3.00"):
+        assert shown in card
+    assert "100 samples against crops; features dinov2_vitl14" in card
+    assert "KID-DINOv2" in card
+    assert "99.00" not in card
+    assert "77.00" not in card
+    assert "Left out: 1 result of fewer samples or seeds." in card
+    assert "Left out: 1 result of other weights that had this name." in card
+
+
+def test_imported_weights_have_no_history() -> None:
+    card = model_card(CONFIG, step=0, weights_name="imported")
+    assert "| Weights | imported from another project |" in card
+    history = (
+        "Steps",
+        "Images seen",
+        "Optimizer",
+        "Precision",
+        "Data",
+        "s3://",
+        "seed",
+        "total_steps",
+        "learning_rate",
+        "s0",
+    )
+    for word in history:
+        assert word not in card, word
+    assert "sigma_data: 0.5" in card
+    assert "image_size: 16" in card

@@ -76,7 +76,9 @@ def test_the_jobs_argument_is_the_request(asked: list, monkeypatch):
 def test_every_option_of_the_request_reaches_the_job(asked: list, monkeypatch, tmp_path: Path):
     (tmp_path / "there").touch()
     given = {
-        option.name: "3"
+        option.name: "True"
+        if option.kind is bool
+        else "3"
         if option.kind is int
         else "there"
         if option.is_path
@@ -85,7 +87,9 @@ def test_every_option_of_the_request_reaches_the_job(asked: list, monkeypatch, t
         if option.flag and option.name not in ("config", "device")
     }
     flags = {option.name: option.flag for option in options_of(EvaluateRequest)}
-    arguments = [part for name, value in given.items() for part in (flags[name], value)]
+    arguments = [
+        part for name, value in given.items() for part in ((flags[name],) if value == "True" else (flags[name], value))
+    ]
     assert run(monkeypatch, "runs/one", *arguments, "--device", "cpu") == 0
     request = asked[0][0]
     for option in options_of(EvaluateRequest):

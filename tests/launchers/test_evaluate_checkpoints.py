@@ -68,6 +68,18 @@ def test_each_is_asked_for_once_and_again_where_nothing_was_submitted(run: RunDi
     assert [command[-1] for command in asked] == ["2", "5", "2"]
 
 
+def test_the_checkpoint_of_a_run_that_started_afresh_is_asked_for_and_markers_of_older_versions_count(
+    run: RunDir, asked: list[list[str]]
+) -> None:
+    for _ in range(3):
+        request_due(run, every=2, flags=[])
+    assert [command[-1] for command in asked] == ["2", "5", "2"]
+    (run.checkpoint(2) / "manifest.json").write_text('{"other": "files"}')
+    assert list(due(run, every=2)) == [2]
+    run.asked_evaluation(2).touch()
+    assert list(due(run, every=2)) == []
+
+
 def test_an_evaluation_that_was_refused_is_not_asked_for_again(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from cmscale.errors import UserError
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.io.process import CHECKOUT
 from cmscale.report import build_report
+from cmscale.runs.comparison import once_each
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line
 from cmscale.runs.results import EvaluationResult, Metric
@@ -72,7 +73,7 @@ def _best(page: str) -> dict[str, tuple[str, str]]:
 def test_the_best_tile_shows_the_best_evaluation(run) -> None:
     write_evaluation(run, step=150, nfe=2, values=(9.0,))
     write_evaluation(run, step=200, nfe=2, values=(12.0,))
-    assert _best(_page(run)) == {"best FD-EfficientNet": ("9.00", "step 150, 2 NFE, 500 samples")}
+    assert _best(_page(run)) == {"best FD-EfficientNet": ("9.00", "step 150, 2 NFE, 500 samples against crops")}
 
 
 def test_only_evaluations_of_one_score_reference_and_sample_count_are_compared(run) -> None:
@@ -80,12 +81,48 @@ def test_only_evaluations_of_one_score_reference_and_sample_count_are_compared(r
     write_evaluation(run, step=160, nfe=2, values=(4.0,), num_samples=400)
     write_evaluation(run, step=170, nfe=2, values=(3.0,), features="inception")
     assert _best(_page(run)) == {
-        "best FD-EfficientNet": ("10.50", "step 200, 2 NFE, 500 samples"),
-        "best FID": ("3.00", "step 170, 2 NFE, 500 samples"),
+        "best FD-EfficientNet": ("10.50", "step 200, 2 NFE, 500 samples against crops"),
+        "best FID": ("3.00", "step 170, 2 NFE, 500 samples against crops"),
     }
     write_evaluation(run, step=180, nfe=2, values=(30.0,), num_samples=50_000)
     write_evaluation(run, step=180, nfe=1, values=(40.0,), num_samples=50_000)
-    assert _best(_page(run))["best FD-EfficientNet"] == ("30.00", "step 180, 2 NFE, 50,000 samples")
+    assert _best(_page(run))["best FD-EfficientNet"] == ("30.00", "step 180, 2 NFE, 50,000 samples against crops")
+
+
+def test_curves_join_only_results_that_may_be_compared_and_say_which(run) -> None:
+    for step, nfe in ((100, 1), (200, 1), (200, 2)):
+        write_evaluation(run, step=step, nfe=nfe, values=(9.0,), num_samples=50_000)
+        write_evaluation(run, step=step, nfe=nfe, values=(5.0,), reference="4567", reference_name="crops")
+    write_evaluation(run, step=200, nfe=8, values=(1.0,), num_samples=20)
+    page = _page(run)
+    panels = re.findall(r"<h3>FD-EfficientNet ([^<]*)</h3><p class=\"soft\">([^<]*)</p>", page)
+    for title in ("over training", "against the number of sampling steps"):
+        assert [basis for found, basis in panels if found == title] == [
+            "50,000 samples against crops",
+            "500 samples against crops",
+            "500 samples against crops",
+        ]
+    assert '<td class="reference">crops (4567)</td>' in page
+    assert "20 samples against" not in page  # one point is no curve
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_of_one_network_measured_several_times_the_result_with_most_seeds_counts_then_the_newest() -> None:
+    def measured(value: float, *, seeds: int, date: str, weights_sha256: str = "a") -> EvaluationResult:
+        return _measured(value).model_copy(
+            update={"seeds": tuple(range(seeds)), "date": date, "protocol": {"weights_sha256": weights_sha256}}
+        )
+
+    old, several, new = (
+        measured(3.0, seeds=1, date="2026-01-01"),
+        measured(2.0, seeds=3, date="2026-01-02"),
+        measured(1.0, seeds=1, date="2026-01-03"),
+    )
+    assert once_each([old, several, new]) == [several]
+    assert once_each([old, new]) == [new]
+    retrained = measured(9.0, seeds=1, date="2026-02-01", weights_sha256="b")  # the run was started afresh
+    assert once_each([old, several, retrained]) == once_each([retrained, several, old]) == [retrained]
 
 
 def test_the_best_of_a_metric_follows_its_direction() -> None:
@@ -95,7 +132,7 @@ def test_the_best_of_a_metric_follows_its_direction() -> None:
         assert best == (0.7 if metric.name in HIGHER_IS_BETTER else 0.3), metric.name
 
 
-HIGHER_IS_BETTER = {"inception_score", "precision", "recall", "density", "coverage"}
+HIGHER_IS_BETTER = {"inception_score", "inception_score_adm", "precision", "recall", "density", "coverage"}
 
 
 def _measured(value: float) -> EvaluationResult:
@@ -113,12 +150,12 @@ def _measured(value: float) -> EvaluationResult:
 
 def test_every_metric_is_a_column_and_only_metrics_that_were_measured(run) -> None:
     headers = re.findall(r'<th class="n">([^<]*)</th>', _page(run))
-    assert headers[headers.index("samples") + 1 :][:2] == ["FD-EfficientNet", "precision"]
+    assert headers[headers.index("seeds") + 1 :][:2] == ["FD-EfficientNet", "precision-EfficientNet"]
     metrics = {metric.name: 0.125 for metric in all_metrics() if metric.name != "fid"}
     write_evaluation(run, step=200, nfe=1, values=(20.0,), metrics=metrics)
     page = _page(run)
     headers = re.findall(r'<th class="n">([^<]*)</th>', page)
-    titles = [metric.title for metric in all_metrics() if metric.name != "fid"]
+    titles = [metric.title_over("FD-EfficientNet") for metric in all_metrics() if metric.name != "fid"]
     assert headers[headers.index("FD-EfficientNet") + 1 :][: len(titles)] == titles
     assert page.count('<td class="n">0.125<small></small></td>') == 5  # KID and those of nearest neighbours
 
@@ -156,9 +193,14 @@ def test_a_distance_over_other_features_is_never_called_fid(run) -> None:
     assert re.search(r">FID<", evaluations) is None
     write_evaluation(run, step=200, nfe=1, values=(7.8,), features="inception")
     both = _page(run)
-    table = both[both.index("<thead>", both.index('id="evaluations"')) : both.index("Published results")]
-    assert "<td>FID</td>" in table
-    assert "<td>FD-EfficientNet</td>" in table
+    shown = both[both.index('id="evaluations"') : both.index("Published results")]
+    tables = re.findall(r"<thead>.*?</table>", shown, re.DOTALL)
+    (fid,) = (table for table in tables if '<th class="n">FID</th>' in table)
+    (other,) = (table for table in tables if '<th class="n">FD-EfficientNet</th>' in table)
+    assert "7.80" in fid
+    assert "7.80" not in other
+    assert '<th class="n">precision</th>' in fid
+    assert '<th class="n">precision-EfficientNet</th>' in other
 
 
 def test_equal_warnings_are_one_line_that_names_the_evaluations(run) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line
-from cmscale.runs.results import EvaluationResult, Metric
+from cmscale.runs.results import EvaluationResult, Metric, hash_of
 
 
 def write_run(root: Path, *, kind: str = "ct", total_steps: int = 200, nfes: tuple[int, ...] = (1, 2)) -> RunDir:
@@ -60,8 +60,10 @@ def write_evaluation(
     num_samples: int = 500,
     reference: str = "0123",
     metrics: dict[str, float] | None = None,
+    reference_name: str = "crops",
+    date: str | None = None,
 ) -> None:
-    """Writes an evaluation to the run's folder."""
+    """Writes an evaluation to the run's folder; it replaces one that differs in values and seeds alone."""
     result = EvaluationResult(
         step=step,
         weights=weights,
@@ -71,7 +73,7 @@ def write_evaluation(
         seeds=tuple(range(len(values))),
         features=features,
         score_name="FID" if features == "inception" else "FD-EfficientNet",
-        reference={"name": "crops", "sha256": reference},
+        reference={"name": reference_name, "sha256": reference},
         metrics={
             "fid": Metric.of(values),
             "precision": Metric.of([0.5] * len(values)),
@@ -79,7 +81,10 @@ def write_evaluation(
         },
         seconds=1.0,
         warnings=warnings,
+        date=date,
     )
-    path = run.evaluation(step=step, weights=weights, nfe=nfe, times=times or ())
+    named = {"step": step, "weights": weights, "nfe": nfe, "times": times or (), "features": features}
+    named |= {"num_samples": num_samples, "reference": reference}
+    path = run.evaluation(**named, seeds=1, key=hash_of(named))
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(result.to_bytes())

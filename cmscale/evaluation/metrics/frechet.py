@@ -3,7 +3,7 @@
 import numpy as np
 
 from cmscale.errors import UserError
-from cmscale.evaluation.metrics.registry import DistributionMetric, Need, ReferenceSet, SampleSet
+from cmscale.evaluation.metrics.registry import DistributionMetric, Need, ReferenceSet, SampleSet, SetSizes
 from cmscale.evaluation.statistics import Moments
 
 
@@ -15,7 +15,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     samples than dimensions) need no regularisation. `Moments` caches its factor, so a reference's is computed once.
 
     Raises:
-        UserError: The widths differ.
+        UserError: The widths differ, or the values are so large that the distance overflows.
     """
     if a.width != b.width:
         raise UserError(f"features of width {a.width} cannot be compared with a reference of width {b.width}")
@@ -24,6 +24,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if a.factor.size and b.factor.size:
         cross = float(np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum())
     distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    if not np.isfinite(distance):
+        raise UserError("Fréchet distance: it overflows; a mean or a covariance holds values that no features have")
     return float(max(distance, 0.0))
 
 
@@ -37,7 +39,20 @@ def _sfid(samples: SampleSet, reference: ReferenceSet) -> float:
     return frechet_distance(samples.spatial, reference.spatial)
 
 
-FID = DistributionMetric(name="fid", title="Fréchet distance", format=".2f", higher_is_better=False, compute=_fid)
+def _few(sizes: SetSizes) -> str | None:
+    counts = {"samples": sizes.samples, "reference images": sizes.reference}
+    few = [f"{count:,} {side}" for side, count in counts.items() if count is not None and count <= sizes.width]
+    if not few:
+        return None
+    return (
+        f"{' and '.join(few)} for {sizes.width:,} feature dimensions: their covariance is singular, so the Fréchet "
+        "distance says little about the distributions; use more than there are dimensions"
+    )
+
+
+FID = DistributionMetric(
+    name="fid", title="Fréchet distance", format=".2f", higher_is_better=False, caveat=_few, compute=_fid
+)
 """The score that results are compared by. Each result has its own title for it, `EvaluationResult.score_name`."""
 
 METRICS = (

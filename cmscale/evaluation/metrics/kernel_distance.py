@@ -3,9 +3,10 @@
 import numpy as np
 
 from cmscale.errors import UserError
-from cmscale.evaluation.metrics.registry import DistributionMetric, Need, ReferenceSet, SampleSet
+from cmscale.evaluation.metrics.registry import DistributionMetric, Need, ReferenceSet, SampleSet, SetSizes
 
 TORCH_FIDELITY_SEED = 2020  # torch-fidelity's `rng_seed`, which draws the subsets
+SUBSETS, SUBSET_SIZE = 100, 1000  # torch-fidelity's
 
 _KERNEL_ELEMENTS = 1 << 25  # a kernel of at most 256 MiB is computed once for all subsets
 
@@ -14,8 +15,8 @@ def kernel_distance(
     samples: np.ndarray,
     reference: np.ndarray,
     *,
-    subsets: int = 100,
-    subset_size: int = 1000,
+    subsets: int = SUBSETS,
+    subset_size: int = SUBSET_SIZE,
     seed: int = TORCH_FIDELITY_SEED,
 ) -> tuple[float, float]:
     """Mean and deviation over subsets of the unbiased MMD^2 (Binkowski et al. 2018, section 4).
@@ -61,6 +62,14 @@ def _kid(samples: SampleSet, reference: ReferenceSet) -> tuple[float, float]:
     return kernel_distance(samples.pooled, reference.subset)
 
 
+def _whole_sets(sizes: SetSizes) -> str | None:
+    sides = {"samples": sizes.samples, "reference images": sizes.subset}
+    whole = [f"all {count:,} {side}" for side, count in sides.items() if count <= min(SUBSET_SIZE, *sides.values())]
+    if not whole:
+        return None
+    return f"every subset of KID holds {' and '.join(whole)}, so kid_subset_std does not show how much KID varies"
+
+
 METRICS = (
     DistributionMetric(
         name="kid",
@@ -69,6 +78,12 @@ METRICS = (
         higher_is_better=False,
         spread_name="kid_subset_std",
         needs=frozenset({Need.REFERENCE_IMAGES}),
+        settings=lambda sizes: {
+            "subsets": SUBSETS,
+            "subset_size": min(SUBSET_SIZE, sizes.samples, sizes.subset),
+            "seed": TORCH_FIDELITY_SEED,
+        },
+        caveat=_whole_sets,
         compute=_kid,
     ),
 )

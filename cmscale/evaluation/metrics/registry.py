@@ -9,10 +9,10 @@ Metric modules import no torch when they are imported: reports and model cards r
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -71,6 +71,23 @@ class ReferenceSet(Protocol):
     def subset(self) -> np.ndarray | None: ...
 
 
+@dataclass(frozen=True)
+class SetSizes:
+    """How many samples and reference images a measurement compares.
+
+    Attributes:
+        samples: The number of samples in one set.
+        reference: The number of images in the reference's Gaussian; None if it is not known.
+        subset: The number of reference images whose features are at hand.
+        width: The number of pooled features.
+    """
+
+    samples: int
+    reference: int | None
+    subset: int
+    width: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricDefinition:
     """What a metric states about itself.
@@ -81,6 +98,11 @@ class MetricDefinition:
         format: Format specification of its values, such as `.2f`.
         higher_is_better: Whether the larger of two values is the better one.
         spread_name: Key in the results' JSON of the deviation within one set of samples, if there is one.
+        stem: The part of the title to which the name of other features than the FID Inception's is added; the whole
+            title by default.
+        settings: Its parameters, for the results' JSON.
+        caveat: What sets of these sizes do to its values, as a line for the results' warnings; None if they are large
+            enough.
     """
 
     name: str
@@ -88,6 +110,26 @@ class MetricDefinition:
     format: str
     higher_is_better: bool
     spread_name: str | None = None
+    stem: str = ""
+    settings: Callable[[SetSizes], Mapping[str, Any]] = lambda _: {}
+    caveat: Callable[[SetSizes], str | None] = lambda _: None
+
+    def title_over(self, score_name: str) -> str:
+        """The title over features whose Fréchet distance is called `score_name`.
+
+        Published values are over the FID Inception, so `KID` over the features of FD-EfficientNet is called
+        `KID-EfficientNet`. The Fréchet distance has its own name.
+        """
+        if self.name == "fid":
+            return score_name
+        if score_name == "FID":
+            return self.title
+        stem = self.stem or self.title
+        return self.title.replace(stem, f"{stem}-{score_name.removeprefix('FD-')}", 1)
+
+    def title_in(self, result: EvaluationResult) -> str:
+        """The title of this metric of a result."""
+        return result.names.get(self.name) or self.title_over(result.score_name)
 
     def best(self, results: Sequence[EvaluationResult]) -> EvaluationResult:
         """The result with the best mean; all must have this metric. The earliest of equal ones."""

@@ -1,7 +1,7 @@
 """ADM's reference files: an `.npz` with images (`arr_0`) and statistics (`mu`, `sigma`, `mu_s`, `sigma_s`).
 
 This package writes more arrays, which ADM's evaluator ignores: `features_0` (pooled features of the images),
-`features`, `preprocess`, `image_size`, `count`, `source`.
+`features`, `preprocess`, `encoding`, `image_size` (height and width), `count`, `source`.
 """
 
 import zipfile
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
 from cmscale.evaluation.features.extractor import FeatureExtractor
 from cmscale.evaluation.npz import npz_arrays, npz_header, npz_names, npz_rows
@@ -32,10 +33,13 @@ def _read(path: Path, extractor: FeatureExtractor) -> Reference:
     subset = arrays.get("features_0")
     shape = npz_header(path, "arr_0")[0] if "arr_0" in names else None
     if shape is not None and len(shape) == 4:
-        arrays.setdefault("image_size", np.array(shape[1]))
+        arrays.setdefault("image_size", np.array(shape[1:3]))
     if subset is None and shape and shape[0] and label in (None, extractor.label):
         subset = np.concatenate([extractor(batch)["pooled"] for batch in batches(npz_rows(path, "arr_0"), BLOCK)])
-    return reference_from_arrays(path, {**arrays, "subset": subset}, extractor)
+    found = reference_from_arrays(path, {**arrays, "subset": subset}, extractor)
+    if shape is not None and len(shape) == 4 and found.image_size != shape[1:3]:
+        raise UserError(f"reference {path}: arr_0 holds images of {shape[1]} x {shape[2]} px, unlike its image_size")
+    return found
 
 
 def write_adm(path: Path, reference: Reference, images: Iterable[np.ndarray]) -> None:
@@ -46,7 +50,7 @@ def write_adm(path: Path, reference: Reference, images: Iterable[np.ndarray]) ->
     num_images = 0 if reference.subset is None else len(reference.subset)
     if reference.subset is not None and num_images:
         arrays["features_0"] = reference.subset
-    for key in ("features", "preprocess", "image_size", "count"):
+    for key in ("features", "preprocess", "encoding", "image_size", "count"):
         if (value := getattr(reference, key)) is not None:
             arrays[key] = np.array(value)
     arrays["source"] = np.array(reference.name)

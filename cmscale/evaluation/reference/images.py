@@ -16,7 +16,9 @@ def _matches(path: Path) -> bool:
 
 def _read(path: Path, extractor: FeatureExtractor) -> Reference:
     images = open_images(path)
-    reference = reference_from_images(images.read(), extractor, name=str(path), count=images.count)
+    reference = reference_from_images(
+        images.read(), extractor, name=str(path), count=images.count, encoding=images.encoding
+    )
     return replace(reference, notes=tuple(images.notes()))
 
 

@@ -1,6 +1,5 @@
 """Defines what samples are compared with: statistics of real images in one kind of features."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,8 +13,8 @@ from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
 from cmscale.evaluation.features.extractor import FeatureExtractor
 from cmscale.evaluation.manifold import DENSITY_K, Manifold
-from cmscale.evaluation.sample_files import batches
-from cmscale.evaluation.statistics import Moments, Sums, total
+from cmscale.evaluation.sample_files import PixelHash, batches
+from cmscale.evaluation.statistics import Moments, Sums, checked_moments, total
 from cmscale.io.fetch import file_sha256
 
 SUBSET = 10_000  # images kept for KID, precision and recall, as in ADM's references
@@ -34,7 +33,8 @@ class Reference:
         pooled: Gaussian of the pooled features.
         spatial: Gaussian of the spatial features (for sFID); None if there is none.
         subset: Pooled features of some of the images, float32 [M, D], for KID, precision and recall, or None.
-        preprocess, image_size: How the images were made, and their side in pixels; None if the file does not state it.
+        preprocess, encoding: How the images were made and stored; None if the file does not state it.
+        image_size: Their height and width in pixels; None if the file does not state it.
         notes: What a result should say about the images, one line each.
         device: Where distances between features are computed.
     """
@@ -47,7 +47,8 @@ class Reference:
     spatial: Moments | None = None
     subset: np.ndarray | None = field(default=None, repr=False)
     preprocess: str | None = None
-    image_size: int | None = None
+    encoding: str | None = None
+    image_size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     device: torch.device | str = "cpu"
 
@@ -65,20 +66,38 @@ class Reference:
             "count": self.count,
             "subset": None if self.subset is None else len(self.subset),
             "preprocess": self.preprocess,
-            "image_size": self.image_size,
+            "encoding": self.encoding,
+            "image_size": None if self.image_size is None else list(self.image_size),
         }
 
-    def mismatches(self, *, preprocess: str | None) -> list[str]:
-        """One line per known difference from the preprocessing of the model's data, as it changes an FID."""
-        if None in (self.preprocess, preprocess) or self.preprocess == preprocess:
-            return []
-        return [f"reference and training data differ in preprocessing: {self.preprocess} against {preprocess}"]
+    def mismatches(
+        self, *, preprocess: str | None, encoding: str | None, size: tuple[int, int], of: str = "training data"
+    ) -> list[str]:
+        """How the images differ from those that `of` names in what changes an FID; one line each.
+
+        What could not be compared, as one side does not state it, is a line too. `size` is (height, width).
+        """
+        found, unknown = [], {}
+        for what, mine, theirs in (
+            ("preprocessing", self.preprocess, preprocess),
+            ("encoding", self.encoding, encoding),
+            ("image size", self.image_size, size),
+        ):
+            if mine is None or theirs is None:
+                silent = [name for name, value in (("the reference", mine), (f"the {of}", theirs)) if value is None]
+                unknown.setdefault(" and ".join(silent), []).append(what)
+            elif mine != theirs:
+                found.append(f"reference and {of} differ in {what}: {mine} against {theirs}")
+        for silent, whats in unknown.items():
+            found.append(f"{' and '.join(whats)} of reference and {of} could not be compared: not known of {silent}")
+        return found
 
     def refuse_other_size(self, size: tuple[int, int], *, of: str) -> None:
         """Raises UserError if the reference is known to be of images of another size than (height, width)."""
-        if self.image_size is not None and size != (self.image_size, self.image_size):
+        if self.image_size is not None and size != self.image_size:
+            mine, theirs = (f"{height} x {width}" for height, width in (self.image_size, size))
             raise UserError(
-                f"reference {self.name}: made of images of {self.image_size} px, {of} has {size[0]} x {size[1]}; "
+                f"reference {self.name}: made of images of {mine} px (height x width), {of} has {theirs}; "
                 "compare images of one size"
             )
 
@@ -90,6 +109,7 @@ def reference_from_images(
     name: str,
     count: int,
     preprocess: str | None = None,
+    encoding: str | None = None,
     subset: int = SUBSET,
 ) -> Reference:
     """Makes a reference from `count` uint8 images [H, W, 3], with a block of them and the subset's features in memory.
@@ -97,16 +117,16 @@ def reference_from_images(
     The subset is drawn without replacement from a fixed seed: `subset_indices`.
 
     Raises:
-        UserError: fewer than two images.
+        UserError: fewer than two images, or images of several sizes.
     """
     chosen = subset_indices(count, subset)
     pooled: list[Sums] = []
     spatial: list[Sums] = []
     kept: list[np.ndarray] = []
-    digest = hashlib.sha256()
+    pixels = PixelHash()
     at, image_size = 0, None
     for batch in batches(images, BLOCK):
-        digest.update(batch.numpy().tobytes())
+        pixels.add(batch.numpy())
         features = extractor(batch)
         pooled = [total([*pooled, Sums.of(features["pooled"])])]
         if "spatial" in features:
@@ -114,16 +134,17 @@ def reference_from_images(
         low, high = np.searchsorted(chosen, [at, at + len(batch)])
         kept.append(features["pooled"][chosen[low:high] - at])
         at += len(batch)
-        image_size = batch.shape[-1]
+        image_size = batch.shape[-2], batch.shape[-1]
     return Reference(
         name=name,
-        sha256=digest.hexdigest(),
+        sha256=pixels.hexdigest(),
         features=extractor.label,
         count=at,
         pooled=total(pooled).moments(),
         spatial=total(spatial).moments() if spatial else None,
         subset=np.concatenate(kept),
         preprocess=preprocess,
+        encoding=encoding,
         image_size=image_size,
         device=extractor.device,
     )
@@ -140,10 +161,10 @@ def reference_from_arrays(path: Path, arrays: Mapping[str, Any], extractor: Feat
 
     Args:
         arrays: `mu` [D] and `sigma` [D, D]; and any of `mu_s` and `sigma_s`, `subset` [M, D], `features`, `count`,
-            `preprocess`, `image_size`.
+            `preprocess`, `encoding`, `image_size` (a side, or height and width).
 
     Raises:
-        UserError: no `mu` and `sigma`, or arrays that do not fit each other.
+        UserError: no `mu` and `sigma`, a matrix that is no covariance, or arrays that do not fit each other.
     """
     return Reference(
         name=str(path),
@@ -154,9 +175,18 @@ def reference_from_arrays(path: Path, arrays: Mapping[str, Any], extractor: Feat
         spatial=_moments(path, arrays, "mu_s", "sigma_s") if "mu_s" in arrays else None,
         subset=_subset(path, arrays.get("subset")),
         preprocess=str(arrays["preprocess"]) if "preprocess" in arrays else None,
-        image_size=int(arrays["image_size"]) if "image_size" in arrays else None,
+        encoding=str(arrays["encoding"]) if "encoding" in arrays else None,
+        image_size=_image_size(path, arrays["image_size"]) if "image_size" in arrays else None,
         device=extractor.device,
     )
+
+
+def _image_size(path: Path, value: Any) -> tuple[int, int]:
+    """Height and width; older files state one side of square images."""
+    sides = np.asarray(value).flatten()
+    if sides.dtype.kind not in "iu" or len(sides) not in (1, 2) or sides.min() < 1:
+        raise UserError(f"reference {path}: image_size must be a side, or height and width, in pixels")
+    return int(sides[0]), int(sides[-1])
 
 
 def _subset(path: Path, features: np.ndarray | None) -> np.ndarray | None:
@@ -171,11 +201,5 @@ def _subset(path: Path, features: np.ndarray | None) -> np.ndarray | None:
 def _moments(path: Path, arrays: Mapping[str, Any], mean_key: str, covariance_key: str) -> Moments:
     if mean_key not in arrays or covariance_key not in arrays:
         raise UserError(f"reference {path}: holds no {mean_key} and {covariance_key}")
-    mean, covariance = (np.asarray(arrays[key], dtype=np.float64) for key in (mean_key, covariance_key))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise UserError(
-            f"reference {path}: {mean_key} {list(mean.shape)} and {covariance_key} {list(covariance.shape)} don't fit"
-        )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"reference {path}: {mean_key} or {covariance_key} holds NaN or infinity")
-    return Moments(mean, covariance)
+    mean, covariance = np.asarray(arrays[mean_key]), np.asarray(arrays[covariance_key])
+    return checked_moments(mean, covariance, origin=f"reference {path}, {mean_key} and {covariance_key}")
