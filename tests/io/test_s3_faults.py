@@ -3,6 +3,7 @@
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from data_fixtures import COUNT, collect, data, make, world
@@ -153,11 +154,17 @@ def test_a_shard_that_comes_back_damaged_is_named_by_verify(source, proxy: Fault
     assert line.startswith("bad: shard.00002.mds: ")
 
 
-def test_old_unfinished_uploads_are_gone_once_prepare_has_begun(source, s3: str) -> None:
-    storage = open_storage(f"{s3}/set")
-    other = open_storage(f"{s3}/other")
-    for one in (storage, other):
+def test_a_preparation_that_continues_ends_the_unfinished_uploads_of_its_own_and_no_others(source, s3, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("data_prep.prepare.make_missing", Mock(side_effect=Killed))
+        with pytest.raises(Killed):
+            make(source, f"{s3}/set", "mds")
+    for name in ("set", "other"):
+        one = open_storage(f"{s3}/{name}")
         one.client.create_multipart_upload(Bucket=one.bucket, Key=one._key("shard.00001.mds"))
     make(source, f"{s3}/set", "mds")
-    left = storage.client.list_multipart_uploads(Bucket=storage.bucket)["Uploads"]
+    left = one.client.list_multipart_uploads(Bucket=one.bucket)["Uploads"]
     assert [upload["Key"] for upload in left] == ["other/shard.00001.mds"]
