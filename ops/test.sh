@@ -33,10 +33,11 @@ fi
 processors=$(env -u OMP_NUM_THREADS nproc)  # nproc gives OMP_NUM_THREADS if that is set
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 step() {
-  local began=$SECONDS
+  local began=$SECONDS status=0
   printf '\n== %s\n' "$*"
-  "$@"
+  "$@" || status=$?
   printf -- '-- %s s\n' $((SECONDS - began))
+  return "$status"
 }
 step ruff check .
 step ruff format --check .
@@ -47,14 +48,25 @@ if [ ${#arguments[@]} -gt 0 ]; then
   step python -m pytest "${arguments[@]}"
   exit
 fi
-# Unit tests run in one process per processor; tests that start ranks, clusters and browsers run one after the other.
-together=(tests/distributed tests/cluster tests/browser)
+# Unit tests run in one process per processor. Then tests that start ranks run beside those that start a Slurm or a
+# browser, one after the other in each of the two: they wait much more than they compute.
+ranks=(tests/distributed)
+clusters=(tests/cluster tests/browser)
 ignored=()
-for folder in "${together[@]}"; do ignored+=(--ignore "$folder"); done
+for folder in "${ranks[@]}" "${clusters[@]}"; do ignored+=(--ignore "$folder"); done
 marks="not slow"
 case "$extent" in
   quick) marks="not slow and not long" ;;
   all) marks="" ;;
 esac
 step python -m pytest -n "$processors" --dist worksteal -m "$marks" "${ignored[@]}" tests
-[ "$extent" = quick ] || step python -m pytest -m "$marks" "${together[@]}"
+[ "$extent" = quick ] && exit
+log=$(mktemp)
+trap 'kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT
+step python -m pytest -m "$marks" -p no:cacheprovider "${clusters[@]}" >"$log" 2>&1 &
+beside=$!
+status=0
+step python -m pytest -m "$marks" "${ranks[@]}" || status=$?
+wait "$beside" || status=$?
+cat "$log"
+exit "$status"
