@@ -67,7 +67,7 @@ def prepare(
             preparation.forget()
             return finished
         running = running_array(preparation) if placement else None
-        records = preparation.records() if running else preparation.begin(check_source=check_source)
+        records = preparation.begin(is_running=running is not None, check_source=check_source)
         if records and not running:
             report(f"continuing: {len(records)} of {preparation.num_shards} shards are finished")
         with preparation.exclusive():
@@ -193,6 +193,9 @@ def settings_of(options: argparse.Namespace) -> DatasetSettings:
     same command continues it, although the defaults of the version that began it may have been others.
     """
     begun = begun_settings(open_storage(options.out))
+    for name in ("encoding", "exif"):
+        if begun is not None and getattr(options, name) is None:
+            print(f"{options.out} was begun with --{name} {getattr(begun, name)}")
     return DatasetSettings(
         format=options.format,
         image_size=options.image_size,

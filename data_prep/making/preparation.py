@@ -107,10 +107,11 @@ class Preparation:
         with hold(path, timeout=_LOCK_SECONDS, what=f"preparing {self.storage.url}"):
             yield
 
-    def begin(self, *, check_source: bool = False) -> dict[int, ShardRecord]:
+    def begin(self, *, is_running: bool = False, check_source: bool = False) -> dict[int, ShardRecord]:
         """Stores the plan, or continues an interrupted preparation.
 
         Args:
+            is_running: Other processes are making the shards now: none is taken from them.
             check_source: Compares the bytes of the images that finished shards were made of; otherwise their sizes
                 and times.
 
@@ -131,6 +132,8 @@ class Preparation:
                 f"{self.storage.url}: contains an unfinished data set of another source or other settings "
                 f"({difference}); finish it with its own command, or use another --out"
             )
+        if is_running:
+            return self.records()
         self.storage.abort_uploads()  # of a process that was killed
         records = self.records()
         made_of = {n: record.made_of for n, record in records.items() if record.made_of is not None}
