@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -59,18 +60,20 @@ def test_what_a_folder_holds_besides_images_is_named_and_counted(tmp_path: Path,
     (root / "notes.txt").write_text("no image")
     (root / "phone.heic").write_bytes(b"no format of Pillow's")
     (root / "gone.png").symlink_to("nowhere")
-    assert "gone.png: can't be read (No such file" in refused(capsys, call(f"folder:{root}", tmp_path / "out"))
-    assert call(f"folder:{root}", tmp_path / "out", "--max-bad", "1") == 0
+    os.mkfifo(root / "pipe.png")
+    line = refused(capsys, call(f"folder:{root}", tmp_path / "out"))
+    assert "gone.png: a broken link" in line
+    assert call(f"folder:{root}", tmp_path / "out", "--max-bad", "2") == 0
     said = capsys.readouterr().out
-    assert "6 images in 2 shards, 1 skipped" in said
-    assert "skipped: gone.png: can't be read" in said
+    assert "6 images in 2 shards, 2 skipped" in said
+    assert "skipped: gone.png: a broken link\nskipped: pipe.png: not a regular file\n" in said
     assert "left out: .heic files: 1 (phone.heic)" in said
     assert f"left out: {HIDDEN}: 1 (._a.png)" in said
     keys = [key for _, key in read_images(str(tmp_path / "out"))]
     assert keys == ["a.png", "c/b.gif", "c/t.tif", "c/x.bmp", "linked/l.jpg", "v.avif"]
     written = json.loads((tmp_path / "out" / "preparation.json").read_text())
     assert written["left_out"][".txt files"] == [1, ["notes.txt"]]
-    assert [key for key, _ in written["skipped"]] == ["gone.png"]
+    assert [key for key, _ in written["skipped"]] == ["gone.png", "pipe.png"]
 
 
 def test_many_skipped_images_are_all_named_in_the_file(tmp_path: Path, capsys) -> None:

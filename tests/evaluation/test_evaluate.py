@@ -187,6 +187,26 @@ def test_finished_samples_are_measured_against_a_folder_with_real_features(
         assert found.metrics["precision"].mean == 1.0
 
 
+def test_a_folder_of_jpegs_with_copies_is_measured_with_a_warning_in_the_result_and_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measuring, "build_features", build_cheap_features)
+    images, out = tmp_path / "images", tmp_path / "out.json"
+    (images / ".ipynb_checkpoints").mkdir(parents=True)
+    for number in range(20):
+        picture = Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        picture.save(images / f"{number}.jpg")
+        picture.save(images / ".ipynb_checkpoints" / f"{number}-checkpoint.jpg")
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(16), sigma=np.eye(16))
+    arguments = ["--reference", tmp_path / "reference.npz", "--out", out, "--device", "cpu"]
+    assert cmscale(monkeypatch, "evaluate", images, *arguments) == 0
+    found, told = result(out), capsys.readouterr().err
+    assert found.num_samples == 20
+    for words in ("20 JPEG of 20 images are stored with loss", "left out: hidden files and folders: 1"):
+        assert any(words in line for line in found.warnings)
+        assert words in told
+
+
 def test_bad_input_is_one_line_and_status_2(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
