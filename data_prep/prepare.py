@@ -193,16 +193,19 @@ def settings_of(options: argparse.Namespace) -> DatasetSettings:
     same command continues it, although the defaults of the version that began it may have been others.
     """
     begun = begun_settings(open_storage(options.out))
-    for name in ("encoding", "exif"):
-        if begun is not None and getattr(options, name) is None:
-            print(f"{options.out} was begun with --{name} {getattr(begun, name)}")
-    return DatasetSettings(
-        format=options.format,
-        image_size=options.image_size,
-        preprocess=options.preprocess,
-        encoding=options.encoding or (begun.encoding if begun else DEFAULT_ENCODING),
-        exif=options.exif or (begun.exif if begun else RECIPE_EXIF[options.preprocess]),
-        samples_per_shard=options.samples_per_shard,
+    chosen: dict[str, str] = {}
+    for name, default in (("encoding", DEFAULT_ENCODING), ("exif", RECIPE_EXIF[options.preprocess])):
+        chosen[name] = getattr(options, name) or (getattr(begun, name) if begun else default)
+        if begun and not getattr(options, name) and chosen[name] != default:
+            print(f"{options.out} was begun with --{name} {chosen[name]}")
+    return DatasetSettings.model_validate(
+        {
+            "format": options.format,
+            "image_size": options.image_size,
+            "preprocess": options.preprocess,
+            "samples_per_shard": options.samples_per_shard,
+            **chosen,
+        }
     )
 
 
