@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 def test_a_sample_draws_the_same_whatever_its_batch(order: list[int], size: int) -> None:
     whole = SampleRandomness(7, tuple(range(6)), CPU)
     noise, times, keys = whole.noise((2, 3)), whole.uniform(), whole.dropout_keys()
-    for part in SampleRandomness(7, tuple(order), CPU).split(size):
+    parts = SampleRandomness(7, tuple(order), CPU).split(size)
+    assert [position for part in parts for position in part.positions] == order
+    for part in parts:
         rows = list(part.positions)
         assert torch.equal(part.noise((2, 3)), noise[rows])
         assert torch.equal(part.uniform(), times[rows])

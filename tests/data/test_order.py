@@ -55,8 +55,10 @@ def test_ranks_share_the_global_batch_without_loss_or_double(order: Order, start
 @settings(max_examples=100, deadline=None)
 def test_the_sequence_is_the_epochs_one_after_the_other_from_any_start(order: Order, epochs: int, cut: int) -> None:
     whole = np.concatenate([epoch_order(order, epoch) for epoch in range(epochs)])
-    ids, of_epoch, _ = order.at(np.arange(len(whole)))
+    ids, of_epoch, nodes = order.at(np.arange(len(whole)))
     np.testing.assert_array_equal(ids, whole)
+    within = np.tile(np.arange(order.num_samples), epochs)
+    np.testing.assert_array_equal(nodes, within % order.num_canonical_nodes)
     np.testing.assert_array_equal(of_epoch, np.repeat(np.arange(epochs), order.num_samples))
     later, _, _ = order.at(np.arange(min(cut, len(whole) - 1), len(whole)))
     np.testing.assert_array_equal(later, whole[min(cut, len(whole) - 1) :])
@@ -120,6 +122,7 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does() -> None:
 def test_the_order_is_the_one_that_old_runs_had() -> None:
     order = Order((5, 4, 3), num_canonical_nodes=2, seed=7, shuffle_block=4)
     assert epoch_order(order, 0).tolist() == [0, 9, 5, 8, 2, 6, 1, 7, 3, 11, 4, 10]
+    assert "".join(str(int(flip)) for flip in flips(order, tuple("abcdefghijkl"), np.zeros(12))) == "110011010011"
 
 
 def test_flips_are_a_fair_coin_of_key_epoch_and_seed() -> None:
