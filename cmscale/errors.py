@@ -1,4 +1,6 @@
-"""The error that a user can mend. Commands print it as one line and exit with status 2."""
+"""The errors that a user can mend. Commands print them as one line and exit with status 2."""
+
+_LONGEST = 1500  # characters: what is longer hides what it says
 
 
 class UserError(ValueError):
@@ -8,4 +10,30 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
+
+
+class DamagedInput(RuntimeError):
+    """Raised for stored data that turn out to be damaged while they are read.
+
+    Commands print it as one line and exit with status 2. In a job it is a fault: a restart may find the data intact.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """A message as one line that a terminal shows.
+
+    Names in it may come from anyone: escape sequences and bytes that are not UTF-8 are written out, and the middle of
+    an endless message is left out.
+    """
+    text = " ".join(message.split())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

@@ -1,7 +1,6 @@
-"""Loads a SOURCE of trained weights: a run, a checkpoint, exported weights, or an OpenAI `.pt`."""
+"""Loads a SOURCE of trained weights: a run, a checkpoint, exported weights, or another project's file."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from cmscale.config import Config, Model, differences, leaves, parse_config, read_config
-from cmscale.config.added import added_at_older_value, with_added_keys
+from cmscale.config import Config, Model, differences, leaves, parse_config, parse_tree, read_config
+from cmscale.config.added import added_at_older_value
 from cmscale.config.site import read_site
+from cmscale.config.sources import NVLABS_ENDING, OPENAI_ENDINGS, refuse_hub_name
 from cmscale.consistency.solver import Denoise
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest, read_weights
 from cmscale.errors import UserError
-from cmscale.interop import read_diffusers, read_openai, read_safetensors
+from cmscale.interop import holds_config, parameter_shapes, read_diffusers, read_nvlabs, read_openai, read_safetensors
+from cmscale.interop.strict import strict_weights
 from cmscale.io.fetch import local_file
 from cmscale.io.storage import open_storage
 from cmscale.model.precondition import denoiser_for
@@ -26,6 +27,8 @@ from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
 IMPORTED = "imported"
 """The name of weights that come from another project."""
+
+_LONGEST_STEP = 15  # digits
 
 
 @dataclass(frozen=True)
@@ -98,29 +101,29 @@ def load_source(
     Args:
         weights: Name of an EMA, or `master` for the weights without averaging; the first EMA by default.
         step: Step of a run's checkpoint; the newest by default.
-        config: Config file for weights without one (OpenAI's `.pt`).
+        config: Config file for weights without one: OpenAI's `.pt`, NVlabs' `.pkl`, foreign safetensors and diffusers
+            folders.
         overrides: `key=value` overrides of that file.
 
     Raises:
         UserError: there is no SOURCE, no such step or weights, or the weights do not fit the config.
     """
-    if origin.endswith((".pt", ".pth")):
-        if config is None:
-            raise UserError(f"{origin}: OpenAI's files hold no config; give --config CONFIG [key=value ...]")
-        settings = read_config(config, list(overrides), beneath=[read_site().layer])
-        return Source(origin, settings, read_openai(local_file(origin), settings.model), IMPORTED, 0)
+    refuse_hub_name(origin)
     storage = open_storage(origin)
+    holds_weights_alone = origin.endswith((*OPENAI_ENDINGS, NVLABS_ENDING))
     is_file = origin.endswith(".safetensors")
-    is_diffusers = not is_file and storage.read_if_present("model_index.json") is not None
-    if is_diffusers and config is not None:
+    is_diffusers = not (is_file or holds_weights_alone) and storage.read_if_present("model_index.json") is not None
+    if holds_weights_alone and config is None:
+        raise UserError(f"{origin}: holds weights without a config; give --config CONFIG [key=value ...]")
+    if config is not None and (is_file or is_diffusers) and holds_config(local_file(origin) if is_file else storage):
+        raise UserError(_HAS_CONFIG.format(origin))
+    if config is not None and (holds_weights_alone or is_file or is_diffusers):
         settings = read_config(config, list(overrides), beneath=[read_site().layer])
-        return Source(origin, settings, read_diffusers(storage, model=settings.model)[0], IMPORTED, 0)
+        return Source(origin, settings, _read_foreign(origin, settings), IMPORTED, 0)
     if config is not None or overrides:
-        raise UserError(f"--config: {origin} has its own config; leave out --config and key=value")
+        raise UserError(_HAS_CONFIG.format(origin))
     if is_file or is_diffusers:
         state, card = read_safetensors(local_file(origin)) if is_file else read_diffusers(storage)
-        if not card:
-            raise UserError(f"{origin}: holds no config; give --config CONFIG [key=value ...]")
         settings = parse_config(card["config"], origin=origin, resolved=True)
         return Source(origin, settings, state, card["weights"], int(card["step"]))
     if storage.read_if_present(CHECKPOINT_MANIFEST) is not None:
@@ -128,17 +131,52 @@ def load_source(
     return _read_run(origin, weights=weights, step=step)
 
 
+_HAS_CONFIG = "--config: {} has its own config; leave out --config and key=value"
+
+
+def _read_foreign(origin: str, config: Config) -> dict[str, torch.Tensor]:
+    """Weights that hold no config, in any format of other projects.
+
+    Raises:
+        UserError: they do not fit the config.
+    """
+    if origin.endswith(OPENAI_ENDINGS):
+        return read_openai(local_file(origin), config.model)
+    if origin.endswith(NVLABS_ENDING):
+        return _read_edm(origin, config, key=origin)
+    if origin.endswith(".safetensors"):
+        return read_safetensors(local_file(origin), model=config.model)[0]
+    return read_diffusers(open_storage(origin), model=config.model, method=config.method)[0]
+
+
+def _read_edm(origin: str, config: Config, *, key: str) -> dict[str, torch.Tensor]:
+    """The diffusion model in a pickle of NVlabs' EDM; its network is the config's.
+
+    Args:
+        key: What names it, for messages.
+    """
+    found = read_nvlabs(local_file(origin), config.model)
+    if found.sigma_data != config.method.sigma_data:
+        raise UserError(
+            f"{key}: {origin} was trained with method.sigma_data {found.sigma_data:g}, this config has "
+            f"{config.method.sigma_data:g}; set method.sigma_data={found.sigma_data:g}, or give other weights"
+        )
+    return found.weights
+
+
 def load_teacher(config: Config) -> dict[str, torch.Tensor]:
-    """Weights of the diffusion model `method.teacher`; an OpenAI `.pt` is read with the config's model section.
+    """Weights of the diffusion model `method.teacher`; a file without a config is read with this one's model section.
 
     Raises:
         UserError: it is not a diffusion model, or another network.
     """
     setting = config.method.teacher_choice
     assert setting is not None, f"{config.method.kind} has no teacher"
-    if setting.source.endswith((".pt", ".pth")):
+    if setting.source.endswith((*OPENAI_ENDINGS, NVLABS_ENDING)):
         if config.method.embeds_angle:
             raise UserError(f"method.teacher: {setting.source} embeds log_sigma; leave out teacher_time_embedding")
+        if setting.source.endswith(NVLABS_ENDING):
+            return _read_edm(setting.source, config, key="method.teacher")
         return read_openai(local_file(setting.source), config.model)
     teacher = load_source(setting.source, weights=setting.weights_name)
     if not teacher.config.method.facts.can_teach:
@@ -177,7 +215,7 @@ def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:
 def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) -> Source:
     storage = open_storage(origin)
     manifest = read_manifest(storage)
-    settings = Config.model_validate_json(json.dumps(with_added_keys(manifest.config)))
+    settings = parse_tree(manifest.config, origin=storage.join(CHECKPOINT_MANIFEST))
     name = weights or settings.ema.names[0]
     if name not in manifest.quantities:
         known = [quantity for quantity in manifest.quantities if not quantity.startswith("exp_avg")]
@@ -185,7 +223,10 @@ def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) 
     folder = storage.local_path("")
     if run_dir is None and folder is not None and folder.parent.name == "checkpoints":
         run_dir = folder.parent.parent
-    return Source(origin, settings, without_weighting(read_weights(origin, name)), name, manifest.state.step, run_dir)
+    held = strict_weights(
+        without_weighting(read_weights(origin, name)), parameter_shapes(settings.model), origin=storage.url
+    )
+    return Source(origin, settings, held, name, manifest.state.step, run_dir)
 
 
 def checkpoint_step(text: str) -> int | None:
@@ -196,6 +237,6 @@ def checkpoint_step(text: str) -> int | None:
     """
     if text == "latest":
         return None
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _LONGEST_STEP:
         raise UserError(f"--step {text}: give a step number or latest")
     return int(text)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from cmscale.config.site import read_launch_settings, use_site
 from cmscale.config.slurm import parse_minutes, plain_text
-from cmscale.errors import UserError
+from cmscale.errors import DamagedInput, UserError, one_line
 from cmscale.io.image_files import printable
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, dataset_formats
@@ -247,12 +247,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         use_site()
         run(arguments)
-    except UserError as error:
+    except (UserError, DamagedInput) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ConnectionError, ArrayFailed) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {one_line(f'{os.fsdecode(error.filename)}: {error.strerror}')}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command to continue", file=sys.stderr)
         return 130

@@ -10,6 +10,7 @@ to it.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -23,7 +24,7 @@ from cmscale.config.features import feature_networks
 from cmscale.config.site import use_site
 from cmscale.data import read_images
 from cmscale.distributed.world import choose_device
-from cmscale.errors import UserError
+from cmscale.errors import DamagedInput, UserError, one_line
 from cmscale.evaluation.features.extractor import build_features
 from cmscale.evaluation.reference.reference import SUBSET, reference_from_images, subset_indices
 from cmscale.evaluation.reference.registry import reference_writers
@@ -108,8 +109,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         use_site()
         print(make_reference(**vars(given)))
-    except UserError as error:
+    except (UserError, DamagedInput) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ConnectionError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {one_line(f'{os.fsdecode(error.filename)}: {error.strerror}')}", file=sys.stderr)
         return 2
     return 0
 

@@ -7,6 +7,7 @@ Reads and hashes every file of the manifest once, and lists the bad ones.
 
 import argparse
 import hashlib
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from cmscale.config.site import use_site
 from cmscale.data.formats import shard_format
-from cmscale.errors import UserError
+from cmscale.errors import DamagedInput, UserError, one_line
 from cmscale.io.protocol import ArrivedChanged, Storage
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
@@ -158,12 +159,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         use_site()
         return run(arguments)
-    except UserError as error:
+    except (UserError, DamagedInput) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ConnectionError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {one_line(f'{os.fsdecode(error.filename)}: {error.strerror}')}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

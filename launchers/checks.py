@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.config import Config, Evaluate
+from cmscale.config.sources import refuse_hub_name
 from cmscale.errors import UserError
 from cmscale.io.storage import open_parent, open_storage
 from cmscale.runs.checkpoints import committed_steps
@@ -22,6 +23,7 @@ def check_inputs(config: Config) -> DatasetManifest:
     """
     manifest = check_dataset(config.data.path, image_size=config.model.image_size)
     if teacher := getattr(config.method, "teacher", None):
+        refuse_hub_name(teacher)
         check_source(teacher, key="method.teacher")
     if weights := getattr(config.method, "lpips_weights", None):
         check_exists(weights, key="method.lpips_weights")

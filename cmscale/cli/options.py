@@ -12,7 +12,7 @@ SourceArgument = Annotated[
 ]
 WeightsOption = Annotated[str | None, typer.Option(help="An EMA's name, or `master`. Default: the config's first EMA.")]
 StepOption = Annotated[str, typer.Option(help="Step of a run's checkpoint, or `latest`.")]
-ConfigOption = Annotated[str | None, typer.Option(help="Config of weights without one (OpenAI .pt).")]
+ConfigOption = Annotated[str | None, typer.Option(help="Config of weights without one (another project's).")]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values of --config to replace.")
 ]

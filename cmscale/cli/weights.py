@@ -52,7 +52,9 @@ def export(
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="OpenAI .pt, diffusers folder or safetensors.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="OpenAI's .pt, NVlabs' .pkl, a diffusers folder, or safetensors.")
+    ],
     to: Annotated[str, typer.Option(help="Path or s3:// URL of the .safetensors file to write.")],
     config: ConfigOption = None,
     overrides: OverridesArgument = None,

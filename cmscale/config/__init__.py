@@ -1,8 +1,9 @@
 """The config of a run: its sections, and reading them from YAML and `key=value` overrides."""
 
-from cmscale.config.files import dump_config, json_schema, known_keys, parse_config, read_config
+from cmscale.config.files import dump_config, json_schema, known_keys, parse_config, parse_tree, parse_yaml, read_config
 from cmscale.config.methods import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, Method, MethodSection
 from cmscale.config.models import (
+    NOISE_EMBEDDING_SCALE,
     Config,
     Data,
     Evaluate,
@@ -23,6 +24,7 @@ __all__ = [
     "ECT",
     "EDM",
     "ICT",
+    "NOISE_EMBEDDING_SCALE",
     "PD",
     "SCD",
     "SCT",
@@ -43,6 +45,8 @@ __all__ = [
     "known_keys",
     "leaves",
     "parse_config",
+    "parse_tree",
+    "parse_yaml",
     "read_config",
     "trajectory",
 ]

@@ -6,17 +6,22 @@ missing there did not exist yet; its default now may differ from what the run wa
 
 from typing import Any
 
+from cmscale.config.methods import KINDS
+
 ADDED: dict[str, dict[str, Any]] = {
     "method.time_embedding": {"edm": "log_sigma"},
     "method.tangent": {"sct": "jvp", "scd": "jvp"},
     "method.teacher_time_embedding": {"sct": "log_sigma", "scd": "log_sigma"},
+    "model.noise_embedding_scale": dict.fromkeys(KINDS, 1000.0),
 }
 """Dotted key -> `method.kind` -> what releases without the key did."""
 
 
 def with_added_keys(tree: dict[str, Any]) -> dict[str, Any]:
     """A run's config as nested sections, with the keys that its release did not have. The tree is not changed."""
-    kind = tree.get("method", {}).get("kind")
+    method = tree.get("method")
+    kind = method.get("kind") if isinstance(method, dict) else None
+    kind = kind if isinstance(kind, str) else None
     filled = {name: dict(section) if isinstance(section, dict) else section for name, section in tree.items()}
     for key, values in ADDED.items():
         section, leaf = key.split(".")

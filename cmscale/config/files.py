@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import reprlib
 import sys
 import types
 from collections.abc import Sequence
@@ -20,41 +21,66 @@ from cmscale.config.models import Config
 from cmscale.config.renamed import RENAMED, with_current_names
 from cmscale.config.section import Section
 from cmscale.errors import UserError
+from cmscale.io.reading import read_small, reason
 
-_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int")
+_LARGEST = 1 << 20  # bytes of a config
+_LONGEST_KEY = 200
+_SHOWN = reprlib.Repr()  # of a value in a message: YAML's aliases can make it endless
+_SHOWN.maxstring = _SHOWN.maxother = 200
+
+_TAG = "tag:yaml.org,2002:"
+
 AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the numbers and booleans of YAML 1.2, without repeated keys.
+    """Safe YAML with the scalars of YAML 1.2, without repeated keys.
 
-    1e-4 is a number, `on` a string. 010 and 24:00:00 are strings, where YAML 1.1 reads 8 and 86400.
+    1e-4 is a number and 0o100 is 64. `on`, 010, 24:00:00 and 2024-01-01 are text, where YAML 1.1 reads true, 8, 86400
+    and a date. Besides, 600_000 is a number, as in YAML 1.1.
     """
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's table without its booleans and whole numbers)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's table with null and << alone)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"config: {key!r} is given twice{node.start_mark}; remove one of them")
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
+                continue  # refused below, or no key
+            if (key.tag, key.value) in seen:
+                raise UserError(f"config: {key.value!r} is given twice{node.start_mark}; remove one of them")
+            seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node)).replace("_", "")
+        base = {"0o": 8, "0x": 16}.get(text[:2].lower(), 10)
+        value = int(text[2:] if base != 10 else text, base)
+        if not -(2**63) <= value < 2**63:
+            raise ValueError("a whole number of more than 64 bits")
+        return value
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that any YAML, 1.1 or 1.2, would read as something else."""
+
+
+_SCALARS: tuple[tuple[str, str, str], ...] = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+|[-+]?(\d+\.\d*|\.\d+)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
 )
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
-    list("-+0123456789."),
-)
+for _name, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_integer)
 
 
 def read_config(
@@ -96,6 +122,11 @@ def parse_config(
     return validated(Config, [*beneath, Layer(origin, tree)], overrides or [], origin=origin, origins=origins)
 
 
+def parse_tree(tree: dict[str, Any], *, origin: str) -> Config:
+    """The resolved config in the document of a run, a checkpoint's manifest for example."""
+    return validated(Config, [Layer(origin, with_added_keys(tree))], [], origin=origin)
+
+
 def validated(
     model: type[AnySection],
     layers: Sequence[Layer],
@@ -130,12 +161,11 @@ def read_yaml_text(path: Path, *, what: str) -> str:
     Raises:
         UserError: there is no such file, or it can't be read.
     """
+    content = read_small(path, what=f"a {what}", limit=_LARGEST)
     try:
-        return path.read_text()
-    except FileNotFoundError:
-        raise UserError(f"{what} {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path}: can't be read ({error}); give a readable YAML file") from None
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path}: can't be read ({error}); give a YAML file in UTF-8") from None
 
 
 def parse_sections(text: str, origin: str) -> dict[str, Any]:
@@ -144,7 +174,7 @@ def parse_sections(text: str, origin: str) -> dict[str, Any]:
     Raises:
         UserError: it is not YAML, or holds no sections.
     """
-    tree = _parse_yaml(text, origin)
+    tree = parse_yaml(text, origin=origin)
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: holds {type(tree).__name__}; write sections (method, model, data, ...)")
     return tree
@@ -152,7 +182,8 @@ def parse_sections(text: str, origin: str) -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """Every value of a config as YAML, defaults included; `parse_config` reads it as the same config."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, default_flow_style=None, width=110)
+    values = json.loads(config.model_dump_json())
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
 
 
 def json_schema() -> dict[str, Any]:
@@ -160,11 +191,20 @@ def json_schema() -> dict[str, Any]:
     return Config.model_json_schema()
 
 
-def _parse_yaml(text: str, origin: str) -> Any:
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """The content of YAML text: see `_Loader`.
+
+    Raises:
+        UserError: it is not YAML, or a value is none of its own type (`!!int abc`).
+    """
     try:
         return yaml.load(text, _Loader)
+    except UserError:
+        raise
     except yaml.YAMLError as error:
         raise UserError(f"{origin}: not YAML: {error}") from None
+    except Exception as error:  # constructors raise what int(), float() and their like raise
+        raise UserError(f"{origin}: not YAML that can be read: {reason(error)}") from None
 
 
 def _current_names(tree: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -212,7 +252,7 @@ def _apply(tree: dict[str, Any], override: str, *, among: Sequence[str]) -> str:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section} holds a value in the file; make it a section there")
-    value = _parse_yaml(text, f"override {override!r}") if text else None
+    value = parse_yaml(text, origin=f"override {override!r}") if text else None
     others = {name.rpartition(".")[2] for name in (one.partition("=")[0] for one in among)}
     make_room(tree, ".".join(sections), {**dict.fromkeys(others), leaf: value})
     tree[leaf] = value
@@ -223,6 +263,8 @@ _MAPPINGS = frozenset({"slurm.extra"})  # keys whose values have names of their 
 
 
 def suggestion(key: str) -> str:
+    if len(key) > _LONGEST_KEY:
+        return ""
     close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -248,13 +290,14 @@ def explain(error: ValidationError, *, section: str = "") -> str:
         case "union_tag_not_found":
             return f"{key}.kind: is missing; set it to one of {', '.join(KINDS)}{more}"
         case "union_tag_invalid":
-            return f"{key}.kind: got {first['ctx'].get('tag')!r}; allowed: {first['ctx'].get('expected_tags')}{more}"
+            tag, allowed = _SHOWN.repr(first["ctx"].get("tag")), first["ctx"].get("expected_tags")
+            return f"{key}.kind: got {tag}; allowed: {allowed}{more}"
         case "value_error":
             return f"{key}: {first['ctx']['error']}{more}" if key else f"{first['ctx']['error']}{more}"
         case _:
             given = first["input"]
             simple = given is None or isinstance(given, (int, float, str, list, tuple))
-            shown = repr(given) if simple else type(given).__name__
+            shown = _SHOWN.repr(given) if simple else type(given).__name__
             return f"{key}: got {shown}; {first['msg'].replace('Input should', 'it should')}{more}"
 
 

@@ -15,9 +15,15 @@ from cmscale.config.section import AsTuple, Count, Counts, NonNegative, Positive
 from cmscale.config.slurm import Slurm
 from cmscale.errors import UserError
 
+NOISE_EMBEDDING_SCALE = 1000.0
+"""`model.noise_embedding_scale` of OpenAI's networks, and of diffusers' pipeline for them."""
+
 
 class Model(Section):
-    """The ADM UNet (Dhariwal and Nichol 2021, appendix A)."""
+    """The ADM UNet (Dhariwal and Nichol 2021, appendix A).
+
+    The time embedding gets `noise_embedding_scale` ln(sigma) / 4: 1000 in the code of Consistency Models, 1 in EDM's.
+    """
 
     image_size: Count
     channels: Count
@@ -30,6 +36,7 @@ class Model(Section):
     scale_shift_norm: bool = False
     num_classes: Count | None = None
     qkv_layout: Literal["three_heads_dim", "heads_three_dim"] = "three_heads_dim"
+    noise_embedding_scale: Positive = NOISE_EMBEDDING_SCALE
     attention: Literal["auto", "xformers", "sdpa", "reference"] = operational("auto")
     activation_checkpointing: bool = operational(False)
 

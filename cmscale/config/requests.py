@@ -81,7 +81,9 @@ class MeasuringRequest(BaseModel):
         None, "The same, for inception only.", metavar="PATH[#sha256=HEX]", is_path=True
     )
     dinov2_weights: str | None = _option(None, "The same, for dinov2 only.", metavar="PATH[#sha256=HEX]", is_path=True)
-    config: str | None = _option(None, "Config of a SOURCE without one (OpenAI .pt).", metavar="CONFIG", is_path=True)
+    config: str | None = _option(
+        None, "Config of a SOURCE that has none (OpenAI .pt, ...).", metavar="CONFIG", is_path=True
+    )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto uses CUDA if there is a device.")
     force: bool = _option(False, "Measure anew what has been measured already, and replace the result.")
 

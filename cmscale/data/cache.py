@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from cmscale.errors import UserError
+from cmscale.errors import DamagedInput, UserError
 from cmscale.io.durable import explained
 from cmscale.io.fetch import file_sha256
 from cmscale.io.locks import LockTimeout, hold
@@ -23,7 +23,7 @@ _UNKNOWN, _VERIFIED, _MISSING, _DAMAGED = range(4)
 _BAD = {_MISSING: "missing", _DAMAGED: "damaged"}
 
 
-class BadFile(RuntimeError):
+class BadFile(DamagedInput):
     """Raised for a stored file that is missing or differs from the manifest, even after fetching it again."""
 
 

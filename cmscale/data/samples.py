@@ -11,7 +11,7 @@ import numpy as np
 from cmscale.data.cache import FileCache
 from cmscale.data.decode import BadImage, decode
 from cmscale.data.formats import ShardReader, shard_format
-from cmscale.errors import UserError
+from cmscale.errors import DamagedInput, UserError
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
@@ -126,7 +126,7 @@ def read_images(
 
     Raises:
         UserError: there is no data set, or it has no such id.
-        RuntimeError: a shard or an image is damaged.
+        DamagedInput: a shard or an image is damaged.
     """
     samples = Samples(url, cache_dir=cache_dir, cache_gb=cache_gb)
     for number, index in enumerate(range(len(samples)) if indices is None else indices):
@@ -138,5 +138,5 @@ def read_images(
         try:
             image = decode(data, side=samples.cropped_side)
         except BadImage as error:
-            raise RuntimeError(f"{samples.url}: sample {key}: {error}") from error
+            raise DamagedInput(f"{samples.url}: sample {key}: {error}") from error
         yield image, key

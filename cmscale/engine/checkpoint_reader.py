@@ -1,6 +1,7 @@
 """Lists, verifies and reads checkpoints on any storage, without DeepSpeed."""
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from cmscale.errors import UserError
 from cmscale.io.fetch import file_sha256, local_file
+from cmscale.io.reading import reading, reason
 from cmscale.io.storage import Storage, local_copy, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
@@ -69,7 +71,16 @@ def layout_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]:
         if start != at:
             return [f"{origin}: elements {min(at, start)} to {max(at, start)} are missing or held twice"]
         at = start + length
-    return [] if at == manifest.num_elements else [f"{origin}: holds {at} elements of {manifest.num_elements}"]
+    if at != manifest.num_elements:
+        return [f"{origin}: holds {at} elements of {manifest.num_elements}"]
+    for part in manifest.parts:
+        length = sum(segment.length for segment in part.segments)
+        if any(segment.at + segment.length > length for segment in part.segments):
+            return [f"{origin}: the segments of {part.file.name} leave its {length} elements"]
+    for parameter in manifest.parameters:
+        if parameter.offset + math.prod(parameter.shape) > manifest.num_elements:
+            return [f"{origin}: parameter {parameter.name} leaves the {manifest.num_elements} elements"]
+    return []
 
 
 def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart) -> list[str]:
@@ -91,8 +102,8 @@ def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart
                         return [f"{where}: {quantity} is not {length} float32 values"]
     except FileNotFoundError:
         return [f"{where}: is missing"]
-    except SafetensorError as error:
-        return [f"{where}: not a safetensors file ({error})"]
+    except (SafetensorError, ValueError, OSError) as error:
+        return [f"{where}: not a safetensors file ({reason(error)})"]
     return []
 
 
@@ -117,7 +128,10 @@ def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
         path = storage.local_path(part.file.name)
         if path is None:
             path = local_file(f"{storage.join(part.file.name)}#sha256={part.file.sha256}")
-        with safe_open(path, framework="pt") as file:
+        with (
+            reading(storage.join(part.file.name), f"a file of {quantity}"),
+            safe_open(path, framework="pt") as file,
+        ):
             values = file.get_tensor(quantity)
         for segment in part.segments:
             flat[segment.start : segment.start + segment.length] = values[segment.at : segment.at + segment.length]

@@ -46,9 +46,10 @@ def open_images(path: str | Path) -> ImageSet:
         raise UserError(f"{path}: no such file or folder of images")
     if path.suffix != ".npz":
         raise UserError(f"{path}: not finished samples; give an .npz with arr_0, or a folder of images")
-    shape, dtype = npz_header(path, "arr_0")
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-        raise UserError(f"{path}: arr_0 must be uint8 [N, H, W, 3], it is {dtype} {list(shape)}")
+    header = npz_header(path, "arr_0")
+    shape = header.shape
+    if header.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
+        raise UserError(f"{path}: arr_0 must be uint8 [N, H, W, 3], it is {header.dtype} {list(shape)[:8]}")
     return ImageSet(str(path), shape[0], shape[1], shape[2], lambda: npz_rows(path, "arr_0"))
 
 

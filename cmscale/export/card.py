@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import yaml
 
-from cmscale.config import Config, dump_config
+from cmscale.config import Config, MethodSection, dump_config
+from cmscale.consistency.sampler import default_sigmas
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
-from cmscale.interop import parameter_shapes
+from cmscale.interop import parameter_shapes, pipeline_timesteps
 from cmscale.runs.comparison import RULE, basis_of, describe_basis, groups_of, once_each
 from cmscale.runs.manifests import DatasetManifest
 from cmscale.runs.results import EvaluationResult
@@ -25,6 +26,7 @@ def model_card(
     weights_sha256: str | None = None,
     dataset: DatasetManifest | None = None,
     evaluations: Sequence[EvaluationResult] = (),
+    for_diffusers: bool = False,
 ) -> str:
     """The card of the weights `weights_name` at `step`.
 
@@ -33,6 +35,7 @@ def model_card(
             those of any.
         dataset: The manifest of the training data, if it is available.
         evaluations: Results of `cmscale evaluate`; those of other steps or weights are left out.
+        for_diffusers: Whether to say how diffusers' pipeline samples as cmscale does.
 
     The card of imported weights says nothing about their training: their config only says how they are used here.
     """
@@ -65,6 +68,7 @@ def model_card(
         *_quality(mine),
         *([f"Left out: {_results(others)} of other weights that had this name.", ""] if others else []),
         "",
+        *(_pipeline(config.method) if for_diffusers else ()),
         "## Limits",
         "",
         "The model reproduces what its training data shows, including the gaps and biases of that data. Its samples",
@@ -106,6 +110,34 @@ def _shown_config(config: Config, *, is_imported: bool) -> str:
 def _is_of(evaluation: EvaluationResult, weights_sha256: str | None) -> bool:
     known = evaluation.protocol.get("weights_sha256")
     return None in (known, weights_sha256) or known == weights_sha256
+
+
+def _pipeline(method: MethodSection) -> Iterator[str]:
+    """How diffusers' pipeline samples at the times that `cmscale sample` takes by default."""
+    yield "## Use with diffusers"
+    yield ""
+    yield "```python"
+    yield "pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(FOLDER)"
+    yield "images = pipeline(num_inference_steps=None, timesteps=TIMESTEPS).images"
+    yield "```"
+    yield ""
+    yield "From the same noise these timesteps give the images of `cmscale sample`:"
+    yield ""
+    for steps in (1, 2):
+        sigmas = default_sigmas(method, steps).tolist()
+        timesteps, times = pipeline_timesteps(method, sigmas)
+        line = f"- `--steps {steps}`: `timesteps={timesteps}`"
+        if any(abs(time / sigma - 1) > 1e-6 for time, sigma in zip(times, sigmas, strict=True)):
+            given = ",".join(f"{time:.10g}" for time in times)
+            line += f" is the nearest that the scheduler has; the same images come of `cmscale sample --times {given}`"
+        yield line
+    yield ""
+
+
+def _data_rows(dataset: DatasetManifest | None) -> Iterator[str]:
+    if dataset is not None:
+        yield f"| Images in the data set | {dataset.count:,} of {dataset.source}, preprocessing {dataset.preprocess} |"
+        yield f"| Fingerprint of the data set | `{dataset.fingerprint}` |"
 
 
 def _quality(evaluations: Sequence[EvaluationResult]) -> Iterator[str]:

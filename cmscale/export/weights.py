@@ -32,6 +32,7 @@ def export_weights(source: Source, *, format: Format, to: str) -> None:
         weights_sha256=source.fingerprint,
         dataset=dataset_of(source),
         evaluations=_evaluations(source),
+        for_diffusers=format == "diffusers",
     )
     match format:
         case "safetensors":

@@ -20,6 +20,7 @@ from cmscale.errors import UserError
 from cmscale.io import image_tensors
 from cmscale.io.durable import replace_durably
 from cmscale.io.fetch import local_file
+from cmscale.io.reading import reading
 from cmscale.rng import generator
 from cmscale.runs.manifests import read_document
 from cmscale.runs.results import TimeSearch
@@ -138,7 +139,7 @@ def parse_classes(text: str | None) -> tuple[int, ...] | Literal["random"] | Non
         return None
     if text == "random":
         return "random"
-    if not all(part.isdecimal() for part in text.split(",")):
+    if not all(part.isdecimal() and len(part) < 10 for part in text.split(",")):
         raise UserError(f"--classes: got {text!r}; write random, or whole numbers such as 1,2")
     return tuple(int(part) for part in text.split(","))
 
@@ -168,15 +169,14 @@ def used_sigmas(source: Source, request: SampleRequest) -> torch.Tensor:
 
 
 def _read_noise(path: Path, *, shape: tuple[int, ...]) -> torch.Tensor:
-    try:
-        noise = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"--noise {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--noise {path}: not an .npy file of numbers ({error}); write it with numpy.save") from None
+    with reading(f"--noise {path}", "an .npy file of numbers", advice="write it with numpy.save"):
+        noise = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that claims too much reads nothing
+    if not isinstance(noise, np.ndarray):
+        raise UserError(f"--noise {path}: holds several arrays (.npz); write one with numpy.save")
     if noise.shape != shape or noise.dtype != np.float32:
-        raise UserError(f"--noise {path}: holds {noise.dtype} {list(noise.shape)}; give float32 {list(shape)}")
-    return torch.from_numpy(noise)
+        held = f"{str(noise.dtype)[:40]} {list(noise.shape)[:8]}"
+        raise UserError(f"--noise {path}: holds {held}; give float32 {list(shape)}")
+    return torch.from_numpy(np.array(noise))
 
 
 def _parse_times(text: str) -> torch.Tensor:
@@ -184,11 +184,16 @@ def _parse_times(text: str) -> torch.Tensor:
         found = read_document(TimeSearch, local_file(text).read_bytes(), origin=text)
         if not found.times:
             raise UserError(f"--times {text}: the search is not finished; let cmscale search-times finish")
-        return torch.tensor(found.times, dtype=torch.float64)
-    try:
-        times = torch.tensor([float(part) for part in text.split(",")], dtype=torch.float64)
-    except ValueError:
-        raise UserError(f"--times: got {text!r}; write descending numbers such as 80,4.4") from None
+        times = torch.tensor(found.times, dtype=torch.float64)
+    else:
+        times = _numbers(text)
     if not bool(torch.isfinite(times).all()) or not bool((times[:-1] > times[1:]).all()) or bool((times < 0).any()):
         raise UserError(f"--times: got {text!r}; the times must descend and must not be negative")
     return times
+
+
+def _numbers(text: str) -> torch.Tensor:
+    try:
+        return torch.tensor([float(part) for part in text.split(",")], dtype=torch.float64)
+    except ValueError:
+        raise UserError(f"--times: got {text!r}; write descending numbers such as 80,4.4") from None

@@ -1,13 +1,19 @@
-"""Reads and writes weights as OpenAI's `.pt`, as a diffusers folder, and as safetensors with a config."""
+"""Reads and writes weights: OpenAI's `.pt`, diffusers' folder, safetensors with a config; reads NVlabs' `.pkl`."""
 
-from cmscale.interop.diffusers_folder import read_diffusers, write_diffusers
+from cmscale.interop.diffusers_config import pipeline_timesteps
+from cmscale.interop.diffusers_folder import holds_config, read_diffusers, write_diffusers
 from cmscale.interop.names import parameter_shapes
+from cmscale.interop.nvlabs import EDMNetwork, read_nvlabs
 from cmscale.interop.openai_file import read_openai, write_openai
 from cmscale.interop.safetensors_file import read_safetensors, write_safetensors
 
 __all__ = [
+    "EDMNetwork",
+    "holds_config",
     "parameter_shapes",
+    "pipeline_timesteps",
     "read_diffusers",
+    "read_nvlabs",
     "read_openai",
     "read_safetensors",
     "write_diffusers",

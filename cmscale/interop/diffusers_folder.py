@@ -11,19 +11,33 @@ from torch import Tensor
 
 from cmscale.config import Config, MethodSection, Model, parse_config
 from cmscale.errors import UserError
+from cmscale.interop.diffusers_config import (
+    VERSION,
+    check_scheduler,
+    refuse_inexpressible,
+    refuse_other_network,
+    scheduler_config,
+    unet_config,
+)
 from cmscale.interop.files import folder, readable, writable
-from cmscale.interop.names import Weights, attends, parameter_shapes, parameters, reorder_qkv
-from cmscale.interop.safetensors_file import describe, load_with_metadata, own_card
+from cmscale.interop.names import Weights, parameter_shapes, parameters, reorder_qkv
+from cmscale.interop.safetensors_file import describe, load_with_metadata, own_card, read_metadata
 from cmscale.interop.strict import strict_weights
+from cmscale.interop.torch_file import read_state_dict
 from cmscale.io.storage import Storage
 
 INDEX = "model_index.json"
 UNET_CONFIG = "unet/config.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+UNET_VARIANTS = (
+    UNET_WEIGHTS,
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.fp16.bin",
+)
+"""The files that may hold the network, the best first: full precision before half."""
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 CARD = "README.md"
-VERSION = "0.39.0"  # the diffusers version of these formats
-DEFAULT_SCALES = 40  # grid size for methods without a grid; the scheduler needs one for its multistep times
 
 
 def write_diffusers(
@@ -43,10 +57,12 @@ def write_diffusers(
         card: Text of the README.md.
 
     Raises:
-        UserError: the weights are not those of `config.model`, or diffusers can't express the network or the method.
+        UserError: the weights are not those of `config.model`, diffusers can't express the network or the method, or
+            the folder holds another model.
     """
     storage = folder(target)
-    _refuse_inexpressible(config, storage.url)
+    refuse_inexpressible(config, storage.url)
+    _refuse_another_model(storage, config)
     state = strict_weights(weights, parameter_shapes(config.model), origin="the weights to write")
     renamed = to_diffusers(state, config.model)
     with writable(storage, UNET_WEIGHTS, size=sum(4 * tensor.numel() for tensor in renamed.values())) as path:
@@ -64,11 +80,16 @@ def write_diffusers(
     _write_json(storage, INDEX, index)
 
 
-def read_diffusers(source: str | Path | Storage, *, model: Model | None = None) -> tuple[Weights, dict[str, str]]:
+def read_diffusers(
+    source: str | Path | Storage, *, model: Model | None = None, method: MethodSection | None = None
+) -> tuple[Weights, dict[str, str]]:
     """Reads the weights in a folder (a path or `s3://`), with OpenAI's names, and its metadata (see `describe`).
+
+    Of the files of `UNET_VARIANTS` the first that is there is read.
 
     Args:
         model: The network, for folders that cmscale did not write: they hold no config, and their metadata is {}.
+        method: What the folder's scheduler must agree with.
 
     Raises:
         UserError: the folder is missing or damaged, holds another network, or has no config while `model` is None.
@@ -77,21 +98,54 @@ def read_diffusers(source: str | Path | Storage, *, model: Model | None = None) 
     raw = storage.read_if_present(UNET_CONFIG)
     if storage.read_if_present(INDEX) is None or raw is None:
         raise UserError(f"{storage.url}: not a diffusers folder; it must hold {INDEX} and {UNET_CONFIG}")
-    origin = storage.join(UNET_WEIGHTS)
-    with readable(storage, UNET_WEIGHTS) as path:
-        found, metadata = load_with_metadata(path, origin=origin)
+    scheduler = None if method is None else storage.read_if_present(SCHEDULER_CONFIG)
+    if method is not None and scheduler is not None:
+        check_scheduler(scheduler, method, origin=storage.join(SCHEDULER_CONFIG))
+    key = weights_file(storage)
+    origin = storage.join(key)
+    with readable(storage, key) as path:
+        if key.endswith(".safetensors"):
+            found, metadata = load_with_metadata(path, origin=origin)
+        else:
+            found, metadata = None, {}
         card = own_card(metadata)
         if model is None:
             if card is None:
                 raise UserError(f"{storage.url}: holds no config, as cmscale did not write it; give --config CONFIG")
-            model = parse_config(card["config"], origin=f"config in {origin}").model
-        _refuse_other_network(raw, model, origin=storage.join(UNET_CONFIG))
+            model = parse_config(card["config"], origin=f"config in {origin}", resolved=True).model
+        refuse_other_network(raw, model, origin=storage.join(UNET_CONFIG))
         shapes = {
             name: _diffusers_shape(parameter.shape, parts=len(parameter.diffusers), pointwise=parameter.is_pointwise)
             for parameter in parameters(model)
             for name in parameter.diffusers
         }
+        if found is None:
+            found = read_state_dict(path, {name: (shape,) for name, shape in shapes.items()}, origin=origin)
         return from_diffusers(strict_weights(found, shapes, origin=origin), model), card or {}
+
+
+def holds_config(source: Path | Storage) -> bool:
+    """Whether a safetensors file, or the one in a diffusers folder, holds a config: whether cmscale wrote it."""
+    if isinstance(source, Path):
+        return own_card(read_metadata(source, origin=str(source))) is not None
+    key = weights_file(source)
+    if not key.endswith(".safetensors"):
+        return False
+    with readable(source, key) as path:
+        return own_card(read_metadata(path, origin=source.join(key))) is not None
+
+
+def weights_file(storage: Storage) -> str:
+    """The key of the file that holds the network of a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    there = {entry.key for entry in storage.list("unet/")}
+    found = next((key for key in UNET_VARIANTS if key in there), None)
+    if found is None:
+        raise UserError(f"{storage.join(UNET_WEIGHTS)}: no such file, nor one of {', '.join(UNET_VARIANTS[1:])}")
+    return found
 
 
 def to_diffusers(weights: Mapping[str, Tensor], model: Model) -> Weights:
@@ -123,86 +177,20 @@ def from_diffusers(weights: Mapping[str, Tensor], model: Model) -> Weights:
     return renamed
 
 
-def unet_config(model: Model) -> dict[str, Any]:
-    """The options with which diffusers' UNet2DModel is this network."""
-    levels = range(len(model.channel_multipliers))
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-    if not model.resblock_updown:
-        plain = ("DownBlock2D", "UpBlock2D")
-    down = ["AttnDownBlock2D" if attends(model, level) else plain[0] for level in levels]
-    up = ["AttnUpBlock2D" if attends(model, level) else plain[1] for level in reversed(levels)]
-    return {
-        "_class_name": "UNet2DModel",
-        "_diffusers_version": VERSION,
-        "sample_size": model.image_size,
-        "in_channels": 3,
-        "out_channels": 3,
-        "center_input_sample": False,
-        "time_embedding_type": "positional",
-        "freq_shift": 0,
-        "flip_sin_to_cos": True,
-        "down_block_types": down,
-        "up_block_types": up,
-        "block_out_channels": [model.channels * multiplier for multiplier in model.channel_multipliers],
-        "layers_per_block": model.num_res_blocks,
-        "downsample_padding": 1,
-        "downsample_type": "resnet" if model.resblock_updown else "conv",
-        "upsample_type": "resnet" if model.resblock_updown else "conv",
-        "dropout": 0.0,
-        "act_fn": "silu",
-        "attention_head_dim": model.head_channels,
-        "norm_num_groups": 32,
-        "attn_norm_num_groups": 32,
-        "norm_eps": 1e-5,
-        "resnet_time_scale_shift": "scale_shift" if model.scale_shift_norm else "default",
-        "num_class_embeds": model.num_classes,
-    }
-
-
-def scheduler_config(method: MethodSection) -> dict[str, Any]:
-    """The options of diffusers' CMStochasticIterativeScheduler, with the final time grid of the training."""
-    return {
-        "_class_name": "CMStochasticIterativeScheduler",
-        "_diffusers_version": VERSION,
-        "num_train_timesteps": method.final_num_scales or DEFAULT_SCALES,
-        # with 0 the scheduler's preconditioning is EDM's, which methods with the boundary at 0 use
-        "sigma_min": 0.0 if method.facts.boundary_at_zero else method.sigma_min,
-        "sigma_max": method.sigma_max,
-        "sigma_data": method.sigma_data,
-        "rho": method.rho,
-        "s_noise": 1.0,
-        "clip_denoised": True,
-    }
-
-
-def _refuse_inexpressible(config: Config, url: str) -> None:
-    if not config.method.facts.is_consistency_model:
-        kind = config.method.kind.upper()
-        raise UserError(f"{url}: diffusers has no pipeline for {kind}, only for consistency models; use safetensors")
-    if config.method.embeds_angle:
-        raise UserError(f"{url}: diffusers can't compute the time embedding of this sCT model; use safetensors")
-    if config.model.channel_multipliers[0] != 1:
-        raise UserError(
-            f"{url}: model.channel_multipliers starts with {config.model.channel_multipliers[0]}, but in diffusers the "
-            "first level and the time embedding have the same width (multiplier 1); use safetensors"
-        )
-
-
-def _refuse_other_network(raw: bytes, model: Model, *, origin: str) -> None:
-    """Checks what shapes do not show: heads, kinds of blocks, norms."""
-    try:
-        given = json.loads(raw)
-    except ValueError:
-        given = None
-    if not isinstance(given, dict):
-        raise UserError(f"{origin}: not a JSON object; restore the file that diffusers wrote")
-    for name, value in unet_config(model).items():
-        if name.startswith("_") or name == "dropout" or name not in given:
-            continue
-        if given[name] != value:
-            raise UserError(
-                f"{origin}: {name} is {given[name]}, but {value} in the config's model section; give a matching config"
-            )
+def _refuse_another_model(storage: Storage, config: Config) -> None:
+    """Refuses to write over a model that is not an earlier export of the same run."""
+    ours = (INDEX, UNET_CONFIG, *UNET_VARIANTS, SCHEDULER_CONFIG, CARD)
+    there = {entry.key for entry in storage.list() if entry.key in ours}
+    if not there:
+        return
+    if UNET_WEIGHTS in there:
+        with readable(storage, UNET_WEIGHTS) as path:
+            card = own_card(read_metadata(path, origin=storage.join(UNET_WEIGHTS)))
+        if card is not None:
+            held = parse_config(card["config"], origin=f"config in {storage.join(UNET_WEIGHTS)}", resolved=True)
+            if held.fingerprint() == config.fingerprint():
+                return
+    raise UserError(f"{storage.url}: holds another model ({min(there)}), which is not replaced; name another folder")
 
 
 def _diffusers_shape(shape: tuple[int, ...], *, parts: int, pointwise: bool) -> tuple[int, ...]:

@@ -1,19 +1,18 @@
-"""Reads and writes OpenAI's format: a state dict saved by torch, of which only tensors are unpickled."""
+"""Reads and writes OpenAI's format: a state dict saved by torch. Nothing in a file is executed."""
 
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmscale.config import Model
+from cmscale.config import NOISE_EMBEDDING_SCALE, Model
 from cmscale.errors import UserError
 from cmscale.interop.files import located, readable, writable
 from cmscale.interop.names import Weights, parameter_shapes, parameters
 from cmscale.interop.strict import strict_weights
+from cmscale.interop.torch_file import read_state_dict
 
 
 def read_openai(source: str | Path, model: Model) -> Weights:
@@ -28,7 +27,8 @@ def read_openai(source: str | Path, model: Model) -> Weights:
     storage, key = located(source)
     origin = storage.join(key)
     with readable(storage, key) as path:
-        found = _load(path, origin)
+        shapes = {each.name: (each.shape, each.shape[:3]) for each in parameters(model)}
+        found = read_state_dict(path, shapes, origin=origin)
     for parameter in parameters(model):
         tensor = found.get(parameter.name)
         if parameter.is_pointwise and isinstance(tensor, Tensor) and tensor.shape == parameter.shape[:3]:
@@ -40,24 +40,15 @@ def write_openai(target: str | Path, weights: Mapping[str, Tensor], *, model: Mo
     """Writes the weights of `model` as a `.pt` file (a path or `s3://`) that OpenAI's code loads.
 
     Raises:
-        UserError: the weights are not those of `model`, the disk is full, or writing is not allowed.
+        UserError: the weights are not those of `model`, OpenAI's code can't compute its time embedding, the disk is
+            full, or writing is not allowed.
     """
+    if model.noise_embedding_scale != NOISE_EMBEDDING_SCALE:
+        raise UserError(
+            f"{target}: OpenAI's code scales the time embedding by {NOISE_EMBEDDING_SCALE:g}, this network by "
+            f"{model.noise_embedding_scale:g}; use safetensors"
+        )
     state = strict_weights(weights, parameter_shapes(model), origin="the weights to write")
     size = sum(4 * tensor.numel() for tensor in state.values())
     with writable(*located(target), size=size) as path:
         torch.save(OrderedDict(state), path)
-
-
-def _load(path: Path, origin: str) -> dict[str, Any]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{origin}: refused, as it is damaged or holds objects that could run code; give a state dict of tensors"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{origin}: damaged, or not written by torch.save ({first}); copy it again") from None
-    if not isinstance(found, Mapping):
-        raise UserError(f"{origin}: holds {type(found).__name__}; give a state dict of tensors")
-    return dict(found)

@@ -1,17 +1,19 @@
 """Reads and writes cmscale's export format: safetensors with config, step and weights' name as metadata."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmscale.config import Config, dump_config, parse_config
+from cmscale.config import Config, Model, dump_config, parse_config
 from cmscale.errors import UserError
 from cmscale.interop.files import located, readable, writable
 from cmscale.interop.names import Weights, parameter_shapes
 from cmscale.interop.strict import strict_weights
+from cmscale.io.reading import reading
 
 CARD_KEYS = ("config", "step", "weights")
 
@@ -35,28 +37,42 @@ def write_safetensors(
         save_file(state, path, metadata=describe(config, step=step, weights_name=weights_name))
 
 
-def read_safetensors(source: str | Path) -> tuple[Weights, dict[str, str]]:
+def read_safetensors(source: str | Path, *, model: Model | None = None) -> tuple[Weights, dict[str, str]]:
     """Reads the weights in a file (a path or `s3://`) and its metadata (see `describe`).
 
+    Args:
+        model: The network, for files with OpenAI's names that cmscale did not write: they hold no config, and their
+            metadata is {}.
+
     Raises:
-        UserError: the file is missing, damaged, has no metadata, or its weights do not fit its config.
+        UserError: the file is missing, damaged, has no config while `model` is None, or its weights do not fit.
     """
     storage, key = located(source)
     origin = storage.join(key)
     with readable(storage, key) as path:
         found, metadata = load_with_metadata(path, origin=origin)
     card = own_card(metadata)
-    if card is None:
-        raise UserError(f"{origin}: holds no config; give a file that `cmscale export` or `cmscale import` wrote")
-    model = parse_config(card["config"], origin=f"config in {origin}").model
-    return strict_weights(found, parameter_shapes(model), origin=origin), card
+    if card is not None:
+        model = parse_config(card["config"], origin=f"config in {origin}", resolved=True).model
+    if model is None:
+        raise UserError(f"{origin}: holds no config, as cmscale did not write it; give --config CONFIG [key=value ...]")
+    return strict_weights(found, parameter_shapes(model), origin=origin), card or {}
 
 
 def own_card(metadata: Mapping[str, str]) -> dict[str, str] | None:
     """The metadata that `describe` wrote; None if cmscale did not write the file."""
-    if any(name not in metadata for name in CARD_KEYS) or not metadata["step"].isdecimal():
+    if any(name not in metadata for name in CARD_KEYS) or not re.fullmatch(r"[0-9]{1,15}", metadata["step"]):
         return None
     return {name: metadata[name] for name in CARD_KEYS}
+
+
+def read_metadata(path: Path, *, origin: str) -> dict[str, str]:
+    """The metadata of a safetensors file, whose tensors are not read. Raises UserError if it is damaged."""
+    with (
+        reading(origin, "a safetensors file", advice="copy it again"),
+        safe_open(path, framework="pt", device="cpu") as file,
+    ):
+        return file.metadata() or {}
 
 
 def load_with_metadata(path: Path, *, origin: str) -> tuple[Weights, dict[str, str]]:
@@ -65,8 +81,8 @@ def load_with_metadata(path: Path, *, origin: str) -> tuple[Weights, dict[str, s
     Raises:
         UserError: the file is damaged.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{origin}: damaged, or not a safetensors file ({error}); copy it again") from None
+    with (
+        reading(origin, "a safetensors file", advice="copy it again"),
+        safe_open(path, framework="pt", device="cpu") as file,
+    ):
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -9,6 +9,7 @@ from pathlib import Path
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
 from cmscale.io.protocol import Storage
+from cmscale.io.reading import utf8
 from cmscale.io.s3 import S3Storage
 
 SCHEMES: dict[str, Callable[[str], Storage]] = {"file": LocalStorage.from_url, "s3": S3Storage.from_url}
@@ -23,6 +24,8 @@ def open_storage(url: str | Path) -> Storage:
         UserError: the scheme is unknown, or the URL incomplete.
     """
     text = str(url)
+    if text != utf8(text):
+        raise UserError(f"{utf8(text)}: the path is not UTF-8, which documents could not name; rename it")
     found = _SCHEME.match(text)
     if found is None:
         return LocalStorage(Path(text))

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cmscale.config import NOISE_EMBEDDING_SCALE
+
 Raw = Callable[..., Tensor]
 
 
@@ -17,7 +19,7 @@ def c_noise(sigma: Tensor) -> Tensor:
     Computed in float32 like the released code: at sigma = 80 one unit in the last place changes the fastest sinusoid
     by 1e-4, which is more than the outputs may differ from that code.
     """
-    return 1000 * 0.25 * torch.log(sigma.float() + 1e-44)
+    return NOISE_EMBEDDING_SCALE * 0.25 * torch.log(sigma.float() + 1e-44)
 
 
 Time = Literal["log_sigma", "angle"]

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from cmscale.config import Model
+from cmscale.config import NOISE_EMBEDDING_SCALE, Model
 from cmscale.errors import UserError
 from cmscale.model.blocks import (
     AttentionBlock,
@@ -135,7 +135,8 @@ class UNet(nn.Module):
             UserError: labels are missing, or given to an unconditional network.
         """
         dtype = self.dtype
-        embedding = self.time_embed(timestep_embedding(c_noise, self.model.channels).to(dtype))
+        noise = c_noise * (self.model.noise_embedding_scale / NOISE_EMBEDDING_SCALE)  # exactly c_noise by default
+        embedding = self.time_embed(timestep_embedding(noise, self.model.channels).to(dtype))
         if self.model.num_classes is not None:
             if labels is None:
                 raise UserError(

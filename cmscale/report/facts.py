@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from cmscale.config import parse_yaml
 from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir, step_of
@@ -88,15 +87,14 @@ def read_facts(run: RunDir) -> RunFacts:
     """
     if not run.root.is_dir():
         raise UserError(f"{run.root}: no such run")
-    text = run.config.read_text() if run.config.exists() else ""
+    text = run.config.read_text(errors="replace") if run.config.exists() else ""
     config: Any = {}
-    with contextlib.suppress(yaml.YAMLError):
-        config = yaml.safe_load(text)
+    with contextlib.suppress(UserError):
+        config = parse_yaml(text, origin=str(run.config))
     evaluations, unreadable = read_evaluations(run)
-    provenance: Any = {}
-    if run.provenance.exists():
-        with contextlib.suppress(json.JSONDecodeError):
-            provenance = json.loads(run.provenance.read_text())
+    provenance = _json(run.provenance) if run.provenance.exists() else {}
+    consistency = [(path, _json(path)) for path in sorted(run.consistency_errors.glob("step-*.json"))]
+    unreadable += [f"{path.name}: not the errors of a step" for path, found in consistency if not _is_of_step(found)]
     return RunFacts(
         run=run,
         config=config if isinstance(config, dict) else {},
@@ -107,10 +105,20 @@ def read_facts(run: RunDir) -> RunFacts:
         unreadable=unreadable,
         grids=[(step_of(path.stem), path) for path in sorted(run.samples.glob("step-?????????.png"))],
         provenance=provenance if isinstance(provenance, dict) else {},
-        consistency=_consistency(run),
+        consistency=sorted(
+            (found for _, found in consistency if _is_of_step(found)),
+            key=lambda each: (each["step"], each["num_samples"], str(each.get("date") or "")),
+        ),
     )
 
 
-def _consistency(run: RunDir) -> list[dict[str, Any]]:
-    found = [json.loads(path.read_bytes()) for path in sorted(run.consistency_errors.glob("step-*.json"))]
-    return sorted(found, key=lambda each: (each["step"], each["num_samples"], each.get("date") or ""))
+def _is_of_step(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(key), int) for key in ("step", "num_samples"))
+
+
+def _json(path: Path) -> Any:
+    """The content of a JSON file; None if it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None

@@ -30,12 +30,13 @@ def append_line(path: Path, record: dict[str, Any], *, durable: bool = False) ->
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines, none if there is no such file; lines that a crash cut short are skipped."""
+    """The records of a file of JSON lines, none if there is no such file; what a crash left of a line is skipped."""
     if not path.exists():
         return
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):  # also where zeros or other bytes are that no one wrote
+            if isinstance(record := json.loads(line), dict):
+                yield record
 
 
 def is_of_evaluation(event: str) -> bool:
@@ -51,5 +52,5 @@ def write_event(run: RunDir, event: str, *, step: int, rank: int, why: str = "",
 
 def latest_metrics(run: RunDir) -> list[dict[str, Any]]:
     """The records of metrics.jsonl by step, of each step the last: those replayed after a resume count once."""
-    by_step = {record["step"]: record for record in read_lines(run.metrics)}
+    by_step = {record["step"]: record for record in read_lines(run.metrics) if isinstance(record.get("step"), int)}
     return [by_step[step] for step in sorted(by_step)]

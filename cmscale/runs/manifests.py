@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from cmscale.errors import UserError
@@ -30,18 +30,21 @@ class Document(BaseModel):
 D = TypeVar("D", bound=Document)
 
 
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class FileEntry(Document):
     """A published file: its name inside the folder, its size in bytes, its SHA-256."""
 
     name: str
-    size: int
+    size: NonNegative
     sha256: str
 
 
 class ShardEntry(FileEntry):
     """A shard of a data set and how many samples it holds."""
 
-    count: int
+    count: NonNegative
 
 
 @cache
@@ -83,13 +86,13 @@ class DatasetManifest(Document):
 
     version: Literal[1] = 1
     format: DatasetFormat
-    image_size: int
+    image_size: NonNegative
     preprocess: Preprocess
     encoding: Encoding
     exif: Exif = "ignore"
     source: str
-    count: int
-    skipped: int = 0
+    count: NonNegative
+    skipped: NonNegative = 0
     shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...] = ()
     fingerprint: str
@@ -109,8 +112,8 @@ class TrainState(Document):
     A step that was not applied (fp16 overflow, a skipped batch) advances the cursor only.
     """
 
-    step: int = 0
-    cursor: int = 0
+    step: NonNegative = 0
+    cursor: NonNegative = 0
 
     def advance(self, cursor: int, stepped: bool) -> "TrainState":
         return TrainState(step=self.step + int(stepped), cursor=cursor)
@@ -120,16 +123,16 @@ class Parameter(Document):
     """A parameter's place in the flat fp32 space: its elements lie at [offset, offset + prod(shape))."""
 
     name: str
-    shape: tuple[int, ...]
-    offset: int
+    shape: tuple[NonNegative, ...]
+    offset: NonNegative
 
 
 class Segment(Document):
     """Contiguous elements in a rank's file: flat[start : start + length], at position `at` of the file's tensors."""
 
-    start: int
-    length: int
-    at: int
+    start: NonNegative
+    length: NonNegative
+    at: NonNegative
 
 
 class RankPart(Document):
@@ -166,7 +169,7 @@ class CheckpointManifest(Document):
     teacher_fingerprint: str | None = None
     quantities: tuple[str, ...]
     parameters: tuple[Parameter, ...]
-    num_elements: int
+    num_elements: NonNegative
     parts: tuple[RankPart, ...]
     scalars: dict[str, float] = {}
 

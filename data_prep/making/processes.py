@@ -2,8 +2,11 @@
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 
 from cmscale.errors import UserError
 from cmscale.io.process import die_with_parent
@@ -26,13 +29,14 @@ def make_missing(
     done = sum(len(preparation.keys(n)) for n in records)
     total = done + sum(len(preparation.keys(n)) for n in missing)
     with ProgressCounter(total=total, done=done) as counter:
-        if workers == 1 or len(missing) <= 1:
+        if workers > 1 and len(missing) > 1:
+            with _pool(preparation, min(workers, len(missing)), max_bad, counter) as submit:
+                _collect({submit(number): number for number in missing}, records, max_bad=max_bad, counter=counter)
+        else:
             for number in missing:
                 records[number] = _make_one(preparation, number, max_bad, counter.tick)
                 check_bad(records.values(), max_bad)
                 counter.show()
-        else:
-            _make_in_processes(preparation, records, missing, workers=workers, max_bad=max_bad, counter=counter)
 
 
 def check_bad(records: Iterable[ShardRecord], max_bad: int) -> None:
@@ -42,33 +46,73 @@ def check_bad(records: Iterable[ShardRecord], max_bad: int) -> None:
         raise _too_many(bad, max_bad)
 
 
-def _make_in_processes(
-    preparation: Preparation,
-    records: dict[int, ShardRecord],
-    missing: list[int],
-    *,
-    workers: int,
-    max_bad: int,
-    counter: ProgressCounter,
-) -> None:
+@contextmanager
+def _pool(
+    preparation: Preparation, workers: int, max_bad: int, counter: ProgressCounter
+) -> Iterator[Callable[[int], Future[ShardRecord]]]:
+    """Gives a function that has one of several processes make a shard.
+
+    Raises:
+        UserError: a process ended without an exception.
+    """
     preparation.format.preload()
     # Forked: the source's list of keys is shared instead of copied, and modules are already imported.
     pool = ProcessPoolExecutor(
-        min(workers, len(missing)),
+        workers,
         mp_context=multiprocessing.get_context("fork"),
         initializer=_start_worker,
         initargs=(preparation, max_bad, counter.tick),
     )
+    started: list[BaseProcess] = []
+
+    def submit(number: int) -> Future[ShardRecord]:
+        future = pool.submit(_make_in_worker, number)
+        if not started:
+            started.extend(multiprocessing.active_children())
+        return future
+
     try:
-        pending: dict[Future[ShardRecord], int] = {pool.submit(_make_in_worker, number): number for number in missing}
-        while pending:
-            done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            for future in done:
-                records[pending.pop(future)] = future.result()
-            check_bad(records.values(), max_bad)
-            counter.show()
+        yield submit
+    except BrokenProcessPool:
+        raise _worker_died(started, preparation) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _collect(
+    pending: dict[Future[ShardRecord], int],
+    records: dict[int, ShardRecord],
+    *,
+    max_bad: int,
+    counter: ProgressCounter,
+) -> None:
+    """Adds the records of shards to `records` as they are finished."""
+    while pending:
+        done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+        for future in done:
+            records[pending.pop(future)] = future.result()
+        check_bad(records.values(), max_bad)
+        counter.show()
+
+
+def _worker_died(workers: Iterable[BaseProcess], preparation: Preparation) -> UserError:
+    """The error for a worker that ended without an exception."""
+    signals = []
+    for worker in workers:
+        worker.join(timeout=5)
+        if worker.exitcode is not None and worker.exitcode < 0:
+            signals.append(-worker.exitcode)
+    crashed = next((number for number in signals if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)), None)
+    if crashed is not None:
+        name = signal.Signals(crashed).name
+        return UserError(
+            f"--source {preparation.source.name}: damaged, or a decoder failed: reading it ended a worker by {name}; "
+            "copy it again, then the same command continues"
+        )
+    return UserError(
+        "a worker was killed, as the system does when memory runs out; use fewer --workers, or request more memory "
+        "(the same command continues)"
+    )
 
 
 _worker: tuple[Preparation, int, Callable[[], None]] | None = None

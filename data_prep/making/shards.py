@@ -15,6 +15,7 @@ from cmscale.io.fetch import file_sha256
 from cmscale.io.image_files import Exif
 from cmscale.io.pictures import BadImage
 from cmscale.io.protocol import Storage
+from cmscale.io.reading import utf8
 from cmscale.runs.manifests import DatasetFormat, Document, Encoding, Preprocess, ShardEntry
 from data_prep.making.convert import convert
 from data_prep.sources import SourceReader
@@ -132,7 +133,7 @@ def build_shard(
                     note=decisions.append,
                 )
             except BadImage as error:
-                bad.append((key, str(error)))
+                bad.append((utf8(key), str(error)))
                 if len(bad) > max_bad:
                     raise TooManyBad(bad) from None
             else:

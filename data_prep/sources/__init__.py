@@ -14,8 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from cmscale.data.decode import BadImage
 from cmscale.errors import UserError
 from cmscale.io.image_files import LeftOut
+from cmscale.io.reading import reason, utf8
 
 REPLACED = "files that a later one of the same name replaces"
 
@@ -79,15 +81,42 @@ class SourceReader:
         self._handle: tuple[int, Any] | None = None
 
     def __call__(self, key: str) -> bytes:
-        return self.source.read(self._open(), key)
+        """The encoded image.
+
+        Raises:
+            BadImage: it is not there any more, or what stores it is damaged there.
+            UserError: the source is not there any more, or can't be read.
+        """
+        handle = self._open()
+        try:
+            return self.source.read(handle, key)
+        except (FileNotFoundError, PermissionError) as error:
+            if not Path(self.source.name.partition(":")[2]).exists():
+                raise UserError(f"--source {self.source.name}: is not there any more") from None
+            raise BadImage(
+                "is not there any more" if isinstance(error, FileNotFoundError) else "not readable"
+            ) from None
+        except (OSError, MemoryError) as error:
+            raise UserError(f"--source {self.source.name}: can't read {key} ({reason(error)})") from error
+        except (BadImage, UserError):
+            raise
+        except Exception as error:  # of an archive or a database: wrong checksum, encrypted, corrupted page, …
+            raise BadImage(f"can't be read ({reason(error)})") from error
 
     def facts(self, keys: Sequence[str]) -> str | None:
         """A hash of the facts of several images; None if the source has none. Equal facts: the images are the same."""
         if self.source.facts is None:
             return None
         handle = self._open()
-        lines = (f"{key}\0{self.source.facts(handle, key)}\n" for key in keys)
+        lines = (f"{key}\0{self._facts(handle, key)}\n" for key in keys)
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def _facts(self, handle: Any, key: str) -> str:
+        assert self.source.facts is not None, "asked by `facts`"
+        try:
+            return self.source.facts(handle, key)
+        except Exception as error:  # of a damaged database or archive; reading the image says more
+            return f"unreadable ({type(error).__name__})"
 
     def _open(self) -> Any:
         if self._handle is None or self._handle[0] != os.getpid():
@@ -128,7 +157,12 @@ def open_source(text: str) -> ImageSource:
     kind = source_kinds().get(name)
     if kind is None or not path_text:
         raise UserError(f"--source {text!r}: expected {source_usage()}")
-    path = Path(path_text).expanduser().absolute()
+    if path_text != utf8(path_text):
+        raise UserError(f"--source {utf8(text)}: the path is not UTF-8, which the manifest could not name; rename it")
+    try:
+        path = Path(path_text).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"--source {text}: {error}; write the path without ~") from None
     if not path.exists():
         raise UserError(f"--source {text}: {path} does not exist")
     try:

@@ -1,31 +1,81 @@
 """Reads LSUN's LMDB databases: keys are 40 hexadecimal characters, values are WebP files."""
 
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import lmdb
 
+from cmscale.data.decode import BadImage
 from cmscale.errors import UserError
 from data_prep.sources import ImageSource, SourceKind, file_facts
+
+_PROBED_BYTES = 1 << 30
 
 
 def open_lsun(path: Path) -> ImageSource:
     """Opens the LMDB in a folder, or in the only `*_lmdb` folder in it."""
     folder = _lmdb_folder(path)
+    signal_name = _killed_by(lambda: _probe(folder))
+    if signal_name is not None:
+        raise UserError(
+            f"--source lsun:{folder}: data.mdb is damaged (reading it ends by {signal_name}); copy it again"
+        )
+    keys = _list_keys(folder)
+    return ImageSource(f"lsun:{folder}", keys, lambda: _open_lmdb(folder), _read, facts=_facts)
+
+
+def _list_keys(folder: Path) -> list[str]:
+    """All keys, ascending."""
     environment = _open_lmdb(folder)
+    where = f"--source lsun:{folder}"
     try:
+        entries = environment.stat()["entries"]
         with environment.begin() as transaction:
-            keys = [bytes(key).decode("ascii") for key in transaction.cursor().iternext(values=False)]
+            found = [bytes(key) for key in islice(transaction.cursor().iternext(values=False), entries + 1)]
+        if len(found) != entries or any(first >= second for first, second in pairwise(found)):
+            raise UserError(f"{where}: data.mdb is damaged: it does not hold {entries} keys in order; copy it again")
+        return [key.decode("ascii") for key in found]
     except UnicodeDecodeError:
-        raise UserError(f"--source lsun:{path}: the keys are not text; this is not an LSUN LMDB") from None
+        raise UserError(f"{where}: the keys are not text; this is not an LSUN LMDB") from None
+    except (lmdb.Error, MemoryError, OverflowError, ValueError) as error:
+        raise UserError(f"{where}: data.mdb is damaged ({error}); copy it again") from None
     finally:
         environment.close()
-    return ImageSource(f"lsun:{folder}", keys, lambda: _open_lmdb(folder), _read, facts=_facts)
+
+
+def _probe(folder: Path) -> None:
+    """Reads all keys, and the last byte of each image where that is soon done; a worker's death tells of the others."""
+    _list_keys(folder)
+    if (folder / "data.mdb").stat().st_size <= _PROBED_BYTES:
+        environment = _open_lmdb(folder)
+        with environment.begin(buffers=True) as transaction:
+            for value in transaction.cursor().iternext(keys=False):
+                value[-1:].tobytes()
+
+
+def _killed_by(work: Callable[[], object]) -> str | None:
+    """The signal that ends a process which does the work: LMDB follows the page numbers of a damaged file."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):  # the caller meets the same error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # failed assertions are printed
+            work()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else None
 
 
 def _read(environment: Any, key: str) -> bytes:
     with environment.begin() as transaction:
-        return bytes(transaction.get(key.encode("ascii")))
+        found = transaction.get(key.encode("ascii"))
+    if found is None:
+        raise BadImage("its key is not there any more")
+    return bytes(found)
 
 
 def _facts(environment: Any, key: str) -> str:
@@ -49,10 +99,10 @@ def _lmdb_folder(path: Path) -> Path:
 def _open_lmdb(folder: Path) -> Any:
     try:
         environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False)
-    except lmdb.Error as error:
+        expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        size = (folder / "data.mdb").stat().st_size
+    except (lmdb.Error, OSError, MemoryError, OverflowError) as error:
         raise UserError(f"--source lsun:{folder}: not an LMDB, or a damaged one ({error})") from None
-    expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    size = (folder / "data.mdb").stat().st_size
     if expected > size:  # reading past the end of a mapped file kills the process
         environment.close()
         raise UserError(f"--source lsun:{folder}: data.mdb is truncated ({size} of {expected} bytes); copy it again")

@@ -3,8 +3,8 @@
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from cmscale.errors import UserError
 from cmscale.io.image_files import HIDDEN, LeftOut, image_suffixes, is_hidden
+from cmscale.io.reading import reading
 from data_prep.sources import REPLACED, ImageSource, SourceKind
 
 
@@ -40,10 +40,8 @@ def _facts(archive: zipfile.ZipFile, key: str) -> str:
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
-    try:
+    with reading(f"--source zip:{path}", "a zip file"):
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, IsADirectoryError) as error:
-        raise UserError(f"--source zip:{path}: not a zip file ({error})") from None
 
 
 KIND = SourceKind("FILE", open_zip)

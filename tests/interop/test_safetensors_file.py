@@ -38,7 +38,7 @@ def test_the_header_says_what_it_is_to_any_reader(tmp_path):
 
 def test_files_without_config_or_damaged_are_one_line(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(UserError, match="holds no config; give a file"):
+    with pytest.raises(UserError, match="holds no config, as cmscale did not write it"):
         read_safetensors(tmp_path / "foreign.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(UserError, match="damaged, or not a safetensors file"):

@@ -15,6 +15,7 @@ from typing import Protocol
 from urllib.parse import quote
 
 from cmscale.errors import UserError
+from cmscale.io.reading import utf8
 from cmscale.runs.manifests import ShardEntry, dataset_formats
 
 Span = tuple[int, int]
@@ -106,6 +107,6 @@ def escaped_key(key: str) -> str:
 
 def sample_key(key: str) -> str:
     """The key of the sample that is made of a source's image `key`: the same, or its SHA-1 where it is too long."""
-    if len(escaped_key(key)) <= _LONGEST_KEY:
-        return key
+    if len(escaped_key(utf8(key))) <= _LONGEST_KEY:
+        return utf8(key)
     return hashlib.sha1(key.encode("utf-8", "surrogateescape")).hexdigest()

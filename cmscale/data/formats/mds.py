@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.data.formats import ShardFormat, Span, WrittenShard
-from cmscale.errors import UserError
+from cmscale.errors import DamagedInput, UserError
 from cmscale.io.packages import check_tested
+from cmscale.io.reading import reading, reason
 from cmscale.runs.manifests import ShardEntry
 
 _COLUMNS = {"image": "bytes", "key": "str"}
@@ -98,23 +99,31 @@ class MDSShards:
     """
 
     def __init__(self, index: Path, shards: Sequence[ShardEntry]) -> None:
-        objects: list[dict[str, Any]] = json.loads(index.read_bytes())["shards"]
-        listed = [(item["raw_data"]["basename"], item["samples"], item["zip_data"]) for item in objects]
-        columns = [dict(zip(item["column_names"], item["column_encodings"], strict=True)) for item in objects]
+        with reading(index, "an index of MDS shards", advice="run data_prep/verify.py on the data set"):
+            objects: list[dict[str, Any]] = json.loads(index.read_bytes())["shards"]
+            listed = [(item["raw_data"]["basename"], item["samples"], item["zip_data"]) for item in objects]
+            columns = [dict(zip(item["column_names"], item["column_encodings"], strict=True)) for item in objects]
         if listed != [(shard.name, shard.count, None) for shard in shards] or any(one != _COLUMNS for one in columns):
             raise UserError(f"{index}: does not list the manifest's shards; run data_prep/verify.py on the data set")
+        self._index = index
         from streaming.base.format import reader_from_json  # slow to import, so not for other formats' readers
 
         check_tested("mosaicml-streaming")
-        self._readers = [reader_from_json(str(index.parent), "", item) for item in objects]
-        for reader in self._readers:
-            reader.validate(allow_unsafe_types=False)
+        with reading(index, "an index of MDS shards", advice="run data_prep/verify.py on the data set"):
+            self._readers = [reader_from_json(str(index.parent), "", item) for item in objects]
+            for reader in self._readers:
+                reader.validate(allow_unsafe_types=False)
 
     def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]:
         # A shard begins with the number of its samples and the offsets of each of them and of their end (all uint32).
-        begin, end = struct.unpack("<2I", os.pread(file, 8, 4 * (1 + index)))
-        sample = self._readers[shard].decode_sample(os.pread(file, end - begin, begin))
-        return sample["key"], sample["image"]
+        try:
+            begin, end = struct.unpack("<2I", os.pread(file, 8, 4 * (1 + index)))
+            sample = self._readers[shard].decode_sample(os.pread(file, end - begin, begin))
+            return sample["key"], sample["image"]
+        except (struct.error, OSError, ValueError, LookupError, MemoryError) as error:
+            raise DamagedInput(
+                f"{self._index}: shard {shard} is no MDS shard of its index ({reason(error)})"
+            ) from error
 
 
 FORMAT = MDSFormat()

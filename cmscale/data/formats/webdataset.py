@@ -17,7 +17,8 @@ from webdataset.writer import TarWriter
 
 from cmscale.data.decode import EXTENSIONS, sniff
 from cmscale.data.formats import ShardFormat, Span, WrittenShard, escaped_key
-from cmscale.errors import UserError
+from cmscale.errors import DamagedInput, UserError
+from cmscale.io.reading import reading, reason
 from cmscale.runs.manifests import ShardEntry
 
 
@@ -72,15 +73,21 @@ class TarShards:
     def __init__(self, index: Path, shards: Sequence[ShardEntry], *, extension: str | None) -> None:
         self._extensions = tuple(EXTENSIONS.values()) if extension is None else (extension,)
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
-        self._spans = np.asarray(np.load(index, mmap_mode="r", allow_pickle=False))  # a memmap is slow to index
-        if self._spans.shape != (self._starts[-1], 2):
+        with reading(index, "an index of tars", advice="run data_prep/verify.py on the data set"):
+            spans = np.load(index, mmap_mode="r", allow_pickle=False)
+            self._spans = np.asarray(spans)  # a memmap is slow to index
+        self._index = index
+        if self._spans.shape != (self._starts[-1], 2) or self._spans.dtype != np.dtype("<u8"):
             raise UserError(f"{index}: does not list the manifest's samples; run data_prep/verify.py on the data set")
 
     def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]:
         begin, end = self._spans[self._starts[shard] + index].tolist()
-        block = os.pread(file, end - begin, begin)
-        sample = next(iter(group_by_keys(_members(block))))
-        return unquote(sample["__key__"]), next(sample[each] for each in self._extensions if each in sample)
+        try:
+            block = os.pread(file, end - begin, begin)
+            sample = next(iter(group_by_keys(_members(block))))
+            return unquote(sample["__key__"]), next(sample[each] for each in self._extensions if each in sample)
+        except (OSError, ValueError, LookupError, OverflowError, MemoryError, StopIteration) as error:
+            raise DamagedInput(f"{self._index}: shard {shard} is no tar of its index ({reason(error)})") from error
 
 
 def _members(block: bytes) -> Iterator[dict[str, Any]]:
@@ -92,6 +99,8 @@ def _members(block: bytes) -> Iterator[dict[str, Any]]:
     while at < len(block):
         name = block[at : at + 100].rstrip(b"\0").decode("ascii")
         size = int(block[at + 124 : at + 135], 8)
+        if size < 0:
+            raise ValueError(f"a member of {size} bytes")
         at += 512
         yield {"fname": name, "data": block[at : at + size], "__url__": ""}
         at += -(-size // 512) * 512

@@ -14,10 +14,15 @@ import numpy as np
 from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
 from cmscale.evaluation.features.extractor import FeatureExtractor
-from cmscale.evaluation.npz import npz_arrays, npz_header, npz_names, npz_rows
-from cmscale.evaluation.reference.reference import Reference, reference_from_arrays
+from cmscale.evaluation.npz import npz_arrays, npz_names
+from cmscale.evaluation.reference.reference import Reference, reference_from_arrays, text_of
 from cmscale.evaluation.reference.registry import ReferenceFormat, ReferenceWriter
-from cmscale.evaluation.sample_files import batches
+from cmscale.evaluation.sample_files import batches, open_images
+
+_READ = frozenset(
+    {"mu", "sigma", "mu_s", "sigma_s", "features_0", "features", "preprocess", "encoding", "image_size", "count"}
+)
+"""What is read of a file besides its images; other arrays are left alone."""
 
 
 def _matches(path: Path) -> bool:
@@ -28,17 +33,18 @@ def _matches(path: Path) -> bool:
 def _read(path: Path, extractor: FeatureExtractor) -> Reference:
     """Without `features_0`, the features of the images in `arr_0` are extracted."""
     names = npz_names(path)
-    arrays = npz_arrays(path, names - {"arr_0"})
-    label = str(arrays["features"]) if "features" in arrays else None
-    subset = arrays.get("features_0")
-    shape = npz_header(path, "arr_0")[0] if "arr_0" in names else None
-    if shape is not None and len(shape) == 4:
-        arrays.setdefault("image_size", np.array(shape[1:3]))
-    if subset is None and shape and shape[0] and label in (None, extractor.label):
-        subset = np.concatenate([extractor(batch)["pooled"] for batch in batches(npz_rows(path, "arr_0"), BLOCK)])
-    found = reference_from_arrays(path, {**arrays, "subset": subset}, extractor)
-    if shape is not None and len(shape) == 4 and found.image_size != shape[1:3]:
-        raise UserError(f"reference {path}: arr_0 holds images of {shape[1]} x {shape[2]} px, unlike its image_size")
+    arrays: dict[str, Any] = dict(npz_arrays(path, names & _READ))
+    images = open_images(path) if "arr_0" in names else None
+    label = text_of(path, arrays, "features")
+    subset = arrays.pop("features_0", None)
+    if images is not None:
+        arrays.setdefault("image_size", np.array((images.height, images.width)))
+    if subset is None and images is not None and images.count and label in (None, extractor.label):
+        subset = np.concatenate([extractor(batch)["pooled"] for batch in batches(images.read(), BLOCK)])
+    found = reference_from_arrays(path, arrays if subset is None else {**arrays, "subset": subset}, extractor)
+    if images is not None and found.image_size != (images.height, images.width):
+        shape = f"{images.height} x {images.width} px"
+        raise UserError(f"reference {path}: arr_0 holds images of {shape}, unlike its image_size")
     return found
 
 

@@ -1,4 +1,4 @@
-"""EDM2's reference files: a `.pkl` of numbers, read without executing code in it.
+"""EDM2's reference files: a `.pkl` of numbers, of which nothing is executed.
 
 {"num_images": int, "source": str, "fid" or "fd_dinov2": {"mu": [D], "sigma": [D, D]}}
 """
@@ -12,8 +12,12 @@ import numpy as np
 
 from cmscale.errors import UserError
 from cmscale.evaluation.features.extractor import FeatureExtractor
+from cmscale.evaluation.npz import MAX_ARRAY_BYTES
 from cmscale.evaluation.reference.reference import Reference, reference_from_arrays
 from cmscale.evaluation.reference.registry import ReferenceFormat, ReferenceWriter
+from cmscale.interop.pickled_arrays import array, names_array
+from cmscale.io.pickles import Call, Name, plain, read_pickle
+from cmscale.io.reading import reading
 
 _KEYS = {"inception": "fid", "dinov2_vitl14": "fd_dinov2"}
 """Label of features -> key of their statistics."""
@@ -27,11 +31,15 @@ def _read(path: Path, extractor: FeatureExtractor) -> Reference:
             f"reference {path}: EDM2's files hold inception and dinov2_vitl14 statistics, "
             f"the evaluation uses {extractor.label}"
         )
-    found = _read_numbers(path)
-    if not isinstance(found, dict) or not isinstance(found.get(key), dict):
+    found = _read_document(path)
+    statistics = plain(found.get(key))
+    if not isinstance(statistics, dict):
         raise UserError(f"reference {path}: not EDM2's statistics (no {key!r})")
-    counted = {"count": found["num_images"]} if "num_images" in found else {}
-    return reference_from_arrays(path, {**found[key], **counted, "features": extractor.label}, extractor)
+    with reading(f"reference {path}", "EDM2's statistics"):
+        arrays = {name: array(statistics[name]) for name in ("mu", "sigma") if name in statistics}
+        if "num_images" in found:
+            arrays["count"] = array(found["num_images"])
+    return reference_from_arrays(path, {**arrays, "features": extractor.label}, extractor)
 
 
 def write_edm2(path: Path, reference: Reference, images: Iterable[np.ndarray] = ()) -> None:
@@ -70,19 +78,34 @@ def _existing(path: Path, features: str, count: int, source: str) -> dict[str, A
         raise UserError(
             f"{path}: EDM2's files hold inception and dinov2_vitl14 statistics, not {features}; use --format adm"
         )
-    found = _read_numbers(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    found = _read_document(path)
+    if isinstance(found.get("num_images"), Call):
+        with reading(path, "EDM2's statistics"):
+            found["num_images"] = array(found["num_images"]).tolist()
     same = {"num_images": count, "source": source}
-    if not isinstance(found, dict) or (found and {key: found.get(key) for key in same} != same):
+    if found and {key: found.get(key) for key in same} != same:
         raise UserError(f"{path}: exists, with statistics of other images than these {count}; name another file")
-    return found
+    with reading(path, "EDM2's statistics"):
+        kept = {key: plain(found[key]) for key in _KEYS.values() if key in found}
+        return same | {key: {name: array(numbers[name]) for name in ("mu", "sigma")} for key, numbers in kept.items()}
 
 
-def _read_numbers(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            return _NumbersUnpickler(file).load()
-    except Exception as error:
-        raise UserError(f"reference {path}: refused, as it holds more than numbers ({error})") from None
+def _read_document(path: Path) -> dict[str, Any]:
+    """The file's dictionary: numbers and text as they are, arrays as calls that are not made."""
+    with reading(f"reference {path}", "EDM2's statistics"), path.open("rb") as file:
+        size = path.stat().st_size
+        if size > MAX_ARRAY_BYTES:
+            raise UserError(f"reference {path}: has {size / 2**30:.1f} GiB; is this a reference file?")
+        found = plain(read_pickle(file, size=size, allows=_is_allowed))
+        if not isinstance(found, dict):
+            raise UserError(f"reference {path}: not EDM2's statistics (holds {type(found).__name__}, no dictionary)")
+        return found
+
+
+def _is_allowed(name: Name) -> bool:
+    return names_array(name) or str(name) == "dnnlib.util.EasyDict"
 
 
 class _NumbersPickler(pickle.Pickler):
@@ -92,21 +115,6 @@ class _NumbersPickler(pickle.Pickler):
         if isinstance(obj, np.ndarray):
             return np.ndarray, (obj.shape, obj.dtype.str, obj.tobytes())
         return NotImplemented
-
-
-class _NumbersUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain containers. Any other name is refused, so nothing is executed."""
-
-    _ALLOWED = frozenset(
-        {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-        | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
-        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"names {module}.{name}")
-        return super().find_class(module, name)
 
 
 FORMAT = ReferenceFormat(

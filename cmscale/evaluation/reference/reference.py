@@ -19,6 +19,8 @@ from cmscale.io.fetch import file_sha256
 
 SUBSET = 10_000  # images kept for KID, precision and recall, as in ADM's references
 _SUBSET_SEED = 0
+_LONGEST_TEXT = 1000  # characters
+_MOST_IMAGES = 10**12
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,13 @@ def reference_from_arrays(path: Path, arrays: Mapping[str, Any], extractor: Feat
     return Reference(
         name=str(path),
         sha256=file_sha256(path),
-        features=str(arrays["features"]) if "features" in arrays else None,
-        count=int(arrays["count"]) if "count" in arrays else None,
+        features=text_of(path, arrays, "features"),
+        count=_count(path, arrays, "count"),
         pooled=_moments(path, arrays, "mu", "sigma"),
         spatial=_moments(path, arrays, "mu_s", "sigma_s") if "mu_s" in arrays else None,
         subset=_subset(path, arrays.get("subset")),
-        preprocess=str(arrays["preprocess"]) if "preprocess" in arrays else None,
-        encoding=str(arrays["encoding"]) if "encoding" in arrays else None,
+        preprocess=text_of(path, arrays, "preprocess"),
+        encoding=text_of(path, arrays, "encoding"),
         image_size=_image_size(path, arrays["image_size"]) if "image_size" in arrays else None,
         device=extractor.device,
     )
@@ -187,6 +189,28 @@ def _image_size(path: Path, value: Any) -> tuple[int, int]:
     if sides.dtype.kind not in "iu" or len(sides) not in (1, 2) or sides.min() < 1:
         raise UserError(f"reference {path}: image_size must be a side, or height and width, in pixels")
     return int(sides[0]), int(sides[-1])
+
+
+def text_of(path: Path, arrays: Mapping[str, Any], key: str) -> str | None:
+    """The text under a key, None if there is none. Raises UserError if it is anything but a short text."""
+    if key not in arrays:
+        return None
+    value = np.asarray(arrays[key])
+    if value.ndim or value.dtype.kind != "U" or value.dtype.itemsize > 4 * _LONGEST_TEXT:
+        raise UserError(f"reference {path}: {key} must be a short text, it is {value.dtype} {list(value.shape)[:8]}")
+    return str(value)
+
+
+def _count(path: Path, arrays: Mapping[str, Any], key: str) -> int | None:
+    """The whole number under a key, None if there is none."""
+    if key not in arrays:
+        return None
+    value = np.asarray(arrays[key])
+    if value.ndim or value.dtype.kind not in "iu" or not 0 < int(value) < _MOST_IMAGES:
+        raise UserError(
+            f"reference {path}: {key} must be a whole number above 0, it is {str(value)[:40]} ({value.dtype})"
+        )
+    return int(value)
 
 
 def _subset(path: Path, features: np.ndarray | None) -> np.ndarray | None:
@@ -202,4 +226,9 @@ def _moments(path: Path, arrays: Mapping[str, Any], mean_key: str, covariance_ke
     if mean_key not in arrays or covariance_key not in arrays:
         raise UserError(f"reference {path}: holds no {mean_key} and {covariance_key}")
     mean, covariance = np.asarray(arrays[mean_key]), np.asarray(arrays[covariance_key])
-    return checked_moments(mean, covariance, origin=f"reference {path}, {mean_key} and {covariance_key}")
+    origin = f"reference {path}, {mean_key} and {covariance_key}"
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return checked_moments(mean, covariance, origin=origin)
+    except np.linalg.LinAlgError as error:  # finite numbers whose sums are not
+        raise UserError(f"{origin}: not the statistics of features ({error})") from None

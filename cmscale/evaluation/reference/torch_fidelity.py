@@ -4,29 +4,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cmscale.errors import UserError
 from cmscale.evaluation.features.extractor import FeatureExtractor
+from cmscale.evaluation.npz import MAX_ARRAY_BYTES
 from cmscale.evaluation.reference.reference import Reference, reference_from_arrays
 from cmscale.evaluation.reference.registry import ReferenceFormat
+from cmscale.interop.pickled_arrays import array, names_array
+from cmscale.interop.torch_file import TorchFile, names_tensor, open_torch
+from cmscale.io.pickles import plain
+from cmscale.io.reading import reading
 
 
 def _read(path: Path, extractor: FeatureExtractor) -> Reference:
     return reference_from_arrays(path, _load(path), extractor)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    reconstruct = np.zeros(0).__reduce__()[0]  # its module differs between versions of numpy
-    allowed = [np.ndarray, np.dtype, reconstruct, type(np.dtype("f4")), type(np.dtype("f8"))]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"reference {path}: not torch-fidelity's statistics ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"reference {path}: not torch-fidelity's statistics (no mu and sigma)")
-    return found
+def _load(path: Path) -> dict[str, np.ndarray]:
+    with (
+        reading(f"reference {path}", "torch-fidelity's statistics"),
+        open_torch(path, allows=lambda name: names_tensor(name) or names_array(name)) as file,
+    ):
+        found = plain(file.value)
+        if not isinstance(found, dict):
+            raise UserError(f"reference {path}: not torch-fidelity's statistics (no mu and sigma)")
+        return {key: _numbers(path, file, found[key]) for key in ("mu", "sigma") if key in found}
+
+
+def _numbers(path: Path, file: TorchFile, value: Any) -> np.ndarray:
+    """An array of numpy's or torch's."""
+    tensor = file.tensor(value)
+    if tensor is None:
+        return array(value)
+    if tensor.numel * tensor.dtype.itemsize > MAX_ARRAY_BYTES:
+        raise UserError(f"reference {path}: an array of {tensor.numel} numbers; is this a reference file?")
+    return tensor.load().double().numpy()
 
 
 FORMAT = ReferenceFormat(

@@ -1,0 +1,77 @@
+"""Reads what others wrote: whatever a parser raises on a foreign file becomes one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cmscale.errors import UserError
+from cmscale.io.pickles import ForbiddenName
+
+_LONGEST_REASON = 200
+
+
+@contextmanager
+def reading(origin: object, what: str, *, advice: str = "copy it again, or give another") -> Iterator[None]:
+    """Turns what a parser raises on a damaged or hostile file into a UserError.
+
+    Parsers raise whatever their parts raise: zipfile alone BadZipFile, zlib.error, RuntimeError, NotImplementedError,
+    EOFError, OverflowError, struct.error and more. So the block must hold the parser and nothing else.
+
+    Args:
+        origin: The file, for the message.
+        what: What it should have been, for example `an .npz of plain arrays`.
+
+    Raises:
+        UserError: anything but a UserError or ConnectionError was raised in the block.
+    """
+    try:
+        yield
+    except (UserError, ConnectionError):
+        raise
+    except ForbiddenName as error:
+        raise UserError(f"{origin}: refused, as {error}; {advice}") from None
+    except FileNotFoundError:
+        raise UserError(f"{origin}: no such file") from None
+    except PermissionError as error:
+        raise UserError(f"{origin}: not readable ({error.strerror})") from None
+    except MemoryError as error:
+        raise UserError(f"{origin}: needs more memory than there is, or is damaged; {advice}") from error
+    except Exception as error:
+        raise UserError(f"{origin}: damaged, or not {what} ({reason(error)}); {advice}") from error
+
+
+def reason(error: BaseException) -> str:
+    """An exception's message, short, on one line, without what it says about Python."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"no {text}"
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
+
+
+def read_small(path: str | Path, *, what: str, limit: int = 1 << 24) -> bytes:
+    """The bytes of a file that has no reason to be large: a config, a document.
+
+    Args:
+        what: What it is, for messages: `a config`.
+        limit: The most bytes that are read; a device such as /dev/zero has no end.
+
+    Raises:
+        UserError: there is no such file, it can't be read, or it is larger.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error}); give {what}") from None
+    if len(content) > limit:
+        raise UserError(f"{path}: has more than {limit >> 20} MiB, too much for {what}; give another file")
+    return content
+
+
+def utf8(text: str) -> str:
+    """Text that every encoder takes: bytes of a file's name that are not UTF-8 are written out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,363 @@
+"""The property that no file is trusted: whatever a user's file holds, a command works, or says in a line why not.
+
+Every kind of file that a command reads is damaged at random (`mutations`), with a new seed for each run; it is printed.
+CMSCALE_MUTATION_SEED repeats a run, CMSCALE_MUTATIONS sets the number of damaged files.
+"""
+
+import contextlib
+import io
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import traceback
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_fixtures import encoded, smooth_image, write_lmdb
+from edm_pickles import adm_unet, preconditioned, write_pickle
+from evaluation_fixtures import build_cheap_features, write_dataset, write_trained_run
+from mutations import mutated, replaced
+from PIL import Image
+
+from cmscale.cli import main as cli
+from cmscale.config import dump_config, parse_config
+from cmscale.evaluation.reference.adm import write_adm
+from cmscale.evaluation.reference.edm import write_edm
+from cmscale.evaluation.reference.edm2 import write_edm2
+from cmscale.evaluation.reference.reference import reference_from_images
+from cmscale.interop import write_diffusers, write_openai, write_safetensors
+from cmscale.model.unet import build_unet
+from cmscale.runs.results import TimeSearch
+from data_prep import prepare, reference, verify
+from launchers import submit
+
+COUNT = int(os.environ.get("CMSCALE_MUTATIONS", "300"))
+SECONDS = 60  # that one command may take on a busy machine
+GROWTH = 2 << 30  # bytes of memory
+LINES = 3
+
+
+@dataclass(frozen=True)
+class Input:
+    """A kind of file: the files that are damaged, one at a time, and the commands that read them."""
+
+    name: str
+    files: Sequence[Path]
+    commands: Sequence[tuple[object, ...]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Input]:
+    """Every kind of file that a user can give, with `OUT` for what a command writes."""
+    return build_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def build_inputs(root: Path) -> list[Input]:
+    data = write_dataset(root / "mds", count=12)
+    run = write_trained_run(root / "runs/run", data=data)
+    config = parse_config(run.config.read_text())
+    config_file = root / "config.yaml"
+    config_file.write_text(dump_config(config))
+    run.metrics.write_text('{"step": 5, "loss": 0.5, "samples": 40}\n')
+    run.events.write_text('{"time": 1.0, "event": "start", "step": 0, "rank": 0, "why": ""}\n')
+    return [
+        *_weights(root, run.root, config_file),
+        *_runs(run.root, config_file),
+        *_evaluations(root, run.root),
+        *_pictures(root, run.root),
+        *_data(root, data, run.root),
+        *_sources(root),
+    ]
+
+
+def _weights(root: Path, run: Path, config_file: Path) -> list[Input]:
+    config = parse_config(config_file.read_text())
+    weights = build_unet(config.model).state_dict()
+    write_openai(root / "openai.pt", weights, model=config.model)
+    torch.save(weights, root / "older.pt", _use_new_zipfile_serialization=False)
+    described = {"config": config, "step": 1, "weights_name": "master"}
+    write_safetensors(root / "own.safetensors", weights, **described)
+    write_diffusers(root / "diffusers", weights, **described)
+    net = adm_unet(size=4, width=128, multipliers=[1], blocks=1, attention=[], labels=0)
+    write_pickle(root / "edm.pkl", preconditioned(net))
+    pickled = (
+        "method.kind=edm model.image_size=4 model.channels=128 model.head_channels=64 model.scale_shift_norm=true "
+        "model.noise_embedding_scale=1.0"
+    )
+    edm_config = root / "edm.yaml"
+    edm_config.write_text(dump_config(parse_config(EDM_CONFIG, pickled.split())))
+    given = ("--config", config_file)
+    diffusers = [path for path in (root / "diffusers").rglob("*") if path.is_file()]
+    return [
+        Input(
+            "config",
+            [config_file],
+            [
+                ("cmscale", "estimate", config_file, "--gpus-per-node", 2),
+                ("cmscale", "import", root / "openai.pt", *given, "--to", "OUT/x.safetensors"),
+                ("submit", config_file, "--cluster", "local", "--dry-run", "--runs-dir", "OUT"),
+            ],
+        ),
+        Input(
+            "openai",
+            [root / "openai.pt"],
+            [("cmscale", "import", root / "openai.pt", *given, "--to", "OUT/x.safetensors")],
+        ),
+        Input(
+            "older",
+            [root / "older.pt"],
+            [("cmscale", "import", root / "older.pt", *given, "--to", "OUT/x.safetensors")],
+        ),
+        Input(
+            "safetensors",
+            [root / "own.safetensors"],
+            [
+                ("cmscale", "export", root / "own.safetensors", "--format", "openai", "--to", "OUT/x.pt"),
+                ("cmscale", "sample", root / "own.safetensors", "--num", 1, "--out", "OUT/x.npz"),
+            ],
+        ),
+        Input("diffusers", diffusers, [("cmscale", "import", root / "diffusers", "--to", "OUT/x.safetensors")]),
+        Input(
+            "nvlabs",
+            [root / "edm.pkl"],
+            [("cmscale", "import", root / "edm.pkl", "--config", edm_config, "--to", "OUT/x.safetensors")],
+        ),
+    ]
+
+
+EDM_CONFIG = """
+method: {kind: edm}
+model: {image_size: 4, channels: 128, channel_multipliers: [1], num_res_blocks: 1}
+data: {path: nowhere}
+optimizer: {learning_rate: 1.0e-2}
+train: {total_steps: 100, global_batch_size: 8, micro_batch_size: 2}
+"""
+
+
+def _runs(run: Path, config_file: Path) -> list[Input]:
+    del config_file
+    files = [path for path in run.rglob("*") if path.is_file()]
+    return [
+        Input(
+            "run",
+            files,
+            [
+                ("cmscale", "runs", run.parent),
+                ("cmscale", "report", run),
+                ("cmscale", "verify", run),
+                ("cmscale", "export", run, "--to", "OUT/x.safetensors"),
+                ("cmscale", "sample", run, "--num", 1, "--out", "OUT/x.npz"),
+            ],
+        )
+    ]
+
+
+def _evaluations(root: Path, run: Path) -> list[Input]:
+    images = np.random.default_rng(0).integers(0, 256, size=(24, 8, 8, 3), dtype=np.uint8)
+    np.savez_compressed(root / "samples.npz", arr_0=images)
+    measured = reference_from_images(images, build_cheap_features(), name="images", count=24)
+    write_adm(root / "adm.npz", measured, iter(images))
+    np.savez(root / "images.npz", arr_0=images)
+    np.savez(root / "stats.npz", mu=measured.pooled.mean, sigma=measured.pooled.covariance, arr_0=images)
+    write_edm(root / "edm.npz", measured)
+    write_edm2(root / "edm2.pkl", measured)
+    statistics = {"mu": measured.pooled.mean, "sigma": measured.pooled.covariance}
+    torch.save(statistics, root / "fidelity.pt")
+    torch.save(statistics, root / "older_fidelity.pt", _use_new_zipfile_serialization=False)
+    np.save(root / "noise.npy", np.zeros((1, 3, 8, 8), np.float32))
+    search = TimeSearch(
+        step=7, weights="ema_0.9", steps=2, last=150, score_name="FID", num_samples=10, seed=0, complete=True,
+        indices=(0, 75), times=(80.0, 2.0), score=1.0, protocol={},
+    )  # fmt: skip
+    (root / "times.json").write_bytes(search.to_bytes())
+    names = ("adm.npz", "images.npz", "stats.npz", "edm.npz", "edm2.pkl", "fidelity.pt", "older_fidelity.pt")
+    evaluate = ("cmscale", "evaluate", root / "samples.npz", "--features", "inception", "--out", "OUT/x.json")
+    return [
+        *(Input(name, [root / name], [(*evaluate, "--reference", root / name)]) for name in names),
+        Input("samples", [root / "samples.npz"], [(*evaluate, "--reference", root / "edm.npz")]),
+        Input(
+            "noise",
+            [root / "noise.npy"],
+            [("cmscale", "sample", run, "--num", 1, "--noise", root / "noise.npy", "--out", "OUT/x.npz")],
+        ),
+        Input(
+            "times",
+            [root / "times.json"],
+            [("cmscale", "sample", run, "--num", 1, "--times", root / "times.json", "--out", "OUT/x.npz")],
+        ),
+    ]
+
+
+def _pictures(root: Path, run: Path) -> list[Input]:
+    folder = root / "pictures"
+    folder.mkdir()
+    for number in range(6):
+        kind = ("png", "jpeg", "webp")[number % 3]
+        (folder / f"{number}.{kind}").write_bytes(encoded(smooth_image(number, width=8, height=8), kind))
+    Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(root / "mask.png")
+    picture = folder / "0.png"
+    edit = ("cmscale", "edit", "inpaint", run, picture, "--steps", 2, "--out", "OUT/x.png")
+    evaluate = ("cmscale", "evaluate", folder, "--features", "inception", "--reference", root / "edm.npz")
+    return [
+        Input("folder", list(folder.iterdir()), [(*evaluate, "--out", "OUT/x.json")]),
+        Input("picture", [picture], [edit]),
+        Input("mask", [root / "mask.png"], [(*edit, "--mask", root / "mask.png")]),
+    ]
+
+
+def _data(root: Path, data: Path, run: Path) -> list[Input]:
+    images = data.parent / "images"
+    tars = root / "webdataset"
+    source = f"folder:{images}"
+    made = ["--source", source, "--format", "webdataset", "--image-size", "8", "--encoding", "png", "--out", str(tars)]
+    assert prepare.main(made) == 0
+    found = []
+    for name, folder in (("mds", data), ("webdataset", tars)):
+        files = [path for path in folder.iterdir() if path.is_file()]
+        commands = [
+            ("verify", folder),
+            ("verify", folder, "--repair", "--source", source),
+            ("reference", folder, "--out", "OUT/x.npz", "--device", "cpu"),
+            ("cmscale", "consistency-error", run, "--data", folder, "--num", 1, "--out", "OUT/x.json"),
+            ("prepare", *made[:-1], folder) if name == "webdataset" else ("verify", folder),
+        ]
+        found.append(Input(f"data set {name}", files, commands))
+    return found
+
+
+def _sources(root: Path) -> list[Input]:
+    pictures = {
+        f"{number:040x}": encoded(smooth_image(number), ("webp", "jpeg", "png")[number % 3]) for number in range(6)
+    }
+    write_lmdb(root / "lsun/x_train_lmdb", pictures)
+    (root / "files").mkdir()
+    for key, content in pictures.items():
+        (root / f"files/{key}.png").write_bytes(content)
+    with zipfile.ZipFile(root / "images.zip", "w") as archive:
+        for path in sorted((root / "files").iterdir()):
+            archive.write(path, path.name)
+    (root / "tars").mkdir()
+    shutil.make_archive(str(root / "tars/images"), "tar", root / "files")
+    rest = ("--format", "webdataset", "--image-size", 16, "--out", "OUT/data", "--workers", 1, "--max-bad")
+    found = []
+    for source, files in (
+        (f"lsun:{root / 'lsun'}", [root / "lsun/x_train_lmdb/data.mdb"]),
+        (f"folder:{root / 'files'}", list((root / "files").iterdir())),
+        (f"zip:{root / 'images.zip'}", [root / "images.zip"]),
+        (f"tars:{root / 'tars'}", [root / "tars/images.tar"]),
+    ):
+        commands = [("prepare", "--source", source, *rest, allowed) for allowed in (0, 5)]
+        found.append(Input(source.partition(":")[0], files, commands))
+    return found
+
+
+def _call(command: Sequence[object], out: Path) -> tuple[int, str, str]:
+    """Runs a command in this process. Returns its status, and what it printed."""
+    program, *given = [str(part).replace("OUT", str(out)) if "OUT" in str(part) else str(part) for part in command]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    mains: dict[str, Callable[[list[str]], int]] = {
+        "prepare": prepare.main,
+        "verify": verify.main,
+        "reference": reference.main,
+        "submit": _submit,
+        "cmscale": _cmscale,
+    }
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            status = mains[program](given)
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+    return status, stdout.getvalue(), stderr.getvalue()
+
+
+def _cmscale(arguments: list[str]) -> int:
+    sys.argv = ["cmscale", *arguments]
+    cli.main()
+    return 0
+
+
+def _submit(arguments: list[str]) -> int:
+    sys.argv = ["submit.py", *arguments]
+    return submit.guarded(submit.main)
+
+
+def _problem(command: Sequence[object], out: Path) -> str | None:
+    """What a command does that it must not; None for nothing."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.alarm(SECONDS)
+    try:
+        status, printed, complaint = _call(command, out)
+    except BaseException:
+        return traceback.format_exc(limit=-6)
+    finally:
+        signal.alarm(0)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    allowed = (0, 1, 2) if "verify" in command[:2] else (0, 2)
+    if status not in allowed or "Traceback" in complaint:
+        return f"status {status}: {complaint[-2000:]}"
+    if status == 2 and len((printed + complaint).splitlines()) > LINES:
+        return f"{len((printed + complaint).splitlines())} lines: {(printed + complaint)[:2000]}"
+    if status == 2 and not complaint.strip():
+        return "status 2 without a word"
+    return f"{grown >> 20} MiB of memory" if grown > GROWTH else None
+
+
+def _timed_out(*_: object) -> None:
+    raise TimeoutError(f"a command took more than {SECONDS} s")
+
+
+def test_damaged_files_give_a_result_or_one_line(
+    inputs: list[Input], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = int(os.environ.get("CMSCALE_MUTATION_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"CMSCALE_MUTATION_SEED={seed}")
+    monkeypatch.setattr("cmscale.evaluation.session.build_features", build_cheap_features)
+    monkeypatch.setattr("data_prep.reference.build_features", build_cheap_features)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+    signal.signal(signal.SIGALRM, _timed_out)
+    wanted = os.environ.get("CMSCALE_MUTATION_INPUT")
+    inputs = [each for each in inputs if wanted in (None, each.name)]
+    failures: dict[str, str] = {}
+    for number in range(COUNT):
+        chance = random.Random(f"{seed} {number}")
+        chosen = inputs[number % len(inputs)]
+        path, command = chance.choice(list(chosen.files)), chance.choice(list(chosen.commands))
+        content = path.read_bytes()
+        if replaced(path, chance) is None:
+            path.write_bytes(mutated(path.name, content, chance))
+        problem = _problem(command, tmp_path / "out")
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        if problem is not None:
+            failures.setdefault(
+                problem.splitlines()[-1][:300], f"{number}: {chosen.name} {path.name}: {command}\n{problem}"
+            )
+    report = "\n\n".join(failures.values())
+    assert not failures, f"CMSCALE_MUTATION_SEED={seed}: {len(failures)} kinds of failure\n{report}"
+
+
+def test_the_files_are_good_before_they_are_damaged(inputs: list[Input], tmp_path: Path, monkeypatch) -> None:
+    """Otherwise the property would hold for a refusal of everything."""
+    monkeypatch.setattr("cmscale.evaluation.session.build_features", build_cheap_features)
+    monkeypatch.setattr("data_prep.reference.build_features", build_cheap_features)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+    for each in inputs:
+        for command in each.commands:
+            (tmp_path / "out").mkdir(exist_ok=True)
+            status, printed, complaint = _call(command, tmp_path / "out")
+            assert status == 0, f"{command}: {status}\n{printed}{complaint}"
+            shutil.rmtree(tmp_path / "out")
