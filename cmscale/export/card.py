@@ -134,12 +134,6 @@ def _pipeline(method: MethodSection) -> Iterator[str]:
     yield ""
 
 
-def _data_rows(dataset: DatasetManifest | None) -> Iterator[str]:
-    if dataset is not None:
-        yield f"| Images in the data set | {dataset.count:,} of {dataset.source}, preprocessing {dataset.preprocess} |"
-        yield f"| Fingerprint of the data set | `{dataset.fingerprint}` |"
-
-
 def _quality(evaluations: Sequence[EvaluationResult]) -> Iterator[str]:
     """A table per score and reference of the results with the most samples, and the number of those left out."""
     if not evaluations:
