@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     cluster, job = CLUSTERS[placement.cluster], JobSpec(EVALUATE, (request,), run, placement)
     if flags.dry_run:
         values = {key: value for key, value, _ in leaves(settings)}
-        print("\n" + describe_origins(placed, origins, values))
+        file = flags.config or (str(run.config) if config else "")
+        print("\n" + describe_origins(placed, origins, values, file=file))
         if preview := cluster.preview(job):
             print("\n" + preview)
         return 0

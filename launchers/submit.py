@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> int:
     print(describe_training(placement, config, root=run.root), flush=True)
     if flags.dry_run or flags.resume:
         rows = where if every is None else where.with_row("evaluate every", str(every), _origin_of_every(flags))
-        print("\n" + describe_origins(rows, origins, {key: value for key, value, _ in leaves(config)}), flush=True)
+        values = {key: value for key, value, _ in leaves(config)}
+        file = split_items(flags.items)[0] or str(run.config)
+        print("\n" + describe_origins(rows, origins, values, file=file), flush=True)
     if unused := unused_variables(os.environ):
         print(f"note: not used, as launchers say this themselves: {', '.join(unused)}", file=sys.stderr)
     if flags.resume and recorded is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cmscale.config import Slurm
+from cmscale.config import Slurm, leaves
 from cmscale.config.layers import COMMAND_LINE
 from cmscale.config.site import LaunchSettings, read_site
 from cmscale.config.slurm import parse_gpus, parse_minutes
@@ -166,15 +166,18 @@ def decide_where(
     raise AssertionError("this machine suits always")
 
 
-def describe_origins(where: Where, origins: Mapping[str, str], values: Mapping[str, Any]) -> str:
-    """A table of values and where they came from: those of the placement, and every key that is no default.
+def describe_origins(where: Where, origins: Mapping[str, str], values: Mapping[str, Any], *, file: str) -> str:
+    """A table of values and where they came from: those of the placement, and every key that another place set.
 
     Args:
         values: The values of the config by dotted key.
+        file: The origin of all other values; of its own, those that say how the job is launched are shown.
     """
     rows = [*where.rows]
     placed = {"slurm.gpus_per_node", "slurm.time", "slurm.nodes", "slurm.partition"}
-    for key in sorted(origins.keys() - placed):
+    defaults = {key: value for key, value, _ in leaves(LaunchSettings())}
+    dull = {key for key in origins if origins[key] == file and values.get(key) == defaults.get(key, values.get(key))}
+    for key in sorted(origins.keys() - placed - dull):
         inside, _, name = key.rpartition(".")
         if key in values:
             rows.append((key, _shown(values[key]), origins[key]))
@@ -182,7 +185,8 @@ def describe_origins(where: Where, origins: Mapping[str, str], values: Mapping[s
             rows.append((key, _shown(values[inside][name]), origins[key]))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows]
-    return "\n".join(["where the values come from:", *(line.rstrip() for line in lines)])
+    rest = f"all else: {file}, or a default" if file else "all else: a default"
+    return "\n".join(["where the values come from:", *(line.rstrip() for line in lines), rest])
 
 
 def _shown(value: Any) -> str:

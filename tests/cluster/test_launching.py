@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -27,11 +28,19 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 SUBMISSION = "one"
 
 
-def submit(run: RunDir, *, total_steps: int, how: str, minutes: int = 60, signal_seconds: int = 5) -> None:
+def submit(
+    run: RunDir,
+    *,
+    total_steps: int,
+    how: str,
+    minutes: int = 60,
+    signal_seconds: int = 5,
+    settings: Slurm | None = None,
+) -> None:
     """Submits a job of two nodes with one rank on each."""
     run.logs.mkdir(parents=True)
-    restart = Restart(signal_seconds=signal_seconds)
-    where = placement(nodes=2, partition="low", minutes=minutes, slurm=Slurm(cpus_per_task=2), restart=restart)
+    restart, slurm = Restart(signal_seconds=signal_seconds), settings or Slurm(cpus_per_task=2)
+    where = placement(nodes=2, partition="low", minutes=minutes, slurm=slurm, restart=restart)
     job = JobSpec("cluster_worker:main", (str(run.root), total_steps, how), run, where, submission=SUBMISSION)
     assert SlurmCluster().run(job, wait=False) == 0
 
@@ -132,17 +141,50 @@ def test_time_limit_saves_and_requeues_and_repeats_no_step(slurm: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_the_same_fault_three_times_stops_with_the_reason_and_the_log(
+def test_the_same_fault_twice_stops_with_the_reason_and_the_log(
     slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     run = RunDir(tmp_path / "run")
     submit(run, total_steps=30, how="fault")
     assert wait(run) == 1
     said = capsys.readouterr().err
-    assert "fault: 3 failures without progress since step 0: RuntimeError: rank 1 is out of luck" in said
+    why = "the same failure twice at step 0, so a third start would fail too: RuntimeError: rank 1 is out of luck"
+    assert f"fault: {why}" in said
     assert "Traceback" in said
-    assert attempts(run) == ["fault"] * 3
-    assert events(run) == ["requeued", "requeued", "fault"]
+    assert attempts(run) == ["fault"] * 2
+    assert events(run) == ["requeued", "fault"]
+
+
+@pytest.mark.slow
+def test_where_slurm_refuses_to_requeue_the_job_goes_on_as_a_new_one_with_what_the_user_told_sbatch(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As JobRequeue=0 answers, and from a shell whose variables would change the job."""
+    stub = tmp_path / "bin" / "scontrol"
+    stub.parent.mkdir()
+    refuse = 'echo "Requested operation is presently disabled for job $2" >&2; exit 1'
+    stub.write_text(f'#!/bin/sh\n[ "$1" = requeue ] && {{ {refuse}; }}\nexec {shutil.which("scontrol")} "$@"\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
+    leaks = {"SLURM_CPU_BIND": "mask_cpu:0x1", "SLURM_MEM_PER_CPU": "1", "SLURM_ARRAY_TASK_ID": "3"}
+    for name, value in {**leaks, "SLURM_JOB_ID": "9", "SBATCH_EXPORT": "NONE", "SBATCH_ARRAY_INX": "1-2"}.items():
+        monkeypatch.setenv(name, value)
+    run = RunDir(tmp_path / "run")
+    submit(run, total_steps=100, how="slow", settings=Slurm(cpus_per_task=2, account="team", comment='it\'s "mine"'))
+    for name in leaks:
+        monkeypatch.delenv(name)
+    first = job_id(run)
+    wait_until(lambda: len(steps(run)) > 3)
+    subprocess.run(["scancel", "--signal=USR2", first], check=True)
+    wait_until(lambda: job_id(run) != first)
+    shown = subprocess.run(
+        ["squeue", "-h", "-o", "%P %a %k", "-j", job_id(run)], check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.split() == ["low", "team", "it's", '"mine"']
+    assert wait(run) == 0
+    assert steps(run) == list(range(1, 101))
+    assert attempts(run) == ["preempted", "finished"]
+    assert events(run) == ["requeued"]
 
 
 def test_job_that_slurm_refuses_is_one_line(slurm: Path, tmp_path: Path):
