@@ -114,6 +114,12 @@ def create_run(run: RunDir, config: Config) -> None:
         raise
 
 
+def remove_run(run: RunDir) -> None:
+    """Removes the folder of a run whose job was refused; one in which anything was started stays."""
+    if not (run.events.exists() or run.checkpoints.exists() or run.generations.exists()):
+        shutil.rmtree(run.root, ignore_errors=True)
+
+
 def write_provenance(run: RunDir) -> None:
     """Adds this start to provenance.json: package versions, git revision, host, command line."""
     old = json.loads(run.provenance.read_text())["starts"] if run.provenance.exists() else []

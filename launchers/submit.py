@@ -11,6 +11,7 @@ from cmscale.config import Config, differences, dump_config, leaves, parse_confi
 from cmscale.config.site import LaunchSettings, site_layers, unused_variables
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
+from cmscale.io.slurm import Refused
 from cmscale.runs.folder import RunDir
 from launchers.checks import check_evaluation, check_export, check_inputs
 from launchers.clusters import CLUSTERS
@@ -22,6 +23,7 @@ from launchers.run_folders import (
     existing_run,
     new_run,
     only_launcher,
+    remove_run,
     with_absolute_paths,
     write_provenance,
 )
@@ -85,7 +87,12 @@ def main(arguments: list[str]) -> int:
             replace_durably(run.config, dump_config(config).encode())
             write_provenance(run)
         Recorded.of(placement, evaluate_every=every).write(run)
-        status = cluster.run(job, wait=flags.wait)
+        try:
+            status = cluster.run(job, wait=flags.wait)
+        except Refused:
+            if not flags.resume:  # so that the corrected command finds no run of this name
+                remove_run(run)
+            raise
     print(f"run: {run.root}", flush=True)
     return status
 

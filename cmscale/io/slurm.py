@@ -40,6 +40,10 @@ PYTHON_PATH = f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$P
 """A line of a batch script: Python finds this checkout's packages, from any folder."""
 
 
+class Refused(UserError):
+    """Raised when Slurm does not accept a job: nothing was submitted."""
+
+
 class NoJobIdError(UserError):
     """Raised when sbatch accepts a job without saying its id."""
 
@@ -103,7 +107,7 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
         environment: The variables that sbatch and the job get, but for those of jobs; None is this process's.
 
     Raises:
-        UserError: Slurm refuses the job or does not answer, or there is no sbatch.
+        Refused: Slurm refuses the job or does not answer, or there is no sbatch.
         NoJobIdError: sbatch accepted the job, but what it printed holds no job id; do not submit it again.
     """
     command = ["sbatch", "--parsable", *options, str(script)]
@@ -111,9 +115,9 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     except FileNotFoundError:
-        raise UserError("no sbatch on the PATH; run this on a login node of the cluster") from None
+        raise Refused("no sbatch on the PATH; run this on a login node of the cluster") from None
     if ran.returncode:
-        raise UserError(f"Slurm refuses the job: {refusal(ran.stderr or ran.stdout)}")
+        raise Refused(f"Slurm refuses the job: {refusal(ran.stderr or ran.stdout)}")
     # A site's wrapper of sbatch may print lines of its own before or after the id.
     job_id = re.search(r"^(\d+)(;\S*)?\s*$", ran.stdout, re.MULTILINE)
     if job_id is None:

@@ -12,8 +12,11 @@ from cmscale.io.slurm import (
     PYTHON_PATH,
     NoJobIdError,
     common_parameters,
+    exports,
     job_states,
+    options_in,
     outside_of_jobs,
+    outside_of_this_job,
     refusal,
     submit,
 )
@@ -101,6 +104,65 @@ def test_the_reason_of_a_refusal_is_in_sbatchs_own_lines() -> None:
 def test_a_jobs_own_variables_do_not_reach_another_job() -> None:
     given = {"SLURM_JOB_ID": "1", "SLURM_CONF": "2", "SBATCH_REQUEUE": "3", "HOME": "4"}
     assert outside_of_jobs(given) == {"SLURM_CONF": "2", "HOME": "4"}
+
+
+def test_the_submitting_shell_does_not_reach_the_job(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_a_job = ("SLURM_CPU_BIND", "SLURM_MEM_PER_CPU", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID", "SLURMD_NODENAME")
+    of_ranks = ("RANK", "MASTER_ADDR", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SUBMITIT_LOCAL_NTASKS", "CMSCALE_START")
+    left_out = (*of_a_job, *of_ranks, "SBATCH_EXPORT", "SBATCH_PARTITION", "SRUN_CPUS_PER_TASK", "CUDA_VISIBLE_DEVICES")
+    for name in left_out:
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_CONF", "SLURM_CONF_SERVER", "MY_SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "kept")
+    install(bin_folder, "sbatch", f"/usr/bin/env >{bin_folder}/seen; echo 17")
+    assert submit(Path("job.sh")) == "17"
+    seen = dict(line.split("=", 1) for line in (bin_folder / "seen").read_text().splitlines() if "=" in line)
+    assert not seen.keys() & set(left_out)
+    assert {name for name, value in seen.items() if value == "kept"} == {
+        "SLURM_CONF",
+        "SLURM_CONF_SERVER",
+        "MY_SLURM_JOB_ID",
+    }
+    with outside_of_this_job():
+        assert not os.environ.keys() & set(left_out)
+    assert os.environ["SLURM_CPU_BIND"] == os.environ["RANK"] == "1"
+    outside = outside_of_jobs({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_CONF": "x"})
+    assert outside["CUDA_VISIBLE_DEVICES"] == "0,1"  # the user's own choice
+
+
+def test_a_job_is_asked_about_whatever_the_users_squeue_shows(
+    bin_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SQUEUE_PARTITION", "other")
+    install(bin_folder, "squeue", '[ -z "$SQUEUE_PARTITION" ] && echo RUNNING')
+    assert job_states("7") == {"RUNNING"}
+
+
+def test_the_options_of_a_script_are_read_as_sbatch_reads_them() -> None:
+    script = (
+        "#!/bin/bash\n#SBATCH --comment='it'\"'\"'s mine'\n#SBATCH --exclusive\n#SBATCH --exclude=a,b\necho #SBATCH\n"
+    )
+    assert options_in(script) == {"comment": "it's mine", "exclusive": "", "exclude": "a,b"}
+
+
+def test_set_up_lines_come_first_and_cannot_end_the_script() -> None:
+    where = {"job_name": "a", "nodes": 1, "tasks_per_node": 1, "cpus_per_task": None, "minutes": 5, "partition": None}
+    shared = common_parameters(**where, mem_gb=None, setup=["set -eu", "false || true"], options={"export": "NONE"})
+    assert shared["setup"][:3] == ["set -eu", "false || true", "set +eu +o pipefail"]
+    assert shared["setup"][3] == "export SLURM_EXPORT_ENV=ALL"
+    ran = subprocess.run(
+        ["/bin/bash", "-c", "\n".join([*shared["setup"], "false", "echo $unset on"])], capture_output=True, text=True
+    )
+    assert ran.stdout == "on\n"
+    assert "cpus_per_task" not in shared
+    assert "mem" not in shared
+    assert shared["wckey"] is None
+    assert shared["srun_args"] == []
+    lines = exports({"A": "it's $HOME", "B": "2"})
+    ran = subprocess.run(
+        ["/bin/bash", "-c", "\n".join([*lines, 'echo "$A $B"'])], env={"B": "mine"}, capture_output=True, text=True
+    )
+    assert ran.stdout == "it's $HOME mine\n"
 
 
 def test_a_batch_script_finds_the_checkout_before_the_users_own_path() -> None:

@@ -160,6 +160,45 @@ class TestScript:
         assert any(line.startswith("trap : TERM") for line in lines[: order[0]])
         assert f"#SBATCH --output='{root}/logs/%j_batch.log'" in lines
 
+    def test_everything_that_a_site_says_is_in_it_and_bash_reads_it(self, tmp_path: Path) -> None:
+        settings = Slurm(
+            account="team",
+            comment="it's #1",
+            wckey="project",
+            mem_per_gpu="80G",
+            cpus_per_task=None,
+            extra={"switches": "1@10:00", "spread-job": True},
+            srun_args=("--container-image=/a b.sqsh", "--mpi=pmix"),
+            setup=("module() { :; }", "module load cuda", "export FOO='a b'"),
+            python="python3.12",
+        )
+        script = self.script(tmp_path, gpus=True, gpu_type="a100", ranks_per_node=4, slurm=settings)
+        for line in (
+            "#SBATCH --account=team",
+            "#SBATCH --comment='it'\"'\"'s #1'",
+            "#SBATCH --gpus-per-node=a100:4",
+            "#SBATCH --mem-per-gpu=80G",
+            "#SBATCH --spread-job",
+            "#SBATCH --switches=1@10:00",
+            "#SBATCH --wckey=project",
+            "module load cuda",
+        ):
+            assert f"{line}\n" in script
+        assert "cpus-per-task" not in script
+        assert "--mem=" not in script
+        lines = script.splitlines()
+        (ranks,) = (line for line in lines if line.startswith("srun"))
+        assert " -K1 '--container-image=/a b.sqsh' --mpi=pmix python3.12 -u -m launchers.job slurm " in ranks
+        assert lines[-1].startswith(f"{sys.executable} -m launchers.clusters.slurm_epilogue")  # not in the container
+        assert lines.index("module load cuda") < next(n for n, line in enumerate(lines) if "PYTHONPATH" in line)
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        assert "wckey" not in self.script(tmp_path)
+
+    def test_the_epilogue_is_not_ended_by_the_signal_after_a_requeue(self, tmp_path: Path) -> None:
+        lines = self.script(tmp_path).splitlines()
+        (ignores,) = (number for number, line in enumerate(lines) if line.startswith("trap '' TERM"))
+        assert lines.index("status=$?") < ignores < len(lines) - 1
+
     def test_each_start_has_a_name_of_its_own(self, tmp_path: Path) -> None:
         (line,) = re.findall(r"^start=.*$", self.script(tmp_path), re.MULTILINE)
         for restarts, name in (({}, "7.0"), ({"SLURM_RESTART_COUNT": "2"}, "7.2")):

@@ -202,6 +202,23 @@ class TestEvaluate:
         assert "did you mean slurm.account?" in capsys.readouterr().err
 
 
+def test_a_new_run_whose_job_slurm_refuses_leaves_no_folder_and_one_that_is_resumed_stays(
+    slurm, monkeypatch, capsys, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(CLUSTERS, "slurm", SlurmCluster())
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid account' >&2; exit 1\n")
+    arguments = (*STARTED, "tiny.yaml", "train.micro_batch_size=1")
+    for _ in range(2):
+        assert run(monkeypatch, *arguments) == 2
+        assert "Slurm refuses the job: sbatch: error: invalid account" in capsys.readouterr().err
+        assert list(Path("runs").iterdir()) == []
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 17\n")
+    assert run(monkeypatch, *arguments) == 0
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 1\n")
+    assert run(monkeypatch, "--resume", "a") == 2
+    assert Path("runs/a/config.yaml").exists()
+
+
 def test_what_was_recorded_is_a_small_document(slurm, monkeypatch) -> None:
     assert run(monkeypatch, *STARTED, "tiny.yaml", "train.micro_batch_size=1") == 0
     assert json.loads(Path("runs/a/placement.json").read_text()) == {

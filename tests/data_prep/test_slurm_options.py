@@ -1,0 +1,94 @@
+"""`prepare.py --slurm`: what it tells sbatch, from flags, keys, the environment and the site file."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cmscale.errors import UserError
+from data_prep.making import slurm_array
+from data_prep.making.slurm_array import ArrayPlacement
+from data_prep.prepare import array_placement, parse
+
+COMMON = ["--source", "folder:x", "--format", "mds", "--out", "out", "--workers", "3", "--slurm"]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMSCALE_SITE", "")
+    for name in os.environ:
+        if name.startswith("SBATCH_"):
+            monkeypatch.delenv(name)
+
+
+def placement(*arguments: str) -> ArrayPlacement:
+    return array_placement(parse([*COMMON, *arguments]))
+
+
+def test_flags_lie_over_keys_over_the_environment_over_the_site(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "site.yaml").write_text(
+        "slurm: {account: team, partition: cpu, time: 90, cpus_per_task: 16, mem_per_gpu: 8G, gres: 'gpu:4'}"
+    )
+    monkeypatch.setenv("CMSCALE_SITE", str(tmp_path / "site.yaml"))
+    monkeypatch.setenv("SBATCH_QOS", "long")
+    found = placement("slurm.extra={nice: 5}", "slurm.partition=big")
+    assert (found.partition, found.minutes, found.cpus, found.nodes) == ("big", 90, 3, 1)
+    assert found.slurm.options() == {"account": "team", "qos": "long", "mem": "0", "nice": "5"}
+    found = placement("--partition", "mine", "--time", "2-00", "--nodes", "4", "slurm.partition=big")
+    assert (found.partition, found.minutes, found.nodes) == ("mine", 2880, 4)
+    monkeypatch.delenv("CMSCALE_SITE")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert (placement().minutes, placement().partition) == (1440, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["slurm.acount=x"], "did you mean slurm.account"),
+        (["train.seed=1"], "only keys of the section slurm can be given here"),
+        (["slurm.cpus_per_task=4"], "say it with --workers"),
+        (["slurm.gpus_per_node=4"], "tasks of an array use no GPU"),
+        (['slurm.account="a\\nb"'], "line breaks and control characters"),
+        (["--partition", "a\nb"], "--partition: got 'a\\\\nb'; line breaks"),
+        (["--time", "soon"], "--time or --partition: got 'soon'"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        placement(*arguments)
+
+
+def test_keys_without_slurm_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([*COMMON[:-1], "slurm.account=x"])
+    assert "need --slurm" in capsys.readouterr().err
+
+
+def test_the_arrays_script_has_all_of_it_and_sbatch_a_clean_environment(tmp_path: Path, monkeypatch) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        f'#!/bin/sh\ncat "$1" >{tmp_path}/script; /usr/bin/env >{tmp_path}/seen; echo Submitted batch job 17\n'
+    )
+    sbatch.chmod(0o755)
+    (tmp_path / "srun").symlink_to(sbatch)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("SLURM_MEM_PER_CPU", "SLURM_ARRAY_TASK_ID", "SBATCH_EXPORT"):
+        monkeypatch.setenv(name, "1")
+
+    class Stand:
+        num_shards = 5
+
+    monkeypatch.setattr(slurm_array, "_log_folder", lambda _: tmp_path / "logs")
+    monkeypatch.setattr(slurm_array, "ArrayTask", lambda **values: type("T", (), {"model_dump_json": lambda _: "{}"})())
+    stand = Stand()
+    stand.source = stand.storage = type("S", (), {"name": "s", "url": "u"})()  # pyright: ignore[reportAttributeAccessIssue]
+    stand.settings = None  # pyright: ignore[reportAttributeAccessIssue]
+    keys = ("slurm.account=team", "slurm.setup=[module load x]", "slurm.srun_args=[--mpi=none]", "slurm.python=py3")
+    job = slurm_array._submit(stand, placement("--nodes", "2", *keys), max_bad=0)  # pyright: ignore[reportArgumentType]
+    assert job == "17"
+    script = (tmp_path / "script").read_text()
+    for line in ("#SBATCH --account=team", "#SBATCH --cpus-per-task=3", "#SBATCH --array=0-1%2", "module load x"):
+        assert f"{line}\n" in script
+    assert "wckey" not in script
+    assert " --mpi=none py3 -u -m submitit.core._submit" in script
+    assert "SLURM_" not in (tmp_path / "seen").read_text().replace("SLURM_CONF", "")
