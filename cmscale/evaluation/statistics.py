@@ -27,9 +27,6 @@ class Sums:
         exact = features.astype(np.float64)
         return cls(len(exact), exact.sum(axis=0), exact.T @ exact)
 
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(self.count + other.count, self.first + other.first, self.second + other.second)
-
     def moments(self) -> "Moments":
         """Mean and unbiased covariance.
 
