@@ -113,7 +113,8 @@ def test_names_that_are_not_utf8_are_prepared_and_written_out(tmp_path, capsys) 
         assert next(key for _, key in read_images(out)) == r"caf\udce9-0.png"
     odd = tmp_path / os.fsdecode(b"odd\xff")
     folder.rename(odd)
-    for source, out in ((f"folder:{odd}", str(tmp_path / "x")), ("folder:/tmp", str(odd / "x"))):
+    fine = write_zip(tmp_path / "fine.zip")
+    for source, out in ((f"folder:{odd}", str(tmp_path / "x")), (f"zip:{fine}", str(odd / "x"))):
         capsys.readouterr()
         assert call(source, out, format="mds") == 2
         assert "is not UTF-8" in capsys.readouterr().err
