@@ -136,3 +136,10 @@ def test_each_method_gets_what_its_loss_reads():
 def test_a_grid_that_would_shrink_is_refused(kind: str):
     with pytest.raises(ValueError, match="s0: 20 must not be above s1, 10"):
         (CT if kind == "ct" else ICT)(kind=kind, s0=20, s1=10)
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "due"), [(3, 8, [3, 6, 8]), (4, 8, [4, 8]), (1, 3, [1, 2, 3]), (9, 8, [8]), (0, 8, [])]
+)
+def test_what_is_done_every_so_many_steps_is_done_after_the_last_too(every: int, last: int, due: list[int]):
+    assert [step for step in range(1, last + 1) if schedules.is_due(step, every, last)] == due
