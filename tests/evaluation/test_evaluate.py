@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -457,6 +458,21 @@ def test_with_force_it_is_measured_anew_and_an_interrupted_one_goes_on_without_w
     assert len(drawn) == 12  # once more from the start
 
 
+def test_a_command_whose_blocks_another_one_finished_and_removed_takes_its_metrics(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finished_meanwhile(store: BlockStore) -> Iterator[None]:
+        store.finish({"fid": 5.0})
+        yield from read(store)
+
+    read = BlockStore.read
+    monkeypatch.setattr(BlockStore, "read", finished_meanwhile)
+    assert cmscale(monkeypatch, "evaluate", run.root, "--samples", 20, "--device", "cpu") == 0
+    (path,) = run.evaluations.glob("*.json")
+    assert result(path).fid.mean == 5.0
+    assert [each.suffix for each in run.evaluation_progress.iterdir()] == [".json"]
+
+
 def test_a_file_that_holds_something_else_is_not_written_over(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -511,6 +527,30 @@ def test_finished_samples_are_known_by_their_pixels_and_their_result_says_what_t
     capsys.readouterr()
     assert cmscale(monkeypatch, *evaluate) == 0
     assert capsys.readouterr().out.splitlines()[-1] == path.name
+
+
+def test_sets_that_are_not_square_are_compared_with_their_like(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measuring, "build_features", build_cheap_features)
+    random = np.random.default_rng(6)
+    for name, sides in (("wide", (32, 48)), ("wider", (32, 64)), ("square", (32, 32))):
+        pixels = random.integers(0, 256, size=(20, *sides, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=pixels)
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(pixels):
+            Image.fromarray(image).save(tmp_path / name / f"{number:02}.png")
+    out = tmp_path / "out.json"
+    for samples, reference in (("wide", "wide.npz"), ("wide.npz", "wide")):
+        where = [tmp_path / samples, "--reference", tmp_path / reference]
+        assert cmscale(monkeypatch, "evaluate", *where, "--out", out, "--force", "--device", "cpu") == 0
+        assert result(out).fid.mean < 1e-9 * 48
+        assert result(out).samples["image_size"] == result(out).reference["image_size"] == [32, 48]
+    capsys.readouterr()
+    for samples, reference in (("square", "wider"), ("wider", "square"), ("wide", "square"), ("square", "wide")):
+        where = [tmp_path / samples, "--reference", tmp_path / reference]
+        assert cmscale(monkeypatch, "evaluate", *where, "--out", tmp_path / "no.json", "--device", "cpu") == 2
+        assert "compare images of one size" in capsys.readouterr().err
 
 
 def test_searches_that_differ_have_files_of_their_own(

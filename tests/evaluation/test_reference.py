@@ -477,3 +477,21 @@ def test_exactly_one_format_matches_each_kind_of_file(reference, tmp_path) -> No
         "torch_fidelity.pt": ["torch_fidelity"],
     }
     assert all(read_reference(path, EXTRACTOR).pooled.width == 16 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["edm.npz", "adm.npz", "edm2.pkl", "torch_fidelity.pt"])
+def test_a_matrix_that_is_no_covariance_is_refused_in_every_format(tmp_path, name: str) -> None:
+    upper = np.triu(COVARIANCE)
+    for matrix, said in ((upper, "not symmetric"), (-COVARIANCE, "not positive"), (COVARIANCE * np.inf, "infinity")):
+        statistics = {"mu": MEAN, "sigma": matrix}
+        if name.endswith(".npz"):
+            np.savez(tmp_path / name, **statistics, **({"arr_0": IMAGES[:9]} if name == "adm.npz" else {}))
+        elif name.endswith(".pkl"):
+            (tmp_path / name).write_bytes(pickle.dumps({"fid": statistics}))
+        else:
+            torch.save(statistics, tmp_path / name)
+        with pytest.raises(UserError, match=f"mu and sigma: .*{said}"):
+            read_reference(tmp_path / name, EXTRACTOR)
+    np.savez(tmp_path / "s.npz", mu=MEAN, sigma=COVARIANCE, mu_s=MEAN[:4], sigma_s=-COVARIANCE[:4, :4])
+    with pytest.raises(UserError, match=r"mu_s and sigma_s: .*not positive"):
+        read_reference(tmp_path / "s.npz", EXTRACTOR)

@@ -272,6 +272,10 @@ def test_a_loss_that_is_not_finite_and_a_cut_line_spoil_nothing(run) -> None:
 def test_an_evaluation_that_is_not_valid_is_named(run) -> None:
     (run.evaluations / "step-000000300-x-nfe1.json").write_text("{}")
     assert "step-000000300-x-nfe1.json: not a valid EvaluationResult" in _page(run)
+    run.consistency_errors.mkdir()
+    for number, text in enumerate(("{", "[]", '{"step": 5}')):
+        (run.consistency_errors / f"step-00000000{number}-x.json").write_text(text)
+    assert _page(run).count("not the errors of a step") == 3
 
 
 def test_a_large_grid_is_scaled_down(run) -> None:
