@@ -60,7 +60,8 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
             best = best_of(sampled)
             measured = f"step {best.step}, {best.nfe} NFE, {describe_basis(best)}"
             score += f"{best.score_name} {best.fid.mean:.2f} ({measured})"
-        events = [event["event"] for event in read_lines(run.events) if not is_of_evaluation(event["event"])]
+        names = [event["event"] for event in read_lines(run.events)]
+        events = [name for name in names if not (is_of_evaluation(name) or name == "superseded")]  # of an older start
         table.add_row(
             run.name,
             config.method.kind,

@@ -48,9 +48,13 @@ def plain_text(text: str) -> str:
 def parse_minutes(text: str | int) -> int:
     """Minutes, rounded up, of a time limit as Slurm writes it: `90`, `MM:SS`, `HH:MM:SS`, `D-HH`, `D-HH:MM[:SS]`.
 
+    `UNLIMITED` is a year.
+
     Raises:
         ValueError: it is none of these, or 0.
     """
+    if str(text).upper() in ("UNLIMITED", "INFINITE"):
+        return 365 * 24 * 60
     for pattern in _TIMES:
         if match := re.fullmatch(pattern, str(text), re.ASCII):
             part = {name: int((value or "0")[:9]) for name, value in match.groupdict().items()}
@@ -88,11 +92,11 @@ def _joined(value: Any) -> Any:
     """A list as Slurm writes it: `[node1, node2]` is `node1,node2`."""
     if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
         return ",".join(value)
-    return value
+    return _written(value)
 
 
-def _size(value: Any) -> Any:
-    """A size as Slurm writes it: a number without a unit is in MB."""
+def _written(value: Any) -> Any:
+    """A whole number as text: accounts may be numbers, and so may sizes in MB."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -102,9 +106,8 @@ def _one_of_exclusive(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, AfterValidator(plain_text)]
+Text = Annotated[str, BeforeValidator(_written), AfterValidator(plain_text)]
 TextList = Annotated[str, BeforeValidator(_joined), AfterValidator(plain_text)]
-Size = Annotated[str, BeforeValidator(_size), AfterValidator(plain_text)]
 Lines = Annotated[tuple[Text, ...], AsTuple]
 
 
@@ -139,9 +142,9 @@ class Slurm(Section):
     wckey: Text | None = operational(None)
     cpus_per_task: Count | None = operational(8)
     mem_gb: NonNegative | None = operational(0)
-    mem: Size | None = operational(None)
-    mem_per_gpu: Size | None = operational(None)
-    mem_per_cpu: Size | None = operational(None)
+    mem: Text | None = operational(None)
+    mem_per_gpu: Text | None = operational(None)
+    mem_per_cpu: Text | None = operational(None)
     extra: dict[str, Scalar] = operational({})
     srun_args: Lines = operational(())
     setup: Lines = operational(())

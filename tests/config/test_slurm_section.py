@@ -50,6 +50,10 @@ def test_memory_is_said_in_one_way_or_not_at_all() -> None:
 
 def test_lists_are_joined_and_flags_have_no_value() -> None:
     assert section(exclude=["a", "b"], mem_gb=None).options() == {"exclude": "a,b"}
+    assert section("slurm.account=1234", "slurm.exclude=007", mem_gb=None).options() == {
+        "account": "1234",
+        "exclude": "007",
+    }
     assert section(exclusive=True, mem_gb=None).options() == {"exclusive": True}
     assert section(exclusive=False, mem_gb=None).options() == {}
     extra = {"switches": 1, "spread-job": True, "contiguous": False, "nice": None, "cpus_per_gpu": 8}

@@ -73,6 +73,7 @@ def test_a_signal_before_the_worker_has_handlers_is_passed_on_to_it(number: sign
     ("body", "status", "end", "message"),
     [
         ("return 'finished'", 0, "finished", ""),
+        ("return 'superseded'", 0, "superseded", ""),
         ("from cmscale.errors import UserError; raise UserError('no such file')", 2, "user_error", "no such file"),
         ("raise RuntimeError('two\\nlines')", 1, "fault", "RuntimeError: two lines"),
         ("import threading; threading.Thread(target=threading.Event().wait).start(); 1 / 0", 1, "fault", "Zero"),
