@@ -106,7 +106,8 @@ def with_kept_checkpoints(config: Config, every: int) -> Config:
 def arguments_for(run: RunDir, placement: Placement, every: int) -> tuple[str, ...]:
     """The arguments of this module for a training job: evaluations run on one node of the same kind."""
     ranks = 1 if placement.cluster == "local" else placement.ranks_per_node
-    flags = ["--cluster", placement.cluster, "--gpus-per-node", str(ranks)]
+    gpus = f"{placement.gpu_type}:{ranks}" if placement.gpu_type else str(ranks)
+    flags = ["--cluster", placement.cluster, "--gpus-per-node", gpus]
     flags += ["--partition", placement.partition] if placement.partition else []
     return (str(run.root), "--every", str(every), "--", *flags)
 

@@ -104,6 +104,11 @@ def test_the_batch_script_looks_while_ranks_run_and_once_after_them(run: RunDir)
     assert "evaluate_checkpoints" not in script_text(replace(job, evaluations=()))
 
 
+def test_evaluations_take_gpus_of_the_type_that_training_has(run: RunDir) -> None:
+    flags = arguments_for(run, replace(PLACEMENT, gpu_type="a100"), 2)
+    assert flags[flags.index("--gpus-per-node") + 1] == "a100:8"
+
+
 def config(**checkpoint: int) -> Config:
     found = parse_config(CONFIG.format(data="data"))
     return found.model_copy(update={"checkpoint": found.checkpoint.model_copy(update=checkpoint)})
