@@ -9,6 +9,7 @@ from PIL import Image
 
 from cmscale.errors import UserError
 from cmscale.io.pictures import BadImage, Picture, decode_picture
+from cmscale.io.reading import read_regular
 
 _WHITE = 128  # and more
 
@@ -20,7 +21,7 @@ def read_picture(path: Path) -> Picture:
         UserError: there is no such file, or it is not an image that can be read.
     """
     try:
-        return decode_picture(path.read_bytes(), exif="apply")
+        return decode_picture(read_regular(path), exif="apply")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.protocol import Entry
+from cmscale.io.reading import read_regular
 
 
 class LocalStorage:
@@ -27,7 +28,7 @@ class LocalStorage:
         return str(self.root / key)
 
     def read(self, key: str) -> bytes:
-        return (self.root / key).read_bytes()
+        return read_regular(self.root / key)
 
     def read_if_present(self, key: str) -> bytes | None:
         try:

@@ -72,6 +72,13 @@ def read_small(path: str | Path, *, what: str, limit: int = 1 << 24) -> bytes:
     return content
 
 
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file, however large. Raises UserError for a device or a pipe, which may have no end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: is no regular file; give a file")
+    return path.read_bytes()
+
+
 def utf8(text: str) -> str:
     """Text that every encoder takes: bytes of a file's name that are not UTF-8 are written out."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 from cmscale.config import parse_yaml
 from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
+from cmscale.io.reading import read_regular
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.log import latest_metrics, read_lines
 from cmscale.runs.results import EvaluationResult, read_evaluations
@@ -87,7 +88,7 @@ def read_facts(run: RunDir) -> RunFacts:
     """
     if not run.root.is_dir():
         raise UserError(f"{run.root}: no such run")
-    text = run.config.read_text(errors="replace") if run.config.exists() else ""
+    text = run.config.read_text(errors="replace") if run.config.is_file() else ""
     config: Any = {}
     with contextlib.suppress(UserError):
         config = parse_yaml(text, origin=str(run.config))
@@ -119,6 +120,6 @@ def _is_of_step(found: Any) -> bool:
 def _json(path: Path) -> Any:
     """The content of a JSON file; None if it is damaged."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_regular(path))
     except (ValueError, RecursionError):
         return None

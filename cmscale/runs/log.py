@@ -31,7 +31,7 @@ def append_line(path: Path, record: dict[str, Any], *, durable: bool = False) ->
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file of JSON lines, none if there is no such file; what a crash left of a line is skipped."""
-    if not path.exists():
+    if not path.is_file():
         return
     for line in path.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):  # also where zeros or other bytes are that no one wrote

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cmscale.errors import UserError
+from cmscale.io.reading import read_regular
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import Document, read_document
 
@@ -111,7 +112,7 @@ def read_evaluations(run: RunDir) -> tuple[list[EvaluationResult], list[str]]:
     found, unreadable = [], []
     for path in sorted(run.evaluations.glob("*.json")):
         try:
-            found.append(read_document(EvaluationResult, path.read_bytes(), origin=path.name))
+            found.append(read_document(EvaluationResult, read_regular(path), origin=path.name))
         except UserError as error:
             unreadable.append(str(error))
     return sorted(found, key=_place), unreadable

@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from cmscale.runs.results import TimeSearch
 from data_prep import prepare, reference, verify
 from launchers import submit
 
-COUNT = int(os.environ.get("CMSCALE_MUTATIONS", "300"))
+COUNT = int(os.environ.get("CMSCALE_MUTATIONS", "200"))
 SECONDS = 300  # that one command may take on a busy machine
 GROWTH = 2 << 30  # bytes of memory
 LINES = 3
@@ -312,6 +312,18 @@ def _problem(command: Sequence[object], out: Path) -> str | None:
     return f"{grown >> 20} MiB of memory" if grown > GROWTH else None
 
 
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Makes a command that reads without end fail, and not the machine."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * GROWTH, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def _timed_out(*_: object) -> None:
     raise TimeoutError(f"a command took more than {SECONDS} s")
 
@@ -336,7 +348,8 @@ def test_damaged_files_give_a_result_or_one_line(
         content = path.read_bytes()
         if replaced(path, chance) is None:
             path.write_bytes(mutated(path.name, content, chance))
-        problem = _problem(command, tmp_path / "out")
+        with _limited_memory():
+            problem = _problem(command, tmp_path / "out")
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
