@@ -198,7 +198,8 @@ def load_teacher(config: Config) -> dict[str, torch.Tensor]:
 
 def network_settings(model: Model) -> dict[str, object]:
     """The settings that must be equal for one network to start from the weights of another."""
-    return {f"model.{key}": value for key, value, operational in leaves(model) if not operational and key != "dropout"}
+    unlike = ("dropout", "dropout_resolutions", "precision_layout")  # they change neither names nor shapes
+    return {f"model.{key}": value for key, value, operational in leaves(model) if not operational and key not in unlike}
 
 
 def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:

@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
 from cmscale.config import Config, differences, dump_config, leaves, parse_config, read_config, trajectory
+from cmscale.config.cautions import cautions
 from cmscale.config.site import LaunchSettings, site_layers, unused_variables
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
@@ -67,6 +68,8 @@ def main(arguments: list[str]) -> int:
             f"give {placement.nodes} nodes of {placement.ranks_per_node} ranks",
             file=sys.stderr,
         )
+    for caution in cautions(config):
+        print(f"caution: {caution}", file=sys.stderr, flush=True)
     if flags.dry_run:
         if preview := cluster.preview(job):
             print("\n" + preview)

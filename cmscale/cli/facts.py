@@ -33,6 +33,7 @@ def estimate(
 ) -> None:
     """Estimates the cost of a config: parameters, memory per rank, FLOP, days."""
     from cmscale.config import read_config
+    from cmscale.config.cautions import cautions
     from cmscale.training.estimate import estimates
 
     table = Table("what", "estimate", box=None)
@@ -40,6 +41,8 @@ def estimate(
     for what, value in estimates(settings, num_ranks=nodes * gpus_per_node, tflops=tflops):
         table.add_row(what, value)
     Console().print(table)
+    for caution in cautions(settings):
+        console.print(f"caution: {caution}", markup=False, soft_wrap=True)
 
 
 @app.command()

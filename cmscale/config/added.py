@@ -6,38 +6,56 @@ missing there did not exist yet; its default now may differ from what the run wa
 
 from typing import Any
 
-from cmscale.config.methods import KINDS
+EVERY_METHOD = "*"
 
 ADDED: dict[str, dict[str, Any]] = {
     "method.time_embedding": {"edm": "log_sigma"},
     "method.tangent": {"sct": "jvp", "scd": "jvp"},
     "method.teacher_time_embedding": {"sct": "log_sigma", "scd": "log_sigma"},
-    "model.noise_embedding_scale": dict.fromkeys(KINDS, 1000.0),
+    "method.weighting": {"ect": "inverse_gap"},
+    "model.noise_embedding_scale": {EVERY_METHOD: 1000.0},
+    "model.dropout_resolutions": {EVERY_METHOD: None},
+    "model.precision_layout": {EVERY_METHOD: "uniform"},
+    "optimizer.schedule": {EVERY_METHOD: "constant"},
+    "optimizer.decay_reference": {EVERY_METHOD: None},
+    "optimizer.decay_steps": {EVERY_METHOD: []},
+    "optimizer.decay_factor": {EVERY_METHOD: None},
 }
-"""Dotted key -> `method.kind` -> what releases without the key did."""
+"""Dotted key -> `method.kind`, or `EVERY_METHOD` -> what releases without the key did, as JSON has it."""
+
+
+def _of_method(kind: str | None) -> dict[str, Any]:
+    """Dotted key -> older value, for a run of this method."""
+    found = {}
+    for key, values in ADDED.items():
+        for named in (kind, EVERY_METHOD):
+            if named in values:
+                found[key] = values[named]
+    return found
 
 
 def with_added_keys(tree: dict[str, Any]) -> dict[str, Any]:
     """A run's config as nested sections, with the keys that its release did not have. The tree is not changed."""
     method = tree.get("method")
     kind = method.get("kind") if isinstance(method, dict) else None
-    kind = kind if isinstance(kind, str) else None
     filled = {name: dict(section) if isinstance(section, dict) else section for name, section in tree.items()}
-    for key, values in ADDED.items():
+    for key, value in _of_method(kind if isinstance(kind, str) else None).items():
         section, leaf = key.split(".")
-        if kind in values and isinstance(filled.get(section), dict):
-            filled[section].setdefault(leaf, values[kind])
+        if isinstance(filled.get(section), dict):
+            filled[section].setdefault(leaf, value)
     return filled
 
 
 def with_added_values(trajectory: dict[str, Any]) -> dict[str, Any]:
     """The same for values by dotted key, as `trajectory` gives them."""
-    kind = trajectory.get("method.kind")
-    added = {key: values[kind] for key, values in ADDED.items() if kind in values}
-    return added | trajectory
+    return _of_method(trajectory.get("method.kind")) | trajectory
 
 
 def added_at_older_value(section: str, values: dict[str, Any]) -> set[str]:
-    """The added keys of a section that have their older value: without them the hashes of old runs stay."""
-    kind = str(values.get("kind"))
-    return {leaf for leaf, value in values.items() if ADDED.get(f"{section}.{leaf}", {}).get(kind) == value}
+    """The added keys of a section that have their older value: without them the hashes of old runs stay.
+
+    Args:
+        values: The section's values; those of `method` with its `kind`.
+    """
+    older = _of_method(values.get("kind"))
+    return {leaf for leaf, value in values.items() if (key := f"{section}.{leaf}") in older and older[key] == value}

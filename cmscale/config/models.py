@@ -23,6 +23,9 @@ class Model(Section):
     """The ADM UNet (Dhariwal and Nichol 2021, appendix A).
 
     The time embedding gets `noise_embedding_scale` ln(sigma) / 4: 1000 in the code of Consistency Models, 1 in EDM's.
+    `dropout_resolutions` are the image sizes in pixels at which residual blocks drop; null: all. `precision_layout`
+    says which layers compute in bf16 or fp16: with `uniform` all; with `released`, as in the released code, not the
+    time embedding, its layers in the residual blocks, normalisation and the output layer, which stay in float32.
     """
 
     image_size: Count
@@ -32,11 +35,13 @@ class Model(Section):
     attention_resolutions: Annotated[tuple[Count, ...], AsTuple] = ()
     head_channels: Count = 64
     dropout: Rate = 0.0
+    dropout_resolutions: Annotated[tuple[Count, ...], AsTuple, Field(min_length=1)] | None = None
     resblock_updown: bool = True
     scale_shift_norm: bool = False
     num_classes: Count | None = None
     qkv_layout: Literal["three_heads_dim", "heads_three_dim"] = "three_heads_dim"
     noise_embedding_scale: Positive = NOISE_EMBEDDING_SCALE
+    precision_layout: Literal["released", "uniform"] = "released"
     attention: Literal["auto", "xformers", "sdpa", "reference"] = operational("auto")
     activation_checkpointing: bool = operational(False)
 
@@ -51,9 +56,10 @@ class Model(Section):
                 f"as the {levels} levels of channel_multipliers require; change one of the two"
             )
         sizes = [self.image_size >> level for level in range(levels)]
-        for size in self.attention_resolutions:
-            if size not in sizes:
-                raise ValueError(f"attention_resolutions: no level has {size} px; choose from {sizes}")
+        for key in ("attention_resolutions", "dropout_resolutions"):
+            for size in getattr(self, key) or ():
+                if size not in sizes:
+                    raise ValueError(f"{key}: no level has {size} px; choose from {sizes}")
         if self.channels % 32:
             raise ValueError(f"channels: {self.channels} is not a multiple of 32, the number of GroupNorm groups")
         last = len(sizes) - 1  # the middle block attends at the smallest level, even if no resolution is listed
@@ -83,7 +89,12 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    """The optimizer. As in Consistency Models, the default has no weight decay and a constant learning rate."""
+    """The optimizer. As in Consistency Models, the default has no weight decay and a constant learning rate.
+
+    `schedule` multiplies the learning rate by a factor that falls with the step k, on top of the warm-up:
+    `inverse_square_root` by 1 / sqrt(max(k / decay_reference, 1)) (Karras et al. 2024, ECT, sCM),
+    `cosine` by (1 + cos(pi k / train.total_steps)) / 2, `step` by decay_factor at each of `decay_steps`.
+    """
 
     kind: Literal["radam", "adam"] = "radam"
     learning_rate: Positive
@@ -91,6 +102,23 @@ class Optimizer(Section):
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: NonNegative = 0
+    schedule: Literal["constant", "inverse_square_root", "cosine", "step"] = "constant"
+    decay_reference: Count | None = None
+    decay_steps: Counts = ()
+    decay_factor: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _schedule_has_its_keys(self) -> "Optimizer":
+        used = {"inverse_square_root": ("decay_reference",), "step": ("decay_steps", "decay_factor")}
+        for key in ("decay_reference", "decay_steps", "decay_factor"):
+            given, needed = bool(getattr(self, key)), key in used.get(self.schedule, ())
+            if needed and not given:
+                raise ValueError(f"{key}: is not set; schedule {self.schedule} needs it")
+            if given and not needed:
+                raise ValueError(f"{key}: schedule {self.schedule} does not use it; leave it out")
+        if list(self.decay_steps) != sorted(set(self.decay_steps)):
+            raise ValueError(f"decay_steps: {list(self.decay_steps)} must ascend")
+        return self
 
 
 class EMA(Section):
@@ -201,6 +229,23 @@ class Evaluate(Section):
             raise UserError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
+class Sampling(Section):
+    """How the trained model is sampled, unless a command says otherwise.
+
+    `times` are descending noise levels (sigma), the first of which is usually method.sigma_max: sampling in as many
+    steps takes them. They belong to a data set and a method: `cmscale search-times` finds them. null: the times that
+    were published for the method, if any.
+    """
+
+    times: Annotated[tuple[Positive, ...], AsTuple, Field(min_length=1)] | None = operational(None)
+
+    @model_validator(mode="after")
+    def _descending(self) -> "Sampling":
+        if self.times is not None and list(self.times) != sorted(set(self.times), reverse=True):
+            raise ValueError(f"times: {list(self.times)} must descend")
+        return self
+
+
 class Wandb(Section):
     """Logging to Weights & Biases, in addition to metrics.jsonl."""
 
@@ -233,6 +278,7 @@ class Config(Section):
     ema: EMA = EMA()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
+    sampling: Sampling = Sampling()
     evaluate: Evaluate = Evaluate()
     wandb: Wandb = Wandb()
     restart: Restart = Restart()
@@ -251,6 +297,8 @@ class Config(Section):
             raise ValueError(
                 f"train.consistency_error_every: method.kind {kind} has no consistency function; set it to 0"
             )
+        if self.sampling.times is not None and facts.sampler != "multistep":
+            raise ValueError(f"sampling.times: method.kind {kind} is not sampled in chosen steps; leave it out")
         if self.engine.zero_stage == 3 and self.method.needs_forward_mode:
             raise ValueError(
                 f"engine.zero_stage: 3 can't be combined with the forward-mode derivatives of method.kind {kind}; use 2"
@@ -290,9 +338,9 @@ def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool
 
 
 def trajectory(config: Config) -> dict[str, Any]:
-    """The values that change the losses, by dotted key; train.total_steps only if the method's schedule uses it."""
+    """The values that change the losses, by dotted key; train.total_steps only if a schedule uses it."""
     kept = {key: value for key, value, is_operational in leaves(config) if not is_operational}
-    if not config.method.facts.depends_on_total_steps:
+    if not config.method.facts.depends_on_total_steps and config.optimizer.schedule != "cosine":
         del kept["train.total_steps"]
     return json.loads(json.dumps(kept))
 

@@ -1,9 +1,11 @@
 """Gives what changes with the step (learning rate, N(k), mu(k), curricula) as pure functions of the step."""
 
+import math
 from dataclasses import dataclass
+from typing import assert_never
 
 from cmscale.config.methods import Method
-from cmscale.config.models import Config, Optimizer
+from cmscale.config.models import Config, Optimizer, Train
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class ScheduleValues:
 
 def at(config: Config, step: int) -> ScheduleValues:
     """The schedules of a run at `step` (0 is the first step); the papers' K is train.total_steps."""
-    rate = learning_rate(config.optimizer, step)
+    rate = learning_rate(config.optimizer, step, total_steps=config.train.total_steps)
     return for_method(config.method, step, learning_rate=rate, total_steps=config.train.total_steps)
 
 
@@ -44,11 +46,34 @@ def for_method(method: Method, step: int, *, learning_rate: float, total_steps: 
     )
 
 
-def learning_rate(optimizer: Optimizer, step: int) -> float:
-    """The optimizer's learning rate, after a linear warm-up in which step k has (k + 1) / warmup_steps of it."""
+def learning_rate(optimizer: Optimizer, step: int, *, total_steps: int | None = None) -> float:
+    """The optimizer's learning rate: its decay, after a linear warm-up in which step k has (k + 1) / warmup_steps."""
+    rate = optimizer.learning_rate * decay(optimizer, step, total_steps=total_steps)
     if step >= optimizer.warmup_steps:
-        return optimizer.learning_rate
-    return optimizer.learning_rate * (step + 1) / optimizer.warmup_steps
+        return rate
+    return rate * (step + 1) / optimizer.warmup_steps
+
+
+def decay(optimizer: Optimizer, step: int, *, total_steps: int | None = None) -> float:
+    """The factor of `optimizer.schedule` at `step` (0 is the first, with 1); `cosine` needs total_steps."""
+    match optimizer.schedule:
+        case "constant":
+            return 1.0
+        case "inverse_square_root":
+            assert optimizer.decay_reference is not None
+            return 1 / math.sqrt(max(step / optimizer.decay_reference, 1.0))
+        case "cosine":
+            assert total_steps is not None
+            return (1 + math.cos(math.pi * min(step / total_steps, 1.0))) / 2
+        case "step":
+            assert optimizer.decay_factor is not None
+            return optimizer.decay_factor ** sum(step >= each for each in optimizer.decay_steps)
+    assert_never(optimizer.schedule)
+
+
+def is_logged(train: Train, step: int) -> bool:
+    """Whether the metrics of applied step number `step` (1 is the first) are logged."""
+    return step == 1 or is_due(step, train.log_every, train.total_steps)
 
 
 def is_due(step: int, every: int, last: int) -> bool:

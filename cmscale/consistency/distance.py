@@ -27,8 +27,10 @@ def l2(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pseudo_huber(a: Tensor, b: Tensor, *, c: float) -> Tensor:
-    """sqrt(||a - b||_2^2 + c^2) - c over the whole image; iCT, equation 7."""
+    """sqrt(||a - b||_2^2 + c^2) - c over the whole image; iCT, equation 7. With c = 0, the Euclidean distance."""
     square = (a - b).square().flatten(1).sum(1)
+    if c == 0:  # its gradient is 0 where a = b, not the 0 / 0 of the square root
+        return torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
     # equal to sqrt(s + c^2) - c, without its cancellation at small s
     return square / ((square + c**2).sqrt() + c)
 
@@ -63,5 +65,6 @@ def build_distance(
         case "l2":
             return l2
         case "pseudo_huber":
-            return partial(pseudo_huber, c=settings.huber_c or default_huber_c(image_size))
+            c = default_huber_c(image_size) if settings.huber_c is None else settings.huber_c
+            return partial(pseudo_huber, c=c)
     assert_never(settings.name)

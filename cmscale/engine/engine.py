@@ -22,6 +22,7 @@ from cmscale.engine.flat_space import (
     own_range,
     segments_of_rank,
 )
+from cmscale.engine.float32_values import GatheredFloat32Values, copied_values
 from cmscale.engine.frozen import FrozenNetwork, Network, PartitionedNetwork
 from cmscale.engine.optimizer import GuardedStep, build_optimizer
 from cmscale.engine.shards import FlatShards, Read
@@ -101,6 +102,10 @@ class Engine:
         if settings.is_plain(config):
             self._guard = GuardedStep(self._optimizer, clip=config.engine.gradient_clip)
         wrappers.prepare_moments(self._wrapper, self._optimizer)
+        own = partial(segments_of_rank, zero_stage=config.engine.zero_stage, part_size=self._part_size)
+        ranks = range(world.num_ranks)
+        self._segments = tuple(own(self.parameters, rank, num_ranks=world.num_ranks) for rank in ranks)
+        self._float32 = self._gathered_values(self._wrapped.module)
         self._target = self._build_frozen(build_network, start) if has_target else None
         self.shards = self._build_shards()
         self.shards.set_masters(start)
@@ -175,6 +180,8 @@ class Engine:
             assert not applied
             wrappers.restore_scaler(self._scaler, before)  # the loss scale is not the cause
             raise NonFiniteLoss(ranks=bad, losses=losses)
+        if applied:
+            self._renew_float32()
         norm = self._wrapped.get_global_grad_norm() if self._guard is None else self._guard.norm
         return StepResult(
             applied=applied,
@@ -223,6 +230,7 @@ class Engine:
     def renew_network(self) -> None:
         """Derives the student's working weights from the fp32 masters. Collective."""
         self._wrapper.renew()
+        self._renew_float32()
         wrappers.settle(self._world.device)
 
     def close(self) -> None:
@@ -233,6 +241,8 @@ class Engine:
     def _show(self, flat: torch.Tensor) -> None:
         """Writes the whole flat space into the student's working weights."""
         self._wrapper.show(flat, self.parameters, rank=self._world.rank)
+        if self._float32 is not None:
+            self._float32.copy(flat)
         wrappers.settle(self._world.device)
 
     def _build_frozen(
@@ -245,6 +255,8 @@ class Engine:
                 parameter.copy_(flat[offset : offset + parameter.numel()].view(parameter.shape))
                 offset += parameter.numel()
         module.requires_grad_(False)
+        if self.dtype != torch.float32:
+            copied_values(module, flat, device=self._world.device)
         if self._config.engine.zero_stage == 3:
             return PartitionedNetwork(backend.wrap(self._deepspeed, module, self._config, self._world, optimizer=None))
         return FrozenNetwork(
@@ -256,25 +268,46 @@ class Engine:
         )
 
     def _build_shards(self) -> FlatShards:
-        stage, num_ranks, rank = self._config.engine.zero_stage, self._world.num_ranks, self._world.rank
-        own = partial(segments_of_rank, num_ranks=num_ranks, zero_stage=stage, part_size=self._part_size)
-        publish = None
-        if isinstance(self._target, PartitionedNetwork):
-            ranges = [own_range(p, rank, num_ranks=num_ranks) for p in self.parameters]
-            publish = partial(self._target.publish, own_lengths=[end - begin for begin, end in ranges])
-        elif self._target is not None:
-            publish = self._target.publish
+        num_ranks, rank = self._world.num_ranks, self._world.rank
         return FlatShards(
             self.parameters,
             wrappers.find_pieces(
                 self._wrapper, self._optimizer, parameters=self.parameters, rank=rank, num_ranks=num_ranks
             ),
-            segments_by_rank=tuple(own(self.parameters, other) for other in range(num_ranks)),
+            segments_by_rank=self._segments,
             rank=rank,
             ema_rates=dict(zip(self._config.ema.names, self._config.ema.rates, strict=True)),
             has_target=self._target is not None,
-            publish_target=publish,
+            publish_target=None if self._target is None else self._publisher(self._target),
         )
+
+    def _publisher(self, target: FrozenNetwork | PartitionedNetwork) -> Callable[[torch.Tensor], None]:
+        """Sets the target network's weights from the fp32 elements that each rank has. Collective."""
+        publish = target.publish
+        if isinstance(target, PartitionedNetwork):
+            rank, num_ranks = self._world.rank, self._world.num_ranks
+            ranges = [own_range(p, rank, num_ranks=num_ranks) for p in self.parameters]
+            publish = partial(target.publish, own_lengths=[end - begin for begin, end in ranges])
+        values = self._gathered_values(target.module)
+
+        def publish_all(local: torch.Tensor) -> None:
+            publish(local)
+            if values is not None:
+                values.gather(local)
+
+        return publish_all
+
+    def _gathered_values(self, module: nn.Module) -> GatheredFloat32Values | None:
+        """The values of the float32 layers of the student or the target; None if the whole network is float32."""
+        if self.dtype == torch.float32:
+            return None
+        rank, device = self._world.rank, self._world.device
+        return GatheredFloat32Values(module, self.parameters, segments_by_rank=self._segments, rank=rank, device=device)
+
+    def _renew_float32(self) -> None:
+        """Sets the values of the student's float32 layers from the masters. Collective."""
+        if self._float32 is not None:
+            self._float32.gather(self.shards.local("master"))
 
     def _gather_losses(self, mean: torch.Tensor) -> list[float]:
         """Every rank's mean loss, by rank: the only wait for the device in a step. Collective."""

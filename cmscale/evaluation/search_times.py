@@ -4,11 +4,13 @@ Searches that may have other results have other files. The same search again ret
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
+from cmscale.config import Config
 from cmscale.config.requests import SearchTimesRequest
 from cmscale.consistency.grid import indexed_sigmas
 from cmscale.consistency.solver import Denoise
@@ -74,8 +76,7 @@ class Trials:
     def __init__(self, request: SearchTimesRequest, source: Source, session: EvaluationSession) -> None:
         self._source = source
         self._session = session
-        second = source.config.method.second_time
-        self._start, self._last = (0, second.index), second.last
+        self._start, self._last = _start(source.config), source.config.method.second_time.last
         self._progress = Progress.of(request, work_folder(source, None))
         reference = collectives.from_main(None if session.reference is None else session.reference.describe())
         num = session.settings.num_samples
@@ -179,6 +180,15 @@ class Trials:
     def _write(self, **changes: object) -> None:
         self.document = self.document.model_copy(update=changes)
         collectives.on_main(lambda: replace_durably(self._written_to, self.document.to_bytes()))
+
+
+def _start(config: Config) -> Indices:
+    """Where the search begins, as indices on the descending grid: at the times that sampling in two steps takes now."""
+    second, times = config.method.second_time, config.sampling.times
+    if times is None or len(times) != 2:
+        return (0, second.index)
+    grid = indexed_sigmas(config.method, range(second.last + 1), last=second.last)
+    return (0, max(1, int((grid.log() - math.log(times[1])).abs().argmin())))
 
 
 def _result_path(request: SearchTimesRequest, source: Source, session: EvaluationSession, *, key: str) -> Path:

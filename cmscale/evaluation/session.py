@@ -10,7 +10,8 @@ import torch
 from rich.progress import track
 
 from cmscale import __version__
-from cmscale.config import Evaluate
+from cmscale.config import Evaluate, Model
+from cmscale.config.added import added_at_older_value
 from cmscale.config.requests import MeasuringRequest
 from cmscale.consistency.solver import Denoise
 from cmscale.data import read_images
@@ -233,13 +234,20 @@ def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
     sampler = source.config.method.facts.sampler
     return {
         "weights_sha256": source.fingerprint,
-        "model": source.config.model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"}),
+        "model": _network(source.config.model),
         "sampler": draw.sampler if sampler == "ode" else sampler,
         "sigmas": used_sigmas(source, draw).tolist(),
         "clip": draw.clip,
         "quantisation": "truncated to uint8",
         **({} if source.config.model.num_classes is None else {"classes": "random"}),
     }
+
+
+def _network(model: Model) -> dict[str, Any]:
+    """The settings of the network that a sample may depend on, without keys that older results do not have."""
+    values = model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"})
+    older = added_at_older_value("model", values)
+    return {key: value for key, value in values.items() if key not in older}
 
 
 def machine_protocol(world: World) -> dict[str, Any]:

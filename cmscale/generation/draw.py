@@ -160,9 +160,15 @@ def write_samples(images: torch.Tensor, out: Path, *, raw: bool, grid: Path | No
 
 
 def used_sigmas(source: Source, request: SampleRequest) -> torch.Tensor:
-    """The descending times of a request, float64: `request.sigmas`, or the default times of its steps."""
+    """The descending times of a request, float64: `request.sigmas`, or the default times of its steps.
+
+    The default is the config's `sampling.times` if it has that many, else the method's.
+    """
     if request.sigmas is None:
-        return default_sigmas(source.config.method, request.steps)
+        method, times = source.config.method, source.config.sampling.times
+        if times is not None and len(times) == (request.steps or method.default_sampling_steps):
+            return torch.tensor(times, dtype=torch.float64)
+        return default_sigmas(method, request.steps)
     if source.config.method.facts.sampler != "ode" or request.sigmas[-1] == 0:
         return request.sigmas
     return torch.cat([request.sigmas, request.sigmas.new_zeros(1)])  # an EDM model's times end with 0

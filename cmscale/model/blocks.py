@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cmscale.model import float32
 from cmscale.model.attention import Kind, Layout, attend, split_qkv
 from cmscale.rng import key
 
@@ -31,15 +32,15 @@ def timestep_embedding(c_noise: Tensor, dim: int) -> Tensor:
     return F.pad(embedding, (0, dim % 2))
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(float32.Float32Layer, nn.GroupNorm):
     """Group normalisation with 32 groups, computed in float32 for any dtype of parameters and input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(NORM_GROUPS, channels)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
+        normal = F.group_norm(input.float(), self.num_groups, self.value("weight"), self.value("bias"), self.eps)
+        return normal.to(input.dtype)
 
 
 def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) -> Tensor:
@@ -112,6 +113,7 @@ class ResBlock(_Checkpointed):
 
     Args:
         layer: The block's number in the network, which is part of the key of its dropout masks.
+        linear: The class of the layer that the time embedding passes.
         resample: `double` or `halve`, applied before the first convolution and to the skip connection; or None.
     """
 
@@ -125,6 +127,7 @@ class ResBlock(_Checkpointed):
         dropout: float,
         scale_shift_norm: bool,
         activation_checkpointing: bool,
+        linear: type[nn.Linear],
         resample: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -137,7 +140,7 @@ class ResBlock(_Checkpointed):
         self.in_layers = nn.Sequential(
             GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, embedded))
+        self.emb_layers = nn.Sequential(nn.SiLU(), linear(embedding_channels, embedded))
         # position 2 is the dropout module of OpenAI's network; keyed dropout needs no module
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels),
@@ -157,7 +160,7 @@ class ResBlock(_Checkpointed):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv(h)
-        embedded = self.emb_layers(embedding)[:, :, None, None]
+        embedded = self.emb_layers(embedding).to(h.dtype)[:, :, None, None]
         norm, activation, _, conv = self.out_layers
         if self.scale_shift_norm:
             scale, shift = embedded.chunk(2, dim=1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cmscale.config import NOISE_EMBEDDING_SCALE, Model
 from cmscale.errors import UserError
+from cmscale.model import float32
 from cmscale.model.blocks import (
     AttentionBlock,
     Downsample,
@@ -27,15 +28,17 @@ from cmscale.rng import generator
 class UNet(nn.Module):
     """The ADM UNet (Dhariwal and Nichol 2021, appendix A) on images in [-1, 1].
 
-    All parameters have one dtype: float32, float16 or bfloat16. Time embedding and normalisation are computed in
-    float32. `attention_resolutions` are image sizes in pixels.
+    All parameters have one dtype: float32, float16 or bfloat16. Sinusoids and normalisation are computed in float32,
+    and with the `released` precision layout the embedding layers and the output too (see `cmscale.model.float32`).
     """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
         width = model.channels
-        self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+        released = model.precision_layout == "released"
+        self._linear = linear = float32.Linear if released else nn.Linear
+        self.time_embed = nn.Sequential(linear(width, 4 * width), nn.SiLU(), linear(4 * width, 4 * width))
         if model.num_classes is not None:
             self.label_emb = nn.Embedding(model.num_classes, 4 * width)
         self._num_resblocks = 0
@@ -43,25 +46,32 @@ class UNet(nn.Module):
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(3, channels, 3, padding=1))])
         skips = [channels, *self._build_input(channels)]
         channels = skips[-1]
+        size = self._size(len(model.channel_multipliers) - 1)
         self.middle_block = Stage(
-            self._resblock(channels, channels), self._attention(channels), self._resblock(channels, channels)
+            self._resblock(channels, channels, size),
+            self._attention(channels),
+            self._resblock(channels, channels, size),
         )
         self.output_blocks = nn.ModuleList()
         channels = self._build_output(channels, skips)
-        self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, 3, 3, padding=1))
+        last = float32.Conv2d if released else nn.Conv2d
+        self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), last(channels, 3, 3, padding=1))
 
     def _resblock(
-        self, in_channels: int, out_channels: int, resample: Callable[[Tensor], Tensor] | None = None
+        self, in_channels: int, out_channels: int, size: int, resample: Callable[[Tensor], Tensor] | None = None
     ) -> ResBlock:
+        """A residual block whose output is `size` px, the size at which it drops."""
         self._num_resblocks += 1
+        sizes = self.model.dropout_resolutions
         return ResBlock(
             in_channels,
             out_channels,
             embedding_channels=4 * self.model.channels,
             layer=self._num_resblocks - 1,
-            dropout=self.model.dropout,
+            dropout=self.model.dropout if sizes is None or size in sizes else 0.0,
             scale_shift_norm=self.model.scale_shift_norm,
             activation_checkpointing=self.model.activation_checkpointing,
+            linear=self._linear,
             resample=resample,
         )
 
@@ -74,22 +84,28 @@ class UNet(nn.Module):
             activation_checkpointing=self.model.activation_checkpointing,
         )
 
+    def _size(self, level: int) -> int:
+        return self.model.image_size >> level
+
     def _attends(self, level: int) -> bool:
-        return self.model.image_size >> level in self.model.attention_resolutions
+        return self._size(level) in self.model.attention_resolutions
 
     def _build_input(self, channels: int) -> Iterator[int]:
         """Adds the levels from the full size down; yields the output channels of each stage."""
         last = len(self.model.channel_multipliers) - 1
         for level, multiplier in enumerate(self.model.channel_multipliers):
             for _ in range(self.model.num_res_blocks):
-                stage: list[nn.Module] = [self._resblock(channels, multiplier * self.model.channels)]
+                stage: list[nn.Module] = [self._resblock(channels, multiplier * self.model.channels, self._size(level))]
                 channels = multiplier * self.model.channels
                 if self._attends(level):
                     stage.append(self._attention(channels))
                 self.input_blocks.append(Stage(*stage))
                 yield channels
             if level < last:
-                down = self._resblock(channels, channels, halve) if self.model.resblock_updown else Downsample(channels)
+                if self.model.resblock_updown:
+                    down = self._resblock(channels, channels, self._size(level + 1), halve)
+                else:
+                    down = Downsample(channels)
                 self.input_blocks.append(Stage(down))
                 yield channels
 
@@ -98,14 +114,15 @@ class UNet(nn.Module):
         for level, multiplier in reversed(list(enumerate(self.model.channel_multipliers))):
             for block in range(self.model.num_res_blocks + 1):
                 wide = multiplier * self.model.channels
-                stage: list[nn.Module] = [self._resblock(channels + skips.pop(), wide)]
+                stage: list[nn.Module] = [self._resblock(channels + skips.pop(), wide, self._size(level))]
                 channels = wide
                 if self._attends(level):
                     stage.append(self._attention(channels))
                 if level and block == self.model.num_res_blocks:
-                    up = (
-                        self._resblock(channels, channels, double) if self.model.resblock_updown else Upsample(channels)
-                    )
+                    if self.model.resblock_updown:
+                        up = self._resblock(channels, channels, self._size(level - 1), double)
+                    else:
+                        up = Upsample(channels)
                     stage.append(up)
                 self.output_blocks.append(Stage(*stage))
         return channels
@@ -114,6 +131,11 @@ class UNet(nn.Module):
     def dtype(self) -> torch.dtype:
         """The parameters' dtype, in which the network computes."""
         return self.time_embed[0].weight.dtype  # type: ignore[union-attr]
+
+    @property
+    def float32_parameters(self) -> tuple[str, ...]:
+        """The parameters that the layout keeps in float32, whatever the network's dtype."""
+        return float32.value_names(self) if self.model.precision_layout == "released" else ()
 
     def forward(
         self,
@@ -136,7 +158,9 @@ class UNet(nn.Module):
         """
         dtype = self.dtype
         noise = c_noise * (self.model.noise_embedding_scale / NOISE_EMBEDDING_SCALE)  # exactly c_noise by default
-        embedding = self.time_embed(timestep_embedding(noise, self.model.channels).to(dtype))
+        released = self.model.precision_layout == "released"
+        sinusoids = timestep_embedding(noise, self.model.channels)
+        embedding = self.time_embed(sinusoids if released else sinusoids.to(dtype))
         if self.model.num_classes is not None:
             if labels is None:
                 raise UserError(
@@ -153,7 +177,7 @@ class UNet(nn.Module):
         h = self.middle_block(h, embedding, dropout_keys)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding, dropout_keys)
-        return self.out(h).float()
+        return self.out(h.float() if released else h).float()
 
 
 Built = TypeVar("Built", bound=UNet)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cmscale.config import Model
+from cmscale.model import float32
 from cmscale.model.unet import UNet, build_network
 
 PREFIX = "weighting."
@@ -21,10 +22,10 @@ FREQUENCIES = 8
 class Weighting(nn.Module):
     """w(t) = a + b . (cos, sin)(k ln(tan t) / 4), k = 1..8; w is initialised to ln D, so that e^w / D is 1."""
 
-    def __init__(self, num_values: int) -> None:
+    def __init__(self, num_values: int, *, linear: type[nn.Linear] = float32.Linear) -> None:
         super().__init__()
         self.num_values = num_values
-        self.linear = nn.Linear(2 * FREQUENCIES, 1)
+        self.linear = linear(2 * FREQUENCIES, 1)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -35,7 +36,9 @@ class Weighting(nn.Module):
         """w of times [B], float32."""
         angles = torch.log(torch.tan(t.float()))[:, None] / 4 * torch.arange(1, FREQUENCIES + 1, device=t.device)
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.linear(features.to(self.linear.weight.dtype))[:, 0].float()
+        if not isinstance(self.linear, float32.Float32Layer):
+            features = features.to(self.linear.weight.dtype)
+        return self.linear(features)[:, 0].float()
 
 
 class WeightedUNet(UNet):
@@ -43,7 +46,7 @@ class WeightedUNet(UNet):
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
-        self.weighting = Weighting(3 * model.image_size**2)
+        self.weighting = Weighting(3 * model.image_size**2, linear=self._linear)
 
     def forward(self, x: Tensor, c_noise: Tensor, *, weight_time: Tensor | None = None, **keywords: Any) -> Any:
         """The output of `UNet.forward`; with `weight_time` [B], the pair of it and w(weight_time) [B]."""

@@ -15,7 +15,7 @@ from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
 from cmscale.io.durable import replace_durably
 from cmscale.report.facts import RunFacts, read_facts
 from cmscale.report.paper import PAPER
-from cmscale.report.plots import Curve, time_curve, training_curve
+from cmscale.report.plots import Curve, time_curve, training_curve, training_curves
 from cmscale.report.quality import quality_panels
 from cmscale.runs.comparison import RULE, best_by_score, describe_basis, reference_names
 from cmscale.runs.folder import RunDir
@@ -138,7 +138,29 @@ def _training(facts: RunFacts) -> list[tuple[str, str]]:
         if points:
             x, y = zip(*points, strict=True)
             found.append((title, training_curve(x, y, name=title, log=log, smooth=smooth)))
-    return found + _consistency(facts)
+    return found + _by_noise(facts) + _consistency(facts)
+
+
+def _by_noise(facts: RunFacts) -> list[tuple[str, str]]:
+    """(title, svg) of what was logged by quartile of the noise."""
+    panels = [
+        ("Loss by quartile of the noise", "loss", True),
+        ("Norm of the tangent g by quartile of the noise", "tangent_norm", True),
+        ("Learned weighting w(t) by quartile of the noise", "weighting", False),
+    ]
+    labels = {1: "1, least noise", 2: "2", 3: "3", 4: "4, most noise"}
+    found = []
+    for title, key, log in panels:
+        curves = []
+        for quartile, label in labels.items():
+            name = f"{key}_q{quartile}"
+            points = [(record["step"], record[name]) for record in facts.metrics if _is_number(record.get(name))]
+            if points:
+                x, y = zip(*points, strict=True)
+                curves.append(Curve(label, x, y))
+        if curves:
+            found.append((title, training_curves(curves, name=title, log=log)))
+    return found
 
 
 def _consistency(facts: RunFacts) -> list[tuple[str, str]]:

@@ -71,6 +71,25 @@ def training_curve(
         return _svg(figure, name)
 
 
+def training_curves(curves: Sequence[Curve], *, name: str, log: bool = False) -> str:
+    """Several smoothed quantities against the training step."""
+    with mpl.rc_context(_SETTINGS):
+        figure, axes = _panel(4.6, 2.7)
+        for curve, colour in zip(curves, cycle(COLOURS), strict=False):
+            marker = "o" if len(curve.x) < 3 else None
+            shown = _smoothed(curve.y) if len(curve.y) > 20 else curve.y
+            axes.plot(curve.x, shown, label=curve.label, color=colour, linewidth=1.4, marker=marker, markersize=4)
+        low, high = (each(value for curve in curves for value in curve.y) for each in (min, max))
+        if log and 0 < low < high / 5:
+            _log_scale(axes, low, high)
+        else:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")
+        axes.set_xlabel("step")
+        _thousands(axes)
+        axes.legend(loc="best")
+        return _svg(figure, name)
+
+
 def steps_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Sequence[tuple[str, float]] = ()) -> str:
     """A score against network evaluations per sample, with error bars; `levels` (label, value) are dashed lines."""
     with mpl.rc_context(_SETTINGS):

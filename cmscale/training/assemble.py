@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from cmscale.config import Config
+from cmscale.config import Config, schedules
 from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency.distance import Distance, build_distance
 from cmscale.consistency.losses import Loss, build_loss
@@ -26,6 +26,7 @@ from cmscale.model.weighting import build_weighted_unet
 from cmscale.rng import SampleRandomness
 from cmscale.runs.manifests import TrainState
 from cmscale.source import load_teacher, weights_fingerprint
+from cmscale.training.measurements import Measurements
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,14 @@ class Parts:
     loss: Loss
     networks: Networks
     teacher_fingerprint: str | None
+    measurements: Measurements
 
     def step(self, batch: Batch, values: ScheduleValues) -> StepResult:
-        """One step on one global batch. It is not applied if the loss is not finite."""
+        """One step on one global batch. It is not applied if the loss is not finite.
+
+        If the step is logged, `measurements` then has what it measured.
+        """
+        self.measurements.begin(active=schedules.is_logged(self.config.train, values.step + 1))
         try:
             return self.engine.step(self.micro_losses(batch, values), values.learning_rate)
         except NonFiniteLoss:
@@ -52,7 +58,13 @@ class Parts:
         size = self.config.train.micro_batch_size
         random = SampleRandomness(self.config.train.seed, batch.positions, self.world.device)
         for clean, numbers in zip(images.split(size), random.split(size), strict=True):
-            yield lambda clean=clean, numbers=numbers: self.loss(self.networks, clean, values, numbers).mean()
+            yield partial(self._micro_loss, clean, values, numbers)
+
+    def _micro_loss(self, clean: torch.Tensor, values: ScheduleValues, random: SampleRandomness) -> torch.Tensor:
+        self.measurements.micro_batch(random)
+        losses = self.loss(self.networks, clean, values, random)
+        self.measurements.add("loss", losses)
+        return losses.mean()
 
 
 def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
@@ -85,8 +97,10 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
         target=None if engine.target is None else denoiser_for(method, engine.target),
         teacher=build_teacher(config, engine, teacher) if facts.follows_teacher and teacher is not None else None,
     )
-    loss = build_loss(method, load_distance(config, world))
-    return Parts(config, world, engine, loss, networks, None if teacher is None else weights_fingerprint(teacher))
+    measurements = Measurements()
+    loss = build_loss(method, load_distance(config, world), measure=measurements.add)
+    fingerprint = None if teacher is None else weights_fingerprint(teacher)
+    return Parts(config, world, engine, loss, networks, fingerprint, measurements)
 
 
 def check_same_teacher(config: Config, first: str | None, current: str | None) -> str | None:

@@ -108,7 +108,8 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         if result.applied:
             stragglers.stepped(state.step, ready=engine.clock.started, forward=engine.clock.seconds())
         error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
-        log.stepped(state, values, result, consistency_error=error)
+        measured = parts.measurements.means() if result.applied else {}
+        log.stepped(state, values, result, measured=measured, consistency_error=error)
         if bad_steps.must_roll_back(result, batch, state):  # to the newest checkpoint, without repeating the data since
             checkpoints.wait()
             found = newest(run, config, world, data_fingerprint=data)

@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Mapping
 
-from cmscale.config import Config
+from cmscale.config import Config, schedules
+from cmscale.config.cautions import cautions
 from cmscale.config.schedules import ScheduleValues
 from cmscale.data import Batches
 from cmscale.distributed.world import World
@@ -31,26 +33,39 @@ class RunLog:
         """Logs that training starts or resumes at `state`."""
         self._cursor = state.cursor
         self._event("resumed" if state.step else "start", state)
+        for caution in cautions(self._config):
+            self._event("caution", state, why=caution)
 
     def stepped(
-        self, state: TrainState, values: ScheduleValues, result: StepResult, *, consistency_error: float | None = None
+        self,
+        state: TrainState,
+        values: ScheduleValues,
+        result: StepResult,
+        *,
+        measured: Mapping[str, float | None],
+        consistency_error: float | None = None,
     ) -> None:
         """Logs every `train.log_every` steps, the first and last step, and every step that was not applied.
 
         Steps with a consistency error are logged too.
+
+        Args:
+            measured: Means of what the step measured per image; those of the loss itself are already in `result`.
         """
         self._log_replaced(state)
         if not result.applied:
             self._event("step_not_applied", state, why=f"loss {result.loss:g}, loss scale {result.loss_scale:g}")
             return
-        due = state.step % self._config.train.log_every == 0 or state.step in (1, self._config.train.total_steps)
+        due = schedules.is_logged(self._config.train, state.step)
         if not due and consistency_error is None:
             return
         now = time.perf_counter()
         seconds, images = now - self._since, state.cursor - self._cursor
         self._since, self._cursor = now, state.cursor
         speed = images / seconds
-        measured = {} if consistency_error is None else {"consistency_error": consistency_error}
+        more = {name: value for name, value in measured.items() if name != "loss"}
+        if consistency_error is not None:
+            more["consistency_error"] = consistency_error
         self._metrics.write(
             {
                 "step": state.step,
@@ -63,7 +78,7 @@ class RunLog:
                 "loss_scale": result.loss_scale,
                 "seconds": round(seconds, 4),
                 "images_per_second": round(speed, 3),
-                **measured,
+                **more,
             }
         )
         if self._world.is_main:

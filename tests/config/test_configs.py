@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cmscale.config import Restart, Slurm, accumulation_steps, dump_config, parse_config, read_config
+from cmscale.config import Config, Restart, Slurm, accumulation_steps, dump_config, parse_config, read_config
 from launchers.command_line import describe_training
 from launchers.placement import Placement
 
@@ -13,7 +13,11 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((CHECKOUT / "configs").glob("*.yaml"))
 LSUN = [path for path in CONFIGS if path.name.startswith("lsun_")]
 SUCCESSORS = ("ict", "ect", "sct", "scd", "pd")
-PAPERS = [path for path in LSUN if not path.stem.endswith(SUCCESSORS)]
+VARIANTS = ("ect_imagenet", "edm_angle")
+PAPERS = [path for path in LSUN if not path.stem.endswith((*SUCCESSORS, *VARIANTS))]
+
+
+SCM = {"p_mean": 0.04, "p_std": 1.92, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1}
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -21,7 +25,7 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def test_every_promised_lsun_config_is_there():
-    kinds = {"bedroom": ("edm", "cd_lpips", "cd_l2", "ct", *SUCCESSORS), "cat": ("edm", "cd_lpips", "ct")}
+    kinds = {"bedroom": ("edm", "cd_lpips", "cd_l2", "ct", *SUCCESSORS, *VARIANTS), "cat": ("edm", "cd_lpips", "ct")}
     assert set(names(LSUN)) == {f"lsun_{cat}_{kind}" for cat, of_cat in kinds.items() for kind in of_cat}
 
 
@@ -47,9 +51,15 @@ def test_a_successors_config_has_its_papers_method_on_the_same_network(kind: str
     keys = config.method.model_dump()
     expected = {
         "ict": {"s0": 10, "s1": 1280, "p_mean": -1.1, "p_std": 2.0, "huber_c": None},
-        "ect": {"p_mean": -1.1, "p_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0, "num_stages": 8},
-        "sct": {"p_mean": -1.0, "p_std": 1.4, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1, "start": "teacher"},
-        "scd": {"p_mean": -1.0, "p_std": 1.4, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1},
+        "ect": {"p_mean": -1.1, "p_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0, "num_stages": 8, "huber_c": 0.0},
+        "sct": {
+            "p_mean": 0.04,
+            "p_std": 1.92,
+            "tangent_warmup_steps": 10000,
+            "tangent_norm_c": 0.1,
+            "start": "teacher",
+        },
+        "scd": {"p_mean": 0.04, "p_std": 1.92, "tangent_warmup_steps": 10000, "tangent_norm_c": 0.1},
         "pd": {"start_scales": 64, "weighting": "truncated_snr", "distance": "l2"},
     }[kind]
     assert {key: keys[key] for key in expected} == expected
@@ -61,9 +71,41 @@ def test_a_successors_config_has_its_papers_method_on_the_same_network(kind: str
     steps = {"ict": 400_000, "ect": 100_000, "sct": 400_000, "scd": 400_000, "pd": 9 * 50_000}[kind]
     rate = {"ict": 0.99993, "ect": 0.9999, "sct": 1 - 1 / (0.05 * steps), "scd": 1 - 1 / (0.05 * steps)}
     assert (config.train.total_steps, config.ema.rates[0]) == (steps, rate.get(kind, 0.999943))
-    network = {key: value for key, value in config.model.model_dump().items() if key != "dropout"}
-    papers = read_config(CHECKOUT / "configs" / "lsun_bedroom_ct.yaml").model.model_dump()
-    assert network == {key: value for key, value in papers.items() if key != "dropout"}
+    small = {"ict": (16, 8), "ect": (16, 8), "sct": (16, 8)}
+    assert config.model.dropout_resolutions == small.get(kind)
+    assert config.engine.precision == "fp16"
+    assert network_of(config) == network_of(read_config(CHECKOUT / "configs" / "lsun_bedroom_ct.yaml"))
+
+
+def network_of(config: Config) -> dict[str, object]:
+    return {key: value for key, value in config.model.model_dump().items() if not key.startswith("dropout")}
+
+
+def test_the_other_recipes_are_their_papers():
+    ect, teacher, scd = (
+        read_config(CHECKOUT / "configs" / f"lsun_bedroom_{name}.yaml") for name in ("ect_imagenet", "edm_angle", "scd")
+    )
+    expected = {"p_mean": -0.8, "p_std": 1.6, "weighting": "edm", "q": 4.0, "num_stages": 4, "huber_c": 0.06}
+    keys = ect.method.model_dump()
+    assert {key: keys[key] for key in expected} == expected
+    assert (ect.model.dropout, ect.model.dropout_resolutions, ect.sampling.times) == (0.4, (16, 8), (80.0, 1.526))
+    assert (ect.optimizer.kind, ect.optimizer.betas) == ("adam", (0.9, 0.99))
+    assert (ect.optimizer.schedule, ect.optimizer.decay_reference) == ("inverse_square_root", 2000)
+    assert network_of(ect) == network_of(scd) == network_of(teacher)
+    assert teacher.method.time_embedding == scd.method.teacher_time_embedding == "angle"
+    assert scd.method.teacher == "runs/lsun_bedroom_edm_angle"
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "last"),
+    [("bedroom_cd_lpips", 17, 39), ("bedroom_cd_l2", 18, 39), ("bedroom_ct", 67, 150), ("cat_ct", 62, 150)],
+)
+def test_the_second_time_is_the_one_published_for_data_set_and_method(name: str, index: int, last: int):
+    text = (CHECKOUT / "configs" / f"lsun_{name}.yaml").read_text()
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    expected = (high + index / last * (low - high)) ** 7
+    assert parse_config(text).sampling.times == (80.0, pytest.approx(expected, rel=1e-8))
+    assert ("--weights master" in text) == (name.startswith("bedroom_cd"))
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=names(PAPERS))

@@ -143,3 +143,45 @@ def test_a_grid_that_would_shrink_is_refused(kind: str):
 )
 def test_what_is_done_every_so_many_steps_is_done_after_the_last_too(every: int, last: int, due: list[int]):
     assert [step for step in range(1, last + 1) if schedules.is_due(step, every, last)] == due
+
+
+def rates(total: int, **keys: object) -> list[float]:
+    optimizer = Optimizer(learning_rate=2.0, **keys)  # pyright: ignore[reportArgumentType]
+    return [schedules.learning_rate(optimizer, step, total_steps=total) for step in range(total)]
+
+
+def test_the_inverse_square_root_is_constant_up_to_its_reference():
+    found = rates(400, schedule="inverse_square_root", decay_reference=25)
+    assert found == [2.0 / max(k / 25, 1) ** 0.5 for k in range(400)]
+    assert (found[25], found[100]) == (2.0, 1.0)
+
+
+def test_the_cosine_falls_from_the_rate_to_0_over_the_run():
+    found = rates(100, schedule="cosine")
+    assert found == pytest.approx([1 + math.cos(math.pi * k / 100) for k in range(100)], rel=1e-15)
+
+
+def test_steps_multiply_the_rate_at_each_listed_step():
+    found = rates(40, schedule="step", decay_steps=[10, 30], decay_factor=0.1)
+    assert found == pytest.approx([2.0] * 10 + [0.2] * 20 + [0.02] * 10, rel=1e-15)
+
+
+def test_a_decay_comes_on_top_of_the_warm_up():
+    found = rates(8, schedule="inverse_square_root", decay_reference=2, warmup_steps=4)
+    assert found == pytest.approx([2.0 * min((k + 1) / 4, 1) / max(k / 2, 1) ** 0.5 for k in range(8)], rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"schedule": "inverse_square_root"}, "decay_reference: is not set"),
+        ({"schedule": "step", "decay_steps": [5]}, "decay_factor: is not set"),
+        ({"schedule": "step", "decay_factor": 0.5}, "decay_steps: is not set"),
+        ({"decay_reference": 5}, "decay_reference: schedule constant does not use it"),
+        ({"schedule": "cosine", "decay_factor": 0.5}, "decay_factor: schedule cosine does not use it"),
+        ({"schedule": "step", "decay_steps": [9, 5], "decay_factor": 0.5}, r"decay_steps: \[9, 5\] must ascend"),
+    ],
+)
+def test_keys_that_a_schedule_needs_or_does_not_use_are_named(keys: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        rates(10, **keys)

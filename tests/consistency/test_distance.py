@@ -228,11 +228,18 @@ def test_means_and_pseudo_huber_are_their_formulas():
     torch.testing.assert_close(pseudo_huber(a, b, c=0.3), torch.from_numpy(huber), rtol=1e-13, atol=0)
 
 
-def test_pseudo_huber_is_smooth_at_zero():
-    a = torch.zeros(2, 3, 4, 4, requires_grad=True)
-    pseudo_huber(a, torch.zeros(2, 3, 4, 4), c=0.01).sum().backward()
+@pytest.mark.parametrize("c", [0.01, 0.0])
+def test_pseudo_huber_is_smooth_at_zero(c: float):
+    """With c = 0 it is the Euclidean distance, whose gradient is 0 where there is no difference."""
+    a = torch.zeros(2, 3, 4, 4)
+    a[1, 0, 0, 0] = 2.0
+    a.requires_grad_()
+    found = pseudo_huber(a, torch.zeros(2, 3, 4, 4), c=c)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx([0.0, math.hypot(2.0, c) - c], rel=1e-6)
     assert a.grad is not None
-    assert (a.grad == 0).all()
+    assert (a.grad[0] == 0).all()
+    assert a.grad.count_nonzero() == 1
 
 
 @pytest.mark.parametrize(
@@ -244,8 +251,9 @@ def test_huber_c_defaults_to_the_size_of_the_image(method):
     a, b = torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.5)
     expected = pseudo_huber(a, b, c=0.00054 * math.sqrt(192))
     torch.testing.assert_close(build_distance(method, 8)(a, b), expected)
-    given = method.model_copy(update={"huber_c": 2.0})
-    torch.testing.assert_close(build_distance(given, 8)(a, b), pseudo_huber(a, b, c=2.0))
+    for c in (2.0, 0.0):
+        given = method.model_copy(update={"huber_c": c})
+        torch.testing.assert_close(build_distance(given, 8)(a, b), pseudo_huber(a, b, c=c))
 
 
 def test_edm_takes_the_mean_square():

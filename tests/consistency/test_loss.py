@@ -189,6 +189,24 @@ def test_ect_loss(stage: int, random: SampleRandomness):
     np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("random", RANDOM[:4])
+@pytest.mark.parametrize(("q", "c"), [(4.0, 0.06), (4.0, 0.0)])
+def test_ect_loss_as_on_imagenet_64(q: float, c: float, random: SampleRandomness):
+    """(sqrt(||.||^2 + c^2) - c) (1 / t^2 + 1 / sd^2), in the first stage, where r = 0 for small t."""
+    method = ECT(kind="ect", teacher="t", weighting="edm", p_mean=-0.8, p_std=1.6, q=q, huber_c=c)
+    network = Affine(1)
+    clean, uniform, x, z = setting(random)
+    from scipy.stats import norm
+
+    t = np.exp(-0.8 + 1.6 * norm.ppf(uniform))
+    r = np.maximum(t * (1 - (1 + 8 / (1 + np.exp(t))) / q), 0)
+    aim = np.where(at(r) > 0, network.in_numpy(x + at(r) * z, r), x)
+    square = ((network.in_numpy(x + at(t) * z, t) - aim) ** 2).reshape(8, -1).sum(1)
+    expected = (np.sqrt(square + c**2) - c) * (1 / t**2 + 1 / 0.5**2)
+    given = loss_of(method, Networks(network), clean, ScheduleValues(0, 1.0, stage=0), random)
+    np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-4)
+
+
 def test_ect_begins_as_diffusion_and_narrows_the_gap():
     from cmscale.consistency.losses.ect import ect_lower_time
 

@@ -152,6 +152,40 @@ def unet_losses() -> None:
     print(json.dumps(found))
 
 
+def float32_values() -> None:
+    """After bf16 steps, in every stage: float32 layers of student, target and teacher have the fp32 values."""
+    world = joined()
+    for stage in range(4):
+        config = small_config(f"engine.zero_stage={stage}", "engine.precision=bf16", "model.channel_multipliers=[1,2]")
+        engine = Engine(config, world, lambda: build_unet(config.model), has_target=True)  # noqa: B023
+        weights = build_unet(config.model, seed=5).state_dict()
+        teacher = engine.add_frozen("teacher", weights, lambda: build_unet(config.model))  # noqa: B023
+        assert_float32_values(teacher.module, weights)
+        for step in range(2):
+            results = train(engine, world, range(step, step + 1))
+            assert results[0].applied
+            assert_float32_values(engine.network.module, whole(engine, "master"))
+            assert_float32_values(engine.target.module, whole(engine, "target"))
+        averages = whole(engine, "ema_0.9")
+        with engine.showing("ema_0.9") as network:
+            assert_float32_values(network.module, averages)
+        assert_float32_values(engine.network.module, whole(engine, "master"))
+        engine.close()
+    print(json.dumps("ok"))
+
+
+def assert_float32_values(network: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    """The layers hold the fp32 values bit for bit, and some of these are no bf16 numbers."""
+    names = network.float32_parameters
+    assert {"time_embed.0.weight", "out.2.bias", "middle_block.0.emb_layers.1.weight"} < set(names)
+    rounded = 0
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        assert torch.equal(network.get_submodule(path)._values[leaf], expected[name]), name
+        rounded += int((expected[name] != expected[name].bfloat16().float()).sum())
+    assert rounded > 1000
+
+
 def engine_micro_steps(world: World) -> int:
     return 4 // world.num_ranks
 

@@ -34,6 +34,10 @@ def test_the_real_network_trains_alike_in_every_stage_with_and_without_recompute
     assert_near(found, dict.fromkeys(found, found["0 false"]), relative=1e-5)
 
 
+def test_layers_that_compute_in_float32_have_the_masters_values_in_every_stage() -> None:
+    assert agreed(run_ranks(2, "engine_work:float32_values")) == "ok"
+
+
 def test_every_zero_stage_clips_alike() -> None:
     two = agreed(run_ranks(2, "engine_work:losses", "fp32", "engine.gradient_clip=0.05"))
     assert_near(

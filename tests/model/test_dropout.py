@@ -5,7 +5,7 @@ import torch
 from networks import random_weights, small_model
 
 from cmscale.model import UNet, build_unet
-from cmscale.model.blocks import keyed_dropout
+from cmscale.model.blocks import ResBlock, keyed_dropout
 
 KEYS = (11, 22, 33)
 DEVICES = [
@@ -100,3 +100,30 @@ def test_activation_checkpointing_keeps_fewer_activations():
             network(x, c_noise)
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 4
+
+
+def test_dropout_happens_at_the_listed_resolutions_alone():
+    """The size of a block is that of its output, where it drops, so that a block that halves 16 to 8 px drops at 8."""
+    model = small_model(image_size=32, channel_multipliers=(1, 1, 2), dropout=0.5, dropout_resolutions=(16, 8))
+    network = build_unet(model).train()
+    network.load_state_dict(random_weights(model))
+    sizes: dict[str, int] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: sizes.__setitem__(name, out.shape[-1]))
+        for name, module in network.named_modules()
+        if isinstance(module, ResBlock)
+    ]
+    source = torch.Generator().manual_seed(5)
+    x, c_noise = torch.randn(2, 3, 32, 32, generator=source), torch.zeros(2)
+    with torch.no_grad():
+        network(x, c_noise, dropout_keys=KEYS[:2])
+    assert len(hooks) == len(sizes)
+    rates = {name: module.dropout for name, module in network.named_modules() if isinstance(module, ResBlock)}
+    assert rates == {name: 0.5 if size <= 16 else 0.0 for name, size in sizes.items()}
+    assert set(sizes.values()) == {32, 16, 8}
+
+
+@pytest.mark.parametrize(("sizes", "message"), [((4,), "no level has 4 px"), ((), "at least 1 item")])
+def test_a_resolution_that_no_level_has_is_refused(sizes: tuple[int, ...], message: str):
+    with pytest.raises(ValueError, match=message):
+        small_model(dropout=0.5, dropout_resolutions=sizes)

@@ -48,6 +48,18 @@ def test_a_whole_run_is_shown(run) -> None:
     assert "FD-EfficientNet over training" in page
 
 
+def test_what_was_logged_by_quartile_of_the_noise_is_plotted(tmp_path) -> None:
+    run = write_run(tmp_path / "scm", kind="scd")
+    assert "by quartile" not in _page(run)
+    for step in range(5, 100, 5):
+        quartiles = {f"{name}_q{q}": q / step for name in ("loss", "tangent_norm", "weighting") for q in (1, 2, 3, 4)}
+        append_line(run.metrics, {"step": step, "samples": step, "loss": 1.0, **quartiles, "loss_q2": None})
+    page = _page(run)
+    for title in ("Loss", "Norm of the tangent g", r"Learned weighting w\(t\)"):
+        assert len(re.findall(rf"<h3>{title} by quartile of the noise</h3>", page)) == 1
+    assert page.count("1, least noise") == 3
+
+
 def test_the_page_loads_nothing_from_elsewhere(run) -> None:
     page = _page(run)
     loads = re.findall(r"(?:src|href)=\"([^\"]*)\"", page) + re.findall(r"url\(([^)]*)\)", page)

@@ -5,11 +5,12 @@ every config of the method, and properties, which depend on its keys. All other 
 `config/methods` and `consistency/losses` tests which method it has. Nothing in `config` imports torch.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from cmscale.config.section import Positive, Section, operational
 
@@ -82,7 +83,10 @@ class TeacherChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceSettings:
-    """The distance of a loss; with `huber_c` None, c follows from the image size (iCT, section 3.3)."""
+    """The distance of a loss; with `huber_c` None, c follows from the image size (iCT, section 3.3).
+
+    With `huber_c` 0 the pseudo-Huber distance is the Euclidean one.
+    """
 
     name: DistanceName
     huber_c: float | None = None
@@ -183,6 +187,22 @@ class MethodSection(Section, ABC):
         """What the method schedules at `step` (0 is the first) of `total_steps`."""
 
     @property
+    def smallest_gap(self) -> float | None:
+        """The smallest ln(t / s) of two times t > s at which one step evaluates the network, at the end of training.
+
+        None if a step compares no two times. On the Karras grid it is that of the two largest times.
+        """
+        if self.final_num_scales is None:
+            return None
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return -self.rho * math.log1p((low - high) / high / (self.final_num_scales - 1))
+
+    def cautions(self, *, image_size: int, batch_size: int) -> list[str]:
+        """What in the method's keys its user may not expect, one line each; it stops nothing."""
+        del image_size, batch_size
+        return []
+
+    @property
     def boundary(self) -> float:
         """The smallest time, at which a consistency function is the identity."""
         return 0.0 if self.facts.boundary_at_zero else self.sigma_min
@@ -202,7 +222,7 @@ class ChosenDistance(MethodSection):
     distance: DistanceName = "lpips"
     lpips_pooling: Literal["average", "max"] = "average"
     lpips_weights: str | None = operational(None)
-    huber_c: Positive | None = None
+    huber_c: Annotated[float, Field(ge=0)] | None = None
 
     @property
     def distance_settings(self) -> DistanceSettings:

@@ -1,10 +1,16 @@
 """What sCT and sCD share: TrigFlow times, tangent warm-up and tangent normalisation (Lu and Song 2024)."""
 
 import math
+from statistics import NormalDist
 from typing import Literal
 
 from cmscale.config.methods.base import MethodSchedule, SampledInOneStep, SecondTime, TimeEmbedding
 from cmscale.config.section import NonNegative, Positive
+
+PUBLISHED_SIZE = 32
+"""Image size in pixels (CIFAR-10) for which sCM's p_mean and p_std were chosen."""
+RARE_ABOVE = 0.625
+"""Of sigma_max. A step should train at some times above it, as sampling starts at sigma_max: 50 of 80."""
 
 
 class ContinuousTime(SampledInOneStep):
@@ -52,3 +58,33 @@ class ContinuousTime(SampledInOneStep):
     def tangent_ratio(self, step: int) -> float:
         """r = min(1, k / H), the tangent warm-up; sCM, section 4.2."""
         return min(1.0, step / self.tangent_warmup_steps) if self.tangent_warmup_steps else 1.0
+
+    def cautions(self, *, image_size: int, batch_size: int) -> list[str]:
+        found = []
+        if self.needs_forward_mode and not self.embeds_angle:
+            found.append(
+                "method.tangent: jvp differentiates a time embedding of 250 ln(sigma), whose ripple dominates the "
+                "derivative, so that the network does not learn; set method.tangent=auto, or train the teacher with "
+                "method.time_embedding=angle"
+            )
+        high = RARE_ABOVE * self.sigma_max
+        expected = batch_size * (1 - NormalDist(self.p_mean, self.p_std).cdf(math.log(high)))
+        if expected < 1 and image_size > PUBLISHED_SIZE:
+            mean, std = noise_for_size(image_size)
+            found.append(
+                f"method.p_mean, method.p_std: {expected:.2g} of the {batch_size} images of a step have a sigma above "
+                f"{high:g}, but sampling starts at {self.sigma_max:g}; for {image_size} px set "
+                f"method.p_mean={mean:.2f} method.p_std={std:.2f}"
+            )
+        return found
+
+
+def noise_for_size(image_size: int) -> tuple[float, float]:
+    """p_mean and p_std for an image size in pixels, from sCM's (-1.0, 1.4) at 32 px.
+
+    The mean of s x s pixels has 1/s of the noise. A picture of S px therefore shows at sigma what its reduction to 32
+    px shows at 32/S sigma: what the published values train at the upper end lies ln(S/32) higher, while the finest
+    details are as they were. So the quantile at +2 standard deviations moves by ln(S/32), and that at -2 stays.
+    """
+    shift = math.log(image_size / PUBLISHED_SIZE)
+    return -1.0 + shift / 2, 1.4 + shift / 4

@@ -42,7 +42,7 @@ class ICT(WithoutTeacher, OnSigma, SampledInOneStep, WithoutForwardMode):
     s1: Annotated[int, Field(ge=2)] = 1280
     p_mean: float = -1.1
     p_std: Positive = 2.0
-    huber_c: Positive | None = None
+    huber_c: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _check_growth(self) -> "ICT":

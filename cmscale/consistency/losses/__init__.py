@@ -5,7 +5,7 @@ from typing import Never
 from cmscale.config import CD, CT, ECT, EDM, ICT, PD, SCD, SCT
 from cmscale.config.methods import AnyMethod
 from cmscale.consistency.distance import Distance
-from cmscale.consistency.losses.base import Loss
+from cmscale.consistency.losses.base import Loss, Measure, unmeasured
 from cmscale.consistency.losses.cd import CDLoss
 from cmscale.consistency.losses.ct import CTLoss
 from cmscale.consistency.losses.ect import ECTLoss
@@ -15,14 +15,15 @@ from cmscale.consistency.losses.pd import PDLoss
 from cmscale.consistency.losses.scd import SCDLoss
 from cmscale.consistency.losses.sct import SCTLoss
 
-__all__ = ["Loss", "build_loss"]
+__all__ = ["Loss", "Measure", "build_loss"]
 
 
-def build_loss(method: AnyMethod, distance: Distance | None) -> Loss:
+def build_loss(method: AnyMethod, distance: Distance | None, *, measure: Measure = unmeasured) -> Loss:
     """The loss of a method.
 
     Args:
         distance: The result of `build_distance` for the same method.
+        measure: Gets what the loss computes besides its value: of sCT and sCD `tangent_norm` and `weighting`.
     """
     match method:
         case EDM():
@@ -38,9 +39,9 @@ def build_loss(method: AnyMethod, distance: Distance | None) -> Loss:
         case PD():
             return PDLoss(method, _required(distance))
         case SCT():
-            return SCTLoss(method)
+            return SCTLoss(method, measure)
         case SCD():
-            return SCDLoss(method)
+            return SCDLoss(method, measure)
     return _refuse(method)
 
 

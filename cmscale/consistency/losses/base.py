@@ -1,5 +1,6 @@
-"""Defines the interface of a loss, and how losses draw neighbouring times."""
+"""Defines the interface of a loss, what it measures, and how losses draw neighbouring times."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -9,6 +10,14 @@ from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency import grid
 from cmscale.consistency.networks import Networks
 from cmscale.rng import SampleRandomness
+
+Measure = Callable[[str, Tensor], None]
+"""(name, values [B]): a quantity that a loss computes besides its value, for the log."""
+
+
+def unmeasured(name: str, values: Tensor) -> None:
+    """Drops what a loss measures."""
+    del name, values
 
 
 class Loss(Protocol):

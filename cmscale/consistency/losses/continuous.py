@@ -18,6 +18,7 @@ from torch import Tensor
 from cmscale.config import SCD, SCT
 from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency import grid
+from cmscale.consistency.losses.base import Measure, unmeasured
 from cmscale.consistency.networks import Networks
 from cmscale.consistency.solver import expand_as
 from cmscale.rng import SampleRandomness
@@ -49,10 +50,12 @@ def tangent(
 class ContinuousLoss(ABC):
     """e^{w(t)} / D ||F - F- - g / (||g|| + c)||^2 - w(t), ln(sd tan t) ~ N(Pm, Ps^2); sCM, equation 8.
 
-    F- is the student without gradient. Subclasses define dx_t/dt.
+    F- is the student without gradient. Subclasses define dx_t/dt. The loss is near 1 - w whatever the network learns,
+    so it measures `tangent_norm`, ||g|| before it is normalised, and `weighting`, w.
     """
 
     method: SCT | SCD
+    measure: Measure = unmeasured
 
     @abstractmethod
     def slope(self, networks: Networks, x: Tensor, t: Tensor, *, clean: Tensor, noise: Tensor) -> Tensor:
@@ -72,8 +75,10 @@ class ContinuousLoss(ABC):
             slope = self.slope(networks, x, t, clean=clean, noise=noise)
             before, rate = student.flow_and_rate(x / sd, time, slope, dropout_keys=keys)
             g = tangent(before, rate, x, slope, t, sigma_data=sd, ratio=method.tangent_ratio(values.step))
-            length = g.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.ndim - 1))
-            g = g / (length + method.tangent_norm_c)
+            length = g.flatten(1).norm(dim=1)
+            g = g / (length.reshape(-1, *[1] * (g.ndim - 1)) + method.tangent_norm_c)
         estimate, weight = student.weighted_flow(x / sd, time, dropout_keys=keys)
+        self.measure("tangent_norm", length)
+        self.measure("weighting", weight)
         square = (estimate - estimate.detach() - g).square().flatten(1).mean(1)
         return weight.exp() * square - weight

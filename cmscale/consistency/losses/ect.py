@@ -21,7 +21,10 @@ def ect_lower_time(time: Tensor, *, stage: int, q: float, k: float, b: float) ->
 
 @dataclass(frozen=True)
 class ECTLoss:
-    """d(f(x + t z, t), sg f(x + r z, r)) / (t - r), ln t ~ N(Pm, Ps^2); the target is x where r = 0; ECT, section 3."""
+    """lambda d(f(x + t z, t), sg f(x + r z, r)), ln t ~ N(Pm, Ps^2); the target is x where r = 0; ECT, section 3.
+
+    lambda is 1 / (t - r); with `weighting: edm` 1 / t^2 + 1 / sd^2, which the authors take for ImageNet 64.
+    """
 
     method: ECT
     distance: Distance
@@ -41,4 +44,7 @@ class ECTLoss:
             target = evaluate(networks.target_or_student, noisy, time, dropout_keys=keys)
             target = torch.where(expand_as(lower, clean) > 0, target, clean)
         estimate = evaluate(networks.student, clean + expand_as(upper, clean) * noise, upper, dropout_keys=keys)
-        return self.distance(estimate, target) / (upper - lower).to(clean)
+        distance = self.distance(estimate, target)
+        if method.weighting == "edm":
+            return (1 / upper**2 + 1 / method.sigma_data**2).to(clean) * distance
+        return distance / (upper - lower).to(clean)

@@ -1,0 +1,70 @@
+"""Tests that runs of older releases, which lack keys that came later, keep what they were trained with."""
+
+import json
+
+import pytest
+import yaml
+
+from cmscale.config import Config, differences, dump_config, parse_config, trajectory
+from cmscale.config.added import ADDED, EVERY_METHOD, added_at_older_value
+
+TEXT = """
+method: METHOD
+model: {image_size: 32, channels: 32, channel_multipliers: [1, 2], num_res_blocks: 1}
+data: {path: s3://bucket/data}
+optimizer: {learning_rate: 1e-4}
+train: {total_steps: 10, global_batch_size: 8, micro_batch_size: 2}
+"""
+METHODS = {
+    "edm": "{kind: edm}",
+    "cd": "{kind: cd, teacher: t}",
+    "ct": "{kind: ct}",
+    "ict": "{kind: ict}",
+    "ect": "{kind: ect, teacher: t}",
+    "sct": "{kind: sct}",
+    "scd": "{kind: scd, teacher: t}",
+    "pd": "{kind: pd, teacher: t}",
+}
+
+
+def older(config: Config) -> dict:
+    """The config as a release wrote it that had none of the added keys, nor sections that came later."""
+    tree = json.loads(config.model_dump_json())
+    for key in ADDED:
+        section, leaf = key.split(".")
+        tree[section].pop(leaf, None)
+    del tree["sampling"]
+    return tree
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_run_of_an_older_release_goes_on_as_it_was(kind: str):
+    new = parse_config(TEXT.replace("METHOD", METHODS[kind]))
+    tree = older(new)
+    run = parse_config(yaml.safe_dump(tree), resolved=True)
+    for key, values in ADDED.items():
+        section, leaf = key.split(".")
+        value = values.get(kind, values.get(EVERY_METHOD, "absent"))
+        found = json.loads(getattr(run, section).model_dump_json()).get(leaf, "absent")
+        assert found == value, key
+    then = {key: value for key, value in trajectory(run).items() if key not in ADDED}
+    assert differences(then, trajectory(run)) == []
+    assert parse_config(dump_config(run), resolved=True) == run
+
+
+def test_new_runs_get_the_defaults_and_differ_from_older_ones_by_name():
+    new = parse_config(TEXT.replace("METHOD", METHODS["scd"]))
+    assert (new.method.tangent, new.model.precision_layout) == ("auto", "released")
+    then = {key: value for key, value in trajectory(new).items() if key not in ADDED}
+    assert differences(then, trajectory(new)) == [
+        "method.tangent: jvp -> auto",
+        "model.precision_layout: uniform -> released",
+    ]
+
+
+def test_keys_at_their_older_value_are_left_out_of_hashes():
+    run = parse_config(yaml.safe_dump(older(parse_config(TEXT.replace("METHOD", METHODS["ect"])))), resolved=True)
+    assert added_at_older_value("method", run.method.model_dump(mode="json")) == {"weighting"}
+    values = run.model.model_dump(mode="json")
+    assert added_at_older_value("model", values) == {"dropout_resolutions", "precision_layout"}
+    assert added_at_older_value("model", values | {"precision_layout": "released"}) == {"dropout_resolutions"}

@@ -1,0 +1,57 @@
+"""Tests that a config's own sampling times are used where a command gives none."""
+
+import pytest
+import torch
+
+from cmscale.config import Config
+from cmscale.config.files import parse_config
+from cmscale.errors import UserError
+from cmscale.evaluation.search_times import _start
+from cmscale.generation.draw import SampleRequest, used_sigmas
+from cmscale.source import Source
+
+TEXT = """
+method: {kind: ct}
+model: {image_size: 32, channels: 32, channel_multipliers: [1, 2], num_res_blocks: 1}
+data: {path: s3://bucket/data}
+optimizer: {learning_rate: 1e-4}
+train: {total_steps: 10, global_batch_size: 8, micro_batch_size: 2}
+"""
+
+
+def config_of(*overrides: str) -> Config:
+    return parse_config(TEXT, list(overrides))
+
+
+def sigmas(config: Config, **asked) -> list[float]:
+    return used_sigmas(Source("origin", config, {}, "master", 0), SampleRequest(num=1, **asked)).tolist()
+
+
+def test_as_many_steps_as_the_config_has_times_take_them():
+    config = config_of("sampling.times=[80, 5.2485032]")
+    assert sigmas(config, steps=2) == [80.0, 5.2485032]
+    assert sigmas(config) == [80.0]
+    assert sigmas(config, steps=4) == sigmas(config_of(), steps=4)
+    assert sigmas(config, sigmas=torch.tensor([70.0, 3.0])) == [70.0, 3.0]
+    assert sigmas(config_of(), steps=2) == pytest.approx([80.0, 3.991], abs=1e-3)
+
+
+def test_a_search_begins_at_the_times_of_the_config():
+    assert _start(config_of()) == (0, 67)
+    assert _start(config_of("sampling.times=[80, 5.249]")) == (0, 62)
+    assert _start(config_of("sampling.times=[80, 20, 5]")) == (0, 67)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampling.times=[4, 80]"], r"times: \[4.0, 80.0\] must descend"),
+        (["sampling.times=[80, 80]"], "must descend"),
+        (["sampling.times=[80, 0]"], "sampling.times.1: got 0"),
+        (["sampling.times=[]"], "sampling.times"),
+        (["method.kind=edm", "sampling.times=[80, 4]"], "sampling.times: method.kind edm is not sampled in chosen"),
+    ],
+)
+def test_times_that_cannot_be_used_are_refused(overrides: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        config_of(*overrides)
