@@ -32,9 +32,9 @@ class RunLog:
     def started(self, state: TrainState) -> None:
         """Logs that training starts or resumes at `state`."""
         self._cursor = state.cursor
-        self._event("resumed" if state.step else "start", state)
         for caution in cautions(self._config):
             self._event("caution", state, why=caution)
+        self._event("resumed" if state.step else "start", state)
 
     def stepped(
         self,
