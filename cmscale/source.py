@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cmscale.config import Config, Model, differences, leaves, parse_config, parse_tree, read_config
+from cmscale.config import Config, Model, leaves, parse_config, parse_tree, read_config, unequal
 from cmscale.config.added import added_at_older_value
 from cmscale.config.site import read_site
 from cmscale.config.sources import NVLABS_ENDING, OPENAI_ENDINGS, refuse_hub_name
@@ -188,7 +188,7 @@ def load_teacher(config: Config) -> dict[str, torch.Tensor]:
             f"method.teacher: the network of {setting.source} embeds {its}, this config's embeds {ours}; set "
             f"method.teacher_time_embedding={its} (sct, scd only), or give another teacher"
         )
-    if different := differences(network_settings(teacher.config.model), network_settings(config.model)):
+    if different := unequal(network_settings(teacher.config.model), network_settings(config.model)):
         raise UserError(
             f"method.teacher: {setting.source} is another network ({'; '.join(different)}); "
             "change the model section to the teacher's"

@@ -17,6 +17,7 @@ from cmscale.config.models import (
     differences,
     leaves,
     trajectory,
+    unequal,
 )
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "parse_yaml",
     "read_config",
     "trajectory",
+    "unequal",
 ]

@@ -347,7 +347,11 @@ def trajectory(config: Config) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line per key in which two `trajectory` dictionaries differ; `old` may be of an older release."""
-    old = with_added_values(old)
+    return unequal(with_added_values(old), new)
+
+
+def unequal(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line per key in which two dictionaries differ."""
     keys = sorted(old.keys() | new.keys())
     return [
         f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"

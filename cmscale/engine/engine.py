@@ -283,11 +283,12 @@ class Engine:
 
     def _publisher(self, target: FrozenNetwork | PartitionedNetwork) -> Callable[[torch.Tensor], None]:
         """Sets the target network's weights from the fp32 elements that each rank has. Collective."""
-        publish = target.publish
         if isinstance(target, PartitionedNetwork):
             rank, num_ranks = self._world.rank, self._world.num_ranks
             ranges = [own_range(p, rank, num_ranks=num_ranks) for p in self.parameters]
             publish = partial(target.publish, own_lengths=[end - begin for begin, end in ranges])
+        else:
+            publish = target.publish
         values = self._gathered_values(target.module)
 
         def publish_all(local: torch.Tensor) -> None:

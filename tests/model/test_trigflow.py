@@ -139,6 +139,24 @@ def test_the_real_network_is_differentiated_forward(variant: str, time):
         assert relative(value, flow.flow(x, t, dropout_keys=keys)) < 1e-12
 
 
+def test_a_point_derivative_in_time_is_ripple_where_the_embedding_is_fast_and_right_where_it_is_slow():
+    """The UNet with its own embedding, to sigma 80: dF/d ln(sigma) with x at rest, at a point and over +-0.1."""
+    model = small_model()
+    network = UNet(model).requires_grad_(False)
+    network.load_state_dict(random_weights(model))
+    sigma = torch.tensor([0.05, 0.5, 2.0, 10.0, 80.0]).repeat(2)
+    t, x = torch.atan(sigma / SD), torch.randn(10, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def size(time, derivative) -> torch.Tensor:
+        flow = TrigFlow(network, sigma_data=SD, time=time, derivative=derivative)
+        _, rate = flow.flow_and_rate(x, t, torch.zeros_like(x))
+        return rate.flatten(1).norm(dim=1)
+
+    slow, fast = (size(time, "jvp") / size(time, "central_differences") for time in ("angle", "log_sigma"))
+    assert (slow - 1).abs().max() < 0.05, slow
+    assert fast.min() > 3, fast
+
+
 def test_attention_takes_the_reference_where_it_is_differentiated_forward():
     q, k, v, moved = torch.randn(4, 2, 5, 2, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), forward_ad.dual_level():
