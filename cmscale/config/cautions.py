@@ -4,6 +4,8 @@ from cmscale.config.models import Config
 
 _ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 0.0}
 """The largest relative rounding error of a number."""
+_SLOW_EMBEDDING = 10.0
+"""Of model.noise_embedding_scale: up to it, the sinusoids turn less than 2.5 times as fast as ln(sigma)."""
 _TOLERATED = 0.25
 """Of the difference between two times, relative to them: more rounding hides what the loss measures."""
 
@@ -11,6 +13,13 @@ _TOLERATED = 0.25
 def cautions(config: Config) -> list[str]:
     """One line for each surprise: keys, values, and what to set instead."""
     found = config.method.cautions(image_size=config.model.image_size, batch_size=config.train.global_batch_size)
+    fast = config.model.noise_embedding_scale > _SLOW_EMBEDDING and not config.method.embeds_angle
+    if config.method.needs_forward_mode and fast:
+        found.append(
+            "method.tangent: jvp differentiates a time embedding of 250 ln(sigma), whose ripple dominates the "
+            "derivative, so that the network does not learn; set method.tangent=auto, or train the teacher with "
+            "method.time_embedding=angle"
+        )
     gap, rounding = config.method.smallest_gap, _ROUNDING[config.engine.precision]
     if gap is not None and rounding > _TOLERATED * gap:
         found.append(

@@ -37,6 +37,7 @@ def test_no_config_that_the_project_ships_needs_a_caution():
         (["method.tangent=jvp"], True),
         (["method.tangent=jvp", "method.teacher_time_embedding=angle"], False),
         (["method.teacher_time_embedding=angle"], False),
+        (["method.tangent=jvp", "model.noise_embedding_scale=1.0"], False),
     ],
 )
 def test_a_fast_embedding_that_meets_the_jvp_is_named(kind: str, more: list[str], warned: bool):

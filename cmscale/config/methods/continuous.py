@@ -61,12 +61,6 @@ class ContinuousTime(SampledInOneStep):
 
     def cautions(self, *, image_size: int, batch_size: int) -> list[str]:
         found = []
-        if self.needs_forward_mode and not self.embeds_angle:
-            found.append(
-                "method.tangent: jvp differentiates a time embedding of 250 ln(sigma), whose ripple dominates the "
-                "derivative, so that the network does not learn; set method.tangent=auto, or train the teacher with "
-                "method.time_embedding=angle"
-            )
         high = RARE_ABOVE * self.sigma_max
         expected = batch_size * (1 - NormalDist(self.p_mean, self.p_std).cdf(math.log(high)))
         if expected < 1 and image_size > PUBLISHED_SIZE:
