@@ -71,5 +71,6 @@ def test_keys_at_their_older_value_are_left_out_of_hashes():
     run = parse_config(yaml.safe_dump(older(parse_config(TEXT.replace("METHOD", METHODS["ect"])))), resolved=True)
     assert added_at_older_value("method", run.method.model_dump(mode="json")) == {"weighting"}
     values = run.model.model_dump(mode="json")
-    assert added_at_older_value("model", values) == {"dropout_resolutions", "precision_layout"}
-    assert added_at_older_value("model", values | {"precision_layout": "released"}) == {"dropout_resolutions"}
+    later = {"dropout_resolutions", "precision_layout", "noise_embedding_scale"}
+    assert added_at_older_value("model", values) == later
+    assert added_at_older_value("model", values | {"precision_layout": "released"}) == later - {"precision_layout"}
