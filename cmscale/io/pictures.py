@@ -96,7 +96,7 @@ def _opened(file: BinaryIO, formats: tuple[str, ...], *, start: bytes) -> Iterat
     except Image.DecompressionBombError as error:
         raise BadImage(str(error)) from None
     except Image.UnidentifiedImageError:
-        if len(formats) > 1:
+        if len(formats) != 1:
             raise BadImage(f"no picture in a format that is read (starts with {start.hex() or 'nothing'})") from None
         raise BadImage(f"damaged {formats[0].lower()}: its header can't be read") from None
     except Exception as error:
