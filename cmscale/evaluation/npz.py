@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 
 from cmscale.errors import UserError
-from cmscale.io.reading import reading
+from cmscale.io.reading import check_regular, reading
 
 MAX_ARRAY_BYTES = 1 << 30
 """The most that is read as a whole: 2048 features of 100,000 images, and 20 times ADM's largest array."""
@@ -96,7 +96,7 @@ def _array(path: Path, name: str) -> np.ndarray:
 
 def _archive(path: Path) -> zipfile.ZipFile:
     with reading(path, "an .npz file"):
-        return zipfile.ZipFile(path)
+        return zipfile.ZipFile(check_regular(path))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 
 from cmscale.errors import UserError
 from cmscale.io.pickles import Call, Name, Persistent, PickleError, plain, read_pickle
-from cmscale.io.reading import reading
+from cmscale.io.reading import check_regular, reading
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
@@ -159,7 +159,7 @@ def open_torch(path: Path, *, allows: Callable[[Name], bool]) -> Iterator[TorchF
         PickleError: it is damaged, names what is not allowed, or was written by something else.
         Exception: what `zipfile` raises on a damaged archive.
     """
-    with path.open("rb") as file:
+    with check_regular(path).open("rb") as file:
         size = path.stat().st_size
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:

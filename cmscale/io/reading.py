@@ -72,11 +72,16 @@ def read_small(path: str | Path, *, what: str, limit: int = 1 << 24) -> bytes:
     return content
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a file, however large. Raises UserError for a device or a pipe, which may have no end."""
+def check_regular(path: Path) -> Path:
+    """The path, if a file is there or nothing. Raises UserError for a device or a pipe, which may have no end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path}: is no regular file; give a file")
-    return path.read_bytes()
+    return path
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file, however large. Raises UserError for a device or a pipe."""
+    return check_regular(path).read_bytes()
 
 
 def utf8(text: str) -> str:

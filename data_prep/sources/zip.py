@@ -4,7 +4,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from cmscale.io.image_files import HIDDEN, LeftOut, image_suffixes, is_hidden
-from cmscale.io.reading import reading
+from cmscale.io.reading import check_regular, reading
 from data_prep.sources import REPLACED, ImageSource, SourceKind
 
 
@@ -41,7 +41,7 @@ def _facts(archive: zipfile.ZipFile, key: str) -> str:
 
 def _archive(path: Path) -> zipfile.ZipFile:
     with reading(f"--source zip:{path}", "a zip file"):
-        return zipfile.ZipFile(path)
+        return zipfile.ZipFile(check_regular(path))
 
 
 KIND = SourceKind("FILE", open_zip)
