@@ -1,4 +1,4 @@
-"""The errors that a user can mend. Commands print them as one line and exit with status 2."""
+"""Errors that commands print as one line: a user's mistakes (exit status 2), and work whose copies are missing (1)."""
 
 _LONGEST = 1500  # characters: what is longer hides what it says
 
@@ -17,6 +17,16 @@ class DamagedInput(RuntimeError):
     """Raised for stored data that turn out to be damaged while they are read.
 
     Commands print it as one line and exit with status 2. In a job it is a fault: a restart may find the data intact.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+class NotExported(Exception):
+    """Raised by a job that has finished its work, but could not copy all of it to where it was told to.
+
+    Another start of the job would change nothing, so none follows.
     """
 
     def __init__(self, message: str) -> None:

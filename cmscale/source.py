@@ -8,8 +8,14 @@ from pathlib import Path
 
 import torch
 
-from cmscale.config import Config, Model, leaves, parse_config, parse_tree, read_config, unequal
+from cmscale.config import Config, parse_config, parse_tree, read_config
 from cmscale.config.added import added_at_older_value
+from cmscale.config.agreement import (
+    check_openai_teacher,
+    check_openai_weights,
+    check_teacher,
+    check_weights,
+)
 from cmscale.config.site import read_site
 from cmscale.config.sources import NVLABS_ENDING, OPENAI_ENDINGS, refuse_hub_name
 from cmscale.consistency.solver import Denoise
@@ -168,38 +174,50 @@ def load_teacher(config: Config) -> dict[str, torch.Tensor]:
     """Weights of the diffusion model `method.teacher`; a file without a config is read with this one's model section.
 
     Raises:
-        UserError: it is not a diffusion model, or another network.
+        UserError: it is not a diffusion model, another network, or one that can't teach this config's student.
     """
     setting = config.method.teacher_choice
     assert setting is not None, f"{config.method.kind} has no teacher"
-    if setting.source.endswith((*OPENAI_ENDINGS, NVLABS_ENDING)):
+    origin = setting.source
+    if origin.endswith(NVLABS_ENDING):
         if config.method.embeds_angle:
-            raise UserError(f"method.teacher: {setting.source} embeds log_sigma; leave out teacher_time_embedding")
-        if setting.source.endswith(NVLABS_ENDING):
-            return _read_edm(setting.source, config, key="method.teacher")
-        return read_openai(local_file(setting.source), config.model)
-    teacher = load_source(setting.source, weights=setting.weights_name)
-    if not teacher.config.method.facts.can_teach:
-        kind = teacher.config.method.kind
-        raise UserError(f"method.teacher: {setting.source} has method.kind {kind}; give a diffusion model (edm)")
-    if teacher.config.method.embeds_angle != config.method.embeds_angle:
-        its, ours = (("log_sigma", "angle")[each.embeds_angle] for each in (teacher.config.method, config.method))
+            raise UserError(f"method.teacher: {origin} embeds log_sigma; leave out teacher_time_embedding")
+        if setting.weights_name is not None:
+            raise UserError(f"method.teacher_weights: {setting.weights_name}, but {origin} holds one set; leave it out")
+        return _read_edm(origin, config, key="method.teacher")
+    if origin.endswith(OPENAI_ENDINGS):
+        check_openai_teacher(config)
+        return read_openai(local_file(origin), config.model)
+    teacher = load_source(origin, weights=setting.weights_name)
+    if setting.weights_name not in (None, teacher.weights_name):
         raise UserError(
-            f"method.teacher: the network of {setting.source} embeds {its}, this config's embeds {ours}; set "
-            f"method.teacher_time_embedding={its} (sct, scd only), or give another teacher"
+            f"method.teacher_weights: {setting.weights_name}, but {origin} holds {teacher.weights_name}; leave it out"
         )
-    if different := unequal(network_settings(teacher.config.model), network_settings(config.model)):
-        raise UserError(
-            f"method.teacher: {setting.source} is another network ({'; '.join(different)}); "
-            "change the model section to the teacher's"
-        )
+    check_teacher(teacher.config, config, origin=origin)
     return teacher.weights
 
 
-def network_settings(model: Model) -> dict[str, object]:
-    """The settings that must be equal for one network to start from the weights of another."""
-    unlike = ("dropout", "dropout_resolutions", "precision_layout")  # they change neither names nor shapes
-    return {f"model.{key}": value for key, value, operational in leaves(model) if not operational and key not in unlike}
+def load_first_weights(config: Config) -> dict[str, torch.Tensor]:
+    """The weights that `train.init_from` names; those without a config are read with this config's model section.
+
+    Raises:
+        UserError: they are not those of this config's network.
+    """
+    origin, named, key = config.train.init_from, config.train.init_weights, "train.init_from"
+    assert origin is not None
+    if origin.endswith((*OPENAI_ENDINGS, NVLABS_ENDING)):
+        check_openai_weights(config, key=key, origin=origin, named=named)  # EDM's pickles mean the same sigma_data
+        return _read_foreign(origin, config)
+    if not origin.endswith(".safetensors") and (storage := open_storage(origin)).read_if_present("model_index.json"):
+        weights, card = read_diffusers(storage, model=config.model)
+        if not card:
+            check_openai_weights(config, key=key, origin=origin, named=named)
+            return weights
+    source = load_source(origin, weights=named)
+    if named not in (None, source.weights_name):
+        raise UserError(f"train.init_weights: {named}, but {origin} holds {source.weights_name}; leave it out")
+    check_weights(source.config, config, key=key, origin=origin)
+    return source.weights
 
 
 def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:

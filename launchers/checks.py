@@ -1,13 +1,16 @@
 """Checks inputs before anything is created or submitted: data set, teacher, weight files, place of exports."""
 
+import contextlib
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cmscale.config import Config, Evaluate
-from cmscale.config.sources import refuse_hub_name
+from cmscale.config import Config, Evaluate, read_config
+from cmscale.config.agreement import check_openai_teacher, check_openai_weights, check_teacher, check_weights
+from cmscale.config.sources import OPENAI_ENDINGS, refuse_hub_name
 from cmscale.errors import UserError
-from cmscale.io.storage import open_parent, open_storage
+from cmscale.io.storage import Storage, open_parent, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
@@ -22,12 +25,59 @@ def check_inputs(config: Config) -> DatasetManifest:
         UserError: something is missing or does not fit; one line.
     """
     manifest = check_dataset(config.data.path, image_size=config.model.image_size)
+    check_teacher_of(config)
+    check_first_weights(config)
+    if weights := getattr(config.method, "lpips_weights", None):
+        check_exists(weights, key="method.lpips_weights")
+    if config.train.consistency_error_every and (url := config.train.consistency_error_data):
+        check_dataset(url, image_size=config.model.image_size, key="train.consistency_error_data")
+    return manifest
+
+
+def check_teacher_of(config: Config) -> None:
+    """Checks that a config's teacher exists and, where its own config can be read here, that the two agree.
+
+    Raises:
+        UserError: there is no such teacher, or it can't teach this config's student.
+    """
     if teacher := getattr(config.method, "teacher", None):
         refuse_hub_name(teacher)
         check_source(teacher, key="method.teacher")
-    if weights := getattr(config.method, "lpips_weights", None):
-        check_exists(weights, key="method.lpips_weights")
-    return manifest
+    choice = config.method.teacher_choice
+    if choice is None:
+        return
+    if choice.source.endswith(OPENAI_ENDINGS):
+        check_openai_teacher(config)
+    elif (its_config := config_beside(choice.source)) is not None:
+        check_teacher(its_config, config, origin=choice.source)
+
+
+def check_first_weights(config: Config) -> None:
+    """Checks that `train.init_from` exists and, where its config can be read here, that it is of the same network.
+
+    Raises:
+        UserError: there is no such source, or it can't be a first one for this config.
+    """
+    key, origin = "train.init_from", config.train.init_from
+    if origin is None:
+        return
+    refuse_hub_name(origin)
+    check_source(origin, key=key)
+    if origin.endswith(OPENAI_ENDINGS):
+        check_openai_weights(config, key=key, origin=origin, named=config.train.init_weights)
+    elif (its_config := config_beside(origin)) is not None:
+        check_weights(its_config, config, key=key, origin=origin)
+
+
+def config_beside(source: str) -> Config | None:
+    """The config of a local run or of its checkpoint; None for other sources, which only the worker can read."""
+    if is_remote(source):
+        return None
+    folder = Path(source).absolute()
+    for root in (folder, folder.parent.parent):
+        if (root / "config.yaml").is_file():
+            return read_config(root / "config.yaml", resolved=True)
+    return None
 
 
 def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None:
@@ -54,10 +104,13 @@ def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None
 
 
 def check_export(export_to: str, name: str, *, is_new: bool) -> None:
-    """Checks that checkpoints can be exported: the storage answers and, for a new run, holds none of its name.
+    """Checks that checkpoints can be exported: a small object is written, read and removed.
+
+    Args:
+        is_new: Whether the run is new: then there must be no checkpoints of its name.
 
     Raises:
-        UserError: no such bucket, no credentials, or another run's checkpoints; one line.
+        UserError: no such bucket, no credentials, not allowed, or another run's checkpoints; one line.
     """
     target = open_storage(export_to).sub(name)
     if next(iter(target.list("checkpoints/")), None) is not None and is_new:
@@ -65,13 +118,41 @@ def check_export(export_to: str, name: str, *, is_new: bool) -> None:
             f"checkpoint.export_to: {target.url} holds checkpoints of an earlier run {name}; "
             "take another --name or checkpoint.export_to"
         )
+    try:
+        probe(target)
+    except UserError as error:
+        raise UserError(f"checkpoint.export_to: {error}") from None
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise UserError(f"checkpoint.export_to: {target.url}: {error.strerror or error}") from None
 
 
-def check_dataset(url: str, *, image_size: int) -> DatasetManifest:
+def probe(storage: Storage) -> None:
+    """Writes an object where none is, as the manifest of an exported checkpoint, reads it, and removes it.
+
+    Raises:
+        UserError: the storage refuses one of these, or gives back other bytes.
+    """
+    key, data = f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+    folder = storage.local_path("")
+    made = [] if folder is None else [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        if not storage.write_if_absent(key, data) or storage.read(key) != data:
+            raise UserError(f"{storage.join(key)}: does not give back what was written there")
+        storage.delete(key)
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+
+
+def check_dataset(url: str, *, image_size: int, key: str = "data.path") -> DatasetManifest:
     """Reads the manifest of a prepared data set, and checks that it fits the network.
 
     Args:
         image_size: The network's, in pixels.
+        key: The key that names the data set, for messages.
 
     Raises:
         UserError: there is none, or it is damaged, empty, or of another image size.
@@ -79,11 +160,11 @@ def check_dataset(url: str, *, image_size: int) -> DatasetManifest:
     storage = open_storage(url)
     folder = storage.local_path("")
     if folder is not None and not folder.is_dir():
-        raise UserError(f"data.path: {url}: no such folder; make a data set with data_prep/prepare.py")
+        raise UserError(f"{key}: {url}: no such folder; make a data set with data_prep/prepare.py")
     manifest = read_dataset_manifest(storage)
     if manifest.image_size != image_size:
         raise UserError(
-            f"data.path: {url} holds images of {manifest.image_size} px, model.image_size is {image_size}; "
+            f"{key}: {url} holds images of {manifest.image_size} px, model.image_size is {image_size}; "
             "change one of them"
         )
     return manifest

@@ -94,8 +94,11 @@ def runs_dir(flags: argparse.Namespace) -> Path:
     return Path(read_site().flags.runs_dir or "runs")
 
 
-def describe_training(placement: Placement, config: Config, *, root: Path) -> str:
+def describe_training(placement: Placement, config: Config, *, root: Path, code: str) -> str:
     """The plan of a training run, as a table.
+
+    Args:
+        code: The row that says which code will run.
 
     Raises:
         UserError: the global batch cannot be divided over the ranks.
@@ -104,6 +107,7 @@ def describe_training(placement: Placement, config: Config, *, root: Path) -> st
     train, checkpoint = config.train, config.checkpoint
     rows = {
         "run": str(root),
+        "code": code,
         **describe_placement(placement),
         "method": f"{config.method.kind}, {config.model.image_size} px, {config.engine.precision}, "
         f"ZeRO-{config.engine.zero_stage}",

@@ -13,6 +13,7 @@ from cmscale.config.site import LaunchSettings, is_launch_key, read_launch_setti
 from cmscale.errors import UserError
 from cmscale.io.durable import explained
 from cmscale.runs.folder import RunDir
+from cmscale.runs.snapshot import read_code, take_snapshot
 from launchers.checks import check_evaluation, check_source, is_remote
 from launchers.clusters import CLUSTERS
 from launchers.command_line import add_cluster_flags, as_table, describe_placement, guarded, runs_dir
@@ -39,7 +40,8 @@ def main(arguments: list[str]) -> int:
     request = make_request(flags, device=device, run=run)
     rows = {name: str(value) for name, value in request.items() if value not in (None, [], False)}
     print(as_table({**describe_placement(placement), **rows}), flush=True)
-    cluster, job = CLUSTERS[placement.cluster], JobSpec(EVALUATE, (request,), run, placement)
+    code, cluster = read_code(), CLUSTERS[placement.cluster]
+    job = JobSpec(EVALUATE, (request,), run, placement, code=run.code / code.name)
     if flags.dry_run:
         values = {key: value for key, value, _ in leaves(settings)}
         file = flags.config or (str(run.config) if config else "")
@@ -51,6 +53,7 @@ def main(arguments: list[str]) -> int:
     check_evaluation(config, asked=request)
     with explained(run.root):
         run.logs.mkdir(parents=True, exist_ok=True)
+    take_snapshot(code, run.code)
     status = cluster.run(job, wait=flags.wait)
     print(f"run: {run.root}", flush=True)
     return status

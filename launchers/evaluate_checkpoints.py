@@ -2,7 +2,7 @@
 
 On Slurm the batch script of the training job runs it, so that nobody needs to stay logged in; on this machine the
 launcher does. It looks for committed checkpoints and starts `launchers/evaluate.py RUN --step K` for each. A file in
-the run's logs records that the evaluation of a step was requested.
+the run's logs records that the evaluation of a step was requested; while it holds a process, by whom.
 """
 
 import argparse
@@ -15,12 +15,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from cmscale.config import Config, read_config
 from cmscale.errors import UserError
-from cmscale.io.process import CHECKOUT, die_with_parent
+from cmscale.io.durable import replace_durably
+from cmscale.io.local import LocalStorage
+from cmscale.io.process import CHECKOUT, die_with_parent, node_name
 from cmscale.io.slurm import outside_of_jobs
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
@@ -51,17 +53,29 @@ def main(arguments: list[str]) -> int:
 
 
 def request_due(run: RunDir, *, every: int, flags: list[str]) -> None:
-    """Starts the evaluation of each checkpoint that is due. One that Slurm did not accept is due again."""
+    """Starts the evaluation of each checkpoint that is due. One that Slurm did not accept is due again.
+
+    So is one on this machine that a signal ended. One that failed by itself is not: its own launcher has tried again.
+    """
     for step in due(run, every=every):
         marker = run.asked_evaluation(step, checkpoint_hash(run, step))
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # another start of the job was faster
-            marker.open("x").close()
-            command = [sys.executable, str(CHECKOUT / "launchers" / "evaluate.py"), *flags, str(run.root)]
-            ran = subprocess.run([*command, "--step", str(step)], env=outside_of_jobs(), check=False)
-            print(f"evaluation of step {step}: exit status {ran.returncode}", flush=True)
-            if ran.returncode not in (0, 2) and "local" not in flags:  # it was not submitted; the next try may be
-                marker.unlink()
+        if _is_abandoned(marker):
+            marker.unlink(missing_ok=True)
+        if not LocalStorage(marker.parent).write_if_absent(marker.name, _asking().encode()):
+            continue  # another start of the job was faster
+        command = [sys.executable, str(CHECKOUT / "launchers" / "evaluate.py"), *flags, str(run.root)]
+        status = subprocess.run(
+            [*command, "--step", str(step)],
+            env=outside_of_jobs(),
+            check=False,
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),
+        ).returncode
+        print(f"evaluation of step {step}: exit status {status}", flush=True)
+        is_over = status in (0, 1, 2) if "local" in flags else status in (0, 2)
+        if is_over:
+            replace_durably(marker, b"")
+        else:
+            marker.unlink()
 
 
 def due(run: RunDir, *, every: int) -> Iterator[int]:
@@ -70,7 +84,7 @@ def due(run: RunDir, *, every: int) -> Iterator[int]:
     for step in committed_steps(run):
         if step and (step % every == 0 or step == last):
             markers = run.asked_evaluation(step, checkpoint_hash(run, step)), run.asked_evaluation(step)
-            if not any(marker.exists() for marker in markers):
+            if not any(marker.exists() and not _is_abandoned(marker) for marker in markers):
                 yield step
 
 
@@ -88,6 +102,22 @@ def _hash_of_file(path: Path, changed: int, size: int) -> str:
     """The hash of a file in this state; it is read once, as this module looks every few seconds."""
     del changed, size
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _asking() -> str:
+    """What a marker holds while an evaluation is submitted, or runs on this machine; afterwards it is empty."""
+    return f"{node_name()} {os.getpid()}"
+
+
+def _is_abandoned(marker: Path) -> bool:
+    """Whether the process that asked for an evaluation ended before that was over."""
+    try:
+        node, _, process = marker.read_text().partition(" ")
+    except FileNotFoundError:
+        return False
+    if not process:
+        return False
+    return node != node_name() or not Path("/proc", process).exists()
 
 
 def with_kept_checkpoints(config: Config, every: int) -> Config:
@@ -113,8 +143,11 @@ def arguments_for(run: RunDir, placement: Placement, every: int) -> tuple[str, .
 
 
 @contextlib.contextmanager
-def evaluating(arguments: tuple[str, ...]) -> Iterator[Callable[[], None]]:
+def evaluating(arguments: tuple[str, ...], *, python_path: str) -> Iterator[Callable[[], None]]:
     """Runs this module on this machine during the block; without arguments it does nothing.
+
+    Args:
+        python_path: Where it and the evaluations find the packages.
 
     Yields:
         A function to call if training finished: it waits for the last evaluations. Without the call they are ended
@@ -123,10 +156,9 @@ def evaluating(arguments: tuple[str, ...]) -> Iterator[Callable[[], None]]:
     if not arguments:
         yield lambda: None
         return
-    command = [sys.executable, "-m", "launchers.evaluate_checkpoints", *arguments]
-    once = [*command[:3], "--once", *arguments]
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
+    program = [sys.executable, "-P", "-m", "launchers.evaluate_checkpoints"]
+    command, once = [*program, *arguments], [*program, "--once", *arguments]
+    environment = {**os.environ, "PYTHONPATH": python_path}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def finish() -> None:

@@ -87,6 +87,9 @@ def show_end(ending: Ending, why: str, *, log: Path | None) -> int:
                 print(f"--- the end of {log}\n{shown}\n---", file=sys.stderr)
             print(f"fault: {why}" + (f" (log: {log})" if log else ""), file=sys.stderr, flush=True)
             return 1
+        case "not_exported":
+            print(f"finished, not exported: {why}", file=sys.stderr, flush=True)
+            return 1
         case "preempted" | "time_limit" | "cancelled" | "superseded":
             print(f"stopped: {why}", file=sys.stderr, flush=True)
             return 1

@@ -1,4 +1,4 @@
-"""Runs one rank of a job: `python -u -m launchers.job CLUSTER RUN SUBMISSION START`, the command of every rank."""
+"""Runs one rank of a job: `python -P -u -m launchers.job CLUSTER RUN SUBMISSION START`, the command of every rank."""
 
 import argparse
 import os
@@ -7,14 +7,16 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from cmscale.errors import UserError
-from cmscale.io.process import START, exit_at_once, node_name, note_early_signals
+from cmscale.errors import NotExported, UserError
+from cmscale.io.process import CHECKOUT, START, exit_at_once, node_name, note_early_signals
 from cmscale.runs.folder import RunDir
+from cmscale.runs.snapshot import read_code
 from launchers.clusters import CLUSTERS
 from launchers.jobs import load_worker
 from launchers.judge import RankEnd, RankState
 from launchers.placement import RankPlace
-from launchers.submission import Submission
+from launchers.provenance import record_start
+from launchers.submission import JobRecord, Submission
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -32,7 +34,10 @@ def main(arguments: list[str]) -> NoReturn:
     os.environ[START] = f"{submission.name}/{flags.start}"
 
     def report(end: RankState, message: str = "") -> None:
-        submission.write_rank_end(flags.start, RankEnd(place.rank, node_name(), end, message))
+        try:
+            submission.write_rank_end(flags.start, RankEnd(place.rank, node_name(), end, message))
+        except (OSError, UserError) as error:  # a full disk: the log still says how the rank ended
+            print(f"rank {place.rank} can't report its end ({end}): {error}", file=sys.stderr, flush=True)
 
     report("running")
     if submission.has_moved_on(os.environ.get("SLURM_JOB_ID")):  # Slurm requeued a job that was submitted anew, too
@@ -41,11 +46,18 @@ def main(arguments: list[str]) -> NoReturn:
         exit_at_once(0)
     try:
         job = submission.read_job()
+        check_code(job)
+        if place.rank == 0:
+            record_code(submission, flags.start, job)
         end = load_worker(job.worker)(*job.arguments)
     except UserError as error:
         report("user_error", str(error))
         print(f"error: {error}", file=sys.stderr, flush=True)
         exit_at_once(2)
+    except NotExported as error:
+        report("not_exported", str(error))
+        print(f"finished, not exported: {error}", file=sys.stderr, flush=True)
+        exit_at_once(0)  # all work is done: the cluster must not see a rank that failed
     except Exception as error:
         report("fault", " ".join(f"{type(error).__name__}: {error}".split()))
         traceback.print_exc()
@@ -57,6 +69,28 @@ def main(arguments: list[str]) -> NoReturn:
         case _:
             raise AssertionError(f"{job.worker} returned {end!r}")
     exit_at_once(0)
+
+
+def check_code(job: JobRecord) -> None:
+    """Checks that this process runs the code that was submitted.
+
+    Raises:
+        UserError: another folder comes first on Python's path.
+    """
+    if job.code is not None and Path(job.code).resolve() != CHECKOUT:
+        raise UserError(
+            f"this rank imports cmscale from {CHECKOUT}, but {job.code} was submitted; "
+            "let nothing that runs on the node put another folder before it in PYTHONPATH"
+        )
+
+
+def record_code(submission: Submission, start: str, job: JobRecord) -> None:
+    """Adds this start to provenance.json; a start that can't be recorded goes on."""
+    try:
+        facts = {"worker": job.worker, "submission": submission.name, "start": start}
+        record_start(submission.run, read_code(), CHECKOUT, **facts)
+    except (OSError, UserError) as error:
+        print(f"this start is not in {submission.run.provenance.name}: {error}", file=sys.stderr, flush=True)
 
 
 def set_rank_environment(place: RankPlace) -> None:

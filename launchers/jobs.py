@@ -1,12 +1,15 @@
 """Describes jobs: a worker's name, plain JSON arguments, the run that it works in, and where it runs."""
 
 import importlib
+import os
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from cmscale.io.process import CHECKOUT
 from cmscale.runs.folder import RunDir
 from launchers.placement import Placement
 
@@ -39,6 +42,7 @@ class JobSpec:
         run: The run in whose folder the job works.
         evaluations: Arguments of `launchers.evaluate_checkpoints`, which runs while the job does; empty for none.
         submission: Names all starts of this job.
+        code: The folder that holds the packages which all starts import; made by `take_snapshot`.
     """
 
     worker: str
@@ -47,6 +51,12 @@ class JobSpec:
     placement: Placement
     evaluations: tuple[str, ...] = ()
     submission: str = field(default_factory=lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
+    code: Path = CHECKOUT
+
+    @property
+    def python_path(self) -> str:
+        """PYTHONPATH of the job's processes on this machine."""
+        return os.pathsep.join(filter(None, [str(self.code), os.environ.get("PYTHONPATH")]))
 
 
 def current_name(worker: str) -> str:

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Ending = Literal["finished", "preempted", "time_limit", "cancelled", "superseded", "user_error", "fault"]
+Ending = Literal[
+    "finished", "not_exported", "preempted", "time_limit", "cancelled", "superseded", "user_error", "fault"
+]
 SUPERSEDED = "another job has started this run since and has taken over"
-RankState = Literal["running", "finished", "preempted", "superseded", "user_error", "fault"]
+RankState = Literal["running", "finished", "not_exported", "preempted", "superseded", "user_error", "fault"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Attempt:
     """One start of a job that has ended.
 
     Attributes:
-        ending: How it ended.
+        ending: How it ended; `not_exported` is finished, but without some copies of its results.
         message: Why.
         step: The step of the newest checkpoint; -1 if there is none.
         rank: The rank that `message` is about.
@@ -74,6 +76,9 @@ def judge(
         return Attempt("superseded", SUPERSEDED, step)
     if status == 0 and ends and all(end.end == "finished" for end in ends):
         return Attempt("finished", "", step)
+    not_exported = _first(ends, "not_exported")
+    if not_exported and status == 0 and all(end.end in ("finished", "not_exported") for end in ends):
+        return _blamed("not_exported", not_exported, step)
     if leaving:  # checked before faults: ranks of which some were ended already report errors that mean nothing
         return Attempt(leaving, f"newest checkpoint: step {step}" if step >= 0 else "no checkpoint yet", step)
     if first_failure:

@@ -1,17 +1,9 @@
-"""Creates and finds folders of runs: config.yaml, provenance.json, and the lock of the run's launcher."""
+"""Creates and finds folders of runs, and holds the lock of a run's launcher."""
 
 import contextlib
 import datetime
-import getpass
-import importlib.metadata
-import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,17 +15,20 @@ from cmscale.config.slurm import plain_text
 from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably
 from cmscale.io.locks import hold
-from cmscale.io.process import CHECKOUT
 from cmscale.runs.folder import RunDir
+from cmscale.runs.snapshot import Code, take_snapshot
 from launchers.checks import is_remote
 from launchers.clusters import CLUSTERS
 from launchers.heartbeat import beating, sign_from_elsewhere
+from launchers.provenance import record_start
 
 _PATHS = (
     "data.path",
     "data.cache_dir",
     "method.teacher",
     "method.lpips_weights",
+    "train.init_from",
+    "train.consistency_error_data",
     "checkpoint.export_to",
     "evaluate.features_weights",
     "evaluate.inception_weights",
@@ -94,8 +89,8 @@ def _with(model: Any, name: str, value: str | BaseModel) -> Any:
     return model.model_copy(update={name: value})
 
 
-def create_run(run: RunDir, config: Config) -> None:
-    """Creates the folder with config.yaml and provenance.json, or nothing.
+def create_run(run: RunDir, config: Config, code: Code) -> None:
+    """Creates the folder with config.yaml, provenance.json and a copy of the code, or nothing.
 
     Raises:
         UserError: the folder exists already, or cannot be written.
@@ -108,7 +103,7 @@ def create_run(run: RunDir, config: Config) -> None:
         with explained(run.root):
             run.logs.mkdir()
         replace_durably(run.config, dump_config(config).encode())
-        write_provenance(run)
+        record_start(run, code, take_snapshot(code, run.code))
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
@@ -118,52 +113,6 @@ def remove_run(run: RunDir) -> None:
     """Removes the folder of a run whose job was refused; one in which anything was started stays."""
     if not (run.events.exists() or run.checkpoints.exists() or run.generations.exists()):
         shutil.rmtree(run.root, ignore_errors=True)
-
-
-def write_provenance(run: RunDir) -> None:
-    """Adds this start to provenance.json: package versions, git revision, host, command line."""
-    old = json.loads(run.provenance.read_text())["starts"] if run.provenance.exists() else []
-    start = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [sys.executable, *sys.argv],
-        "folder": str(Path.cwd()),
-        "host": socket.gethostname(),
-        "user": _user(),
-        "python": sys.version.split()[0],
-        "git": git_revision(),
-        "packages": package_versions(),
-    }
-    document = json.dumps({"starts": [*old, start]}, indent=1) + "\n"
-    replace_durably(run.provenance, document.encode())
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
-
-
-def git_revision() -> str | None:
-    """The checkout's commit, with `-dirty` if tracked files differ from it; None outside a repository."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that pyproject.toml names."""
-    named = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["dependencies"]
-    versions = {}
-    for requirement in named:
-        name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ class JobRecord:
 
     Attributes:
         after: The number of the run's newest start (`cmscale.runs.generations`) when the job was submitted.
+        code: The folder with the code that was submitted; None for jobs of versions that did not copy it.
     """
 
     worker: str
     arguments: tuple[Any, ...]
     job_id: str | None
     after: int = 0
+    code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,18 @@ class Submission:
         """Written when the job has ended for good."""
         return self.folder / "ending.json"
 
-    def write_job(self, worker: str, arguments: tuple[Any, ...], *, job_id: str | None = None) -> None:
-        self._write(JobRecord(worker, arguments, job_id, after=highest_claimed(self.run)))
+    def write_job(
+        self, worker: str, arguments: tuple[Any, ...], *, job_id: str | None = None, code: Path | str | None = None
+    ) -> None:
+        code = None if code is None else str(code)
+        self._write(JobRecord(worker, arguments, job_id, after=highest_claimed(self.run), code=code))
 
     def replace_job_id(self, job_id: str) -> None:
         """Records that the job goes on under another id."""
         self._write(replace(self.read_job(), job_id=job_id))
 
     def _write(self, record: JobRecord) -> None:
-        optional = {"job_id": record.job_id, "after": record.after}
+        optional = {"job_id": record.job_id, "after": record.after, "code": record.code}
         value = {"worker": record.worker, "arguments": list(record.arguments)}
         write_json(self.job_file, value | {name: given for name, given in optional.items() if given})
 
@@ -78,7 +84,8 @@ class Submission:
         if value is None or not isinstance(value.get("worker"), str):
             raise UserError(f"{self.job_file}: missing or damaged, so the job cannot start again; submit it once more")
         arguments = tuple(value.get("arguments", ()))
-        return JobRecord(jobs.current_name(value["worker"]), arguments, value.get("job_id"), value.get("after", 0))
+        worker = jobs.current_name(value["worker"])
+        return JobRecord(worker, arguments, value.get("job_id"), value.get("after", 0), value.get("code"))
 
     @property
     def is_evaluation(self) -> bool:
@@ -100,7 +107,7 @@ class Submission:
     def rank_ends(self, start: str) -> list[RankEnd]:
         """The last reports of the ranks of a start, oldest first."""
         files = sorted((self.folder / start).glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return [RankEnd(**json.loads(path.read_text())) for path in files]
+        return [RankEnd(**value) for path in files if (value := read_json(path)) is not None]
 
     def record(self, attempt: Attempt) -> list[Attempt]:
         """Appends a start that ended to the history. Returns the whole history, oldest first."""
@@ -112,7 +119,7 @@ class Submission:
             attempt = replace(attempt, measured=measured, message=measured if interrupted else attempt.message)
         file = self.folder / "attempts.jsonl"
         append_line(file, asdict(attempt), durable=True)
-        return [Attempt(**record) for record in read_lines(file)]
+        return [*_attempts(read_lines(file))]
 
     def overtaken(self) -> bool:
         """Whether another job has started the run since: it owns the run now, and this one is not started again."""
@@ -139,6 +146,13 @@ class Submission:
     def end(self, attempt: Attempt, *, why: str) -> None:
         """Writes that the job has ended for good."""
         write_json(self.ending_file, {**asdict(attempt), "why": why})
+
+
+def _attempts(records: Iterable[dict[str, Any]]) -> Iterator[Attempt]:
+    """The starts in a history; a record that a crash damaged, or that another version wrote, counts as none."""
+    for record in records:
+        with contextlib.suppress(TypeError):
+            yield Attempt(**record)
 
 
 def submissions_of(run: RunDir) -> list[Submission]:

@@ -13,12 +13,15 @@ from cmscale.config.site import LaunchSettings, site_layers, unused_variables
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.slurm import Refused
+from cmscale.runs.copies import pending_exports
 from cmscale.runs.folder import RunDir
+from cmscale.runs.snapshot import Code, read_code, take_snapshot
 from launchers.checks import check_evaluation, check_export, check_inputs
 from launchers.clusters import CLUSTERS
 from launchers.command_line import add_cluster_flags, describe_training, guarded, runs_dir
 from launchers.evaluate_checkpoints import arguments_for, with_kept_checkpoints
 from launchers.jobs import TRAIN, JobSpec
+from launchers.provenance import newest_code, record_start
 from launchers.run_folders import (
     create_run,
     existing_run,
@@ -26,7 +29,6 @@ from launchers.run_folders import (
     only_launcher,
     remove_run,
     with_absolute_paths,
-    write_provenance,
 )
 from launchers.submission import newest_step
 from launchers.where import FLAG, Recorded, decide_where, describe_origins, read_recorded
@@ -53,8 +55,9 @@ def main(arguments: list[str]) -> int:
         config = with_kept_checkpoints(config, every)
         evaluations = arguments_for(run, placement, every)
     cluster = CLUSTERS[placement.cluster]
-    job = JobSpec(TRAIN, (str(run.root), flags.fresh), run, placement, evaluations)
-    print(describe_training(placement, config, root=run.root), flush=True)
+    code = read_code()
+    job = JobSpec(TRAIN, (str(run.root), flags.fresh), run, placement, evaluations, code=run.code / code.name)
+    print(describe_training(placement, config, root=run.root, code=describe_code(code, run)), flush=True)
     if flags.dry_run or flags.resume:
         rows = where if every is None else where.with_row("evaluate every", str(every), _origin_of_every(flags))
         values = {key: value for key, value, _ in leaves(config)}
@@ -80,15 +83,15 @@ def main(arguments: list[str]) -> int:
     if config.checkpoint.export_to is not None:
         check_export(config.checkpoint.export_to, run.name, is_new=not flags.resume)
     if not flags.resume:
-        create_run(run, config)
+        create_run(run, config, code)
     with only_launcher(run, TRAIN, take_over=flags.take_over):
         if flags.resume:
-            if newest_step(run) >= config.train.total_steps:
+            if newest_step(run) >= config.train.total_steps and not copies_missing(run, config):
                 print(f"run {run.name} is finished: step {newest_step(run)} of {config.train.total_steps}")
                 print(f"run: {run.root}")
                 return 0
             replace_durably(run.config, dump_config(config).encode())
-            write_provenance(run)
+            record_start(run, code, take_snapshot(code, run.code))
         Recorded.of(placement, evaluate_every=every).write(run)
         try:
             status = cluster.run(job, wait=flags.wait)
@@ -155,6 +158,19 @@ def _run_and_config(flags: argparse.Namespace, origins: dict[str, str]) -> tuple
         raise UserError("no config given: submit.py [flags] CONFIG [key=value ...]")
     run = new_run(name=flags.name, runs_dir=runs_dir(flags), stem=Path(file).stem)
     return run, with_absolute_paths(read_config(file, overrides, beneath=site_layers(), origins=origins))
+
+
+def describe_code(code: Code, run: RunDir) -> str:
+    """The code that a job will run, for the plan, and that of the run's last start if it was another."""
+    before, folder = newest_code(run), f"{run.code.name}/{code.name}"
+    change = f"; until now {before}" if before not in (None, folder) else ""
+    return f"{code.revision or 'not in git'}, copied to {folder}{change}"
+
+
+def copies_missing(run: RunDir, config: Config) -> bool:
+    """Whether checkpoints of a run are not exported yet: another start then copies them, and trains no more."""
+    export_to = config.checkpoint.export_to
+    return export_to is not None and bool(pending_exports(run, export_to))
 
 
 def split_items(items: list[str]) -> tuple[str | None, list[str]]:

@@ -38,7 +38,7 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
     from cmscale.config import read_config
     from cmscale.runs.comparison import best_of, describe_basis
     from cmscale.runs.folder import RunDir
-    from cmscale.runs.log import is_of_evaluation, latest_metrics, read_lines
+    from cmscale.runs.log import latest_metrics, read_lines, state_of
     from cmscale.runs.results import read_evaluations
 
     if not runs_dir.is_dir():
@@ -60,8 +60,6 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
             best = best_of(sampled)
             measured = f"step {best.step}, {best.nfe} NFE, {describe_basis(best)}"
             score += f"{best.score_name} {best.fid.mean:.2f} ({measured})"
-        names = [event["event"] for event in read_lines(run.events)]
-        events = [name for name in names if not (is_of_evaluation(name) or name == "superseded")]  # of an older start
         table.add_row(
             run.name,
             config.method.kind,
@@ -69,6 +67,6 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
             str(config.train.total_steps),
             f"{last['loss']:.4g}",
             score,
-            events[-1] if events else "never started",
+            state_of(read_lines(run.events)),
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)

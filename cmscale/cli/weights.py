@@ -68,7 +68,8 @@ def verify(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run or a checkpoint; a local path or s3://.")],
 ) -> None:
     """Checks all files of all checkpoints against their manifests, without a GPU. Exits with 1 if one is damaged."""
-    from cmscale.engine.checkpoint_reader import list_checkpoints, verify_checkpoint
+    from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, verify_checkpoint
+    from cmscale.engine.manifest_checks import NOT_SEALED
     from cmscale.io.storage import open_storage
     from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
 
@@ -82,6 +83,7 @@ def verify(
     for name, checkpoint in found.items():
         problems = verify_checkpoint(checkpoint)
         bad += bool(problems)
-        print(f"{name}: {'; '.join(problems) if problems else 'good'}")
+        notice = "" if problems or is_sealed(checkpoint) else f" ({NOT_SEALED})"
+        print(f"{name}: {'; '.join(problems) if problems else 'good'}{notice}")
     if bad:
         raise typer.Exit(1)

@@ -150,12 +150,18 @@ class Engine(Section):
 
 
 class Train(Section):
-    """Length, batch sizes, seed, logging, and what happens after non-finite steps."""
+    """Length, batch sizes, seed, first weights, logging, and what happens after non-finite steps.
+
+    `init_from` names a SOURCE whose weights are the first ones of the network and of all its averages; `init_weights`
+    chooses among those of a run, by default its first EMA. A run that is resumed does not read them again.
+    """
 
     total_steps: Count
     global_batch_size: Count
     micro_batch_size: Count = operational(...)
     seed: NonNegative = 0
+    init_from: str | None = operational(None)
+    init_weights: str | None = operational(None)
     log_every: Count = operational(50)
     sample_every: NonNegative = operational(0)
     sample_count: Count = operational(64)
@@ -299,6 +305,12 @@ class Config(Section):
             )
         if self.sampling.times is not None and facts.sampler != "multistep":
             raise ValueError(f"sampling.times: method.kind {kind} is not sampled in chosen steps; leave it out")
+        if self.train.init_weights is not None and self.train.init_from is None:
+            raise ValueError("train.init_weights: is set, but train.init_from is not; set both or neither")
+        if self.train.init_from is not None and self.method.teacher_choice is not None and not facts.follows_teacher:
+            raise ValueError(
+                f"train.init_from: method.kind {kind} starts with the weights of method.teacher; leave out one of them"
+            )
         if self.engine.zero_stage == 3 and self.method.needs_forward_mode:
             raise ValueError(
                 f"engine.zero_stage: 3 can't be combined with the forward-mode derivatives of method.kind {kind}; use 2"

@@ -7,22 +7,24 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cmscale.config import Config, trajectory
-from cmscale.distributed.collectives import all_ranks, any_rank, from_main, on_main
+from cmscale.distributed.collectives import all_ranks, any_rank, from_main, gather, on_main
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine
 from cmscale.engine.export import Exporter
 from cmscale.errors import UserError
-from cmscale.io.durable import explained, replace_durably, sync_folder
+from cmscale.io.durable import NO_SPACE, explained, follow_umask, replace_durably, sync_folder
 from cmscale.io.fetch import file_sha256
-from cmscale.runs.checkpoints import committed_steps
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name, step_of
+from cmscale.runs.checkpoints import committed_steps, leftovers
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name
 from cmscale.runs.generations import claim_next, read_generation
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
@@ -46,18 +48,17 @@ def claim_generation(run: RunDir) -> int:
 
     def claim() -> int:
         generation = claim_next(run)
-        for replaced in run.checkpoints.glob(".step-*.replaced-*"):
-            final = run.checkpoint(step_of(replaced.name[1:]))
-            if not final.exists():  # killed between the two renames of a commit
+        for step, kind, leftover in leftovers(run):
+            if kind == "replaced" and not run.checkpoint(step).exists():  # killed between the two renames of a commit
                 with contextlib.suppress(FileNotFoundError):  # another start did the same
-                    replaced.rename(final)
-        for leftover in run.checkpoints.glob(".step-*"):
+                    leftover.rename(run.checkpoint(step))
+                continue
             if _writer(leftover.name) > generation:  # of a newer start that works already
                 continue
-            if ".save-" in leftover.name:
+            if kind == "save":
                 why = f"{leftover.name}: an earlier start ended before this save was complete; removed"
-                write_event(run, "unfinished_save", step=step_of(leftover.name[1:]), rank=0, why=why)
-            shutil.rmtree(leftover, ignore_errors=True)
+                write_event(run, "unfinished_save", step=step, rank=0, why=why)
+            remove(leftover)
         return generation
 
     return from_main(on_main(claim))
@@ -79,6 +80,7 @@ class Checkpoints:
     Args:
         generation: from `claim_generation`.
         exporter: gets the step of every committed checkpoint, on rank 0.
+        before_commit: called on rank 0 before each commit: makes durable what belongs to the checkpoint.
         loaded: the state that this start read from a checkpoint, which need not be saved again.
     """
 
@@ -92,6 +94,7 @@ class Checkpoints:
         data_fingerprint: str,
         teacher_fingerprint: str | None = None,
         exporter: Exporter | None = None,
+        before_commit: Callable[[], None] = lambda: None,
         loaded: TrainState | None = None,
     ) -> None:
         self._run = run
@@ -100,6 +103,7 @@ class Checkpoints:
         self._generation = generation
         self._data_fingerprint = data_fingerprint
         self._exporter = exporter
+        self._before_commit = before_commit
         self._thread: threading.Thread | None = None
         self._teacher_fingerprint = teacher_fingerprint
         self._saved = loaded
@@ -127,8 +131,7 @@ class Checkpoints:
         self.wait()
         self.end_if_overtaken()
         if any_rank(self._config.checkpoint.stop_on_failure and self._failure is not None):
-            why = self._failure or "on another rank"
-            raise CheckpointFailed(f"the previous checkpoint was not written: {why}") from self._failure
+            raise self.failed("the previous checkpoint was not written") from self._failure
         shards = engine.shards
         tensors = {name: shards.local(name).detach().to("cpu", copy=True) for name in shards.quantities}
         manifest = CheckpointManifest(
@@ -183,6 +186,17 @@ class Checkpoints:
         if any_rank(fenced is not None):
             raise fenced or Fenced("a newer start of the run has taken over")
 
+    def failed(self, what: str) -> CheckpointFailed | UserError:
+        """The error that stops training because the last save failed: `what`, and why. Collective.
+
+        A full disk is for the user to mend; another start of the job would only meet it again.
+        """
+        reasons = gather("" if self._failure is None else str(self._failure))
+        why = next(filter(None, reasons), "unknown")
+        if NO_SPACE in why.lower():
+            return UserError(f"{what}: {why}; then continue with --resume")
+        return CheckpointFailed(f"{what}: {why}; see {self._run.events}")
+
     def _write(
         self,
         staged: Path,
@@ -195,6 +209,7 @@ class Checkpoints:
             write_part(staged, self._world, tensors, segments)
             if self._world.is_main:
                 parts = self._await_parts(staged)
+                self._before_commit()
                 self._commit(staged, manifest.model_copy(update={"parts": parts}))
                 seconds = round(time.monotonic() - began, 3)
                 self._report("checkpoint", manifest.state.step, seconds=seconds)
@@ -206,9 +221,10 @@ class Checkpoints:
             self._failure = error
             with contextlib.suppress(OSError, UserError):
                 record(staged, self._world.rank, {"error": f"{type(error).__name__}: {error}"})
-            self._report("checkpoint_failed", manifest.state.step, why=f"{type(error).__name__}: {error}")
             if self._world.is_main:
-                shutil.rmtree(staged, ignore_errors=True)
+                shutil.rmtree(staged, ignore_errors=True)  # first: its space may be what the event needs
+                print(f"checkpoint of step {manifest.state.step} was not written: {error}", flush=True)
+            self._report("checkpoint_failed", manifest.state.step, why=f"{type(error).__name__}: {error}")
 
     def _await_parts(self, staged: Path) -> tuple[RankPart, ...]:
         """Every rank's record, by rank.
@@ -242,11 +258,11 @@ class Checkpoints:
         final = self._run.checkpoint(manifest.state.step)
         replaced = final.with_name(f".{final.name}.replaced-{self._generation}")
         self._must_be_newest()
-        if final.exists():
+        if os.path.lexists(final):
             final.rename(replaced)
         staged.rename(final)
         sync_folder(self._run.checkpoints)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
 
     def _must_be_newest(self) -> None:
         newest = read_generation(self._run)
@@ -266,19 +282,21 @@ class Checkpoints:
     def _retain(self) -> None:
         """Removes old checkpoints.
 
-        It keeps the last `keep_last`, multiples of `keep_every`, and those that wait for their upload, unless storage
-        has been away for so long that `2 keep_last` newer ones exist: then a full disk is the greater risk.
+        It keeps the last `keep_last`, multiples of `keep_every` (but not step 0, which is untrained), and those that
+        wait for their upload, unless storage has been away for so long that `2 keep_last` newer ones exist: then a full
+        disk is the greater risk.
         """
         kept = self._config.checkpoint
         steps = committed_steps(self._run)
         waiting = self._exporter.waiting() if self._exporter is not None else set()
         patient = steps[-2 * kept.keep_last :]
         for step in steps[: -kept.keep_last]:
-            if (kept.keep_every and step % kept.keep_every == 0) or (step in waiting and step in patient):
+            is_multiple = step > 0 and kept.keep_every > 0 and step % kept.keep_every == 0
+            if is_multiple or (step in waiting and step in patient):
                 continue
             hidden = self._run.checkpoints / f".{step_name(step)}.removed-{self._generation}"
             self._run.checkpoint(step).rename(hidden)  # renamed first, so that nobody reads half of it
-            shutil.rmtree(hidden, ignore_errors=True)
+            remove(hidden)
 
     def _report(self, event: str, step: int, *, why: str = "", **more: Any) -> None:
         with contextlib.suppress(OSError, UserError):  # on a full disk the exception reports it
@@ -298,11 +316,29 @@ def write_part(staged: Path, world: World, tensors: dict[str, torch.Tensor], seg
     with explained(staged):
         staged.mkdir(parents=True, exist_ok=True)
         path = staged / rank_file(world.rank, world.num_ranks)
-        save_file(tensors, path)
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:
+            raise as_os_error(error) from error
+        follow_umask(path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     entry = FileEntry(name=path.name, size=path.stat().st_size, sha256=file_sha256(path))
     record(staged, world.rank, RankPart(file=entry, segments=segments).model_dump(mode="json"))
+
+
+def as_os_error(error: SafetensorError) -> Exception:
+    """The error of the file system in an error of safetensors, which has it as text alone; else the error itself."""
+    number = re.search(r"os error (\d+)", str(error))
+    return error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint's folder; of a link to one, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def record(staged: Path, rank: int, value: dict[str, Any]) -> None:

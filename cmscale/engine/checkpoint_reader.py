@@ -1,7 +1,6 @@
 """Lists, verifies and reads checkpoints on any storage, without DeepSpeed."""
 
 import bisect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cmscale.engine.manifest_checks import manifest_problems
 from cmscale.errors import UserError
 from cmscale.io.fetch import file_sha256, local_file
 from cmscale.io.reading import reading, reason
 from cmscale.io.storage import Storage, local_copy, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
-from cmscale.runs.manifests import CheckpointManifest, RankPart, is_plain_name, read_document
+from cmscale.runs.manifests import CheckpointManifest, RankPart, is_plain_name, read_checkpoint_manifest
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,16 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
     raw = storage.read_if_present(CHECKPOINT_MANIFEST)
     if raw is None:
         raise UserError(f"{storage.url}: no complete checkpoint there (no {CHECKPOINT_MANIFEST})")
-    manifest = read_document(CheckpointManifest, raw, origin=storage.join(CHECKPOINT_MANIFEST))
+    manifest = read_checkpoint_manifest(raw, origin=storage.join(CHECKPOINT_MANIFEST))
     for part in manifest.parts:
         if not is_plain_name(part.file.name):
             raise UserError(f"{storage.join(CHECKPOINT_MANIFEST)}: {part.file.name!r} leaves the checkpoint; refused")
     return manifest
+
+
+def is_sealed(url: str | Path) -> bool:
+    """Whether a checkpoint's manifest has a hash of its own; those of earlier versions have none."""
+    return read_manifest(open_storage(url)).is_sealed
 
 
 def verify_checkpoint(url: str | Path) -> list[str]:
@@ -57,30 +62,10 @@ def verify_checkpoint(url: str | Path) -> list[str]:
         manifest = read_manifest(storage)
     except UserError as error:
         return [str(error)]
-    problems = layout_problems(manifest, origin=storage.url)
+    problems = manifest_problems(manifest, origin=storage.url)
     for part in manifest.parts:
         problems += part_problems(storage, manifest, part)
     return problems
-
-
-def layout_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]:
-    """A problem if the parts do not cover the flat space exactly once."""
-    runs = sorted((segment.start, segment.length) for part in manifest.parts for segment in part.segments)
-    at = 0
-    for start, length in runs:
-        if start != at:
-            return [f"{origin}: elements {min(at, start)} to {max(at, start)} are missing or held twice"]
-        at = start + length
-    if at != manifest.num_elements:
-        return [f"{origin}: holds {at} elements of {manifest.num_elements}"]
-    for part in manifest.parts:
-        length = sum(segment.length for segment in part.segments)
-        if any(segment.at + segment.length > length for segment in part.segments):
-            return [f"{origin}: the segments of {part.file.name} leave its {length} elements"]
-    for parameter in manifest.parameters:
-        if parameter.offset + math.prod(parameter.shape) > manifest.num_elements:
-            return [f"{origin}: parameter {parameter.name} leaves the {manifest.num_elements} elements"]
-    return []
 
 
 def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart) -> list[str]:
@@ -102,6 +87,8 @@ def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart
                         return [f"{where}: {quantity} is not {length} float32 values"]
     except FileNotFoundError:
         return [f"{where}: is missing"]
+    except PermissionError as error:
+        return [f"{where}: can't be read ({error.strerror}); its owner can allow it with chmod"]
     except (SafetensorError, ValueError, OSError) as error:
         return [f"{where}: not a safetensors file ({reason(error)})"]
     return []
@@ -120,7 +107,7 @@ def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
     if quantity not in manifest.quantities:
         raise UserError(f"{storage.url}: holds no {quantity!r}, only {', '.join(manifest.quantities)}")
     is_local = storage.local_path("") is not None
-    problems = verify_checkpoint(url) if is_local else layout_problems(manifest, origin=storage.url)
+    problems = verify_checkpoint(url) if is_local else manifest_problems(manifest, origin=storage.url)
     if problems:
         raise UserError(problems[0])
     flat = torch.empty(manifest.num_elements)

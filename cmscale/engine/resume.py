@@ -1,5 +1,7 @@
 """Finds the newest valid checkpoint and restores it, into any world size and ZeRO stage."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -7,14 +9,15 @@ from pathlib import Path
 from cmscale.config import Config, differences, trajectory
 from cmscale.distributed.collectives import from_main, gather, on_main
 from cmscale.distributed.world import World
-from cmscale.engine.checkpoint_reader import FlatReader, layout_problems, part_problems, read_manifest
+from cmscale.engine.checkpoint_reader import FlatReader, part_problems, read_manifest
 from cmscale.engine.engine import Engine
+from cmscale.engine.manifest_checks import NOT_SEALED, manifest_problems
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
 from cmscale.runs.checkpoints import named_steps
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.log import read_lines, write_event
-from cmscale.runs.manifests import CheckpointManifest, TrainState
+from cmscale.runs.manifests import CheckpointManifest, Parameter, TrainState
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,38 @@ class Found:
     manifest: CheckpointManifest
 
 
-def newest(run: RunDir, config: Config, world: World, *, data_fingerprint: str, fresh: bool = False) -> Found | None:
+def newest(
+    run: RunDir,
+    config: Config,
+    world: World,
+    *,
+    data_fingerprint: str,
+    parameters: Sequence[Parameter] | None = None,
+    fresh: bool = False,
+) -> Found | None:
     """The newest valid checkpoint of a run, the same on all ranks; None if the run has none. Collective.
 
     A damaged one is recorded in events.jsonl and renamed, and the one before it is tried.
 
     Args:
+        parameters: The flat space of the run's network; a manifest with another one is damaged.
         fresh: Starts from step 0 if no checkpoint is valid.
 
     Raises:
-        UserError: all checkpoints are damaged, or the run has made steps and has no checkpoint (both unless `fresh`);
-            or the checkpoint belongs to another config (in values that change the losses) or another data set.
+        UserError: a checkpoint may not be read; or all checkpoints are damaged, or the run has made steps and has no
+            checkpoint (both unless `fresh`); or the checkpoint belongs to another config (in values that change the
+            losses) or another data set.
     """
     folders = from_main(on_main(lambda: [run.checkpoint(step) for step in reversed(named_steps(run))]))
+    if forbidden := from_main(on_main(partial(_forbidden, folders))):
+        raise UserError(f"{forbidden}: not allowed to read it; ask its owner for chmod -R g+rX, or run as its owner")
     problems: list[str] = []
     for number, folder in enumerate(folders):
-        problems = _problems(folder, world)
+        problems = _problems(folder, world) or _of_another_run(folder, run, config, parameters)
         if not problems:
             found = Found(folder, read_manifest(LocalStorage(folder)))
+            if world.is_main and not found.manifest.is_sealed:
+                print(f"{folder.name}: {NOT_SEALED}; the next one will have it", flush=True)
             _must_continue(found, config, data_fingerprint=data_fingerprint)
             on_main(partial(_set_aside, folders[:number]))
             return found
@@ -76,6 +93,33 @@ def restore(found: Found, engine: Engine) -> TrainState:
     return manifest.state
 
 
+def _forbidden(folders: list[Path]) -> str | None:
+    """A file or folder that this user may not read: such a checkpoint is not damaged, and must not be passed over."""
+    for folder in folders:
+        if not os.access(folder, os.R_OK | os.X_OK):
+            return str(folder)
+        for path in sorted(folder.iterdir()):
+            if path.exists() and not os.access(path, os.R_OK):
+                return str(path)
+    return None
+
+
+def _of_another_run(folder: Path, run: RunDir, config: Config, parameters: Sequence[Parameter] | None) -> list[str]:
+    """What an intact checkpoint's manifest says that can't be of this run. The same on all ranks."""
+    manifest = read_manifest(LocalStorage(folder))
+    if differences(manifest.trajectory, trajectory(config)):
+        return []  # the config was changed: that is refused, and no damage
+    if parameters is not None and tuple(parameters) != manifest.parameters:
+        changed = (ours.name for ours, its in zip(parameters, manifest.parameters, strict=False) if ours != its)
+        return [f"{folder}: holds another network (from {next(changed, 'its end')} on) than the config describes"]
+    if not manifest.is_sealed:
+        step, cursor = manifest.state.step, manifest.state.cursor
+        logged = [record.get("samples") for record in read_lines(run.metrics) if record.get("step") == step]
+        if logged and cursor not in logged:
+            return [f"{folder}: its cursor is {cursor}, {run.metrics.name} has {logged[-1]} samples at that step"]
+    return []
+
+
 def _set_aside(folders: list[Path]) -> None:
     """Renames damaged checkpoints, so that they are kept and no longer count as checkpoints."""
     for folder in folders:
@@ -91,7 +135,7 @@ def _problems(folder: Path, world: World) -> list[str]:
     found: list[str] = []
     try:
         manifest = read_manifest(storage)
-        found += layout_problems(manifest, origin=storage.url)
+        found += manifest_problems(manifest, origin=storage.url)
         for part in manifest.parts[world.rank :: world.num_ranks]:
             found += part_problems(storage, manifest, part)
     except (UserError, OSError) as error:

@@ -13,29 +13,50 @@ LINGER = 10.0  # seconds before the kill, at most: peers that wait for this rank
 
 
 def main() -> None:
-    """Reads heartbeats (the step, 8 bytes) from standard input until the rank ends, closes the pipe, or is late."""
+    """Reads heartbeats (the step, 8 bytes) from standard input until the rank ends, closes the pipe, or is late.
+
+    Time in which this process was stopped does not count (Slurm suspends all processes of a job), and a rank that was
+    stopped gets the whole limit once it goes on.
+    """
     rank_process, limit, rank = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     events, stacks = sys.argv[4], sys.argv[5]
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Slurm sends them to every process of a step
-    step, heard = -1, time.monotonic()
+    pause = min(1.0, limit / 10)
+    step, silent, was_stopped, looked = -1, 0.0, False, time.monotonic()
     while os.getppid() == rank_process:
-        ready, _, _ = select.select([0], [], [], min(1.0, limit / 10))
-        if ready:
-            beats = os.read(0, 4096)
+        beats = read_beats(pause)
+        now, is_stopped = time.monotonic(), state_of(rank_process) in "Tt"
+        silent += min(now - looked, 2 * pause)
+        looked = now
+        if beats == b"":
+            return
+        if beats is None and silent > limit:
+            beats = end(rank_process, rank=rank, step=step, limit=limit, events=events, stacks=stacks)
             if not beats:
                 return
-            step, heard = int.from_bytes(beats[-8:], "little", signed=True), time.monotonic()
-        elif time.monotonic() - heard > limit:
-            end(rank_process, rank=rank, step=step, limit=limit, events=events, stacks=stacks)
-            return
+            looked = time.monotonic()
+        if beats is not None:
+            step = int.from_bytes(beats[-8:], "little", signed=True)
+        if beats is not None or (was_stopped and not is_stopped):
+            silent = 0.0
+        was_stopped = is_stopped
 
 
-def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks: str) -> None:
+def read_beats(timeout: float) -> bytes | None:
+    """Heartbeats that have arrived, None if there are none within the time; empty if the rank has closed the pipe."""
+    ready, _, _ = select.select([0], [], [], timeout)
+    return os.read(0, 4096) if ready else None
+
+
+def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks: str) -> bytes | None:
     """Has the rank write its stacks, records a `fault` in events.jsonl, and kills the rank.
 
     The first kill ends the job. If one rank hangs, all others wait for it and are late within moments, and only their
     stacks show which one it is: so the kill waits for them.
+
+    Returns:
+        The heartbeats of a rank that went on before the kill, as a stopped one may once it is continued here.
     """
     state = state_of(process)
     stopped = " (the process was stopped)" if state in "Tt" else ""
@@ -46,13 +67,19 @@ def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks
     while time.monotonic() < deadline and size(stacks) == before:
         time.sleep(0.02)
     time.sleep(0.2)  # the stacks of the other threads
-    why = f"no step within {limit:g} s{stopped}; stacks in {stacks}"
-    record = {"time": time.time(), "event": "fault", "step": step, "rank": rank, "why": why}
+    record = {"time": time.time(), "event": "fault", "step": step, "rank": rank}
+    beats = None
     try:
-        load_append()(events, record, durable=True)
-        time.sleep(min(LINGER, limit / 2))
+        append = load_append()
+        append(events, record | {"why": f"no step within {limit:g} s{stopped}; stacks in {stacks}"}, durable=True)
+        beats = read_beats(min(LINGER, limit / 2))
+        if beats:
+            why = f"a step after all, more than {limit:g} s after the one before{stopped}"
+            append(events, record | {"time": time.time(), "event": "recovered", "why": why}, durable=True)
     finally:
-        os.kill(process, signal.SIGKILL)  # also if the disk is full
+        if not beats:
+            os.kill(process, signal.SIGKILL)  # also if the disk is full
+    return beats
 
 
 def load_append() -> Callable[..., None]:

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from cmscale import __version__
+from cmscale.config.agreement import check_range
 from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
@@ -165,7 +166,11 @@ def _teacher(source: Source, named: str | None, *, device: torch.device) -> _Fol
             raise UserError(f"--teacher {named}: is of kind {teacher.config.method.kind}; a diffusion model is needed")
         if teacher.config.model.image_size != source.config.model.image_size:
             raise UserError(f"--teacher {named}: its images are {teacher.config.model.image_size} px, not the source's")
-        return _Followed(f"the ODE of {named}", weights_fingerprint(teacher.weights), teacher.denoiser(device))
+        if teacher.config.model.num_classes is not None:
+            raise UserError(f"--teacher {named}: is class-conditional, and data sets carry no classes; give another")
+        check_range(teacher.config.method, source.config.method, key="--teacher", origin=named)
+        followed = teacher.denoiser(device)  # with the teacher's own sigma_data
+        return _Followed(f"the ODE of {named}", weights_fingerprint(teacher.weights), followed)
     method = source.config.method
     if not method.facts.follows_teacher:
         return _Followed("x + t z")

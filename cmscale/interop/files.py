@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
-from cmscale.io.durable import explained, sync_folder
+from cmscale.io.durable import explained, follow_umask, sync_folder
 from cmscale.io.storage import Storage, local_copy, open_parent, open_storage
 
 
@@ -65,6 +65,6 @@ def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
                 return
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            path.chmod(0o644)
+            follow_umask(path)
             path.replace(target)
             sync_folder(target.parent)

@@ -2,12 +2,15 @@
 
 import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
+
+NO_SPACE = "no space left"
+"""In every message about a full disk or quota, the system's own among them (there with a capital)."""
 
 
 @contextmanager
@@ -18,7 +21,7 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         match error.errno:
             case errno.ENOSPC | errno.EDQUOT:
-                raise UserError(f"{path}: no space left on the device; free some or write elsewhere") from error
+                raise UserError(f"{path}: {NO_SPACE} on the device; free some or write elsewhere") from error
             case errno.EACCES | errno.EPERM | errno.EROFS:
                 raise UserError(f"{path}: not allowed to write there ({error.strerror})") from error
             case errno.ENOTDIR | errno.EEXIST:
@@ -34,18 +37,35 @@ def replace_durably(path: Path, data: bytes) -> None:
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
+            temporary.replace(path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file the mode that `open` gives new files: some libraries make theirs readable for their owner alone."""
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with probe.open("xb") as file:  # the umask itself can't be read without being changed, in all threads
+            mode = os.fstat(file.fileno()).st_mode
+    finally:
+        probe.unlink(missing_ok=True)
+    path.chmod(mode & 0o777)
+
+
+def sync_file(path: Path) -> None:
+    """Makes what was written to a file durable, and its name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

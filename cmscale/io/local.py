@@ -37,6 +37,10 @@ class LocalStorage:
             return None
         except NotADirectoryError:
             raise UserError(f"{self.root}: is a file, not a folder") from None
+        except PermissionError as error:
+            raise UserError(
+                f"{self.root / key}: can't be read ({error.strerror}); its owner can allow it with chmod"
+            ) from None
 
     def write(self, key: str, data: bytes) -> None:
         replace_durably(self.root / key, data)

@@ -36,8 +36,10 @@ _OF_RANKS = frozenset(
 )
 _DEVICES = frozenset({"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "GPU_DEVICE_ORDINAL"})
 
-PYTHON_PATH = f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}"
-"""A line of a batch script: Python finds this checkout's packages, from any folder."""
+
+def python_path(code: Path = CHECKOUT) -> str:
+    """A line of a batch script: Python finds the packages in a folder, not in the one where the job starts."""
+    return f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
 class Refused(UserError):
@@ -60,6 +62,7 @@ def common_parameters(
     options: Mapping[str, str | bool] | None = None,
     setup: Sequence[str] = (),
     srun_args: Sequence[str] = (),
+    code: Path = CHECKOUT,
 ) -> dict[str, Any]:
     """Arguments of submitit's `SlurmExecutor.update_parameters` that all our jobs share.
 
@@ -71,6 +74,7 @@ def common_parameters(
         options: Further options of sbatch by long name; True is one without a value.
         setup: Lines of shell that the script runs first.
         srun_args: Further options of srun.
+        code: The folder that holds the packages which the job imports.
     """
     given = dict(options or {})
     # What set-up lines changed must not change what the script's own lines mean, nor end the script.
@@ -85,7 +89,7 @@ def common_parameters(
         "stderr_to_stdout": True,
         # srun does not inherit the CPU count from sbatch since Slurm 22.05.
         "srun_args": [*([f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else []), *srun_args],
-        "setup": [*lines, PYTHON_PATH],
+        "setup": [*lines, python_path(code)],
         "additional_parameters": {"requeue": True, **given},
         "wckey": None,  # submitit's own default is refused by sites that enforce wckeys
         **({"cpus_per_task": cpus_per_task} if cpus_per_task else {}),

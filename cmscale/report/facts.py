@@ -14,7 +14,12 @@ from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.log import latest_metrics, read_lines
 from cmscale.runs.results import EvaluationResult, read_evaluations
 
-_ENDINGS = {"finished": "finished", "preempted": "preempted", "fault": "failed"}
+_ENDINGS = {
+    "finished": "finished",
+    "not_exported": "finished, not exported",
+    "preempted": "preempted",
+    "fault": "failed",
+}
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,11 @@ class RunFacts:
 
     @property
     def status(self) -> str:
-        """`finished`, `preempted`, `failed`, `running` or `not started`, by the last event that determines it."""
+        """How the run stands by the last event that determines it: a value of `_ENDINGS`, `running`, `not started`."""
         for event in reversed(self.events):
             if (name := event.get("event")) in _ENDINGS:
                 return _ENDINGS[name]
-            if name in ("start", "resumed", "requeued", "checkpoint"):
+            if name in ("start", "resumed", "requeued", "checkpoint", "recovered"):
                 return "running"
         return "running" if self.metrics else "not started"
 
@@ -104,7 +109,7 @@ def read_facts(run: RunDir) -> RunFacts:
         events=list(read_lines(run.events)),
         evaluations=evaluations,
         unreadable=unreadable,
-        grids=[(step_of(path.stem), path) for path in sorted(run.samples.glob("step-?????????.png"))],
+        grids=[(step_of(path.stem), path) for path in sorted(run.samples.glob(f"step-{'[0-9]' * 9}.png"))],
         provenance=provenance if isinstance(provenance, dict) else {},
         consistency=sorted(
             (found for _, found in consistency if _is_of_step(found)),

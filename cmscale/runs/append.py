@@ -21,7 +21,7 @@ def append(path: str | os.PathLike[str], record: dict[str, Any], *, durable: boo
         OSError: the file cannot be written, or the disk is full.
     """
     line = (json.dumps(record, allow_nan=True) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)  # less the umask
     try:
         size = os.fstat(descriptor).st_size
         if size > 0 and os.pread(descriptor, 1, size - 1) != b"\n":

@@ -9,6 +9,7 @@ from cmscale.io.storage import Storage, open_storage
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 
 _STEP_FOLDER = re.compile(r"step-(\d{9})")
+_LEFTOVER = re.compile(r"\.step-(\d{9})\.(start-\d+\.save|replaced|removed)-\d+")
 
 
 def committed_steps(run: RunDir | Storage | str | Path) -> list[int]:
@@ -39,6 +40,15 @@ def named_steps(run: RunDir) -> list[int]:
     Only a resume needs this: it reports a checkpoint that lost its manifest instead of passing it over.
     """
     return _steps(folder.name for folder in run.checkpoints.glob("step-*") if folder.is_dir())
+
+
+def leftovers(run: RunDir) -> list[tuple[int, str, Path]]:
+    """(step, `save`, `replaced` or `removed`, folder) of each folder that a start which was killed left behind.
+
+    Names of other forms are somebody else's and stay.
+    """
+    found = [(path, _LEFTOVER.fullmatch(path.name)) for path in sorted(run.checkpoints.glob(".step-*"))]
+    return [(int(match[1]), match[2].rpartition(".")[2], path) for path, match in found if match]
 
 
 def _steps(names: Iterable[str]) -> list[int]:

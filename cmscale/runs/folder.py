@@ -61,6 +61,11 @@ class RunDir:
         return self.root / "provenance.json"
 
     @property
+    def code(self) -> Path:
+        """Copies of the program, one per version that was submitted."""
+        return self.root / "code"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 

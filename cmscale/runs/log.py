@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,22 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def is_of_evaluation(event: str) -> bool:
     """Whether an event is an evaluation's: those run next to the training and say nothing about its end."""
     return event == "evaluated" or event.startswith("evaluation_")
+
+
+NOT_EXPORTED = "not_exported"
+"""The event after `finished` of a run whose checkpoints are not all where `checkpoint.export_to` says."""
+
+_STATES = {NOT_EXPORTED: "finished, not exported"}
+
+
+def state_of(events: Iterable[dict[str, Any]]) -> str:
+    """How a run stands, for users: its last event, but for those of evaluations, single copies and older starts."""
+    last = ""
+    for record in events:
+        event = str(record.get("event", ""))
+        if not (is_of_evaluation(event) or event.startswith("export") or event == "superseded"):
+            last = event
+    return _STATES.get(last, last) or "never started"
 
 
 def write_event(run: RunDir, event: str, *, step: int, rank: int, why: str = "", **more: Any) -> None:

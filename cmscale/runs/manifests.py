@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pkgutil
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -145,6 +146,9 @@ class RankPart(Document):
 class CheckpointManifest(Document):
     """The manifest of a checkpoint, written last: a folder without it is not a checkpoint.
 
+    Its last key is the hash of its own text without that key, so that no changed bit goes unnoticed. Version 1, of
+    earlier releases, has no such hash.
+
     Each rank's file holds, per quantity, one 1-D float32 tensor of the rank's segments. Quantities are `master`,
     `exp_avg`, `exp_avg_sq`, `target` if the method has a target network, and each EMA by name.
 
@@ -157,7 +161,7 @@ class CheckpointManifest(Document):
         scalars: numbers that are the same on every rank.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     state: TrainState
     generation: int
     num_ranks: int
@@ -172,6 +176,40 @@ class CheckpointManifest(Document):
     num_elements: NonNegative
     parts: tuple[RankPart, ...]
     scalars: dict[str, float] = {}
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the file has a hash of its own."""
+        return self.version > 1
+
+    def to_bytes(self) -> bytes:
+        """The canonical text, from version 2 on with its hash."""
+        text = super().to_bytes()
+        return _sealed(text) if self.is_sealed else text
+
+
+_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
+
+
+def _sealed(text: bytes) -> bytes:
+    digest = hashlib.sha256(text).hexdigest()
+    return text.removesuffix(b"\n}\n") + f',\n "sha256": "{digest}"\n}}\n'.encode()
+
+
+def read_checkpoint_manifest(raw: bytes, *, origin: str) -> CheckpointManifest:
+    """Parses the manifest of a checkpoint.
+
+    Raises:
+        UserError: it is not such a manifest, or not what was written; the message begins with `origin`.
+    """
+    seal = _SEAL.search(raw)
+    text = raw if seal is None else raw[: seal.start()] + b"\n}\n"
+    if seal is not None and hashlib.sha256(text).hexdigest().encode() != seal[1]:
+        raise UserError(f"{origin}: its contents are not what was written (SHA-256 differs)")
+    manifest = read_document(CheckpointManifest, text, origin=origin)
+    if manifest.is_sealed != (seal is not None):
+        raise UserError(f"{origin}: its contents are not what was written (its own SHA-256 is damaged)")
+    return manifest
 
 
 def read_document(kind: type[D], raw: bytes, *, origin: str) -> D:

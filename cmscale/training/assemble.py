@@ -16,16 +16,17 @@ from cmscale.consistency.networks import Networks
 from cmscale.data import Batch, Batches, open_batches, to_device
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine, NonFiniteLoss, StepResult
+from cmscale.engine.flat_space import number_parameters
 from cmscale.errors import UserError
 from cmscale.io.fetch import download_lock, local_file
 from cmscale.model.denoiser import EDMDenoiser
 from cmscale.model.precondition import denoiser_for, teacher_denoiser_for
 from cmscale.model.trigflow import TrigFlow
-from cmscale.model.unet import build_unet
+from cmscale.model.unet import UNet, build_unet
 from cmscale.model.weighting import build_weighted_unet
 from cmscale.rng import SampleRandomness
-from cmscale.runs.manifests import TrainState
-from cmscale.source import load_teacher, weights_fingerprint
+from cmscale.runs.manifests import Parameter, TrainState
+from cmscale.source import load_first_weights, load_teacher, weights_fingerprint
 from cmscale.training.measurements import Measurements
 
 
@@ -71,8 +72,8 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
     """Builds networks, engine and loss of a method. Collective.
 
     Args:
-        fresh: Whether training starts at step 0; then the student starts with the teacher's weights if the method's
-            `teacher_choice` is not None.
+        fresh: Whether training starts at step 0; then the student starts with the weights of `train.init_from` if that
+            is set, else with the teacher's if the method's `teacher_choice` is not None.
 
     Raises:
         UserError: the network is class-conditional; such networks can be sampled and evaluated, but not trained.
@@ -85,12 +86,10 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
         )
     facts, starts_from_teacher = method.facts, method.teacher_choice is not None
     teacher = load_teacher(config) if facts.follows_teacher or (starts_from_teacher and fresh) else None
-    build_network = partial(
-        build_weighted_unet if facts.learns_weighting else build_unet, config.model, seed=config.train.seed
-    )
+    build_network = network_builder(config)
     start = None
-    if fresh and teacher is not None:
-        start = {**build_network().state_dict(), **teacher}  # a teacher has no weights for the learned weighting
+    if fresh and (first := first_weights(config, teacher)) is not None:
+        start = {**build_network().state_dict(), **first}  # they have none for the learned weighting
     engine = Engine(config, world, build_network, start, has_target=facts.has_target)
     networks = Networks(
         student=denoiser_for(method, engine.network),
@@ -101,6 +100,23 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
     loss = build_loss(method, load_distance(config, world), measure=measurements.add)
     fingerprint = None if teacher is None else weights_fingerprint(teacher)
     return Parts(config, world, engine, loss, networks, fingerprint, measurements)
+
+
+def first_weights(config: Config, teacher: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    """The student's weights at step 0: those of `train.init_from`, else the teacher's; None if they are random."""
+    return teacher if config.train.init_from is None else load_first_weights(config)
+
+
+def network_builder(config: Config) -> Callable[[], UNet]:
+    """Returns new networks as a run trains them, with their initial weights."""
+    build = build_weighted_unet if config.method.facts.learns_weighting else build_unet
+    return partial(build, config.model, seed=config.train.seed)
+
+
+def flat_space(config: Config) -> tuple[Parameter, ...]:
+    """The parameters of a run's network and their places in its checkpoints. Computes no weights."""
+    with torch.device("meta"):
+        return number_parameters(network_builder(config)())
 
 
 def check_same_teacher(config: Config, first: str | None, current: str | None) -> str | None:

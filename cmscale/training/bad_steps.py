@@ -8,6 +8,7 @@ from cmscale.config import Config
 from cmscale.data import Batch
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
+from cmscale.io.durable import follow_umask
 from cmscale.runs.folder import RunDir, step_name
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState
@@ -59,6 +60,7 @@ class BadSteps:
             self._run.logs / name,
             metadata={"positions": ",".join(map(str, batch.positions)), "keys": ",".join(batch.keys)},
         )
+        follow_umask(self._run.logs / name)
         write_event(
             self._run, "nonfinite_step", step=state.step, rank=self._world.rank, why=f"batch saved in logs/{name}"
         )

@@ -6,18 +6,18 @@ from pathlib import Path
 from cmscale.config import Config, read_config, schedules
 from cmscale.distributed import world as worlds
 from cmscale.distributed.world import World
-from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, Fenced, claim_generation
+from cmscale.engine.checkpoint import Checkpoints, Fenced, claim_generation
 from cmscale.engine.export import Exporter
 from cmscale.engine.preemption import Preemption
 from cmscale.engine.resume import newest, restore
 from cmscale.engine.watchdog import Watchdog
-from cmscale.errors import UserError
+from cmscale.errors import NotExported, UserError
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import write_event
+from cmscale.runs.log import NOT_EXPORTED, write_event
 from cmscale.runs.manifests import TrainState, read_dataset_manifest
 from cmscale.training import preflight
-from cmscale.training.assemble import assemble, check_same_teacher, open_data
+from cmscale.training.assemble import assemble, check_same_teacher, flat_space, open_data
 from cmscale.training.bad_steps import BadSteps
 from cmscale.training.consistency_probe import Probe
 from cmscale.training.run_log import RunLog
@@ -36,7 +36,8 @@ def main(run_dir: str, fresh: bool = False) -> str:
         run, after which this one commits nothing more.
 
     Raises:
-        UserError: the config can't be carried out here.
+        UserError: the config can't be carried out here, or no space is left for a checkpoint.
+        NotExported: on rank 0, if training has finished and checkpoints are not where `checkpoint.export_to` says.
     """
     run = RunDir(Path(run_dir))
     config = read_config(run.config, resolved=True)
@@ -51,6 +52,8 @@ def main(run_dir: str, fresh: bool = False) -> str:
             with contextlib.suppress(OSError, UserError):
                 write_event(run, "superseded", step=-1, rank=0, why=str(error))
         return "superseded"
+    except NotExported:
+        raise
     except Exception as error:
         with contextlib.suppress(OSError, UserError):  # a full disk must not hide the error
             write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(error).__name__}: {error}")
@@ -63,7 +66,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     """Trains a run from its newest checkpoint, or from step 0 if it has none. Collective."""
     data = read_dataset_manifest(open_storage(config.data.path)).fingerprint
     generation = claim_generation(run)
-    found = newest(run, config, world, data_fingerprint=data, fresh=fresh)
+    found = newest(run, config, world, data_fingerprint=data, parameters=flat_space(config), fresh=fresh)
     parts = assemble(config, world, fresh=found is None)
     engine, shards = parts.engine, parts.engine.shards
     state = TrainState() if found is None else restore(found, engine)
@@ -71,6 +74,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     if found is not None:
         teacher = check_same_teacher(config, found.manifest.teacher_fingerprint, teacher)
     batches = open_data(config, world, state)  # before any thread is started, as its workers are forked
+    log = RunLog(config, run, world, batches=batches)
     exporter = Exporter(run, config.checkpoint.export_to) if config.checkpoint.export_to and world.is_main else None
     checkpoints = Checkpoints(
         run,
@@ -80,9 +84,9 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         data_fingerprint=data,
         teacher_fingerprint=teacher,
         exporter=exporter,
+        before_commit=log.sync,
         loaded=None if found is None else state,
     )
-    log = RunLog(config, run, world, batches=batches)
     probe = Probe(config, world)
     watchdog = Watchdog(run, config, world)
     bad_steps = BadSteps(config, run, world)
@@ -93,7 +97,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         saved = checkpoints.close()
         checkpoints.end_if_overtaken()
         if not saved:
-            raise CheckpointFailed(f"the first checkpoint could not be written; see {run.events}")
+            raise checkpoints.failed("the first checkpoint was not written")
 
     while state.step < config.train.total_steps and not preemption.requested():
         stragglers.begin()
@@ -126,12 +130,18 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     checkpoints.save(state, engine)
     saved = checkpoints.close()
     checkpoints.end_if_overtaken()
-    if exporter is not None:  # a preempted job has seconds; the next start uploads the rest
-        exporter.close(patience=60.0 * config.engine.collective_timeout_minutes if finished else 5.0)
-    watchdog.stop()
+    watchdog.stop()  # copies may take longer than any step
     batches.close()
+    missing = ""
+    if exporter is not None and finished and saved:
+        missing = exporter.finish(patience=60.0 * config.engine.collective_timeout_minutes)
+    elif exporter is not None:
+        exporter.close(patience=5.0)  # a preempted job has seconds; the next start uploads the rest
+    if not saved:
+        raise checkpoints.failed(f"the last checkpoint, of step {state.step}, was not written")
     log.ended(state, "finished" if finished else "preempted", why="" if finished else preemption.why)
     engine.close()
-    if not saved:
-        raise CheckpointFailed(f"step {state.step}: the last checkpoint could not be written; see {run.events}")
+    if missing:
+        write_event(run, NOT_EXPORTED, step=state.step, rank=0, why=missing)
+        raise NotExported(f"{missing}; when that is mended, --resume copies the rest")
     return "finished" if finished else "preempted"

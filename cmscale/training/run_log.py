@@ -10,6 +10,7 @@ from cmscale.config.schedules import ScheduleValues
 from cmscale.data import Batches
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
+from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState
@@ -34,7 +35,9 @@ class RunLog:
         self._cursor = state.cursor
         for caution in cautions(self._config):
             self._event("caution", state, why=caution)
-        self._event("resumed" if state.step else "start", state)
+        origin = self._config.train.init_from
+        why = f"first weights from {origin}" if origin and not state.step else ""
+        self._event("resumed" if state.step else "start", state, why=why)
 
     def stepped(
         self,
@@ -85,6 +88,10 @@ class RunLog:
             total = self._config.train.total_steps
             print(f"step {state.step}/{total}  loss {result.loss:.5g}  {speed:.1f} images/s", flush=True)
 
+    def sync(self) -> None:
+        """Makes all metrics so far durable. Raises OSError or UserError if they can't be written."""
+        self._metrics.sync()
+
     def ended(self, state: TrainState, event: str, *, why: str) -> None:
         """Logs how training ended, and closes the log."""
         self._log_replaced(state)
@@ -99,5 +106,9 @@ class RunLog:
                 write_event(self._run, event, step=state.step, rank=self._world.rank, why=f"{name}: {found[name]}")
 
     def _event(self, event: str, state: TrainState, *, why: str = "") -> None:
-        if self._world.is_main:
+        if not self._world.is_main:
+            return
+        try:
             write_event(self._run, event, step=state.step, rank=0, why=why)
+        except (OSError, UserError) as error:  # a full disk ends a run where its last checkpoint can't be written
+            print(f"{event} at step {state.step} is not in {self._run.events.name}: {error}", flush=True)

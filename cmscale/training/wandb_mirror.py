@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.config import Wandb
+from cmscale.errors import UserError
+from cmscale.io.durable import sync_file
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, write_event
 
@@ -19,18 +21,48 @@ class MetricsLog:
     def __init__(self, run: RunDir, wandb: Wandb, *, config: dict[str, Any], active: bool) -> None:
         self._run = run
         self._active = active
+        self._unwritten: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
         self._mirror = WandbMirror(run, wandb, config=config) if active and wandb.mode != "off" else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Logs the metrics of the applied step `record["step"]`."""
+        """Logs the metrics of the applied step `record["step"]`.
+
+        What can't be written now (a full disk) is written with the next record, or by `sync`.
+        """
         if not self._active:
             return
-        append_line(self._run.metrics, record)
+        with self._lock:
+            self._unwritten.append(record)
+            try:
+                self._append()
+            except (OSError, UserError) as error:
+                print(f"metrics of step {record['step']} are not written yet: {error}", flush=True)
         if self._mirror is not None:
             self._mirror.write(record)
 
+    def sync(self) -> None:
+        """Makes all metrics so far durable. Any thread may call it.
+
+        Raises:
+            OSError, UserError: they can't be written.
+        """
+        if not self._active:
+            return
+        with self._lock:
+            self._append()
+            if self._run.metrics.exists():
+                sync_file(self._run.metrics)
+
+    def _append(self) -> None:
+        while self._unwritten:
+            append_line(self._run.metrics, self._unwritten[0])
+            del self._unwritten[0]
+
     def close(self) -> None:
         """Closes the wandb run; waits at most a few seconds."""
+        if self._unwritten:
+            print(f"{self._run.metrics}: the last {len(self._unwritten)} records are lost", flush=True)
         if self._mirror is not None:
             self._mirror.close()
 

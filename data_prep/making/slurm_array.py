@@ -14,6 +14,7 @@ from cmscale.config.site import read_site
 from cmscale.errors import UserError
 from cmscale.io.slurm import ACTIVE_STATES, common_parameters, exports, job_states, outside_of_this_job, refusal
 from cmscale.runs.manifests import Document, read_document
+from cmscale.runs.snapshot import read_code, take_snapshot
 from data_prep.making.documents import PROGRESS
 from data_prep.making.preparation import Preparation
 from data_prep.making.processes import make_missing
@@ -130,8 +131,8 @@ def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int
     from submitit.slurm.slurm import SlurmExecutor
 
     tasks, slurm = min(placement.nodes, preparation.num_shards), placement.slurm
-    python = shlex.join(slurm.rank_interpreter(sys.executable))
-    executor = SlurmExecutor(_log_folder(preparation), python=python)
+    python, logs = shlex.join(slurm.rank_interpreter(sys.executable)), _log_folder(preparation)
+    executor = SlurmExecutor(logs, python=python)
     executor.update_parameters(
         array_parallelism=tasks,
         **common_parameters(
@@ -145,6 +146,7 @@ def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int
             options=slurm.options(),
             setup=[*slurm.setup, *exports(read_site().environment)],
             srun_args=slurm.srun_args,
+            code=take_snapshot(read_code(), logs / "code"),
         ),
     )
     arguments = [

@@ -1,7 +1,8 @@
 """Defines what a cluster is to the launchers: places jobs, starts them, and says where each rank is.
 
 A cluster is one module of this package, and a line in `launchers.clusters.CLUSTERS`. In each rank it runs the command
-`python -u -m launchers.job CLUSTER RUN SUBMISSION START` (`rank_command`), which calls the cluster's `enter_rank`.
+`python -P -u -m launchers.job CLUSTER RUN SUBMISSION START` (`rank_command`), which calls the cluster's `enter_rank`,
+with the job's `code` first on PYTHONPATH: -P keeps Python from importing the packages of the folder it starts in.
 """
 
 import sys
@@ -61,4 +62,5 @@ def rank_command(
     cluster: str, submission: Submission, start: str, interpreter: Sequence[str] = (sys.executable,)
 ) -> list[str]:
     """The command of every rank. `start` names the start of the job among those of its submission."""
-    return [*interpreter, "-u", "-m", "launchers.job", cluster, str(submission.run.root), submission.name, start]
+    python = [*interpreter, "-P", "-u", "-m", "launchers.job"]
+    return [*python, cluster, str(submission.run.root), submission.name, start]

@@ -15,7 +15,7 @@ from types import FrameType
 import submitit
 
 from cmscale.errors import UserError
-from cmscale.io.process import CHECKOUT, die_with_parent, node_name
+from cmscale.io.process import die_with_parent, node_name
 from cmscale.runs.folder import RunDir
 from launchers.decide import decide
 from launchers.evaluate_checkpoints import evaluating
@@ -61,9 +61,9 @@ class LocalMachine:
 
     def run(self, job: JobSpec, *, wait: bool) -> int:  # noqa: ARG002
         """Runs a job to its end, whatever `wait` is. 128 + a signal is the status if that ended the launcher."""
-        with evaluating(job.evaluations) as finish:
-            status = _run_to_end(job)
-            if status == 0:
+        with evaluating(job.evaluations, python_path=job.python_path) as finish:
+            status, is_done = _run_to_end(job)
+            if is_done:
                 finish()
         return status
 
@@ -109,19 +109,20 @@ def _interruptible() -> Iterator[Interruption]:
             signal.signal(number, handler)
 
 
-def _run_to_end(job: JobSpec) -> int:
+def _run_to_end(job: JobSpec) -> tuple[int, bool]:
+    """The launcher's exit status, and whether the job has done all its work."""
     submission = Submission(job.run, job.submission)
-    submission.write_job(job.worker, job.arguments)
+    submission.write_job(job.worker, job.arguments, code=job.code)
     with _interruptible() as interruption:
         for number in itertools.count():
-            status = _run_once(job, submission, f"attempt-{number}", interruption)
-            if status is not None:
-                return status
+            ended = _run_once(job, submission, f"attempt-{number}", interruption)
+            if ended is not None:
+                return ended
     raise AssertionError("unreachable")
 
 
-def _run_once(job: JobSpec, submission: Submission, start: str, interruption: Interruption) -> int | None:
-    """Runs one start of a job, and the pause after it. Returns the launcher's exit status; None if it starts again."""
+def _run_once(job: JobSpec, submission: Submission, start: str, interruption: Interruption) -> tuple[int, bool] | None:
+    """Runs one start of a job, and the pause after it. Returns what `_run_to_end` does; None if it starts again."""
     began = time.monotonic()
     process = interruption.process = _start_controller(job, submission, start)
     if interruption.signal:  # it came before there was a process to pass it to
@@ -145,7 +146,8 @@ def _run_once(job: JobSpec, submission: Submission, start: str, interruption: In
             submission.report("fault", attempt, why=decision.why)
         log = job.run.logs / f"{process.pid}_{attempt.rank}_log.out"
         status = show_end(attempt.ending, decision.why, log=log)
-        return 128 + interruption.signal if interruption.signal and status else status
+        status = 128 + interruption.signal if interruption.signal and status else status
+        return status, attempt.ending in ("finished", "not_exported")
     submission.report("requeued", attempt, why=decision.why)
     print(f"{attempt.ending}: {decision.why}; starts again in {decision.delay_seconds} s", file=sys.stderr, flush=True)
     until = time.monotonic() + decision.delay_seconds
@@ -153,7 +155,7 @@ def _run_once(job: JobSpec, submission: Submission, start: str, interruption: In
         time.sleep(_POLL_SECONDS)
     if interruption.signal:
         show_end("cancelled", f"cancelled before the next start; {submission.how_to_go_on}", log=None)
-        return 128 + interruption.signal
+        return 128 + interruption.signal, False
     return None
 
 
@@ -161,7 +163,7 @@ def _start_controller(job: JobSpec, submission: Submission, start: str) -> subpr
     placement, signal_seconds = job.placement, job.placement.restart.signal_seconds
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": job.python_path,
         "CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[: placement.ranks_per_node]) if placement.gpus else "",
         "MASTER_PORT": str(_free_port()),
     }
@@ -171,7 +173,8 @@ def _start_controller(job: JobSpec, submission: Submission, start: str) -> subpr
         "--time-limit-seconds": 60 * (placement.minutes or _NO_LIMIT_MINUTES),
         "--signal-seconds": signal_seconds,
     }
-    command = [sys.executable, "-m", "launchers.clusters.local_controller", str(job.run.root), submission.name, start]
+    command = [sys.executable, "-P", "-m", "launchers.clusters.local_controller"]
+    command += [str(job.run.root), submission.name, start]
     command += [str(part) for limit in limits.items() for part in limit]
     # A session of its own: Ctrl-C reaches the launcher alone, which ends the ranks in order.
     return subprocess.Popen(command, env=environment, start_new_session=True)

@@ -99,7 +99,7 @@ class SlurmCluster:
 
     def run(self, job: JobSpec, *, wait: bool) -> int:
         submission = Submission(job.run, job.submission)
-        submission.write_job(job.worker, job.arguments)
+        submission.write_job(job.worker, job.arguments, code=job.code)
         replace_durably(submission.script, script_text(job).encode())
         job_id = slurm.submit(submission.script)
         submission.replace_job_id(job_id)
@@ -142,9 +142,11 @@ def script_text(job: JobSpec) -> str:
         options=settings.options(),
         setup=[*settings.setup, *slurm.exports(read_site().environment)],
         srun_args=settings.srun_args,
+        code=job.code,
     )
-    # -K1: a rank that fails ends all others, which would hang in a collective.
-    shared["srun_args"] = ["-K1", *shared["srun_args"]]
+    # -K1: a rank that fails ends all others, which would hang in a collective. --wait=0: rank 0 may end long after the
+    # others, when all copies are made, whatever the site's WaitTime is.
+    shared["srun_args"] = ["--wait=0", "-K1", *shared["srun_args"]]
     shared["additional_parameters"] |= {"output": str(job.run.logs / "%j_batch.log")}
     interpreter = settings.batch_interpreter(sys.executable)
     during, after = _evaluation_lines(job, interpreter)
@@ -153,7 +155,7 @@ def script_text(job: JobSpec) -> str:
         "trap : TERM  # the epilogue runs even if Slurm ends the job; ranks have handlers of their own",
         *during,
     ]
-    epilogue = [*interpreter, "-m", "launchers.clusters.slurm_epilogue", str(job.run.root), job.submission]
+    epilogue = [*interpreter, "-P", "-m", "launchers.clusters.slurm_epilogue", str(job.run.root), job.submission]
     limits = (
         f"--max-restarts {restart.max_restarts} --backoff-seconds {restart.backoff_seconds} "
         f"--signal-seconds {restart.signal_seconds}"
@@ -182,7 +184,7 @@ def _evaluation_lines(job: JobSpec, interpreter: list[str]) -> tuple[list[str], 
     """Lines that look for checkpoints to evaluate while ranks run, and once more after them."""
     if not job.evaluations:
         return [], []
-    command = [*interpreter, "-m", "launchers.evaluate_checkpoints"]
+    command = [*interpreter, "-P", "-m", "launchers.evaluate_checkpoints"]
     return [f"{shlex.join([*command, *job.evaluations])} &"], [shlex.join([*command, "--once", *job.evaluations])]
 
 

@@ -42,7 +42,7 @@ def test_lsun_config_divides_over_nodes_of_eight_gpus(path: Path, nodes: int):
     config = read_config(path)
     placement = Placement("slurm", nodes, 8, True, None, 60, Slurm(), Restart())
     assert accumulation_steps(config, num_ranks=placement.num_ranks) * placement.num_ranks * 4 == 2048
-    assert "images" in describe_training(placement, config, root=Path("run"))
+    assert "images" in describe_training(placement, config, root=Path("run"), code="")
 
 
 @pytest.mark.parametrize("kind", SUCCESSORS)

@@ -1,5 +1,6 @@
 """Tests with storage that is slow, failing, wrong or absent: training continues, and copies on S3 are complete."""
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,9 @@ from cmscale.engine.export import Exporter
 from cmscale.export.weights import finish_copies
 from cmscale.io.s3 import S3Storage
 from cmscale.io.storage import open_storage
+from cmscale.report.facts import read_facts
 from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines, state_of
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,9 @@ def test_an_exporter_killed_in_a_multipart_upload_shows_nothing_and_the_next_end
         from pathlib import Path
         from boto3.s3.transfer import TransferConfig
         from cmscale.engine.export import export_pending
-        from cmscale.runs.folder import RunDir
+        from cmscale.report.facts import read_facts
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines, state_of
         from cmscale.io.s3 import S3Storage
 
         def upload(self, key, path):  # in parts, which otherwise only large files are
@@ -129,8 +134,13 @@ def test_storage_away_through_the_exit_holds_up_neither_training_nor_its_end(
     run = make_run(tmp_path / "run", data, f"checkpoint.export_to={s3}", "engine.collective_timeout_minutes=0.1")
     job = launch(run, "cmscale.training.loop:main", num_ranks=1)
     _, output = job.communicate(timeout=200)
-    assert job.returncode == 0, output
+    assert job.returncode == 1, output
+    last = output.splitlines()[-1]
+    assert last.startswith(f"finished, not exported: step 0, 3, 6, 9 is not in {s3}: ")
+    assert "--resume copies the rest" in last
+    assert read_facts(run).status == state_of(read_lines(run.events)) == "finished, not exported"
     assert rule.used
+    assert events(run, "requeued") == events(run, "fault") == []
     (finished,) = events(run, "finished")
     assert time.time() - finished["time"] < 20  # after a preemption's few seconds, not after an upload's minutes
     assert_equal(run, golden)
@@ -138,3 +148,40 @@ def test_storage_away_through_the_exit_holds_up_neither_training_nor_its_end(
     proxy.clear()
     assert finish_copies(run.root) == [0, 3, 6, 9]
     assert copies(run, s3) == [0, 3, 6, 9]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_said_at_once_and_in_the_end_and_training_is_not_repeated(
+    data: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs root, to mount a small disk")
+    try:
+        run = make_run(disk / "run", data, "train.total_steps=6")
+        size = 0
+        job = launch(run, "cmscale.training.loop:main", num_ranks=1)
+        while not size:  # the first checkpoint is there: nothing more of its size fits
+            assert job.poll() is None
+            size = sum(path.stat().st_size for path in run.checkpoints.glob("step-000000000/rank-*"))
+            time.sleep(0.05)
+        free = shutil.disk_usage(disk).free
+        (disk / "filling").write_bytes(bytes(free - size // 2))
+        printed, output = job.communicate(timeout=200)
+        assert "checkpoint of step 3 was not written: " in printed
+        assert "checkpoint of step 6 was not written: " in printed
+        assert job.returncode == 2
+        last = output.splitlines()[-1]
+        assert last.startswith("error: the last checkpoint, of step 6, was not written: ")
+        assert "no space left" in last
+        assert [event["event"] for event in read_lines(run.events)].count("start") == 1
+        (disk / "filling").unlink()
+        job = launch(run, "cmscale.training.loop:main", num_ranks=1)
+        _, output = job.communicate(timeout=200)
+        assert job.returncode == 0, output
+    finally:
+        subprocess.run(["umount", "-l", disk], check=False)

@@ -1,27 +1,31 @@
 """Checkpoints: what a save writes, which checkpoint a resume accepts, and which start of a run may commit."""
 
-import errno
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from flat_state import StandIn, flat_config, ranks_of
 from fsyncs import record_fsyncs
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from cmscale.config import Config
+from cmscale.config import Config, Wandb
 from cmscale.distributed.world import World
 from cmscale.engine import checkpoint, resume
-from cmscale.engine.checkpoint import CheckpointFailed, Checkpoints, Fenced, claim_generation
-from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
+from cmscale.engine.checkpoint import Checkpoints, Fenced, claim_generation
+from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest, read_weights, verify_checkpoint
 from cmscale.errors import UserError
+from cmscale.io.local import LocalStorage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, read_lines
 from cmscale.runs.manifests import TrainState
+from cmscale.training.wandb_mirror import MetricsLog
 
 
 @pytest.fixture
@@ -100,8 +104,8 @@ def test_a_save_leaves_a_manifest_and_one_file_a_rank_and_nothing_staged(run: Ru
     assert [event["step"] for event in events(run, "checkpoint")] == [10]
 
 
-def test_retention_keeps_the_last_and_every_nth(run: RunDir) -> None:
-    save(run, *range(10, 100, 10), config=flat_config("checkpoint.keep_last=2", "checkpoint.keep_every=30"))
+def test_retention_keeps_the_last_and_every_nth_and_not_the_untrained_one(run: RunDir) -> None:
+    save(run, *range(0, 100, 10), config=flat_config("checkpoint.keep_last=2", "checkpoint.keep_every=30"))
     assert [listed.step for listed in list_checkpoints(run.root)] == [30, 60, 80, 90]
     assert len(list(run.checkpoints.iterdir())) == 4
 
@@ -143,18 +147,35 @@ def test_retention_keeps_what_waits_for_its_upload_for_twice_as_long(run: RunDir
     assert kept_after(70) == [60, 70]
 
 
-def test_a_save_is_durable_before_it_is_committed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_a_save_and_its_metrics_are_durable_before_it_is_committed_with_the_users_umask(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
     generation = claim_generation(run)
     synced = record_fsyncs(monkeypatch)
-    writer = Checkpoints(run, flat_config(), World(), generation=generation, data_fingerprint="data")
+    log = MetricsLog(run, Wandb(mode="off"), config={}, active=True)
+    writer = Checkpoints(
+        run, flat_config(), World(), generation=generation, data_fingerprint="data", before_commit=log.sync
+    )
+    log.write({"step": 10})
     writer.save(TrainState(step=10, cursor=80), StandIn(0, 1, seed=10))  # pyright: ignore[reportArgumentType]
     assert writer.close()
+    (mode,) = {path.stat().st_mode & 0o777 for path in run.checkpoint(10).iterdir()}
+    assert mode == 0o666 & ~umask
     staged = f".step-000000010.start-{generation}.save-1"
     names = [re.sub(r"^\.(.*)\.\w+$", r"\1", path.name) if path.parent.name == staged else path.name for path in synced]
     assert names[: names.index("checkpoints") + 1] == [
         "rank-0000-of-0001.safetensors",  # the weights
         "part-0000.json",
         staged,  # the names of both
+        "metrics.jsonl",
+        "run",
         "manifest.json",
         staged,
         "checkpoints",  # the rename that commits
@@ -209,8 +230,11 @@ def test_a_run_that_took_steps_and_has_no_checkpoint_does_not_start_anew_by_itse
 
 def test_a_manifest_that_names_a_file_outside_is_refused(run: RunDir) -> None:
     save(run, 10)
-    manifest = run.checkpoint(10) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("rank-0000-of", "../rank-0000-of"))
+    path = run.checkpoint(10) / "manifest.json"
+    manifest = read_manifest(LocalStorage(path.parent))
+    first, *others = manifest.parts
+    outside = first.model_copy(update={"file": first.file.model_copy(update={"name": f"../{first.file.name}"})})
+    path.write_bytes(manifest.model_copy(update={"parts": (outside, *others)}).to_bytes())
     assert "refused" in verify_checkpoint(run.checkpoint(10))[0]
 
 
@@ -237,7 +261,7 @@ def test_an_older_start_can_commit_no_more(run: RunDir) -> None:
     assert [listed.step for listed in list_checkpoints(run.root)] == [10]
     (event,) = events(run, "checkpoint_failed")
     assert "taken over" in event["why"]
-    with pytest.raises(CheckpointFailed, match="taken over"):  # and it does not go on beside the new one
+    with pytest.raises(Fenced, match="taken over"):  # and it does not go on beside the new one
         old.save(TrainState(step=30, cursor=240), StandIn(0, 1, seed=30))  # pyright: ignore[reportArgumentType]
 
 
@@ -278,6 +302,31 @@ def test_a_new_start_clears_what_a_killed_one_left_half_written_and_records_it(r
     assert (event["step"], ".step-000000020.start-1.save-2" in event["why"]) == (20, True)
 
 
+def test_names_of_other_people_in_the_folder_are_harmless(run: RunDir) -> None:
+    save(run, 10, 20)
+    foreign = ["latest", "step-best", "step-30", "step-0000000400", ".step-latest.save-1", ".step-copy.replaced-1"]
+    for name in [*foreign, ".step-000000050.start-x.save-1", "damaged-step-000000001"]:
+        (run.checkpoints / name).mkdir()
+    for name in ("notes.txt", "step-000000060", ".step-note.removed-1", "step-000000070.tar"):
+        (run.checkpoints / name).write_text("mine")
+    (run.checkpoints / "step-latest").symlink_to("step-000000020")
+    (run.checkpoints / "step-000000080").symlink_to("nowhere")
+    names = {path.name for path in run.checkpoints.iterdir()}
+    found = newest(run)
+    assert found is not None
+    assert found.manifest.state.step == 20
+    save(run, 90, config=flat_config("checkpoint.keep_last=1"))
+    assert [listed.step for listed in list_checkpoints(run.root)] == [90]
+    assert {path.name for path in run.checkpoints.iterdir()} == names - {"step-000000010", "step-000000020"} | {
+        "step-000000090"
+    }
+    (run.checkpoints / "step-000000095").symlink_to("step-000000090")  # a link as a checkpoint: its step is another
+    assert "manifest is of step 90" in verify_checkpoint(run.checkpoint(95))[0]
+    assert committed_steps(run) == [90, 95]
+    save(run, 97, config=flat_config("checkpoint.keep_last=1"))
+    assert committed_steps(run) == [97]
+
+
 def test_a_step_saved_again_replaces_the_damaged_one(run: RunDir) -> None:
     save(run, 10)
     flip_byte(run.checkpoint(10) / "rank-0000-of-0002.safetensors")
@@ -287,10 +336,12 @@ def test_a_step_saved_again_replaces_the_damaged_one(run: RunDir) -> None:
 
 
 def no_space(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_one(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_one(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(run, 10)
     writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
     with monkeypatch.context() as broken:
@@ -299,6 +350,8 @@ def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_one(run: RunDir, mo
         assert writer.close() is False
     (event,) = events(run, "checkpoint_failed")
     assert "no space left" in event["why"]
+    assert capsys.readouterr().out.startswith("checkpoint of step 20 was not written: ")
+    assert isinstance(writer.failed("the last checkpoint was not written"), UserError)
     assert [listed.step for listed in list_checkpoints(run.root)] == [10]
     assert verify_checkpoint(run.checkpoint(10)) == []
     writer.save(TrainState(step=30, cursor=240), StandIn(0, 1, seed=30))  # pyright: ignore[reportArgumentType]
@@ -310,7 +363,7 @@ def test_a_failed_save_stops_training_where_the_config_says_so(run: RunDir, monk
     writer = Checkpoints(run, config, World(), generation=claim_generation(run), data_fingerprint="data")
     monkeypatch.setattr(checkpoint, "save_file", no_space)
     writer.save(TrainState(step=20, cursor=160), StandIn(0, 1))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(CheckpointFailed, match="no space left"):
+    with pytest.raises(UserError, match=r"no space left .*--resume"):  # which no restart would mend
         writer.save(TrainState(step=30, cursor=240), StandIn(0, 1))  # pyright: ignore[reportArgumentType]
 
 

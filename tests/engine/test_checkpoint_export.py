@@ -1,5 +1,6 @@
 """Copies of checkpoints on S3: complete or invisible, compared, and never a reason for training to stop."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,63 @@ def test_the_export_command_finishes_the_copies_of_a_run(run: RunDir, tmp_path: 
     run.config.write_text(dump_config(flat_config()))
     with pytest.raises(UserError, match=r"checkpoint.export_to is not set"):
         finish_copies(run.root)
+
+
+def test_a_place_that_refuses_is_said_once_and_in_the_end_with_the_steps(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies = tmp_path / "copies"
+    copies.write_text("a file where the folder should be")
+    exporter = Exporter(run, str(copies), retry_seconds=0.01)
+    while len(events(run)) < 3:
+        time.sleep(0.01)
+    began = time.monotonic()
+    missing = exporter.finish(patience=60)
+    assert time.monotonic() - began < 30  # waiting would not help
+    assert missing.startswith(f"step 10, 20 is not in {copies}: ")
+    assert "is a file, not a folder" in missing
+    assert capsys.readouterr().out.count("checkpoints are not exported to") == 1
+    copies.unlink()
+    assert Exporter(run, str(copies)).finish(patience=60) == ""
+    assert pending_exports(run, str(copies)) == []
+
+
+def test_storage_that_is_away_when_the_run_ends_is_asked_again_and_then_named(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upload, tries = LocalStorage.upload, []
+
+    def away(storage: LocalStorage, key: str, path: Path) -> None:
+        tries.append(key)
+        if len(tries) < 4:
+            raise ConnectionError("the S3 server does not answer")
+        upload(storage, key, path)
+
+    monkeypatch.setattr(LocalStorage, "upload", away)
+    assert Exporter(run, str(tmp_path / "one"), retry_seconds=0.01).finish(patience=60) == ""
+    assert capsys.readouterr().out.splitlines()[-1] == f"checkpoints are exported to {tmp_path / 'one'} again"
+    tries.clear()
+    monkeypatch.setattr(LocalStorage, "upload", fail)
+    missing = Exporter(run, str(tmp_path / "two"), retry_seconds=0.01).finish(patience=0.2)
+    assert missing == f"step 10, 20 is not in {tmp_path / 'two'}: the S3 server does not answer"
+
+
+def fail(*_: object) -> None:
+    raise ConnectionError("the S3 server does not answer")
+
+
+def test_one_checkpoint_that_cannot_be_copied_holds_up_no_other(run: RunDir, tmp_path: Path) -> None:
+    (run.checkpoint(10) / "manifest.json").write_text("{}")
+    missing = Exporter(run, str(tmp_path / "copies"), retry_seconds=0.01).finish(patience=60)
+    assert missing.startswith("step 10 is not in")
+    assert "not a valid CheckpointManifest" in missing
+    assert [copy.step for copy in list_checkpoints(tmp_path / "copies" / "run")] == [20]
+
+
+def test_a_copy_that_another_run_keeps_from_being_made_is_missing_in_the_end(run: RunDir, s3: str) -> None:
+    exporter = Exporter(run, s3)
+    assert exporter.close(patience=60) == set()
+    save(run, 10, seed=5)
+    exporter = Exporter(run, s3)
+    exporter.offer(10)
+    assert "step 10 is not in" in exporter.finish(patience=60)

@@ -55,6 +55,13 @@ def test_a_rank_that_steps_is_left_alone_and_may_end_the_watch(tmp_path: Path) -
     wait_for_end(watch)
 
 
+def test_a_rank_that_was_stopped_and_goes_on_is_not_killed_for_it(tmp_path: Path) -> None:
+    status, watch = run_watched("wakes", tmp_path, minutes=0.02)
+    assert status == 0
+    assert {event["event"] for event in read_lines(tmp_path / "events.jsonl")} <= {"fault", "recovered"}
+    wait_for_end(watch)
+
+
 def test_the_watch_ends_with_its_rank(tmp_path: Path) -> None:
     status, watch = run_watched("dies", tmp_path, minutes=10)
     assert status == -9

@@ -9,7 +9,6 @@ import pytest
 from cmscale.errors import UserError
 from cmscale.io.slurm import (
     ACTIVE_STATES,
-    PYTHON_PATH,
     NoJobIdError,
     common_parameters,
     exports,
@@ -17,6 +16,7 @@ from cmscale.io.slurm import (
     options_in,
     outside_of_jobs,
     outside_of_this_job,
+    python_path,
     refusal,
     submit,
 )
@@ -167,7 +167,7 @@ def test_set_up_lines_come_first_and_cannot_end_the_script() -> None:
 
 def test_a_batch_script_finds_the_checkout_before_the_users_own_path() -> None:
     shown = subprocess.run(
-        ["/bin/bash", "-c", f'{PYTHON_PATH}; echo "$PYTHONPATH"'],
+        ["/bin/bash", "-c", f'{python_path()}; echo "$PYTHONPATH"'],
         env={**os.environ, "PYTHONPATH": "/theirs"},
         capture_output=True,
         text=True,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch_fixtures import CONFIG, placement
+from launch_fixtures import CHECKOUT, CONFIG, placement
 
 from cmscale.config import Config, parse_config
 from cmscale.errors import UserError
@@ -131,8 +131,8 @@ def test_on_this_machine_it_ends_with_training_and_looks_a_last_time_only_if_tha
         run.asked_evaluation(step).touch()
     arguments = arguments_for(run, replace(PLACEMENT, cluster="local"), 2)
     before = set(psutil.Process().children())
-    with evaluating(arguments) as finish:
+    with evaluating(arguments, python_path=str(CHECKOUT)) as finish:
         finish()
-    with pytest.raises(KeyboardInterrupt), evaluating(arguments):
+    with pytest.raises(KeyboardInterrupt), evaluating(arguments, python_path=str(CHECKOUT)):
         raise KeyboardInterrupt
     assert set(psutil.Process().children()) <= before  # neither left a process behind

@@ -78,6 +78,12 @@ def test_a_signal_before_the_worker_has_handlers_is_passed_on_to_it(number: sign
         ("raise RuntimeError('two\\nlines')", 1, "fault", "RuntimeError: two lines"),
         ("import threading; threading.Thread(target=threading.Event().wait).start(); 1 / 0", 1, "fault", "Zero"),
         ("import threading; threading.Thread(target=threading.Event().wait).start(); return 'finished'", 0, "f", ""),
+        (
+            "from cmscale.errors import NotExported; raise NotExported('step 3\\nis not there')",
+            0,
+            "not_exported",
+            "3 is",
+        ),
         ("return 'done'", 1, "running", ""),
     ],
 )

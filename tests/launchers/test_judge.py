@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from launchers.decide import Decision, decide
+from launchers.follow import show_end
 from launchers.judge import SUPERSEDED, Attempt, RankEnd, RankFailure, judge
 
 
@@ -19,6 +21,17 @@ def test_a_start_finished_only_if_every_rank_did_and_the_status_is_0() -> None:
     assert judged("finished", "running").ending == "fault"
     assert judged("finished", "preempted").ending == "preempted"
     assert judged("finished", "finished", status=1).ending == "fault"
+
+
+def test_a_start_without_all_its_copies_stops_with_status_1_and_is_not_repeated(capsys) -> None:
+    attempt = judged("not_exported", "finished")
+    assert attempt == Attempt("not_exported", "rank 0: not_exported", 3, 0, "node0")
+    limits = {"max_restarts": 9, "backoff_seconds": 0, "can_requeue": True, "go_on": ""}
+    assert decide([attempt], **limits) == Decision("stop", "rank 0: not_exported")
+    assert show_end(attempt.ending, attempt.message, log=None) == 1
+    assert capsys.readouterr().err == "finished, not exported: rank 0: not_exported\n"
+    assert judged("not_exported", "running").ending == "fault"
+    assert judged("not_exported", "finished", status=1).ending == "fault"
 
 
 def test_a_start_without_any_report_is_a_fault_that_names_the_status() -> None:

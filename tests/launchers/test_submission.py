@@ -27,6 +27,9 @@ def test_a_job_is_a_name_and_json_values(submission: Submission) -> None:
     submission.replace_job_id("18")
     assert submission.read_job() == JobRecord(TRAIN, arguments, "18")
     assert json.loads(submission.job_file.read_text()).keys() == {"worker", "arguments", "job_id"}
+    submission.write_job(TRAIN, arguments, code="/run/code/abc")
+    submission.replace_job_id("19")
+    assert submission.read_job() == JobRecord(TRAIN, arguments, "19", "/run/code/abc")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,15 @@ def test_the_history_survives_a_line_cut_by_a_crash(submission: Submission) -> N
     with (submission.folder / "attempts.jsonl").open("a") as file:
         file.write('{"ending": "fa')
     assert submission.record(second) == [first, second]
+    with (submission.folder / "attempts.jsonl").open("ab") as file:
+        file.write(bytes(512) + b"\n3\n{}\n\xff\xfe\n")  # what a file system may leave after a power cut
+    assert submission.record(second) == [first, second, second]
+
+
+def test_a_rank_report_that_a_crash_damaged_counts_as_none(submission: Submission) -> None:
+    submission.write_rank_end("7.0", RankEnd(0, "a", "running"))
+    (submission.folder / "7.0" / "rank-0001.json").write_text('{"rank"')
+    assert submission.rank_ends("7.0") == [RankEnd(0, "a", "running")]
 
 
 def test_an_evaluation_continues_as_long_as_it_measures_though_no_step_is_trained(submission: Submission) -> None:

@@ -11,8 +11,10 @@ from launch_fixtures import CHECKOUT, CONFIG, dataset
 
 from cmscale.config import parse_config, read_config
 from cmscale.errors import UserError
+from cmscale.io.local import LocalStorage
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
+from cmscale.runs.snapshot import read_code
 from launchers import submit
 from launchers.checks import check_export, check_inputs
 from launchers.clusters.local import LocalMachine
@@ -142,7 +144,7 @@ def test_time_is_read_as_minutes_or_as_slurm_writes_it(text: str, minutes: int):
 def test_run_folder_holds_resolved_config_and_provenance(tmp_path: Path, config_file: Path):
     config = with_absolute_paths(read_config(config_file))
     run = new_run(name="one", runs_dir=tmp_path / "runs", stem="tiny")
-    create_run(run, config)
+    create_run(run, config, read_code())
     assert read_config(run.config) == config
     (start,) = json.loads(run.provenance.read_text())["starts"]
     assert start["packages"]["torch"]
@@ -159,7 +161,7 @@ def test_no_room_for_the_run_leaves_no_folder(tmp_path: Path, config_file: Path,
 
     monkeypatch.setattr("launchers.run_folders.replace_durably", no_room)
     with pytest.raises(UserError, match="no space"):
-        create_run(run, read_config(config_file))
+        create_run(run, read_config(config_file), read_code())
     assert not run.root.exists()
 
 
@@ -175,7 +177,7 @@ class TestResume:
     @pytest.fixture
     def run(self, tmp_path: Path, config_file: Path) -> RunDir:
         run = new_run(name="old", runs_dir=tmp_path / "runs", stem="tiny")
-        create_run(run, with_absolute_paths(read_config(config_file)))
+        create_run(run, with_absolute_paths(read_config(config_file)), read_code())
         return run
 
     def test_operational_values_may_change(self, run: RunDir):
@@ -218,6 +220,20 @@ class TestResume:
         assert f"finished: step 3 of 3\nrun: {run.root}\n" in capsys.readouterr().out
 
 
+def test_a_local_place_for_exports_is_tried_out_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_export(str(tmp_path / "new" / "copies"), "one", is_new=True)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    for place, words in ((tmp_path / "file", "a file"), (Path("/proc/nowhere"), "No such file")):
+        with pytest.raises(UserError, match=rf"^checkpoint.export_to: .*{words}"):
+            check_export(str(place), "one", is_new=True)
+    monkeypatch.setattr(LocalStorage, "read", lambda *_: b"other")
+    with pytest.raises(UserError, match="does not give back what was written"):
+        check_export(str(tmp_path / "copies"), "one", is_new=True)
+
+
 class TestS3:
     """What S3 says before anything is created."""
 
@@ -236,6 +252,7 @@ class TestS3:
         open_storage(f"{s3}/runs/one").write("checkpoints/step-000000001/manifest.json", b"{}")
         check_export(f"{s3}/runs", "one", is_new=False)
         check_export(f"{s3}/runs", "two", is_new=True)
+        assert [entry.key for entry in open_storage(s3).list()] == ["runs/one/checkpoints/step-000000001/manifest.json"]
         with pytest.raises(UserError, match="holds checkpoints of an earlier run one"):
             check_export(f"{s3}/runs", "one", is_new=True)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -38,6 +39,16 @@ def main() -> None:
         case "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
             threading.Event().wait()
+        case "wakes":  # stopped for twice the limit, once with its watch and once alone, and back at work each time
+            limit = 60 * float(minutes)
+            for stopped in ([watchdog.pid, os.getpid()], [os.getpid()]):
+                for process in stopped:
+                    subprocess.Popen(["sh", "-c", f"kill -STOP {process}; sleep {2 * limit}; kill -CONT {process}"])
+                time.sleep(limit / 2)
+                for step in range(3):
+                    watchdog.beat(step)
+                    time.sleep(limit / 2)
+            watchdog.stop()
         case "gil":
             hold_the_gil()
         case "beats":

@@ -1,0 +1,111 @@
+"""Checks that a checkpoint's manifest agrees with itself, with its folder and with the run that it belongs to."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from cmscale.config import MethodSection
+from cmscale.config.methods import Method
+from cmscale.engine.flat_space import MOMENTS
+from cmscale.runs.folder import rank_file, step_name
+from cmscale.runs.manifests import CheckpointManifest
+
+NOT_SEALED = "its manifest has no hash of its own, as an earlier version wrote it"
+
+_STEP_FOLDER = re.compile(r"step-\d{9}")
+
+
+def manifest_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]:
+    """What in a manifest contradicts its own other fields, or the name of its folder.
+
+    Args:
+        origin: The checkpoint's folder or URL.
+    """
+    found = [*_layout(manifest), *_names(manifest, folder=origin.rstrip("/").rpartition("/")[2])]
+    if not manifest.is_sealed:  # no hash protects it
+        found += [*_config(manifest), *_progress(manifest)]
+    return [f"{origin}: {problem}" for problem in found]
+
+
+def _layout(manifest: CheckpointManifest) -> Iterator[str]:
+    """The flat space must be covered exactly once: by the parameters, by the parts, and by each part's own file."""
+    at = 0
+    for parameter in manifest.parameters:
+        if parameter.offset != at:
+            yield f"parameter {parameter.name} is at {parameter.offset}, not {at}"
+            return
+        at += torch.Size(parameter.shape).numel()
+    if at != manifest.num_elements:
+        yield f"its parameters have {at} elements of {manifest.num_elements}"
+    at = 0
+    for start, length in sorted((each.start, each.length) for part in manifest.parts for each in part.segments):
+        if start != at:
+            yield f"elements {min(at, start)} to {max(at, start)} are missing or held twice"
+            return
+        at = start + length
+    if at != manifest.num_elements:
+        yield f"holds {at} elements of {manifest.num_elements}"
+    for part in manifest.parts:
+        at = 0
+        for segment in part.segments:
+            if segment.at != at:
+                yield f"{part.file.name}: a segment is at {segment.at}, not {at}"
+            at += segment.length
+
+
+def _names(manifest: CheckpointManifest, *, folder: str) -> Iterator[str]:
+    if _STEP_FOLDER.fullmatch(folder) and folder != step_name(manifest.state.step):
+        yield f"its manifest is of step {manifest.state.step}"
+    if [part.file.name for part in manifest.parts] != [
+        rank_file(rank, manifest.num_ranks) for rank in range(manifest.num_ranks)
+    ]:
+        yield f"its manifest does not list the files of {manifest.num_ranks} ranks"
+    names = [parameter.name for parameter in manifest.parameters]
+    for what, listed in (("parameter", names), ("quantity", manifest.quantities)):
+        if len(set(listed)) < len(listed):
+            yield f"its manifest lists a {what} twice"
+
+
+def _config(manifest: CheckpointManifest) -> Iterator[str]:
+    """The trajectory must have its recorded hash, and the config its values; the moments must be there."""
+    if missing := {"master", *MOMENTS} - set(manifest.quantities):
+        yield f"its manifest lists no {', '.join(sorted(missing))}"
+    trajectory = manifest.trajectory
+    if hashlib.sha256(json.dumps(trajectory, sort_keys=True).encode()).hexdigest() != manifest.config_fingerprint:
+        yield "config_fingerprint is not that of its trajectory"
+    for key, value in trajectory.items():
+        if _at(manifest.config, key) != value:
+            yield f"config: {key} is {_at(manifest.config, key)}, its trajectory has {value}"
+            return
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _progress(manifest: CheckpointManifest) -> Iterator[str]:
+    """The cursor counts whole batches, one per step at least; the optimizer has made every step since it started."""
+    step, cursor = manifest.state.step, manifest.state.cursor
+    batch = _at(manifest.config, "train.global_batch_size")
+    if isinstance(batch, int) and (cursor % batch or cursor < step * batch):
+        yield f"cursor {cursor} is not that of {step} steps of {batch} images"
+    made = manifest.scalars.get("optimizer_step")
+    if made is not None and not _may_have_started_at(manifest, step - made):
+        yield f"optimizer_step {made:g} is not that of step {step}"
+
+
+def _may_have_started_at(manifest: CheckpointManifest, start: float) -> bool:
+    """Whether a stage of the run began at a step; the first begins at 0."""
+    if start <= 0 or start != int(start):
+        return start == 0
+    method: MethodSection = TypeAdapter(Method).validate_python(manifest.config["method"])
+    total = manifest.config["train"]["total_steps"]
+    return method.schedule(int(start) - 1, total_steps=total).ends_stage
