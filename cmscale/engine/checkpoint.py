@@ -220,6 +220,8 @@ class Checkpoints:
             error = self._newer_start() or failure  # which may have removed what this start had staged
             self._failure = error
             with contextlib.suppress(OSError, UserError):
+                part = staged / rank_file(self._world.rank, self._world.num_ranks)
+                part.unlink(missing_ok=True)  # on a full disk its space lets rank 0 learn of the error
                 record(staged, self._world.rank, {"error": f"{type(error).__name__}: {error}"})
             if self._world.is_main:
                 shutil.rmtree(staged, ignore_errors=True)  # first: its space may be what the event needs

@@ -74,8 +74,8 @@ def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks
         append(events, record | {"why": f"no step within {limit:g} s{stopped}; stacks in {stacks}"}, durable=True)
         beats = read_beats(min(LINGER, limit / 2))
         if beats:
-            why = f"a step after all, more than {limit:g} s after the one before{stopped}"
-            append(events, record | {"time": time.time(), "event": "recovered", "why": why}, durable=True)
+            event, why = "recovered", f"a step after all, more than {limit:g} s after the one before{stopped}"
+            append(events, record | {"time": time.time(), "event": event, "why": why}, durable=True)
     finally:
         if not beats:
             os.kill(process, signal.SIGKILL)  # also if the disk is full

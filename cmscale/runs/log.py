@@ -44,10 +44,7 @@ def is_of_evaluation(event: str) -> bool:
     return event == "evaluated" or event.startswith("evaluation_")
 
 
-NOT_EXPORTED = "not_exported"
-"""The event after `finished` of a run whose checkpoints are not all where `checkpoint.export_to` says."""
-
-_STATES = {NOT_EXPORTED: "finished, not exported"}
+_STATES = {"not_exported": "finished, not exported"}
 
 
 def state_of(events: Iterable[dict[str, Any]]) -> str:

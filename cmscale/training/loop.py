@@ -14,7 +14,7 @@ from cmscale.engine.watchdog import Watchdog
 from cmscale.errors import NotExported, UserError
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import NOT_EXPORTED, write_event
+from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState, read_dataset_manifest
 from cmscale.training import preflight
 from cmscale.training.assemble import assemble, check_same_teacher, flat_space, open_data
@@ -142,6 +142,6 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     log.ended(state, "finished" if finished else "preempted", why="" if finished else preemption.why)
     engine.close()
     if missing:
-        write_event(run, NOT_EXPORTED, step=state.step, rank=0, why=missing)
+        write_event(run, "not_exported", step=state.step, rank=0, why=missing)
         raise NotExported(f"{missing}; when that is mended, --resume copies the rest")
     return "finished" if finished else "preempted"

@@ -29,7 +29,7 @@ def test_a_job_is_a_name_and_json_values(submission: Submission) -> None:
     assert json.loads(submission.job_file.read_text()).keys() == {"worker", "arguments", "job_id"}
     submission.write_job(TRAIN, arguments, code="/run/code/abc")
     submission.replace_job_id("19")
-    assert submission.read_job() == JobRecord(TRAIN, arguments, "19", "/run/code/abc")
+    assert submission.read_job() == JobRecord(TRAIN, arguments, "19", code="/run/code/abc")
 
 
 @pytest.mark.parametrize(
