@@ -23,15 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 
 from cmscale.config import Config, dump_config, read_config
 from cmscale.config.site import site_layers, use_site
-from cmscale.errors import UserError
+from cmscale.errors import NotExported, UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.process import exit_at_once, note_early_signals
 from cmscale.runs.folder import RunDir
+from cmscale.runs.snapshot import read_code, take_snapshot
 from launchers.checks import check_inputs
 from launchers.command_line import runs_dir
 from launchers.heartbeat import beating
 from launchers.jobs import MEET, TRAIN, load_worker
-from launchers.run_folders import create_run, new_run, with_absolute_paths, write_provenance
+from launchers.provenance import record_start
+from launchers.run_folders import create_run, new_run, with_absolute_paths
 from launchers.submit import resumed_config, split_items
 
 STOPPED = 75  # EX_TEMPFAIL: the same command continues
@@ -54,6 +56,9 @@ def main(arguments: list[str]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         exit_at_once(2)
+    except NotExported as error:
+        print(f"finished, not exported: {error}", file=sys.stderr, flush=True)
+        exit_at_once(1)
     except Exception:
         traceback.print_exc()
         exit_at_once(1)
@@ -91,15 +96,16 @@ def prepare(run: RunDir, file: str | None, overrides: list[str]) -> None:
     Raises:
         UserError: the inputs are missing, or the config differs where losses would change.
     """
+    code = read_code()
     if run.config.is_file():
         config = resumed_config(run, file, overrides)
         check_inputs(config)
         replace_durably(run.config, dump_config(config).encode())
-        write_provenance(run)
+        record_start(run, code, take_snapshot(code, run.code))
     else:
         config = _config(run, file, overrides)
         check_inputs(config)
-        create_run(run, config)
+        create_run(run, config, code)
 
 
 def _config(run: RunDir, file: str | None, overrides: list[str]) -> Config:
