@@ -205,8 +205,10 @@ def load_first_weights(config: Config) -> dict[str, torch.Tensor]:
     """
     origin, named, key = config.train.init_from, config.train.init_weights, "train.init_from"
     assert origin is not None
+    if origin.endswith(NVLABS_ENDING) and named is None and not config.method.embeds_angle:
+        return _read_edm(origin, config, key=key)
     if origin.endswith((*OPENAI_ENDINGS, NVLABS_ENDING)):
-        check_openai_weights(config, key=key, origin=origin, named=named)  # EDM's pickles mean the same sigma_data
+        check_openai_weights(config, key=key, origin=origin, named=named)
         return _read_foreign(origin, config)
     if not origin.endswith(".safetensors") and (storage := open_storage(origin)).read_if_present("model_index.json"):
         weights, card = read_diffusers(storage, model=config.model)
