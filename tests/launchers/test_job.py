@@ -195,8 +195,8 @@ class TestScript:
         assert "--mem=" not in script
         lines = script.splitlines()
         (ranks,) = (line for line in lines if line.startswith("srun"))
-        assert " -K1 '--container-image=/a b.sqsh' --mpi=pmix python3.12 -u -m launchers.job slurm " in ranks
-        assert lines[-1].startswith(f"{sys.executable} -m launchers.clusters.slurm_epilogue")  # not in the container
+        assert " -K1 '--container-image=/a b.sqsh' --mpi=pmix python3.12 -P -u -m launchers.job slurm " in ranks
+        assert lines[-1].startswith(f"{sys.executable} -P -m launchers.clusters.slurm_epilogue")  # not in the container
         assert lines.index("module load cuda") < next(n for n, line in enumerate(lines) if "PYTHONPATH" in line)
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
         assert "wckey" not in self.script(tmp_path)
