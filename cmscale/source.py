@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from cmscale.commands import situation
 from cmscale.config import Config, parse_config, parse_tree, read_config
 from cmscale.config.added import added_at_older_value
 from cmscale.config.agreement import (
@@ -16,6 +17,7 @@ from cmscale.config.agreement import (
     check_teacher,
     check_weights,
 )
+from cmscale.config.sampling_times import parse_step
 from cmscale.config.site import read_site
 from cmscale.config.sources import NVLABS_ENDING, OPENAI_ENDINGS, refuse_hub_name
 from cmscale.consistency.solver import Denoise
@@ -29,12 +31,11 @@ from cmscale.model.precondition import denoiser_for
 from cmscale.model.unet import build_unet
 from cmscale.model.weighting import without_weighting
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
-from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
+from cmscale.runs.manifests import CheckpointManifest, DatasetManifest, read_dataset_manifest
+from cmscale.runs.source_kind import kind_of_source
 
 IMPORTED = "imported"
 """The name of weights that come from another project."""
-
-_LONGEST_STEP = 15  # digits
 
 
 @dataclass(frozen=True)
@@ -115,29 +116,23 @@ def load_source(
         UserError: there is no SOURCE, no such step or weights, or the weights do not fit the config.
     """
     refuse_hub_name(origin)
-    storage = open_storage(origin)
-    holds_weights_alone = origin.endswith((*OPENAI_ENDINGS, NVLABS_ENDING))
-    is_file = origin.endswith(".safetensors")
-    is_diffusers = not (is_file or holds_weights_alone) and storage.read_if_present("model_index.json") is not None
-    if holds_weights_alone and config is None:
-        raise UserError(f"{origin}: holds weights without a config; give --config CONFIG [key=value ...]")
-    if config is not None and (is_file or is_diffusers) and holds_config(local_file(origin) if is_file else storage):
-        raise UserError(_HAS_CONFIG.format(origin))
-    if config is not None and (holds_weights_alone or is_file or is_diffusers):
+    kind = model_kind(origin)
+    own = kind not in situation.WITHOUT_CONFIG or (kind == situation.DIFFUSERS and holds_config(open_storage(origin)))
+    if (config is not None or overrides) and (own or config is None):
+        raise UserError(f"--config: {origin} has its own config; leave out --config and key=value")
+    if config is not None:
         settings = read_config(config, list(overrides), beneath=[read_site().layer])
         return Source(origin, settings, _read_foreign(origin, settings), IMPORTED, 0)
-    if config is not None or overrides:
-        raise UserError(_HAS_CONFIG.format(origin))
-    if is_file or is_diffusers:
-        state, card = read_safetensors(local_file(origin)) if is_file else read_diffusers(storage)
+    if kind in (situation.OPENAI, situation.NVLABS, situation.BARE):
+        raise UserError(f"{origin}: holds weights without a config; give --config CONFIG [key=value ...]")
+    if kind in (situation.EXPORTED, situation.DIFFUSERS):
+        is_folder = kind == situation.DIFFUSERS
+        state, card = read_diffusers(open_storage(origin)) if is_folder else read_safetensors(local_file(origin))
         settings = parse_config(card["config"], origin=origin, resolved=True)
         return Source(origin, settings, state, card["weights"], int(card["step"]))
-    if storage.read_if_present(CHECKPOINT_MANIFEST) is not None:
+    if kind == situation.CHECKPOINT:
         return _read_checkpoint(origin, weights=weights, run_dir=None)
     return _read_run(origin, weights=weights, step=step)
-
-
-_HAS_CONFIG = "--config: {} has its own config; leave out --config and key=value"
 
 
 def _read_foreign(origin: str, config: Config) -> dict[str, torch.Tensor]:
@@ -168,6 +163,45 @@ def _read_edm(origin: str, config: Config, *, key: str) -> dict[str, torch.Tenso
             f"{config.method.sigma_data:g}; set method.sigma_data={found.sigma_data:g}, or give other weights"
         )
     return found.weights
+
+
+def model_kind(origin: str) -> str:
+    """What a SOURCE of weights is: see `kind_of_source`.
+
+    Raises:
+        UserError: there is none, or it is finished samples.
+    """
+    kind = kind_of_source(origin)
+    if kind == situation.SAMPLES:
+        raise UserError(f"{origin}: no run, checkpoint or exported weights; finished samples are for cmscale evaluate")
+    return kind
+
+
+def check_choices(origin: str, *, steps: Sequence[int | None], weights: Sequence[str | None]) -> None:
+    """Checks that a run or checkpoint has all these steps and weights, before any of them is read.
+
+    Args:
+        steps: None is the newest.
+        weights: None is the first EMA.
+
+    Raises:
+        UserError: a checkpoint or weights that do not exist.
+    """
+    kind = model_kind(origin)
+    if kind not in situation.WITH_WEIGHTS_TO_CHOOSE:
+        return
+    found = [origin] if kind == situation.CHECKPOINT else [_checkpoint_url(origin, step) for step in steps]
+    for url in found:
+        manifest = read_manifest(open_storage(url))
+        for name in weights:
+            if name is not None:
+                _check_weights(url, manifest, name)
+
+
+def _check_weights(origin: str, manifest: CheckpointManifest, name: str) -> None:
+    if name not in manifest.quantities or name.startswith("exp_avg"):
+        known = [quantity for quantity in manifest.quantities if not quantity.startswith("exp_avg")]
+        raise UserError(f"{origin}: no weights {name!r}; choose from {', '.join(known)}")
 
 
 def load_teacher(config: Config) -> dict[str, torch.Tensor]:
@@ -223,14 +257,19 @@ def load_first_weights(config: Config) -> dict[str, torch.Tensor]:
 
 
 def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:
-    storage = open_storage(origin)
-    steps = [listed.step for listed in list_checkpoints(origin)]
+    url = _checkpoint_url(origin, step)
+    return _read_checkpoint(url, weights=weights, run_dir=open_storage(origin).local_path(""))
+
+
+def _checkpoint_url(run: str, step: int | None) -> str:
+    """The checkpoint of a step of a run; the newest for None."""
+    storage = open_storage(run)
+    steps = [listed.step for listed in list_checkpoints(run)]
     if not steps:
-        raise UserError(f"{origin}: no run, checkpoint or exported weights; give a SOURCE with a complete checkpoint")
+        raise UserError(f"{run}: the run has no complete checkpoint yet; wait for its first, or give another SOURCE")
     if step is not None and step not in steps:
-        raise UserError(f"{origin}: no checkpoint of step {step}; choose from {', '.join(map(str, steps))}")
-    url = storage.join(f"checkpoints/{step_name(steps[-1] if step is None else step)}")
-    return _read_checkpoint(url, weights=weights, run_dir=storage.local_path(""))
+        raise UserError(f"{run}: no checkpoint of step {step}; choose from {', '.join(map(str, steps))}")
+    return storage.join(f"checkpoints/{step_name(steps[-1] if step is None else step)}")
 
 
 def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) -> Source:
@@ -238,9 +277,7 @@ def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) 
     manifest = read_manifest(storage)
     settings = parse_tree(manifest.config, origin=storage.join(CHECKPOINT_MANIFEST))
     name = weights or settings.ema.names[0]
-    if name not in manifest.quantities:
-        known = [quantity for quantity in manifest.quantities if not quantity.startswith("exp_avg")]
-        raise UserError(f"{origin}: no weights {name!r}; choose from {', '.join(known)}")
+    _check_weights(origin, manifest, name)
     folder = storage.local_path("")
     if run_dir is None and folder is not None and folder.parent.name == "checkpoints":
         run_dir = folder.parent.parent
@@ -256,8 +293,7 @@ def checkpoint_step(text: str) -> int | None:
     Raises:
         UserError: neither a number nor `latest`.
     """
-    if text == "latest":
-        return None
-    if not text.isdecimal() or len(text) > _LONGEST_STEP:
-        raise UserError(f"--step {text}: give a step number or latest")
-    return int(text)
+    try:
+        return parse_step(text)
+    except ValueError as error:
+        raise UserError(f"--step: {error}") from None

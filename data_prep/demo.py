@@ -1,18 +1,30 @@
 """Writes a small LMDB in LSUN's format from crops of a photograph that a Python package ships."""
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
+
+if __name__ == "__main__":
+    from cmscale.commands.ending import end_early_interrupts
+
+    end_early_interrupts()
+
 import hashlib
 import io
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 import lmdb
 import numpy as np
 from PIL import Image
 
+from cmscale.commands.ending import guarded, leave
+from cmscale.commands.parser import CommandParser, Output, whole_number
+from cmscale.commands.use import USED, Use
 from cmscale.errors import UserError
+from cmscale.io.place import Place
 
 
 @dataclass(frozen=True)
@@ -74,27 +86,43 @@ def write_lmdb(folder: Path, images: Iterator[Image.Image]) -> int:
     return count
 
 
-def main() -> int:
-    """Runs the command. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", help="folder of the new LMDB, for example demo_train_lmdb")
-    parser.add_argument("--picture", type=Path, help="write one crop as a PNG, to try editing on")
-    parser.add_argument("--view", choices=sorted(VIEWS), default="flower", help="photograph (default: flower)")
-    parser.add_argument("--count", type=int, default=3000, help="number of images (default: 3000)")
-    parser.add_argument("--side", type=int, default=64, help="side of the images, in pixels (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the crops (default: 0)")
-    arguments = parser.parse_args()
-    try:
-        images = crops(VIEWS[arguments.view], count=arguments.count, side=arguments.side, seed=arguments.seed)
-        if arguments.picture is not None:
-            next(images).save(arguments.picture)
-        if arguments.folder is not None:
-            print(f"{arguments.folder}: {write_lmdb(arguments.folder, images)} images")
-    except UserError as error:
-        print(f"data_prep/demo.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+def command_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(prog="demo.py", description=__doc__)
+    parser.add("folder", use=USED, type=Place, nargs="?", help="folder of the new LMDB, for example demo_train_lmdb")
+    parser.add("--picture", use=USED, output=Output((".png",)), help="write one crop as a PNG, to try editing on")
+    parser.add("--view", use=USED, choices=sorted(VIEWS), default="flower", help="photograph (default: flower)")
+    parser.add(
+        "--count",
+        use=Use(needs=("folder",)),
+        type=whole_number(1),
+        default=3000,
+        help="number of images in the LMDB (default: 3000)",
+    )
+    parser.add("--side", use=USED, type=whole_number(1), default=64, help="side of the images, in pixels (default: 64)")
+    parser.add("--seed", use=USED, type=whole_number(0), default=0, help="seed of the crops (default: 0)")
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Runs the command; raises its errors."""
+    options, _ = command_parser().read(arguments)
+    if options.folder is None and options.picture is None:
+        raise UserError("nothing to write; give the folder of a new LMDB, or --picture FILE.png")
+    images = crops(VIEWS[options.view], count=options.count + 1, side=options.side, seed=options.seed)
+    if options.picture is not None:
+        buffer = io.BytesIO()
+        next(images).save(buffer, "PNG")
+        options.picture.write(buffer.getvalue())
+    if options.folder is not None:
+        folder = options.folder.local("an LMDB")
+        print(f"{options.folder}: {write_lmdb(folder, islice(images, options.count))} images")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command. Returns the exit status: 1 for a fault, 2 for a user's mistake."""
+    return guarded(run, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

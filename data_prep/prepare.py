@@ -9,18 +9,28 @@ continues. The manifest is written last: a folder without it is not a data set. 
 refused.
 """
 
-import argparse
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
 
+if __name__ == "__main__":
+    from cmscale.commands.ending import end_early_interrupts
+
+    end_early_interrupts()
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+from cmscale.commands.ending import guarded, leave
+from cmscale.commands.parser import CommandParser, whole_number
+from cmscale.commands.use import USED, Use
 from cmscale.config.site import read_launch_settings, use_site
 from cmscale.config.slurm import parse_minutes, plain_text
-from cmscale.errors import DamagedInput, UserError, one_line
+from cmscale.errors import UserError
 from cmscale.io.image_files import printable
+from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, dataset_formats
 from data_prep.making.convert import DEFAULT_ENCODING, ENCODINGS, RECIPE_EXIF, RECIPES
@@ -102,60 +112,66 @@ def _make(
     return records
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; exits with status 2 if it is wrong."""
-    parser = argparse.ArgumentParser(
+def command_parser() -> CommandParser:
+    """The command line."""
+    cores = len(os.sched_getaffinity(0))
+    parser = CommandParser(
         prog="prepare.py", description="Turns a source of images into the shards of a data set, in a folder or on S3."
     )
-    parser.add_argument("--source", required=True, help=f"images to read: {source_usage()}")
-    parser.add_argument("--format", required=True, choices=dataset_formats(), help="format of the shards")
-    parser.add_argument("--out", required=True, help="where the data set is written: a folder or s3://BUCKET/PREFIX")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, help="worker processes, per node (default: all cores)")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the images, in pixels (default: 256)")
-    parser.add_argument(
-        "--preprocess", choices=sorted(RECIPES), default="adm", help="crop and resize of ADM (default) or EDM"
+    parser.add("--source", use=USED, required=True, help=f"images to read: {source_usage()}")
+    parser.add("--format", use=USED, required=True, choices=dataset_formats(), help="format of the shards")
+    parser.add(
+        "--out",
+        use=USED,
+        required=True,
+        type=Place,
+        help="where the data set is written: a folder or s3://BUCKET/PREFIX",
+    )
+    number, from_zero = whole_number(1), whole_number(0)
+    parser.add(
+        "--workers", use=USED, type=number, default=cores, help="worker processes, per node (default: all cores)"
+    )
+    parser.add("--image-size", use=USED, type=number, default=256, help="side of the images, in pixels (default: 256)")
+    parser.add(
+        "--preprocess", use=USED, choices=sorted(RECIPES), default="adm", help="crop and resize of ADM (default) or EDM"
     )
     encodings = "; ".join(f"{name}: {meaning}" for name, meaning in ENCODINGS.items())
-    parser.add_argument("--encoding", choices=sorted(ENCODINGS), help=f"{encodings} (default: {DEFAULT_ENCODING})")
+    parser.add("--encoding", use=USED, choices=sorted(ENCODINGS), help=f"{encodings} (default: {DEFAULT_ENCODING})")
     exif = ", ".join(f"{value} with --preprocess {name}" for name, value in sorted(RECIPE_EXIF.items()))
-    parser.add_argument(
+    parser.add(
         "--exif",
+        use=USED,
         choices=("apply", "ignore"),
         help=f"what to do with EXIF orientations (default: as the tools of that name, {exif})",
     )
-    parser.add_argument("--samples-per-shard", type=int, default=1024, help="images per shard (default: 1024)")
-    parser.add_argument("--max-bad", type=int, default=0, help="unusable images to skip before giving up (default: 0)")
-    parser.add_argument(
+    parser.add("--samples-per-shard", use=USED, type=number, default=1024, help="images per shard (default: 1024)")
+    parser.add(
+        "--max-bad", use=USED, type=from_zero, default=0, help="unusable images to skip before giving up (default: 0)"
+    )
+    parser.add(
         "--check-source",
+        use=USED,
         action="store_true",
         help="compare the source with what is made already by the images' bytes (default: by their sizes and times)",
     )
-    parser.add_argument("--slurm", action="store_true", help="make the shards with a Slurm array, one task per node")
-    parser.add_argument("--nodes", type=int, default=1, help="with --slurm: number of tasks (default: 1)")
-    parser.add_argument("--partition", help="with --slurm: partition to submit to")
-    parser.add_argument(
-        "--time", metavar="T", help="with --slurm: time limit per task: minutes, HH:MM:SS or D-HH:MM (default: 1440)"
+    parser.add("--slurm", use=USED, action="store_true", help="make the shards with a Slurm array, one task per node")
+    on_slurm = Use(needs=("slurm",))
+    parser.add("--nodes", use=on_slurm, type=number, default=1, help="with --slurm: number of tasks (default: 1)")
+    parser.add("--partition", use=on_slurm, help="with --slurm: partition to submit to")
+    parser.add(
+        "--time",
+        use=on_slurm,
+        metavar="T",
+        help="with --slurm: time limit per task: minutes, HH:MM:SS or D-HH:MM (default: 1440)",
     )
-    parser.add_argument(
+    parser.add(
         "settings",
+        use=on_slurm,
         nargs="*",
         metavar="slurm.KEY=VALUE",
         help="with --slurm: what else sbatch is told, by the keys of a config's section slurm",
     )
-    options = parser.parse_intermixed_args(arguments)
-    for name, least in (
-        ("workers", 1),
-        ("image_size", 1),
-        ("samples_per_shard", 1),
-        ("max_bad", 0),
-        ("nodes", 1),
-    ):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)} must be at least {least}")
-    if not options.slurm and (options.nodes > 1 or options.partition or options.time or options.settings):
-        parser.error("--nodes, --partition, --time and slurm.KEY=VALUE need --slurm")
-    return options
+    return parser
 
 
 def array_placement(options: argparse.Namespace) -> ArrayPlacement:
@@ -209,9 +225,10 @@ def settings_of(options: argparse.Namespace) -> DatasetSettings:
     )
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
+def run(arguments: Sequence[str]) -> None:
     """Runs the command; raises its errors."""
-    options = parse(arguments)
+    use_site()
+    options, _ = command_parser().read(arguments)
     preparation = Preparation(open_source(options.source), settings_of(options), options.out)
     placement = None
     if options.slurm:
@@ -244,25 +261,8 @@ def account(document: PreparationDocument, *, where: str) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, 1 if storage or the Slurm array fails, 2 for a user's mistake."""
-    try:
-        use_site()
-        run(arguments)
-    except (UserError, DamagedInput) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (ConnectionError, ArrayFailed) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {one_line(f'{os.fsdecode(error.filename)}: {error.strerror}')}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to continue", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(run, arguments, interrupted="interrupted; run the same command to continue", faults=(ArrayFailed,))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

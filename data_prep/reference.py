@@ -9,34 +9,44 @@ Inception features. edm2: `.pkl` with `num_images` and `fid` or `fd_dinov2`; a s
 to it.
 """
 
-import argparse
-import os
 import sys
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a script from the checkout
 
+if __name__ == "__main__":
+    from cmscale.commands.ending import end_early_interrupts
+
+    end_early_interrupts()
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+
 import numpy as np
 
+from cmscale.commands.ending import guarded, leave
+from cmscale.commands.parser import CommandParser, Output, check_output, whole_number
+from cmscale.commands.use import USED, Use
 from cmscale.config.features import feature_networks
 from cmscale.config.site import use_site
 from cmscale.data import read_images
 from cmscale.distributed.world import choose_device
-from cmscale.errors import DamagedInput, UserError, one_line
+from cmscale.errors import UserError
 from cmscale.evaluation.features.extractor import build_features
 from cmscale.evaluation.reference.reference import SUBSET, reference_from_images, subset_indices
 from cmscale.evaluation.reference.registry import reference_writers
 from cmscale.io.durable import explained
 from cmscale.io.fetch import local_file
-from cmscale.io.storage import open_storage
+from cmscale.io.place import Place
+from cmscale.io.storage import open_parent, open_storage
 from cmscale.runs.manifests import read_dataset_manifest
 
 
 def make_reference(
     dataset: str,
-    out: Path,
+    out: Place,
     *,
     format: str,
     features: str,
@@ -54,29 +64,50 @@ def make_reference(
     manifest = read_dataset_manifest(open_storage(dataset))
     count = min(manifest.count, limit or manifest.count)
     writer = reference_writers()[format]
-    if out.suffix != writer.suffix:
-        raise UserError(f"--out {out}: must end in {writer.suffix} (--format {format})")
     if writer.networks and features not in writer.networks:
         raise UserError(f"--format {format}: holds no {features} statistics; use --format adm")
-    extractor = build_features(features, weights=local_file(weights) if weights else None, device=choose_device(device))
-    name = f"{manifest.source} {manifest.fingerprint[:12]}"
-    writer.check(out, extractor.label, count, name)
-    with explained(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    reference = reference_from_images(
-        _with_progress(_images(dataset, limit=count), count),
-        extractor,
-        name=name,
-        count=count,
-        preprocess=manifest.preprocess,
-        encoding=manifest.encoding,
-        subset=subset if writer.keeps_images else 0,
+    check_output("--out", out, Output((writer.suffix,)))
+    extractor = build_features(
+        features,
+        weights=local_file(weights) if weights else None,
+        device=choose_device(device),
+        option="--weights FILE",
     )
-    kept = subset_indices(count, subset).tolist() if writer.keeps_images else []
-    with explained(out):
-        writer.write(out, reference, _images(dataset, indices=kept))
+    name = f"{manifest.source} {manifest.fingerprint[:12]}"
+    with _local_file_of(out) as path:
+        writer.check(path, extractor.label, count, name)
+        reference = reference_from_images(
+            _with_progress(_images(dataset, limit=count), count),
+            extractor,
+            name=name,
+            count=count,
+            preprocess=manifest.preprocess,
+            encoding=manifest.encoding,
+            subset=subset if writer.keeps_images else 0,
+        )
+        kept = subset_indices(count, subset).tolist() if writer.keeps_images else []
+        with explained(path):
+            writer.write(path, reference, _images(dataset, indices=kept))
     written = f"{out}: {count} images of {manifest.image_size} px, {extractor.label}"
     return f"{written}, {len(kept)} kept as arr_0" if writer.keeps_images else written
+
+
+@contextmanager
+def _local_file_of(out: Place) -> Iterator[Path]:
+    """A local path to write `out` at: its own, or that of a copy, which is uploaded when the block ends."""
+    storage, key = open_parent(out)
+    path = storage.local_path(key)
+    if path is not None:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="cmscale-") as folder:
+        copy = Path(folder) / key
+        with suppress(FileNotFoundError):  # some formats add to what is there
+            storage.download(key, copy)
+        yield copy
+        storage.upload(key, copy)
 
 
 def _images(dataset: str, *, indices: list[int] | None = None, limit: int | None = None) -> Iterator[np.ndarray]:
@@ -89,39 +120,46 @@ def _with_progress(images: Iterator[np.ndarray], count: int) -> Iterator[np.ndar
     yield from track(islice(images, count), total=count, description="features", disable=not sys.stderr.isatty())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 2 for a user's mistake."""
+def command_parser() -> CommandParser:
+    """The command line."""
     formats = sorted(reference_writers())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", help="a prepared data set: folder or s3://")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
-    parser.add_argument("--format", choices=formats, default="adm", help="default: %(default)s")
-    parser.add_argument("--features", choices=feature_networks(), default="inception", help="default: %(default)s")
-    parser.add_argument(
-        "--weights", metavar="FILE|s3://…", help="weights of the feature network (default: its download or package)"
+    parser = CommandParser(prog="reference.py", description=__doc__)
+    parser.add("dataset", use=USED, type=Place, metavar="DATASET", help="a prepared data set: folder or s3://")
+    parser.add("--out", use=USED, type=Place, required=True, metavar="FILE", help="the file to write; local or s3://")
+    parser.add("--format", use=USED, choices=formats, default="adm", help="default: %(default)s")
+    parser.add("--features", use=USED, choices=feature_networks(), default="inception", help="default: %(default)s")
+    parser.add(
+        "--weights",
+        use=USED,
+        type=Place,
+        metavar="FILE|s3://…",
+        help="weights of the feature network (default: its download or package)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
-    parser.add_argument("--limit", type=int, metavar="N", help="measure only the first N images")
-    parser.add_argument(
-        "--subset", type=int, default=SUBSET, metavar="N", help="images that adm keeps (default: %(default)s)"
+    parser.add("--device", use=USED, choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    parser.add("--limit", use=USED, type=whole_number(2), metavar="N", help="measure only the first N images")
+    parser.add(
+        "--subset",
+        use=Use(format=tuple(f"--format {name}" for name in formats if reference_writers()[name].keeps_images)),
+        type=whole_number(1),
+        default=SUBSET,
+        metavar="N",
+        help="images that adm keeps (default: %(default)s)",
     )
-    given = parser.parse_args(arguments)
-    try:
-        use_site()
-        print(make_reference(**vars(given)))
-    except (UserError, DamagedInput) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ConnectionError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {one_line(f'{os.fsdecode(error.filename)}: {error.strerror}')}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Runs the command; raises its errors."""
+    use_site()
+    options, given = command_parser().read(arguments)
+    given.refuse_unused(format=f"--format {options.format}")
+    print(make_reference(**vars(options)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command. Returns the exit status: 1 for a fault, 2 for a user's mistake."""
+    return guarded(run, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

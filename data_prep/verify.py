@@ -5,20 +5,28 @@
 Reads and hashes every file of the manifest once, and lists the bad ones.
 """
 
-import argparse
-import hashlib
-import os
 import sys
-import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from the checkout
 
+if __name__ == "__main__":
+    from cmscale.commands.ending import end_early_interrupts
+
+    end_early_interrupts()
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from cmscale.commands.ending import guarded, leave
+from cmscale.commands.parser import CommandParser, whole_number
+from cmscale.commands.use import USED, Use
 from cmscale.config.site import use_site
 from cmscale.data.formats import shard_format
-from cmscale.errors import DamagedInput, UserError, one_line
+from cmscale.errors import UserError
+from cmscale.io.place import Place
 from cmscale.io.protocol import ArrivedChanged, Storage
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
@@ -129,16 +137,20 @@ def _preparation(storage: Storage, manifest: DatasetManifest) -> PreparationDocu
     return read_document(PreparationDocument, storage.read(PREPARATION), origin=storage.join(PREPARATION))
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def command_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(prog="verify.py", description="Verifies the files of a prepared data set.")
+    parser.add("dataset", use=USED, type=Place, help="the data set: a folder or s3://BUCKET/PREFIX")
+    parser.add("--repair", use=USED, action="store_true", help="make bad files again from the source")
+    parser.add("--source", use=Use(needs=("repair",)), help=f"the source, if it has moved: {source_usage()}")
+    parser.add("--workers", use=USED, type=whole_number(1), default=4, help="files to read at a time (default: 4)")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
     """Runs the command; raises its errors. Returns 1 if files are bad, else 0."""
-    parser = argparse.ArgumentParser(prog="verify.py", description="Verifies the files of a prepared data set.")
-    parser.add_argument("dataset", help="the data set: a folder or s3://BUCKET/PREFIX")
-    parser.add_argument("--repair", action="store_true", help="make bad files again from the source")
-    parser.add_argument("--source", help=f"the source, if it has moved: {source_usage()}")
-    parser.add_argument("--workers", type=int, default=4, help="files to read at a time (default: 4)")
-    options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error(f"--workers: {options.workers} must be at least 1")
+    use_site()
+    options, _ = command_parser().read(arguments)
     storage = open_storage(options.dataset)
     manifest = read_dataset_manifest(storage)
     bad = verify(storage, manifest, workers=options.workers)
@@ -156,23 +168,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, 1 for bad files or storage that fails, 2 for a user's mistake."""
-    try:
-        use_site()
-        return run(arguments)
-    except (UserError, DamagedInput) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ConnectionError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {one_line(f'{os.fsdecode(error.filename)}: {error.strerror}')}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return guarded(run, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

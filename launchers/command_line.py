@@ -2,68 +2,92 @@
 
 import argparse
 import datetime
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from cmscale.commands import ending
+from cmscale.commands.parser import CommandParser, whole_number
+from cmscale.commands.situation import NEW_RUN, RUN_IN_RUNS_DIR, SLURM
+from cmscale.commands.use import USED, Use
 from cmscale.config import Config, accumulation_steps
 from cmscale.config.site import read_site, use_site
 from cmscale.config.slurm import parse_gpus, parse_minutes, plain_text
-from cmscale.errors import UserError
+from cmscale.io.place import Place
 from launchers.clusters import CLUSTERS
 from launchers.placement import Placement
-from launchers.request_flags import whole_number
 
 T = TypeVar("T")
 
 
 def guarded(main: Callable[[list[str]], int]) -> int:
-    """Runs a command: a user's mistake is one line and status 2, a failing storage or Slurm one line and status 1."""
-    try:
+    """Runs a launcher with the site's variables, and returns its exit status: see `cmscale.commands.ending`."""
+
+    def at_site(arguments: list[str]) -> int:
         use_site()
-        return main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"fault: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        return main(arguments)
+
+    return ending.guarded(at_site)
 
 
-def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+def add_cluster_flags(parser: CommandParser) -> None:
     """Adds the flags that say where a job runs; `submit.py` and `evaluate.py` have the same."""
     group = parser.add_argument_group("where the job runs")
-    group.add_argument("--nodes", type=whole_number(1), metavar="N", help="number of nodes (default: 1)")
-    group.add_argument(
+    parser.add("--nodes", group=group, use=USED, type=whole_number(1), metavar="N", help="number of nodes (default: 1)")
+    parser.add(
         "--gpus-per-node",
+        group=group,
+        use=USED,
         type=parsed_by(parse_gpus, keep=True),
         metavar="[TYPE:]G",
         help="GPUs per node, one rank per GPU, on Slurm also of a type (a100:4); with engine.device=cpu: ranks per "
         "node. Default: 8 on Slurm (1 with engine.device=cpu); on this machine the number of its GPUs, or 1",
     )
-    group.add_argument(
+    parser.add(
         "--cluster",
+        group=group,
+        use=USED,
         choices=("auto", *CLUSTERS),
         help="auto: Slurm if sbatch is on the PATH, else this machine (default: auto)",
     )
-    group.add_argument(
-        "--partition", type=parsed_by(plain_text), metavar="P", help="Slurm partition (default: the cluster's)"
+    parser.add(
+        "--partition",
+        group=group,
+        use=Use(cluster=(SLURM,)),
+        type=parsed_by(plain_text),
+        metavar="P",
+        help="Slurm partition (default: the cluster's)",
     )
-    group.add_argument(
+    parser.add(
         "--time",
+        group=group,
+        use=USED,
         type=parse_time,
         metavar="T",
         help="time limit: minutes, HH:MM:SS or D-HH:MM (default: 1-00:00 on Slurm, none on this machine)",
     )
-    group.add_argument("--name", help="name of the run (default: the config's name and the time)")
-    group.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of runs (default: the site's, or ./runs)")
-    group.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch script; start nothing")
-    group.add_argument(
+    parser.add(
+        "--name", group=group, use=Use(run=(NEW_RUN,)), help="name of the run (default: the config's name and the time)"
+    )
+    parser.add(
+        "--runs-dir",
+        group=group,
+        use=Use(run=(NEW_RUN, RUN_IN_RUNS_DIR)),
+        type=Place,
+        metavar="DIR",
+        help="folder of runs (default: the site's, or ./runs)",
+    )
+    parser.add(
+        "--dry-run",
+        group=group,
+        use=USED,
+        action="store_true",
+        help="print the plan and the sbatch script; start nothing",
+    )
+    parser.add(
         "--wait",
+        group=group,
+        use=USED,
         action="store_true",
         help="wait until the job has ended and exit with its status (always so on this machine)",
     )
@@ -87,11 +111,11 @@ def parsed_by(parse: Callable[[str], T], *, keep: bool = False) -> Callable[[str
     return parsed
 
 
-def runs_dir(flags: argparse.Namespace) -> Path:
+def runs_dir(flags: argparse.Namespace) -> Place:
     """The folder of runs: the flag's, the site's, else `runs`."""
     if flags.runs_dir is not None:
         return flags.runs_dir
-    return Path(read_site().flags.runs_dir or "runs")
+    return Place(read_site().flags.runs_dir or "runs")
 
 
 def describe_training(placement: Placement, config: Config, *, root: Path, code: str) -> str:

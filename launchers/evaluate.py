@@ -1,47 +1,63 @@
 """Evaluates a model on all ranks, on Slurm or here: `evaluate.py [flags] SOURCE [key=value ...]`."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
+if __name__ == "__main__":
+    from cmscale.commands.ending import end_early_interrupts
+
+    end_early_interrupts()
+
+import argparse
+
+from cmscale.commands import situation
+from cmscale.commands.ending import leave
+from cmscale.commands.parser import CommandParser
+from cmscale.commands.use import Given
 from cmscale.config import Config, leaves, read_config
 from cmscale.config.requests import EvaluateRequest
 from cmscale.config.site import LaunchSettings, is_launch_key, read_launch_settings, site_layers
 from cmscale.errors import UserError
 from cmscale.io.durable import explained
+from cmscale.io.place import Place
+from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
-from launchers.checks import check_evaluation, check_source, is_remote
+from cmscale.runs.source_kind import kind_of_source
+from launchers.checks import check_evaluation, check_source
 from launchers.clusters import CLUSTERS
 from launchers.command_line import add_cluster_flags, as_table, describe_placement, guarded, runs_dir
 from launchers.jobs import EVALUATE, JobSpec
-from launchers.request_flags import add_request_flags, request_values
-from launchers.run_folders import new_run
+from launchers.request_flags import add_request_flags, read_request
+from launchers.run_folders import new_run, run_named
 from launchers.where import decide_where, describe_origins
 
 
 def main(arguments: list[str]) -> int:
     """Submits or runs the evaluation. Returns its exit status, 0 once submitted. Raises UserError."""
-    flags = _parser().parse_intermixed_args(arguments)
+    flags, given = command_parser().read(arguments)
     launch = [override for override in flags.overrides if is_launch_key(override)]
     flags.overrides = [override for override in flags.overrides if not is_launch_key(override)]
     origins: dict[str, str] = {}
-    config, run = where(flags, launch, origins)
+    config, run = where(flags, given, launch, origins)
     device = flags.device or (config.engine.device if config else "auto")
     if config is None:
         settings = read_launch_settings(launch, origins)
     else:
         settings = LaunchSettings(slurm=config.slurm, restart=config.restart)
-    placed = decide_where(flags, settings, origins, device=device)
+    placed = decide_where(flags, given, settings, origins, device=device, device_option="--device ")
     placement = placed.placement
-    request = make_request(flags, device=device, run=run)
-    rows = {name: str(value) for name, value in request.items() if value not in (None, [], False)}
+    request = read_request(flags, given, EvaluateRequest, device=device, run_dir=str(run.root.absolute()))
+    if config is not None:
+        request.settings(config.evaluate)
+        request.check_fits(config)
+    asked = request.model_dump(mode="json", exclude_unset=True)
+    rows = {name: str(value) for name, value in asked.items() if value not in (None, [], False)}
     print(as_table({**describe_placement(placement), **rows}), flush=True)
     code, cluster = read_code(), CLUSTERS[placement.cluster]
-    job = JobSpec(EVALUATE, (request,), run, placement, code=run.code / code.name)
+    job = JobSpec(EVALUATE, (asked,), run, placement, code=run.code / code.name)
     if flags.dry_run:
         values = {key: value for key, value, _ in leaves(settings)}
         file = flags.config or (str(run.config) if config else "")
@@ -50,7 +66,9 @@ def main(arguments: list[str]) -> int:
             print("\n" + preview)
         return 0
     check_source(flags.source, key="SOURCE")
-    check_evaluation(config, asked=request)
+    if request.checkpoints != "latest" and not flags.source.is_remote:
+        _check_steps(request, run)
+    check_evaluation(config, asked=asked)
     with explained(run.root):
         run.logs.mkdir(parents=True, exist_ok=True)
     take_snapshot(code, run.code)
@@ -59,14 +77,17 @@ def main(arguments: list[str]) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+def command_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(prog="evaluate.py", description=__doc__)
     add_cluster_flags(parser)
     add_request_flags(parser, EvaluateRequest)
     return parser
 
 
-def where(flags: argparse.Namespace, launch: list[str], origins: dict[str, str]) -> tuple[Config | None, RunDir]:
+def where(
+    flags: argparse.Namespace, given: Given, launch: list[str], origins: dict[str, str]
+) -> tuple[Config | None, RunDir]:
     """The config of SOURCE (None if it is inside an exported file), and the run in whose folder the job works.
 
     Args:
@@ -74,28 +95,19 @@ def where(flags: argparse.Namespace, launch: list[str], origins: dict[str, str])
         origins: Gets the origin of each value that is no default, by dotted key.
 
     Raises:
-        UserError: a name or config is given for a run, or overrides without a config.
+        UserError: SOURCE is none, or is finished samples; or an option is given that has no effect on it.
     """
-    source = Path(flags.source).expanduser()
-    if not is_remote(flags.source):
-        for root in (source, source.parent.parent):  # a run; RUN/checkpoints/step-…
-            inside = root == source or source.parent.name == "checkpoints"
-            if inside and (root / "config.yaml").is_file():
-                for flag, value in (
-                    ("--name", flags.name),
-                    ("--config", flags.config),
-                    ("key=value", flags.overrides),
-                ):
-                    if value:
-                        raise UserError(
-                            f"{flag} {value}: {flags.source} belongs to a run, which has its own; leave it out"
-                        )
-                config = read_config(root / "config.yaml", launch, resolved=True, origins=origins)
-                return _for_evaluation(config, launch), RunDir(root.absolute())
-    if flags.overrides and not flags.config:
-        raise UserError(
-            f"override {flags.overrides[0]!r}: {flags.source} has its own config; overrides go with --config"
-        )
+    kind = None if flags.source.is_remote else kind_of_source(flags.source)  # of a URL only the job reads
+    if kind == situation.SAMPLES:
+        raise UserError(f"{flags.source}: finished samples need no cluster; measure them with cmscale evaluate")
+    root = _root_of_run(flags.source, kind)
+    known = {} if kind is None else {"source": kind}
+    if flags.overrides:
+        known["overriding"] = situation.overriding(flags.config)
+    given.refuse_unused(**known, run=situation.NEW_RUN if root is None else run_named(root, runs_dir(flags)))
+    if root is not None:
+        config = read_config(root / "config.yaml", launch, resolved=True, origins=origins)
+        return _for_evaluation(config, launch), RunDir(root.absolute())
     stem = flags.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
     run = new_run(name=flags.name, runs_dir=runs_dir(flags), stem=f"evaluate-{stem}")
     if not flags.config:
@@ -110,12 +122,22 @@ def _for_evaluation(config: Config, launch: list[str]) -> Config:
     return config.model_copy(update={"slurm": config.slurm.model_copy(update=dict.fromkeys(alone))})
 
 
-def make_request(flags: argparse.Namespace, *, device: str, run: RunDir) -> dict[str, Any]:
-    """The job's argument: the JSON of an `EvaluateRequest`."""
-    values = request_values(flags, EvaluateRequest)
-    request = EvaluateRequest.model_validate({**values, "device": device, "run_dir": str(run.root.absolute())})
-    return request.model_dump(mode="json")
+def _root_of_run(source: Place, kind: str | None) -> Path | None:
+    """The folder of the run that SOURCE is or belongs to; None if it belongs to none."""
+    path = Path(source).absolute()
+    root = path if kind == situation.RUN else path.parent.parent
+    inside = kind == situation.RUN or (kind == situation.CHECKPOINT and path.parent.name == "checkpoints")
+    return root if inside and (root / "config.yaml").is_file() else None
+
+
+def _check_steps(request: EvaluateRequest, run: RunDir) -> None:
+    """Raises UserError if the run has no checkpoint of a step that is asked for."""
+    there = committed_steps(run)
+    for step in request.steps_asked:
+        if step is not None and step not in there:
+            known = ", ".join(map(str, there))
+            raise UserError(f"--step {step}: {run.root} has no such checkpoint; choose from {known}")
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    leave(guarded(main))

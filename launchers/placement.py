@@ -18,6 +18,7 @@ class PlacementRequest:
 
     Attributes:
         gpu_type: Slurm's name of the type of GPU; None for any.
+        device_option: What chooses the device, as it is written before the value: `engine.device=`.
     """
 
     nodes: int
@@ -26,6 +27,7 @@ class PlacementRequest:
     minutes: int | None
     device: Device
     dry_run: bool
+    device_option: str
     slurm: Slurm
     restart: Restart
     gpu_type: str | None = None

@@ -1,17 +1,17 @@
 """Builds argparse flags from request models."""
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from cmscale.commands.parser import CommandParser, whole_number
+from cmscale.commands.use import Given
+from cmscale.config.requests import MeasuringRequest, Option, options_of, request_from
+from cmscale.io.place import Place
 
-from cmscale.config.requests import Option, options_of
-from launchers.checks import is_remote
+R = TypeVar("R", bound=MeasuringRequest)
 
 
-def add_request_flags(parser: argparse.ArgumentParser, request: type[BaseModel]) -> None:
+def add_request_flags(parser: CommandParser, request: type[MeasuringRequest]) -> None:
     """Adds a flag or argument per option of a request. A flag that is not given is None."""
     for option in options_of(request):
         shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar or None}
@@ -21,34 +21,32 @@ def add_request_flags(parser: argparse.ArgumentParser, request: type[BaseModel])
             shown["type"] = whole_number(option.minimum or 0)
         elif option.kind is bool:
             shown = {"help": option.help, "action": "store_true", "default": None}
+        elif option.is_path:
+            shown["type"] = Place
         if option.flag:
-            parser.add_argument(option.flag, dest=option.name, **shown)
+            parser.add(option.flag, dest=option.name, use=option.use, output=option.output, **shown)
         elif option.is_list:
-            parser.add_argument(option.name, nargs="*", **{**shown, "metavar": "KEY=VALUE"})
+            parser.add(option.name, nargs="*", use=option.use, **{**shown, "metavar": "KEY=VALUE"})
         else:
-            parser.add_argument(option.name, **shown)
+            parser.add(option.name, use=option.use, **shown)
 
 
-def request_values(flags: argparse.Namespace, request: type[BaseModel]) -> dict[str, Any]:
-    """The values that were given, with absolute paths: the job may run in another folder."""
-    found = {option.name: _value(option, getattr(flags, option.name)) for option in options_of(request)}
-    return {name: value for name, value in found.items() if value is not None}
+def read_request(flags: argparse.Namespace, given: Given, request: type[R], **more: Any) -> R:
+    """The request of the flags that were given, with absolute paths: the job may run in another folder.
+
+    Args:
+        more: Values that do not come from the flags.
+
+    Raises:
+        UserError: a value is not allowed.
+    """
+    values = {option.name: _value(option, getattr(flags, option.name)) for option in options_of(request)}
+    return request_from(request, {**{name: value for name, value in values.items() if name in given}, **more})
 
 
 def _value(option: Option, value: Any) -> Any:
-    if not option.is_path or value is None or is_remote(value):
+    if not option.is_path or value is None:
         return value
     if option.name == "times" and not value.endswith(".json"):  # numbers, not a file
         return value
-    return str(Path(value).expanduser().absolute())
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """The parser of a flag's whole number of at least `least`, for argparse."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}; it should be a whole number of at least {least}")
-        return int(text)
-
-    return parse
+    return value.absolute()

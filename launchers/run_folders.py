@@ -10,14 +10,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from cmscale.commands import situation
 from cmscale.config import Config, dump_config
 from cmscale.config.slurm import plain_text
 from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably
 from cmscale.io.locks import hold
+from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import Code, take_snapshot
-from launchers.checks import is_remote
 from launchers.clusters import CLUSTERS
 from launchers.heartbeat import beating, sign_from_elsewhere
 from launchers.provenance import record_start
@@ -37,7 +38,7 @@ _PATHS = (
 )
 
 
-def new_run(*, name: str | None, runs_dir: Path, stem: str) -> RunDir:
+def new_run(*, name: str | None, runs_dir: Place, stem: str) -> RunDir:
     """The absolute path of a run's folder. Nothing is created.
 
     Args:
@@ -49,7 +50,8 @@ def new_run(*, name: str | None, runs_dir: Path, stem: str) -> RunDir:
     name = name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
         raise UserError(f"--name {name!r}: letters, digits, dot, dash, underscore and plus only")
-    return RunDir(_plain(runs_dir, flag="--runs-dir").expanduser().absolute() / name)
+    folder = runs_dir.local("the folder of runs")
+    return RunDir(_plain(folder, flag="--runs-dir").absolute() / name)
 
 
 def _plain(path: Path, *, flag: str) -> Path:
@@ -61,28 +63,49 @@ def _plain(path: Path, *, flag: str) -> Path:
     return path
 
 
-def existing_run(text: str, *, runs_dir: Path) -> RunDir:
+def existing_run(text: str, *, runs_dir: Place) -> RunDir:
     """The run that `--resume` names: a folder, or a name in `--runs-dir`.
 
     Raises:
         UserError: no such run.
     """
     _plain(Path(text), flag="--resume")
-    for root in (Path(text).expanduser(), runs_dir.expanduser() / text):
+    folder = runs_dir.local("the folder of runs")
+    for root in (Place(text).local("a run that is resumed"), folder / text):
         if (root / "config.yaml").is_file():
             return RunDir(root.absolute())
     raise UserError(f"--resume {text}: no run there (no config.yaml), nor in {runs_dir}")
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config with absolute local paths, so that a resume from another folder finds the same files."""
+    """The config with absolute local paths, so that a resume from another folder finds the same files.
+
+    Raises:
+        UserError: a value is no path or URL that can be opened.
+    """
     for key in _PATHS:
         section, leaf = key.split(".")
         value = getattr(getattr(config, section), leaf, None)
-        if value and not is_remote(value):
-            changed = _with(getattr(config, section), leaf, str(Path(value).expanduser().absolute()))
+        if value:
+            changed = _with(getattr(config, section), leaf, str(_absolute(value, key=key)))
             config = _with(config, section, changed)
     return config
+
+
+def _absolute(value: str, *, key: str) -> Place:
+    try:
+        place = Place(value)
+        if key == "data.cache_dir":
+            place.local("the cache of a node")
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    return place.absolute()
+
+
+def run_named(root: Path, runs_dir: Place) -> str:
+    """How a run is named beside --runs-dir: see `cmscale.commands.situation`."""
+    is_there = root.resolve().parent == runs_dir.local("the folder of runs").resolve()
+    return situation.RUN_IN_RUNS_DIR if is_there else situation.RUN_ELSEWHERE
 
 
 def _with(model: Any, name: str, value: str | BaseModel) -> Any:

@@ -1,12 +1,21 @@
 """Trains a config on Slurm or on this machine: `submit.py [flags] CONFIG [key=value ...]`."""
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
+if __name__ == "__main__":
+    from cmscale.commands.ending import end_early_interrupts
+
+    end_early_interrupts()
+
+import argparse
+import os
+
+from cmscale.commands.ending import leave
+from cmscale.commands.parser import CommandParser, whole_number
+from cmscale.commands.use import USED, Given, Use
 from cmscale.config import Config, differences, dump_config, leaves, parse_config, read_config, trajectory
 from cmscale.config.cautions import cautions
 from cmscale.config.site import LaunchSettings, site_layers, unused_variables
@@ -28,6 +37,7 @@ from launchers.run_folders import (
     new_run,
     only_launcher,
     remove_run,
+    run_named,
     with_absolute_paths,
 )
 from launchers.submission import newest_step
@@ -43,12 +53,15 @@ def main(arguments: list[str]) -> int:
     Raises:
         UserError: a mistake in the command, the config or the inputs.
     """
-    flags = _parser().parse_intermixed_args(arguments)
+    flags, given = command_parser().read(arguments)
     origins: dict[str, str] = {}
-    run, config = _run_and_config(flags, origins)
+    run, config = _run_and_config(flags, given, origins)
     recorded = read_recorded(run) if flags.resume else None
     settings = LaunchSettings(slurm=config.slurm, restart=config.restart)
-    where = decide_where(flags, settings, origins, device=config.engine.device, recorded=recorded)
+    device = config.engine.device
+    where = decide_where(
+        flags, given, settings, origins, device=device, device_option="engine.device=", recorded=recorded
+    )
     placement, every = where.placement, _evaluate_every(flags, recorded)
     evaluations: tuple[str, ...] = ()
     if every is not None:
@@ -103,27 +116,38 @@ def main(arguments: list[str]) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="submit.py", description=__doc__)
+def command_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(prog="submit.py", description=__doc__)
     add_cluster_flags(parser)
-    parser.add_argument("--resume", metavar="RUN", help="continue a run: its folder, or its name in --runs-dir")
-    parser.add_argument(
-        "--fresh", action="store_true", help="with --resume: start from step 0 if no checkpoint can be loaded"
+    parser.add("--resume", use=USED, metavar="RUN", help="continue a run: its folder, or its name in --runs-dir")
+    resumes = Use(needs=("resume",))
+    parser.add(
+        "--fresh",
+        use=resumes,
+        action="store_true",
+        help="with --resume: start from step 0 if no checkpoint can be loaded",
     )
-    parser.add_argument(
+    parser.add(
         "--take-over",
+        use=resumes,
         action="store_true",
         help="with --resume: continue although an earlier job or launcher may be alive; it then ends by itself",
     )
-    parser.add_argument(
+    parser.add(
         "--evaluate-every",
-        type=int,
+        use=USED,
+        type=whole_number(0),
         metavar="N",
         help="evaluate the checkpoint of every N-th step in a job of its own, and keep these checkpoints; "
         "0 with --resume: no longer",
     )
-    parser.add_argument(
-        "items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, and values that override its own"
+    parser.add(
+        "items",
+        use=USED,
+        nargs="*",
+        metavar="CONFIG [key=value ...]",
+        help="a YAML file, and values that override its own",
     )
     return parser
 
@@ -139,20 +163,16 @@ def _origin_of_every(flags: argparse.Namespace) -> str:
     return "placement.json of the run" if flags.evaluate_every is None else FLAG
 
 
-def _run_and_config(flags: argparse.Namespace, origins: dict[str, str]) -> tuple[RunDir, Config]:
+def _run_and_config(flags: argparse.Namespace, given: Given, origins: dict[str, str]) -> tuple[RunDir, Config]:
     """The run that the flags name, new or to resume, and the config that it trains with.
 
     Args:
         origins: Gets the origin of each value that is no default, by dotted key.
     """
     file, overrides = split_items(flags.items)
-    for flag in ("fresh", "take_over"):
-        if getattr(flags, flag) and not flags.resume:
-            raise UserError(f"--{flag.replace('_', '-')}: a new run starts from step 0 anyway; use it with --resume")
     if flags.resume:
-        if flags.name:
-            raise UserError(f"--name {flags.name}: a run that is resumed keeps its name; leave it out")
         run = existing_run(flags.resume, runs_dir=runs_dir(flags))
+        given.refuse_unused(run=run_named(run.root, runs_dir(flags)))
         return run, resumed_config(run, file, overrides, origins)
     if file is None:
         raise UserError("no config given: submit.py [flags] CONFIG [key=value ...]")
@@ -214,4 +234,4 @@ def resumed_config(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    leave(guarded(main))

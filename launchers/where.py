@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from cmscale.commands.situation import SLURM, THIS_MACHINE
+from cmscale.commands.use import Given
 from cmscale.config import Slurm, leaves
 from cmscale.config.layers import COMMAND_LINE
 from cmscale.config.site import LaunchSettings, read_site
@@ -14,6 +16,7 @@ from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.runs.folder import RunDir
 from launchers.clusters import CLUSTERS, place
+from launchers.clusters.local import LocalMachine
 from launchers.placement import Device, Placement, PlacementRequest
 
 DEFAULT, FLAG = "default", "flag"
@@ -102,7 +105,7 @@ class _Chooser:
         self.rows.append((name.replace("_", " "), "not set" if value is None else str(value), origin))
         return value
 
-    def request(self, *, device: Device, dry_run: bool) -> PlacementRequest:
+    def request(self, *, device: Device, device_option: str, dry_run: bool) -> PlacementRequest:
         slurm: Slurm = self.slurm
         recorded = self.recorded
         gpus = self.choose("gpus_per_node", slurm.gpus_per_node, recorded and recorded.gpus_per_node, None)
@@ -115,6 +118,7 @@ class _Chooser:
             minutes=None if time is None else parse_minutes(time),
             device=device,
             dry_run=dry_run,
+            device_option=device_option,
             slurm=slurm,
             restart=self.restart,
             gpu_type=gpu_type,
@@ -123,10 +127,12 @@ class _Chooser:
 
 def decide_where(
     flags: argparse.Namespace,
+    given: Given,
     settings: LaunchSettings,
     origins: Mapping[str, str],
     *,
     device: Device,
+    device_option: str,
     recorded: Recorded | None = None,
 ) -> Where:
     """The placement that flags, keys and a run's record request.
@@ -135,10 +141,11 @@ def decide_where(
         settings: The sections `slurm` and `restart`.
         origins: Where their values came from, by dotted key.
         device: What ranks compute on.
+        device_option: What chooses it, as it is written before the value.
         recorded: Where the run that is resumed ran; used on the same cluster only.
 
     Raises:
-        UserError: the request cannot be met.
+        UserError: the request cannot be met, or a flag has no effect there.
     """
     site = read_site()
     named = (
@@ -153,14 +160,15 @@ def decide_where(
         )
     for name in CLUSTERS if wanted == "auto" else (wanted,):
         chooser = _Chooser(flags, settings, origins, cluster=name, recorded=recorded)
-        request = chooser.request(device=device, dry_run=flags.dry_run)
+        request = chooser.request(device=device, device_option=device_option, dry_run=flags.dry_run)
         if wanted == "auto" and not CLUSTERS[name].suits(request):
             continue
-        if name == "local" and request.gpu_type:
+        if name == LocalMachine.name and request.gpu_type:
             raise UserError(
                 f"--gpus-per-node {request.gpu_type}:...: only Slurm knows types of GPUs; give a number here"
             )
         placement = place(name, request)
+        given.refuse_unused(cluster=THIS_MACHINE if name == LocalMachine.name else SLURM)
         how = origin if wanted != "auto" else f"auto, {origin}"
         return Where(placement, (("cluster", name, how), *chooser.rows))
     raise AssertionError("this machine suits always")

@@ -1,12 +1,12 @@
 """Commands that measure: `evaluate`, `search-times`, `consistency-error`."""
 
 import sys
-from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
+from cmscale.cli.command import GIVEN, command
 from cmscale.cli.options import (
     ConfigOption,
     DeviceOption,
@@ -16,14 +16,18 @@ from cmscale.cli.options import (
     WeightsOption,
 )
 from cmscale.cli.request_options import command_for
+from cmscale.commands.parser import Output
+from cmscale.commands.situation import overriding
+from cmscale.commands.use import USED, Given
 from cmscale.config.requests import EvaluateRequest, SearchTimesRequest
+from cmscale.io.place import Place
 
 T = TypeVar("T")
 app = typer.Typer()
 console = Console(stderr=True)
 
 
-@app.command()
+@command(app)
 @command_for(EvaluateRequest)
 def evaluate(request: EvaluateRequest) -> None:
     """Measures FID, sFID, IS, KID, precision and recall on this machine (launchers/evaluate.py: on a cluster).
@@ -39,7 +43,7 @@ def evaluate(request: EvaluateRequest) -> None:
             print(path)
 
 
-@app.command("search-times")
+@command(app, "search-times")
 @command_for(SearchTimesRequest)
 def search_times(request: SearchTimesRequest) -> None:
     """Finds the times of multistep sampling by a greedy ternary search on FID. Continues an interrupted search."""
@@ -56,31 +60,41 @@ def or_interrupted(result: T | None) -> T:
     return result
 
 
-@app.command("consistency-error")
+@command(app, "consistency-error")
 def consistency_error(
     source: SourceArgument,
-    data: Annotated[str | None, typer.Option(help="A prepared data set, preferably held-out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON; default: the run's evaluations/consistency folder.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also plot the error against time to a PNG.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Diffusion model whose ODE is followed. Default: the source's teacher."),
+    data: Annotated[Place | None, typer.Option(help="A prepared data set, preferably held-out."), USED] = None,
+    out: Annotated[
+        Place | None,
+        typer.Option(help="JSON; default: the run's evaluations/consistency folder."),
+        USED,
+        Output((".json",)),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    plot: Annotated[
+        Place | None, typer.Option(help="Also plot the error against time to a PNG."), USED, Output((".png",))
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Images."), USED] = 64,
+    teacher: Annotated[
+        Place | None,
+        typer.Option(help="Diffusion model whose ODE is followed. Default: the source's teacher."),
+        USED,
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0), USED] = 0,
+    batch_size: Annotated[int, typer.Option(min=1), USED] = 64,
     weights: WeightsOption = None,
     step: StepOption = "latest",
     config: ConfigOption = None,
     overrides: OverridesArgument = None,
     device: DeviceOption = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Measure anew what has been measured already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Measure anew what has been measured already."), USED] = False,
+    given: Given = GIVEN,
 ) -> None:
     """Measures how much a consistency model varies along held-out trajectories, at 100 times unused in training."""
     from cmscale.distributed.world import choose_device
     from cmscale.evaluation.consistency_report import measure_consistency_error
-    from cmscale.source import checkpoint_step, load_source
+    from cmscale.source import checkpoint_step, load_source, model_kind
 
+    given.refuse_unused(source=model_kind(source), overriding=overriding(config))
     chosen = choose_device(device)
     loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     with console.status("following trajectories"):

@@ -4,19 +4,36 @@ from typing import Annotated, Literal
 
 import typer
 
+from cmscale.commands.situation import GIVEN_CONFIG, RUN, WITH_WEIGHTS_TO_CHOOSE, WITHOUT_CONFIG
+from cmscale.commands.use import USED, Use
+from cmscale.io.place import Place
+
 SourceArgument = Annotated[
-    str,
+    Place,
     typer.Argument(
         metavar="SOURCE", help="A run, a checkpoint, exported weights or an OpenAI .pt; a local path or s3://."
     ),
+    USED,
 ]
-WeightsOption = Annotated[str | None, typer.Option(help="An EMA's name, or `master`. Default: the config's first EMA.")]
-StepOption = Annotated[str, typer.Option(help="Step of a run's checkpoint, or `latest`.")]
-ConfigOption = Annotated[str | None, typer.Option(help="Config of weights without one (another project's).")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(help="An EMA's name, or `master`. Default: the config's first EMA."),
+    Use(source=WITH_WEIGHTS_TO_CHOOSE),
+]
+StepOption = Annotated[str, typer.Option(help="Step of a run's checkpoint, or `latest`."), Use(source=(RUN,))]
+ConfigOption = Annotated[
+    Place | None, typer.Option(help="Config of weights without one (another project's)."), Use(source=WITHOUT_CONFIG)
+]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values of --config to replace.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values of --config to replace."),
+    Use(overriding=(GIVEN_CONFIG,)),
 ]
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto uses CUDA if there is a device.")]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="auto uses CUDA if there is a device."), USED
+]
 TimesOption = Annotated[
-    str | None, typer.Option(help="Descending sigmas to sample at, such as 80,4.4, or the JSON of search-times.")
+    Place | None,
+    typer.Option(help="Descending sigmas to sample at, such as 80,4.4, or the JSON of search-times."),
+    USED,
 ]

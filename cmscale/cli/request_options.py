@@ -5,36 +5,31 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
-from pydantic import BaseModel, ValidationError
 
-from cmscale.config.requests import Option, options_of
-from cmscale.errors import UserError
+from cmscale.cli.command import GIVEN
+from cmscale.commands.use import Given
+from cmscale.config.requests import MeasuringRequest, Option, options_of, request_from
 
-R = TypeVar("R", bound=BaseModel)
+R = TypeVar("R", bound=MeasuringRequest)
 
 
 def command_for(request: type[R]) -> Callable[[Callable[[R], None]], Callable[..., None]]:
-    """Turns a function of a request into a function of the request's options, for `app.command`.
+    """Turns a function of a request into a function of the request's options, for `command`.
 
     Raises (when called):
         UserError: the values make no request.
     """
 
     def decorate(function: Callable[[R], None]) -> Callable[..., None]:
-        def command(**values: Any) -> None:
-            values = {name: value for name, value in values.items() if value is not None}
-            try:
-                function(request.model_validate(values))
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        def asked(*, given: Given = GIVEN, **values: Any) -> None:
+            function(request_from(request, {name: values[name] for name in given}))
 
-        parameters = [_parameter(option) for option in options_of(request)]
-        command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        command.__name__ = function.__name__
-        command.__doc__ = function.__doc__
-        return command
+        own = inspect.signature(asked).parameters["given"]
+        parameters = [*(_parameter(option) for option in options_of(request)), own]
+        asked.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        asked.__name__ = function.__name__
+        asked.__doc__ = function.__doc__
+        return asked
 
     return decorate
 
@@ -53,10 +48,11 @@ def _parameter(option: Option) -> inspect.Parameter:
     if option.minimum is not None:
         shown["min"] = option.minimum
     info = typer.Option(option.flag, **shown) if option.flag else typer.Argument(**shown)
+    marks = (info, option.use) if option.output is None else (info, option.use, option.output)
     default = None if option.is_list else option.default
     return inspect.Parameter(
         option.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if default is ... else default,
-        annotation=Annotated[kind, info],
+        annotation=Annotated[kind, *marks],
     )

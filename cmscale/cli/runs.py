@@ -1,36 +1,39 @@
 """Commands that show runs: `report`, `runs`."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from cmscale.cli.command import TableConsole, command
+from cmscale.commands.use import USED
 from cmscale.errors import UserError
+from cmscale.io.place import Place
 
 app = typer.Typer()
-console = Console(stderr=True)
 
 
-@app.command()
+@command(app)
 def report(
-    run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    beside: Annotated[list[Path] | None, typer.Option(help="Another run to show too; may be repeated.")] = None,
+    run: Annotated[Place, typer.Argument(help="The run's folder."), USED],
+    beside: Annotated[list[Place] | None, typer.Option(help="Another run to show too; may be repeated."), USED] = None,
 ) -> None:
     """Builds the page report/index.html of a run."""
     from cmscale.report import build_report
     from cmscale.runs.folder import RunDir
 
-    for folder in [run, *(beside or [])]:
-        if not RunDir(folder).config.is_file():
-            raise UserError(f"{folder}: not a run (no config.yaml)")
-    print(build_report(RunDir(run), siblings=[RunDir(folder) for folder in beside or []]))
+    shown, *others = [RunDir(place.local("a run that is shown")) for place in (run, *(beside or []))]
+    for each in (shown, *others):
+        if not each.config.is_file():
+            raise UserError(f"{each.root}: not a run (no config.yaml)")
+    print(build_report(shown, siblings=others))
 
 
-@app.command()
-def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds runs.")] = Path("runs")) -> None:
+@command(app)
+def runs(
+    runs_dir: Annotated[Place, typer.Argument(help="The folder that holds runs."), USED] = Place("runs"),  # noqa: B008
+) -> None:
     """Lists runs with method, step, loss, best score and last event.
 
     The score is the lowest Fréchet distance of the evaluations with the most samples. It says what it was measured on.
@@ -41,10 +44,11 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
     from cmscale.runs.log import latest_metrics, read_lines, state_of
     from cmscale.runs.results import read_evaluations
 
-    if not runs_dir.is_dir():
+    folder = runs_dir.local("the folder of runs")
+    if not folder.is_dir():
         raise UserError(f"{runs_dir}: no such folder")
     table = Table("run", "method", "step", "of", "loss", "best score", "last event", box=None)
-    for path in sorted(child.parent for child in runs_dir.glob("*/config.yaml")):
+    for path in sorted(child.parent for child in folder.glob("*/config.yaml")):
         run = RunDir(path)
         try:
             config = read_config(run.config)
@@ -69,4 +73,4 @@ def runs(runs_dir: Annotated[Path, typer.Argument(help="The folder that holds ru
             score,
             state_of(read_lines(run.events)),
         )
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    TableConsole(width=None if sys.stdout.isatty() else 200).print(table)

@@ -1,71 +1,88 @@
 """Commands on weights and checkpoints: `export`, `import`, `verify`."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from cmscale.cli.options import (
-    ConfigOption,
-    OverridesArgument,
-    StepOption,
-    WeightsOption,
-)
+from cmscale.cli.command import GIVEN, command
+from cmscale.cli.options import ConfigOption, OverridesArgument
+from cmscale.commands.situation import RUN, WITH_WEIGHTS_TO_CHOOSE, overriding
+from cmscale.commands.use import USED, Given, Use
 from cmscale.errors import UserError
+from cmscale.io.place import Place
 
 app = typer.Typer()
 console = Console(stderr=True)
 
 
-@app.command()
+@command(app)
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run, a checkpoint, exported weights or an OpenAI .pt.")
+        Place, typer.Argument(metavar="RUN", help="A run, a checkpoint, exported weights or an OpenAI .pt."), USED
     ],
     to: Annotated[
-        str | None,
+        Place | None,
         typer.Option(
             help="Path or s3:// URL of the file (diffusers: of the folder). Without it, a run's checkpoints that its "
             "checkpoint.export_to lacks are uploaded."
         ),
+        USED,
     ] = None,
-    format: Annotated[Literal["safetensors", "openai", "diffusers"], typer.Option()] = "safetensors",
-    weights: WeightsOption = None,
-    step: StepOption = "latest",
+    format: Annotated[
+        Literal["safetensors", "openai", "diffusers"],
+        typer.Option(help="Format of the weights."),
+        Use(needs=("to",)),
+    ] = "safetensors",
+    weights: Annotated[
+        str | None,
+        typer.Option(help="An EMA's name, or `master`. Default: the config's first EMA."),
+        Use(source=WITH_WEIGHTS_TO_CHOOSE, needs=("to",)),
+    ] = None,
+    step: Annotated[
+        str, typer.Option(help="Step of a run's checkpoint, or `latest`."), Use(source=(RUN,), needs=("to",))
+    ] = "latest",
     config: ConfigOption = None,
     overrides: OverridesArgument = None,
+    given: Given = GIVEN,
 ) -> None:
     """Writes weights in a format of another project, or uploads the checkpoints that a run has not exported yet."""
-    from cmscale.export.weights import export_weights, finish_copies
-    from cmscale.source import checkpoint_step, load_source
+    from cmscale.export.weights import check_target, export_weights, finish_copies
+    from cmscale.source import checkpoint_step, load_source, model_kind
 
+    given.refuse_unused(source=model_kind(source), overriding=overriding(config))
     if to is None:
-        for copied in finish_copies(Path(source)):
+        for copied in finish_copies(source.local("a run whose checkpoints are uploaded")):
             print(f"step {copied}: uploaded")
         return
+    if to.is_same(source):
+        raise UserError(f"--to {to}: is the source itself; name another place")
+    check_target(format, to)
     loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     with console.status(f"writing {to}"):
         export_weights(loaded, format=format, to=to)
     print(to)
 
 
-@app.command("import")
+@command(app, "import")
 def import_(
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help="OpenAI's .pt, NVlabs' .pkl, a diffusers folder, or safetensors.")
+        Place,
+        typer.Argument(metavar="FILE", help="OpenAI's .pt, NVlabs' .pkl, a diffusers folder, or safetensors."),
+        USED,
     ],
-    to: Annotated[str, typer.Option(help="Path or s3:// URL of the .safetensors file to write.")],
+    to: Annotated[Place, typer.Option(help="Path or s3:// URL of the .safetensors file to write."), USED],
     config: ConfigOption = None,
     overrides: OverridesArgument = None,
+    given: Given = GIVEN,
 ) -> None:
     """Converts weights of other projects to safetensors that contain their config. Names must match exactly."""
-    export(source, to=to, format="safetensors", config=config, overrides=overrides)
+    export(source, to=to, format="safetensors", config=config, overrides=overrides, given=given)
 
 
-@app.command()
+@command(app)
 def verify(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or a checkpoint; a local path or s3://.")],
+    run: Annotated[Place, typer.Argument(metavar="RUN", help="A run or a checkpoint; a local path or s3://."), USED],
 ) -> None:
     """Checks all files of all checkpoints against their manifests, without a GPU. Exits with 1 if one is damaged."""
     from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, verify_checkpoint
@@ -74,7 +91,7 @@ def verify(
     from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
 
     if open_storage(run).read_if_present(CHECKPOINT_MANIFEST) is not None:
-        found = {run: run}
+        found: dict[str, str] = {run: run}
     else:
         found = {step_name(listed.step): listed.url for listed in list_checkpoints(run)}
     if not found:

@@ -21,6 +21,7 @@ from cmscale.config.models import Config
 from cmscale.config.renamed import RENAMED, with_current_names
 from cmscale.config.section import Section
 from cmscale.errors import UserError
+from cmscale.io.place import Place
 from cmscale.io.reading import read_small, reason
 
 _LARGEST = 1 << 20  # bytes of a config
@@ -102,7 +103,7 @@ def read_config(
     Raises:
         UserError: there is no such file, it is not YAML, or a key or value is not allowed.
     """
-    text = read_yaml_text(Path(path), what="config")
+    text = read_yaml_text(Place(path).local("a config"), what="config")
     return parse_config(text, overrides, origin=str(path), resolved=resolved, beneath=beneath, origins=origins)
 
 

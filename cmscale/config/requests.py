@@ -1,48 +1,51 @@
 """Defines what the evaluation commands can be asked: one model per command.
 
 The flags of `launchers/evaluate.py`, the options of `cmscale evaluate` and `cmscale search-times`, and the JSON of an
-evaluation job all follow from these models (`options_of`), so that an option exists once.
+evaluation job all follow from these models (`options_of`), so that an option exists once. The fields that are set are
+the options that were given: `refuse_unused` refuses those that have no effect.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cmscale.config.features import feature_networks
-from cmscale.config.models import Evaluate
+from cmscale.commands.parser import Output
+from cmscale.commands.situation import GIVEN_CONFIG, MODELS, RUN, WITH_WEIGHTS_TO_CHOOSE, WITHOUT_CONFIG, overriding
+from cmscale.commands.use import USED, Given, Use
+from cmscale.config.features import feature_networks, known_network
+from cmscale.config.models import Config, Evaluate
+from cmscale.config.sampling_times import check_range, parse_counts, parse_step, parse_times
+from cmscale.errors import UserError
+from cmscale.io.place import Place
+
+R = TypeVar("R", bound="MeasuringRequest")
 
 
 def _option(
     default: Any,
     help: str,
     *,
+    use: Use,
     metavar: str = "",
     flag: str = "",
-    is_path: bool = False,
+    output: Output | None = None,
     is_positional: bool = False,
-    is_internal: bool = False,
     **constraints: Any,
 ) -> Any:
-    """A field with what its option shows.
+    """A field with what its option shows. A field of type `Place` is a local path or URL.
 
     Args:
+        use: Where the option is used.
         flag: The option's name, where it is not the field's.
-        is_path: Whether the value is a local path or a URL (or ends in .json: a file).
+        output: For a file that is written.
         is_positional: Whether it is an argument without a flag.
-        is_internal: Whether no user gives it.
     """
-    extra = {
-        "metavar": metavar,
-        "flag": flag,
-        "is_path": is_path,
-        "is_positional": is_positional,
-        "is_internal": is_internal,
-    }
+    extra = {"use": use, "metavar": metavar, "flag": flag, "output": output, "is_positional": is_positional}
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
@@ -51,47 +54,71 @@ class MeasuringRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str = _option(
+    source: Place = _option(
         ...,
         "A run, a checkpoint, an exported file or an OpenAI .pt; a local path or s3://.",
+        use=USED,
         metavar="SOURCE",
-        is_path=True,
         is_positional=True,
     )
-    overrides: list[str] = _option([], "Values of --config to replace.", metavar="[KEY=VALUE]...", is_positional=True)
-    reference: str | None = _option(
+    overrides: list[str] = _option(
+        [],
+        "Values of --config to replace.",
+        use=Use(overriding=(GIVEN_CONFIG,)),
+        metavar="[KEY=VALUE]...",
+        is_positional=True,
+    )
+    reference: Place | None = _option(
         None,
         "A prepared data set, a folder of images, or a statistics file. Default: the config's, else its data.",
+        use=USED,
         metavar="PATH",
-        is_path=True,
     )
     samples: int | None = _option(
-        None, "Samples per evaluation. Default: evaluate.num_samples of the config.", metavar="N", ge=2
+        None,
+        "Samples per evaluation. Default: evaluate.num_samples of the config.",
+        use=Use(source=MODELS),
+        metavar="N",
+        ge=2,
     )
     features: str | None = _option(
         None,
         f"Network whose features are compared: {', '.join(feature_networks())}. "
         "Default: evaluate.features of the config.",
+        use=USED,
         metavar="NAME",
     )
-    features_weights: str | None = _option(
-        None, "Weights of that network; local path or s3://.", metavar="PATH[#sha256=HEX]", is_path=True
+    features_weights: Place | None = _option(
+        None, "Weights of that network; local path or s3://.", use=USED, metavar="PATH[#sha256=HEX]"
     )
-    inception_weights: str | None = _option(
-        None, "The same, for inception only.", metavar="PATH[#sha256=HEX]", is_path=True
+    inception_weights: Place | None = _option(
+        None,
+        "The same, for inception only.",
+        use=Use(features=("inception features",), excludes=("features_weights",)),
+        metavar="PATH[#sha256=HEX]",
     )
-    dinov2_weights: str | None = _option(None, "The same, for dinov2 only.", metavar="PATH[#sha256=HEX]", is_path=True)
-    config: str | None = _option(
-        None, "Config of a SOURCE that has none (OpenAI .pt, ...).", metavar="CONFIG", is_path=True
+    dinov2_weights: Place | None = _option(
+        None,
+        "The same, for dinov2 only.",
+        use=Use(features=("dinov2 features",), excludes=("features_weights",)),
+        metavar="PATH[#sha256=HEX]",
     )
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto uses CUDA if there is a device.")
-    force: bool = _option(False, "Measure anew what has been measured already, and replace the result.")
+    config: Place | None = _option(
+        None, "Config of a SOURCE that has none (OpenAI .pt, ...).", use=Use(source=WITHOUT_CONFIG), metavar="CONFIG"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto uses CUDA if there is a device.", use=USED)
+    force: bool = _option(False, "Measure anew what has been measured already, and replace the result.", use=USED)
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, name: str | None) -> str | None:
+        return None if name is None else known_network(name)
 
     def settings(self, configured: Evaluate) -> Evaluate:
         """The config's `evaluate` section with the values of the request.
 
         Raises:
-            UserError: a value is not allowed.
+            UserError: a value is not allowed, or weights are given of a network that is not used.
         """
         given = {
             "features": self.features,
@@ -101,42 +128,157 @@ class MeasuringRequest(BaseModel):
             "reference": self.reference,
             "num_samples": self.samples,
         }
+        self.refuse_unused(features=f"{self.features or configured.features} features")
         return configured.replaced(given)
+
+    def refuse_unused(self, **situation: str) -> None:
+        """Refuses options that were given and have no effect.
+
+        Args:
+            situation: See `cmscale.commands.use`: `source` (the kind of SOURCE), `features`.
+
+        Raises:
+            UserError: the first such option, and where it would be used.
+        """
+        options = {option.name: option for option in options_of(type(self))}
+        flags = {name: option.flag or option.metavar for name, option in options.items()}
+        if self.overrides:
+            flags["overrides"] = self.overrides[0]
+        given = [name for name in options if name in self.model_fields_set and getattr(self, name) not in (None, [])]
+        uses = {name: option.use for name, option in options.items()}
+        Given(uses, flags, given).refuse_unused(**situation, overriding=overriding(self.config))
 
 
 class EvaluateRequest(MeasuringRequest):
     """What to evaluate, and how."""
 
-    out: str | None = _option(
-        None, "Result. Default: a file in the run's evaluations/.", metavar="FILE.json", is_path=True
+    out: Place | None = _option(
+        None,
+        "Result. Default: a file in the run's evaluations/.",
+        use=USED,
+        metavar="FILE.json",
+        output=Output((".json",)),
     )
-    steps: str | None = _option(None, "Numbers of sampling steps. Default: the method's.", metavar="1,2")
-    times: str | None = _option(
+    steps: str | None = _option(
+        None,
+        "Numbers of sampling steps. Default: the method's.",
+        use=Use(source=MODELS, excludes=("times",)),
+        metavar="1,2",
+    )
+    times: Place | None = _option(
         None,
         "Descending sigmas to sample at, or the JSON of search-times.",
+        use=Use(source=MODELS),
         metavar="80,4.4|FILE.json",
-        is_path=True,
     )
-    seeds: int = _option(1, "Independent sets of samples, for standard deviations.", metavar="N", ge=1)
+    seeds: int = _option(
+        1,
+        "Independent sets of samples, for standard deviations.",
+        use=Use(source=MODELS),
+        metavar="N",
+        ge=1,
+    )
     weights: str | None = _option(
-        None, "EMA names, or master, separated by commas. Default: the first EMA.", metavar="A,B"
+        None,
+        "EMA names, or master, separated by commas. Default: the first EMA.",
+        use=Use(source=WITH_WEIGHTS_TO_CHOOSE),
+        metavar="A,B",
     )
     checkpoints: str = _option(
-        "latest", "Steps of a run's checkpoints, separated by commas.", metavar="0,latest", flag="step"
+        "latest",
+        "Steps of a run's checkpoints, separated by commas.",
+        use=Use(source=(RUN,)),
+        metavar="0,latest",
+        flag="step",
     )
-    run_dir: str | None = _option(None, "Where a source that is no run keeps its results.", is_internal=True)
+    run_dir: str | None = Field(None, description="Where a source that is no run keeps its results.")
+
+    @field_validator("steps")
+    @classmethod
+    def _counts(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_counts(text, least=1)
+        return text
+
+    @field_validator("times")
+    @classmethod
+    def _descending(cls, text: Place | None) -> Place | None:
+        if text is not None and not text.endswith(".json"):
+            parse_times(text)
+        return text
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _steps(cls, text: str) -> str:
+        for part in text.split(","):
+            parse_step(part)
+        return text
+
+    @property
+    def steps_asked(self) -> tuple[int | None, ...]:
+        """The steps of the checkpoints to evaluate; None is the newest."""
+        return tuple(parse_step(part) for part in self.checkpoints.split(","))
+
+    @property
+    def weights_asked(self) -> tuple[str | None, ...]:
+        """The names of the weights to evaluate; None is the first EMA."""
+        return (None,) if self.weights is None else tuple(name.strip() for name in self.weights.split(","))
+
+    def check_fits(self, config: Config) -> None:
+        """Checks names of weights, and times, before anything is measured.
+
+        Raises:
+            UserError: the model has no such weights, or a time is outside its range.
+        """
+        known = (*config.ema.names, "master")
+        for name in self.weights_asked:
+            if name is not None and "weights" in self.model_fields_set and name not in known:
+                raise UserError(f"--weights {name}: no such weights; choose from {', '.join(known)}")
+        if self.times is not None and not self.times.endswith(".json"):
+            check_range(parse_times(self.times), config.method, label=f"--times {self.times}")
 
 
 class SearchTimesRequest(MeasuringRequest):
     """Whose sampling times to search, and how."""
 
-    steps: int = _option(2, "Number of sampling times; the first is sigma_max.", metavar="N", ge=2)
-    seed: int = _option(0, "Seed of the samples of every trial.", metavar="N", ge=0)
-    out: str | None = _option(
-        None, "Result. Default: a file in the run's evaluations/times/.", metavar="FILE.json", is_path=True
+    steps: int = _option(2, "Number of sampling times; the first is sigma_max.", use=USED, metavar="N", ge=2)
+    seed: int = _option(0, "Seed of the samples of every trial.", use=USED, metavar="N", ge=0)
+    out: Place | None = _option(
+        None,
+        "Result. Default: a file in the run's evaluations/times/.",
+        use=USED,
+        metavar="FILE.json",
+        output=Output((".json",), local="the result of a search, which is written after every trial,"),
     )
-    weights: str | None = _option(None, "An EMA's name, or master. Default: the first EMA.", metavar="NAME")
-    step: str = _option("latest", "Step of a run's checkpoint, or latest.", metavar="STEP")
+    weights: str | None = _option(
+        None,
+        "An EMA's name, or master. Default: the first EMA.",
+        use=Use(source=WITH_WEIGHTS_TO_CHOOSE),
+        metavar="NAME",
+    )
+    step: str = _option("latest", "Step of a run's checkpoint, or latest.", use=Use(source=(RUN,)), metavar="STEP")
+
+    @field_validator("step")
+    @classmethod
+    def _one_step(cls, text: str) -> str:
+        parse_step(text)
+        return text
+
+
+def request_from(model: type[R], values: Mapping[str, Any]) -> R:
+    """The request with these values, which are the options that were given.
+
+    Raises:
+        UserError: a value is not allowed; the line begins with its option.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        flag = next((option.flag for option in options_of(model) if option.name == name), "") or name
+        why = first["ctx"]["error"] if first["type"] == "value_error" else f"got {first['input']!r}; {first['msg']}"
+        raise UserError(f"{flag}: {why}") from None
 
 
 @dataclass(frozen=True)
@@ -146,15 +288,18 @@ class Option:
     Attributes:
         name: The field's.
         flag: `--step`; empty for an argument without a flag.
-        kind: Type of one value: int, str, or bool for a switch.
+        use: Where the option is used.
+        kind: Type of one value: int, str, Place, or bool for a switch.
         is_list: Whether it takes any number of values.
         minimum: The smallest number allowed; None if there is none.
         choices: The values allowed; empty if there is no list.
         default: `...` for an argument that must be given.
+        output: For a file that is written.
     """
 
     name: str
     flag: str
+    use: Use
     kind: type
     is_list: bool
     minimum: int | None
@@ -162,12 +307,17 @@ class Option:
     default: Any
     help: str
     metavar: str
-    is_path: bool
+    output: Output | None
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the value is a local path or a URL. That of --times may be numbers."""
+        return self.kind is Place
 
 
 def options_of(request: type[BaseModel]) -> Iterator[Option]:
     """The options that a user can give, positional arguments first."""
-    fields = [(name, field) for name, field in request.model_fields.items() if not _extra(field)["is_internal"]]
+    fields = [(name, field) for name, field in request.model_fields.items() if field.json_schema_extra is not None]
     for name, field in sorted(fields, key=lambda item: not _extra(item[1])["is_positional"]):
         extra = _extra(field)
         kind = _single(field.annotation)
@@ -176,14 +326,15 @@ def options_of(request: type[BaseModel]) -> Iterator[Option]:
         yield Option(
             name=name,
             flag="" if extra["is_positional"] else f"--{(extra['flag'] or name).replace('_', '-')}",
-            kind=str if choices or kind not in (int, str, bool) else kind,
+            use=extra["use"],
+            kind=str if choices or kind not in (int, str, bool, Place) else kind,
             is_list=get_origin(field.annotation) is list,
             minimum=minimum,
             choices=choices,
             default=... if field.default is PydanticUndefined else field.default,
             help=field.description or "",
             metavar=extra["metavar"],
-            is_path=extra["is_path"],
+            output=extra["output"],
         )
 
 

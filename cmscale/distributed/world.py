@@ -30,13 +30,14 @@ class World:
         return self.rank == 0
 
 
-def detect(device: str = "auto") -> World:
+def detect(device: str = "auto", *, option: str = "--device ") -> World:
     """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; if none is set, the world has one rank.
 
     Every launcher (this project's jobs, torchrun) sets these four, and MASTER_ADDR and MASTER_PORT.
 
     Args:
         device: `auto`, `cpu` or `cuda`; `auto` is CUDA if there is a device.
+        option: See `choose_device`.
 
     Raises:
         UserError: `cuda` on a machine without enough GPUs.
@@ -48,12 +49,15 @@ def detect(device: str = "auto") -> World:
         num_ranks=num_ranks,
         rank_of_node=int(environment.get("LOCAL_RANK", "0")),
         ranks_per_node=int(environment.get("LOCAL_WORLD_SIZE", str(num_ranks))),
-        device=choose_device(device, rank_of_node=int(environment.get("LOCAL_RANK", "0"))),
+        device=choose_device(device, rank_of_node=int(environment.get("LOCAL_RANK", "0")), option=option),
     )
 
 
-def choose_device(device: str, *, rank_of_node: int = 0) -> torch.device:
+def choose_device(device: str, *, rank_of_node: int = 0, option: str = "--device ") -> torch.device:
     """The device of a rank.
+
+    Args:
+        option: What chooses the device, as it is written before the value.
 
     Raises:
         UserError: `cuda` on a machine without enough GPUs.
@@ -66,10 +70,11 @@ def choose_device(device: str, *, rank_of_node: int = 0) -> torch.device:
     if device == "cpu" or (device == "auto" and count == 0):
         return torch.device("cpu")
     if count == 0:
-        raise UserError("engine.device: cuda, but this machine has no CUDA device; use engine.device=cpu")
+        raise UserError(f"{option}cuda: this machine has no CUDA device; use {option}cpu")
     if rank_of_node >= count:
         raise UserError(
-            f"engine.device: rank {rank_of_node} of this node has no GPU, the node has {count}; lower --gpus-per-node"
+            f"{option}{device}: rank {rank_of_node} of this node has no GPU, the node has {count}; "
+            "lower --gpus-per-node"
         )
     return torch.device("cuda", rank_of_node)
 

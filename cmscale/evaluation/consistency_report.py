@@ -4,7 +4,6 @@ import io
 import json
 import sys
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
-from cmscale.io.durable import replace_durably
+from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.model.precondition import teacher_denoiser_for
 from cmscale.model.unet import build_unet
@@ -33,12 +32,12 @@ def measure_consistency_error(
     num: int,
     seed: int,
     teacher: str | None,
-    out: Path | None,
-    plot: Path | None,
+    out: Place | None,
+    plot: Place | None,
     batch_size: int,
     device: torch.device,
     force: bool = False,
-) -> Path:
+) -> Place:
     """Writes the error against time as JSON, and as PNG where a plot is asked for; the JSON's path.
 
     A result of the same that exists is returned as it is, unless `force` is set.
@@ -93,23 +92,24 @@ def measure_consistency_error(
             "date": utc_now(),
             "key": key,
         }
-        replace_durably(path, json.dumps(result, indent=1).encode())
+        path.write(json.dumps(result, indent=1).encode())
     if plot is not None:
         curve = ErrorCurve(**{field.name: result[field.name] for field in fields(ErrorCurve)})
-        replace_durably(plot, draw_curve(curve, title=f"{method.kind}, step {source.step}, {source.weights_name}"))
+        Place(plot).write(draw_curve(curve, title=f"{method.kind}, step {source.step}, {source.weights_name}"))
     return path
 
 
-def _existing(path: Path, *, key: str, force: bool) -> dict[str, Any] | None:
+def _existing(path: Place, *, key: str, force: bool) -> dict[str, Any] | None:
     """The result of the same at `path`; None if it is to be measured.
 
     Raises:
         UserError: another result or something else is there, and is not to be replaced.
     """
-    if not path.exists():
+    content = path.read_if_present()
+    if content is None:
         return None
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(content)
     except ValueError:
         found = None
     if not isinstance(found, dict) or "neighbours" not in found:
@@ -139,14 +139,15 @@ def draw_curve(curve: ErrorCurve, *, title: str) -> bytes:
     return buffer.getvalue()
 
 
-def _place(source: Source, out: Path | None, *, num_samples: int, seed: int, key: str) -> Path:
+def _place(source: Source, out: Place | None, *, num_samples: int, seed: int, key: str) -> Place:
     if out is not None:
-        return out
+        return Place(out)
     if source.run_dir is None:
         raise UserError(f"{source.origin}: not a run on this machine; say where the result goes with --out FILE.json")
-    return RunDir(source.run_dir).consistency_error(
+    file = RunDir(source.run_dir).consistency_error(
         step=source.step, weights=source.weights_name, num_samples=num_samples, seed=seed, key=key
     )
+    return Place(file)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from cmscale.config import Config
-from cmscale.config.requests import EvaluateRequest
+from cmscale.commands import situation
+from cmscale.config import Config, MethodSection
+from cmscale.config.requests import EvaluateRequest, request_from
+from cmscale.config.sampling_times import parse_counts
 from cmscale.consistency.sampler import num_evaluations
 from cmscale.distributed import collectives
 from cmscale.distributed import world as worlds
@@ -32,51 +33,44 @@ from cmscale.evaluation.session import (
     work_folder,
 )
 from cmscale.generation.draw import SampleRequest
+from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
 from cmscale.runs.results import EvaluationResult, hash_of
-from cmscale.source import Source, checkpoint_step, dataset_of, load_source
+from cmscale.runs.source_kind import kind_of_source
+from cmscale.source import Source, check_choices, dataset_of, load_source
 
 
-def draws_of(request: EvaluateRequest, *, num: int) -> list[SampleRequest]:
+def draws_of(request: EvaluateRequest, method: MethodSection, *, num: int) -> list[SampleRequest]:
     """The samplings that a request asks for, with seed 0: one per number of steps, or one at the given times."""
     if request.times is not None:
-        if request.steps is not None:
-            raise UserError(f"--steps {request.steps}: --times gives the number of steps; leave one of them out")
-        return [SampleRequest(num=num).with_files(noise=None, times=request.times, shape=())]
-    steps = [None] if request.steps is None else _numbers(request.steps, flag="--steps")
+        return [SampleRequest(num=num).with_files(noise=None, times=request.times, shape=(), method=method)]
+    steps = [None] if request.steps is None else parse_counts(request.steps, least=1)
     return [SampleRequest(num=num, steps=each) for each in steps]
 
 
 def sources_of(request: EvaluateRequest) -> Iterator[Source]:
     """Every requested checkpoint with each of the requested weights."""
-    for part in request.checkpoints.split(","):
-        for weights in _weights(request):
+    for step in request.steps_asked:
+        for weights in request.weights_asked:
             yield load_source(
                 request.source,
                 weights=weights,
-                step=checkpoint_step(part),
+                step=step,
                 config=request.config,
                 overrides=request.overrides,
             )
 
 
-def _weights(request: EvaluateRequest) -> list[str | None]:
-    return [None] if request.weights is None else [name.strip() for name in request.weights.split(",")]
-
-
 def _count(request: EvaluateRequest) -> int:
     """The number of evaluations that a request asks for."""
     steps = 1 if request.steps is None else len(request.steps.split(","))
-    return len(request.checkpoints.split(",")) * len(_weights(request)) * steps
+    return len(request.steps_asked) * len(request.weights_asked) * steps
 
 
 def main(request: dict[str, Any]) -> str:
     """Evaluates on all ranks of a job. Returns `finished`, or `preempted` (finished blocks are kept)."""
-    try:
-        wanted = EvaluateRequest.model_validate(request)
-    except ValidationError as error:
-        raise UserError(f"evaluation request: {error.errors(include_url=False)[0]['msg']}") from None
+    wanted = request_from(EvaluateRequest, request)
     preemption = Preemption.install()
     world = worlds.detect(wanted.device)
     with worlds.joined(world, timeout_minutes=TIMEOUT_MINUTES):
@@ -86,23 +80,25 @@ def main(request: dict[str, Any]) -> str:
     return "preempted" if done is None else "finished"
 
 
-def run_here(request: EvaluateRequest) -> list[Path] | None:
+def run_here(request: EvaluateRequest) -> list[Place] | None:
     """Evaluates in this process, which may be one of torchrun's ranks; also measures finished samples.
 
     Returns:
         The results' files; None if a signal interrupted.
     """
-    preemption = Preemption.install()
+    kind = kind_of_source(request.source)
+    request.refuse_unused(source=kind)
     world = worlds.detect(request.device)
-    if _is_finished_samples(request.source):
+    if kind == situation.SAMPLES:
         if world.num_ranks > 1:
             raise UserError(f"{request.source}: finished samples are measured by one process, not {world.num_ranks}")
-        return [evaluate_images(request, world, preemption=preemption)]
+        return [evaluate_images(request, world, preemption=Preemption())]  # without handlers: Ctrl-C ends it
+    preemption = Preemption.install()
     with worlds.joined(world, timeout_minutes=TIMEOUT_MINUTES):
         return evaluate(request, world, preemption=preemption)
 
 
-def evaluate(request: EvaluateRequest, world: World, *, preemption: Preemption) -> list[Path] | None:
+def evaluate(request: EvaluateRequest, world: World, *, preemption: Preemption) -> list[Place] | None:
     """Evaluates every requested checkpoint with the requested weights and samplings. Collective.
 
     Returns:
@@ -110,14 +106,16 @@ def evaluate(request: EvaluateRequest, world: World, *, preemption: Preemption) 
     """
     if request.out is not None and _count(request) > 1:
         raise UserError(f"--out {request.out}: one file can't hold {_count(request)} evaluations; ask for one")
+    check_choices(request.source, steps=request.steps_asked, weights=request.weights_asked)
     session: EvaluationSession | None = None
-    done: list[Path] = []
+    done: list[Place] = []
     homes: set[Path] = set()
     with worlds.same_arithmetic(world.device):
         for source in sources_of(request):
             evaluating, data = source.config.evaluate, source.config.data.path
+            draws_of(request, source.config.method, num=1)  # refuses times before anything is measured
             session = session or EvaluationSession.build(request, evaluating, world, data=data, preemption=preemption)
-            for draw in draws_of(request, num=session.settings.num_samples):
+            for draw in draws_of(request, source.config.method, num=session.settings.num_samples):
                 path = _evaluate_one(request, source, session, draw)
                 if path is None:
                     return None
@@ -129,7 +127,7 @@ def evaluate(request: EvaluateRequest, world: World, *, preemption: Preemption) 
 
 def _evaluate_one(
     request: EvaluateRequest, source: Source, session: EvaluationSession, draw: SampleRequest
-) -> Path | None:
+) -> Place | None:
     """Evaluates one network in one sampling, over all seeds; a result that exists is returned as it is. Collective."""
     started = time.monotonic()
     session.refuse_other_size(source)
@@ -201,14 +199,14 @@ def _result(
 
 def _result_path(
     request: EvaluateRequest, source: Source, session: EvaluationSession, draw: SampleRequest, *, key: str
-) -> Path:
+) -> Place:
     """Where the result goes: `--out`, or the run's evaluations folder."""
     if request.out is not None:
-        return Path(request.out)
+        return Place(request.out)
     home = source.run_dir or (None if request.run_dir is None else Path(request.run_dir))
     if home is None:
         raise UserError(f"{request.source}: not a run on this machine; give --out FILE.json for the result")
-    return RunDir(home).evaluation(
+    file = RunDir(home).evaluation(
         step=source.step,
         weights=source.weights_name,
         nfe=_nfe(source.config, draw),
@@ -219,25 +217,10 @@ def _result_path(
         reference=session.reference_sha256,
         key=key,
     )
+    return Place(file)
 
 
 def _nfe(config: Config, draw: SampleRequest) -> int:
     steps = draw.steps if draw.sigmas is None else int(torch.count_nonzero(draw.sigmas))
     default = config.method.default_sampling_steps
     return num_evaluations(config.method, steps or default, draw.sampler)
-
-
-def _numbers(text: str, *, flag: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) >= (flag == "--steps") for part in parts):
-        raise UserError(f"{flag}: got {text!r}; write whole numbers, 1,2")
-    return [int(part) for part in parts]
-
-
-def _is_finished_samples(source: str) -> bool:
-    """An `.npz`, or a folder that is neither run nor checkpoint nor exported model but holds images."""
-    if source.endswith(".npz"):
-        return True
-    path = Path(source)
-    known = ("config.yaml", "manifest.json", "model_index.json", "checkpoints")
-    return path.is_dir() and not any((path / name).exists() for name in known)

@@ -12,11 +12,12 @@ from cmscale.evaluation.outcome import known_result, make_result, print_result, 
 from cmscale.evaluation.progress import Progress, existing
 from cmscale.evaluation.sample_files import ImageSet, PixelHash, open_images
 from cmscale.evaluation.session import EvaluationSession
+from cmscale.io.place import Place
 from cmscale.runs.folder import finished_samples_evaluation
 from cmscale.runs.results import EvaluationResult, hash_of
 
 
-def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preemption) -> Path:
+def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preemption) -> Place:
     """Measures finished samples and returns the result's file; one of the same pixels that exists is returned as it is.
 
     The default file lies in the working directory.
@@ -70,12 +71,12 @@ class _Place:
         identity = {**self._session.features_protocol(), "reference_sha256": self._session.reference_sha256}
         return hash_of({**identity, "samples_sha256": samples_sha256, "num_samples": self._images.count})
 
-    def of(self, samples_sha256: str) -> Path:
+    def of(self, samples_sha256: str) -> Place:
         if self._request.out is not None:
-            return Path(self._request.out)
-        return Path(self._named(self.key(samples_sha256)))
+            return self._request.out
+        return Place(self._named(self.key(samples_sha256)))
 
-    def known(self) -> Path | None:
+    def known(self) -> Place | None:
         """The file of a result of the same pixels. They are read for it only if there is a result to compare."""
         if self._request.out is None:
             is_there = any(Path().glob(self._named("*")))

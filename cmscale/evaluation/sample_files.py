@@ -12,6 +12,8 @@ from torch import Tensor
 from cmscale.errors import UserError
 from cmscale.evaluation.image_folder import ImageFolder
 from cmscale.evaluation.npz import npz_header, npz_rows
+from cmscale.io.fetch import local_file
+from cmscale.io.place import Place
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,15 @@ def open_images(path: str | Path) -> ImageSet:
     Raises:
         UserError: no such file, no images, or another type or shape.
     """
-    path = Path(path)
+    place = Place(path)
+    if place.is_remote and not place.lower().endswith(".npz"):
+        raise UserError(f"{place}: a folder of images must be on this machine's file systems; give an .npz, or copy it")
+    path = local_file(place) if place.is_remote else Path(place)
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder of images")
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         raise UserError(f"{path}: not finished samples; give an .npz with arr_0, or a folder of images")
     header = npz_header(path, "arr_0")
     shape = header.shape

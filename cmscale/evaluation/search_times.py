@@ -30,7 +30,7 @@ from cmscale.generation.draw import SampleRequest
 from cmscale.io.durable import replace_durably
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import TimeSearch, Trial, hash_of, utc_now
-from cmscale.source import Source, checkpoint_step, load_source
+from cmscale.source import Source, checkpoint_step, load_source, model_kind
 
 
 class Interrupted(Exception):
@@ -50,6 +50,7 @@ def run(request: SearchTimesRequest) -> Path | None:
 
 
 def _search(request: SearchTimesRequest, world: worlds.World, *, preemption: Preemption) -> Path | None:
+    request.refuse_unused(source=model_kind(request.source))
     source = load_source(
         request.source,
         weights=request.weights,

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Literal, assert_never
 
+from cmscale.commands.parser import Output, check_output
 from cmscale.config import read_config
 from cmscale.engine.export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import model_card
 from cmscale.interop import write_diffusers, write_openai, write_safetensors
-from cmscale.io.storage import open_parent
+from cmscale.io.place import Place
+from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.source import Source, dataset_of
@@ -16,7 +18,7 @@ from cmscale.source import Source, dataset_of
 Format = Literal["safetensors", "openai", "diffusers"]
 
 
-def export_weights(source: Source, *, format: Format, to: str) -> None:
+def export_weights(source: Source, *, format: Format, to: Place) -> None:
     """Writes the weights and a model card to a path or `s3://` URL.
 
     `safetensors` and `openai` are one file, with the card next to it; `diffusers` is a folder that contains the card.
@@ -36,12 +38,10 @@ def export_weights(source: Source, *, format: Format, to: str) -> None:
     )
     match format:
         case "safetensors":
-            _check_ending(to, ".safetensors")
             write_safetensors(
                 to, source.weights, config=source.config, step=source.step, weights_name=source.weights_name
             )
         case "openai":
-            _check_ending(to, ".pt")
             write_openai(to, source.weights, model=source.config.model)
         case "diffusers":
             write_diffusers(
@@ -50,8 +50,26 @@ def export_weights(source: Source, *, format: Format, to: str) -> None:
             return
         case _:
             assert_never(format)
-    storage, name = open_parent(to)
-    storage.write(f"{name}.md", card.encode())
+    Place(f"{to}.md").write(card.encode())
+
+
+def check_target(format: Format, to: Place) -> None:
+    """Checks, before weights are read, that an export can be written to `to`.
+
+    Raises:
+        UserError: the file's name has another ending, or it may not be written.
+    """
+    match format:
+        case "safetensors":
+            check_output("--to", to, Output((".safetensors",)))
+        case "openai":
+            check_output("--to", to, Output((".pt",)))
+        case "diffusers":
+            if not to.is_remote and Path(to).is_file():
+                raise UserError(f"--to {to}: is a file; a diffusers export is a folder")
+            open_storage(to).check_writable("model_index.json")
+        case _:
+            assert_never(format)
 
 
 def finish_copies(folder: Path) -> list[int]:
@@ -69,11 +87,6 @@ def finish_copies(folder: Path) -> list[int]:
             f"{folder}: checkpoint.export_to is not set, nothing to copy; to export weights, give --to PATH"
         )
     return export_pending(RunDir(folder.absolute()), export_to)
-
-
-def _check_ending(to: str, ending: str) -> None:
-    if not to.endswith(ending):
-        raise UserError(f"--to {to}: the file's name must end in {ending}, by which commands recognise the format")
 
 
 def _evaluations(source: Source) -> list[EvaluationResult]:

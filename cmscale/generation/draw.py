@@ -8,18 +8,20 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
+from cmscale.commands import situation
+from cmscale.config import MethodSection
+from cmscale.config.sampling_times import check_descending, check_range, parse_times
 from cmscale.consistency.sampler import Sampler, default_sigmas, sample
 from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
 from cmscale.io import image_tensors
-from cmscale.io.durable import replace_durably
 from cmscale.io.fetch import local_file
+from cmscale.io.place import Place
 from cmscale.io.reading import reading
 from cmscale.rng import generator
 from cmscale.runs.manifests import read_document
@@ -29,7 +31,7 @@ from cmscale.source import Source
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """The settings of `cmscale sample`; None selects the method's default.
+    """The settings of `cmscale sample`;out: Place, *, raw: bool, grid: Place | None selects the method's default.
 
     Attributes:
         noise: Unit-variance start noise [num, 3, H, W], in place of noise drawn from the seed.
@@ -48,20 +50,24 @@ class SampleRequest:
     sigmas: torch.Tensor | None = None
     classes: tuple[int, ...] | Literal["random"] | None = None
 
-    def with_files(self, *, noise: Path | None, times: str | None, shape: Sequence[int]) -> "SampleRequest":
+    def with_files(
+        self, *, noise: Place | None, times: str | None, shape: Sequence[int], method: MethodSection
+    ) -> "SampleRequest":
         """The request with the values of `--noise FILE.npy` and `--times 80,4.4` (or a search's JSON file).
 
         Args:
             shape: Shape of a sample, (3, H, W).
+            method: The model's, whose range the times must lie in.
 
         Raises:
-            UserError: a file is missing or damaged, the noise does not fit, or the times do not descend.
+            UserError: a file is missing or damaged, the noise does not fit, or the times do not descend in the
+                model's range.
         """
         request = self
         if noise is not None:
             request = replace(request, noise=_read_noise(noise, shape=(self.num, *shape)))
         if times is not None:
-            request = replace(request, sigmas=_parse_times(times))
+            request = replace(request, sigmas=read_times(times, method))
         return request
 
 
@@ -144,7 +150,7 @@ def parse_classes(text: str | None) -> tuple[int, ...] | Literal["random"] | Non
     return tuple(int(part) for part in text.split(","))
 
 
-def write_samples(images: torch.Tensor, out: Path, *, raw: bool, grid: Path | None) -> None:
+def write_samples(images: torch.Tensor, out: Place, *, raw: bool, grid: Place | None) -> None:
     """Writes images as the array `arr_0` of an `.npz` file: uint8 NHWC, or with `raw` float32 NCHW.
 
     Args:
@@ -154,9 +160,23 @@ def write_samples(images: torch.Tensor, out: Path, *, raw: bool, grid: Path | No
     array = images.numpy() if raw else pixels.permute(0, 2, 3, 1).numpy()
     buffer = io.BytesIO()
     np.savez(buffer, arr_0=array)
-    replace_durably(out, buffer.getvalue())
+    out.write(buffer.getvalue())
     if grid is not None:
-        image_tensors.save_png(image_tensors.grid(pixels[:256]), grid)
+        grid.write(image_tensors.png_bytes(image_tensors.grid(pixels[:256])))
+
+
+def situation_of(source: Source, request: SampleRequest) -> dict[str, str]:
+    """What the source and the request decide about the use of options: see `cmscale.commands.use`."""
+    family = source.config.method.facts.sampler
+    times = used_sigmas(source, request)
+    between_steps = family == "multistep" and len(times) > 1
+    ancestral = family == "ode" and request.sampler == "ancestral" and len(times) > 2
+    draws = request.noise is None or request.classes == "random" or between_steps or ancestral
+    return {
+        "model": situation.MODEL_OF_SAMPLER[family],
+        "classes": situation.UNCONDITIONAL if source.config.model.num_classes is None else situation.CONDITIONAL,
+        "randomness": situation.DRAWN if draws else situation.ALL_GIVEN,
+    }
 
 
 def used_sigmas(source: Source, request: SampleRequest) -> torch.Tensor:
@@ -174,32 +194,42 @@ def used_sigmas(source: Source, request: SampleRequest) -> torch.Tensor:
     return torch.cat([request.sigmas, request.sigmas.new_zeros(1)])  # an EDM model's times end with 0
 
 
-def _read_noise(path: Path, *, shape: tuple[int, ...]) -> torch.Tensor:
-    with reading(f"--noise {path}", "an .npy file of numbers", advice="write it with numpy.save"):
+def _read_noise(place: Place, *, shape: tuple[int, ...]) -> torch.Tensor:
+    try:
+        path = local_file(place)
+    except UserError as error:
+        raise UserError(f"--noise {error}") from None
+    with reading(f"--noise {place}", "an .npy file of numbers", advice="write it with numpy.save"):
         noise = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that claims too much reads nothing
     if not isinstance(noise, np.ndarray):
-        raise UserError(f"--noise {path}: holds several arrays (.npz); write one with numpy.save")
+        raise UserError(f"--noise {place}: holds several arrays (.npz); write one with numpy.save")
     if noise.shape != shape or noise.dtype != np.float32:
         held = f"{str(noise.dtype)[:40]} {list(noise.shape)[:8]}"
-        raise UserError(f"--noise {path}: holds {held}; give float32 {list(shape)}")
+        raise UserError(f"--noise {place}: holds {held}; give float32 {list(shape)}")
+    if not np.isfinite(noise).all():
+        raise UserError(f"--noise {place}: holds NaN or infinity; write finite numbers")
     return torch.from_numpy(np.array(noise))
 
 
-def _parse_times(text: str) -> torch.Tensor:
-    if text.endswith(".json"):
-        found = read_document(TimeSearch, local_file(text).read_bytes(), origin=text)
-        if not found.times:
-            raise UserError(f"--times {text}: the search is not finished; let cmscale search-times finish")
-        times = torch.tensor(found.times, dtype=torch.float64)
-    else:
-        times = _numbers(text)
-    if not bool(torch.isfinite(times).all()) or not bool((times[:-1] > times[1:]).all()) or bool((times < 0).any()):
-        raise UserError(f"--times: got {text!r}; the times must descend and must not be negative")
-    return times
+def read_times(text: str, method: MethodSection) -> torch.Tensor:
+    """The times that `--times 80,4.4` or `--times FILE.json` (a search's result) names, descending, float64.
 
-
-def _numbers(text: str) -> torch.Tensor:
+    Raises:
+        UserError: no times, they do not descend, or the model was not trained at them.
+    """
     try:
-        return torch.tensor([float(part) for part in text.split(",")], dtype=torch.float64)
-    except ValueError:
-        raise UserError(f"--times: got {text!r}; write descending numbers such as 80,4.4") from None
+        times = _searched_times(text) if text.endswith(".json") else parse_times(text)
+        check_descending(times, shown=text)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--times: {error}") from None
+    check_range(times, method, label=f"--times {text}")
+    return torch.tensor(times, dtype=torch.float64)
+
+
+def _searched_times(file: str) -> tuple[float, ...]:
+    found = read_document(TimeSearch, local_file(file).read_bytes(), origin=file)
+    if not found.times:
+        raise UserError(f"--times {file}: the search is not finished; let cmscale search-times finish")
+    return found.times

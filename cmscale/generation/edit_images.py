@@ -7,10 +7,12 @@ from typing import Literal
 
 import torch
 
+from cmscale.config.sampling_times import check_range
 from cmscale.consistency import zero_shot
 from cmscale.errors import UserError
 from cmscale.generation.edit_inputs import fit, fit_mask, fit_small, read_mask, read_picture
 from cmscale.io import image_tensors
+from cmscale.io.place import Place
 from cmscale.rng import normal_like_samples
 from cmscale.source import Source
 
@@ -41,8 +43,8 @@ class EditRequest:
 
 
 def edit_images(
-    source: Source, request: EditRequest, *, out: Path, strip: Path | None = None, device: torch.device
-) -> list[Path]:
+    source: Source, request: EditRequest, *, out: Place, strip: Place | None = None, device: torch.device
+) -> list[Place]:
     """Writes the result of each image as a PNG of the model's size, at `out`; see `result_paths`.
 
     The result of `interpolate` is one PNG with all its pictures in a row.
@@ -61,11 +63,11 @@ def edit_images(
         raise UserError(f"edit: {source.origin} is a diffusion model ({method.kind}); give a consistency model")
     if source.config.model.num_classes is not None:
         raise UserError(f"edit: {source.origin} is class-conditional; give an unconditional model")
+    if request.task == "denoise":
+        check_range((request.sigma,), method, label=f"--sigma {request.sigma}")
     if request.task == "interpolate":
-        if strip is not None:
-            raise UserError(f"--strip {strip}: the result of interpolate is a strip already; leave --strip out")
         tiles = _interpolate(source, request, device=device)
-        image_tensors.save_png(image_tensors.grid(tiles, columns=len(tiles)), out)
+        out.write(image_tensors.png_bytes(image_tensors.grid(tiles, columns=len(tiles))))
         return [out]
     if not request.images:
         raise UserError(f"edit {request.task}: got no image; give at least one image file")
@@ -75,18 +77,19 @@ def edit_images(
     results = image_tensors.to_uint8(result.cpu(), nearest=True)
     paths = result_paths(out, len(results))
     for path, image in zip(paths, results, strict=True):
-        image_tensors.save_png(image_tensors.picture(image), path)
+        path.write(image_tensors.png_bytes(image_tensors.picture(image)))
     if strip is not None:
         tiles = torch.stack([originals, image_tensors.to_uint8(task_input.cpu(), nearest=True), results], dim=1)
-        image_tensors.save_png(image_tensors.grid(tiles.flatten(0, 1), columns=3), strip)
+        strip.write(image_tensors.png_bytes(image_tensors.grid(tiles.flatten(0, 1), columns=3)))
     return paths
 
 
-def result_paths(out: Path, count: int) -> list[Path]:
+def result_paths(out: Place, count: int) -> list[Place]:
     """The files of the results of `count` images: `out`, or if there are several NAME-1.png, NAME-2.png, ..."""
     if count == 1:
         return [out]
-    return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, count + 1)]
+    name, dot, ending = out.rpartition(".")
+    return [Place(f"{name}-{number}{dot}{ending}") for number in range(1, count + 1)]
 
 
 def _inputs(request: EditRequest, *, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,8 +136,6 @@ def _apply(
         case "stroke":
             return clean, zero_shot.stroke(chain, clean)
         case "denoise":
-            if request.sigma <= 0:
-                raise UserError(f"--sigma: got {request.sigma}; give a number above 0")
             noise = normal_like_samples(
                 request.seed, range(len(clean)), clean.shape[1:], purpose="noisy", device=clean.device
             )

@@ -26,6 +26,10 @@ def explained(path: Path) -> Iterator[None]:
                 raise UserError(f"{path}: not allowed to write there ({error.strerror})") from error
             case errno.ENOTDIR | errno.EEXIST:
                 raise UserError(f"{path}: a file is where a folder is needed") from error
+            case errno.EISDIR:
+                raise UserError(f"{path}: a folder is there; name a file") from error
+            case errno.ENAMETOOLONG | errno.ELOOP | errno.ENXIO:
+                raise UserError(f"{path}: can't be written ({error.strerror}); name another place") from error
         raise
 
 

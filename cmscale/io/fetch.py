@@ -13,6 +13,7 @@ from pathlib import Path
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.locks import LockTimeout, hold
+from cmscale.io.place import Place
 from cmscale.io.storage import open_parent
 
 DOWNLOAD_MINUTES = 30.0
@@ -21,7 +22,7 @@ DOWNLOAD_MINUTES = 30.0
 def cache_folder() -> Path:
     """CMSCALE_CACHE, else `cmscale` in XDG_CACHE_HOME, else ~/.cache/cmscale."""
     if explicit := os.environ.get("CMSCALE_CACHE"):
-        return Path(explicit)
+        return Place(explicit).local("CMSCALE_CACHE")
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cmscale"
 
 

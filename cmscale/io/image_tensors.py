@@ -65,8 +65,13 @@ def picture(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG file; readers see the old file or the whole new one."""
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as the content of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    replace_durably(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG file; readers see the old file or the whole new one."""
+    replace_durably(path, png_bytes(image))

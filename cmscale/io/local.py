@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,19 @@ class LocalStorage:
 
     def local_path(self, key: str) -> Path:
         return self.root / key
+
+    def check_writable(self, key: str) -> None:
+        path = self.root / key
+        with explained(path):
+            folder = path.parent
+            while not folder.exists():
+                if folder.is_symlink():
+                    raise UserError(f"{path}: {folder} is a link to nothing; make its target, or name another place")
+                folder = folder.parent
+            try:  # permissions alone do not show a file system that is read-only
+                tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.").close()
+            except FileNotFoundError as error:  # so says /proc
+                raise UserError(f"{path}: can't be written ({error.strerror}); name another place") from None
 
     def abort_uploads(self) -> int:
         return 0

@@ -78,6 +78,14 @@ class Storage(Protocol):
         """The path of an object, or of a prefix, on a local file system; None if the storage has no local paths."""
         ...
 
+    def check_writable(self, key: str) -> None:
+        """Checks that an object can be written at `key`. Leaves nothing behind.
+
+        Raises:
+            UserError: it may not be written, or the place of the storage does not exist and can't be made.
+        """
+        ...
+
     def abort_uploads(self) -> int:
         """Ends uploads that processes began and never completed. Returns their number."""
         ...

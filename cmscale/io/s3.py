@@ -1,5 +1,6 @@
 """Stores objects in an S3 bucket, by boto3."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -152,6 +153,15 @@ class S3Storage:
     def delete(self, key: str) -> None:
         with self._explained(key):
             self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def check_writable(self, key: str) -> None:
+        """Begins a multipart upload and aborts it: that needs the permission to write, and no object appears."""
+        from botocore.exceptions import ClientError
+
+        with self._explained(key):
+            begun = self.client.create_multipart_upload(Bucket=self.bucket, Key=self._key(key))
+            with contextlib.suppress(ClientError):  # who may write need not be allowed to abort
+                self.client.abort_multipart_upload(Bucket=self.bucket, Key=self._key(key), UploadId=begun["UploadId"])
 
     def abort_uploads(self) -> int:
         """Ends unfinished multipart uploads under this prefix: no listing shows their parts, and they are paid for."""

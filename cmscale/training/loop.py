@@ -42,7 +42,7 @@ def main(run_dir: str, fresh: bool = False) -> str:
     run = RunDir(Path(run_dir))
     config = read_config(run.config, resolved=True)
     preemption = Preemption.install()
-    world = worlds.detect(config.engine.device)
+    world = worlds.detect(config.engine.device, option="engine.device=")
     try:
         worlds.connect(world, timeout_minutes=config.engine.collective_timeout_minutes)
         preflight.check(config, run, world)

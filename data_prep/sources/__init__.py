@@ -17,6 +17,7 @@ from typing import Any
 from cmscale.data.decode import BadImage
 from cmscale.errors import UserError
 from cmscale.io.image_files import LeftOut
+from cmscale.io.place import Place
 from cmscale.io.reading import reason, utf8
 
 REPLACED = "files that a later one of the same name replaces"
@@ -160,9 +161,9 @@ def open_source(text: str) -> ImageSource:
     if path_text != utf8(path_text):
         raise UserError(f"--source {utf8(text)}: the path is not UTF-8, which the manifest could not name; rename it")
     try:
-        path = Path(path_text).expanduser().absolute()
-    except RuntimeError as error:
-        raise UserError(f"--source {text}: {error}; write the path without ~") from None
+        path = Place(path_text).local("images that are prepared").absolute()
+    except UserError as error:
+        raise UserError(f"--source {text}: {error}") from None
     if not path.exists():
         raise UserError(f"--source {text}: {path} does not exist")
     try:

@@ -44,7 +44,9 @@ class LocalMachine:
             )
         gpus = 0 if request.device == "cpu" else len(visible_gpus())
         if request.device == "cuda" and gpus == 0:
-            raise UserError("engine.device: cuda, but this machine has no CUDA device; use engine.device=cpu")
+            raise UserError(
+                f"{request.device_option}cuda: this machine has no CUDA device; use {request.device_option}cpu"
+            )
         if gpus and (request.ranks_per_node or 1) > gpus:
             raise UserError(f"--gpus-per-node {request.ranks_per_node}: this machine has {gpus} GPUs")
         ranks = request.ranks_per_node or gpus or 1

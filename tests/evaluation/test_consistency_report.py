@@ -99,13 +99,15 @@ def test_a_runs_result_lies_in_its_folder_and_on_its_page(data, tmp_path, monkey
     model = load_source(str(saved(tmp_path, "{kind: ict}", data)))
     source = dataclasses.replace(model, run_dir=folder.root)
     asked = {"data": str(data), "seed": 0, "teacher": None, "out": None, "plot": None, "batch_size": 2, "device": CPU}
-    path = measure_consistency_error(source, num=2, **asked)
+    path = Path(measure_consistency_error(source, num=2, **asked))
     assert path.parent == folder.root / "evaluations" / "consistency"
     assert path.name.startswith("step-000000010-ema_0.9-n2-seed0-")
     before = path.read_bytes()
     curve = ErrorCurve(times=[2.0, 1.0], neighbours=[0.5], to_start=[0.0, 0.5])
     monkeypatch.setattr(consistency_report, "error_curve", lambda *_, **__: curve)  # the names are what matters
-    others = [measure_consistency_error(source, num=num, **{**asked, "seed": seed}) for num, seed in ((3, 0), (2, 1))]
+    others = [
+        Path(measure_consistency_error(source, num=num, **{**asked, "seed": seed})) for num, seed in ((3, 0), (2, 1))
+    ]
     teacher = str(saved(tmp_path, "{kind: edm}", data, seed=1))
     others.append(measure_consistency_error(source, num=2, **{**asked, "teacher": teacher}))
     assert len({path, *others}) == len(list(path.parent.iterdir())) == 4

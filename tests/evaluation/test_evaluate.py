@@ -244,7 +244,7 @@ def test_bad_input_is_one_line_and_status_2(
             f"{weights}#sha256={'0' * 64}",
         ],
         "no checkpoint of step 8": [run.root, "--step", 8],
-        "leave one of them out": [run.root, "--steps", 2, "--times", "80,4"],
+        "leave out one of them": [run.root, "--steps", 2, "--times", "80,4"],
         "must descend": [run.root, "--times", "4,80"],
         "can't hold 2 evaluations": [run.root, "--steps", "1,2"],
         "whole numbers": [run.root, "--steps", "0"],

@@ -98,7 +98,7 @@ class TestPlacement:
     def test_this_machine_without_a_gpu_computes_on_its_cpu_unless_cuda_is_requested(self, commands: Path) -> None:
         found = place("local", placement_request(device="auto"))
         assert (found.ranks_per_node, found.gpus) == (1, False)
-        with pytest.raises(UserError, match=r"engine\.device: cuda, but this machine has no CUDA device"):
+        with pytest.raises(UserError, match=r"engine\.device=cuda: this machine has no CUDA device"):
             place("local", placement_request(device="cuda"))
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from launch_fixtures import CONFIG, dataset
 
+from cmscale.commands.ending import guarded
 from cmscale.config.requests import EvaluateRequest, options_of
 from launchers import evaluate
 from launchers.clusters import CLUSTERS
 from launchers.clusters.local import LocalMachine
-from launchers.command_line import guarded
 from launchers.jobs import JobSpec
 
 
@@ -49,12 +49,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_a_run_is_evaluated_in_its_own_folder_with_its_own_config(
     source: str, asked: list, monkeypatch, tmp_path: Path
 ):
-    assert run(monkeypatch, source, "--samples", "100", "--steps", "1,2", "--seeds", "3", "--step", "0,latest") == 0
+    step = ["--step", "3,latest"] if source == "runs/one" else []
+    assert run(monkeypatch, source, "--samples", "100", "--steps", "1,2", "--seeds", "3", *step) == 0
     ((request, where, placement),) = asked
     assert where.root == tmp_path / "runs" / "one"
     assert request["source"] == str(tmp_path / source)
     assert (request["samples"], request["steps"], request["seeds"]) == (100, "1,2", 3)
-    assert (request["checkpoints"], request["device"]) == ("0,latest", "cpu")
+    assert (request.get("checkpoints"), request["device"]) == ("3,latest" if step else None, "cpu")
     assert placement.restart.signal_seconds == 5
 
 
@@ -70,32 +71,23 @@ def test_foreign_weights_get_a_folder_of_their_own_and_the_given_config(asked: l
 
 def test_the_jobs_argument_is_the_request(asked: list, monkeypatch):
     assert run(monkeypatch, "runs/one") == 0
-    assert EvaluateRequest.model_validate(asked[0][0]).model_dump(mode="json") == asked[0][0]
+    assert EvaluateRequest.model_validate(asked[0][0]).model_dump(mode="json", exclude_unset=True) == asked[0][0]
 
 
 def test_every_option_of_the_request_reaches_the_job(asked: list, monkeypatch, tmp_path: Path):
     (tmp_path / "there").touch()
-    given = {
-        option.name: "True"
-        if option.kind is bool
-        else "3"
-        if option.kind is int
-        else "there"
-        if option.is_path
-        else (option.choices or ("efficientnet",))[-1]
-        for option in options_of(EvaluateRequest)
-        if option.flag and option.name not in ("config", "device")
-    }
-    flags = {option.name: option.flag for option in options_of(EvaluateRequest)}
-    arguments = [
-        part for name, value in given.items() for part in ((flags[name],) if value == "True" else (flags[name], value))
-    ]
-    assert run(monkeypatch, "runs/one", *arguments, "--device", "cpu") == 0
-    request = asked[0][0]
+    values = {"steps": "3", "times": "80,2", "weights": "master", "checkpoints": "3", "features": "efficientnet"}
     for option in options_of(EvaluateRequest):
-        if option.name in given:
-            expected = str(tmp_path / "there") if option.is_path and option.name != "times" else given[option.name]
-            assert str(request[option.name]) == expected, option.name
+        if not option.flag or option.name in ("config", "device"):
+            continue
+        path = "there.json" if option.output else "there"
+        value = values.get(option.name, path if option.is_path else "3")
+        words = [option.flag] if option.kind is bool else [option.flag, value]
+        beside = ["--features", "dinov2"] if option.name == "dinov2_weights" else []
+        assert run(monkeypatch, "runs/one", *words, *beside, "--device", "cpu") == 0, option.name
+        expected = str(tmp_path / value) if option.is_path and option.name != "times" else value
+        expected = "True" if option.kind is bool else expected
+        assert str(asked.pop()[0][option.name]) == expected, option.name
 
 
 @pytest.mark.parametrize(
@@ -139,10 +131,10 @@ def test_weights_that_the_features_do_not_need_are_not_asked_for(asked: list, mo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "SOURCE: nowhere: no such file or folder"),
-        (["runs/one", "--name", "two"], "--name two: runs/one belongs to a run"),
-        (["runs/one", "train.seed=1"], "runs/one belongs to a run"),
-        (["weights.pt", "train.seed=1"], "overrides go with --config"),
+        (["nowhere"], "nowhere: no run, checkpoint or exported weights there; no such file or folder"),
+        (["runs/one", "--name", "two"], "--name: has no effect on a run in --runs-dir"),
+        (["runs/one", "train.seed=1"], "train.seed=1: has no effect on the config that SOURCE has"),
+        (["weights.pt", "train.seed=1"], "train.seed=1: has no effect on the config that SOURCE has"),
         (["runs/one", "--reference", "gone.npz"], "--reference: "),
         (["runs/one", "--device", "cuda"], "no CUDA device"),
     ],

@@ -12,6 +12,7 @@ from launch_fixtures import CHECKOUT, CONFIG, dataset
 from cmscale.config import parse_config, read_config
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
+from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code
@@ -95,7 +96,7 @@ def test_cpu_ranks_ask_slurm_for_no_gpus(tmp_path: Path, config_file: Path):
         ([], "no config given"),
         (["CONFIG", "CONFIG"], "one config at a time"),
         (["--name", "../up", "CONFIG"], "--name '../up'"),
-        (["--fresh", "CONFIG"], "--fresh: a new run starts from step 0 anyway"),
+        (["--fresh", "CONFIG"], "--fresh: has no effect without --resume"),
         (["--resume", "nobody"], "--resume nobody: no run there"),
         (["CONFIG", "data.path=nodata"], "no such folder"),
         (["CONFIG", "model.image_size=16"], "images of 8 px, model.image_size is 16"),
@@ -143,18 +144,22 @@ def test_time_is_read_as_minutes_or_as_slurm_writes_it(text: str, minutes: int):
 
 def test_run_folder_holds_resolved_config_and_provenance(tmp_path: Path, config_file: Path):
     config = with_absolute_paths(read_config(config_file))
-    run = new_run(name="one", runs_dir=tmp_path / "runs", stem="tiny")
+    run = new_run(name="one", runs_dir=Place(tmp_path / "runs"), stem="tiny")
     create_run(run, config, read_code())
     assert read_config(run.config) == config
     (start,) = json.loads(run.provenance.read_text())["starts"]
     assert start["packages"]["torch"]
     assert start["command"]
     assert start["host"]
-    assert existing_run("one", runs_dir=tmp_path / "runs") == existing_run(str(run.root), runs_dir=Path("x")) == run
+    assert (
+        existing_run("one", runs_dir=Place(tmp_path / "runs"))
+        == existing_run(str(run.root), runs_dir=Place("x"))
+        == run
+    )
 
 
 def test_no_room_for_the_run_leaves_no_folder(tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch):
-    run = new_run(name="full", runs_dir=tmp_path / "runs", stem="tiny")
+    run = new_run(name="full", runs_dir=Place(tmp_path / "runs"), stem="tiny")
 
     def no_room(*_: object) -> None:
         raise UserError("no space left on the device")
@@ -176,7 +181,7 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: 
 class TestResume:
     @pytest.fixture
     def run(self, tmp_path: Path, config_file: Path) -> RunDir:
-        run = new_run(name="old", runs_dir=tmp_path / "runs", stem="tiny")
+        run = new_run(name="old", runs_dir=Place(tmp_path / "runs"), stem="tiny")
         create_run(run, with_absolute_paths(read_config(config_file)), read_code())
         return run
 

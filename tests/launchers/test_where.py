@@ -197,7 +197,7 @@ class TestEvaluate:
     def test_other_keys_are_refused_as_before(self, slurm, monkeypatch, capsys) -> None:
         Path("exported.safetensors").touch()
         assert run(monkeypatch, "exported.safetensors", "train.seed=1", program=evaluate) == 2
-        assert "overrides go with --config" in capsys.readouterr().err
+        assert "has no effect on the config that SOURCE has" in capsys.readouterr().err
         assert run(monkeypatch, "exported.safetensors", "slurm.acount=x", program=evaluate) == 2
         assert "did you mean slurm.account?" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from cmscale.cli.main import app
+from cmscale.cli.app import app
 from cmscale.config import known_keys
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -33,7 +33,16 @@ def placement(cluster: str = "slurm", **changed: Any) -> Placement:
 def placement_request(**changed: Any) -> PlacementRequest:
     """What a command without flags requests for CPU ranks, but for what is given."""
     defaults = {"nodes": 1, "ranks_per_node": None, "partition": None, "minutes": None, "device": "cpu"}
-    return PlacementRequest(**{**defaults, "dry_run": False, "slurm": Slurm(), "restart": Restart(), **changed})
+    return PlacementRequest(
+        **{
+            **defaults,
+            "dry_run": False,
+            "device_option": "engine.device=",
+            "slurm": Slurm(),
+            "restart": Restart(),
+            **changed,
+        }
+    )
 
 
 def dataset(folder: Path, *, count: int = 10) -> Path:

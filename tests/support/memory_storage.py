@@ -60,6 +60,9 @@ class MemoryStorage:
     def local_path(self, key: str) -> None:
         del key
 
+    def check_writable(self, key: str) -> None:
+        """Any key can be written."""
+
     def abort_uploads(self) -> int:
         return 0
 

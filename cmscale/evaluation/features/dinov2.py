@@ -117,9 +117,7 @@ class DINOv2(FeatureNetwork):
 
     @classmethod
     def default_weights(cls) -> Path:
-        raise UserError(
-            "features dinov2: no weights; set evaluate.features_weights to a file of DINOv2's published weights"
-        )
+        raise UserError("features dinov2: no weights; they are published, but nothing downloads them here")
 
     @classmethod
     def for_weights(cls, weights: Mapping[str, Tensor]) -> "DINOv2":

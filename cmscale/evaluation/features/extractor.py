@@ -51,7 +51,7 @@ class FeatureNetwork(nn.Module):
         """The weights file that is used if none is named: a download, or part of a package.
 
         Raises:
-            UserError: there is no such file; the message says which option names one.
+            UserError: there is no such file, and why. `build_features` adds how to name one.
         """
         raise NotImplementedError
 
@@ -124,6 +124,7 @@ def build_features(
     weights: str | Path | None = None,
     device: torch.device | str = "cpu",
     sha256: str | None = None,
+    option: str = "--features-weights FILE, or set evaluate.features_weights",
 ) -> FeatureExtractor:
     """Builds the extractor of a feature network.
 
@@ -132,12 +133,16 @@ def build_features(
         weights: A local weights file; None for the network's default. For DINOv2 it decides the size of the network.
         sha256: Expected hash of the file. If the file's name ends in `-` and at least 8 hex digits (the convention
             of torch hub), its hash must start with these digits.
+        option: How a user names the weights, for the message if there are none.
 
     Raises:
         UserError: unknown network, no such file, another hash, weights of another network, failed download.
     """
     cls = find_network(kind)
-    path = Path(weights) if weights else cls.default_weights()
+    try:
+        path = Path(weights) if weights else cls.default_weights()
+    except UserError as error:
+        raise UserError(f"{error}; give a local or s3:// file of its weights: {option}") from None
     digest = _checked_hash(path, sha256)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

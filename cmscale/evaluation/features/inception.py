@@ -90,8 +90,7 @@ class FIDInception(FeatureNetwork):
                     )
             except (OSError, RuntimeError) as error:  # RuntimeError: another hash
                 raise UserError(
-                    f"{URL_INCEPTION_V3}: can't be downloaded ({error}); set evaluate.features_weights to "
-                    "a local path or s3:// URL, or evaluate.features=efficientnet"
+                    f"{URL_INCEPTION_V3}: can't be downloaded ({error}); efficientnet needs no download"
                 ) from None
         return path
 

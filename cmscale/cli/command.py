@@ -1,0 +1,148 @@
+"""Builds typer commands whose options are refused where they have no effect, and whose places are checked.
+
+    @command(app)
+    def shrink(
+        source: SourceArgument,
+        out: Annotated[Place, typer.Option(help="..."), USED, Output((".npz",))],
+        factor: Annotated[int, typer.Option(help="..."), Use(task=("superres",))] = 8,
+        given: Given = GIVEN,
+    ) -> None:
+
+Every parameter has a `Use`. A `Place` is parsed, an `Output` checked before the function is called. The function gets
+the options that were given as `given`, if it asks for them, and calls `given.refuse_unused` once it knows more.
+"""
+
+import functools
+import inspect
+import operator
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import typer
+from rich.console import Console
+from typer.models import OptionInfo, ParameterInfo
+
+from cmscale.commands.parser import Output, check_output
+from cmscale.commands.use import Given, Use
+from cmscale.errors import UserError
+from cmscale.io.place import Place
+
+F = TypeVar("F", bound=Callable[..., None])
+GIVEN: Any = None
+"""The default of a parameter `given`."""
+COMMANDS: dict[str, dict[str, Use]] = {}
+"""The options of every command, by its name, and where each is used."""
+
+_ON_THE_COMMAND_LINE = ("COMMANDLINE", "ENVIRONMENT")
+
+
+class TableConsole(Console):
+    """Prints tables on stdout. Rich itself would exit with status 1 if nobody reads them any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Leaves the ending to `guarded`."""
+        raise BrokenPipeError
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """A parameter of a command: as typer shows it, and what it is."""
+
+    parameter: inspect.Parameter
+    flag: str
+    use: Use
+    output: Output | None
+    is_place: bool
+
+
+def command(app: typer.Typer, name: str | None = None) -> Callable[[F], F]:
+    """Registers a function as a command of `app`.
+
+    Raises:
+        TypeError: a parameter has no `Use`.
+    """
+
+    def decorate(function: F) -> F:
+        COMMANDS[name or function.__name__] = {each.parameter.name: each.use for each in _declared(function)}
+        app.command(name)(_with_checks(function))
+        return function
+
+    return decorate
+
+
+def _with_checks(function: Callable[..., None]) -> Callable[..., None]:
+    declared = {each.parameter.name: each for each in _declared(function)}
+    wants_given = "given" in inspect.signature(function).parameters
+
+    def run(context: typer.Context, **values: Any) -> None:
+        flags = {name: each.flag for name, each in declared.items()}
+        sources = {name: context.get_parameter_source(name) for name in declared}
+        names = [name for name, source in sources.items() if source and source.name in _ON_THE_COMMAND_LINE]
+        for name in names:  # a message about one of many arguments names it
+            if isinstance(values[name], list) and values[name] and not flags[name].startswith("-"):
+                flags[name] = str(values[name][0])
+        given = Given({name: each.use for name, each in declared.items()}, flags, names)
+        given.refuse_unused()
+        for name, each in declared.items():
+            values[name] = _checked(each, values[name])
+        function(**values, **({"given": given} if wants_given else {}))
+
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [each.parameter for each in declared.values()]
+    run.__signature__ = inspect.Signature([context, *parameters])  # pyright: ignore[reportFunctionMemberAccess]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *parameters)}
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    return run
+
+
+def _declared(function: Callable[..., None]) -> Iterator[_Declared]:
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name == "given":
+            continue
+        kind, *marks = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else [None]
+        use = next((mark for mark in marks if isinstance(mark, Use)), None)
+        info = next((mark for mark in marks if isinstance(mark, ParameterInfo)), None)
+        if use is None or info is None:
+            raise TypeError(f"{function.__name__}: {name} needs a typer.Option or typer.Argument, and a Use")
+        yield _Declared(
+            parameter=parameter.replace(
+                kind=inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[_as_text(kind), info]
+            ),
+            flag=_flag(name, info),
+            use=use,
+            output=next((mark for mark in marks if isinstance(mark, Output)), None),
+            is_place=_as_text(kind) != kind,
+        )
+
+
+def _flag(name: str, info: ParameterInfo) -> str:
+    if isinstance(info, OptionInfo):
+        return str(info.default) if str(info.default).startswith("--") else f"--{name.replace('_', '-')}"
+    return info.metavar or name.upper()
+
+
+def _as_text(kind: Any) -> Any:
+    """The type as typer parses it: `str` in place of `Place`."""
+    if kind is Place:
+        return str
+    if get_origin(kind) is list:
+        return list[_as_text(get_args(kind)[0])]
+    if get_origin(kind) in (Union, types.UnionType):
+        return functools.reduce(operator.or_, (_as_text(part) for part in get_args(kind)))
+    return kind
+
+
+def _checked(declared: _Declared, value: Any) -> Any:
+    if not declared.is_place or value is None:
+        return value
+    try:
+        if isinstance(value, list):
+            return [Place(text) for text in value]
+        found = Place(value)
+    except UserError as error:
+        raise UserError(f"{declared.flag} {error}") from None
+    if declared.output is not None:
+        check_output(declared.flag, found, declared.output)
+    return found

@@ -1,0 +1,1 @@
+"""What all commands share: which option is used where, one-line usage errors, and how a command ends."""

@@ -1,0 +1,93 @@
+"""Decides how commands end: one line and status 2 for a user's mistake, 1 for a fault, 130 after Ctrl-C.
+
+It imports next to nothing, so that a command can install `end_early_interrupts` before its slow imports.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import NoReturn
+
+from cmscale.errors import DamagedInput, UserError
+
+INTERRUPTED = 128 + signal.SIGINT
+READER_LEFT = 128 + signal.SIGPIPE
+
+
+def guarded(
+    main: Callable[[list[str]], int | None],
+    arguments: Sequence[str] | None = None,
+    *,
+    label: str = "error",
+    interrupted: str = "interrupted",
+    faults: tuple[type[Exception], ...] = (),
+) -> int:
+    """Runs a command and returns its exit status.
+
+    A reader of its output that leaves (`| head`) ends it without a word, as it ends other programs: 141.
+
+    Args:
+        main: Takes the arguments; None counts as 0.
+        arguments: By default those of the process.
+        label: What a line about a user's mistake begins with.
+        interrupted: What is printed after Ctrl-C.
+        faults: Further exceptions that are a fault of the surroundings: one line, status 1.
+    """
+    try:
+        try:
+            return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
+        finally:
+            sys.stdout.flush()
+    except (UserError, DamagedInput) as error:
+        return _said(f"{label}: {error}", 2)
+    except KeyboardInterrupt:
+        return _said(interrupted, INTERRUPTED)
+    except (OSError, subprocess.SubprocessError, *faults) as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            return READER_LEFT
+        if isinstance(error, OSError) and error.filename is not None and not isinstance(error, ConnectionError):
+            return _said(f"{label}: {os.fsdecode(error.filename)}: {error.strerror}", 2)
+        known = isinstance(error, (ConnectionError, *faults)) and not isinstance(error, BrokenPipeError)
+        return _said(f"{label}: {error}" if known else f"fault: {type(error).__name__}: {error}", 1)
+
+
+def end_early_interrupts() -> None:
+    """Ends the process with one line if Ctrl-C comes while modules are imported. Call it first in a script."""
+    sys.excepthook = _on_exception
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process. After Ctrl-C that may take a moment: a second one ends it at once, without a traceback."""
+    if status == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
+
+
+def _on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(_said("interrupted", INTERRUPTED))
+    sys.__excepthook__(kind, error, trace)
+
+
+def _said(line: str, status: int) -> int:
+    """Prints one line on stderr, which may be closed too. Returns the status."""
+    with contextlib.suppress(OSError):
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    return status
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads the output any more. Then what is left of it goes nowhere, without a message at exit."""
+    with contextlib.suppress(OSError, ValueError):  # stdout may be no file
+        number = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(events & select.POLLERR for _, events in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            return True
+    return False

@@ -1,0 +1,49 @@
+"""Names the situations of commands, in the words of their messages: see `Use`.
+
+`source` says what a SOURCE is (`cmscale.runs.source_kind` finds out); `model`, `classes`, `randomness` follow from its
+config and the request.
+"""
+
+RUN = "a run"
+CHECKPOINT = "a checkpoint folder"
+EXPORTED = "an exported file"
+DIFFUSERS = "a diffusers folder"
+OPENAI = "an OpenAI .pt"
+NVLABS = "an NVlabs .pkl"
+BARE = "weights without a config"
+SAMPLES = "finished samples"
+
+MODELS = (RUN, CHECKPOINT, EXPORTED, DIFFUSERS, OPENAI, NVLABS, BARE)
+WITH_WEIGHTS_TO_CHOOSE = (RUN, CHECKPOINT)
+WITHOUT_CONFIG = (OPENAI, NVLABS, DIFFUSERS, BARE)
+"""A diffusers folder that cmscale wrote has a config, and is refused another one when it is read."""
+
+DIFFUSION_MODEL = "a diffusion model"
+CONSISTENCY_MODEL = "a consistency model"
+DISTILLED_MODEL = "a progressively distilled model"
+MODEL_OF_SAMPLER = {"ode": DIFFUSION_MODEL, "multistep": CONSISTENCY_MODEL, "euler": DISTILLED_MODEL}
+"""By `method.facts.sampler`."""
+
+CONDITIONAL = "a class-conditional model"
+UNCONDITIONAL = "an unconditional model"
+
+DRAWN = "samples that draw noise"
+ALL_GIVEN = "samples whose only noise is that of --noise"
+
+SLURM = "Slurm"
+THIS_MACHINE = "this machine"
+
+AS_UINT8 = "samples written as uint8"
+AS_FLOAT32 = "raw samples"
+
+NEW_RUN = "a new run"
+RUN_IN_RUNS_DIR = "a run in --runs-dir"
+RUN_ELSEWHERE = "a run that is named by its own folder"
+
+OWN_CONFIG = "the config that SOURCE has"
+GIVEN_CONFIG = "that of --config"
+
+
+def overriding(config: str | None) -> str:
+    """What `key=value` would override: `overriding` in a situation."""
+    return OWN_CONFIG if config is None else GIVEN_CONFIG

@@ -1,0 +1,70 @@
+"""Parses the lists of numbers that sampling takes, and checks times against a method's range. Imports no torch."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from cmscale.config.methods.base import MethodSection
+from cmscale.errors import UserError
+
+_LONGEST_STEP = 15  # digits: more are no step, and would be slow to convert
+
+
+def parse_times(text: str) -> tuple[float, ...]:
+    """Descending times such as `80,4.4`.
+
+    Raises:
+        ValueError: not numbers, or they do not descend.
+    """
+    try:
+        times = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"got {text!r}; write descending numbers such as 80,4.4, or give the JSON of search-times"
+        ) from None
+    check_descending(times, shown=repr(text))
+    return times
+
+
+def check_descending(times: Sequence[float], *, shown: str) -> None:
+    """Raises ValueError unless the times are numbers that descend and are not negative."""
+    finite = all(math.isfinite(time) for time in times)
+    if not finite or not times or any(a <= b for a, b in itertools.pairwise(times)) or times[-1] < 0:
+        raise ValueError(f"got {shown}; the times must descend and must not be negative")
+
+
+def check_range(times: Sequence[float], method: MethodSection, *, label: str) -> None:
+    """Checks that a network was trained at these times.
+
+    Args:
+        times: Descending. Those of an ODE sampler may end with 0.
+        label: What the message begins with: `--times`.
+
+    Raises:
+        UserError: a time outside sigma_min to sigma_max.
+    """
+    ends_with_zero = method.facts.sampler == "ode" and len(times) > 1 and times[-1] == 0
+    for time in times[:-1] if ends_with_zero else times:
+        if not method.sigma_min <= time <= method.sigma_max:
+            raise UserError(
+                f"{label}: {time:g} is outside the model's times, {method.sigma_min:g} to {method.sigma_max:g}; "
+                "give times in this range"
+            )
+
+
+def parse_counts(text: str, *, least: int) -> tuple[int, ...]:
+    """Whole numbers such as `1,2`. Raises ValueError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and int(part) >= least for part in parts):
+        raise ValueError(f"got {text!r}; write whole numbers of at least {least}, such as 1,2")
+    return tuple(map(int, parts))
+
+
+def parse_step(text: str) -> int | None:
+    """A checkpoint's step; None for `latest`. Raises ValueError."""
+    text = text.strip()
+    if text == "latest":
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) <= _LONGEST_STEP):
+        raise ValueError(f"got {text!r}; give a step number or latest")
+    return int(text)

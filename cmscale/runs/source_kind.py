@@ -1,0 +1,115 @@
+"""Finds out what a SOURCE is, without reading weights: a run, a checkpoint, an exported file, finished samples, ..."""
+
+import json
+import re
+from pathlib import Path
+
+from cmscale.commands import situation
+from cmscale.errors import UserError
+from cmscale.io.fetch import local_file
+from cmscale.io.image_files import image_suffixes
+from cmscale.io.place import Place
+from cmscale.io.protocol import Storage
+from cmscale.io.storage import open_storage
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.folder import CHECKPOINT_MANIFEST
+
+OPENAI_SUFFIXES = (".pt", ".pth")
+_INDEX = "model_index.json"
+_MOST_HEADER_BYTES = 100 << 20  # of a safetensors file, by its format's definition
+_FOLDERS_OF_A_RUN = ("checkpoints", "samples", "evaluations", "logs", "report")  # samples/ holds grids
+_KINDS = "a run, a checkpoint folder, a .safetensors file, a diffusers folder, or an OpenAI .pt"
+_ADVICE = {
+    ".npy": "write finished samples as uint8 [N, H, W, 3] with numpy.savez(FILE, arr_0=...)",
+    ".yaml": "a config holds no weights; give the run's folder",
+    ".json": "give the folder that the file is in, if it is a model's",
+    ".ckpt": "convert its state dict to OpenAI's names, and save it as .pt or .safetensors",
+    ".zip": "unpack it, and give the folder",
+    ".tar": "unpack it, and give the folder",
+}
+
+
+def kind_of_source(origin: str) -> str:
+    """One of the kinds of `cmscale.commands.situation`: RUN, CHECKPOINT, EXPORTED, ...
+
+    Raises:
+        UserError: nothing is there, or something that is no SOURCE; the line says what to give in its place.
+    """
+    place = Place(origin)
+    name = place.rstrip("/").lower()
+    if name.endswith(OPENAI_SUFFIXES):
+        return situation.OPENAI
+    if name.endswith(".pkl"):
+        return situation.NVLABS
+    if name.endswith(".npz"):
+        return situation.SAMPLES
+    if name.endswith(".safetensors"):
+        return situation.EXPORTED if _has_config(local_file(place)) else situation.BARE
+    if not place.is_remote and Path(place).is_file():
+        raise UserError(f"{origin}: no SOURCE; {_advice(Path(name).suffix)}")
+    storage = open_storage(place)
+    found = _kind_of_folder(storage, origin)
+    if found is None:
+        raise UserError(f"{origin}: no run, checkpoint or exported weights there; {_hint(storage, origin)}")
+    return found
+
+
+def _kind_of_folder(storage: Storage, origin: str) -> str | None:
+    if storage.read_if_present(_INDEX) is not None:
+        return situation.DIFFUSERS
+    manifest = storage.read_if_present(CHECKPOINT_MANIFEST)
+    if manifest is not None:
+        if _is_data_set(manifest):
+            raise UserError(f"{origin}: is a prepared data set, not a model; give {_KINDS}")
+        return situation.CHECKPOINT
+    if storage.read_if_present("config.yaml") is not None or committed_steps(storage):
+        return situation.RUN
+    folder = storage.local_path("")
+    if folder is None or not folder.is_dir():
+        return None
+    if run := next((parent for parent in list(folder.absolute().parents)[:3] if _is_run(parent)), None):
+        if folder.absolute().parent.name == "checkpoints":
+            raise UserError(f"{origin}: is no complete checkpoint (no {CHECKPOINT_MANIFEST}); give the run, {run}")
+        if folder.absolute().parent == run and folder.name in _FOLDERS_OF_A_RUN:
+            raise UserError(f"{origin}: is a folder in the run {run}; give the run")
+    if inside := sorted(child.name for child in folder.iterdir() if _is_run(child)):
+        named = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
+        raise UserError(f"{origin}: is a folder of runs ({named}); give one of them")
+    return situation.SAMPLES if next(folder.iterdir(), None) else None
+
+
+def _advice(suffix: str) -> str:
+    if suffix in image_suffixes():
+        return "one image can't be measured; finished samples are a folder of images"
+    return _ADVICE.get(suffix, f"give {_KINDS}")
+
+
+def _hint(storage: Storage, origin: str) -> str:
+    folder = storage.local_path("")
+    if folder is not None and not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", origin):
+        return f"no such folder (the id of a model on a hub? download it first); give {_KINDS}"
+    if folder is not None and not folder.exists():
+        return f"no such file or folder; give {_KINDS}"
+    return f"give {_KINDS}"
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def _is_data_set(manifest: bytes) -> bool:
+    try:
+        return "shards" in json.loads(manifest)
+    except (ValueError, TypeError):
+        return False  # a damaged manifest is reported by who reads the checkpoint
+
+
+def _has_config(path: Path) -> bool:
+    """Whether the metadata of a safetensors file hold a config. A damaged file counts as one that has it."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(size, _MOST_HEADER_BYTES)))
+            return "config" in (header.get("__metadata__") or {})
+        except (ValueError, AttributeError):
+            return True

@@ -1,0 +1,95 @@
+"""Every place that an option names: what is accepted, what is refused in one line, and that a check leaves nothing."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cmscale.errors import UserError
+from cmscale.io.place import Place
+
+
+def test_a_place_is_a_local_path_without_tilde_or_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert Place("~/x") == "/home/ada/x"
+    assert Place("~") == "/home/ada"
+    assert Place("./~/x") == "./~/x"
+    assert Place("~root/x") == f"{Path('~root').expanduser()}/x"
+    assert Place("file:///data/x y") == Place("file://localhost/data/x y") == "/data/x y"
+    assert Place("S3://bucket/Key") == "s3://bucket/Key"
+    assert Place("12:30.npz") == "12:30.npz"
+    assert (Place("s3://b/k").is_remote, Place("b/k").is_remote) == (True, False)
+    assert Place("x").absolute() == str(Path.cwd() / "x")
+    assert Place("s3://b/k").absolute() == "s3://b/k"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "an empty path"),
+        (" ", "an empty path"),
+        ("gs://bucket/x", "gs:// is not supported"),
+        ("https://host/x.npz", "https:// is not supported"),
+        ("s3:/bucket/x", "a URL begins with s3://"),
+        ("lsun:folder", "write ./lsun:folder"),
+        ("file://host/x", "file:///ABSOLUTE/PATH"),
+        ("~nobody-of-this-name/x", "there is no user 'nobody-of-this-name'"),
+    ],
+)
+def test_what_is_no_place_is_refused_by_name(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Place(text)
+
+
+def test_a_url_is_refused_where_a_local_path_is_needed() -> None:
+    with pytest.raises(UserError, match="s3://b/runs: the folder of runs must be on this machine's file systems"):
+        Place("s3://b/runs").local("the folder of runs")
+
+
+def test_an_output_is_checked_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    os.mkfifo(tmp_path / "pipe.npz")
+    before = sorted(os.walk(tmp_path))
+    Place(tmp_path / "new" / "deep" / "x.npz").check_output(".npz")
+    Place(tmp_path / "file").check_output()
+    Place(tmp_path / "X.NPZ").check_output(".npz")
+    for path, words in (
+        ("x.png", "must end in .npz"),
+        ("folder", "is a folder"),
+        ("new/", "is a folder"),
+        ("file/x.npz", "a file is where a folder is needed"),
+        ("link/x.npz", "is a link to nothing"),
+        ("pipe.npz", "is no regular file"),
+        (f"{'n' * 254}.npz", "can't be written"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Place(f"{tmp_path}/{path}").check_output(*(() if path in ("folder", "new/") else (".npz",)))
+    with pytest.raises(UserError):
+        Place("/proc/x.npz").check_output(".npz")  # a file system that nobody may write, not even root
+    assert sorted(os.walk(tmp_path)) == before
+    with pytest.raises(UserError, match="is a folder"):
+        Place(tmp_path / "folder").check_output()
+
+
+def test_an_output_on_s3_is_checked_and_written(s3: str) -> None:
+    from cmscale.io.storage import open_storage
+
+    place = Place(f"{s3}/deep/x.npz")
+    place.check_output(".npz")
+    assert list(open_storage(s3).list()) == []
+    assert open_storage(s3).abort_uploads() == 0
+    with pytest.raises(UserError, match="no bucket"):
+        Place("s3://no-such-bucket/x.npz").check_output(".npz")
+    with pytest.raises(UserError, match="names no file"):
+        Place(s3).check_output()
+    place.write(b"samples")
+    assert open_storage(s3).read("deep/x.npz") == b"samples"
+
+
+def test_a_file_is_the_same_under_another_name(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / "b").symlink_to("a")
+    assert Place(tmp_path / "a").is_same(Place(f"{tmp_path}/./b"))
+    assert not Place(tmp_path / "a").is_same(Place("s3://b/a"))
