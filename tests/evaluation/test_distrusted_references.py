@@ -139,6 +139,7 @@ def test_a_member_that_unpacks_to_more_than_a_reference_has_is_not_unpacked(tmp_
         ({"count": np.array(-5)}, "count must be a whole number above 0, it is -5"),
         ({"features": np.array(["a", "b"])}, "features must be a short text"),
         ({"features": np.array(3)}, "features must be a short text"),
+        ({"features": np.frombuffer(b"\xff\xff\xff\x7f", "<U1").reshape(())}, "features: damaged, or not a short text"),
         ({"mu": np.full(16, "0.5")}, "must be real numbers"),
         ({"features_0": np.zeros((2, 2, 2))}, r"features_0 \[2, 2, 2\]"),
         ({"mu": np.zeros((2, 16))}, "don't fit"),

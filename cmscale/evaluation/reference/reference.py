@@ -16,6 +16,7 @@ from cmscale.evaluation.manifold import DENSITY_K, Manifold
 from cmscale.evaluation.sample_files import PixelHash, batches
 from cmscale.evaluation.statistics import Moments, Sums, checked_moments, total
 from cmscale.io.fetch import file_sha256
+from cmscale.io.reading import reading
 
 SUBSET = 10_000  # images kept for KID, precision and recall, as in ADM's references
 _SUBSET_SEED = 0
@@ -198,7 +199,8 @@ def text_of(path: Path, arrays: Mapping[str, Any], key: str) -> str | None:
     value = np.asarray(arrays[key])
     if value.ndim or value.dtype.kind != "U" or value.dtype.itemsize > 4 * _LONGEST_TEXT:
         raise UserError(f"reference {path}: {key} must be a short text, it is {value.dtype} {list(value.shape)[:8]}")
-    return str(value)
+    with reading(f"reference {path}: {key}", "a short text"):  # numpy stores code points that are no characters
+        return str(value)
 
 
 def _count(path: Path, arrays: Mapping[str, Any], key: str) -> int | None:
