@@ -274,7 +274,7 @@ def request_from(model: type[R], values: Mapping[str, Any]) -> R:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first: Any = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         flag = next((option.flag for option in options_of(model) if option.name == name), "") or name
         why = first["ctx"]["error"] if first["type"] == "value_error" else f"got {first['input']!r}; {first['msg']}"

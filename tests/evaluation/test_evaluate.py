@@ -23,7 +23,7 @@ from cmscale.evaluation import session as measuring
 from cmscale.evaluation.blocks import BlockStore
 from cmscale.generation.draw import draw_batch
 from cmscale.runs.folder import RunDir
-from cmscale.runs.manifests import read_document
+from cmscale.runs.manifests import CheckpointManifest, read_document
 from cmscale.runs.results import EvaluationResult, TimeSearch
 
 
@@ -293,10 +293,11 @@ def _sign(run: RunDir, *, step: int) -> None:
     """Makes a changed checkpoint's manifest true again."""
     manifest = run.checkpoint(step) / "manifest.json"
     document = json.loads(manifest.read_text())
+    del document["sha256"]
     entry = document["parts"][0]["file"]
     data = (run.checkpoint(step) / entry["name"]).read_bytes()
     entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest.write_text(json.dumps(document))
+    manifest.write_bytes(CheckpointManifest.model_validate(document).to_bytes())
 
 
 def test_a_search_is_interrupted_goes_on_without_a_trial_made_twice_and_its_times_are_taken(
