@@ -21,6 +21,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
+from cmscale.commands.parser import place
 from cmscale.config import Config, dump_config, read_config
 from cmscale.config.site import site_layers, use_site
 from cmscale.errors import NotExported, UserError
@@ -153,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="worker.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--name", required=True, help="name of the run, the same at every start")
-    parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of runs (default: the site's, or ./runs)")
+    parser.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of runs (default: the site's, or ./runs)")
     parser.add_argument("--fresh", action="store_true", help="start from step 0 if no checkpoint can be loaded")
     parser.add_argument(
         "items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, and values that override its own"

@@ -1,5 +1,6 @@
 """Defines the type of every option that names a place: a local path, or an object of a storage by its URL."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Place(str):
         """Whether both name one object, as far as their names and links tell."""
         if self.is_remote or other.is_remote:
             return self == other
-        return Path(self).resolve() == Path(other).resolve()
+        return os.path.realpath(self) == os.path.realpath(other)  # of a loop of links, too
 
     def check_output(self, *suffixes: str) -> None:
         """Checks, before any work is done, that a file can be written here. Leaves nothing behind.

@@ -8,7 +8,7 @@ import pytest
 from cmscale.errors import UserError
 from data_prep.making import slurm_array
 from data_prep.making.slurm_array import ArrayPlacement
-from data_prep.prepare import array_placement, parse
+from data_prep.prepare import array_placement, command_parser
 
 COMMON = ["--source", "folder:x", "--format", "mds", "--out", "out", "--workers", "3", "--slurm"]
 
@@ -22,7 +22,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def placement(*arguments: str) -> ArrayPlacement:
-    return array_placement(parse([*COMMON, *arguments]))
+    return array_placement(command_parser().read([*COMMON, *arguments])[0])
 
 
 def test_flags_lie_over_keys_over_the_environment_over_the_site(tmp_path: Path, monkeypatch) -> None:
@@ -58,10 +58,9 @@ def test_mistakes_are_named(arguments: list[str], words: str) -> None:
         placement(*arguments)
 
 
-def test_keys_without_slurm_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse([*COMMON[:-1], "slurm.account=x"])
-    assert "need --slurm" in capsys.readouterr().err
+def test_keys_without_slurm_are_refused() -> None:
+    with pytest.raises(UserError, match="--slurm"):
+        command_parser().read([*COMMON[:-1], "slurm.account=x"])
 
 
 def test_the_arrays_script_has_all_of_it_and_sbatch_a_clean_environment(tmp_path: Path, monkeypatch) -> None:

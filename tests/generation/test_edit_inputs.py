@@ -10,6 +10,7 @@ from PIL import Image
 from cmscale.errors import UserError
 from cmscale.generation.edit_images import result_paths
 from cmscale.generation.edit_inputs import Mask, fit, fit_mask, fit_small, read_mask, read_picture
+from cmscale.io.place import Place
 
 RANDOM = np.random.default_rng(0)
 HOLE = np.zeros((16, 16), bool)
@@ -110,5 +111,5 @@ def test_a_mask_has_the_size_of_its_pictures_or_of_the_model(tmp_path: Path) -> 
 
 
 def test_the_results_of_several_images_have_names_of_their_own() -> None:
-    assert result_paths(Path("x/out.png"), 1) == [Path("x/out.png")]
-    assert result_paths(Path("x/out.png"), 2) == [Path("x/out-1.png"), Path("x/out-2.png")]
+    assert result_paths(Place("x/out.png"), 1) == [Place("x/out.png")]
+    assert result_paths(Place("x/out.png"), 2) == [Place("x/out-1.png"), Place("x/out-2.png")]

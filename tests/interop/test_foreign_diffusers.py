@@ -145,7 +145,7 @@ def test_openais_names_in_a_safetensors_file_need_a_config(tmp_path: Path) -> No
     weights = random_weights(MODEL)
     save_file(weights, tmp_path / "x.safetensors")
     (tmp_path / "config.yaml").write_text(dump_config(CONFIG))
-    with pytest.raises(UserError, match="holds no config, as cmscale did not write it; give --config"):
+    with pytest.raises(UserError, match="holds weights without a config; give --config"):
         load_source(str(tmp_path / "x.safetensors"))
     found = load_source(str(tmp_path / "x.safetensors"), config=str(tmp_path / "config.yaml"))
     assert all(torch.equal(found.weights[name], weights[name]) for name in weights)

@@ -62,7 +62,7 @@ def test_random_classes_depend_on_seed_and_index_alone_and_are_all_drawn(conditi
         ("conditional", [], "is class-conditional; give --classes random, or numbers from 0 to 4"),
         ("conditional", ["--classes", "1,7"], "--classes: 7 is not a class of"),
         ("conditional", ["--classes", "cats"], "got 'cats'; write random, or whole numbers such as 1,2"),
-        ("unconditional", ["--classes", "1"], "is unconditional (model.num_classes is not set)"),
+        ("unconditional", ["--classes", "1"], "--classes: has no effect on an unconditional model"),
     ],
 )
 def test_a_mistake_is_one_line(which, classes, message, request, tmp_path, monkeypatch, capsys):
