@@ -71,7 +71,7 @@ def test_a_job_over_two_nodes_trains_and_after_kill_9_resume_continues_exactly(
     assert {yaml.safe_load(golden.config.read_text())["method"]["kind"], len(latest_metrics(golden))} == {"ct", STEPS}
 
     with subprocess.Popen(command(tmp_path, "killed", data), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while not any(record["step"] >= 8 for record in read_lines(run.metrics)):
             assert time.monotonic() < until, "training never came to step 8"
             assert job.poll() is None, "the job ended by itself"
@@ -80,7 +80,7 @@ def test_a_job_over_two_nodes_trains_and_after_kill_9_resume_continues_exactly(
         assert len(victims) == 2
         for victim in victims:
             os.kill(victim.pid, signal.SIGKILL)
-        told = job.communicate(timeout=120)[0].decode()
+        told = job.communicate(timeout=240)[0].decode()
     assert job.returncode == 1, told
     assert latest_metrics(run)[-1]["step"] < STEPS
 
