@@ -328,6 +328,7 @@ def _timed_out(*_: object) -> None:
     raise TimeoutError(f"a command took more than {SECONDS} s")
 
 
+@pytest.mark.long
 def test_damaged_files_give_a_result_or_one_line(
     inputs: list[Input], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +363,7 @@ def test_damaged_files_give_a_result_or_one_line(
     assert not failures, f"CMSCALE_MUTATION_SEED={seed}: {len(failures)} kinds of failure\n{report}"
 
 
+@pytest.mark.long
 def test_the_files_are_good_before_they_are_damaged(inputs: list[Input], tmp_path: Path, monkeypatch) -> None:
     """Otherwise the property would hold for a refusal of everything."""
     monkeypatch.setattr("cmscale.evaluation.session.build_features", build_cheap_features)

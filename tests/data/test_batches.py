@@ -138,6 +138,7 @@ def test_read_images_takes_ids_in_any_order_and_refuses_others(sets: dict[str, s
 # Processes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_program_that_never_closes_its_batches_still_ends(sets: dict[str, str]) -> None:
     """Workers ignore SIGTERM; the end of the program must not wait for them. Nor does the other format's
     package, slow to import, burden its start."""

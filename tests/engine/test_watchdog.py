@@ -55,6 +55,7 @@ def test_a_rank_that_steps_is_left_alone_and_may_end_the_watch(tmp_path: Path) -
     wait_for_end(watch)
 
 
+@pytest.mark.long
 def test_a_rank_that_was_stopped_and_goes_on_is_not_killed_for_it(tmp_path: Path) -> None:
     status, watch = run_watched("wakes", tmp_path, minutes=0.02)
     assert status == 0

@@ -97,6 +97,7 @@ def test_fault_of_one_rank_ends_all_and_starts_them_again(tmp_path: Path) -> Non
     assert json.loads(event)["event"] == "requeued"
 
 
+@pytest.mark.long
 def test_preempted_ranks_start_again(tmp_path: Path) -> None:
     job = start_job(tmp_path / "run", "preempted")
     _, printed = job.communicate(timeout=60)
