@@ -48,8 +48,8 @@ if [ ${#arguments[@]} -gt 0 ]; then
   step python -m pytest "${arguments[@]}"
   exit
 fi
-# Unit tests run in one process per processor. Then tests that start ranks run beside those that start a Slurm or a
-# browser, one after the other in each of the two: they wait much more than they compute.
+# Unit tests run in one process more than there are processors, as some of them wait. Then tests that start ranks run
+# beside those that start a Slurm or a browser, one after the other in each of the two: they wait much more, too.
 ranks=(tests/distributed)
 clusters=(tests/cluster tests/browser)
 ignored=()
@@ -59,7 +59,7 @@ case "$extent" in
   quick) marks="not slow and not long" ;;
   all) marks="" ;;
 esac
-step python -m pytest -n "$processors" --dist worksteal -m "$marks" "${ignored[@]}" tests
+step python -m pytest -n $((processors + 1)) --dist worksteal -m "$marks" "${ignored[@]}" tests
 [ "$extent" = quick ] && exit
 log=$(mktemp)
 trap 'kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT

@@ -61,6 +61,7 @@ def ranks_of(run: RunDir) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_job_over_two_nodes_trains_and_after_kill_9_resume_continues_exactly(
     slurm: Path, data: Path, tmp_path: Path
 ) -> None:
