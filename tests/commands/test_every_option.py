@@ -488,6 +488,7 @@ def test_no_command_and_no_option_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: f"{scene.command}-{scene.name.replace(' ', '_')}")
+@pytest.mark.long
 def test_an_option_has_an_effect_or_is_refused(
     scene: Scene, inputs: Path, launched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -422,6 +422,7 @@ OLD = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_with_force_it_is_measured_anew_and_an_interrupted_one_goes_on_without_what_was_there_before(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

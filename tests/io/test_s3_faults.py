@@ -90,6 +90,7 @@ def test_a_body_that_is_corrupt_each_time_is_refused_by_its_hash_or_replaced_wit
     assert rule.used == 2 * cache.ATTEMPTS  # once a start, not once a sample
 
 
+@pytest.mark.long
 def test_a_server_that_falls_silent_is_left_after_a_while(source, proxy: FaultProxy, s3, tmp_path, waits, monkeypatch):
     url = make(source, f"{s3}/set", "mds")
     monkeypatch.setattr("cmscale.io.s3._READ_SECONDS", 0.05)

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 from launch_fixtures import CHECKOUT, placement
 
 from cmscale.io.process import CHECKOUT as RUNNING
@@ -34,6 +35,7 @@ def main(checkout, seen):
 """
 
 
+@pytest.mark.long
 def test_starts_after_an_edit_of_the_checkout_still_run_what_was_submitted(tmp_path: Path) -> None:
     checkout, run, seen = tmp_path / "checkout", RunDir(tmp_path / "run"), tmp_path / "seen"
     for package in ("cmscale", "launchers"):

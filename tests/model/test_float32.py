@@ -53,6 +53,7 @@ def test_the_released_layout_is_the_released_codes(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.long
 def test_its_error_is_below_that_of_a_network_rounded_as_a_whole(dtype: torch.dtype):
     sigma = torch.tensor([0.1, 1.0, 5.0, 80.0]).repeat(2)
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * (sigma + 0.5)[:, None, None, None]
