@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -87,6 +88,7 @@ runpy.run_path({script!r}, run_name="__main__")
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
+    time.sleep(0.5)  # it sleeps now, and is not still printing
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, "interrupted\n")
