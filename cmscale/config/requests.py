@@ -17,8 +17,9 @@ from pydantic_core import PydanticUndefined
 from cmscale.commands.parser import Output
 from cmscale.commands.situation import GIVEN_CONFIG, MODELS, RUN, WITH_WEIGHTS_TO_CHOOSE, WITHOUT_CONFIG, overriding
 from cmscale.commands.use import USED, Given, Use
+from cmscale.config.evaluate import Evaluate
 from cmscale.config.features import feature_networks, known_network
-from cmscale.config.models import Config, Evaluate
+from cmscale.config.models import Config
 from cmscale.config.sampling_times import check_range, parse_counts, parse_step, parse_times
 from cmscale.errors import UserError
 from cmscale.io.place import Place

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from cmscale.config.methods import Method
-from cmscale.config.models import Config, Optimizer, Train
+from cmscale.config.models import Config
+from cmscale.config.sections import Optimizer, Train
 
 
 @dataclass(frozen=True)

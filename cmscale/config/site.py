@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cmscale.config.evaluate import Evaluate
 from cmscale.config.files import explain, parse_sections, read_yaml_text, suggestion, validated
 from cmscale.config.layers import Layer
-from cmscale.config.models import Checkpoint, Data, Engine, Evaluate, Restart, Wandb
 from cmscale.config.section import Section
+from cmscale.config.sections import Checkpoint, Data, Engine, Restart, Wandb
 from cmscale.config.slurm import Slurm, Text
 from cmscale.errors import UserError
 
