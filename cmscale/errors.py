@@ -1,16 +1,19 @@
-"""Errors that commands print as one line: a user's mistakes (exit status 2), and work whose copies are missing (1)."""
+"""Errors that commands print as lines: a user's mistakes (exit status 2), and work whose copies are missing (1)."""
 
 _LONGEST = 1500  # characters: what is longer hides what it says
 
 
 class UserError(ValueError):
-    """A user's mistake, in one line: what is wrong, which value, what to do.
+    """A user's mistakes, in one line each: what is wrong, which value, what to do.
 
     Every other exception is a fault of the program or of the machine: a traceback, exit status 1.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    def __init__(self, message: str, *more: str) -> None:
+        super().__init__(*map(one_line, (message, *more)))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class DamagedInput(RuntimeError):

@@ -51,8 +51,9 @@ def main(arguments: list[str]) -> NoReturn:
             record_code(submission, flags.start, job)
         end = load_worker(job.worker)(*job.arguments)
     except UserError as error:
-        report("user_error", str(error))
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        report("user_error", "; ".join(error.args))
+        for line in error.args:
+            print(f"error: {line}", file=sys.stderr, flush=True)
         exit_at_once(2)
     except NotExported as error:
         report("not_exported", str(error))

@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> NoReturn:
         use_site()
         end = train(_parser().parse_intermixed_args(arguments))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        for line in error.args:
+            print(f"error: {line}", file=sys.stderr, flush=True)
         exit_at_once(2)
     except NotExported as error:
         print(f"finished, not exported: {error}", file=sys.stderr, flush=True)

@@ -5,14 +5,14 @@ from typing import Any
 
 import typer
 
-from cmscale.cli import evaluation, facts, runs, sampling, weights
+from cmscale.cli import configs, evaluation, facts, runs, sampling, weights
 from cmscale.errors import UserError
 
 # Commands import torch when they are called, so that `cmscale --help` and `cmscale runs` answer at once.
 
 HELP = "The `cmscale` command. A user's mistake is one line and exit status 2; a fault exits with 1."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
-for group in (sampling, evaluation, weights, runs, facts):
+for group in (sampling, evaluation, weights, runs, configs, facts):
     app.add_typer(group.app)
 
 
@@ -42,5 +42,11 @@ def _program() -> Any:
 
 
 def _help_of(arguments: list[str]) -> str:
+    words = ["cmscale"]
     commands = _program().commands
-    return f"cmscale {arguments[0]} --help" if arguments[0] in commands else "cmscale --help"
+    for argument in arguments:
+        if argument not in commands:
+            break
+        words.append(argument)
+        commands = getattr(commands[argument], "commands", {})
+    return f"{' '.join(words)} --help"

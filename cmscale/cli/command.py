@@ -15,6 +15,7 @@ the options that were given as `given`, if it asks for them, and calls `given.re
 import functools
 import inspect
 import operator
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +40,13 @@ _ON_THE_COMMAND_LINE = ("COMMANDLINE", "ENVIRONMENT")
 
 
 class TableConsole(Console):
-    """Prints tables on stdout. Rich itself would exit with status 1 if nobody reads them any more."""
+    """Prints tables on stdout, into a pipe or file in wide lines.
+
+    Rich itself would exit with status 1 if nobody reads them any more, and takes `[x]` for markup.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(markup=False, width=None if sys.stdout.isatty() else 250)
 
     def on_broken_pipe(self) -> None:
         """Leaves the ending to `guarded`."""
@@ -57,15 +64,20 @@ class _Declared:
     is_place: bool
 
 
-def command(app: typer.Typer, name: str | None = None) -> Callable[[F], F]:
+def command(app: typer.Typer, name: str | None = None, *, group: str = "") -> Callable[[F], F]:
     """Registers a function as a command of `app`.
+
+    Args:
+        group: The command that `app` is reached by, if it is not the program itself.
 
     Raises:
         TypeError: a parameter has no `Use`.
     """
 
     def decorate(function: F) -> F:
-        COMMANDS[name or function.__name__] = {each.parameter.name: each.use for each in _declared(function)}
+        COMMANDS[f"{group} {name or function.__name__}".strip()] = {
+            each.parameter.name: each.use for each in _declared(function)
+        }
         app.command(name)(_with_checks(function))
         return function
 

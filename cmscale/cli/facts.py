@@ -1,6 +1,5 @@
-"""Commands that print facts: `doctor`, `estimate`, `schema`."""
+"""Commands that print facts: `doctor`, `estimate`."""
 
-import json
 import math
 from typing import Annotated
 
@@ -50,11 +49,3 @@ def estimate(
     TableConsole().print(table)
     for caution in cautions(settings):
         console.print(f"caution: {caution}", markup=False, soft_wrap=True)
-
-
-@command(app)
-def schema() -> None:
-    """Prints the JSON Schema of a config file, for editors."""
-    from cmscale.config import json_schema
-
-    print(json.dumps(json_schema(), indent=1))

@@ -37,3 +37,4 @@ TimesOption = Annotated[
     typer.Option(help="Descending sigmas to sample at, such as 80,4.4, or the JSON of search-times."),
     USED,
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON."), USED]

@@ -1,13 +1,20 @@
-"""Commands that show runs: `report`, `runs`."""
+"""Commands that show runs: `runs`, `compare`, `report`."""
 
-import sys
-from typing import Annotated
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from rich.live import Live
 from rich.table import Table
 
 from cmscale.cli.command import TableConsole, command
-from cmscale.commands.use import USED
+from cmscale.cli.configs import print_differences
+from cmscale.cli.options import JsonOption
+from cmscale.commands.parser import Output
+from cmscale.commands.use import USED, Use
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -33,44 +40,115 @@ def report(
 @command(app)
 def runs(
     runs_dir: Annotated[Place, typer.Argument(help="The folder that holds runs."), USED] = Place("runs"),  # noqa: B008
+    as_json: JsonOption = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="SECONDS", help="Print again every so many seconds, until Ctrl-C."),
+        Use(excludes=("as_json",)),
+    ] = None,
 ) -> None:
-    """Lists runs with method, step, loss, best score and last event.
+    """Lists runs: state and how it is known, age, step, rate, time left, loss, best score.
 
     The score is the lowest Fréchet distance of the evaluations with the most samples. It says what it was measured on.
     """
-    from cmscale.config import read_config
-    from cmscale.runs.comparison import best_of, describe_basis
-    from cmscale.runs.folder import RunDir
-    from cmscale.runs.log import latest_metrics, read_lines, state_of
-    from cmscale.runs.results import read_evaluations
+    from cmscale.runs.overview import overview, runs_in
 
     folder = runs_dir.local("the folder of runs")
     if not folder.is_dir():
         raise UserError(f"{runs_dir}: no such folder")
-    table = Table("run", "method", "step", "of", "loss", "best score", "last event", box=None)
-    for path in sorted(child.parent for child in folder.glob("*/config.yaml")):
-        run = RunDir(path)
-        try:
-            config = read_config(run.config)
-        except UserError as error:
-            table.add_row(run.name, "?", "", "", "", "", str(error))
-            continue
-        metrics = latest_metrics(run)
-        last = metrics[-1] if metrics else {"step": 0, "loss": float("nan")}
-        evaluations, unreadable = read_evaluations(run)
-        sampled = [each for each in evaluations if each.step is not None]
-        score = f"{len(unreadable)} unreadable files; " if unreadable else ""
-        if sampled:
-            best = best_of(sampled)
-            measured = f"step {best.step}, {best.nfe} NFE, {describe_basis(best)}"
-            score += f"{best.score_name} {best.fid.mean:.2f} ({measured})"
-        table.add_row(
-            run.name,
-            config.method.kind,
-            str(last["step"]),
-            str(config.train.total_steps),
-            f"{last['loss']:.4g}",
-            score,
-            state_of(read_lines(run.events)),
-        )
-    TableConsole(width=None if sys.stdout.isatty() else 200).print(table)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(overview(run)) for run in runs_in(folder)], indent=1))
+        return
+    console = TableConsole()
+    if watch is None:
+        console.print(_table(folder))
+        return
+    with Live(_table(folder), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(watch)
+            live.update(_table(folder), refresh=True)
+
+
+def _table(folder: Path) -> Table:
+    from cmscale.runs.overview import overview, runs_in
+
+    names = ("run", "method", "state", "known by", "age", "step", "of", "rate", "left", "loss", "best score")
+    table = Table(*names, box=None)
+    for run in runs_in(folder):
+        table.add_row(*_row(overview(run)))
+    return table
+
+
+def _row(found: Any) -> list[str]:
+    from cmscale.runs.overview import in_words
+
+    score = ""
+    if found.best is not None:
+        best = found.best
+        score = f"{best.name} {best.value:.2f} (step {best.step}, {best.nfe} NFE, {best.basis})"
+    problems = f"{len(found.problems)} unreadable: {found.problems[0]}" if found.problems else ""
+    rate = f"{found.images_per_second:.4g} images/s" if found.images_per_second else ""
+    return [
+        found.name,
+        found.method or "?",
+        found.state,
+        found.known_by,
+        "" if found.age_seconds is None else in_words(found.age_seconds),
+        str(found.step),
+        "?" if found.total_steps is None else str(found.total_steps),
+        rate if found.state == "running" else "",
+        "" if found.eta_seconds is None else in_words(found.eta_seconds),
+        "" if found.loss is None else f"{found.loss:.4g}",
+        "; ".join(filter(None, [score, problems])),
+    ]
+
+
+@command(app)
+def compare(
+    runs: Annotated[list[Place], typer.Argument(metavar="RUN...", help="Two or more runs."), USED],
+    out: Annotated[
+        Place | None,
+        typer.Option(metavar="FILE.html", help="Write a page with curves in place of the tables."),
+        Use(excludes=("as_json",)),
+        Output((".html",)),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compares runs: scores, curves, and the differences of their configs by effect on the losses."""
+    from cmscale.report import comparison
+    from cmscale.runs.folder import RunDir
+
+    if len(runs) < 2:
+        raise UserError(f"{runs[0]}: is one run; give two or more to compare")
+    folders = [RunDir(place.local("a run that is compared")) for place in runs]
+    for each in folders:
+        if not each.config.is_file():
+            raise UserError(f"{each.root}: not a run (no config.yaml)")
+    found = comparison.compare_runs(folders)
+    if as_json:
+        print(json.dumps(comparison.as_json(found), indent=1))
+    elif out is not None:
+        out.write(comparison.page(found))
+        print(out)
+    else:
+        _print_comparison(found)
+
+
+def _print_comparison(found: Any) -> None:
+    from cmscale.report import comparison
+
+    console = TableConsole()
+    basis = ""
+    for score in found.scores:
+        if score.basis != basis:
+            basis = score.basis
+            print(f"\n{basis}")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in score.metrics.items() if name != "fid")
+        where = f"step {score.step}, {score.weights}, {score.nfe} NFE"
+        print(f"  {score.run:24} {score.metrics['fid']:10.4g}  {where}{f'  ({shown})' if shown else ''}")
+    table = Table("curve", "run", "", "first", "last", box=None)
+    for row in comparison.curve_rows(found):
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    print_differences(found.differences, names=found.names)

@@ -1,4 +1,4 @@
-"""Decides how commands end: one line and status 2 for a user's mistake, 1 for a fault, 130 after Ctrl-C.
+"""Decides how commands end: a line for each of a user's mistakes and status 2, 1 for a fault, 130 after Ctrl-C.
 
 It imports next to nothing, so that a command can install `end_early_interrupts` before its slow imports.
 """
@@ -44,7 +44,7 @@ def guarded(
         finally:
             sys.stdout.flush()
     except (UserError, DamagedInput) as error:
-        return _said(f"{label}: {error}", 2)
+        return _said("\n".join(f"{label}: {line}" for line in str(error).splitlines() or [""]), 2)
     except KeyboardInterrupt:
         return _said(interrupted, INTERRUPTED)
     except (OSError, subprocess.SubprocessError, *faults) as error:
@@ -53,7 +53,8 @@ def guarded(
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, ConnectionError):
             return _said(f"{label}: {os.fsdecode(error.filename)}: {error.strerror}", 2)
         known = isinstance(error, (ConnectionError, *faults)) and not isinstance(error, BrokenPipeError)
-        return _said(f"{label}: {error}" if known else f"fault: {type(error).__name__}: {error}", 1)
+        said = " ".join(str(error).split())
+        return _said(f"{label}: {said}" if known else f"fault: {type(error).__name__}: {said}", 1)
 
 
 def end_early_interrupts() -> None:
@@ -74,10 +75,11 @@ def _on_exception(kind: type[BaseException], error: BaseException, trace: Traceb
     sys.__excepthook__(kind, error, trace)
 
 
-def _said(line: str, status: int) -> int:
-    """Prints one line on stderr, which may be closed too. Returns the status."""
+def _said(lines: str, status: int) -> int:
+    """Prints lines on stderr, which may be closed too. Returns the status."""
     with contextlib.suppress(OSError):
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
+        for line in lines.splitlines():
+            print(" ".join(line.split()), file=sys.stderr, flush=True)
     return status
 
 

@@ -11,18 +11,33 @@ from cmscale.errors import UserError
 
 
 class Evaluate(Section):
-    """What evaluations use; options of their commands replace these values.
+    """What evaluations use; options of their commands replace these values."""
 
-    `features` names a feature network. `features_weights` is the weights file of that network; `inception_weights` and
-    `dinov2_weights` are the same for one network each, whether or not `features` names it.
-    """
-
-    features: Annotated[str, AfterValidator(known_network)] = operational("inception")
-    features_weights: str | None = operational(None)
-    inception_weights: str | None = operational(None)
-    dinov2_weights: str | None = operational(None)
-    reference: str | None = operational(None)
-    num_samples: Annotated[int, Field(ge=2)] = operational(50000)
+    features: Annotated[str, AfterValidator(known_network)] = operational(
+        "inception",
+        "Network whose features are compared: inception (FID), dinov2 (FD-DINOv2), efficientnet (FD-EfficientNet, "
+        "which needs no download).",
+        source="the published FIDs",
+    )
+    features_weights: str | None = operational(
+        None,
+        "Weights of the network that `features` names: a local path or s3:// URL, optionally with #sha256=HEX. null: "
+        "the download from their home, if this network has one.",
+    )
+    inception_weights: str | None = operational(
+        None, "As `features_weights`, for inception; without effect while `features` names another network."
+    )
+    dinov2_weights: str | None = operational(
+        None, "As `features_weights`, for dinov2; without effect while `features` names another network."
+    )
+    reference: str | None = operational(
+        None,
+        "What samples are compared with: a prepared data set, a folder of images, or a statistics file; local or "
+        "s3://. null: the training data.",
+    )
+    num_samples: Annotated[int, Field(ge=2)] = operational(
+        50000, "Samples of each evaluation.", unit="samples", source="the published FIDs"
+    )
 
     @model_validator(mode="after")
     def _one_weights_file(self) -> "Evaluate":

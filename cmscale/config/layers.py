@@ -4,7 +4,7 @@ Each value keeps its origin, so that `--dry-run` can say where it came from.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cmscale.config.slurm import MEMORY
@@ -14,10 +14,11 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Layer:
-    """Values by section and key, and where they come from, in words."""
+    """Values by section and key, and where they come from, in words; of a file also their lines by dotted key."""
 
     origin: str
     tree: Mapping[str, Any]
+    lines: Mapping[str, int] = field(default_factory=dict)
 
 
 def merged(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:

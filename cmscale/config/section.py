@@ -18,6 +18,20 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def operational(default: Any, **constraints: Any) -> Any:
-    """A field that may change when a run is resumed, as it does not change the losses (beyond rounding)."""
-    return Field(default, json_schema_extra={"operational": True}, **constraints)
+def key(default: Any, description: str, *, unit: str = "", source: str = "", **constraints: Any) -> Any:
+    """A field with what its user should know: `cmscale config explain`, editors and the reference page show it.
+
+    Args:
+        default: `...` for a key that must be given.
+        description: What the value does, in whole sentences.
+        unit: Of a number that has one: `px`, `steps`.
+        source: Where the default comes from: a paper, released code, a reason. A key that changes the losses says it.
+        constraints: Bounds, as `pydantic.Field` takes them.
+    """
+    return Field(default, description=description, json_schema_extra={"unit": unit, "source": source}, **constraints)
+
+
+def operational(default: Any, description: str = "", *, unit: str = "", source: str = "", **constraints: Any) -> Any:
+    """A `key` that may change when a run is resumed, as it does not change the losses (beyond rounding)."""
+    extra = {"operational": True, "unit": unit, "source": source}
+    return Field(default, description=description or None, json_schema_extra=extra, **constraints)

@@ -4,52 +4,108 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cmscale.config.section import AsTuple, Count, Counts, NonNegative, Positive, Rate, Section, operational
+from cmscale.config.section import AsTuple, Count, Counts, NonNegative, Positive, Rate, Section, key, operational
 
 
 class Data(Section):
     """The prepared data set, and how it is shuffled, cached and loaded."""
 
-    path: str = operational(...)
-    flip: bool = True
-    num_canonical_nodes: Count = 8
-    shuffle_block: Count = 65536
-    workers: NonNegative = operational(4)
-    prefetch_batches: Count = operational(4)
-    cache_dir: str | None = operational(None)
-    cache_gb: Positive = operational(200.0)
-    max_bad_samples: NonNegative = operational(0)
-    max_bad_shards: NonNegative = operational(0)
+    path: str = operational(
+        ...,
+        "The data set, made by data_prep/prepare.py: a local folder or an s3:// URL. A resumed run checks its hash.",
+    )
+    flip: bool = key(True, "Whether half of the images, chosen at random, are mirrored.", source="Consistency Models")
+    num_canonical_nodes: Count = key(
+        8,
+        "Number of streams that the order of samples is made of. It fixes the order for any number of nodes; a number "
+        "that the nodes divide lets each node read its own shards only.",
+        source="the LSUN runs on 8 nodes",
+    )
+    shuffle_block: Count = key(
+        65536,
+        "Neighbouring samples of a stream that are shuffled among each other, after the shards have been shuffled. "
+        "More mixes better and needs more shards in the cache.",
+        unit="samples",
+        source="several shards of 256 px images",
+    )
+    workers: NonNegative = operational(4, "Processes of each rank that load images; 0: the rank loads them itself.")
+    prefetch_batches: Count = operational(
+        4, "Batches that each worker prepares ahead. More hides slow storage and needs more memory.", unit="batches"
+    )
+    cache_dir: str | None = operational(
+        None,
+        "Folder on a local disk of each node where shards are kept; null: in TMPDIR, and local data are read in place.",
+    )
+    cache_gb: Positive = operational(
+        200.0, "Limit of that cache on each node; the shards that were used longest ago are removed.", unit="GB"
+    )
+    max_bad_samples: NonNegative = operational(
+        0,
+        "Images per rank that can't be decoded before the run stops. Another sample takes the place of each, and the "
+        "log names both.",
+        unit="images",
+    )
+    max_bad_shards: NonNegative = operational(
+        0,
+        "Damaged shards per rank before the run stops. A damaged shard is fetched again first; samples of another one "
+        "take the place of those of a shard that stays damaged.",
+        unit="shards",
+    )
 
 
 class Optimizer(Section):
-    """The optimizer. As in Consistency Models, the default has no weight decay and a constant learning rate.
+    """The optimizer. As in Consistency Models, the default has no weight decay and a constant learning rate."""
 
-    `schedule` multiplies the learning rate by a factor that falls with the step k, on top of the warm-up:
-    `inverse_square_root` by 1 / sqrt(max(k / decay_reference, 1)) (Karras et al. 2024, ECT, sCM),
-    `cosine` by (1 + cos(pi k / train.total_steps)) / 2, `step` by decay_factor at each of `decay_steps`.
-    """
-
-    kind: Literal["radam", "adam"] = "radam"
-    learning_rate: Positive
-    betas: Annotated[tuple[Rate, Rate], AsTuple] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: NonNegative = 0
-    schedule: Literal["constant", "inverse_square_root", "cosine", "step"] = "constant"
-    decay_reference: Count | None = None
-    decay_steps: Counts = ()
-    decay_factor: Annotated[float, Field(gt=0, lt=1)] | None = None
+    kind: Literal["radam", "adam"] = key(
+        "radam", "RAdam, whose first steps are short by themselves, or Adam.", source="Consistency Models, appendix C"
+    )
+    learning_rate: Positive = key(
+        ..., "Learning rate after the warm-up and before its schedule. LSUN 256: 1e-5; EDM: 1e-4."
+    )
+    betas: Annotated[tuple[Rate, Rate], AsTuple] = key(
+        (0.9, 0.999),
+        "Decay rates of the averages of the gradient and of its square.",
+        source="PyTorch and released code",
+    )
+    eps: Positive = key(1e-8, "Added to the root of the second average.", source="PyTorch and released code")
+    weight_decay: Annotated[float, Field(ge=0)] = key(
+        0.0, "Factor of the weights that is added to the gradient.", source="Consistency Models, appendix C"
+    )
+    warmup_steps: NonNegative = key(
+        0, "Steps over which the learning rate grows linearly.", unit="steps", source="Consistency Models, appendix C"
+    )
+    schedule: Literal["constant", "inverse_square_root", "cosine", "step"] = key(
+        "constant",
+        "Multiplies the learning rate by a factor that falls with the step k: `inverse_square_root` by 1 / sqrt(max(k "
+        "/ decay_reference, 1)), as EDM2, ECT and sCM do, `cosine` by (1 + cos(pi k / train.total_steps)) / 2, `step` "
+        "by decay_factor at each of `decay_steps`.",
+        source="Consistency Models, appendix C",
+    )
+    decay_reference: Count | None = key(
+        None,
+        "The step from which `inverse_square_root` falls; only with this schedule.",
+        unit="steps",
+        source="papers give one for each data set",
+    )
+    decay_steps: Counts = key(
+        (),
+        "Ascending steps at which `step` falls; only with this schedule.",
+        unit="steps",
+        source="a choice of each run",
+    )
+    decay_factor: Annotated[float, Field(gt=0, lt=1)] | None = key(
+        None, "The factor of each fall of `step`; only with this schedule.", source="a choice of each run"
+    )
 
     @model_validator(mode="after")
     def _schedule_has_its_keys(self) -> "Optimizer":
         used = {"inverse_square_root": ("decay_reference",), "step": ("decay_steps", "decay_factor")}
-        for key in ("decay_reference", "decay_steps", "decay_factor"):
-            given, needed = bool(getattr(self, key)), key in used.get(self.schedule, ())
+        for name in ("decay_reference", "decay_steps", "decay_factor"):
+            given, needed = bool(getattr(self, name)), name in used.get(self.schedule, ())
             if needed and not given:
-                raise ValueError(f"{key}: is not set; schedule {self.schedule} needs it")
+                raise ValueError(f"{name}: is not set; schedule {self.schedule} needs it")
             if given and not needed:
-                raise ValueError(f"{key}: schedule {self.schedule} does not use it; leave it out")
+                raise ValueError(f"{name}: schedule {self.schedule} does not use it; leave it out")
         if list(self.decay_steps) != sorted(set(self.decay_steps)):
             raise ValueError(f"decay_steps: {list(self.decay_steps)} must ascend")
         return self
@@ -58,7 +114,11 @@ class Optimizer(Section):
 class EMA(Section):
     """Exponential moving averages of the weights, for sampling; every command uses the first by default."""
 
-    rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1)] = (0.999943,)
+    rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1)] = key(
+        (0.999943,),
+        "Decay rate per step of each average. An average is named by its rate, such as ema_0.999943.",
+        source="Consistency Models, appendix C",
+    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,56 +134,112 @@ class EMA(Section):
 class Engine(Section):
     """Device, precision, ZeRO stage and timeouts."""
 
-    device: Literal["auto", "cpu", "cuda"] = operational("auto")
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = operational(2)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    gradient_clip: Positive | None = None
-    initial_loss_scale_power: Annotated[int, Field(ge=0, le=24)] = 16
-    collective_timeout_minutes: Positive = operational(10.0)
-    step_timeout_minutes: Positive = operational(30.0)
+    device: Literal["auto", "cpu", "cuda"] = operational("auto", "auto: CUDA if there is a device, else the CPU.")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = operational(
+        2,
+        "What DeepSpeed ZeRO divides among the ranks: 1 the optimizer's state, 2 also gradients, 3 also weights. "
+        "Losses differ by rounding alone; a run may be resumed at another stage.",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = key(
+        "fp32",
+        "Number format in which the network computes; weights, averages and the optimizer stay in fp32.",
+        source="caution: it runs everywhere. Consistency Models: fp16",
+    )
+    gradient_clip: Positive | None = key(
+        None,
+        "Largest norm of the gradient of all weights; a longer one is scaled down to it. null: no limit.",
+        source="Consistency Models, which does not clip",
+    )
+    initial_loss_scale_power: Annotated[int, Field(ge=0, le=24)] = key(
+        16, "fp16: the loss is first multiplied by 2 to this power, which overflows lower.", source="DeepSpeed"
+    )
+    collective_timeout_minutes: Positive = operational(
+        10.0, "How long ranks wait for each other before the start of a job counts as failed.", unit="minutes"
+    )
+    step_timeout_minutes: Positive = operational(
+        30.0,
+        "Longest time between two steps. A rank that takes longer writes the stacks of its threads into logs/ and is "
+        "killed, and the job is started again.",
+        unit="minutes",
+    )
 
 
 class Train(Section):
-    """Length, batch sizes, seed, first weights, logging, and what happens after non-finite steps.
+    """Length, batch sizes, seed, first weights, logging, and what happens after non-finite steps."""
 
-    `init_from` names a SOURCE whose weights are the first ones of the network and of all its averages; `init_weights`
-    chooses among those of a run, by default its first EMA. A run that is resumed does not read them again.
-    """
-
-    total_steps: Count
-    global_batch_size: Count
-    micro_batch_size: Count = operational(...)
-    seed: NonNegative = 0
-    init_from: str | None = operational(None)
-    init_weights: str | None = operational(None)
-    log_every: Count = operational(50)
-    sample_every: NonNegative = operational(0)
-    sample_count: Count = operational(64)
-    consistency_error_every: NonNegative = operational(0)
-    consistency_error_data: str | None = operational(None)
-    max_nonfinite_steps: Count = operational(3)
-    max_rollbacks: NonNegative = operational(2)
+    total_steps: Count = key(
+        ...,
+        "Steps of the training. It changes the losses of methods and learning rates that have a schedule over it. LSUN "
+        "Bedroom: 600,000 (EDM, CD), 1,000,000 (CT).",
+        unit="steps",
+    )
+    global_batch_size: Count = key(
+        ...,
+        "Images of one step over all ranks: micro_batch_size x ranks x accumulated passes. LSUN 256: 2048 in the "
+        "paper, 256 in its code.",
+        unit="images",
+    )
+    micro_batch_size: Count = operational(
+        ..., "Images of one pass of one rank. It is limited by memory and does not change the losses.", unit="images"
+    )
+    seed: NonNegative = key(0, "Seed of weights, order of the data, noise, times and dropout.", source="arbitrary")
+    init_from: str | None = operational(
+        None,
+        "A SOURCE whose weights are the first ones of the network and of all its averages: a run, a checkpoint, an "
+        "exported file, or weights of another project. null: the teacher's or random ones, as the method says. It is "
+        "read at step 0 alone.",
+    )
+    init_weights: str | None = operational(
+        None, "Which weights of the run `init_from`: an EMA's name, or master. null: its first EMA."
+    )
+    log_every: Count = operational(50, "Steps between two lines of metrics.jsonl.", unit="steps")
+    sample_every: NonNegative = operational(
+        0, "Steps between two grids of samples of the first EMA in samples/; 0: none.", unit="steps"
+    )
+    sample_count: Count = operational(64, "Samples of each of these grids.", unit="samples")
+    consistency_error_every: NonNegative = operational(
+        0, "Steps between two measurements of the consistency error on 16 images; 0: none.", unit="steps"
+    )
+    consistency_error_data: str | None = operational(
+        None, "Data set of these images, preferably held out: a local folder or s3:// URL. null: the training data."
+    )
+    max_nonfinite_steps: Count = operational(
+        3,
+        "Consecutive steps without finite loss and gradient before training rolls back to a checkpoint.",
+        unit="steps",
+    )
+    max_rollbacks: NonNegative = operational(2, "Rollbacks before the run stops with a fault.", unit="rollbacks")
 
 
 class Checkpoint(Section):
     """When checkpoints are written, which are kept, and where they are uploaded to."""
 
-    every_steps: Count = operational(1000)
-    keep_last: Count = operational(3)
-    keep_every: NonNegative = operational(0)
-    stop_on_failure: bool = operational(False)
-    export_to: str | None = operational(None)
+    every_steps: Count = operational(
+        1000, "Steps between two checkpoints; there is always one before a preemption and at the end.", unit="steps"
+    )
+    keep_last: Count = operational(3, "Newest checkpoints that are kept.", unit="checkpoints")
+    keep_every: NonNegative = operational(
+        0, "Checkpoints at multiples of this step are kept for good, except step 0; 0: none.", unit="steps"
+    )
+    stop_on_failure: bool = operational(
+        False, "Whether a checkpoint that can't be written stops the run; otherwise training goes on, and says so."
+    )
+    export_to: str | None = operational(
+        None,
+        "s3:// URL or folder to which every checkpoint is copied, in a folder of the run's name. null: nowhere. A run "
+        "whose copies are not all there in the end is `finished, not exported`.",
+    )
 
 
 class Sampling(Section):
-    """How the trained model is sampled, unless a command says otherwise.
+    """How the trained model is sampled, unless a command says otherwise."""
 
-    `times` are descending noise levels (sigma), the first of which is usually method.sigma_max: sampling in as many
-    steps takes them. They belong to a data set and a method: `cmscale search-times` finds them. null: the times that
-    were published for the method, if any.
-    """
-
-    times: Annotated[tuple[Positive, ...], AsTuple, Field(min_length=1)] | None = operational(None)
+    times: Annotated[tuple[Positive, ...], AsTuple, Field(min_length=1)] | None = operational(
+        None,
+        "Descending noise levels (sigma), the first of which is usually method.sigma_max: sampling in as many steps "
+        "takes them. They belong to a data set and a method; `cmscale search-times` finds them. null: the times that "
+        "were published for the method, if any.",
+    )
 
     @model_validator(mode="after")
     def _descending(self) -> "Sampling":
@@ -135,19 +251,23 @@ class Sampling(Section):
 class Wandb(Section):
     """Logging to Weights & Biases, in addition to metrics.jsonl."""
 
-    mode: Literal["auto", "online", "offline", "off"] = operational("auto")
-    project: str = operational("cmscale")
-    entity: str | None = operational(None)
+    mode: Literal["auto", "online", "offline", "off"] = operational(
+        "auto",
+        "auto: online if a key of wandb is found, else offline. offline: files in the run's folder to sync later.",
+    )
+    project: str = operational("cmscale", "Name of the project.")
+    entity: str | None = operational(None, "User or team; null: the key's default.")
 
 
 class Restart(Section):
-    """When a job is started again after a fault, and how early it is asked to save before a time limit.
+    """When a job is started again after a fault, and how early it is asked to save before a time limit."""
 
-    `max_restarts` counts restarts after faults; preemptions and time limits are not counted. `backoff_seconds` is the
-    pause before the first restart; it doubles while restarts bring no progress. `signal_seconds` is the time between
-    the signal to save and the end of the job.
-    """
-
-    max_restarts: NonNegative = operational(10)
-    backoff_seconds: NonNegative = operational(10)
-    signal_seconds: Count = operational(120)
+    max_restarts: NonNegative = operational(
+        10, "Restarts after faults; preemptions and time limits are not counted.", unit="restarts"
+    )
+    backoff_seconds: NonNegative = operational(
+        10, "Pause before the first restart; it doubles while restarts bring no progress.", unit="seconds"
+    )
+    signal_seconds: Count = operational(
+        120, "Time between the signal to save and the end of the job. A checkpoint must fit into it.", unit="seconds"
+    )

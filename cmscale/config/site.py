@@ -7,7 +7,7 @@ of a config: default < site file < SBATCH_* < config file < key=value < flag.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cmscale.config.evaluate import Evaluate
-from cmscale.config.files import explain, parse_sections, read_yaml_text, suggestion, validated
+from cmscale.config.files import validated
 from cmscale.config.layers import Layer
+from cmscale.config.mistakes import Mistake, explain, refusal, unknown
 from cmscale.config.section import Section
 from cmscale.config.sections import Checkpoint, Data, Engine, Restart, Wandb
 from cmscale.config.slurm import Slurm, Text
+from cmscale.config.yaml_text import parse_sections, place, read_yaml_text
 from cmscale.errors import UserError
 
 SECTIONS: dict[str, type[Section]] = {
@@ -157,7 +159,7 @@ def read_site() -> Site:
     """What the site file says.
 
     Raises:
-        UserError: it can't be read, or holds a key or value that is not allowed; the message names the file.
+        UserError: it can't be read, or holds keys or values that are not allowed; the lines name the file.
     """
     path = site_file()
     return Site() if path is None else _read(path, path.stat().st_mtime_ns)
@@ -166,64 +168,83 @@ def read_site() -> Site:
 @cache
 def _read(path: Path, _: int) -> Site:
     origin = f"site file {path}"
-    tree = parse_sections(read_yaml_text(path, what="site file"), origin)
-    tree = {name: {} if values is None else values for name, values in tree.items()}
+    read = parse_sections(read_yaml_text(path, what="site file"), origin)
+    tree = {name: {} if values is None else values for name, values in read.tree.items()}
+
+    def where(key: str) -> str:
+        return place(origin, read.lines.get(key, read.lines.get(key.partition(".")[0])))
+
+    if wrong := list(_misshapen(tree)):
+        raise refusal(wrong, where)
     for name, values in tree.items():
-        if name not in (*SECTIONS, "flags", "environment"):
-            raise UserError(
-                f"{origin}: {name}: unknown section; a site sets {', '.join((*SECTIONS, 'flags'))} or environment"
-            )
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise UserError(f"{origin}: {name}: got {values!r}; write keys and values")
-    tree = {name: values if name == "slurm" else _expanded(values, name, origin) for name, values in tree.items()}
+        if name != "slurm":
+            tree[name] = _expanded(values, name, wrong)
     flags, environment = tree.pop("flags", {}), tree.pop("environment", {})
     for key in _FLAGS_OF_SLURM:
         if key in flags:
             if key in tree.setdefault("slurm", {}):
-                raise UserError(f"{origin}: flags.{key} and slurm.{key} are both given; remove one of them")
+                wrong.append(Mistake("", f"flags.{key} and slurm.{key} are both given; remove one of them"))
             tree["slurm"][key] = flags.pop(key)
     for name, values in tree.items():
-        _check_section(name, values, origin)
-    return Site(origin, tree, _checked(SiteFlags, flags, "flags", origin), _variables(environment, origin))
+        wrong += _of_section(name, values)
+    wrong += _of_model(SiteFlags, flags, "flags")
+    wrong += _of_variables(environment)
+    if wrong:
+        raise refusal(wrong, where)
+    variables = {name: str(value) for name, value in environment.items()}
+    return Site(origin, tree, SiteFlags.model_validate(flags), variables)
 
 
-def _check_section(name: str, values: dict[str, Any], origin: str) -> None:
+def _misshapen(tree: dict[str, Any]) -> Iterator[Mistake]:
+    for name, values in tree.items():
+        if name not in (*SECTIONS, "flags", "environment"):
+            sections = ", ".join((*SECTIONS, "flags"))
+            yield Mistake(str(name), f"unknown section; a site sets {sections} or environment")
+        elif not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            yield Mistake(name, f"got {values!r}; write keys and values")
+
+
+def _of_section(name: str, values: dict[str, Any]) -> list[Mistake]:
+    """The mistakes in a section's values."""
     model = SECTIONS[name]
+    found = []
     for key in values:
-        found = model.model_fields.get(key)
-        if found is None:
-            raise UserError(f"{origin}: {name}.{key}: unknown key{suggestion(f'{name}.{key}')}")
-        extra = found.json_schema_extra
+        field_of_key = model.model_fields.get(key)
+        if field_of_key is None:
+            found.append(unknown(f"{name}.{key}"))
+            continue
+        extra = field_of_key.json_schema_extra
         if not (isinstance(extra, dict) and extra.get("operational")) or f"{name}.{key}" == "data.path":
-            raise UserError(f"{origin}: {name}.{key}: belongs to each run; a site can't set it")
-    _checked(model, {"path": "unused", **values} if model is Data else values, name, origin)
+            found.append(Mistake(f"{name}.{key}", "belongs to each run; a site can't set it"))
+    known = {key: value for key, value in values.items() if key in model.model_fields}
+    return found + _of_model(model, {"path": "unused", **known} if model is Data else known, name)
 
 
-def _checked(model: type[Any], values: dict[str, Any], name: str, origin: str) -> Any:
+def _of_model(model: type[BaseModel], values: dict[str, Any], name: str) -> list[Mistake]:
     try:
-        return model.model_validate(values)
+        model.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{origin}: {explain(error, section=name)}") from None
+        return explain(error, section=name)
+    return []
 
 
-def _variables(given: dict[str, Any], origin: str) -> dict[str, str]:
+def _of_variables(given: dict[str, Any]) -> Iterator[Mistake]:
     for name, value in given.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(value, (dict, list, type(None), bool)):
-            raise UserError(f"{origin}: environment.{name}: got {value!r}; write NAME: text")
-        if "\n" in str(value) or "\0" in str(value):
-            raise UserError(f"{origin}: environment.{name}: got {value!r}; line breaks are not allowed")
-    return {name: str(value) for name, value in given.items()}
+            yield Mistake(f"environment.{name}", f"got {value!r}; write NAME: text")
+        elif "\n" in str(value) or "\0" in str(value):
+            yield Mistake(f"environment.{name}", f"got {value!r}; line breaks are not allowed")
 
 
-def _expanded(values: Any, name: str, origin: str) -> Any:
-    """Values with `~` and `$NAME` replaced, as a site's users share its file."""
+def _expanded(values: Any, name: str, wrong: list[Mistake]) -> Any:
+    """Values with `~` and `$NAME` replaced, as a site's users share its file. Adds what can't be to `wrong`."""
     if isinstance(values, dict):
-        return {key: _expanded(value, f"{name}.{key}", origin) for key, value in values.items()}
+        return {key: _expanded(value, f"{name}.{key}", wrong) for key, value in values.items()}
     if not isinstance(values, str):
         return values
     text = os.path.expanduser(os.path.expandvars(values))  # noqa: PTH111
     if missing := re.search(r"\$(\w+|\{[^}]*\})", text):
-        raise UserError(f"{origin}: {name}: {missing[0]} is not set; got {values!r}")
+        wrong.append(Mistake(name, f"{missing[0]} is not set; got {values!r}"))
     return text
 
 
@@ -240,7 +261,8 @@ def environment_layers(environment: Mapping[str, str]) -> list[Layer]:
             continue
         section, leaf = "slurm", key
         values = {"extra": {leaf.removeprefix("extra."): value}} if leaf.startswith("extra.") else {leaf: value}
-        _checked(Slurm, values, section, name)
+        if wrong := _of_model(Slurm, values, section):
+            raise refusal(wrong, lambda _, name=name: name)
         layers.append(Layer(name, {section: values}))
     return layers
 

@@ -112,44 +112,64 @@ Lines = Annotated[tuple[Text, ...], AsTuple]
 
 
 class Slurm(Section):
-    """What sbatch and srun are told. Every key is an option of sbatch, except for those explained here.
+    """What sbatch and srun are told. Every key is an option of sbatch, except for those that say otherwise."""
 
-    `partition`, `nodes`, `gpus_per_node` (a number, or TYPE:NUMBER) and `time` are what the flags of the same names
-    give. `mem_gb` 0 requests all memory of each node, null none at all; `mem`, `mem_per_gpu` and `mem_per_cpu` replace
-    it. `cpus_per_task` null leaves the number to Slurm. `extra` holds any other option by its long name, true for one
-    without a value. `srun_args` are options of srun, as for containers. `setup` holds lines of shell that the batch
-    script runs first. `python` is the command of the ranks' interpreter; `batch_python` that of the batch script's own
-    commands: by default `python`, but this very interpreter if srun starts ranks in a container.
-    """
-
-    partition: TextList | None = operational(None)
-    nodes: Count | None = operational(None)
-    gpus_per_node: Annotated[int | str | None, BeforeValidator(_checked_gpus)] = operational(None)
-    time: Annotated[int | str | None, BeforeValidator(_checked_time)] = operational(None)
-    account: Text | None = operational(None)
-    qos: Text | None = operational(None)
-    constraint: Text | None = operational(None)
-    reservation: TextList | None = operational(None)
-    nodelist: TextList | None = operational(None)
-    exclude: TextList | None = operational(None)
-    exclusive: Annotated[bool | str, BeforeValidator(_one_of_exclusive)] = operational(False)
-    gres: TextList | None = operational(None)
-    licenses: TextList | None = operational(None)
-    dependency: TextList | None = operational(None)
-    comment: Text | None = operational(None)
-    mail_user: TextList | None = operational(None)
-    mail_type: TextList | None = operational(None)
-    wckey: Text | None = operational(None)
-    cpus_per_task: Count | None = operational(8)
-    mem_gb: NonNegative | None = operational(0)
-    mem: Text | None = operational(None)
-    mem_per_gpu: Text | None = operational(None)
-    mem_per_cpu: Text | None = operational(None)
-    extra: dict[str, Scalar] = operational({})
-    srun_args: Lines = operational(())
-    setup: Lines = operational(())
-    python: Text | None = operational(None)
-    batch_python: Text | None = operational(None)
+    partition: TextList | None = operational(
+        None, "Partition, or several by comma; as --partition. null: the cluster's."
+    )
+    nodes: Count | None = operational(None, "Number of nodes; as --nodes. null: 1.", unit="nodes")
+    gpus_per_node: Annotated[int | str | None, BeforeValidator(_checked_gpus)] = operational(
+        None,
+        "GPUs of each node, a number or TYPE:NUMBER such as a100:4; as --gpus-per-node. null: 8 on Slurm.",
+        unit="GPUs",
+    )
+    time: Annotated[int | str | None, BeforeValidator(_checked_time)] = operational(
+        None,
+        "Time limit of each job: minutes, MM:SS, HH:MM:SS, D-HH or D-HH:MM; as --time. The run goes on in a new job. "
+        "null: a day on Slurm, none on this machine.",
+        unit="minutes",
+    )
+    account: Text | None = operational(None, "Account that is charged.")
+    qos: Text | None = operational(None, "Quality of service.")
+    constraint: Text | None = operational(None, "Features that nodes must have, such as `a100&nvlink`.")
+    reservation: TextList | None = operational(None, "Reservation to run in.")
+    nodelist: TextList | None = operational(None, "Nodes that the job must have.")
+    exclude: TextList | None = operational(None, "Nodes that the job must not have.")
+    exclusive: Annotated[bool | str, BeforeValidator(_one_of_exclusive)] = operational(
+        False,
+        "Whether nodes are shared with no other job; `user`, `mcs` or `topo`: not with those of others of the kind.",
+    )
+    gres: TextList | None = operational(None, "Generic resources of each node, such as gpu:a100:4,ssd.")
+    licenses: TextList | None = operational(None, "Licences that the job takes.")
+    dependency: TextList | None = operational(None, "Jobs to wait for, such as afterok:123.")
+    comment: Text | None = operational(None, "Comment in Slurm's records.")
+    mail_user: TextList | None = operational(None, "Who receives mail about the job.")
+    mail_type: TextList | None = operational(None, "Events that mail is sent about, such as END,FAIL.")
+    wckey: Text | None = operational(None, "Key under which the job is accounted.")
+    cpus_per_task: Count | None = operational(
+        8,
+        "Processors of each rank: one computes, the others are for data.workers. null: left to Slurm.",
+        unit="processors",
+    )
+    mem_gb: NonNegative | None = operational(
+        0, "Memory of each node; 0: all that it has; null: no request. `mem` and the like replace it.", unit="GB"
+    )
+    mem: Text | None = operational(None, "Memory of each node as Slurm writes it, such as 480G; in place of `mem_gb`.")
+    mem_per_gpu: Text | None = operational(None, "Memory for each GPU, such as 80G; in place of `mem_gb`.")
+    mem_per_cpu: Text | None = operational(None, "Memory for each processor, such as 4G; in place of `mem_gb`.")
+    extra: dict[str, Scalar] = operational(
+        {}, "Any other option of sbatch by its long name; true for one without a value: `switches: 1`."
+    )
+    srun_args: Lines = operational((), "Options of srun, as for containers; no option of sbatch.")
+    setup: Lines = operational((), "Lines of shell that the batch script runs first; no option of sbatch.")
+    python: Text | None = operational(
+        None, "Command of the ranks' interpreter, for example in a container; null: this one. No option of sbatch."
+    )
+    batch_python: Text | None = operational(
+        None,
+        "Command of the interpreter of the batch script itself. null: `python`, but this one if srun starts ranks in a "
+        "container. No option of sbatch.",
+    )
 
     @field_validator("extra", mode="before")
     @classmethod

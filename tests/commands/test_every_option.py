@@ -162,10 +162,13 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "tflops": ("--tflops", "10"),
     },
     "report": {"run": None, "beside": ("--beside", "{in}/shown_too")},
-    "runs": {"runs_dir": None},
+    "runs": {"runs_dir": None, "as_json": ("--json",), "watch": None},
+    "compare": {"runs": None, "out": ("--out", "{out}/page.html"), "as_json": ("--json",)},
     "verify": {"run": None},
     "doctor": {},
     "schema": {},
+    "config explain": {"names": None, "as_json": ("--json",)},
+    "config diff": {"configs": None, "as_json": ("--json",)},
     "submit": {
         "nodes": ("--nodes", "2"),
         "gpus_per_node": ("--gpus-per-node", "2"),
@@ -353,8 +356,11 @@ SCENES = [
     Scene("an exported file", "import", ("{in}/cm.safetensors", "--to", "{out}/m.safetensors"), OF_A_BARE_FILE),
     Scene("a config", "estimate", ("{in}/config.yaml", "train.global_batch_size=64")),
     Scene("of a run", "report", ("{in}/shown",)),
-    Scene("of the folder of runs", "runs", ("{out}",)),
+    Scene("of the folder of runs", "runs", ("{in}/folder_of_runs",)),
+    Scene("of two runs", "compare", ("{in}/run", "{in}/other_run")),
     Scene("of a run", "verify", ("{in}/run",)),
+    Scene("of a key", "config explain", ("train.seed",)),
+    Scene("of two configs", "config diff", ("{in}/config.yaml", "{in}/other.yaml")),
     Scene(
         "of a new run",
         "submit",
@@ -438,6 +444,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_safetensors(
         folder / "conditional.safetensors", weights_of(conditional), config=conditional, step=7, weights_name="ema_0.9"
     )
+    write_trained_run(folder / "other_run", data=folder / "data", kind="edm", method="sigma_data: 0.5")
+    write_run(folder / "folder_of_runs" / "one")
     write_run(folder / "shown")
     write_run(folder / "shown_too", kind="edm")
     source = np.random.default_rng(0)
@@ -586,7 +594,7 @@ class Attempts:
         if script := SCRIPTS.get(self.scene.command):
             self.monkeypatch.setattr(sys, "argv", [self.scene.command, *words])
             return guarded(getattr(script, "run", script.main), words)
-        return guarded(run_cmscale, [self.scene.command, *words])
+        return guarded(run_cmscale, [*self.scene.command.split(), *words])
 
 
 def in_order(name: str, content: bytes) -> bytes:

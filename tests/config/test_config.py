@@ -51,7 +51,7 @@ def test_a_dumped_config_is_the_same_config() -> None:
         ("method.solver=heun", ["method.solver", "ct"]),
         ("engine.precision=fp8", ["engine.precision", "fp8", "bf16"]),
         ("train.seed", ["train.seed", "key=value"]),
-        ("data.path=", ["data.path", "None"]),
+        ("data.path=", ["data.path", "null"]),
         ("train.seed=[", ["train.seed", "not YAML"]),
         ("method.sigma_min=90", ["method", "90", "80"]),
         ("optimizer.learning_rate=.inf", ["optimizer.learning_rate"]),
@@ -69,7 +69,7 @@ def test_a_mistake_is_one_line_that_names_key_value_and_cure(override: str, part
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        (TEXT + "more: 1\n", "more: unknown key"),
+        (TEXT + "more: 1\n", "more: unknown section"),
         (TEXT + "train: {}\n", "given twice"),
         (TEXT.replace("data: {path: s3://bucket/data}\n", ""), "data: is missing"),
         ("- a\n- b\n", "holds list; write sections"),

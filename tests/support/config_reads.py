@@ -8,7 +8,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 from cmscale.config import Config
-from cmscale.config.files import alternatives, is_section
+from cmscale.config.keys import alternatives, is_section
 from cmscale.config.methods import AnyMethod
 from cmscale.config.section import Section
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cmscale.config.section import Positive, Section, operational
+from cmscale.config.section import Positive, Section, key, operational
 
 DistanceName = Literal["l1", "l2", "lpips", "pseudo_huber"]
 Convention = Literal["paper", "released_code"]
@@ -73,6 +73,19 @@ class MethodSchedule:
     ends_stage: bool = False
 
 
+HUBER_C: Any = key(
+    None,
+    "c of the pseudo-Huber distance; 0: the Euclidean distance. null: 0.00054 sqrt(D), with D values per image.",
+    source="iCT, section 3.3",
+)
+TEACHER = "The diffusion model: a run, a checkpoint, an exported file, or weights of another project; local or s3://."
+TEACHER_WEIGHTS: Any = key(
+    None,
+    "Which weights of the teacher: an EMA's name, or master. null: its first EMA.",
+    source="what it is sampled with",
+)
+
+
 @dataclass(frozen=True)
 class TeacherChoice:
     """The SOURCE of a diffusion model, and the name of its weights; None selects its first EMA."""
@@ -120,10 +133,14 @@ class MethodSection(Section, ABC):
 
     facts: ClassVar[MethodFacts]
 
-    sigma_data: Positive = 0.5
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
-    rho: Positive = 7.0
+    sigma_data: Positive = key(
+        0.5, "Standard deviation of the images' values, for images in [-1, 1]; it scales the network.", source="EDM"
+    )
+    sigma_min: Positive = key(0.002, "Smallest noise level, epsilon of Consistency Models.", source="EDM, table 1")
+    sigma_max: Positive = key(80.0, "Largest noise level, at which sampling starts.", source="EDM, table 1")
+    rho: Positive = key(
+        7.0, "How strongly the Karras grid is denser at low noise levels (EDM, equation 5).", source="EDM, table 1"
+    )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -219,10 +236,21 @@ class WithoutTeacher(MethodSection):
 class ChosenDistance(MethodSection):
     """A method whose config chooses the distance between two images."""
 
-    distance: DistanceName = "lpips"
-    lpips_pooling: Literal["average", "max"] = "average"
-    lpips_weights: str | None = operational(None)
-    huber_c: Annotated[float, Field(ge=0)] | None = None
+    distance: DistanceName = key(
+        "lpips",
+        "Distance of the loss between two images: means over the image for l1 and l2, a perceptual distance for lpips, "
+        "sqrt(||a - b||^2 + c^2) - c for pseudo_huber.",
+        source="Consistency Models, LSUN 256",
+    )
+    lpips_pooling: Literal["average", "max"] = key(
+        "average", "Pooling in LPIPS's VGG; the lpips package has max.", source="the released code"
+    )
+    lpips_weights: str | None = operational(
+        None,
+        "File with VGG16's weights for LPIPS: a local path or s3:// URL, optionally with #sha256=HEX. null: the "
+        "download from PyTorch's server.",
+    )
+    huber_c: Annotated[float, Field(ge=0)] | None = HUBER_C
 
     @property
     def distance_settings(self) -> DistanceSettings:

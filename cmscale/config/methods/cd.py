@@ -5,6 +5,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cmscale.config.methods.base import (
+    TEACHER,
+    TEACHER_WEIGHTS,
     ChosenDistance,
     MethodFacts,
     MethodSchedule,
@@ -14,7 +16,7 @@ from cmscale.config.methods.base import (
     TeacherChoice,
     WithoutForwardMode,
 )
-from cmscale.config.section import Rate, operational
+from cmscale.config.section import Rate, key, operational
 
 Solver = Literal["euler", "heun"]
 
@@ -37,11 +39,17 @@ class CD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     )
 
     kind: Literal["cd"]
-    teacher: str = operational(...)
-    teacher_weights: str | None = None
-    num_scales: Annotated[int, Field(ge=2)] = 40
-    solver: Solver = "heun"
-    target_ema: Rate = 0.95
+    teacher: str = operational(..., TEACHER)
+    teacher_weights: str | None = TEACHER_WEIGHTS
+    num_scales: Annotated[int, Field(ge=2)] = key(
+        40, "N, the number of times of the Karras grid.", source="Consistency Models, LSUN 256"
+    )
+    solver: Solver = key(
+        "heun", "How the teacher steps from a time to the one below it.", source="Consistency Models, LSUN 256"
+    )
+    target_ema: Rate = key(
+        0.95, "mu, the decay rate per step of the target network.", source="Consistency Models, LSUN 256"
+    )
 
     @property
     def teacher_choice(self) -> TeacherChoice:

@@ -5,7 +5,7 @@ from statistics import NormalDist
 from typing import Literal
 
 from cmscale.config.methods.base import MethodSchedule, SampledInOneStep, SecondTime, TimeEmbedding
-from cmscale.config.section import NonNegative, Positive
+from cmscale.config.section import NonNegative, Positive, key
 
 PUBLISHED_SIZE = 32
 """Image size in pixels (CIFAR-10) for which sCM's p_mean and p_std were chosen."""
@@ -16,12 +16,32 @@ RARE_ABOVE = 0.625
 class ContinuousTime(SampledInOneStep):
     """The keys of continuous-time consistency models (sCM, arXiv 2410.11081)."""
 
-    p_mean: float = -1.0
-    p_std: Positive = 1.4
-    tangent_warmup_steps: NonNegative = 10000
-    tangent_norm_c: Positive = 0.1
-    tangent: Literal["auto", "jvp", "central_differences"] = "auto"
-    teacher_time_embedding: TimeEmbedding = "log_sigma"
+    p_mean: float = key(
+        -1.0,
+        "Mean of ln sigma, the logarithm of the noise levels of training. Larger images need more noise.",
+        source="sCM, CIFAR-10; the LSUN configs have values for 256 px",
+    )
+    p_std: Positive = key(
+        1.4, "Standard deviation of ln sigma.", source="sCM, CIFAR-10; the LSUN configs have values for 256 px"
+    )
+    tangent_warmup_steps: NonNegative = key(
+        10000,
+        "H: the tangent's second term grows linearly over as many steps.",
+        unit="steps",
+        source="sCM, section 4.2",
+    )
+    tangent_norm_c: Positive = key(0.1, "c of the normalised tangent g / (||g|| + c).", source="sCM, section 4.2")
+    tangent: Literal["auto", "jvp", "central_differences"] = key(
+        "auto",
+        "How the network is differentiated in time: by a forward-mode derivative (jvp), or by central differences "
+        "along the trajectory. auto: jvp if its time embedding gets the angle.",
+        source="measurements: a derivative of 250 ln(sigma) does not train the network",
+    )
+    teacher_time_embedding: TimeEmbedding = key(
+        "log_sigma",
+        "What the teacher's time embedding gets; see method.time_embedding.",
+        source="the released teachers",
+    )
 
     @property
     def takes_central_differences(self) -> bool:

@@ -20,6 +20,7 @@ from cmscale.config.methods.base import (
     WithoutTeacher,
     check_scales,
 )
+from cmscale.config.section import key
 
 
 class CT(WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
@@ -40,11 +41,27 @@ class CT(WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwa
     )
 
     kind: Literal["ct"]
-    s0: Annotated[int, Field(ge=2)] = 2
-    s1: Annotated[int, Field(ge=2)] = 150
-    mu0: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    convention: Convention = "paper"
-    weighting: Literal["uniform", "inverse_gap"] = "uniform"
+    s0: Annotated[int, Field(ge=2)] = key(
+        2, "N(k), the number of times of the grid, starts at s0.", source="Consistency Models, LSUN 256"
+    )
+    s1: Annotated[int, Field(ge=2)] = key(
+        150, "N(k) grows with the square root of the step up to s1 + 1.", source="Consistency Models, LSUN 256"
+    )
+    mu0: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.95,
+        "Decay rate of the target network while N(k) is s0, from which mu(k) follows; 0: the target is the student.",
+        source="Consistency Models, LSUN 256",
+    )
+    convention: Convention = key(
+        "paper",
+        "Whether mu(k) divides by N(k), as in the paper, or by N(k) - 1, as in its released code.",
+        source="Consistency Models, appendix C",
+    )
+    weighting: Literal["uniform", "inverse_gap"] = key(
+        "uniform",
+        "Factor of the loss of neighbouring times: 1, or iCT's 1 / (t_{n+1} - t_n).",
+        source="Consistency Models",
+    )
 
     @model_validator(mode="after")
     def _check_growth(self) -> "CT":

@@ -10,6 +10,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cmscale.config.methods.base import (
+    HUBER_C,
+    TEACHER,
+    TEACHER_WEIGHTS,
     DistanceSettings,
     MethodFacts,
     MethodSchedule,
@@ -19,7 +22,7 @@ from cmscale.config.methods.base import (
     TeacherChoice,
     WithoutForwardMode,
 )
-from cmscale.config.section import Count, Positive, operational
+from cmscale.config.section import Count, Positive, key, operational
 
 
 class ECT(OnSigma, SampledInOneStep, WithoutForwardMode):
@@ -40,16 +43,24 @@ class ECT(OnSigma, SampledInOneStep, WithoutForwardMode):
     )
 
     kind: Literal["ect"]
-    teacher: str = operational(...)
-    teacher_weights: str | None = None
-    p_mean: float = -1.1
-    p_std: Positive = 2.0
-    weighting: Literal["inverse_gap", "edm"] = "inverse_gap"
-    q: Annotated[float, Field(gt=1)] = 2.0
-    k: Positive = 8.0
-    b: Positive = 1.0
-    num_stages: Count = 8
-    huber_c: Annotated[float, Field(ge=0)] | None = None
+    teacher: str = operational(..., TEACHER)
+    teacher_weights: str | None = TEACHER_WEIGHTS
+    p_mean: float = key(-1.1, "Mean of ln t, the logarithm of the times of training.", source="ECT, CIFAR-10")
+    p_std: Positive = key(2.0, "Standard deviation of ln t.", source="ECT, CIFAR-10")
+    weighting: Literal["inverse_gap", "edm"] = key(
+        "inverse_gap",
+        "Factor of the loss of the times t > r: 1 / (t - r), or edm: 1 / t^2 + 1 / sigma_data^2.",
+        source="ECT, CIFAR-10; its ImageNet 64 recipe has edm",
+    )
+    q: Annotated[float, Field(gt=1)] = key(
+        2.0,
+        "Factor by which the gap between t and r shrinks from stage to stage (section 3.2).",
+        source="ECT, CIFAR-10",
+    )
+    k: Positive = key(8.0, "How much wider the gap is at low noise: by 1 + k sigmoid(-b t).", source="ECT, CIFAR-10")
+    b: Positive = key(1.0, "How fast that falls with t.", source="ECT, CIFAR-10")
+    num_stages: Count = key(8, "Stages of the curriculum, equal parts of the training.", source="ECT, CIFAR-10")
+    huber_c: Annotated[float, Field(ge=0)] | None = HUBER_C
 
     @property
     def teacher_choice(self) -> TeacherChoice:

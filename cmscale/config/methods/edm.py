@@ -14,7 +14,7 @@ from cmscale.config.methods.base import (
     WithoutForwardMode,
     WithoutTeacher,
 )
-from cmscale.config.section import Positive
+from cmscale.config.section import Positive, key, operational
 
 
 class EDM(WithoutTeacher, WithoutForwardMode):
@@ -35,10 +35,17 @@ class EDM(WithoutTeacher, WithoutForwardMode):
     )
 
     kind: Literal["edm"]
-    p_mean: float = -1.2
-    p_std: Positive = 1.2
-    time_embedding: TimeEmbedding = "log_sigma"
-    sampler_steps: Annotated[int, Field(ge=2)] = Field(40, json_schema_extra={"operational": True})
+    p_mean: float = key(-1.2, "Mean of ln sigma, the logarithm of the noise levels of training.", source="EDM, table 1")
+    p_std: Positive = key(1.2, "Standard deviation of ln sigma.", source="EDM, table 1")
+    time_embedding: TimeEmbedding = key(
+        "log_sigma",
+        "What the time embedding gets: 250 ln(sigma), or the angle atan(sigma / sigma_data), which teachers of scd and "
+        "sct need for method.tangent: jvp.",
+        source="the released teachers",
+    )
+    sampler_steps: Annotated[int, Field(ge=2)] = operational(
+        40, "Steps of Heun's solver unless a command says otherwise; n steps evaluate the network 2 n - 1 times."
+    )
 
     @property
     def embeds_angle(self) -> bool:

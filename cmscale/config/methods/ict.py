@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmscale.config.methods.base import (
+    HUBER_C,
     UNPUBLISHED_SECOND_TIME,
     DistanceSettings,
     MethodFacts,
@@ -17,7 +18,7 @@ from cmscale.config.methods.base import (
     WithoutTeacher,
     check_scales,
 )
-from cmscale.config.section import Positive
+from cmscale.config.section import Positive, key
 
 
 class ICT(WithoutTeacher, OnSigma, SampledInOneStep, WithoutForwardMode):
@@ -38,11 +39,11 @@ class ICT(WithoutTeacher, OnSigma, SampledInOneStep, WithoutForwardMode):
     )
 
     kind: Literal["ict"]
-    s0: Annotated[int, Field(ge=2)] = 10
-    s1: Annotated[int, Field(ge=2)] = 1280
-    p_mean: float = -1.1
-    p_std: Positive = 2.0
-    huber_c: Annotated[float, Field(ge=0)] | None = None
+    s0: Annotated[int, Field(ge=2)] = key(10, "N(k) starts at s0 + 1.", source="iCT, section 3.4")
+    s1: Annotated[int, Field(ge=2)] = key(1280, "N(k) doubles up to s1 + 1.", source="iCT, section 3.4")
+    p_mean: float = key(-1.1, "Mean of ln t, the logarithm of the times of training.", source="iCT, section 3.5")
+    p_std: Positive = key(2.0, "Standard deviation of ln t.", source="iCT, section 3.5")
+    huber_c: Annotated[float, Field(ge=0)] | None = HUBER_C
 
     @model_validator(mode="after")
     def _check_growth(self) -> "ICT":

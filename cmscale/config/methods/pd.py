@@ -5,6 +5,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmscale.config.methods.base import (
+    TEACHER,
+    TEACHER_WEIGHTS,
     UNPUBLISHED_SECOND_TIME,
     ChosenDistance,
     DistanceName,
@@ -16,7 +18,7 @@ from cmscale.config.methods.base import (
     TeacherChoice,
     WithoutForwardMode,
 )
-from cmscale.config.section import operational
+from cmscale.config.section import key, operational
 
 
 class PD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
@@ -37,11 +39,21 @@ class PD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     )
 
     kind: Literal["pd"]
-    teacher: str = operational(...)
-    teacher_weights: str | None = None
-    distance: DistanceName = "l2"
-    start_scales: Annotated[int, Field(ge=2)] = 64
-    weighting: Literal["truncated_snr", "uniform"] = "truncated_snr"
+    teacher: str = operational(..., TEACHER)
+    teacher_weights: str | None = TEACHER_WEIGHTS
+    distance: DistanceName = key(
+        "l2", "Distance of the loss between two images, as for cd and ct.", source="Salimans and Ho 2022"
+    )
+    start_scales: Annotated[int, Field(ge=2)] = key(
+        64,
+        "N of the first stage, a power of two. Each stage halves it, down to 1.",
+        source="the released consistency code",
+    )
+    weighting: Literal["truncated_snr", "uniform"] = key(
+        "truncated_snr",
+        "Factor of the loss at time t: max(1 / t^2, 1), or 1.",
+        source="Salimans and Ho 2022, equation 9",
+    )
 
     @model_validator(mode="after")
     def _check_halving(self) -> "PD":

@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from cmscale.config.methods.base import MethodFacts, TeacherChoice
+from cmscale.config.methods.base import TEACHER, TEACHER_WEIGHTS, MethodFacts, TeacherChoice
 from cmscale.config.methods.continuous import ContinuousTime
 from cmscale.config.section import operational
 
@@ -25,8 +25,8 @@ class SCD(ContinuousTime):
     )
 
     kind: Literal["scd"]
-    teacher: str = operational(...)
-    teacher_weights: str | None = None
+    teacher: str = operational(..., TEACHER)
+    teacher_weights: str | None = TEACHER_WEIGHTS
 
     @property
     def teacher_choice(self) -> TeacherChoice:

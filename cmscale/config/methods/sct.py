@@ -4,9 +4,9 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from cmscale.config.methods.base import MethodFacts, TeacherChoice
+from cmscale.config.methods.base import TEACHER, TEACHER_WEIGHTS, MethodFacts, TeacherChoice
 from cmscale.config.methods.continuous import ContinuousTime
-from cmscale.config.section import operational
+from cmscale.config.section import key, operational
 
 
 class SCT(ContinuousTime):
@@ -27,9 +27,13 @@ class SCT(ContinuousTime):
     )
 
     kind: Literal["sct"]
-    teacher: str | None = operational(None)
-    teacher_weights: str | None = None
-    start: Literal["random", "teacher"] = "random"
+    teacher: str | None = operational(None, f"{TEACHER} Only with start: teacher.")
+    teacher_weights: str | None = TEACHER_WEIGHTS
+    start: Literal["random", "teacher"] = key(
+        "random",
+        "Whether the network starts with random weights or with the teacher's.",
+        source="training from scratch needs nothing else; sCM starts with a diffusion model",
+    )
 
     @model_validator(mode="after")
     def _check_teacher(self) -> "SCT":

@@ -1,0 +1,178 @@
+"""Explains mistakes in configs: one line for each, with its place, the value given and the values allowed."""
+
+import difflib
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from cmscale.config.keys import known_keys, sections
+from cmscale.config.methods import KINDS
+from cmscale.errors import UserError
+
+_MOST_SHOWN = 20
+_LONGEST_KEY = 200
+_SHOWN = reprlib.Repr()  # of a value in a message: YAML's aliases can make it endless
+_SHOWN.maxstring = _SHOWN.maxother = 200
+
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
+_SEXAGESIMAL = re.compile(r"[-+]?\d+(:[0-5]?\d)+")
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A key, and what is wrong with it, in words.
+
+    Attributes:
+        problem: `missing` and `unknown` belong together where one is a misspelling of the other.
+    """
+
+    key: str
+    why: str
+    problem: str = ""
+
+
+def refusal(mistakes: Iterable[Mistake], where: Callable[[str], str]) -> UserError:
+    """The error that names mistakes, one line each.
+
+    Args:
+        where: The place of a key, which its line begins with.
+    """
+    lines = [
+        f"{where(each.key)}: {each.key}: {each.why}" if each.key else f"{where('')}: {each.why}" for each in mistakes
+    ]
+    lines = list(dict.fromkeys(lines))
+    if len(lines) > _MOST_SHOWN:
+        lines = [*lines[: _MOST_SHOWN - 1], f"{where('')}: and {len(lines) - _MOST_SHOWN + 1} more mistakes"]
+    return UserError(*lines)
+
+
+def explain(error: ValidationError, *, section: str = "", more: Sequence[Mistake] = ()) -> list[Mistake]:
+    """Pydantic's errors as mistakes.
+
+    Args:
+        section: The section that was validated; empty for a whole config.
+        more: Mistakes that were found before.
+    """
+    found: dict[str, Mistake] = {}
+    for each in error.errors(include_url=False):
+        mistake = _explained(dict(each), section)
+        earlier = found.get(mistake.key)
+        found[mistake.key] = mistake if earlier is None else _either(earlier, mistake)
+    return joined([*more, *found.values()])
+
+
+def joined(mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """The mistakes, with a misspelt key and the key that is missing for it as one."""
+    missing = [each.key for each in mistakes if each.problem == "missing"]
+    meant: dict[str, str] = {}
+    for each in mistakes:
+        left = [key for key in missing if key not in meant.values()]
+        if each.problem == "unknown" and (close := difflib.get_close_matches(each.key[:_LONGEST_KEY], left, 1, 0.6)):
+            meant[each.key] = close[0]
+    return [
+        Mistake(each.key, f"unknown key; did you mean {meant[each.key]}, which is missing?")
+        if each.problem == "unknown" and each.key in meant
+        else each
+        for each in mistakes
+        if not (each.problem == "missing" and each.key in meant.values())
+    ]
+
+
+def unknown(key: str) -> Mistake:
+    """An unknown key, with what may be meant."""
+    what = "unknown section" if "." not in key else "unknown key"
+    return Mistake(key, f"{what}{suggestion(key)}", "unknown")
+
+
+def suggestion(key: str) -> str:
+    """`; did you mean train.seed?`, or nothing if no known key resembles it."""
+    if len(key) > _LONGEST_KEY:
+        return ""
+    candidates = known_keys() if "." in key else (*sections(), *(known.partition(".")[2] for known in known_keys()))
+    close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
+    return f"; did you mean {_whole(close[0])}?" if close else ""
+
+
+def _whole(name: str) -> str:
+    """The dotted key of a leaf's name; the name itself if it is dotted, or a section's."""
+    if "." in name or name in sections():
+        return name
+    return " or ".join(key for key in known_keys() if key.partition(".")[2] == name)
+
+
+def _explained(error: dict[str, Any], section: str) -> Mistake:
+    path = [str(part) for index, part in enumerate(error["loc"]) if not (index == 1 and part in KINDS)]
+    path = [section, *path] if section else path
+    while len(path) > 2 and ".".join(path[:-1]) in known_keys() and not path[-1].isdecimal():
+        path.pop()  # the branch of a union: slurm.time.int
+    key = ".".join(path)
+    match error["type"]:
+        case "extra_forbidden" if key in known_keys():
+            return Mistake(key, f"not a key of method.kind {error['loc'][1]}; remove it")
+        case "extra_forbidden":
+            return unknown(key)
+        case "missing":
+            return Mistake(key, "is missing and has no default; set it", "missing")
+        case "union_tag_not_found":
+            return _without_kind(key, error["input"])
+        case "union_tag_invalid":
+            tag, allowed = _SHOWN.repr(error["ctx"].get("tag")), error["ctx"].get("expected_tags")
+            return Mistake(f"{key}.kind", f"got {tag}; allowed: {allowed}")
+        case "value_error":
+            return _of_section(key, str(error["ctx"]["error"]))
+        case _:
+            wanted = error["msg"].replace("Input should", "it should")
+            return Mistake(key, f"got {_written(error['input'])}; {wanted}{_hint(error)}")
+
+
+def _without_kind(key: str, given: Any) -> Mistake:
+    """A section of the method without `kind`, which may be misspelt."""
+    allowed = ", ".join(KINDS)
+    others = [name for name in given if isinstance(name, str)] if isinstance(given, dict) else []
+    others = [name for name in others if f"{key}.{name}" not in known_keys()]
+    if close := difflib.get_close_matches("kind", [name[:_LONGEST_KEY] for name in others], n=1, cutoff=0.5):
+        return Mistake(f"{key}.{close[0]}", f"unknown key; did you mean {key}.kind ({allowed}), which is missing?")
+    return Mistake(f"{key}.kind", f"is missing; set it to one of {allowed}", "missing")
+
+
+def _of_section(key: str, why: str) -> Mistake:
+    """What a check over a whole section found: its message begins with the key that is wrong, if there is one."""
+    leaf, colon, rest = why.partition(": ")
+    for name in (f"{key}.{leaf}" if key else leaf, leaf):
+        if colon and name in known_keys():
+            return Mistake(name, rest)
+    return Mistake(key, why)
+
+
+def _either(one: Mistake, other: Mistake) -> Mistake:
+    """What two branches of a union say of the same value."""
+    same, _, rest = other.why.partition("; it should be ")
+    if rest and one.why.startswith(same):
+        return Mistake(one.key, f"{one.why} or {rest}", one.problem)
+    return one
+
+
+def _written(value: Any) -> str:
+    """A value as YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    simple = isinstance(value, (int, float, str, list, tuple))
+    return _SHOWN.repr(value) if simple else type(value).__name__
+
+
+def _hint(error: dict[str, Any]) -> str:
+    """What is meant, perhaps, by text in place of a number or of true and false."""
+    text, kind = error["input"], error["type"]
+    if not isinstance(text, str) or kind not in ("int_type", "float_type", "bool_type"):
+        return ""
+    if kind == "bool_type":
+        return "; write true or false"
+    if _LEADING_ZERO.fullmatch(text):
+        return f": a number has no leading zero, write {int(text.replace('_', ''))} (octal: 0o...)"
+    if _SEXAGESIMAL.fullmatch(text):
+        return ": with colons it is text, write one number"
+    return ""

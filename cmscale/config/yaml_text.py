@@ -1,0 +1,186 @@
+"""Reads and writes YAML: strict, with the scalars of YAML 1.2 and the line of every key."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cmscale.errors import UserError
+from cmscale.io.reading import read_small, reason
+
+_LARGEST = 1 << 20  # bytes of a file
+_DEEPEST = 3  # levels of keys whose lines are kept: slurm.extra.switches
+_TAG = "tag:yaml.org,2002:"
+_TEXT = f"{_TAG}str"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2, without repeated keys and without values that only look right.
+
+    1e-4 is a number and 0o100 is 64. `on`, 010, 24:00:00 and 2024-01-01 are text, where YAML 1.1 reads true, 8, 86400
+    and a date. Besides, 600_000 is a number, as in YAML 1.1. `None` is refused, as it would be text, and so is text
+    that `#1` behind it cuts, which would be a comment.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's table with null and << alone)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, text: str, *, origin: str) -> None:
+        super().__init__(text)
+        self._text = text
+        self._origin = origin
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if node.style is None and node.tag == _TEXT and node.value:
+            self._check_plain(node)
+        return node
+
+    def _check_plain(self, node: yaml.ScalarNode) -> None:
+        where = place(self._origin, _line(node))
+        if node.value in ("None", "none"):
+            raise UserError(f"{where}: {node.value} is text in YAML; write null, or quote it: '{node.value}'")
+        behind = re.compile(r"[ \t]+(#[^\s#!][^\n]*)").match(self._text, node.end_mark.index)
+        if behind is not None:
+            comment = behind[1].split()[0]
+            raise UserError(
+                f"{where}: {comment} behind {node.value!r} is a comment in YAML, not a part of the value; quote the "
+                f"value ('{node.value} {comment}'), or leave a space behind the #"
+            )
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
+                continue  # refused below, or no key
+            if (first := seen.get((key.tag, key.value))) is not None:
+                raise UserError(
+                    f"{place(self._origin, _line(key))}: {key.value!r} is given twice, first in line {first}; remove "
+                    "one of them"
+                )
+            seen[(key.tag, key.value)] = _line(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node)).replace("_", "")
+        base = {"0o": 8, "0x": 16}.get(text[:2].lower(), 10)
+        value = int(text[2:] if base != 10 else text, base)
+        if not -(2**63) <= value < 2**63:
+            raise ValueError("a whole number of more than 64 bits")
+        return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that any YAML, 1.1 or 1.2, would read as something else, and text that `_Loader` refuses."""
+
+
+_SCALARS: tuple[tuple[str, str, str], ...] = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+|[-+]?(\d+\.\d*|\.\d+)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+)
+for _name, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Dumper.add_implicit_resolver(f"{_TAG}null", re.compile(r"^(?:None|none)$"), ["N", "n"])
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_integer)
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The sections of a YAML file.
+
+    Attributes:
+        tree: Values by section and key.
+        lines: The line of each, by dotted key, from 1.
+    """
+
+    tree: dict[str, Any]
+    lines: Mapping[str, int]
+
+
+def place(origin: str, line: int | None) -> str:
+    """A place in a file, for messages; values of the command line have no lines that matter."""
+    return origin if line is None or origin.startswith("override ") else f"{origin}, line {line}"
+
+
+def read_yaml_text(path: Path, *, what: str) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        UserError: there is no such file, or it can't be read.
+    """
+    content = read_small(path, what=f"a {what}", limit=_LARGEST)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path}: can't be read ({error}); give a YAML file in UTF-8") from None
+
+
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """The content of YAML text: see `_Loader`.
+
+    Raises:
+        UserError: it is not YAML, or a value is none of its own type (`!!int abc`).
+    """
+    return _parse(text, origin)[0]
+
+
+def parse_sections(text: str, origin: str) -> Sections:
+    """The sections in the text of a YAML file.
+
+    Raises:
+        UserError: it is not YAML, or holds no sections.
+    """
+    tree, node = _parse(text, origin)
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin}: holds {type(tree).__name__}; write sections (method, model, data, ...)")
+    return Sections(tree, dict(_lines(node)))
+
+
+def dump_yaml(values: Any) -> str:
+    """Values as YAML text that `parse_yaml` reads as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
+
+
+def _parse(text: str, origin: str) -> tuple[Any, yaml.Node | None]:
+    try:
+        loader = _Loader(text, origin=origin)
+        try:
+            node = loader.get_single_node()
+            return (None if node is None else loader.construct_document(node)), node
+        finally:
+            loader.dispose()
+    except UserError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        line = None if error.problem_mark is None else error.problem_mark.line + 1
+        raise UserError(f"{place(origin, line)}: not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not YAML: {error}") from None
+    except Exception as error:  # constructors raise what int(), float() and their like raise
+        raise UserError(f"{origin}: not YAML that can be read: {reason(error)}") from None
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _lines(node: yaml.Node | None, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, int]]:
+    """The lines of keys by dotted name."""
+    if not isinstance(node, yaml.MappingNode) or depth > _DEEPEST:
+        return
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            name = f"{prefix}{key.value}"
+            yield name, _line(key)
+            yield from _lines(value, f"{name}.", depth + 1)

@@ -1,0 +1,203 @@
+"""Compares runs: differences of their configs, their curves and scores, on a terminal or as a page of its own."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from cmscale.config.compare import Difference, compared
+from cmscale.config.keys import written
+from cmscale.evaluation.metrics.frechet import FID
+from cmscale.evaluation.metrics.registry import all_metrics
+from cmscale.io.place import Place
+from cmscale.report.facts import RunFacts, read_facts
+from cmscale.report.plots import Curve, training_curves
+from cmscale.report.quality import quality_panels
+from cmscale.runs.comparison import describe_basis, groups_of, once_each
+from cmscale.runs.configs import config_of
+from cmscale.runs.folder import RunDir
+
+CURVES = (
+    ("loss", "Loss", True),
+    ("lr", "Learning rate", False),
+    ("grad_norm", "Gradient norm", True),
+    ("consistency_error", "Consistency error", True),
+    ("images_per_second", "Images per second", False),
+)
+"""The quantities that are compared: key in metrics.jsonl, title, whether on a logarithmic axis."""
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 40  # bars of a curve on a terminal
+
+
+@dataclass(frozen=True)
+class Score:
+    """A result of a run among those that may be compared with each other.
+
+    Attributes:
+        basis: What the results have in common, in words.
+        metrics: Mean of each metric, by name.
+    """
+
+    basis: str
+    run: str
+    step: int
+    weights: str
+    nfe: int
+    name: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What several runs share and how they differ.
+
+    Attributes:
+        curves: By quantity the values of each run, as (step, value) by step.
+        scores: The results that are comparable, group by group, each group's best first.
+    """
+
+    names: tuple[str, ...]
+    differences: tuple[Difference, ...]
+    curves: dict[str, tuple[list[tuple[int, float]], ...]]
+    scores: tuple[Score, ...]
+    facts: tuple[RunFacts, ...]
+
+
+def compare_runs(runs: Sequence[RunDir]) -> Comparison:
+    """Reads runs and compares them.
+
+    Raises:
+        UserError: a folder is no run, or its config can't be read.
+    """
+    facts = tuple(read_facts(run) for run in runs)
+    curves = {key: tuple(_points(each, key) for each in facts) for key, _, _ in CURVES}
+    return Comparison(
+        names=_names(runs),
+        differences=tuple(compared([config_of(Place(run.root)) for run in runs])),
+        curves={key: points for key, points in curves.items() if any(points)},
+        scores=tuple(_scores(facts, _names(runs))),
+        facts=facts,
+    )
+
+
+def _names(runs: Sequence[RunDir]) -> tuple[str, ...]:
+    """The runs' names; their paths, where two have one name."""
+    names = [run.name for run in runs]
+    return tuple(name if names.count(name) == 1 else str(run.root) for name, run in zip(names, runs, strict=True))
+
+
+def _points(facts: RunFacts, key: str) -> list[tuple[int, float]]:
+    found = [(record["step"], record.get(key)) for record in facts.metrics]
+    return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def _scores(facts: Sequence[RunFacts], names: Sequence[str]) -> list[Score]:
+    owners = {id(each): name for name, owner in zip(names, facts, strict=True) for each in owner.evaluations}
+    found = []
+    for group in groups_of(each for owner in facts for each in owner.evaluations if each.step is not None):
+        by_run = [once_each([each for each in group if owners[id(each)] == name]) for name in names]
+        for each in sorted((each for results in by_run for each in results), key=lambda each: each.fid.mean):
+            metrics = {name: metric.mean for name, metric in each.metrics.items()}
+            found.append(
+                Score(
+                    f"{each.score_name}, {describe_basis(each)}",
+                    owners[id(each)],
+                    each.step or 0,
+                    each.weights or "",
+                    each.nfe or 0,
+                    each.score_name,
+                    metrics,
+                )
+            )
+    return found
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON values."""
+    return {
+        "runs": list(comparison.names),
+        "differences": [vars(each) for each in comparison.differences],
+        "curves": {key: dict(zip(comparison.names, points, strict=True)) for key, points in comparison.curves.items()},
+        "scores": [vars(each) for each in comparison.scores],
+    }
+
+
+def bars(points: Sequence[tuple[int, float]], *, first: int, last: int, low: float, high: float, log: bool) -> str:
+    """A curve as a row of bars: the mean of the values that fall on each, blank where there are none."""
+    scale = math.log if log else float
+    groups: list[list[float]] = [[] for _ in range(_WIDTH)]
+    for step, value in points:
+        place = (step - first) / (last - first) if last > first else 0.0
+        groups[min(int(place * _WIDTH), _WIDTH - 1)].append(scale(value))
+    low, high = scale(low), scale(high)
+    span = high - low or 1.0
+    means = [sum(group) / len(group) if group else None for group in groups]
+    steps = len(_BARS) - 1
+    return "".join(" " if mean is None else _BARS[round(steps * (mean - low) / span)] for mean in means).rstrip()
+
+
+def curve_rows(comparison: Comparison) -> list[tuple[str, str, str, str, str]]:
+    """(quantity, run, bars, first value, last value) of every curve, runs on one scale."""
+    rows = []
+    for key, title, log in CURVES:
+        series = comparison.curves.get(key, ())
+        every = [point for points in series for point in points]
+        if not every:
+            continue
+        values = [value for _, value in every]
+        is_log = log and min(values) > 0
+        steps = [step for step, _ in every]
+        for name, points in zip(comparison.names, series, strict=True):
+            if points:
+                drawn = bars(points, first=min(steps), last=max(steps), low=min(values), high=max(values), log=is_log)
+                rows.append((title, name, drawn, f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}"))
+    return rows
+
+
+def page(comparison: Comparison) -> bytes:
+    """The comparison as a self-contained HTML page."""
+    curves = []
+    for key, title, log in CURVES:
+        series = comparison.curves.get(key, ())
+        drawn = (
+            [
+                Curve(name, *map(list, zip(*points, strict=True)))
+                for name, points in zip(comparison.names, series, strict=True)
+                if points
+            ]
+            if series
+            else []
+        )
+        if drawn:
+            curves.append((title, training_curves(drawn, name=title, log=log)))
+    environment = Environment(
+        loader=PackageLoader("cmscale.report", "."),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return (
+        environment.get_template("comparison.html.j2")
+        .render(
+            comparison=comparison,
+            groups=_groups(comparison),
+            curves=curves,
+            measured={
+                basis: {name for each in scores for name in each.metrics}
+                for basis, scores in _groups(comparison).items()
+            },
+            quality=quality_panels(comparison.facts),
+            written=written,
+            metrics=[(metric.name, metric.title) for metric in all_metrics() if metric.name != FID.name],
+        )
+        .encode()
+    )
+
+
+def _groups(comparison: Comparison) -> dict[str, list[Score]]:
+    found: dict[str, list[Score]] = {}
+    for each in comparison.scores:
+        found.setdefault(each.basis, []).append(each)
+    return found

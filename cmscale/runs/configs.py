@@ -1,0 +1,82 @@
+"""Reads the config of anything that has one: a config file, a run, a checkpoint, an exported file, a model card."""
+
+import json
+import re
+from pathlib import Path
+
+from cmscale.commands import situation
+from cmscale.config import Config, parse_config, parse_tree, read_config
+from cmscale.errors import UserError
+from cmscale.io.fetch import local_file
+from cmscale.io.place import Place
+from cmscale.io.reading import read_small
+from cmscale.io.storage import open_storage
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
+from cmscale.runs.manifests import read_checkpoint_manifest
+from cmscale.runs.source_kind import kind_of_source
+
+_CARD = "README.md"
+_CONFIG_OF_CARD = re.compile(r"^## Config\n\n```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_OF_RUNS = ("provenance.json", "events.jsonl")  # beside a config.yaml that holds every value
+
+
+def config_of(place: Place) -> Config:
+    """The config of a file, run, checkpoint, exported file, diffusers folder or model card.
+
+    Raises:
+        UserError: there is none, or it can't be read.
+    """
+    name = place.rstrip("/").lower()
+    if name.endswith((".yaml", ".yml")):
+        file = local_file(place)
+        is_of_run = any((file.parent / beside).exists() for beside in _OF_RUNS)
+        return read_config(file, resolved=is_of_run and file.name == "config.yaml")
+    if name.endswith(".md"):
+        return _of_card(read_small(local_file(place), what="a model card"), origin=place)
+    kind = kind_of_source(place)
+    storage = open_storage(place)
+    match kind:
+        case situation.RUN:
+            return _of_run(place)
+        case situation.CHECKPOINT:
+            return _of_checkpoint(place)
+        case situation.EXPORTED:
+            return parse_config(_metadata(local_file(place), origin=place), origin=place, resolved=True)
+        case situation.DIFFUSERS if (card := storage.read_if_present(_CARD)) is not None:
+            return _of_card(card, origin=storage.join(_CARD))
+        case _:
+            raise UserError(f"{place}: {kind} holds no config; give a config file, a run or an exported file")
+
+
+def _of_run(place: Place) -> Config:
+    storage = open_storage(place)
+    text = storage.read_if_present("config.yaml")
+    if text is not None:
+        return parse_config(text.decode("utf-8", "replace"), origin=storage.join("config.yaml"), resolved=True)
+    newest = committed_steps(storage)[-1]  # a run in a storage is its checkpoints
+    return _of_checkpoint(Place(storage.join(f"checkpoints/{step_name(newest)}")))
+
+
+def _of_checkpoint(place: Place) -> Config:
+    storage = open_storage(place)
+    origin = storage.join(CHECKPOINT_MANIFEST)
+    manifest = read_checkpoint_manifest(storage.read_if_present(CHECKPOINT_MANIFEST) or b"", origin=origin)
+    return parse_tree(manifest.config, origin=origin)
+
+
+def _of_card(text: bytes, *, origin: str) -> Config:
+    found = _CONFIG_OF_CARD.search(text.decode("utf-8", "replace").replace("\r\n", "\n"))
+    if found is None:
+        raise UserError(f"{origin}: holds no config; give the model card of an export of cmscale")
+    return parse_config(found[1], origin=origin, resolved=True)
+
+
+def _metadata(path: Path, *, origin: str) -> str:
+    """The config in the metadata of a safetensors file."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            return str(json.loads(file.read(min(size, path.stat().st_size)))["__metadata__"]["config"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{origin}: damaged, or not a safetensors file; copy it again, or give another") from None

@@ -1,0 +1,283 @@
+"""Sums up a run in a few facts: whether it is alive and how that is known, how far and how fast it is, how good.
+
+Every part of a run's folder may be missing, damaged or of another release; the other parts are shown all the same.
+"""
+
+import contextlib
+import json
+import math
+import os
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmscale.config import parse_yaml
+from cmscale.errors import UserError
+from cmscale.io.reading import read_small
+from cmscale.io.slurm import ACTIVE_STATES, job_states
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.comparison import best_of, describe_basis
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines, state_of
+from cmscale.runs.results import read_evaluations
+
+SILENT_SECONDS = 60.0
+"""A launcher on another machine that has not touched its file for so long is dead, or its machine is."""
+QUIET_SECONDS = 600.0
+"""A run that has written nothing for so long, and whose launcher or job is not seen, is called stale."""
+_TAIL = 1 << 16  # bytes of metrics.jsonl: some hundred records
+_RECENT = 20  # records that the rate is taken from
+_ENDED = ("finished", "finished, not exported", "superseded")
+_STOPPED = ("preempted", "fault")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best score of a run, and what it was measured on, in words."""
+
+    name: str
+    value: float
+    step: int | None
+    nfe: int | None
+    basis: str
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What is known of a run; None for what is not.
+
+    Attributes:
+        state: `running`, `queued`, `finished`, `stale`, or the last thing that happened: `preempted`, `fault`, ...
+        known_by: How the state is known, in words.
+        age_seconds: Since the first start.
+        quiet_seconds: Since anything was written last.
+        problems: What could not be read, one line each.
+    """
+
+    name: str
+    path: str
+    method: str | None
+    state: str
+    known_by: str
+    age_seconds: float | None
+    quiet_seconds: float | None
+    step: int
+    total_steps: int | None
+    steps_per_second: float | None
+    images_per_second: float | None
+    eta_seconds: float | None
+    loss: float | None
+    best: Best | None
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Life:
+    """What is known of a run's launcher or job; `is_alive` None: that can't be told from here."""
+
+    is_alive: bool | None
+    state: str
+    known_by: str
+
+
+def runs_in(folder: Path) -> list[RunDir]:
+    """The runs in a folder of runs, by name."""
+    return [RunDir(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
+
+
+def overview(run: RunDir, *, now: float | None = None) -> Overview:
+    """The facts of a run. Whatever its files hold, it raises nothing but what interrupts the program."""
+    problems: list[str] = []
+    settings = _settings(run, problems)
+    events = _records(run.events, problems)
+    metrics = _records(run.metrics, problems, tail=True)
+    now = time.time() if now is None else now
+    quiet = _quiet_seconds(run, now)
+    state, known_by = _state(run, state_of(events), quiet)
+    steps = [_number(each, "step") or 0 for each in (*metrics[-1:], *events[-1:])]
+    with contextlib.suppress(OSError, UserError):
+        steps += committed_steps(run)[-1:]
+    step, total = int(max(steps, default=0)), settings.get("total_steps")
+    images_per_second = _rate(metrics)
+    batch = settings.get("global_batch_size")
+    rate = images_per_second / batch if images_per_second and batch else None
+    started = next((moment for each in events if (moment := _number(each, "time"))), None)
+    return Overview(
+        name=run.name,
+        path=str(run.root),
+        method=settings.get("kind"),
+        state=state,
+        known_by=known_by,
+        age_seconds=None if started is None else max(now - started, 0.0),
+        quiet_seconds=quiet,
+        step=step,
+        total_steps=total,
+        steps_per_second=rate,
+        images_per_second=images_per_second,
+        eta_seconds=max(total - step, 0) / rate if rate and total and state == "running" else None,
+        loss=_number(metrics[-1], "loss") if metrics else None,
+        best=_best(run, problems),
+        problems=tuple(problems),
+    )
+
+
+def _settings(run: RunDir, problems: list[str]) -> dict[str, Any]:
+    """`method.kind`, `train.total_steps` and `train.global_batch_size`, also of a config that this release refuses."""
+    found: dict[str, Any] = {}
+    try:
+        text = read_small(run.config, what="a config").decode("utf-8", "replace")
+        tree = parse_yaml(text, origin="config.yaml")
+    except (OSError, UserError) as error:
+        problems.append(" ".join(str(error).split()))
+        return found
+    for section, leaf, kind in (
+        ("method", "kind", str),
+        ("train", "total_steps", int),
+        ("train", "global_batch_size", int),
+    ):
+        value = tree.get(section) if isinstance(tree, dict) else None
+        value = value.get(leaf) if isinstance(value, dict) else None
+        if isinstance(value, kind) and not isinstance(value, bool) and value:
+            found[leaf] = value
+        else:
+            problems.append(f"config.yaml: {section}.{leaf} is missing or damaged")
+    return found
+
+
+def _records(path: Path, problems: list[str], *, tail: bool = False) -> list[dict[str, Any]]:
+    """The records of a log; of a long one only the last, with `tail`."""
+    try:
+        if tail and path.is_file() and path.stat().st_size > _TAIL:
+            return list(_last_records(path))
+        return list(read_lines(path))
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name}: {error}")
+        return []
+
+
+def _last_records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        file.seek(-_TAIL, os.SEEK_END)
+        for line in file.read().split(b"\n")[1:]:
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(record := json.loads(line), dict):
+                    yield record
+
+
+def _number(record: dict[str, Any], name: str) -> float | None:
+    value = record.get(name)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None
+
+
+def _rate(metrics: list[dict[str, Any]]) -> float | None:
+    """Images per second: the median of the last records, as single ones hold checkpoints and evaluations."""
+    speeds = [speed for each in metrics[-_RECENT:] if (speed := _number(each, "images_per_second"))]
+    return statistics.median(speeds) if speeds else None
+
+
+def _quiet_seconds(run: RunDir, now: float) -> float | None:
+    times = []
+    for path in (run.metrics, run.events, run.checkpoints):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(now - max(times), 0.0) if times else None
+
+
+def _best(run: RunDir, problems: list[str]) -> Best | None:
+    try:
+        evaluations, unreadable = read_evaluations(run)
+    except OSError as error:
+        problems.append(f"evaluations: {error}")
+        return None
+    problems += unreadable
+    sampled = [each for each in evaluations if each.step is not None]
+    if not sampled:
+        return None
+    best = best_of(sampled)
+    return Best(best.score_name, best.fid.mean, best.step, best.nfe, describe_basis(best))
+
+
+def _state(run: RunDir, last: str, quiet: float | None) -> tuple[str, str]:
+    """The state, and how it is known. `last` is what the events say."""
+    if last in _ENDED:
+        return last, "events.jsonl"
+    life = _launcher(run) or _slurm_job(run)
+    if life is not None and life.is_alive:
+        return life.state, life.known_by
+    seen = "no launcher or job of it is seen from here" if life is None else life.known_by
+    if last in _STOPPED:
+        return last, f"events.jsonl; {seen}"
+    if quiet is not None and quiet < QUIET_SECONDS and (life is None or life.is_alive is None):
+        return "running", f"written {quiet:.0f} s ago; {seen}"
+    if last == "never started":
+        return last, seen
+    return "stale", f"nothing written for {_span(quiet)}; {seen}"
+
+
+def _launcher(run: RunDir) -> _Life | None:
+    """What the file says that a launcher touches while it lives."""
+    try:
+        sign = json.loads(run.launcher_sign.read_text())
+        host, process = str(sign["host"]), int(sign["process"])
+        age = max(time.time() - run.launcher_sign.stat().st_mtime, 0.0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    what = f"launcher {process} on {host}"
+    if host == socket.gethostname():
+        is_alive = _lives(process)
+        return _Life(is_alive, "running", what if is_alive else f"{what} has ended")
+    if age < SILENT_SECONDS:
+        return _Life(True, "running", f"{what}, alive {age:.0f} s ago")
+    return _Life(None, "", f"{what} has been silent for {_span(age)}")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
+
+
+def _slurm_job(run: RunDir) -> _Life | None:
+    """What Slurm says about the newest job of the run that has not reported its end."""
+    for job in sorted(run.logs.glob("submissions/*/job.json"), reverse=True):
+        if (job.parent / "ending.json").exists():
+            continue
+        try:
+            described = json.loads(job.read_text())
+            number = described["job_id"]
+            if "evaluate" in str(described["worker"]) or not number:
+                continue
+            states = job_states(str(number))
+        except (OSError, ValueError, KeyError, TypeError):  # FileNotFoundError: there is no squeue here
+            continue
+        if states is None:
+            return _Life(None, "", f"Slurm does not answer about job {number}")
+        active = sorted(states & ACTIVE_STATES)
+        if not active:
+            return _Life(False, "", f"Slurm has no job {number} any more")
+        state = "running" if "RUNNING" in active else "queued" if "PENDING" in active else active[0].lower()
+        return _Life(True, state, f"Slurm job {number} is {active[0]}")
+    return None
+
+
+def _span(seconds: float | None) -> str:
+    return "a while" if seconds is None else in_words(seconds)
+
+
+def in_words(seconds: float) -> str:
+    """A span of time in its two largest units: `3 d 4 h`, `5 min`, `12 s`."""
+    seconds = int(seconds)
+    for size, unit, smaller, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            rest = seconds % size // smaller
+            return f"{seconds // size} {unit}" + (f" {rest} {below}" if rest and size > 60 else "")
+    return f"{seconds} s"

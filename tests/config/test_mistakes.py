@@ -1,0 +1,142 @@
+"""Mistakes in configs: each is one line with its place, a typo is named, and what only looks right is refused."""
+
+import pytest
+
+from cmscale.commands.ending import guarded
+from cmscale.config import parse_config
+from cmscale.config.layers import Layer
+from cmscale.errors import UserError
+
+TEXT = """method: {kind: ct}
+model: {image_size: 32, channels: 32, channel_multipliers: [1, 2], num_res_blocks: 1}
+data: {path: s3://bucket/data}
+optimizer: {learning_rate: 1e-4}
+train: {total_steps: 10, global_batch_size: 8, micro_batch_size: 2}
+"""
+
+
+def lines_of(text: str, overrides: list[str] | None = None, **more: object) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        parse_config(text, overrides, origin="a.yaml", **more)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        (
+            "total_steps",
+            "total_step",
+            "a.yaml, line 5: train.total_step: unknown key; did you mean train.total_steps, ",
+        ),
+        (
+            "learning_rate",
+            "learnin_rate",
+            "a.yaml, line 4: optimizer.learnin_rate: unknown key; did you mean optimizer.l",
+        ),
+        (
+            "optimizer:",
+            "optimiser:",
+            "a.yaml, line 4: optimiser: unknown key; did you mean optimizer, which is missing?",
+        ),
+        ("{kind:", "{knd:", "a.yaml, line 1: method.knd: unknown key; did you mean method.kind (edm, "),
+        (
+            "{kind: ct}",
+            "{kind: cd, techer: x}",
+            "a.yaml, line 1: method.techer: unknown key; did you mean method.teacher, w",
+        ),
+    ],
+)
+def test_a_misspelt_required_key_is_one_line_that_names_the_typo(old: str, new: str, line: str) -> None:
+    found = lines_of(TEXT.replace(old, new))
+    assert len(found) == 1
+    assert found[0].startswith(line)
+
+
+def test_all_mistakes_are_listed_with_their_places() -> None:
+    text = TEXT.replace("channels: 32", "channels: many") + "wandb:\n  mode: on\n  projekt: x\nmore: 1\n"
+    found = lines_of(text, ["train.sed=1", "train.seed=-1", "nonsense", "engine.precision=fp8"])
+    assert [line.split("; ")[0] for line in found] == [
+        "command line: train.sed: unknown key",
+        "command line: override 'nonsense': write it as key=value, for example train.seed=1",
+        "a.yaml, line 2: model.channels: got 'many'",
+        "command line: train.seed: got -1",
+        "command line: engine.precision: got 'fp8'",
+        "a.yaml, line 7: wandb.mode: got 'on'",
+        "a.yaml, line 8: wandb.projekt: unknown key",
+        "a.yaml, line 9: more: unknown section",
+    ]
+
+
+def test_very_many_mistakes_are_counted() -> None:
+    wrong = "".join(f"  k{index}: 1\n" for index in range(50))
+    found = lines_of(f"{TEXT}wandb:\n{wrong}")
+    assert len(found) == 20
+    assert found[-1] == "a.yaml: and 31 more mistakes"
+
+
+def test_a_command_prints_a_line_for_each_and_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(arguments: list[str]) -> None:
+        parse_config(TEXT, arguments)
+
+    assert guarded(main, ["train.sed=1", "train.seed=x"]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2
+    assert all(line.startswith("error: command line: train.se") for line in printed)
+
+
+def test_a_value_of_a_layer_beneath_is_placed_there() -> None:
+    beneath = [Layer("site file s", {"data": {"cache_gb": -1}})]
+    assert lines_of(TEXT, beneath=beneath)[0].startswith("site file s: data.cache_gb: got -1")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("010", "got '010'; it should be a valid integer: a number has no leading zero, write 10 (octal: 0o...)"),
+        ("1:30", "got '1:30'; it should be a valid integer: with colons it is text, write one number"),
+        ("yes", "got 'yes'; it should be a valid integer"),
+        ("1,000", "got '1,000'"),
+    ],
+)
+def test_what_looks_like_a_number_is_refused_with_its_line(value: str, said: str) -> None:
+    (line,) = lines_of(f"{TEXT}evaluate:\n  num_samples: {value}\n")
+    assert line.startswith(f"a.yaml, line 7: evaluate.num_samples: {said}")
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/data #1", "/data #1", "s3://bucket/data\t#1 of 2"])
+def test_a_comment_that_cuts_text_is_refused(given: str) -> None:
+    (line,) = lines_of(TEXT.replace("{path: s3://bucket/data}", f"\n  path: {given}"))
+    assert line.startswith("a.yaml, line 4: #1 behind ")
+    assert "quote the value" in line
+    quoted = parse_config(TEXT.replace("{path: s3://bucket/data}", f"\n  path: '{given}'"))
+    assert quoted.data.path == given
+    with pytest.raises(UserError, match=r"override 'data.path=x #1': #1 behind 'x' is a comment"):
+        parse_config(TEXT, ["data.path=x #1"])
+
+
+def test_comments_stay_comments() -> None:
+    text = TEXT.replace(
+        "{path: s3://bucket/data}", "  # made\n  path: s3://b/d  # made by\n  workers: 2 #two\n  #path: x"
+    )
+    assert parse_config(text).data.path == "s3://b/d"
+    assert parse_config(TEXT, ["data.path=a#1"]).data.path == "a#1"
+
+
+@pytest.mark.parametrize("word", ["None", "none"])
+def test_pythons_none_is_refused_and_null_is_meant(word: str) -> None:
+    (line,) = lines_of(f"{TEXT}evaluate: {{reference: {word}}}")
+    assert line == f"a.yaml, line 6: {word} is text in YAML; write null, or quote it: '{word}'"
+
+
+def test_yes_and_no_are_words_where_true_and_false_are_meant() -> None:
+    (line,) = lines_of(TEXT.replace("{path:", "{flip: no, path:"))
+    assert line == "a.yaml, line 3: data.flip: got 'no'; it should be a valid boolean; write true or false"
+
+
+def test_a_key_given_twice_and_broken_yaml_name_their_lines() -> None:
+    assert lines_of(f"{TEXT}train: {{}}\n") == [
+        "a.yaml, line 6: 'train' is given twice, first in line 5; remove one of them"
+    ]
+    (line,) = lines_of(f"{TEXT}engine: [\n")
+    assert line.startswith("a.yaml, line 7: not YAML: ")

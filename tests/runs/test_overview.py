@@ -1,0 +1,183 @@
+"""What `cmscale runs` and `cmscale compare` say of runs: state and how it is known, progress, scores, differences."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import run
+from run_folder import write_evaluation, write_run
+
+from cmscale.config import dump_config, parse_config
+from cmscale.runs import overview as module
+from cmscale.runs.folder import RunDir
+from cmscale.runs.log import append_line, write_event
+from cmscale.runs.overview import in_words, overview
+
+CONFIG = """
+method: {kind: ct}
+model: {image_size: 16, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, head_channels: 32}
+data: {path: data}
+optimizer: {learning_rate: 1e-4}
+train: {total_steps: 1000, global_batch_size: 64, micro_batch_size: 8}
+"""
+
+
+def working_run(root: Path, *, steps: int = 100, **changes: float) -> RunDir:
+    """A run whose last event is its start."""
+    found = RunDir(root)
+    root.mkdir(parents=True)
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    found.config.write_text(dump_config(parse_config(CONFIG, overrides)))
+    write_event(found, "start", step=0, rank=0)
+    for step in range(10, steps + 1, 10):
+        append_line(found.metrics, {"step": step, "loss": 1 / step, "images_per_second": 128.0})
+    return found
+
+
+def sign(found: RunDir, process: int, *, host: str | None = None, age: float = 0.0) -> None:
+    """The sign of life of a launcher."""
+    found.logs.mkdir(exist_ok=True)
+    content = {"host": host or socket.gethostname(), "process": process, "machine": "m"}
+    found.launcher_sign.write_text(json.dumps(content))
+    os.utime(found.launcher_sign, (time.time() - age,) * 2)
+
+
+def test_rate_and_time_left_are_those_of_the_last_records(tmp_path: Path) -> None:
+    found = working_run(tmp_path / "one")
+    sign(found, os.getpid())
+    seen = overview(found)
+    assert (seen.state, seen.known_by) == ("running", f"launcher {os.getpid()} on {socket.gethostname()}")
+    assert (seen.step, seen.total_steps, seen.steps_per_second, seen.eta_seconds) == (100, 1000, 2.0, 450.0)
+    assert seen.loss == 0.01
+    assert seen.age_seconds is not None
+    assert seen.age_seconds < 600
+
+
+def test_a_state_is_known_by_the_launcher_where_there_is_one(tmp_path: Path) -> None:
+    found = working_run(tmp_path / "one")
+    assert overview(found).state == "running"  # written just now
+    assert "written" in overview(found).known_by
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    sign(found, ended.pid)
+    assert overview(found).state == "stale"
+    assert f"launcher {ended.pid} on {socket.gethostname()} has ended" in overview(found).known_by
+    sign(found, 1, host="elsewhere", age=5)
+    assert "launcher 1 on elsewhere, alive 5 s ago" in overview(found).known_by
+    sign(found, 1, host="elsewhere", age=7200)
+    assert overview(found, now=time.time() + 7200).state == "stale"
+    assert "launcher 1 on elsewhere has been silent for 2 h" in overview(found, now=time.time() + 7200).known_by
+
+
+@pytest.mark.parametrize(
+    ("states", "state", "words"),
+    [
+        ({"RUNNING"}, "running", "Slurm job 12 is RUNNING"),
+        ({"PENDING"}, "queued", "Slurm job 12 is PENDING"),
+        (set(), "stale", "Slurm has no job 12 any more"),
+        (None, "running", "Slurm does not answer about job 12"),  # it wrote just now
+    ],
+)
+def test_a_state_is_known_by_slurm(states, state: str, words: str, tmp_path: Path, monkeypatch) -> None:
+    found = working_run(tmp_path / "one")
+    job = found.logs / "submissions" / "a" / "job.json"
+    job.parent.mkdir(parents=True)
+    job.write_text(json.dumps({"worker": "train", "job_id": "12"}))
+    monkeypatch.setattr(module, "job_states", lambda job_id: states)
+    seen = overview(found)
+    assert seen.state == state
+    assert words in seen.known_by
+
+
+@pytest.mark.parametrize(("event", "state"), [("finished", "finished"), ("preempted", "preempted"), ("fault", "fault")])
+def test_what_has_ended_is_known_by_its_events(event: str, state: str, tmp_path: Path) -> None:
+    found = working_run(tmp_path / "one")
+    write_event(found, event, step=100, rank=0)
+    seen = overview(found)
+    assert seen.state == state
+    assert seen.known_by.startswith("events.jsonl")
+    assert seen.eta_seconds is None
+
+
+DAMAGES = {
+    "metrics.jsonl": '{"step": "ten", "loss": null}\n[1]\n\x00\x00\n{"step": 1e999}\n',
+    "events.jsonl": '{"event": 5, "time": "noon", "step": []}\n',
+    "config.yaml": "method: [\n",
+    "evaluations/step-000000001-x.json": "{",
+}
+
+
+def test_damage_in_one_run_never_hides_the_others(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_run(tmp_path / "good")
+    for number, (name, content) in enumerate(DAMAGES.items()):
+        damaged = write_run(tmp_path / f"bad-{number}")
+        (damaged.root / name).write_text(content)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.yaml").write_text("")
+    odd = write_run(tmp_path / "odd")
+    odd.config.write_text("method: ct\ntrain: {total_steps: many, global_batch_size: -1}\n")
+    assert run(monkeypatch, "runs", tmp_path) == 0
+    table = capsys.readouterr().out
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert all(name in table for name in names)
+    assert "unreadable" in table
+    assert run(monkeypatch, "runs", tmp_path, "--json") == 0
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert sorted(found) == names
+    assert not found["good"]["problems"]
+    assert found["good"]["best"]["name"] == "FD-EfficientNet"
+    assert all(found[f"bad-{number}"]["problems"] for number in (2, 3))
+    assert found["bad-0"]["step"] == 200  # of its events
+
+
+def test_watching_prints_again(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_run(tmp_path / "good")
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert run(monkeypatch, "runs", tmp_path, "--watch", 3) == 130
+    assert slept == [3, 3]
+    assert "good" in capsys.readouterr().out
+
+
+def test_runs_are_compared_on_the_terminal_as_json_and_as_a_page(tmp_path: Path, monkeypatch, capsys) -> None:
+    one = working_run(tmp_path / "one")
+    two = working_run(tmp_path / "two", train__seed=1, data__workers=2)
+    write_evaluation(one, step=100, nfe=1, values=(30.0,))
+    write_evaluation(two, step=100, nfe=1, values=(20.0,))
+    write_evaluation(two, step=100, nfe=1, values=(1.0,), num_samples=100)  # not comparable with the others
+    assert run(monkeypatch, "compare", one.root, two.root) == 0
+    text = capsys.readouterr().out
+    assert text.index("500 samples") < text.index("two  ") < text.index("one  ") < text.index("100 samples")
+    assert "█" in text
+    assert text.index("changes the losses") < text.index("train.seed") < text.index("data.workers")
+    assert run(monkeypatch, "compare", one.root, two.root, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["run"] for each in found["scores"]] == ["two", "one", "two"]
+    assert found["curves"]["loss"]["one"][0] == [10, 0.1]
+    page = tmp_path / "page.html"
+    assert run(monkeypatch, "compare", one.root, two.root, "--out", page) == 0
+    written = page.read_text()
+    for part in ("train.seed", "<svg", "500 samples", "Loss", "20", "30"):
+        assert part in written
+    capsys.readouterr()
+    for arguments, words in (([one.root], "give two or more"), ([one.root, tmp_path], "not a run")):
+        assert run(monkeypatch, "compare", *arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(5, "5 s"), (61, "1 min"), (3600, "1 h"), (7320, "2 h 2 min"), (90000, "1 d 1 h")]
+)
+def test_spans_in_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
