@@ -133,7 +133,7 @@ def test_a_failed_evaluation_leaves_its_finished_run_finished(tmp_path: Path, mo
     monkeypatch.setattr(sys, "argv", ["cmscale", "runs", str(tmp_path)])
     with pytest.raises(SystemExit):
         cli.main()
-    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "finished"
+    assert capsys.readouterr().out.splitlines()[-1].split()[2] == "finished"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
