@@ -288,7 +288,7 @@ def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) 
 
 
 def checkpoint_step(text: str) -> int | None:
-    """The step that `--step` names; None for the newest checkpoint.
+    """The step that `--checkpoint` names; None for the newest checkpoint.
 
     Raises:
         UserError: neither a number nor `latest`.
@@ -296,4 +296,4 @@ def checkpoint_step(text: str) -> int | None:
     try:
         return parse_step(text)
     except ValueError as error:
-        raise UserError(f"--step: {error}") from None
+        raise UserError(f"--checkpoint: {error}") from None

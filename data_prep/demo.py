@@ -93,7 +93,8 @@ def command_parser() -> CommandParser:
     parser.add("--picture", use=USED, output=Output((".png",)), help="write one crop as a PNG, to try editing on")
     parser.add("--view", use=USED, choices=sorted(VIEWS), default="flower", help="photograph (default: flower)")
     parser.add(
-        "--count",
+        "--samples",
+        dest="count",
         use=Use(needs=("folder",)),
         type=whole_number(1),
         default=3000,

@@ -1,7 +1,7 @@
 """Writes a data set's reference statistics, which evaluations compare samples with.
 
     python data_prep/reference.py DATASET --out FILE [--format adm|edm|edm2] [--features NETWORK]
-        [--weights FILE|s3://...]
+        [--features-weights FILE|s3://...]
 
 adm: `.npz` with `arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`, and more arrays for the preprocessing and the features. Use
 it for evaluations here, as only it keeps images, for KID, precision and recall. edm: `.npz` with `mu` and `sigma` of
@@ -71,7 +71,7 @@ def make_reference(
         features,
         weights=local_file(weights) if weights else None,
         device=choose_device(device),
-        option="--weights FILE",
+        option="--features-weights FILE",
     )
     name = f"{manifest.source} {manifest.fingerprint[:12]}"
     with _local_file_of(out) as path:
@@ -129,14 +129,17 @@ def command_parser() -> CommandParser:
     parser.add("--format", use=USED, choices=formats, default="adm", help="default: %(default)s")
     parser.add("--features", use=USED, choices=feature_networks(), default="inception", help="default: %(default)s")
     parser.add(
-        "--weights",
+        "--features-weights",
+        dest="weights",
         use=USED,
         type=Place,
         metavar="FILE|s3://…",
         help="weights of the feature network (default: its download or package)",
     )
     parser.add("--device", use=USED, choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
-    parser.add("--limit", use=USED, type=whole_number(2), metavar="N", help="measure only the first N images")
+    parser.add(
+        "--samples", dest="limit", use=USED, type=whole_number(2), metavar="N", help="measure only the first N images"
+    )
     parser.add(
         "--subset",
         use=Use(format=tuple(f"--format {name}" for name in formats if reference_writers()[name].keeps_images)),

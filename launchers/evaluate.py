@@ -136,7 +136,7 @@ def _check_steps(request: EvaluateRequest, run: RunDir) -> None:
     for step in request.steps_asked:
         if step is not None and step not in there:
             known = ", ".join(map(str, there))
-            raise UserError(f"--step {step}: {run.root} has no such checkpoint; choose from {known}")
+            raise UserError(f"--checkpoint {step}: {run.root} has no such checkpoint; choose from {known}")
 
 
 if __name__ == "__main__":

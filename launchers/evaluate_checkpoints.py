@@ -1,8 +1,8 @@
 """Evaluates checkpoints while training goes on: a job of its own for every N-th, requested once.
 
 On Slurm the batch script of the training job runs it, so that nobody needs to stay logged in; on this machine the
-launcher does. It looks for committed checkpoints and starts `launchers/evaluate.py RUN --step K` for each. A file in
-the run's logs records that the evaluation of a step was requested; while it holds a process, by whom.
+launcher does. It looks for committed checkpoints and starts `launchers/evaluate.py RUN --checkpoint K` for each. A file
+in the run's logs records that the evaluation of a step was requested; while it holds a process, by whom.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def request_due(run: RunDir, *, every: int, flags: list[str]) -> None:
             continue  # another start of the job was faster
         command = [sys.executable, str(CHECKOUT / "launchers" / "evaluate.py"), *flags, str(run.root)]
         status = subprocess.run(
-            [*command, "--step", str(step)],
+            [*command, "--checkpoint", str(step)],
             env=outside_of_jobs(),
             check=False,
             preexec_fn=partial(die_with_parent, signal.SIGTERM),

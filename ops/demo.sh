@@ -61,7 +61,7 @@ for format in mds webdataset; do
   python data_prep/prepare.py --source "lsun:$runs/demo_train_lmdb" --format $format --image-size 16 --encoding png \
     --out "$bucket/$format" --workers 2
 done
-python data_prep/reference.py "$bucket/webdataset" --out "$runs/reference.npz" --features efficientnet --limit 600
+python data_prep/reference.py "$bucket/webdataset" --out "$runs/reference.npz" --features efficientnet --samples 600
 
 train() { # kind format [key=value ...]
   local kind=$1 format=$2
@@ -71,14 +71,14 @@ train() { # kind format [key=value ...]
   python launchers/submit.py "${local[@]}" --name "$kind" "configs/demo_$kind.yaml" \
     "data.path=$bucket/$format" "checkpoint.export_to=$bucket/runs" "evaluate.reference=$runs/reference.npz" "$@" ${longer[$kind]:-}
   say "evaluation: $kind, before and after, on both processes"
-  python launchers/evaluate.py "${local[@]}" "$runs/$kind" --step 0,latest
+  python launchers/evaluate.py "${local[@]}" "$runs/$kind" --checkpoint 0,latest
 }
 train edm mds
 train cd mds "method.teacher=$runs/edm"
 train ct webdataset
 
 say "samples, export, editing, report"
-cmscale sample "$runs/cd" --num 64 --out "$runs/samples.npz" --grid "$runs/samples.png"
+cmscale sample "$runs/cd" --samples 64 --out "$runs/samples.npz" --grid "$runs/samples.png"
 cmscale export "$runs/cd" --format safetensors --to "$bucket/exports/cd.safetensors"
 python data_prep/demo.py --picture "$runs/photograph.png"
 cmscale edit inpaint "$bucket/exports/cd.safetensors" "$runs/photograph.png" --out "$runs/inpainted.png"

@@ -1,19 +1,63 @@
 """The application of the command `cmscale`: all groups of commands."""
 
+import functools
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from cmscale import __version__
 from cmscale.cli import configs, evaluation, facts, runs, sampling, weights
+from cmscale.cli.command import command
+from cmscale.commands.former import with_current_names
+from cmscale.commands.use import USED
 from cmscale.errors import UserError
 
 # Commands import torch when they are called, so that `cmscale --help` and `cmscale runs` answer at once.
 
+NAME = "cmscale"
+COMPLETE = "_CMSCALE_COMPLETE"
+"""The variable by which a completion script asks."""
 HELP = "The `cmscale` command. A user's mistake is one line and exit status 2; a fault exits with 1."
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,  # `completion` is a command
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help=HELP,
+    epilog="Training: python launchers/submit.py -h. Evaluation on a cluster: python launchers/evaluate.py -h.",
+)
 for group in (sampling, evaluation, weights, runs, configs, facts):
     app.add_typer(group.app)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the release and exit; after a command, too.")
+    ] = False,
+) -> None:
+    del version  # see `run`
+
+
+@command(app)
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Your shell."), USED],
+) -> None:
+    """Prints the shell's completion of this command: eval "$(cmscale completion bash)"."""
+    from typer.completion import get_completion_script
+
+    print(get_completion_script(prog_name=NAME, complete_var=COMPLETE, shell=shell))
+
+
+def complete(instruction: str) -> int:
+    """Answers the completion script, which asks by variables of the environment. Returns an exit status."""
+    from typer.completion import completion_init, shell_complete
+
+    completion_init()
+    return shell_complete(_program(), {}, NAME, COMPLETE, instruction)
 
 
 def run(arguments: list[str]) -> int:
@@ -22,8 +66,12 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: a mistake in the command line, or one that the command found.
     """
+    if "--version" in arguments[: arguments.index("--") if "--" in arguments else None]:
+        print(f"{NAME} {__version__}")
+        return 0
+    arguments = with_current_names(arguments, _flags_of(arguments))
     try:
-        with _program().make_context("cmscale", arguments) as context:
+        with _program().make_context(NAME, list(arguments)) as context:
             _program().invoke(context)
     except typer.Exit as ended:
         return ended.exit_code
@@ -38,15 +86,42 @@ def run(arguments: list[str]) -> int:
 @cache
 def _program() -> Any:
     """The application as a click command. `app()` would print usage errors in boxes and end the process by itself."""
-    return typer.main.get_command(app)
+    program = typer.main.get_command(app)
+    _without_types(program)
+    return program
+
+
+def _without_types(program: Any) -> None:
+    """Has the help name an argument by its metavar alone; typer would add its type, `<str>`."""
+    for parameter in program.params:
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = functools.partial(_choices, parameter.display_type_rich)
+    for inner in getattr(program, "commands", {}).values():
+        _without_types(inner)
+
+
+def _choices(described: Callable[..., str], **context: Any) -> str:
+    """What typer says of a type, if these are choices."""
+    found = described(**context) or ""
+    return found if "|" in found else ""
+
+
+def _found(arguments: list[str]) -> tuple[Any, list[str]]:
+    """The command that the first words name, and these words."""
+    found, words = _program(), [NAME]
+    for argument in arguments:
+        inner = getattr(found, "commands", {}).get(argument)
+        if inner is None:
+            break
+        found = inner
+        words.append(argument)
+    return found, words
 
 
 def _help_of(arguments: list[str]) -> str:
-    words = ["cmscale"]
-    commands = _program().commands
-    for argument in arguments:
-        if argument not in commands:
-            break
-        words.append(argument)
-        commands = getattr(commands[argument], "commands", {})
-    return f"{' '.join(words)} --help"
+    return f"{' '.join(_found(arguments)[1])} --help"
+
+
+def _flags_of(arguments: list[str]) -> set[str]:
+    """The options of the command that is called."""
+    return {flag for parameter in _found(arguments)[0].params for flag in parameter.opts + parameter.secondary_opts}

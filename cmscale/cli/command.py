@@ -12,6 +12,7 @@ Every parameter has a `Use`. A `Place` is parsed, an `Output` checked before the
 the options that were given as `given`, if it asks for them, and calls `given.refuse_unused` once it knows more.
 """
 
+import copy
 import functools
 import inspect
 import operator
@@ -36,6 +37,7 @@ GIVEN: Any = None
 COMMANDS: dict[str, dict[str, Use]] = {}
 """The options of every command, by its name, and where each is used."""
 
+_METAVARS = {Place: "PATH", int: "N", float: "X", str: "TEXT"}
 _ON_THE_COMMAND_LINE = ("COMMANDLINE", "ENVIRONMENT")
 
 
@@ -120,13 +122,23 @@ def _declared(function: Callable[..., None]) -> Iterator[_Declared]:
             raise TypeError(f"{function.__name__}: {name} needs a typer.Option or typer.Argument, and a Use")
         yield _Declared(
             parameter=parameter.replace(
-                kind=inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[_as_text(kind), info]
+                kind=inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[_as_text(kind), _with_metavar(info, kind)]
             ),
             flag=_flag(name, info),
             use=use,
             output=next((mark for mark in marks if isinstance(mark, Output)), None),
             is_place=_as_text(kind) != kind,
         )
+
+
+def _with_metavar(info: ParameterInfo, kind: Any) -> ParameterInfo:
+    """The option with a word for its value: PATH, N. Choices and switches need none."""
+    if isinstance(info, OptionInfo) and info.metavar is None:
+        single = next((part for part in (kind, *get_args(kind)) if part in _METAVARS), None)
+        if single is not None:
+            info = copy.copy(info)
+            info.metavar = _METAVARS[single]
+    return info
 
 
 def _flag(name: str, info: ParameterInfo) -> str:

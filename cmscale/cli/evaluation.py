@@ -73,14 +73,14 @@ def consistency_error(
     plot: Annotated[
         Place | None, typer.Option(help="Also plot the error against time to a PNG."), USED, Output((".png",))
     ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Images."), USED] = 64,
+    num: Annotated[int, typer.Option("--samples", min=1, help="Images whose trajectories are followed."), USED] = 64,
     teacher: Annotated[
         Place | None,
         typer.Option(help="Diffusion model whose ODE is followed. Default: the source's teacher."),
         USED,
     ] = None,
-    seed: Annotated[int, typer.Option(min=0), USED] = 0,
-    batch_size: Annotated[int, typer.Option(min=1), USED] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise."), USED] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once."), USED] = 64,
     weights: WeightsOption = None,
     step: StepOption = "latest",
     config: ConfigOption = None,

@@ -1,5 +1,6 @@
 """Commands that print facts: `doctor`, `estimate`."""
 
+import json
 import math
 from typing import Annotated
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmscale.cli.command import TableConsole, command
+from cmscale.cli.options import JsonOption
 from cmscale.commands.use import USED
 from cmscale.errors import UserError
 from cmscale.io.place import Place
@@ -34,6 +36,7 @@ def estimate(
     nodes: Annotated[int, typer.Option(min=1), USED] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1), USED] = 8,
     tflops: Annotated[float, typer.Option(help="TFLOP/s that one GPU sustains on this network."), USED] = 150.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Estimates the cost of a config: parameters, memory per rank, FLOP, days."""
     from cmscale.config import read_config
@@ -42,9 +45,13 @@ def estimate(
 
     if not 0 < tflops < math.inf:
         raise UserError(f"--tflops {tflops}: give a number above 0")
-    table = Table("what", "estimate", box=None)
     settings = read_config(config, overrides)
-    for what, value in estimates(settings, num_ranks=nodes * gpus_per_node, tflops=tflops):
+    found = list(estimates(settings, num_ranks=nodes * gpus_per_node, tflops=tflops))
+    if as_json:
+        print(json.dumps({**dict(found), "cautions": cautions(settings)}, indent=1))
+        return
+    table = Table("what", "estimate", box=None)
+    for what, value in found:
         table.add_row(what, value)
     TableConsole().print(table)
     for caution in cautions(settings):

@@ -1,5 +1,7 @@
 """The entry point of the command `cmscale`. It imports the commands last, so that Ctrl-C then is one line, too."""
 
+import os
+
 from cmscale.commands.ending import end_early_interrupts, guarded, leave
 
 
@@ -10,8 +12,10 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    from cmscale.cli.app import run
+    from cmscale.cli.app import COMPLETE, complete, run
     from cmscale.config.site import use_site
 
+    if instruction := os.environ.get(COMPLETE):
+        return complete(instruction)
     use_site()
     return run(arguments)

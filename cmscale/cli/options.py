@@ -20,7 +20,11 @@ WeightsOption = Annotated[
     typer.Option(help="An EMA's name, or `master`. Default: the config's first EMA."),
     Use(source=WITH_WEIGHTS_TO_CHOOSE),
 ]
-StepOption = Annotated[str, typer.Option(help="Step of a run's checkpoint, or `latest`."), Use(source=(RUN,))]
+StepOption = Annotated[
+    str,
+    typer.Option("--checkpoint", metavar="STEP", help="Step of a run's checkpoint, or `latest`."),
+    Use(source=(RUN,)),
+]
 ConfigOption = Annotated[
     Place | None, typer.Option(help="Config of weights without one (another project's)."), Use(source=WITHOUT_CONFIG)
 ]
@@ -34,7 +38,11 @@ DeviceOption = Annotated[
 ]
 TimesOption = Annotated[
     Place | None,
-    typer.Option(help="Descending sigmas to sample at, such as 80,4.4, or the JSON of search-times."),
+    typer.Option(
+        "--sampling-times",
+        metavar="80,4.4|FILE.json",
+        help="Descending noise levels (sigma) to sample at, or the JSON of search-times.",
+    ),
     USED,
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON."), USED]

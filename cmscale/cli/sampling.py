@@ -36,13 +36,13 @@ def sample(
         USED,
         Output((".npz",)),
     ],
-    num: Annotated[int, typer.Option(min=1), USED] = 64,
+    num: Annotated[int, typer.Option("--samples", min=1, help="Number of samples."), USED] = 64,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Sampling steps. Default: 1; EDM: the config's."),
         Use(excludes=("times",)),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0), Use(randomness=(situation.DRAWN,))] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise."), Use(randomness=(situation.DRAWN,))] = 0,
     grid: Annotated[
         Place | None,
         typer.Option(help="Also write a PNG grid of the samples (of the first 256)."),
@@ -162,7 +162,9 @@ def edit(
         Use(task=("inpaint", "colorize", "superres")),
     ] = 40,
     count: Annotated[
-        int, typer.Option(min=2, help="interpolate: number of pictures in the strip."), Use(task=("interpolate",))
+        int,
+        typer.Option("--samples", min=2, help="interpolate: number of pictures in the strip."),
+        Use(task=("interpolate",)),
     ] = 8,
     seed: Annotated[int, typer.Option(min=0), USED] = 0,
     weights: WeightsOption = None,

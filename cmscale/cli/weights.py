@@ -1,12 +1,13 @@
 """Commands on weights and checkpoints: `export`, `import`, `verify`."""
 
+import json
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from cmscale.cli.command import GIVEN, command
-from cmscale.cli.options import ConfigOption, OverridesArgument
+from cmscale.cli.options import ConfigOption, JsonOption, OverridesArgument
 from cmscale.commands.situation import RUN, WITH_WEIGHTS_TO_CHOOSE, overriding
 from cmscale.commands.use import USED, Given, Use
 from cmscale.errors import UserError
@@ -40,7 +41,9 @@ def export(
         Use(source=WITH_WEIGHTS_TO_CHOOSE, needs=("to",)),
     ] = None,
     step: Annotated[
-        str, typer.Option(help="Step of a run's checkpoint, or `latest`."), Use(source=(RUN,), needs=("to",))
+        str,
+        typer.Option("--checkpoint", metavar="STEP", help="Step of a run's checkpoint, or `latest`."),
+        Use(source=(RUN,), needs=("to",)),
     ] = "latest",
     config: ConfigOption = None,
     overrides: OverridesArgument = None,
@@ -83,6 +86,7 @@ def import_(
 @command(app)
 def verify(
     run: Annotated[Place, typer.Argument(metavar="RUN", help="A run or a checkpoint; a local path or s3://."), USED],
+    as_json: JsonOption = False,
 ) -> None:
     """Checks all files of all checkpoints against their manifests, without a GPU. Exits with 1 if one is damaged."""
     from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, verify_checkpoint
@@ -96,11 +100,13 @@ def verify(
         found = {step_name(listed.step): listed.url for listed in list_checkpoints(run)}
     if not found:
         raise UserError(f"{run}: holds no checkpoint; give a run or a checkpoint folder")
-    bad = 0
+    all_problems: dict[str, list[str]] = {}
     for name, checkpoint in found.items():
-        problems = verify_checkpoint(checkpoint)
-        bad += bool(problems)
-        notice = "" if problems or is_sealed(checkpoint) else f" ({NOT_SEALED})"
-        print(f"{name}: {'; '.join(problems) if problems else 'good'}{notice}")
-    if bad:
+        all_problems[name] = problems = verify_checkpoint(checkpoint)
+        if not as_json:
+            notice = "" if problems or is_sealed(checkpoint) else f" ({NOT_SEALED})"
+            print(f"{name}: {'; '.join(problems) if problems else 'good'}{notice}", flush=True)
+    if as_json:
+        print(json.dumps(all_problems, indent=1))
+    if any(all_problems.values()):
         raise typer.Exit(1)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cmscale import __version__
+from cmscale.commands.former import with_current_names
 from cmscale.commands.use import Given, Use
 from cmscale.errors import UserError
 from cmscale.io.place import Place
@@ -32,6 +34,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *, prog: str, description: str | None = None) -> None:
         super().__init__(prog=prog, description=description, formatter_class=_formatter(description))
+        self.add_argument("--version", action="version", version=f"cmscale {__version__}")
         self.uses: dict[str, Use] = {}
         self._outputs: dict[str, Output] = {}
         self._actions_of: dict[str, argparse.Action] = {}
@@ -69,7 +72,8 @@ class CommandParser(argparse.ArgumentParser):
         values = argparse.Namespace(
             **{name: absent for name, action in self._actions_of.items() if action.option_strings}
         )
-        self.parse_intermixed_args(list(arguments), values)
+        known = {flag for action in self._actions_of.values() for flag in action.option_strings}
+        self.parse_intermixed_args(with_current_names(arguments, known), values)
         names = []
         for name, action in self._actions_of.items():
             value = getattr(values, name)

@@ -5,7 +5,7 @@ Every option carries a `Use` beside its declaration; the builders of command lin
     USED                                      wherever it is given
     Use(task=("inpaint",))                    only where the aspect `task` of the situation is `inpaint`
     Use(needs=("slurm",))                     only together with --slurm
-    Use(excludes=("times",))                  not beside --times, which decides the same
+    Use(excludes=("times",))                  not beside --sampling-times, which decides the same
 
 A command states its situation as soon as it knows it: `given.refuse_unused(task=task, source=kind)`. The values are
 the words of the messages. An option counts as given at its default value too, if it is on the command line.

@@ -171,6 +171,7 @@ class EvaluateRequest(MeasuringRequest):
         "Descending sigmas to sample at, or the JSON of search-times.",
         use=Use(source=MODELS),
         metavar="80,4.4|FILE.json",
+        flag="sampling_times",
     )
     seeds: int = _option(
         1,
@@ -190,7 +191,7 @@ class EvaluateRequest(MeasuringRequest):
         "Steps of a run's checkpoints, separated by commas.",
         use=Use(source=(RUN,)),
         metavar="0,latest",
-        flag="step",
+        flag="checkpoint",
     )
     run_dir: str | None = Field(None, description="Where a source that is no run keeps its results.")
 
@@ -236,7 +237,7 @@ class EvaluateRequest(MeasuringRequest):
             if name is not None and "weights" in self.model_fields_set and name not in known:
                 raise UserError(f"--weights {name}: no such weights; choose from {', '.join(known)}")
         if self.times is not None and not self.times.endswith(".json"):
-            check_range(parse_times(self.times), config.method, label=f"--times {self.times}")
+            check_range(parse_times(self.times), config.method, label=f"--sampling-times {self.times}")
 
 
 class SearchTimesRequest(MeasuringRequest):
@@ -257,7 +258,9 @@ class SearchTimesRequest(MeasuringRequest):
         use=Use(source=WITH_WEIGHTS_TO_CHOOSE),
         metavar="NAME",
     )
-    step: str = _option("latest", "Step of a run's checkpoint, or latest.", use=Use(source=(RUN,)), metavar="STEP")
+    step: str = _option(
+        "latest", "Step of a run's checkpoint, or latest.", use=Use(source=(RUN,)), metavar="STEP", flag="checkpoint"
+    )
 
     @field_validator("step")
     @classmethod
@@ -288,7 +291,7 @@ class Option:
 
     Attributes:
         name: The field's.
-        flag: `--step`; empty for an argument without a flag.
+        flag: `--checkpoint`; empty for an argument without a flag.
         use: Where the option is used.
         kind: Type of one value: int, str, Place, or bool for a switch.
         is_list: Whether it takes any number of values.
@@ -312,7 +315,7 @@ class Option:
 
     @property
     def is_path(self) -> bool:
-        """Whether the value is a local path or a URL. That of --times may be numbers."""
+        """Whether the value is a local path or a URL. That of --sampling-times may be numbers."""
         return self.kind is Place
 
 

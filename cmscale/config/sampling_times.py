@@ -38,7 +38,7 @@ def check_range(times: Sequence[float], method: MethodSection, *, label: str) ->
 
     Args:
         times: Descending. Those of an ODE sampler may end with 0.
-        label: What the message begins with: `--times`.
+        label: What the message begins with: `--sampling-times`.
 
     Raises:
         UserError: a time outside sigma_min to sigma_max.

@@ -129,7 +129,10 @@ def _pipeline(method: MethodSection) -> Iterator[str]:
         line = f"- `--steps {steps}`: `timesteps={timesteps}`"
         if any(abs(time / sigma - 1) > 1e-6 for time, sigma in zip(times, sigmas, strict=True)):
             given = ",".join(f"{time:.10g}" for time in times)
-            line += f" is the nearest that the scheduler has; the same images come of `cmscale sample --times {given}`"
+            line += (
+                " is the nearest that the scheduler has; the same images come of "
+                f"`cmscale sample --sampling-times {given}`"
+            )
         yield line
     yield ""
 

@@ -53,7 +53,7 @@ class SampleRequest:
     def with_files(
         self, *, noise: Place | None, times: str | None, shape: Sequence[int], method: MethodSection
     ) -> "SampleRequest":
-        """The request with the values of `--noise FILE.npy` and `--times 80,4.4` (or a search's JSON file).
+        """The request with the values of `--noise FILE.npy` and `--sampling-times 80,4.4` (or a search's JSON file).
 
         Args:
             shape: Shape of a sample, (3, H, W).
@@ -212,7 +212,7 @@ def _read_noise(place: Place, *, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def read_times(text: str, method: MethodSection) -> torch.Tensor:
-    """The times that `--times 80,4.4` or `--times FILE.json` (a search's result) names, descending, float64.
+    """The times that `--sampling-times 80,4.4` or the JSON of a search names there, descending, float64.
 
     Raises:
         UserError: no times, they do not descend, or the model was not trained at them.
@@ -223,13 +223,13 @@ def read_times(text: str, method: MethodSection) -> torch.Tensor:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"--times: {error}") from None
-    check_range(times, method, label=f"--times {text}")
+        raise UserError(f"--sampling-times: {error}") from None
+    check_range(times, method, label=f"--sampling-times {text}")
     return torch.tensor(times, dtype=torch.float64)
 
 
 def _searched_times(file: str) -> tuple[float, ...]:
     found = read_document(TimeSearch, local_file(file).read_bytes(), origin=file)
     if not found.times:
-        raise UserError(f"--times {file}: the search is not finished; let cmscale search-times finish")
+        raise UserError(f"--sampling-times {file}: the search is not finished; let cmscale search-times finish")
     return found.times

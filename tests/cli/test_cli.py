@@ -48,9 +48,9 @@ def test_samples_are_uint8_nhwc_and_depend_on_seed_and_index_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
-    assert run(monkeypatch, "sample", model, "--num", 5, "--steps", 2, "--out", where[0], "--batch-size", 5) == 0
-    assert run(monkeypatch, "sample", model, "--num", 3, "--steps", 2, "--out", where[1], "--batch-size", 1) == 0
-    assert run(monkeypatch, "sample", model, "--num", 3, "--steps", 2, "--out", where[2], "--seed", 1) == 0
+    assert run(monkeypatch, "sample", model, "--samples", 5, "--steps", 2, "--out", where[0], "--batch-size", 5) == 0
+    assert run(monkeypatch, "sample", model, "--samples", 3, "--steps", 2, "--out", where[1], "--batch-size", 1) == 0
+    assert run(monkeypatch, "sample", model, "--samples", 3, "--steps", 2, "--out", where[2], "--seed", 1) == 0
     first, second, other = (np.load(path)["arr_0"] for path in where)
     assert (first.shape, first.dtype) == ((5, 16, 16, 3), np.uint8)
     # One level of uint8 at the most: a convolution's rounding may depend on its batch.
@@ -63,7 +63,7 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
 ) -> None:
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "noise.npy", noise.numpy())
-    arguments = ["--num", 2, "--noise", tmp_path / "noise.npy", "--raw", "--out", tmp_path / "raw.npz"]
+    arguments = ["--samples", 2, "--noise", tmp_path / "noise.npy", "--raw", "--out", tmp_path / "raw.npz"]
     assert run(monkeypatch, "sample", model, *arguments, "--grid", tmp_path / "grid.png") == 0
     network = build_unet(config.model).eval()
     network.load_state_dict(weights)
@@ -81,7 +81,7 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
     ("arguments", "words"),
     [
         (["sample", "nowhere", "--out", "x.npz"], "nowhere: no run, checkpoint or exported weights"),
-        (["sample", "MODEL", "--out", "x.npz", "--times", "1,2"], "--times: got '1,2'"),
+        (["sample", "MODEL", "--out", "x.npz", "--sampling-times", "1,2"], "--sampling-times: got '1,2'"),
         (["sample", "MODEL", "--out", "x.npz", "--noise", "no.npy"], "--noise no.npy: no such file"),
         (["sample", "MODEL", "--out", "x.npz", "--config", "c.yaml"], "--config: has no effect on an exported file"),
         (["sample", "weights.pt", "--out", "x.npz"], "give --config"),
@@ -95,10 +95,16 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
         (["verify", "nowhere"], "nowhere: holds no checkpoint"),
         (["estimate", "absent.yaml"], "absent.yaml: no such file"),
         (["sample", "MODEL", "--out", "x.npz", "--device", "cuda"], "no CUDA device"),
-        (["sample", "MODEL", "--out", "x.npz", "--times", "500,2"], "--times 500,2: 500 is outside the model's times"),
-        (["sample", "MODEL", "--out", "x.npz", "--times", "80,0"], "0 is outside the model's times, 0.002 to 80"),
-        (["sample", "MODEL", "--out", "x.npz", "--times", "1e9"], "1e+09 is outside"),
-        (["sample", "MODEL", "--out", "x.npz", "--times", "nan"], "must descend"),
+        (
+            ["sample", "MODEL", "--out", "x.npz", "--sampling-times", "500,2"],
+            "--sampling-times 500,2: 500 is outside the model's times",
+        ),
+        (
+            ["sample", "MODEL", "--out", "x.npz", "--sampling-times", "80,0"],
+            "0 is outside the model's times, 0.002 to 80",
+        ),
+        (["sample", "MODEL", "--out", "x.npz", "--sampling-times", "1e9"], "1e+09 is outside"),
+        (["sample", "MODEL", "--out", "x.npz", "--sampling-times", "nan"], "must descend"),
         (["sample", "MODEL", "--out", "gs://bucket/x.npz"], "--out gs://bucket/x.npz: gs:// is not supported"),
         (["sample", "MODEL", "--out", "x.png"], "--out x.png: the file's name must end in .npz"),
         (["sample", "MODEL", "--out", "~nobody-here/x.npz"], "there is no user"),
@@ -153,7 +159,7 @@ def test_every_edit_writes_its_result_alone_and_a_strip_if_asked(
     Image.fromarray(pixels).save(tmp_path / "in.png")
     out, strip = tmp_path / "out.png", tmp_path / "strip.png"
     if task == "interpolate":
-        assert run(monkeypatch, "edit", task, model, "--count", 3, "--out", out) == 0
+        assert run(monkeypatch, "edit", task, model, "--samples", 3, "--out", out) == 0
         assert Image.open(out).size == (3 * 66 + 2, 68)
         return
     chain = ("--steps", 3)

@@ -121,7 +121,7 @@ def _weights(root: Path, run: Path, config_file: Path) -> list[Input]:
             [root / "own.safetensors"],
             [
                 ("cmscale", "export", root / "own.safetensors", "--format", "openai", "--to", "OUT/x.pt"),
-                ("cmscale", "sample", root / "own.safetensors", "--num", 1, "--out", "OUT/x.npz"),
+                ("cmscale", "sample", root / "own.safetensors", "--samples", 1, "--out", "OUT/x.npz"),
             ],
         ),
         Input("diffusers", diffusers, [("cmscale", "import", root / "diffusers", "--to", "OUT/x.safetensors")]),
@@ -154,7 +154,7 @@ def _runs(run: Path, config_file: Path) -> list[Input]:
                 ("cmscale", "report", run),
                 ("cmscale", "verify", run),
                 ("cmscale", "export", run, "--to", "OUT/x.safetensors"),
-                ("cmscale", "sample", run, "--num", 1, "--out", "OUT/x.npz"),
+                ("cmscale", "sample", run, "--samples", 1, "--out", "OUT/x.npz"),
             ],
         )
     ]
@@ -186,12 +186,12 @@ def _evaluations(root: Path, run: Path) -> list[Input]:
         Input(
             "noise",
             [root / "noise.npy"],
-            [("cmscale", "sample", run, "--num", 1, "--noise", root / "noise.npy", "--out", "OUT/x.npz")],
+            [("cmscale", "sample", run, "--samples", 1, "--noise", root / "noise.npy", "--out", "OUT/x.npz")],
         ),
         Input(
             "times",
             [root / "times.json"],
-            [("cmscale", "sample", run, "--num", 1, "--times", root / "times.json", "--out", "OUT/x.npz")],
+            [("cmscale", "sample", run, "--samples", 1, "--sampling-times", root / "times.json", "--out", "OUT/x.npz")],
         ),
     ]
 
@@ -226,7 +226,7 @@ def _data(root: Path, data: Path, run: Path) -> list[Input]:
             ("verify", folder),
             ("verify", folder, "--repair", "--source", source),
             ("reference", folder, "--out", "OUT/x.npz", "--device", "cpu"),
-            ("cmscale", "consistency-error", run, "--data", folder, "--num", 1, "--out", "OUT/x.json"),
+            ("cmscale", "consistency-error", run, "--data", folder, "--samples", 1, "--out", "OUT/x.json"),
             ("prepare", *made[:-1], folder) if name == "webdataset" else ("verify", folder),
         ]
         found.append(Input(f"data set {name}", files, commands))

@@ -37,7 +37,7 @@ def test_samples_pictures_and_inputs_may_be_on_s3(
     buffer = io.BytesIO()
     np.save(buffer, noise)
     storage.write("noise.npy", buffer.getvalue())
-    arguments = ["--num", 2, "--noise", f"{s3}/noise.npy", "--out", f"{s3}/x.npz", "--grid", f"{s3}/grid.png"]
+    arguments = ["--samples", 2, "--noise", f"{s3}/noise.npy", "--out", f"{s3}/x.npz", "--grid", f"{s3}/grid.png"]
     assert run(monkeypatch, "sample", f"{s3}/model.safetensors", *arguments) == 0
     assert np.load(io.BytesIO(storage.read("x.npz")))["arr_0"].shape == (2, 8, 8, 3)
     assert Image.open(io.BytesIO(storage.read("grid.png"))).size == (2 * 66 + 2, 66 + 2)
@@ -88,7 +88,7 @@ def test_a_place_that_can_not_be_written_is_refused_before_anything_is_drawn(
 def test_a_home_folder_is_expanded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert run(monkeypatch, "sample", model, "--num", 1, "--out=~/deep/x.npz") == 0
+    assert run(monkeypatch, "sample", model, "--samples", 1, "--out=~/deep/x.npz") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert (tmp_path / "home" / "deep" / "x.npz").is_file()
 

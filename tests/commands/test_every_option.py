@@ -69,19 +69,19 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
     "sample": {
         "source": None,
         "out": None,
-        "num": ("--num", "3"),
+        "num": ("--samples", "3"),
         "steps": ("--steps", "2"),
         "seed": ("--seed", "1"),
         "grid": ("--grid", "{out}/grid.png"),
         "noise": ("--noise", "{in}/noise.npy"),
-        "times": ("--times", "70"),
+        "times": ("--sampling-times", "70"),
         "sampler": ("--sampler", "euler"),
         "raw": ("--raw",),
         "clip": ("--no-clip",),
         "classes": ("--classes", "1"),
         "batch_size": ("--batch-size", "1"),
         "weights": ("--weights", "master"),
-        "step": ("--step", "3"),
+        "step": ("--checkpoint", "3"),
         "config": ("--config", "{in}/other.yaml"),
         "overrides": ("method.sigma_max=40",),
         "device": ("--device", "cpu"),
@@ -97,10 +97,10 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "factor": ("--factor", "2"),
         "sigma": ("--sigma", "3"),
         "steps": ("--steps", "3"),
-        "count": ("--count", "3"),
+        "count": ("--samples", "3"),
         "seed": ("--seed", "1"),
         "weights": ("--weights", "master"),
-        "step": ("--step", "3"),
+        "step": ("--checkpoint", "3"),
         "config": ("--config", "{in}/other.yaml"),
         "device": ("--device", "cpu"),
     },
@@ -118,22 +118,22 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "force": ("--force",),
         "out": None,
         "steps": ("--steps", "2"),
-        "times": ("--times", "70"),
+        "times": ("--sampling-times", "70"),
         "seeds": ("--seeds", "2"),
         "weights": ("--weights", "master"),
-        "checkpoints": ("--step", "3"),
+        "checkpoints": ("--checkpoint", "3"),
     },
     "consistency-error": {
         "source": None,
         "data": ("--data", "{in}/other_data"),
         "out": None,
         "plot": ("--plot", "{out}/plot.png"),
-        "num": ("--num", "3"),
+        "num": ("--samples", "3"),
         "teacher": ("--teacher", "{in}/edm.safetensors"),
         "seed": ("--seed", "1"),
         "batch_size": ("--batch-size", "1"),
         "weights": ("--weights", "master"),
-        "step": ("--step", "3"),
+        "step": ("--checkpoint", "3"),
         "config": ("--config", "{in}/other.yaml"),
         "overrides": ("method.sigma_max=40",),
         "device": ("--device", "cpu"),
@@ -144,7 +144,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "to": None,
         "format": ("--format", "openai", "--to", "{out}/model.pt"),
         "weights": ("--weights", "master"),
-        "step": ("--step", "3"),
+        "step": ("--checkpoint", "3"),
         "config": ("--config", "{in}/other.yaml"),
         "overrides": ("method.sigma_max=40",),
     },
@@ -160,11 +160,13 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "nodes": ("--nodes", "2"),
         "gpus_per_node": ("--gpus-per-node", "4"),
         "tflops": ("--tflops", "10"),
+        "as_json": ("--json",),
     },
     "report": {"run": None, "beside": ("--beside", "{in}/shown_too")},
     "runs": {"runs_dir": None, "as_json": ("--json",), "watch": None},
     "compare": {"runs": None, "out": ("--out", "{out}/page.html"), "as_json": ("--json",)},
-    "verify": {"run": None},
+    "verify": {"run": None, "as_json": ("--json",)},
+    "completion": {"shell": None},
     "doctor": {},
     "schema": {},
     "config explain": {"names": None, "as_json": ("--json",)},
@@ -225,16 +227,16 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "out": None,
         "format": ("--format", "edm"),
         "features": ("--features", "efficientnet"),
-        "weights": ("--weights", "{in}/features.pth"),
+        "weights": ("--features-weights", "{in}/features.pth"),
         "device": ("--device", "cpu"),
-        "limit": ("--limit", "5"),
+        "limit": ("--samples", "5"),
         "subset": ("--subset", "4"),
     },
     "demo": {
         "folder": ("{out}/lmdb",),
         "picture": ("--picture", "{out}/picture.png"),
         "view": ("--view", "cat"),
-        "count": ("--count", "2"),
+        "count": ("--samples", "2"),
         "side": ("--side", "8"),
         "seed": ("--seed", "1"),
     },
@@ -243,10 +245,10 @@ VALUES["evaluate-job"] |= {name: value for name, value in VALUES["evaluate"].ite
 VALUES["evaluate-job"] |= {"out": ("--out", "{out}/result.json"), "config": ("--config", "{in}/other.yaml")}
 VALUES["search-times"] = {}  # see test_a_search_refuses_as_an_evaluation_does
 
-_SAMPLE = ("--num", "2", "--out", "{out}/x.npz")
+_SAMPLE = ("--samples", "2", "--out", "{out}/x.npz")
 _EVALUATE = ("--samples", "12", "--reference", "{in}/images", "--out", "{out}/r.json")
 _EXPORTED = OF_A_RUN | OF_A_BARE_FILE
-_CURVE = ("--num", "2", "--data", "{in}/data", "--out", "{out}/c.json")
+_CURVE = ("--samples", "2", "--data", "{in}/data", "--out", "{out}/c.json")
 _ONLY_CM = frozenset({"sampler", "classes"})
 _IMAGE = ("{in}/cm.safetensors", "{in}/images/0000.png", "--out", "{out}/x.png")
 _TASK_OPTIONS = frozenset({"mask", "box", "factor", "sigma", "steps", "count"})
@@ -288,7 +290,7 @@ SCENES = [
     Scene(
         "with the start noise given",
         "sample",
-        ("{in}/cm.safetensors", *_SAMPLE, "--noise", "{in}/noise.npy", "--times", "80,3"),
+        ("{in}/cm.safetensors", *_SAMPLE, "--noise", "{in}/noise.npy", "--sampling-times", "80,3"),
         _ONLY_CM | _EXPORTED | {"num", "steps"},
         values={"noise": ("--noise", "{in}/other_noise.npy")},
     ),
@@ -360,6 +362,7 @@ SCENES = [
     Scene("of two runs", "compare", ("{in}/run", "{in}/other_run")),
     Scene("of a run", "verify", ("{in}/run",)),
     Scene("of a key", "config explain", ("train.seed",)),
+    Scene("of a shell", "completion", ("bash",)),
     Scene("of two configs", "config diff", ("{in}/config.yaml", "{in}/other.yaml")),
     Scene(
         "of a new run",
@@ -408,13 +411,13 @@ SCENES = [
         frozenset({"subset", "features"}),  # EDM's files hold Inception features alone
         values={"format": ("--format", "adm")},
     ),
-    Scene("of a folder", "demo", ("{out}/lmdb", "--count", "3"), values={"folder": ("--picture", "{out}/p.png")}),
+    Scene("of a folder", "demo", ("{out}/lmdb", "--samples", "3"), values={"folder": ("--picture", "{out}/p.png")}),
     Scene(
         "of a picture",
         "demo",
         ("--picture", "{out}/p.png"),
         frozenset({"count"}),
-        values={"folder": ("{out}/lmdb", "--count", "2")},
+        values={"folder": ("{out}/lmdb", "--samples", "2")},
     ),
 ]
 
@@ -486,7 +489,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_no_command_and_no_option_is_left_out() -> None:
     parsers = {name: script.command_parser() for name, script in SCRIPTS.items()}
     for name, parser in parsers.items():
-        declared = {action.dest for action in parser._actions} - {"help"}
+        declared = {action.dest for action in parser._actions} - {"help", "version"}
         assert declared == parser.uses.keys(), f"{name}: added without a Use"
     options = {name: uses.keys() for name, uses in (*COMMANDS.items(), *((n, p.uses) for n, p in parsers.items()))}
     assert options.keys() == VALUES.keys()

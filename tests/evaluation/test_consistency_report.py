@@ -56,7 +56,8 @@ def test_the_command_writes_mean_curves_of_straight_trajectories_and_a_plot(data
     model, out = saved(tmp_path, "{kind: ct, distance: l2}", data), tmp_path / "error.json"
     plot = tmp_path / "error.png"
     assert (
-        run(monkeypatch, "consistency-error", model, "--num", 5, "--batch-size", 2, "--out", out, "--plot", plot) == 0
+        run(monkeypatch, "consistency-error", model, "--samples", 5, "--batch-size", 2, "--out", out, "--plot", plot)
+        == 0
     )
     result = json.loads(out.read_text())
     source = load_source(str(model))
@@ -118,7 +119,7 @@ def test_a_runs_result_lies_in_its_folder_and_on_its_page(data, tmp_path, monkey
 
 def test_asked_again_a_result_is_returned_and_with_force_measured_anew(data, tmp_path, monkeypatch, capsys):
     model, out, plot = saved(tmp_path, "{kind: ict}", data), tmp_path / "error.json", tmp_path / "error.png"
-    command = ["consistency-error", model, "--num", 1, "--out", out]
+    command = ["consistency-error", model, "--samples", 1, "--out", out]
     assert run(monkeypatch, *command) == 0
     first = json.loads(out.read_text())
     out.write_text(json.dumps({**first, "mean": -1.0}))  # a mark

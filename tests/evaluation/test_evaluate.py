@@ -243,9 +243,9 @@ def test_bad_input_is_one_line_and_status_2(
             "--inception-weights",
             f"{weights}#sha256={'0' * 64}",
         ],
-        "no checkpoint of step 8": [run.root, "--step", 8],
-        "leave out one of them": [run.root, "--steps", 2, "--times", "80,4"],
-        "must descend": [run.root, "--times", "4,80"],
+        "no checkpoint of step 8": [run.root, "--checkpoint", 8],
+        "leave out one of them": [run.root, "--steps", 2, "--sampling-times", "80,4"],
+        "must descend": [run.root, "--sampling-times", "4,80"],
         "can't hold 2 evaluations": [run.root, "--steps", "1,2"],
         "whole numbers": [run.root, "--steps", "0"],
     }
@@ -325,12 +325,17 @@ def test_a_search_is_interrupted_goes_on_without_a_trial_made_twice_and_its_time
     before = path.read_bytes()
     assert cmscale(monkeypatch, *search) == 0  # nothing is left to measure
     assert path.read_bytes() == before
-    assert cmscale(monkeypatch, "evaluate", run.root, "--times", path, "--samples", 20, "--device", "cpu") == 0
+    assert cmscale(monkeypatch, "evaluate", run.root, "--sampling-times", path, "--samples", 20, "--device", "cpu") == 0
     (measured,) = (result(each) for each in run.evaluations.glob("*-nfe2-at-80-*.json"))
     assert (measured.times, measured.nfe) == (found.times, 2)
     assert measured.fid.mean == found.score
     out = tmp_path / "samples.npz"
-    assert cmscale(monkeypatch, "sample", run.root, "--times", path, "--num", 2, "--out", out, "--device", "cpu") == 0
+    assert (
+        cmscale(
+            monkeypatch, "sample", run.root, "--sampling-times", path, "--samples", 2, "--out", out, "--device", "cpu"
+        )
+        == 0
+    )
 
 
 def test_a_search_in_a_diffusion_model_or_of_too_many_steps_is_refused(
@@ -385,11 +390,11 @@ def test_no_evaluation_replaces_another_and_asked_again_it_is_returned(
         ["--features", "inception"],
         ["--reference", other_reference(tmp_path)],
         ["--weights", "ema_0.5"],
-        ["--step", 7],
+        ["--checkpoint", 7],
         ["--steps", 2],
-        ["--times", "80,3"],
-        ["--times", "80,3.0000001"],
-        ["--times", ",".join(str(80 - each / 2) for each in range(60))],  # more than fit a file's name
+        ["--sampling-times", "80,3"],
+        ["--sampling-times", "80,3.0000001"],
+        ["--sampling-times", ",".join(str(80 - each / 2) for each in range(60))],  # more than fit a file's name
     ]
     for number, option in enumerate(options, start=2):
         before = contents(run.evaluations)

@@ -74,7 +74,16 @@ def sampled(
     (tmp_path / "config.yaml").write_text(dump_config(small_config(model, method)))
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4)).numpy()
     np.save(tmp_path / "noise.npy", noise)
-    options = ["--config", tmp_path / "config.yaml", "--num", 2, "--noise", tmp_path / "noise.npy", "--raw", *arguments]
+    options = [
+        "--config",
+        tmp_path / "config.yaml",
+        "--samples",
+        2,
+        "--noise",
+        tmp_path / "noise.npy",
+        "--raw",
+        *arguments,
+    ]
     assert run(monkeypatch, "sample", tmp_path / "model.pt", *options, "--out", tmp_path / "samples.npz") == 0
     original = Original(model, weights, consistency=method["kind"] != "edm")
     return np.load(tmp_path / "samples.npz")["arr_0"], noise.astype(np.float64), original
@@ -89,7 +98,7 @@ def draws(count: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("variant", ["as LSUN 256", "older qkv"])
 @pytest.mark.parametrize("times", [(80.0,), (80.0, 4.366), (80.0, 24.4, 5.84, 0.9)])
 def test_consistency_samples_are_the_originals(times, variant, tmp_path, monkeypatch):
-    arguments = ("--times", ",".join(map(str, times)))
+    arguments = ("--sampling-times", ",".join(map(str, times)))
     found, noise, original = sampled(tmp_path, monkeypatch, variant, {"kind": "ct"}, *arguments)
     x = original(T * noise, T)
     for sigma, drawn in zip(times[1:], draws(len(times) - 1), strict=True):

@@ -185,8 +185,8 @@ def test_the_cards_timesteps_give_our_samples(tmp_path: Path, method: dict[str, 
             output_type="pt",
         ).images
         sigmas = default_sigmas(config.method, steps)
-        if "--times " in line:
-            given = [float(each) for each in line.split("--times ")[1].strip("`").split(",")]
+        if "--sampling-times " in line:
+            given = [float(each) for each in line.split("--sampling-times ")[1].strip("`").split(",")]
             assert given[1] == pytest.approx(float(sigmas[1]), rel=0.2)
             sigmas = torch.tensor(given, dtype=torch.float64)
         denoise = clipped(source.denoiser(torch.device("cpu")))

@@ -49,7 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_a_run_is_evaluated_in_its_own_folder_with_its_own_config(
     source: str, asked: list, monkeypatch, tmp_path: Path
 ):
-    step = ["--step", "3,latest"] if source == "runs/one" else []
+    step = ["--checkpoint", "3,latest"] if source == "runs/one" else []
     assert run(monkeypatch, source, "--samples", "100", "--steps", "1,2", "--seeds", "3", *step) == 0
     ((request, where, placement),) = asked
     assert where.root == tmp_path / "runs" / "one"

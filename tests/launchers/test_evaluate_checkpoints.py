@@ -60,7 +60,7 @@ def test_each_is_asked_for_once_and_again_where_nothing_was_submitted(run: RunDi
         str(Path(evaluate_checkpoints.__file__).with_name("evaluate.py")),
         *flags,
         str(run.root),
-        "--step",
+        "--checkpoint",
         "2",
     ]
     request_due(run, every=2, flags=flags)  # the first one had failed

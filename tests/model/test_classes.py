@@ -35,7 +35,7 @@ def unconditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_samples_are_those_of_their_classes_in_turn(conditional, tmp_path, monkeypatch):
     noise = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "noise.npy", noise.numpy())
-    arguments = ["--num", 3, "--noise", tmp_path / "noise.npy", "--raw", "--classes", "1,4", "--batch-size", 2]
+    arguments = ["--samples", 3, "--noise", tmp_path / "noise.npy", "--raw", "--classes", "1,4", "--batch-size", 2]
     assert run(monkeypatch, "sample", conditional, *arguments, "--out", tmp_path / "samples.npz") == 0
     denoise = load_source(str(conditional)).denoiser(CPU)
     expected = denoise(80 * noise, torch.full((3,), 80.0), labels=torch.tensor([1, 4, 1]))
@@ -67,7 +67,7 @@ def test_random_classes_depend_on_seed_and_index_alone_and_are_all_drawn(conditi
 )
 def test_a_mistake_is_one_line(which, classes, message, request, tmp_path, monkeypatch, capsys):
     model = request.getfixturevalue(which)
-    assert run(monkeypatch, "sample", model, "--num", 2, *classes, "--out", tmp_path / "s.npz") == 2
+    assert run(monkeypatch, "sample", model, "--samples", 2, *classes, "--out", tmp_path / "s.npz") == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -79,6 +79,6 @@ def test_editing_a_conditional_model_is_one_line(conditional, tmp_path, monkeypa
 def test_unclipped_samples_differ_where_estimates_leave_the_range(unconditional, tmp_path, monkeypatch):
     for name, more in (("clipped", []), ("unclipped", ["--no-clip"])):
         where = tmp_path / f"{name}.npz"
-        assert run(monkeypatch, "sample", unconditional, "--num", 2, "--steps", 3, *more, "--out", where) == 0
+        assert run(monkeypatch, "sample", unconditional, "--samples", 2, "--steps", 3, *more, "--out", where) == 0
     clipped, unclipped = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("clipped", "unclipped"))
     assert (clipped != unclipped).any()
