@@ -17,11 +17,13 @@ from cmscale.config.agreement import (
     check_teacher,
     check_weights,
 )
+from cmscale.config.averages import length_of
 from cmscale.config.sampling_times import parse_step
 from cmscale.config.site import read_site
 from cmscale.config.sources import NVLABS_ENDING, OPENAI_ENDINGS, refuse_hub_name
 from cmscale.consistency.solver import Denoise
-from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest, read_weights
+from cmscale.engine.checkpoint_reader import by_name, list_checkpoints, read_manifest, read_weights
+from cmscale.engine.power_averages import reconstructed
 from cmscale.errors import UserError
 from cmscale.interop import holds_config, parameter_shapes, read_diffusers, read_nvlabs, read_openai, read_safetensors
 from cmscale.interop.strict import strict_weights
@@ -30,7 +32,7 @@ from cmscale.io.storage import open_storage
 from cmscale.model.precondition import denoiser_for
 from cmscale.model.unet import build_unet
 from cmscale.model.weighting import without_weighting
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name, step_of
 from cmscale.runs.manifests import CheckpointManifest, DatasetManifest, read_dataset_manifest
 from cmscale.runs.source_kind import kind_of_source
 
@@ -106,7 +108,8 @@ def load_source(
     """Reads a SOURCE (local path or `s3://`).
 
     Args:
-        weights: Name of an EMA, or `master` for the weights without averaging; the first EMA by default.
+        weights: Name of an EMA, or `master` for the weights without averaging; the first EMA by default. Of a run that
+            keeps averages by a power function also `power_LENGTH`, with any length.
         step: Step of a run's checkpoint; the newest by default.
         config: Config file for weights without one: OpenAI's `.pt`, NVlabs' `.pkl`, foreign safetensors and diffusers
             folders.
@@ -199,6 +202,8 @@ def check_choices(origin: str, *, steps: Sequence[int | None], weights: Sequence
 
 
 def _check_weights(origin: str, manifest: CheckpointManifest, name: str) -> None:
+    if length_of(name) is not None and any(length_of(quantity) for quantity in manifest.quantities):
+        return
     if name not in manifest.quantities or name.startswith("exp_avg"):
         known = [quantity for quantity in manifest.quantities if not quantity.startswith("exp_avg")]
         raise UserError(f"{origin}: no weights {name!r}; choose from {', '.join(known)}")
@@ -261,6 +266,15 @@ def _read_run(origin: str, *, weights: str | None, step: int | None) -> Source:
     return _read_checkpoint(url, weights=weights, run_dir=open_storage(origin).local_path(""))
 
 
+def newest_step(run: str) -> int:
+    """The step of a run's newest checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    return step_of(_checkpoint_url(run, None).rpartition("/")[2])
+
+
 def _checkpoint_url(run: str, step: int | None) -> str:
     """The checkpoint of a step of a run; the newest for None."""
     storage = open_storage(run)
@@ -282,9 +296,22 @@ def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) 
     if run_dir is None and folder is not None and folder.parent.name == "checkpoints":
         run_dir = folder.parent.parent
     held = strict_weights(
-        without_weighting(read_weights(origin, name)), parameter_shapes(settings.model), origin=storage.url
+        without_weighting(_read_or_reconstruct(origin, name, manifest)),
+        parameter_shapes(settings.model),
+        origin=storage.url,
     )
     return Source(origin, settings, held, name, manifest.state.step, run_dir)
+
+
+def _read_or_reconstruct(origin: str, name: str, manifest: CheckpointManifest) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint by name; an average by a power function that it does not hold is computed."""
+    length = length_of(name)
+    if length is None or name in manifest.quantities:
+        return read_weights(origin, name)
+    run, _, folder = origin.rstrip("/").rpartition("/checkpoints/")
+    if not run or folder != step_name(manifest.state.step):
+        raise UserError(f"{origin}: {name} is computed from all checkpoints of a run; give the run and --step")
+    return by_name(reconstructed(run, length, step=manifest.state.step), manifest.parameters)
 
 
 def checkpoint_step(text: str) -> int | None:

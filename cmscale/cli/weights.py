@@ -1,4 +1,4 @@
-"""Commands on weights and checkpoints: `export`, `import`, `verify`."""
+"""Commands on weights and checkpoints: `export`, `import`, `ema`, `verify`."""
 
 import json
 from typing import Annotated, Literal
@@ -81,6 +81,46 @@ def import_(
 ) -> None:
     """Converts weights of other projects to safetensors that contain their config. Names must match exactly."""
     export(source, to=to, format="safetensors", config=config, overrides=overrides, given=given)
+
+
+@command(app)
+def ema(
+    run: Annotated[
+        Place,
+        typer.Argument(metavar="RUN", help="A run that was trained with ema.lengths; a local path or s3://."),
+        USED,
+    ],
+    length: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the average relative to the length of training, such as 0.05."),
+        Use(needs=("to",)),
+    ] = None,
+    to: Annotated[
+        Place | None, typer.Option(help="Path or s3:// URL of the .safetensors file to write."), Use(needs=("length",))
+    ] = None,
+    step: Annotated[str, typer.Option(help="Step of a run's checkpoint, or `latest`."), USED] = "latest",
+    given: Given = GIVEN,
+) -> None:
+    """Writes an average of a run's weights of any length, computed afterwards; without options lists what it keeps."""
+    from cmscale.config.averages import power_name
+    from cmscale.engine.power_averages import error_of, kept_averages
+    from cmscale.export.weights import check_target, export_weights
+    from cmscale.source import checkpoint_step, load_source, newest_step
+
+    given.refuse_unused()
+    at = checkpoint_step(step)
+    if length is None or to is None:
+        at = newest_step(run) if at is None else at
+        kept = kept_averages(run, step=at)
+        for each in kept:
+            print(f"step {each.profile.step}: {each.name}")
+        for trial in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25):
+            print(f"{power_name(trial)} at step {at}: error {error_of(kept, trial, step=at):.2%}")
+        return
+    check_target("safetensors", to)
+    with console.status(f"writing {to}"):
+        export_weights(load_source(run, weights=power_name(length), step=at), format="safetensors", to=to)
+    print(to)
 
 
 @command(app)

@@ -8,12 +8,13 @@ from typing import Any
 from pydantic import BaseModel, model_validator
 
 from cmscale.config.added import with_added_values
+from cmscale.config.averages import EMA
 from cmscale.config.evaluate import Evaluate
 from cmscale.config.methods import Method
 from cmscale.config.network import Model
 from cmscale.config.renamed import with_current_names
 from cmscale.config.section import Section
-from cmscale.config.sections import EMA, Checkpoint, Data, Engine, Optimizer, Restart, Sampling, Train, Wandb
+from cmscale.config.sections import Checkpoint, Data, Engine, Optimizer, Restart, Sampling, Train, Wandb
 from cmscale.config.slurm import Slurm
 from cmscale.errors import UserError
 
@@ -55,6 +56,13 @@ class Config(Section):
         if self.train.init_from is not None and self.method.teacher_choice is not None and not facts.follows_teacher:
             raise ValueError(
                 f"train.init_from: method.kind {kind} starts with the weights of method.teacher; leave out one of them"
+            )
+        if self.ema.lengths and self.method.restarts_averages:
+            raise ValueError(f"ema.lengths: method.kind {kind} starts its averages again in each stage; leave it out")
+        if self.ema.snapshot_every % self.checkpoint.every_steps:
+            raise ValueError(
+                f"ema.snapshot_every: {self.ema.snapshot_every} is not a multiple of checkpoint.every_steps, "
+                f"{self.checkpoint.every_steps}; snapshots are written with checkpoints"
             )
         if self.engine.zero_stage == 3 and self.method.needs_forward_mode:
             raise ValueError(

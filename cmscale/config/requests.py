@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from cmscale.commands.parser import Output
 from cmscale.commands.situation import GIVEN_CONFIG, MODELS, RUN, WITH_WEIGHTS_TO_CHOOSE, WITHOUT_CONFIG, overriding
 from cmscale.commands.use import USED, Given, Use
+from cmscale.config.averages import length_of
 from cmscale.config.evaluate import Evaluate
 from cmscale.config.features import feature_networks, known_network
 from cmscale.config.models import Config
@@ -232,8 +233,10 @@ class EvaluateRequest(MeasuringRequest):
         Raises:
             UserError: the model has no such weights, or a time is outside its range.
         """
-        known = (*config.ema.names, "master")
+        known = (*config.ema.names, *config.ema.power_names, "master")
         for name in self.weights_asked:
+            if name is not None and length_of(name) is not None and config.ema.lengths:
+                continue  # it is computed
             if name is not None and "weights" in self.model_fields_set and name not in known:
                 raise UserError(f"--weights {name}: no such weights; choose from {', '.join(known)}")
         if self.times is not None and not self.times.endswith(".json"):

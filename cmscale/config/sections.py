@@ -111,26 +111,6 @@ class Optimizer(Section):
         return self
 
 
-class EMA(Section):
-    """Exponential moving averages of the weights, for sampling; every command uses the first by default."""
-
-    rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1)] = key(
-        (0.999943,),
-        "Decay rate per step of each average. An average is named by its rate, such as ema_0.999943.",
-        source="Consistency Models, appendix C",
-    )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(f"ema_{rate:.7g}" for rate in self.rates)
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> "EMA":
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"rates: {list(self.rates)} holds two that are equal to seven digits; remove one")
-        return self
-
-
 class Engine(Section):
     """Device, precision, ZeRO stage and timeouts."""
 

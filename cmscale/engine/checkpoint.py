@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cmscale.config import Config, trajectory
+from cmscale.config.schedules import is_due
 from cmscale.distributed.collectives import all_ranks, any_rank, from_main, gather, on_main
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine
@@ -49,9 +51,10 @@ def claim_generation(run: RunDir) -> int:
     def claim() -> int:
         generation = claim_next(run)
         for step, kind, leftover in leftovers(run):
-            if kind == "replaced" and not run.checkpoint(step).exists():  # killed between the two renames of a commit
+            final = leftover.with_name(step_name(step))
+            if kind == "replaced" and not final.exists():  # killed between the two renames of a commit
                 with contextlib.suppress(FileNotFoundError):  # another start did the same
-                    leftover.rename(run.checkpoint(step))
+                    leftover.rename(final)
                 continue
             if _writer(leftover.name) > generation:  # of a newer start that works already
                 continue
@@ -152,11 +155,18 @@ class Checkpoints:
         )
         self._saved, self._failure = state, None
         self._saves += 1  # names the folder, so that no record of a failed save counts for this one
-        staged = self._run.checkpoints / f".{step_name(state.step)}.start-{self._generation}.save-{self._saves}"
-        self._thread = threading.Thread(
-            target=self._write, args=(staged, manifest, tensors, shards.segments), name=f"save-{state.step}"
-        )
+        folders = [self._staged(self._run.checkpoint(state.step), manifest, tensors)]
+        if is_due(state.step, self._config.ema.snapshot_every, self._config.train.total_steps):
+            averages = shards.power_averages
+            held = manifest.model_copy(update={"quantities": averages, "scalars": {}})
+            kept = {name: tensors[name] for name in averages}
+            folders.insert(0, self._staged(self._run.snapshot(state.step), held, kept))  # a checkpoint means it exists
+        self._thread = threading.Thread(target=self._write, args=(folders, shards.segments), name=f"save-{state.step}")
         self._thread.start()
+
+    def _staged(self, final: Path, manifest: CheckpointManifest, tensors: dict[str, torch.Tensor]) -> "_Staged":
+        hidden = final.with_name(f".{final.name}.start-{self._generation}.save-{self._saves}")
+        return _Staged(hidden, final, manifest, tensors)
 
     def wait(self) -> None:
         """Waits until the last save is written (on rank 0: committed) or has failed."""
@@ -199,34 +209,38 @@ class Checkpoints:
 
     def _write(
         self,
-        staged: Path,
-        manifest: CheckpointManifest,
-        tensors: dict[str, torch.Tensor],
+        folders: "list[_Staged]",
         segments: tuple[Segment, ...],
     ) -> None:
-        began = time.monotonic()
+        """Writes the folders and commits them in their order; the last is the checkpoint."""
+        began, step = time.monotonic(), folders[-1].manifest.state.step
         try:
-            write_part(staged, self._world, tensors, segments)
+            for staged in folders:
+                write_part(staged.folder, self._world, staged.tensors, segments)
             if self._world.is_main:
-                parts = self._await_parts(staged)
+                parts = [self._await_parts(staged.folder) for staged in folders]
                 self._before_commit()
-                self._commit(staged, manifest.model_copy(update={"parts": parts}))
+                for staged, its_parts in zip(folders, parts, strict=True):
+                    self._commit(staged, its_parts)
                 seconds = round(time.monotonic() - began, 3)
-                self._report("checkpoint", manifest.state.step, seconds=seconds)
+                self._report("checkpoint", step, seconds=seconds)
                 self._retain()
                 if self._exporter is not None:
-                    self._exporter.offer(manifest.state.step)
+                    self._exporter.offer(step)
         except Exception as failure:
             error = self._newer_start() or failure  # which may have removed what this start had staged
             self._failure = error
             with contextlib.suppress(OSError, UserError):
-                part = staged / rank_file(self._world.rank, self._world.num_ranks)
-                part.unlink(missing_ok=True)  # on a full disk its space lets rank 0 learn of the error
-                record(staged, self._world.rank, {"error": f"{type(error).__name__}: {error}"})
+                for staged in folders:
+                    part = staged.folder / rank_file(self._world.rank, self._world.num_ranks)
+                    part.unlink(missing_ok=True)  # on a full disk its space lets rank 0 learn of the error
+                for staged in folders:
+                    record(staged.folder, self._world.rank, {"error": f"{type(error).__name__}: {error}"})
             if self._world.is_main:
-                shutil.rmtree(staged, ignore_errors=True)  # first: its space may be what the event needs
-                print(f"checkpoint of step {manifest.state.step} was not written: {error}", flush=True)
-            self._report("checkpoint_failed", manifest.state.step, why=f"{type(error).__name__}: {error}")
+                for staged in folders:
+                    shutil.rmtree(staged.folder, ignore_errors=True)  # first: its space may be what the event needs
+                print(f"checkpoint of step {step} was not written: {error}", flush=True)
+            self._report("checkpoint_failed", step, why=f"{type(error).__name__}: {error}")
 
     def _await_parts(self, staged: Path) -> tuple[RankPart, ...]:
         """Every rank's record, by rank.
@@ -252,18 +266,18 @@ class Checkpoints:
             parts.append(RankPart.model_validate(recorded))
         return tuple(parts)
 
-    def _commit(self, staged: Path, manifest: CheckpointManifest) -> None:
-        """Renames a staged checkpoint to its final name; it replaces an earlier one of the same step."""
+    def _commit(self, staged: "_Staged", parts: tuple[RankPart, ...]) -> None:
+        """Renames a staged folder to its final name; it replaces an earlier one of the same step."""
         for rank in range(self._world.num_ranks):
-            record_path(staged, rank).unlink()
-        write_manifest(staged, manifest)
-        final = self._run.checkpoint(manifest.state.step)
+            record_path(staged.folder, rank).unlink()
+        write_manifest(staged.folder, staged.manifest.model_copy(update={"parts": parts}))
+        final = staged.final
         replaced = final.with_name(f".{final.name}.replaced-{self._generation}")
         self._must_be_newest()
         if os.path.lexists(final):
             final.rename(replaced)
-        staged.rename(final)
-        sync_folder(self._run.checkpoints)
+        staged.folder.rename(final)
+        sync_folder(final.parent)
         remove(replaced)
 
     def _must_be_newest(self) -> None:
@@ -311,6 +325,16 @@ class Checkpoints:
                 generation=self._generation,
                 **more,
             )
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A folder that is being written under a hidden name: a checkpoint, or a snapshot of its averages."""
+
+    folder: Path
+    final: Path
+    manifest: CheckpointManifest
+    tensors: dict[str, torch.Tensor]
 
 
 def write_part(staged: Path, world: World, tensors: dict[str, torch.Tensor], segments: tuple[Segment, ...]) -> None:

@@ -27,11 +27,15 @@ class Listed:
     url: str
 
 
-def list_checkpoints(run_url: str | Path) -> list[Listed]:
-    """The committed checkpoints of a run (a folder or URL that has `checkpoints/` in it), oldest first."""
+def list_checkpoints(run_url: str | Path, *, within: str = "checkpoints") -> list[Listed]:
+    """The committed checkpoints of a run (a folder or URL that has `checkpoints/` in it), oldest first.
+
+    Args:
+        within: `snapshots` for those of the averages by a power function.
+    """
     storage = open_storage(run_url)
-    checkpoints = storage.sub("checkpoints")
-    return [Listed(step, checkpoints.join(step_name(step))) for step in committed_steps(storage)]
+    checkpoints = storage.sub(within)
+    return [Listed(step, checkpoints.join(step_name(step))) for step in committed_steps(storage, within=within)]
 
 
 def read_manifest(storage: Storage) -> CheckpointManifest:
@@ -95,7 +99,16 @@ def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart
 
 
 def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
-    """The named fp32 parameters of one quantity of a checkpoint (`master`, an EMA's name, `target`).
+    """The named fp32 parameters of one quantity of a checkpoint (`master`, an average's name, `target`).
+
+    Raises:
+        UserError: as `read_flat`.
+    """
+    return by_name(read_flat(url, quantity), read_manifest(open_storage(url)).parameters)
+
+
+def read_flat(url: str | Path, quantity: str) -> torch.Tensor:
+    """One quantity of a checkpoint, in the flat space of the network, float32.
 
     Every file is checked against its hash first; from a remote storage each is fetched once per node, into the cache.
 
@@ -122,7 +135,7 @@ def read_weights(url: str | Path, quantity: str) -> dict[str, torch.Tensor]:
             values = file.get_tensor(quantity)
         for segment in part.segments:
             flat[segment.start : segment.start + segment.length] = values[segment.at : segment.at + segment.length]
-    return by_name(flat, manifest.parameters)
+    return flat
 
 
 class FlatReader:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cmscale.config import Config, accumulation_steps
+from cmscale.config.averages import power_exponent, power_name
 from cmscale.distributed.world import World
 from cmscale.engine import backend, settings, wrappers
 from cmscale.engine.clock import ForwardClock
@@ -277,6 +278,7 @@ class Engine:
             segments_by_rank=self._segments,
             rank=rank,
             ema_rates=dict(zip(self._config.ema.names, self._config.ema.rates, strict=True)),
+            power_exponents={power_name(length): power_exponent(length) for length in self._config.ema.lengths},
             has_target=self._target is not None,
             publish_target=None if self._target is None else self._publisher(self._target),
         )

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from cmscale.config.averages import power_rate
 from cmscale.config.schedules import ScheduleValues
 from cmscale.distributed.compat import all_gather_flat
 from cmscale.engine.flat_space import MOMENTS, Piece, count_elements
@@ -32,6 +33,7 @@ class FlatShards:
         segments_by_rank: tuple[tuple[Segment, ...], ...],
         rank: int,
         ema_rates: Mapping[str, float],
+        power_exponents: Mapping[str, float] | None = None,
         has_target: bool,
         publish_target: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
@@ -47,17 +49,23 @@ class FlatShards:
             if piece.start < segment.start + segment.length and segment.start < piece.start + piece.length
         ]
         self._ema_rates = dict(ema_rates)
+        self._power_exponents = dict(power_exponents or {})
         self._publish_target = publish_target
         device = pieces[0].views["master"].device if pieces else torch.device("cpu")
         size = sum(segment.length for segment in self.segments)
-        names = (["target"] if has_target else []) + list(ema_rates)
+        names = (["target"] if has_target else []) + list(ema_rates) + list(self._power_exponents)
         self._followers = {name: torch.zeros(size, device=device) for name in names}
         self.reset_followers()
 
     @property
     def quantities(self) -> tuple[str, ...]:
-        """`master`, both moments, `target` if the method has one, and each EMA by name."""
+        """`master`, both moments, `target` if the method has one, and each average by name."""
         return ("master", *MOMENTS, *self._followers)
+
+    @property
+    def power_averages(self) -> tuple[str, ...]:
+        """The averages by a power function, of which snapshots are kept."""
+        return tuple(self._power_exponents)
 
     @torch.no_grad()
     def local(self, quantity: str) -> torch.Tensor:
@@ -88,9 +96,11 @@ class FlatShards:
     def update(self, values: ScheduleValues) -> None:
         """Updates the EMAs and the target after an applied step: average <- rate average + (1 - rate) master, in fp32.
 
-        The target's rate is the step's mu(k). The target network then gets the new weights. Collective with a target.
+        The target's rate is the step's mu(k), that of an average by a power function its beta. The target network then
+        gets the new weights. Collective with a target.
         """
         rates = dict(self._ema_rates)
+        rates |= {name: power_rate(gamma, values.step + 1) for name, gamma in self._power_exponents.items()}
         if "target" in self._followers:
             if values.target_ema is None:
                 raise ValueError(f"step {values.step}: a run with a target network needs a target_ema")

@@ -134,7 +134,7 @@ def time_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
 
 
 def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Sequence[tuple[str, float]] = ()) -> str:
-    """A score against the number of steps that an EMA averages, with error bars; `levels` as in `steps_curve`."""
+    """A score against the number of steps that an average spans, with error bars; `levels` as in `steps_curve`."""
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
         _draw(axes, curves, levels)
@@ -144,7 +144,7 @@ def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seque
         ticks = sorted({round(value) for curve in curves for value in curve.x})
         axes.set_xticks(ticks)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("averaged steps, 1 / (1 − rate)")
+        axes.set_xlabel("averaged steps (standard deviation)")
         axes.set_ylabel(y_label)
         axes.legend(loc="best")
         return _svg(figure, name)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cmscale.config.averages import length_of
 from cmscale.report.facts import RunFacts
 from cmscale.report.plots import Curve, ema_curve, progress_curve, steps_curve
 from cmscale.runs.comparison import basis_of, best_of, describe_basis, groups_of, once_each
@@ -80,12 +81,12 @@ def _against_ema(owner: RunFacts, group: list[EvaluationResult], number: int) ->
     levels: list[Level] = []
     plain = [each for each in _evaluations(owner, group) if each.times is None]
     for nfe, mine in _grouped(plain, lambda each: each.nfe or 0):
-        averaged = [(rate, each) for each in mine if (rate := _rate(each.weights)) is not None]
+        averaged = [(length, each) for each in mine if (length := _length(each)) is not None]
         steps = [each.step or 0 for _, each in averaged]
         several = [step for step in steps if steps.count(step) > 1]
         if not several:
             continue
-        points = [(1 / (1 - rate), each.fid) for rate, each in averaged if each.step == max(several)]
+        points = [(length, each.fid) for length, each in averaged if each.step == max(several)]
         curves.append(_curve(f"step {max(several)}, {nfe} NFE", points))
         levels += [
             (f"no EMA, {nfe} NFE", each.fid.mean)
@@ -119,10 +120,13 @@ def _grouped(
     return [(value, [each for each in results if key(each) == value]) for value in sorted({key(r) for r in results})]
 
 
-def _rate(weights: str | None) -> float | None:
-    """The rate in an EMA's name, `ema_0.999943`."""
-    named = re.fullmatch(r"ema_(0?\.\d+)", weights or "")
-    return float(named[1]) if named else None
+def _length(result: EvaluationResult) -> float | None:
+    """The standard deviation in steps of the average that was evaluated, `ema_0.999943` or `power_0.05`."""
+    name = result.weights or ""
+    if named := re.fullmatch(r"ema_(0?\.\d+)", name):
+        return 1 / (1 - float(named[1]))
+    relative = length_of(name)
+    return None if relative is None else relative * (result.step or 0)
 
 
 def _curve(label: str, points: Sequence[tuple[Any, Metric]]) -> Curve:

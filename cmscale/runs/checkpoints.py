@@ -12,8 +12,8 @@ _STEP_FOLDER = re.compile(r"step-(\d{9})")
 _LEFTOVER = re.compile(r"\.step-(\d{9})\.(start-\d+\.save|replaced|removed)-\d+")
 
 
-def committed_steps(run: RunDir | Storage | str | Path) -> list[int]:
-    """The steps of a run's committed checkpoints, ascending.
+def committed_steps(run: RunDir | Storage | str | Path, *, within: str = "checkpoints") -> list[int]:
+    """The steps of a run's committed checkpoints, ascending; within `snapshots`, of its snapshots.
 
     Files and folders that are not checkpoints (links, copies under other names, unfinished saves) are ignored.
 
@@ -24,7 +24,7 @@ def committed_steps(run: RunDir | Storage | str | Path) -> list[int]:
         run = LocalStorage(run.root)
     elif isinstance(run, str | Path):
         run = open_storage(run)
-    checkpoints = run.sub("checkpoints")
+    checkpoints = run.sub(within)
     folder = checkpoints.local_path("")
     if folder is not None:  # a launcher asks every few seconds: nothing but the manifests is looked at
         names = [manifest.parent.name for manifest in folder.glob(f"step-*/{CHECKPOINT_MANIFEST}")]
@@ -45,10 +45,16 @@ def named_steps(run: RunDir) -> list[int]:
 def leftovers(run: RunDir) -> list[tuple[int, str, Path]]:
     """(step, `save`, `replaced` or `removed`, folder) of each folder that a start which was killed left behind.
 
+    Of checkpoints and of snapshots.
+
     Names of other forms are somebody else's and stay.
     """
-    found = [(path, _LEFTOVER.fullmatch(path.name)) for path in sorted(run.checkpoints.glob(".step-*"))]
+    found = [(path, _LEFTOVER.fullmatch(path.name)) for path in _hidden(run)]
     return [(int(match[1]), match[2].rpartition(".")[2], path) for path, match in found if match]
+
+
+def _hidden(run: RunDir) -> list[Path]:
+    return sorted(path for folder in (run.checkpoints, run.snapshots) for path in folder.glob(".step-*"))
 
 
 def _steps(names: Iterable[str]) -> list[int]:

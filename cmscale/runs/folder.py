@@ -98,6 +98,14 @@ class RunDir:
         return self.checkpoints / step_name(step)
 
     @property
+    def snapshots(self) -> Path:
+        """Averages by a power function, in the format of checkpoints."""
+        return self.root / "snapshots"
+
+    def snapshot(self, step: int) -> Path:
+        return self.snapshots / step_name(step)
+
+    @property
     def samples(self) -> Path:
         return self.root / "samples"
 

@@ -28,7 +28,7 @@ def forward_flop(config: Config) -> int:
 def estimates(config: Config, *, num_ranks: int, tflops: float) -> list[tuple[str, str]]:
     """Rows of (what, estimate) for `num_ranks` GPUs that sustain `tflops` each."""
     count, low = num_parameters(config), BYTES[config.engine.precision]
-    stage, copies = config.engine.zero_stage, len(config.ema.rates)
+    stage, copies = config.engine.zero_stage, len(config.ema.rates) + len(config.ema.lengths)
     facts = config.method.facts
     masters = 3 * 4 + 4 * copies + 4 * facts.has_target  # bytes: fp32 weights, two moments, EMAs, target
     share = num_ranks if stage >= 1 else 1

@@ -148,6 +148,12 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "config": ("--config", "{in}/other.yaml"),
         "overrides": ("method.sigma_max=40",),
     },
+    "ema": {
+        "run": None,
+        "length": ("--length", "0.08"),
+        "to": ("--to", "{out}/other.safetensors"),
+        "step": ("--step", "3"),
+    },
     "import": {
         "source": None,
         "to": None,
@@ -350,6 +356,7 @@ SCENES = [
     Scene("of an exported file", "consistency-error", ("{in}/cm.safetensors", *_CURVE), _EXPORTED),
     Scene("a run", "export", ("{in}/run", "--to", "{out}/m.safetensors"), OF_A_BARE_FILE),
     Scene("an exported file", "export", ("{in}/cm.safetensors", "--to", "{out}/m.safetensors"), _EXPORTED),
+    Scene("a run", "ema", ("{in}/averaged", "--length", "0.07", "--to", "{out}/m.safetensors")),
     Scene(
         "an OpenAI file",
         "import",
@@ -435,6 +442,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = write_trained_run(folder / "run", data=folder / "data", samples=12)
     config = parse_config(run.config.read_text())
     write_checkpoint(run, config, step=3)
+    averaged = write_trained_run(folder / "averaged", data=folder / "data", overrides=("ema.lengths=[0.05,0.1]",))
+    write_checkpoint(averaged, parse_config(averaged.config.read_text()), step=3)
     (folder / "config.yaml").write_text(run.config.read_text())
     (folder / "other.yaml").write_text(run.config.read_text().replace("sigma_max: 80.0", "sigma_max: 40.0"))
     weights = weights_of(config)

@@ -66,11 +66,18 @@ def write_dataset(folder: Path, *, count: int = 40, size: int = 8) -> Path:
 
 
 def write_trained_run(
-    root: Path, *, data: Path, kind: str = "ct", method: str = "distance: l2", step: int = 7, samples: int = 300
+    root: Path,
+    *,
+    data: Path,
+    kind: str = "ct",
+    method: str = "distance: l2",
+    step: int = 7,
+    samples: int = 300,
+    overrides: tuple[str, ...] = (),
 ) -> RunDir:
     """A run with one checkpoint of random weights, different for each EMA."""
     run = RunDir(root)
-    config = parse_config(TEXT.format(kind=kind, method=method, data=data, samples=samples))
+    config = parse_config(TEXT.format(kind=kind, method=method, data=data, samples=samples), list(overrides))
     run.checkpoint(step).mkdir(parents=True)
     run.config.write_text(dump_config(config))
     write_checkpoint(run, config, step=step)
@@ -83,7 +90,8 @@ def write_checkpoint(run: RunDir, config: Config, *, step: int) -> None:
         parameters = number_parameters(build_unet(config.model))
     total = count_elements(parameters)
     source = torch.Generator().manual_seed(step)
-    quantities = {name: 0.05 * torch.randn(total, generator=source) for name in ("master", *config.ema.names)}
+    names = ("master", *config.ema.names, *config.ema.power_names)
+    quantities = {name: 0.05 * torch.randn(total, generator=source) for name in names}
     path = run.checkpoint(step) / rank_file(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(quantities, path)

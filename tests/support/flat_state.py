@@ -3,6 +3,7 @@
 import torch
 
 from cmscale.config import Config, parse_config
+from cmscale.config.averages import power_exponent, power_name
 from cmscale.distributed.world import World
 from cmscale.engine import flat_space
 from cmscale.engine.shards import FlatShards, Read
@@ -36,7 +37,14 @@ class StandIn:
     """The state of one rank; each quantity has different values, drawn from `seed`."""
 
     def __init__(
-        self, rank: int, num_ranks: int, *, zero_stage: int = 2, seed: int = 0, has_target: bool = True
+        self,
+        rank: int,
+        num_ranks: int,
+        *,
+        zero_stage: int = 2,
+        seed: int = 0,
+        has_target: bool = True,
+        lengths: tuple[float, ...] = (),
     ) -> None:
         self.parameters = parameters_of(SHAPES)
         total = flat_space.count_elements(self.parameters)
@@ -47,9 +55,11 @@ class StandIn:
             )
             for other in range(num_ranks)
         )
+        powers = {power_name(length): power_exponent(length) for length in lengths}
+        names = ("master", "exp_avg", "exp_avg_sq", "target", "ema_0.9", "ema_0.5", *powers)
         self.whole = {
             name: torch.randn(total, generator=torch.Generator().manual_seed(seed + index))
-            for index, name in enumerate(("master", "exp_avg", "exp_avg_sq", "target", "ema_0.9", "ema_0.5"))
+            for index, name in enumerate(names)
         }
         pieces = [
             flat_space.Piece(
@@ -68,6 +78,7 @@ class StandIn:
             segments_by_rank=segments,
             rank=rank,
             ema_rates={"ema_0.9": 0.9, "ema_0.5": 0.5},
+            power_exponents=powers,
             has_target=has_target,
             publish_target=self._publish if has_target else None,
         )

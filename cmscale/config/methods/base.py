@@ -180,6 +180,11 @@ class MethodSection(Section, ABC):
         """Whether the loss takes forward-mode derivatives of the network."""
 
     @property
+    def restarts_averages(self) -> bool:
+        """Whether the schedule ends stages, after which optimizer and averages start again."""
+        return False
+
+    @property
     @abstractmethod
     def forward_passes(self) -> float:
         """Cost of one training image in forward passes; a backward pass counts as two."""

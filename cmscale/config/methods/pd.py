@@ -66,6 +66,10 @@ class PD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
         return TeacherChoice(self.teacher, self.teacher_weights)
 
     @property
+    def restarts_averages(self) -> bool:
+        return True
+
+    @property
     def forward_passes(self) -> float:
         """Student forward and backward, and two steps of the stage's teacher."""
         return 5
