@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cmscale.commands import situation
 from cmscale.config import Config, Evaluate, read_config
 from cmscale.config.agreement import check_openai_teacher, check_openai_weights, check_teacher, check_weights
-from cmscale.config.sources import OPENAI_ENDINGS, refuse_hub_name
+from cmscale.config.sources import FILE_ENDINGS, OPENAI_ENDINGS, refuse_hub_name
 from cmscale.errors import UserError
+from cmscale.io.place import Place
 from cmscale.io.storage import Storage, open_parent, open_storage
 from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.choices import check_weights_name
+from cmscale.runs.configs import config_of
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
+from cmscale.runs.source_kind import kind_of_source
 
 
 def check_inputs(config: Config) -> DatasetManifest:
@@ -50,6 +55,8 @@ def check_teacher_of(config: Config) -> None:
         check_openai_teacher(config)
     elif (its_config := config_beside(choice.source)) is not None:
         check_teacher(its_config, config, origin=choice.source)
+        if choice.weights_name is not None and Path(choice.source).is_dir():
+            check_weights_name(its_config, choice.weights_name, key="method.teacher_weights")
 
 
 def check_first_weights(config: Config) -> None:
@@ -67,17 +74,26 @@ def check_first_weights(config: Config) -> None:
         check_openai_weights(config, key=key, origin=origin, named=config.train.init_weights)
     elif (its_config := config_beside(origin)) is not None:
         check_weights(its_config, config, key=key, origin=origin)
+        if config.train.init_weights is not None and Path(origin).is_dir():
+            check_weights_name(its_config, config.train.init_weights, key="train.init_weights")
 
 
 def config_beside(source: str) -> Config | None:
-    """The config of a local run or of its checkpoint; None for other sources, which only the worker can read."""
-    if is_remote(source):
-        return None
+    """The config of a run, a checkpoint or an exported file; None for other sources, which only the worker can read.
+
+    Files in a storage are other sources, too: they have gigabytes.
+    """
     folder = Path(source).absolute()
     for root in (folder, folder.parent.parent):
-        if (root / "config.yaml").is_file():
+        if not is_remote(source) and (root / "config.yaml").is_file():
             return read_config(root / "config.yaml", resolved=True)
-    return None
+    if is_remote(source) and source.endswith(FILE_ENDINGS):
+        return None
+    try:
+        is_known = kind_of_source(source) in (situation.RUN, situation.CHECKPOINT, situation.EXPORTED)
+    except UserError:
+        return None
+    return config_of(Place(source)) if is_known else None
 
 
 def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None:

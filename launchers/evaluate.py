@@ -22,7 +22,7 @@ from cmscale.config.site import LaunchSettings, is_launch_key, read_launch_setti
 from cmscale.errors import UserError
 from cmscale.io.durable import explained
 from cmscale.io.place import Place
-from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.choices import check_request
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
 from cmscale.runs.source_kind import kind_of_source
@@ -66,8 +66,7 @@ def main(arguments: list[str]) -> int:
             print("\n" + preview)
         return 0
     check_source(flags.source, key="SOURCE")
-    if request.checkpoints != "latest" and not flags.source.is_remote:
-        _check_steps(request, run)
+    check_request(request)
     check_evaluation(config, asked=asked)
     with explained(run.root):
         run.logs.mkdir(parents=True, exist_ok=True)
@@ -128,15 +127,6 @@ def _root_of_run(source: Place, kind: str | None) -> Path | None:
     root = path if kind == situation.RUN else path.parent.parent
     inside = kind == situation.RUN or (kind == situation.CHECKPOINT and path.parent.name == "checkpoints")
     return root if inside and (root / "config.yaml").is_file() else None
-
-
-def _check_steps(request: EvaluateRequest, run: RunDir) -> None:
-    """Raises UserError if the run has no checkpoint of a step that is asked for."""
-    there = committed_steps(run)
-    for step in request.steps_asked:
-        if step is not None and step not in there:
-            known = ", ".join(map(str, there))
-            raise UserError(f"--checkpoint {step}: {run.root} has no such checkpoint; choose from {known}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from launchers.run_folders import (
     with_absolute_paths,
 )
 from launchers.submission import newest_step
+from launchers.try_inputs import try_inputs
 from launchers.where import FLAG, Recorded, decide_where, describe_origins, read_recorded
 
 
@@ -91,6 +92,7 @@ def main(arguments: list[str]) -> int:
             print("\n" + preview)
         return 0
     check_inputs(config)
+    try_inputs(config, on_this_cpu=placement.cluster == "local" and not placement.gpus)
     if every is not None:
         check_evaluation(config, asked={})
     if config.checkpoint.export_to is not None:

@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from typer.models import OptionInfo, ParameterInfo
 
+from cmscale.cli.early import check_early
 from cmscale.commands.parser import Output, check_output
 from cmscale.commands.use import Given, Use
 from cmscale.errors import UserError
@@ -101,6 +102,8 @@ def _with_checks(function: Callable[..., None]) -> Callable[..., None]:
         given.refuse_unused()
         for name, each in declared.items():
             values[name] = _checked(each, values[name])
+        if "step" in values or "to" in values:
+            check_early(values, given)
         function(**values, **({"given": given} if wants_given else {}))
 
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)

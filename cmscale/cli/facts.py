@@ -41,11 +41,12 @@ def estimate(
     """Estimates the cost of a config: parameters, memory per rank, FLOP, days."""
     from cmscale.config import read_config
     from cmscale.config.cautions import cautions
-    from cmscale.training.estimate import estimates
 
     if not 0 < tflops < math.inf:
         raise UserError(f"--tflops {tflops}: give a number above 0")
     settings = read_config(config, overrides)
+    from cmscale.training.estimate import estimates
+
     found = list(estimates(settings, num_ranks=nodes * gpus_per_node, tflops=tflops))
     if as_json:
         print(json.dumps({**dict(found), "cautions": cautions(settings)}, indent=1))

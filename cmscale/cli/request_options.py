@@ -9,6 +9,7 @@ import typer
 from cmscale.cli.command import GIVEN
 from cmscale.commands.use import Given
 from cmscale.config.requests import MeasuringRequest, Option, options_of, request_from
+from cmscale.runs.choices import check_request
 
 R = TypeVar("R", bound=MeasuringRequest)
 
@@ -22,7 +23,9 @@ def command_for(request: type[R]) -> Callable[[Callable[[R], None]], Callable[..
 
     def decorate(function: Callable[[R], None]) -> Callable[..., None]:
         def asked(*, given: Given = GIVEN, **values: Any) -> None:
-            function(request_from(request, {name: values[name] for name in given}))
+            asked_for = request_from(request, {name: values[name] for name in given})
+            check_request(asked_for)  # before torch is imported, which takes seconds
+            function(asked_for)
 
         own = inspect.signature(asked).parameters["given"]
         parameters = [*(_parameter(option) for option in options_of(request)), own]

@@ -27,13 +27,14 @@ def report(
     beside: Annotated[list[Place] | None, typer.Option(help="Another run to show too; may be repeated."), USED] = None,
 ) -> None:
     """Builds the page report/index.html of a run."""
-    from cmscale.report import build_report
     from cmscale.runs.folder import RunDir
 
     shown, *others = [RunDir(place.local("a run that is shown")) for place in (run, *(beside or []))]
     for each in (shown, *others):
         if not each.config.is_file():
             raise UserError(f"{each.root}: not a run (no config.yaml)")
+    from cmscale.report import build_report
+
     print(build_report(shown, siblings=others))
 
 
@@ -115,7 +116,6 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compares runs: scores, curves, and the differences of their configs by effect on the losses."""
-    from cmscale.report import comparison
     from cmscale.runs.folder import RunDir
 
     if len(runs) < 2:
@@ -124,6 +124,8 @@ def compare(
     for each in folders:
         if not each.config.is_file():
             raise UserError(f"{each.root}: not a run (no config.yaml)")
+    from cmscale.report import comparison
+
     found = comparison.compare_runs(folders)
     if as_json:
         print(json.dumps(comparison.as_json(found), indent=1))

@@ -467,7 +467,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask = np.zeros((8, 8), np.uint8)
     mask[:4] = 255
     Image.fromarray(mask).save(folder / "mask.png")
-    (folder / "features.pth").write_bytes(b"")
+    (folder / "features.pth").write_bytes(b"PK\x03\x04")
     (folder / "launch.yaml").write_text(CONFIG.format(data=dataset(folder / "launch_data")))
     return folder
 

@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launch_fixtures import CONFIG, dataset
 
@@ -75,7 +76,7 @@ def test_the_jobs_argument_is_the_request(asked: list, monkeypatch):
 
 
 def test_every_option_of_the_request_reaches_the_job(asked: list, monkeypatch, tmp_path: Path):
-    (tmp_path / "there").touch()
+    (tmp_path / "there").write_bytes(b"PK\x03\x04")
     values = {"steps": "3", "times": "80,2", "weights": "master", "checkpoints": "3", "features": "efficientnet"}
     for option in options_of(EvaluateRequest):
         if not option.flag or option.name in ("config", "device"):
@@ -109,8 +110,8 @@ def test_what_the_runs_config_names_must_be_there_before_a_job_is_queued(
     assert words in said
     assert said.count("\n") == 1
     assert asked == []
-    (tmp_path / "gone.npz").touch()
-    (tmp_path / "gone.pth").touch()
+    np.savez(tmp_path / "gone.npz", mu=np.zeros(2), sigma=np.eye(2))
+    (tmp_path / "gone.pth").write_bytes(b"PK\x03\x04")
     assert run(monkeypatch, "runs/one") == 0
 
 
@@ -118,7 +119,7 @@ def test_the_training_data_must_be_there_where_nothing_else_is_named(asked: list
     shutil.rmtree(tmp_path / "data")
     assert run(monkeypatch, "runs/one") == 2
     assert "data.path: data: no such folder" in capsys.readouterr().err
-    (tmp_path / "theirs.npz").touch()
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(2), sigma=np.eye(2))
     assert run(monkeypatch, "runs/one", "--reference", "theirs.npz") == 0
 
 

@@ -1,0 +1,197 @@
+"""Checks what is asked of a SOURCE before anything slow: kind, config, checkpoints, weights, sampling times.
+
+Nothing here imports torch, so that a mistake is found in less than a second, and before a job waits in a queue.
+"""
+
+import struct
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmscale.commands import situation
+from cmscale.config import Config, MethodSection, read_config
+from cmscale.config.requests import EvaluateRequest, MeasuringRequest, SearchTimesRequest
+from cmscale.config.sampling_times import check_range, parse_step, parse_times
+from cmscale.config.site import read_site
+from cmscale.config.sources import FILE_ENDINGS, refuse_hub_name
+from cmscale.errors import UserError
+from cmscale.io.fetch import local_file
+from cmscale.io.place import Place
+from cmscale.io.storage import open_storage
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.configs import config_of
+from cmscale.runs.manifests import read_document
+from cmscale.runs.results import TimeSearch
+from cmscale.runs.source_kind import kind_of_source
+
+_WITH_CONFIG = (situation.RUN, situation.CHECKPOINT, situation.EXPORTED)
+
+
+def check_model(
+    source: str,
+    *,
+    steps: Sequence[int | None] = (None,),
+    weights: Sequence[str | None] = (None,),
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Config | None:
+    """Checks that a source has the checkpoints and weights that are asked for.
+
+    Args:
+        steps: Of a run's checkpoints; None is the newest.
+        weights: Names; None is the first EMA.
+        config: Config file for a source that has none, with `overrides`.
+
+    Returns:
+        The source's config; None if only reading its weights can tell.
+
+    Raises:
+        UserError: there is no such source, checkpoint or config, or it has no such weights.
+    """
+    refuse_hub_name(source)
+    if Place(source).is_remote and source.endswith(FILE_ENDINGS):
+        return None  # a file of gigabytes, which is not fetched for a check
+    kind = kind_of_source(source)
+    if config is not None:
+        return read_config(config, list(overrides), beneath=[read_site().layer])
+    if kind == situation.RUN:
+        _check_steps(source, steps)
+    if kind not in _WITH_CONFIG:
+        return None
+    found = config_of(Place(_run_of(source) if kind == situation.CHECKPOINT else source))
+    if kind in situation.WITH_WEIGHTS_TO_CHOOSE:
+        for name in filter(None, weights):
+            check_weights_name(found, name, key="--weights")
+    return found
+
+
+def _run_of(checkpoint: str) -> str:
+    """The run that a checkpoint lies in; the checkpoint itself if it lies in none on this machine."""
+    root = Path(checkpoint).absolute().parent.parent
+    return str(root) if not Place(checkpoint).is_remote and (root / "config.yaml").is_file() else checkpoint
+
+
+def check_weights_name(config: Config, name: str, *, key: str) -> None:
+    """Raises UserError if a run of this config has no weights of this name."""
+    known = (*config.ema.names, "master")
+    if name not in known:
+        raise UserError(f"{key} {name}: no such weights; choose from {', '.join(known)}")
+
+
+def _check_steps(run: str, steps: Sequence[int | None]) -> None:
+    there = committed_steps(open_storage(run))
+    if not there:
+        raise UserError(f"{run}: the run has no complete checkpoint yet; wait for its first, or give another SOURCE")
+    for step in steps:
+        if step is not None and step not in there:
+            raise UserError(f"{run}: no checkpoint of step {step}; choose from {', '.join(map(str, there))}")
+
+
+def check_times(times: str, method: MethodSection) -> None:
+    """Checks noise levels, `80,4.4` or the JSON of a search, against a method's range.
+
+    Raises:
+        UserError: there is no such file, its search is not finished, or a time is outside the range.
+    """
+    label = f"--sampling-times {times}"
+    if not times.endswith(".json"):
+        check_range(_times(times), method, label=label)
+        return
+    found = read_document(TimeSearch, local_file(times).read_bytes(), origin=times)
+    if not found.times:
+        raise UserError(f"{label}: the search is not finished; let cmscale search-times finish")
+    check_range(found.times, method, label=label)
+
+
+def _times(text: str) -> tuple[float, ...]:
+    try:
+        return parse_times(text)
+    except ValueError as error:
+        raise UserError(f"--sampling-times: {error}") from None
+
+
+def check_request(request: MeasuringRequest) -> Config | None:
+    """Checks a request for an evaluation or a search, as far as that is possible without torch.
+
+    Returns:
+        The source's config, as `check_model` does.
+
+    Raises:
+        UserError: what the evaluation itself would find later.
+    """
+    if not (request.source.is_remote and request.source.endswith(FILE_ENDINGS)):
+        kind = kind_of_source(request.source)
+        request.refuse_unused(source=kind)
+        if kind == situation.SAMPLES:
+            return None
+    steps: Sequence[int | None] = (None,)
+    weights: Sequence[str | None] = (None,)
+    if isinstance(request, EvaluateRequest):
+        steps, weights = request.steps_asked, request.weights_asked
+    if isinstance(request, SearchTimesRequest):
+        steps, weights = (parse_step(request.step),), (request.weights,)
+    config = check_model(
+        request.source, steps=steps, weights=weights, config=request.config, overrides=request.overrides
+    )
+    if config is None:
+        return None
+    if isinstance(request, EvaluateRequest):
+        request.check_fits(config)
+        if request.times is not None:
+            check_times(request.times, config.method)
+    settings = request.settings(config.evaluate)
+    weights_key, file = settings.weights()
+    if file is not None:
+        check_weights_file(file, key=_named(request, weights_key))
+    if settings.reference is not None and settings.reference.endswith(".npz"):
+        check_reference(settings.reference, key=_named(request, "reference"))
+    return config
+
+
+def _named(request: MeasuringRequest, key: str) -> str:
+    """What names a file: the option, or the key of the config."""
+    given = getattr(request, key, None) is not None
+    return f"--{key.replace('_', '-')}" if given else f"evaluate.{key}"
+
+
+def check_weights_file(place: str, *, key: str) -> None:
+    """Checks that a local file of weights is of a kind that can hold some; `#sha256=` is checked when it is read.
+
+    Raises:
+        UserError: there is no such file, it is empty, or it is text.
+    """
+    path = _local(place, key=key)
+    if path is None:
+        return
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not start:
+        raise UserError(f"{key}: {place}: is empty; copy it again, or give another")
+    is_zip, is_pickle = start[:2] == b"PK", start[0] == 0x80
+    is_safetensors = len(start) == 8 and struct.unpack("<Q", start)[0] < path.stat().st_size
+    if not (is_zip or is_pickle or is_safetensors):
+        raise UserError(f"{key}: {place}: is no file of weights (a download that failed?); give another")
+
+
+def check_reference(place: str, *, key: str) -> None:
+    """Raises UserError if a local `.npz` is damaged or holds neither statistics nor images."""
+    path = _local(place, key=key)
+    if path is None:
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError):
+        raise UserError(f"{key}: {place}: damaged, or not an .npz of plain arrays; give another") from None
+    if not names & {"arr_0", "mu"}:
+        raise UserError(f"{key}: {place}: holds {', '.join(sorted(names)[:5])}; give statistics or images")
+
+
+def _local(place: str, *, key: str) -> Path | None:
+    """The path of a file on this machine; None if it is in a storage, which is not fetched for a check."""
+    plain = Place(place.partition("#sha256=")[0])
+    if plain.is_remote:
+        return None
+    if not Path(plain).exists():
+        raise UserError(f"{key}: {plain}: no such file or folder")
+    return Path(plain) if Path(plain).is_file() else None

@@ -1,0 +1,75 @@
+"""A mistake of a user is found before torch is imported, which takes seconds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from evaluation_fixtures import write_trained_run
+
+from cmscale.config import read_config
+from cmscale.interop import write_safetensors
+from cmscale.model.unet import build_unet
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import json, sys
+sys.modules["torch"] = None  # an import of it fails
+from cmscale.cli.app import run
+from cmscale.commands.ending import guarded
+from launchers import evaluate, submit
+for line in json.loads(sys.argv[1]):
+    program, *words = line
+    main = {"cmscale": run, "submit": submit.main, "evaluate": evaluate.main}[program]
+    print(guarded(main, words, label=" ".join(line)), flush=True)
+"""
+LINES = [
+    ["cmscale", "sample", "nowhere", "--out", "x.npz"],
+    ["cmscale", "sample", "run", "--out", "x.png"],
+    ["cmscale", "sample", "run", "--out", "x.npz", "--checkpoint", "8"],
+    ["cmscale", "sample", "run", "--out", "x.npz", "--weights", "ema_0.7"],
+    ["cmscale", "sample", "run", "--out", "x.npz", "--sampling-times", "500"],
+    ["cmscale", "sample", "model.safetensors", "--out", "x.npz", "--checkpoint", "7"],
+    ["cmscale", "sample", "model.safetensors", "--out", "x.npz", "--config", "config.yaml"],
+    ["cmscale", "edit", "inpaint", "nowhere", "a.png"],
+    ["cmscale", "export", "run", "--to", "x.safetensors", "--weights", "ema_0.7"],
+    ["cmscale", "evaluate", "run", "--weights", "ema_0.7"],
+    ["cmscale", "evaluate", "run", "--checkpoint", "8"],
+    ["cmscale", "evaluate", "nowhere"],
+    ["cmscale", "evaluate", "run", "--features-weights", "gone.pth"],
+    ["cmscale", "search-times", "run", "--checkpoint", "8"],
+    ["cmscale", "consistency-error", "nowhere"],
+    ["cmscale", "estimate", "absent.yaml"],
+    ["cmscale", "report", "nowhere"],
+    ["cmscale", "runs", "nowhere"],
+    ["cmscale", "config", "explain", "train.sed"],
+    ["submit", "absent.yaml"],
+    ["submit", "run/config.yaml", "train.sed=1"],
+    ["evaluate", "nowhere"],
+    ["evaluate", "run", "--weights", "ema_0.7"],
+]
+
+
+def test_mistakes_are_found_without_torch(tmp_path: Path) -> None:
+    run = write_trained_run(tmp_path / "run", data=tmp_path / "data")
+    config = read_config(run.config)
+    write_safetensors(
+        tmp_path / "model.safetensors",
+        build_unet(config.model).state_dict(),
+        config=config,
+        step=7,
+        weights_name="ema_0.9",
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(LINES)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(CHECKOUT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    said = ran.stderr.splitlines()
+    assert ran.stdout.split() == ["2"] * len(LINES), ran.stderr
+    assert len(said) == len(LINES)
+    assert not any("torch" in line for line in said), ran.stderr
