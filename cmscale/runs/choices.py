@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cmscale.commands import situation
 from cmscale.config import Config, MethodSection, read_config
+from cmscale.config.averages import length_of
 from cmscale.config.requests import EvaluateRequest, MeasuringRequest, SearchTimesRequest
 from cmscale.config.sampling_times import check_range, parse_step, parse_times
 from cmscale.config.site import read_site
@@ -73,8 +74,9 @@ def _run_of(checkpoint: str) -> str:
 
 def check_weights_name(config: Config, name: str, *, key: str) -> None:
     """Raises UserError if a run of this config has no weights of this name."""
-    known = (*config.ema.names, "master")
-    if name not in known:
+    known = (*config.ema.names, *config.ema.power_names, "master")
+    is_computed = length_of(name) is not None and config.ema.lengths
+    if name not in known and not is_computed:
         raise UserError(f"{key} {name}: no such weights; choose from {', '.join(known)}")
 
 
