@@ -310,7 +310,7 @@ def _read_or_reconstruct(origin: str, name: str, manifest: CheckpointManifest) -
         return read_weights(origin, name)
     run, _, folder = origin.rstrip("/").rpartition("/checkpoints/")
     if not run or folder != step_name(manifest.state.step):
-        raise UserError(f"{origin}: {name} is computed from all checkpoints of a run; give the run and --step")
+        raise UserError(f"{origin}: {name} is computed from all checkpoints of a run; give the run and --checkpoint")
     return by_name(reconstructed(run, length, step=manifest.state.step), manifest.parameters)
 
 

@@ -98,7 +98,9 @@ def ema(
     to: Annotated[
         Place | None, typer.Option(help="Path or s3:// URL of the .safetensors file to write."), Use(needs=("length",))
     ] = None,
-    step: Annotated[str, typer.Option(help="Step of a run's checkpoint, or `latest`."), USED] = "latest",
+    step: Annotated[
+        str, typer.Option("--checkpoint", metavar="STEP", help="Step of a run's checkpoint, or `latest`."), USED
+    ] = "latest",
     given: Given = GIVEN,
 ) -> None:
     """Writes an average of a run's weights of any length, computed afterwards; without options lists what it keeps."""

@@ -152,7 +152,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "run": None,
         "length": ("--length", "0.08"),
         "to": ("--to", "{out}/other.safetensors"),
-        "step": ("--step", "3"),
+        "step": ("--checkpoint", "3"),
     },
     "import": {
         "source": None,
