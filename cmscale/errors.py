@@ -1,4 +1,4 @@
-"""Errors that commands print as lines: a user's mistakes (exit status 2), and work whose copies are missing (1)."""
+"""Errors that commands print as lines: a user's mistakes (exit status 2); full disks and missing copies (1)."""
 
 _LONGEST = 1500  # characters: what is longer hides what it says
 
@@ -14,6 +14,13 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(self.args)
+
+
+class NoSpace(UserError):
+    """Raised where no space is left to write. Nobody made a mistake: exit status 1.
+
+    A job that meets it is not started again, as it would meet it again.
+    """
 
 
 class DamagedInput(RuntimeError):

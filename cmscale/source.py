@@ -20,7 +20,7 @@ from cmscale.config.agreement import (
 from cmscale.config.averages import length_of
 from cmscale.config.sampling_times import parse_step
 from cmscale.config.site import read_site
-from cmscale.config.sources import NVLABS_ENDING, OPENAI_ENDINGS, refuse_hub_name
+from cmscale.config.sources import is_nvlabs, is_openai, is_safetensors, refuse_hub_name
 from cmscale.consistency.solver import Denoise
 from cmscale.engine.checkpoint_reader import by_name, list_checkpoints, read_manifest, read_weights
 from cmscale.engine.power_averages import reconstructed
@@ -144,11 +144,11 @@ def _read_foreign(origin: str, config: Config) -> dict[str, torch.Tensor]:
     Raises:
         UserError: they do not fit the config.
     """
-    if origin.endswith(OPENAI_ENDINGS):
+    if is_openai(origin):
         return read_openai(local_file(origin), config.model)
-    if origin.endswith(NVLABS_ENDING):
+    if is_nvlabs(origin):
         return _read_edm(origin, config, key=origin)
-    if origin.endswith(".safetensors"):
+    if is_safetensors(origin):
         return read_safetensors(local_file(origin), model=config.model)[0]
     return read_diffusers(open_storage(origin), model=config.model, method=config.method)[0]
 
@@ -218,13 +218,13 @@ def load_teacher(config: Config) -> dict[str, torch.Tensor]:
     setting = config.method.teacher_choice
     assert setting is not None, f"{config.method.kind} has no teacher"
     origin = setting.source
-    if origin.endswith(NVLABS_ENDING):
+    if is_nvlabs(origin):
         if config.method.embeds_angle:
             raise UserError(f"method.teacher: {origin} embeds log_sigma; leave out teacher_time_embedding")
         if setting.weights_name is not None:
             raise UserError(f"method.teacher_weights: {setting.weights_name}, but {origin} holds one set; leave it out")
         return _read_edm(origin, config, key="method.teacher")
-    if origin.endswith(OPENAI_ENDINGS):
+    if is_openai(origin):
         check_openai_teacher(config)
         return read_openai(local_file(origin), config.model)
     teacher = load_source(origin, weights=setting.weights_name)
@@ -244,12 +244,12 @@ def load_first_weights(config: Config) -> dict[str, torch.Tensor]:
     """
     origin, named, key = config.train.init_from, config.train.init_weights, "train.init_from"
     assert origin is not None
-    if origin.endswith(NVLABS_ENDING) and named is None and not config.method.embeds_angle:
+    if is_nvlabs(origin) and named is None and not config.method.embeds_angle:
         return _read_edm(origin, config, key=key)
-    if origin.endswith((*OPENAI_ENDINGS, NVLABS_ENDING)):
+    if is_openai(origin) or is_nvlabs(origin):
         check_openai_weights(config, key=key, origin=origin, named=named)
         return _read_foreign(origin, config)
-    if not origin.endswith(".safetensors") and (storage := open_storage(origin)).read_if_present("model_index.json"):
+    if not is_safetensors(origin) and (storage := open_storage(origin)).read_if_present("model_index.json"):
         weights, card = read_diffusers(storage, model=config.model)
         if not card:
             check_openai_weights(config, key=key, origin=origin, named=named)
@@ -290,7 +290,7 @@ def _read_checkpoint(origin: str, *, weights: str | None, run_dir: Path | None) 
     storage = open_storage(origin)
     manifest = read_manifest(storage)
     settings = parse_tree(manifest.config, origin=storage.join(CHECKPOINT_MANIFEST))
-    name = weights or settings.ema.names[0]
+    name = settings.ema.names[0] if weights is None else weights
     _check_weights(origin, manifest, name)
     folder = storage.local_path("")
     if run_dir is None and folder is not None and folder.parent.name == "checkpoints":

@@ -34,7 +34,7 @@ from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, dataset_formats
 from data_prep.making.convert import DEFAULT_ENCODING, ENCODINGS, RECIPE_EXIF, RECIPES
-from data_prep.making.documents import PREPARATION, PreparationDocument, begun_settings
+from data_prep.making.documents import PREPARATION, PreparationDocument, PreparationPlan, as_begun, begun_plan
 from data_prep.making.preparation import Preparation
 from data_prep.making.processes import check_bad, make_missing
 from data_prep.making.shards import DatasetSettings, ShardRecord
@@ -202,16 +202,15 @@ def array_placement(options: argparse.Namespace) -> ArrayPlacement:
     )
 
 
-def settings_of(options: argparse.Namespace) -> DatasetSettings:
+def settings_of(options: argparse.Namespace, begun: PreparationPlan | None) -> DatasetSettings:
     """The settings that the options ask for.
 
     An encoding or EXIF rule that is not given is that of the data set that is begun at `--out`, if there is one: the
     same command continues it, although the defaults of the version that began it may have been others.
     """
-    begun = begun_settings(open_storage(options.out))
     chosen: dict[str, str] = {}
     for name, default in (("encoding", DEFAULT_ENCODING), ("exif", RECIPE_EXIF[options.preprocess])):
-        chosen[name] = getattr(options, name) or (getattr(begun, name) if begun else default)
+        chosen[name] = getattr(options, name) or (getattr(begun.settings, name) if begun else default)
         if begun and not getattr(options, name) and chosen[name] != default:
             print(f"{options.out} was begun with --{name} {chosen[name]}")
     return DatasetSettings.model_validate(
@@ -229,7 +228,9 @@ def run(arguments: Sequence[str]) -> None:
     """Runs the command; raises its errors."""
     use_site()
     options, _ = command_parser().read(arguments)
-    preparation = Preparation(open_source(options.source), settings_of(options), options.out)
+    begun = begun_plan(open_storage(options.out))
+    source = as_begun(open_source(options.source), begun)
+    preparation = Preparation(source, settings_of(options, begun), options.out)
     placement = None
     if options.slurm:
         placement = array_placement(options)

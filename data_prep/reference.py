@@ -63,6 +63,8 @@ def make_reference(
     """
     manifest = read_dataset_manifest(open_storage(dataset))
     count = min(manifest.count, limit or manifest.count)
+    if limit is not None and limit > count:
+        print(f"warning: {dataset} holds {count} images, fewer than --samples {limit}: all are taken", file=sys.stderr)
     writer = reference_writers()[format]
     if writer.networks and features not in writer.networks:
         raise UserError(f"--format {format}: holds no {features} statistics; use --format adm")
@@ -83,6 +85,7 @@ def make_reference(
             count=count,
             preprocess=manifest.preprocess,
             encoding=manifest.encoding,
+            exif=manifest.exif,
             subset=subset if writer.keeps_images else 0,
         )
         kept = subset_indices(count, subset).tolist() if writer.keeps_images else []

@@ -30,7 +30,7 @@ from cmscale.io.place import Place
 from cmscale.io.protocol import ArrivedChanged, Storage
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
-from data_prep.making.documents import PREPARATION, PreparationDocument
+from data_prep.making.documents import PREPARATION, PreparationDocument, as_begun
 from data_prep.making.progress import ProgressCounter
 from data_prep.making.shards import DatasetSettings, build_shard
 from data_prep.sources import SourceReader, open_source, source_usage
@@ -69,7 +69,7 @@ def repair(storage: Storage, manifest: DatasetManifest, bad: Sequence[str], *, s
         UserError: the source's images or the encoders' versions have changed; the file is not replaced then.
     """
     document = _preparation(storage, manifest)
-    opened = open_source(source or document.plan.source)
+    opened = as_begun(open_source(source or document.plan.source), document.plan)
     if (len(opened.keys), opened.digest()) != (document.plan.keys, document.plan.keys_sha256):
         raise UserError(f"{opened.name}: not the images that {storage.url} was made from; nothing is repaired")
     read = SourceReader(opened)

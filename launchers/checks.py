@@ -9,9 +9,9 @@ from typing import Any
 from cmscale.commands import situation
 from cmscale.config import Config, Evaluate, read_config
 from cmscale.config.agreement import check_openai_teacher, check_openai_weights, check_teacher, check_weights
-from cmscale.config.sources import FILE_ENDINGS, OPENAI_ENDINGS, refuse_hub_name
+from cmscale.config.sources import is_openai, names_file, refuse_hub_name
 from cmscale.errors import UserError
-from cmscale.io.place import Place
+from cmscale.io.place import Place, split_hash
 from cmscale.io.storage import Storage, open_parent, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.choices import check_weights_name
@@ -51,7 +51,7 @@ def check_teacher_of(config: Config) -> None:
     choice = config.method.teacher_choice
     if choice is None:
         return
-    if choice.source.endswith(OPENAI_ENDINGS):
+    if is_openai(choice.source):
         check_openai_teacher(config)
     elif (its_config := config_beside(choice.source)) is not None:
         check_teacher(its_config, config, origin=choice.source)
@@ -70,7 +70,7 @@ def check_first_weights(config: Config) -> None:
         return
     refuse_hub_name(origin)
     check_source(origin, key=key)
-    if origin.endswith(OPENAI_ENDINGS):
+    if is_openai(origin):
         check_openai_weights(config, key=key, origin=origin, named=config.train.init_weights)
     elif (its_config := config_beside(origin)) is not None:
         check_weights(its_config, config, key=key, origin=origin)
@@ -87,7 +87,7 @@ def config_beside(source: str) -> Config | None:
     for root in (folder, folder.parent.parent):
         if not is_remote(source) and (root / "config.yaml").is_file():
             return read_config(root / "config.yaml", resolved=True)
-    if is_remote(source) and source.endswith(FILE_ENDINGS):
+    if is_remote(source) and names_file(source):
         return None
     try:
         is_known = kind_of_source(source) in (situation.RUN, situation.CHECKPOINT, situation.EXPORTED)
@@ -195,7 +195,7 @@ def check_source(url: str, *, key: str) -> None:
     if is_remote(url):
         check_exists(url, key=key)
         return
-    path = Path(url)
+    path = Path(split_hash(url)[0])
     if not path.exists():
         raise UserError(f"{key}: {url}: no such file or folder")
     if path.is_dir() and (path / "config.yaml").exists() and not committed_steps(path):
@@ -208,7 +208,7 @@ def check_exists(url: str, *, key: str) -> None:
     Raises:
         UserError: there is nothing.
     """
-    url = url.partition("#sha256=")[0]
+    url, _ = split_hash(url)
     if is_remote(url):
         storage, name = open_parent(url)
         found = (entry for entry in storage.list(name) if entry.key == name or entry.key.startswith(f"{name}/"))

@@ -61,7 +61,7 @@ def decide(
     match last.ending:
         case "finished":
             return Decision("done", "finished")
-        case "user_error" | "not_exported":
+        case "user_error" | "no_space" | "not_exported":
             return Decision("stop", last.message)
         case "superseded":
             return Decision("stop", f"{last.message}; this one has ended and is not started again")

@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> int:
     if config is not None:
         request.settings(config.evaluate)
         request.check_fits(config)
+    request.refuse_several_in_one_file()
     asked = request.model_dump(mode="json", exclude_unset=True)
     rows = {name: str(value) for name, value in asked.items() if value not in (None, [], False)}
     print(as_table({**describe_placement(placement), **rows}), flush=True)
@@ -102,7 +103,7 @@ def where(
     root = _root_of_run(flags.source, kind)
     known = {} if kind is None else {"source": kind}
     if flags.overrides:
-        known["overriding"] = situation.overriding(flags.config)
+        known["overriding"] = situation.overriding(flags.config, flags.overrides)
     given.refuse_unused(**known, run=situation.NEW_RUN if root is None else run_named(root, runs_dir(flags)))
     if root is not None:
         config = read_config(root / "config.yaml", launch, resolved=True, origins=origins)
@@ -110,6 +111,8 @@ def where(
     stem = flags.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
     run = new_run(name=flags.name, runs_dir=runs_dir(flags), stem=f"evaluate-{stem}")
     if not flags.config:
+        if kind in (situation.OPENAI, situation.NVLABS, situation.BARE):
+            raise UserError(f"{flags.source}: holds weights without a config; give --config CONFIG [key=value ...]")
         return None, run
     return read_config(flags.config, [*flags.overrides, *launch], beneath=site_layers(), origins=origins), run
 

@@ -81,6 +81,9 @@ def show_end(ending: Ending, why: str, *, log: Path | None) -> int:
         case "user_error":
             print(f"error: {why}", file=sys.stderr, flush=True)
             return 2
+        case "no_space":
+            print(f"error: {why}", file=sys.stderr, flush=True)
+            return 1
         case "fault":
             shown = tail(log) if log else ""
             if shown:

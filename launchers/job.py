@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from cmscale.errors import NotExported, UserError
+from cmscale.errors import NoSpace, NotExported, UserError
 from cmscale.io.process import CHECKOUT, START, exit_at_once, node_name, note_early_signals
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code
@@ -51,10 +51,11 @@ def main(arguments: list[str]) -> NoReturn:
             record_code(submission, flags.start, job)
         end = load_worker(job.worker)(*job.arguments)
     except UserError as error:
-        report("user_error", "; ".join(error.args))
+        is_full = isinstance(error, NoSpace)
+        report("no_space" if is_full else "user_error", "; ".join(error.args))
         for line in error.args:
             print(f"error: {line}", file=sys.stderr, flush=True)
-        exit_at_once(2)
+        exit_at_once(1 if is_full else 2)
     except NotExported as error:
         report("not_exported", str(error))
         print(f"finished, not exported: {error}", file=sys.stderr, flush=True)

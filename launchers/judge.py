@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Ending = Literal[
-    "finished", "not_exported", "preempted", "time_limit", "cancelled", "superseded", "user_error", "fault"
+    "finished", "not_exported", "preempted", "time_limit", "cancelled", "superseded", "user_error", "no_space", "fault"
 ]
 SUPERSEDED = "another job has started this run since and has taken over"
-RankState = Literal["running", "finished", "not_exported", "preempted", "superseded", "user_error", "fault"]
+RankState = Literal["running", "finished", "not_exported", "preempted", "superseded", "user_error", "no_space", "fault"]
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def judge(
         step: The step of the newest checkpoint; -1 if there is none.
         leaving: `preempted`, `time_limit` or `cancelled` if the cluster was ending the job; None otherwise.
     """
-    user_error = _first(ends, "user_error")
-    if user_error:
-        return _blamed("user_error", user_error, step)
+    for ending in ("user_error", "no_space"):  # no other start would mend these
+        if blamed := _first(ends, ending):
+            return _blamed(ending, blamed, step)
     if _first(ends, "superseded"):  # ranks that it takes by surprise may fail
         return Attempt("superseded", SUPERSEDED, step)
     if status == 0 and ends and all(end.end == "finished" for end in ends):

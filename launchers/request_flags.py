@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from cmscale.commands.parser import CommandParser, whole_number
 from cmscale.commands.use import Given
 from cmscale.config.requests import MeasuringRequest, Option, options_of, request_from
+from cmscale.config.sampling_times import is_file
 from cmscale.io.place import Place
 
 R = TypeVar("R", bound=MeasuringRequest)
@@ -47,6 +48,6 @@ def read_request(flags: argparse.Namespace, given: Given, request: type[R], **mo
 def _value(option: Option, value: Any) -> Any:
     if not option.is_path or value is None:
         return value
-    if option.name == "times" and not value.endswith(".json"):  # numbers, not a file
+    if option.name == "times" and not is_file(value):  # numbers, not a file
         return value
     return value.absolute()

@@ -111,7 +111,7 @@ class Submission:
 
     def record(self, attempt: Attempt) -> list[Attempt]:
         """Appends a start that ended to the history. Returns the whole history, oldest first."""
-        if attempt.ending not in ("finished", "user_error") and self.overtaken():
+        if attempt.ending not in ("finished", "user_error", "no_space") and self.overtaken():
             attempt = replace(attempt, ending="superseded", message=SUPERSEDED)
         if self.is_evaluation:
             measured = stored_measurements(self.run)

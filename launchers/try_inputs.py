@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from cmscale.config import Config, dump_config
-from cmscale.config.sources import FILE_ENDINGS
+from cmscale.config.sources import names_file
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -47,4 +47,4 @@ def _is_local_file(place: str | None, *, of_any_kind: bool = False) -> bool:
     """Whether it is a file on this machine; gigabytes in a storage are not fetched for a check."""
     if place is None or Place(plain := place.partition("#sha256=")[0]).is_remote:
         return False
-    return Path(plain).is_file() and (of_any_kind or plain.lower().endswith(FILE_ENDINGS))
+    return Path(plain).is_file() and (of_any_kind or names_file(plain))

@@ -21,11 +21,19 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
-from cmscale.commands.parser import place
+if __name__ == "__main__":
+    from cmscale.commands.ending import end_early_interrupts
+
+    end_early_interrupts()
+
+from cmscale.commands.ending import INTERRUPTED
+from cmscale.commands.parser import CommandParser
+from cmscale.commands.use import USED
 from cmscale.config import Config, dump_config, read_config
 from cmscale.config.site import site_layers, use_site
-from cmscale.errors import NotExported, UserError
+from cmscale.errors import NoSpace, NotExported, UserError
 from cmscale.io.durable import replace_durably
+from cmscale.io.place import Place
 from cmscale.io.process import exit_at_once, note_early_signals
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
@@ -53,14 +61,17 @@ def main(arguments: list[str]) -> NoReturn:
     note_early_signals()
     try:
         use_site()
-        end = train(_parser().parse_intermixed_args(arguments))
+        end = train(command_parser().read(arguments)[0])
     except UserError as error:
         for line in error.args:
             print(f"error: {line}", file=sys.stderr, flush=True)
-        exit_at_once(2)
+        exit_at_once(1 if isinstance(error, NoSpace) else 2)
     except NotExported as error:
         print(f"finished, not exported: {error}", file=sys.stderr, flush=True)
         exit_at_once(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        exit_at_once(INTERRUPTED)
     except Exception:
         traceback.print_exc()
         exit_at_once(1)
@@ -150,15 +161,20 @@ def rank_variables(given: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="worker.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def command_parser() -> CommandParser:
+    """The command line. Where a run is begun or continued by the same command, no option is without an effect."""
+    parser = CommandParser(prog="worker.py", description=__doc__)
+    parser.add("--name", use=USED, required=True, help="name of the run, the same at every start")
+    parser.add(
+        "--runs-dir", use=USED, type=Place, metavar="DIR", help="folder of runs (default: the site's, or ./runs)"
     )
-    parser.add_argument("--name", required=True, help="name of the run, the same at every start")
-    parser.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of runs (default: the site's, or ./runs)")
-    parser.add_argument("--fresh", action="store_true", help="start from step 0 if no checkpoint can be loaded")
-    parser.add_argument(
-        "items", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, and values that override its own"
+    parser.add("--fresh", use=USED, action="store_true", help="start from step 0 if no checkpoint can be loaded")
+    parser.add(
+        "items",
+        use=USED,
+        nargs="*",
+        metavar="CONFIG [key=value ...]",
+        help="a YAML file, and values that override its own",
     )
     return parser
 

@@ -28,7 +28,7 @@ from typer.models import OptionInfo, ParameterInfo
 
 from cmscale.cli.early import check_early
 from cmscale.commands.parser import Output, check_output
-from cmscale.commands.use import Given, Use
+from cmscale.commands.use import Given, Use, refuse_empty
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -96,6 +96,8 @@ def _with_checks(function: Callable[..., None]) -> Callable[..., None]:
         sources = {name: context.get_parameter_source(name) for name in declared}
         names = [name for name, source in sources.items() if source and source.name in _ON_THE_COMMAND_LINE]
         for name in names:  # a message about one of many arguments names it
+            if not declared[name].is_place:
+                refuse_empty(flags[name], values[name])
             if isinstance(values[name], list) and values[name] and not flags[name].startswith("-"):
                 flags[name] = str(values[name][0])
         given = Given({name: each.use for name, each in declared.items()}, flags, names)

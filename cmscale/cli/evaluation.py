@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from cmscale.cli.command import GIVEN, command
+from cmscale.cli.models import load_model
 from cmscale.cli.options import (
     ConfigOption,
     DeviceOption,
@@ -16,8 +17,8 @@ from cmscale.cli.options import (
     WeightsOption,
 )
 from cmscale.cli.request_options import command_for
+from cmscale.commands.ending import INTERRUPTED
 from cmscale.commands.parser import Output
-from cmscale.commands.situation import overriding
 from cmscale.commands.use import USED, Given
 from cmscale.config.requests import EvaluateRequest, SearchTimesRequest
 from cmscale.io.place import Place
@@ -56,7 +57,7 @@ def or_interrupted(result: T | None) -> T:
     """The result; ends the command if a signal interrupted."""
     if result is None:
         print("interrupted; the same command continues", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(INTERRUPTED)
     return result
 
 
@@ -92,11 +93,9 @@ def consistency_error(
     """Measures how much a consistency model varies along held-out trajectories, at 100 times unused in training."""
     from cmscale.distributed.world import choose_device
     from cmscale.evaluation.consistency_report import measure_consistency_error
-    from cmscale.source import checkpoint_step, load_source, model_kind
 
-    given.refuse_unused(source=model_kind(source), overriding=overriding(config))
     chosen = choose_device(device)
-    loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
+    loaded = load_model(source, given=given, weights=weights, step=step, config=config, overrides=overrides)
     with console.status("following trajectories"):
         path = measure_consistency_error(
             loaded,

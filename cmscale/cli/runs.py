@@ -57,6 +57,8 @@ def runs(
     folder = runs_dir.local("the folder of runs")
     if not folder.is_dir():
         raise UserError(f"{runs_dir}: no such folder")
+    if (folder / "config.yaml").is_file():
+        raise UserError(f"{runs_dir}: is a run; give the folder that holds runs")
     if as_json:
         print(json.dumps([dataclasses.asdict(overview(run)) for run in runs_in(folder)], indent=1))
         return

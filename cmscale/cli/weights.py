@@ -1,6 +1,7 @@
 """Commands on weights and checkpoints: `export`, `import`, `ema`, `verify`."""
 
 import json
+import sys
 from typing import Annotated, Literal
 
 import typer
@@ -53,7 +54,7 @@ def export(
     from cmscale.export.weights import check_target, export_weights, finish_copies
     from cmscale.source import checkpoint_step, load_source, model_kind
 
-    given.refuse_unused(source=model_kind(source), overriding=overriding(config))
+    given.refuse_unused(source=model_kind(source), overriding=overriding(config, overrides or ()))
     if to is None:
         for copied in finish_copies(source.local("a run whose checkpoints are uploaded")):
             print(f"step {copied}: uploaded")
@@ -63,8 +64,10 @@ def export(
     check_target(format, to)
     loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     with console.status(f"writing {to}"):
-        export_weights(loaded, format=format, to=to)
+        cautions = export_weights(loaded, format=format, to=to)
     print(to)
+    for caution in cautions:
+        print(f"caution: {caution}", file=sys.stderr, flush=True)
 
 
 @command(app, "import")
@@ -135,8 +138,12 @@ def verify(
     from cmscale.engine.manifest_checks import NOT_SEALED
     from cmscale.io.storage import open_storage
     from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
+    from cmscale.runs.source_kind import is_data_set
 
-    if open_storage(run).read_if_present(CHECKPOINT_MANIFEST) is not None:
+    manifest = open_storage(run).read_if_present(CHECKPOINT_MANIFEST)
+    if manifest is not None and is_data_set(manifest):
+        raise UserError(f"{run}: is a prepared data set; verify it with data_prep/verify.py")
+    if manifest is not None:
         found: dict[str, str] = {run: run}
     else:
         found = {step_name(listed.step): listed.url for listed in list_checkpoints(run)}

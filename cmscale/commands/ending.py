@@ -4,19 +4,24 @@ It imports next to nothing, so that a command can install `end_early_interrupts`
 """
 
 import contextlib
+import errno
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from cmscale.errors import DamagedInput, UserError
+from cmscale.errors import DamagedInput, NoSpace, UserError
 
 INTERRUPTED = 128 + signal.SIGINT
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 READER_LEFT = 128 + signal.SIGPIPE
+_FAULTS_OF_A_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What no user has mistaken: a full or failing disk, and the system's limits."""
 
 
 def guarded(
@@ -42,19 +47,31 @@ def guarded(
         try:
             return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # `>&-`: the command was started without one
+                sys.stdout.flush()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # how rich leaves where it prints a help
+            return READER_LEFT
+        raise
     except (UserError, DamagedInput) as error:
-        return _said("\n".join(f"{label}: {line}" for line in str(error).splitlines() or [""]), 2)
+        said = "\n".join(f"{label}: {line}" for line in str(error).splitlines() or [""])
+        return _said(said, 1 if isinstance(error, NoSpace) else 2)
     except KeyboardInterrupt:
         return _said(interrupted, INTERRUPTED)
     except (OSError, subprocess.SubprocessError, *faults) as error:
-        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        if isinstance(error, BrokenPipeError) and sum(map(_is_closed, (sys.stdout, sys.stderr))):
             return READER_LEFT
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, ConnectionError):
-            return _said(f"{label}: {os.fsdecode(error.filename)}: {error.strerror}", 2)
+            status = 1 if error.errno in _FAULTS_OF_A_FILE else 2
+            return _said(f"{label}: {os.fsdecode(error.filename)}: {error.strerror}", status)
         known = isinstance(error, (ConnectionError, *faults)) and not isinstance(error, BrokenPipeError)
         said = " ".join(str(error).split())
         return _said(f"{label}: {said}" if known else f"fault: {type(error).__name__}: {said}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):  # torch's is one
+            raise
+        said = " ".join(str(error)[:300].split()) or type(error).__name__
+        return _said(f"fault: not enough memory for this ({said})", 1)
 
 
 def end_early_interrupts() -> None:
@@ -78,15 +95,17 @@ def _on_exception(kind: type[BaseException], error: BaseException, trace: Traceb
 def _said(lines: str, status: int) -> int:
     """Prints lines on stderr, which may be closed too. Returns the status."""
     with contextlib.suppress(OSError):
-        for line in lines.splitlines():
+        for line in lines.splitlines() if sys.stderr is not None else ():
             print(" ".join(line.split()), file=sys.stderr, flush=True)
     return status
 
 
-def _stdout_is_closed() -> bool:
-    """Whether nobody reads the output any more. Then what is left of it goes nowhere, without a message at exit."""
-    with contextlib.suppress(OSError, ValueError):  # stdout may be no file
-        number = sys.stdout.fileno()
+def _is_closed(stream: TextIO | None) -> bool:
+    """Whether nobody reads an output any more. Then what is left of it goes nowhere, without a message at exit."""
+    if stream is None:
+        return False
+    with contextlib.suppress(OSError, ValueError):  # it may be no file
+        number = stream.fileno()
         poll = select.poll()
         poll.register(number, 0)
         if any(events & select.POLLERR for _, events in poll.poll(0)):

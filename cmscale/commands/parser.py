@@ -7,7 +7,7 @@ from typing import Any
 
 from cmscale import __version__
 from cmscale.commands.former import with_current_names
-from cmscale.commands.use import Given, Use
+from cmscale.commands.use import Given, Use, refuse_empty
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -81,6 +81,7 @@ class CommandParser(argparse.ArgumentParser):
                 setattr(values, name, action.default)
             elif action.option_strings or value not in (None, []):
                 names.append(name)
+                refuse_empty(flags[name], value)
                 if isinstance(value, list):  # one of many arguments is named by itself
                     flags[name] = str(value[0])
         given = Given(self.uses, flags, names)
@@ -93,6 +94,10 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Raises UserError."""
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Prints the help. argparse's own hides that nobody reads it."""
+        print(message, end="", file=file, flush=True)
 
 
 def _called(action: argparse.Action) -> str:

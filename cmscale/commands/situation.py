@@ -4,6 +4,10 @@
 config and the request.
 """
 
+from collections.abc import Iterable
+
+from cmscale.errors import UserError
+
 RUN = "a run"
 CHECKPOINT = "a checkpoint folder"
 EXPORTED = "an exported file"
@@ -44,6 +48,12 @@ OWN_CONFIG = "the config that SOURCE has"
 GIVEN_CONFIG = "that of --config"
 
 
-def overriding(config: str | None) -> str:
-    """What `key=value` would override: `overriding` in a situation."""
+def overriding(config: str | None, overrides: Iterable[str] = ()) -> str:
+    """What `key=value` would override: `overriding` in a situation.
+
+    Raises:
+        UserError: one of them is no such text, but a word too many.
+    """
+    if stray := next((text for text in overrides if "=" not in text), None):
+        raise UserError(f"{stray}: one argument too many; values of --config are written key=value")
     return OWN_CONFIG if config is None else GIVEN_CONFIG

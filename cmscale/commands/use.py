@@ -45,6 +45,16 @@ USED = Use()
 """The option is used wherever it is given."""
 
 
+def refuse_empty(flag: str, value: object) -> None:
+    """Refuses an empty text, which would count as no value: the script that calls a command left a variable unset.
+
+    Raises:
+        UserError: the value is one.
+    """
+    if value == "":
+        raise UserError(f"{flag}: got an empty text; give a value, or leave the option out")
+
+
 class Given:
     """The options on a command line.
 

@@ -51,6 +51,11 @@ class Config(Section):
             )
         if self.sampling.times is not None and facts.sampler != "multistep":
             raise ValueError(f"sampling.times: method.kind {kind} is not sampled in chosen steps; leave it out")
+        low, high = self.method.sigma_min, self.method.sigma_max
+        if outside := next((time for time in self.sampling.times or () if not low <= time <= high), None):
+            raise ValueError(
+                f"sampling.times: {outside:g} is outside of method.sigma_min {low:g} to sigma_max {high:g}"
+            )
         if self.train.init_weights is not None and self.train.init_from is None:
             raise ValueError("train.init_weights: is set, but train.init_from is not; set both or neither")
         if self.train.init_from is not None and self.method.teacher_choice is not None and not facts.follows_teacher:

@@ -21,7 +21,7 @@ from cmscale.config.averages import length_of
 from cmscale.config.evaluate import Evaluate
 from cmscale.config.features import feature_networks, known_network
 from cmscale.config.models import Config
-from cmscale.config.sampling_times import check_range, parse_counts, parse_step, parse_times
+from cmscale.config.sampling_times import check_range, check_second_time, is_file, parse_counts, parse_step, parse_times
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -148,7 +148,7 @@ class MeasuringRequest(BaseModel):
             flags["overrides"] = self.overrides[0]
         given = [name for name in options if name in self.model_fields_set and getattr(self, name) not in (None, [])]
         uses = {name: option.use for name, option in options.items()}
-        Given(uses, flags, given).refuse_unused(**situation, overriding=overriding(self.config))
+        Given(uses, flags, given).refuse_unused(**situation, overriding=overriding(self.config, self.overrides))
 
 
 class EvaluateRequest(MeasuringRequest):
@@ -206,7 +206,7 @@ class EvaluateRequest(MeasuringRequest):
     @field_validator("times")
     @classmethod
     def _descending(cls, text: Place | None) -> Place | None:
-        if text is not None and not text.endswith(".json"):
+        if text is not None and not is_file(text):
             parse_times(text)
         return text
 
@@ -227,11 +227,19 @@ class EvaluateRequest(MeasuringRequest):
         """The names of the weights to evaluate; None is the first EMA."""
         return (None,) if self.weights is None else tuple(name.strip() for name in self.weights.split(","))
 
+    def refuse_several_in_one_file(self) -> None:
+        """Raises UserError if `out` names one file for several evaluations."""
+        steps = 1 if self.steps is None else len(self.steps.split(","))
+        count = len(self.steps_asked) * len(self.weights_asked) * steps
+        if self.out is not None and count > 1:
+            raise UserError(f"--out {self.out}: one file can't hold {count} evaluations; ask for one")
+
     def check_fits(self, config: Config) -> None:
         """Checks names of weights, and times, before anything is measured.
 
         Raises:
-            UserError: the model has no such weights, or a time is outside its range.
+            UserError: the model has no such weights, or a time is outside its range, also one that two steps take by
+                default.
         """
         known = (*config.ema.names, *config.ema.power_names, "master")
         for name in self.weights_asked:
@@ -239,8 +247,11 @@ class EvaluateRequest(MeasuringRequest):
                 continue  # it is computed
             if name is not None and "weights" in self.model_fields_set and name not in known:
                 raise UserError(f"--weights {name}: no such weights; choose from {', '.join(known)}")
-        if self.times is not None and not self.times.endswith(".json"):
+        if self.times is not None and not is_file(self.times):
             check_range(parse_times(self.times), config.method, label=f"--sampling-times {self.times}")
+        own = config.sampling.times
+        if self.steps is not None and 2 in parse_counts(self.steps, least=1) and (own is None or len(own) != 2):
+            check_second_time(config.method)
 
 
 class SearchTimesRequest(MeasuringRequest):

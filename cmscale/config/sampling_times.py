@@ -10,6 +10,11 @@ from cmscale.errors import UserError
 _LONGEST_STEP = 15  # digits: more are no step, and would be slow to convert
 
 
+def is_file(text: str) -> bool:
+    """Whether `--sampling-times` names the JSON file of a search, and no numbers."""
+    return text.lower().endswith(".json")
+
+
 def parse_times(text: str) -> tuple[float, ...]:
     """Descending times such as `80,4.4`.
 
@@ -50,6 +55,21 @@ def check_range(times: Sequence[float], method: MethodSection, *, label: str) ->
                 f"{label}: {time:g} is outside the model's times, {method.sigma_min:g} to {method.sigma_max:g}; "
                 "give times in this range"
             )
+
+
+def check_second_time(method: MethodSection) -> None:
+    """Checks that the published second time of two-step sampling is one of the model's.
+
+    Raises:
+        UserError: it was published for another range of noise.
+    """
+    second = method.second_time.sigma
+    if second is not None and not method.sigma_min <= second < method.sigma_max:
+        raise UserError(
+            f"two steps: the second time that was published for {method.facts.title}, {second:.4g}, is outside of "
+            f"method.sigma_min {method.sigma_min:g} to sigma_max {method.sigma_max:g}; give --sampling-times, or set "
+            "sampling.times"
+        )
 
 
 def parse_counts(text: str, *, least: int) -> tuple[int, ...]:

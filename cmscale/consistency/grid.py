@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cmscale.config import MethodSection
+from cmscale.config.sampling_times import check_second_time
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """An irrational offset: no Karras grid of any size has times at it."""
@@ -70,7 +71,9 @@ def neighbours(diffusion: HasTimes, index: Tensor, num_scales: int) -> tuple[Ten
 
 
 def ode_sigmas(diffusion: HasTimes, steps: int) -> Tensor:
-    """T = s_0 > ... > s_{steps-1} = eps, then 0, [steps + 1] float64; EDM, equation 5."""
+    """T = s_0 > ... > s_{steps-1} = eps, then 0, [steps + 1] float64; EDM, equation 5. One step leads from T to 0."""
+    if steps == 1:
+        return torch.tensor([diffusion.sigma_max, 0.0], dtype=torch.float64)
     return torch.cat([karras_grid(diffusion, steps).flip(0), torch.zeros(1, dtype=torch.float64)])
 
 
@@ -84,9 +87,13 @@ def consistency_sigmas(method: MethodSection, steps: int) -> Tensor:
 
     With two steps, the second is the method's published time (`second_time`). Otherwise they are evenly spaced on the
     Karras curve: indices 0..steps-1 of the descending grid 0..steps.
+
+    Raises:
+        UserError: the published time is outside the model's range.
     """
     if steps != 2:
         return indexed_sigmas(method, range(steps), last=steps)
+    check_second_time(method)
     second = method.second_time
     if second.sigma is not None:
         return torch.tensor([method.sigma_max, second.sigma], dtype=torch.float64)

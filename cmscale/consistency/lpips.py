@@ -131,7 +131,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise UserError(f"method.lpips_weights: {path}: no such file; give torchvision's VGG16 (vgg16-397923af.pth)")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {key: value for key, value in state.items() if isinstance(value, Tensor)}

@@ -22,7 +22,7 @@ from cmscale.distributed.collectives import all_ranks, any_rank, from_main, gath
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine
 from cmscale.engine.export import Exporter
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import NO_SPACE, explained, follow_umask, replace_durably, sync_folder
 from cmscale.io.fetch import file_sha256
 from cmscale.runs.checkpoints import committed_steps, leftovers
@@ -204,7 +204,7 @@ class Checkpoints:
         reasons = gather("" if self._failure is None else str(self._failure))
         why = next(filter(None, reasons), "unknown")
         if NO_SPACE in why.lower():
-            return UserError(f"{what}: {why}; then continue with --resume")
+            return NoSpace(f"{what}: {why}; then continue with --resume")
         return CheckpointFailed(f"{what}: {why}; see {self._run.events}")
 
     def _write(

@@ -1,5 +1,6 @@
 """Turns signals into a request to save and stop, on which all ranks agree at a step's boundary."""
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -8,6 +9,7 @@ from cmscale.distributed.collectives import any_rank
 from cmscale.io.process import EARLY_SIGNAL
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+_STOPPING = b"stopping after what is computed now; Ctrl-C again ends it at once\n"
 
 
 class Preemption:
@@ -52,4 +54,7 @@ class Preemption:
     def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if number == signal.SIGINT and self._received is not None:
             raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            with contextlib.suppress(OSError):
+                os.write(2, _STOPPING)
         self._received = self._received or signal.Signals(number).name

@@ -53,9 +53,11 @@ def measure_consistency_error(
         raise UserError(f"consistency-error: {source.origin} is of kind {method.kind}; a consistency model is needed")
     if source.config.model.num_classes is not None:
         raise UserError(f"consistency-error: {source.origin} is class-conditional, and data sets carry no classes")
-    url = data or source.config.data.path
+    url = data or Place(source.config.data.path)
     manifest = read_dataset_manifest(open_storage(url))
     followed = _teacher(source, teacher, device=device)
+    if num > manifest.count:
+        print(f"warning: {url} holds {manifest.count} images, fewer than {num}: all are taken", file=sys.stderr)
     num = min(num, manifest.count)
     identity = {
         "step": source.step,
@@ -72,6 +74,7 @@ def measure_consistency_error(
     path = _place(source, out, num_samples=num, seed=seed, key=key)
     result = _existing(path, key=key, force=force)
     if result is None:
+        path.check_output()
         curve = error_curve(
             method,
             source.denoiser(device),

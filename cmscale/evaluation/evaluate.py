@@ -32,7 +32,7 @@ from cmscale.evaluation.session import (
     with_classes,
     work_folder,
 )
-from cmscale.generation.draw import SampleRequest
+from cmscale.generation.draw import SampleRequest, used_sigmas
 from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
@@ -60,12 +60,6 @@ def sources_of(request: EvaluateRequest) -> Iterator[Source]:
                 config=request.config,
                 overrides=request.overrides,
             )
-
-
-def _count(request: EvaluateRequest) -> int:
-    """The number of evaluations that a request asks for."""
-    steps = 1 if request.steps is None else len(request.steps.split(","))
-    return len(request.steps_asked) * len(request.weights_asked) * steps
 
 
 def main(request: dict[str, Any]) -> str:
@@ -104,8 +98,7 @@ def evaluate(request: EvaluateRequest, world: World, *, preemption: Preemption) 
     Returns:
         The results' files; None if a preemption interrupted.
     """
-    if request.out is not None and _count(request) > 1:
-        raise UserError(f"--out {request.out}: one file can't hold {_count(request)} evaluations; ask for one")
+    request.refuse_several_in_one_file()
     check_choices(request.source, steps=request.steps_asked, weights=request.weights_asked)
     session: EvaluationSession | None = None
     done: list[Place] = []
@@ -113,7 +106,8 @@ def evaluate(request: EvaluateRequest, world: World, *, preemption: Preemption) 
     with worlds.same_arithmetic(world.device):
         for source in sources_of(request):
             evaluating, data = source.config.evaluate, source.config.data.path
-            draws_of(request, source.config.method, num=1)  # refuses times before anything is measured
+            for draw in draws_of(request, source.config.method, num=1):
+                used_sigmas(source, draw)  # refuses times before anything is measured
             session = session or EvaluationSession.build(request, evaluating, world, data=data, preemption=preemption)
             for draw in draws_of(request, source.config.method, num=session.settings.num_samples):
                 path = _evaluate_one(request, source, session, draw)
@@ -136,9 +130,14 @@ def _evaluate_one(
     out = _result_path(request, source, session, draw, key=key)
     progress = Progress.of(request, work_folder(source, request.run_dir))
     title = describe_step(source)
-    if collectives.from_main(
-        collectives.on_main(lambda: known_result(out, key=key, progress=progress, title=title) is not None)
-    ):
+
+    def is_known() -> bool:
+        if known_result(out, key=key, progress=progress, title=title) is not None:
+            return True
+        out.check_output()
+        return False
+
+    if collectives.from_main(collectives.on_main(is_known)):
         return out
     denoise = source.denoiser(session.world.device)
     measured = []
@@ -174,10 +173,8 @@ def _result(
 ) -> EvaluationResult:
     reference, data, size = session.reference, dataset_of(source), source.config.model.image_size
     assert reference is not None, "rank 0 has the reference"
-    stored = (None, None) if data is None else (data.preprocess, data.encoding)
-    known = None
-    if data is not None:
-        known = {"fingerprint": data.fingerprint, "preprocess": stored[0], "encoding": stored[1], "exif": data.exif}
+    preprocess, encoding, exif = (None,) * 3 if data is None else (data.preprocess, data.encoding, data.exif)
+    made = {"preprocess": preprocess, "encoding": encoding, "exif": exif}
     return make_result(
         session,
         measured,
@@ -187,9 +184,9 @@ def _result(
         protocol={
             "source": source.origin,
             **sampling_protocol(source, with_classes(source, draw)),
-            "data": known,
+            "data": data and {"fingerprint": data.fingerprint, **made},
         },
-        comparison=reference.mismatches(preprocess=stored[0], encoding=stored[1], size=(size, size)),
+        comparison=reference.mismatches(preprocess=preprocess, encoding=encoding, exif=exif, size=(size, size)),
         step=source.step,
         weights=source.weights_name,
         nfe=_nfe(source.config, draw),

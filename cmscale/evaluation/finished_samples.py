@@ -31,6 +31,7 @@ def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preem
     place = _Place(request, images, session)
     if (found := place.known()) is not None:
         return found
+    place.of("").check_output()
     pixels = PixelHash()
     blocks = image_blocks(pixels.passing(images.read()), session.extractor)
     measured = measure(blocks, num_samples=images.count, reference=reference)

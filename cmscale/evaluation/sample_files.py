@@ -55,7 +55,7 @@ def open_images(path: str | Path) -> ImageSet:
     shape = header.shape
     if header.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
         raise UserError(f"{path}: arr_0 must be uint8 [N, H, W, 3], it is {header.dtype} {list(shape)[:8]}")
-    return ImageSet(str(path), shape[0], shape[1], shape[2], lambda: npz_rows(path, "arr_0"))
+    return ImageSet(str(place), shape[0], shape[1], shape[2], lambda: npz_rows(path, "arr_0"))
 
 
 def batches(images: Iterable[np.ndarray], size: int) -> Iterator[Tensor]:

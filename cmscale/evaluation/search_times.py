@@ -28,6 +28,7 @@ from cmscale.evaluation.session import (
 from cmscale.evaluation.ternary_search import Indices, search
 from cmscale.generation.draw import SampleRequest
 from cmscale.io.durable import replace_durably
+from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import TimeSearch, Trial, hash_of, utc_now
 from cmscale.source import Source, checkpoint_step, load_source, model_kind
@@ -165,6 +166,8 @@ class Trials:
             found = existing(TimeSearch, self._written_to)
         elif found is not None and found.key != self.document.key:
             raise UserError(f"{self.path}: holds another search; give another --out, or --force to replace it")
+        if found is None or not found.complete:
+            Place(self.path).check_output()
         if found is not None and not found.complete and self._is_of_other_machine(found):
             return None
         return found

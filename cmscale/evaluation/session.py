@@ -28,6 +28,7 @@ from cmscale.evaluation.reference.registry import is_reference_file, read_refere
 from cmscale.generation.draw import SampleRequest, draw_batch, used_sigmas
 from cmscale.io.fetch import cache_folder, local_file
 from cmscale.io.image_tensors import to_uint8
+from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir, step_name
 from cmscale.runs.manifests import DATASET_MANIFEST, read_dataset_manifest
@@ -208,11 +209,13 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
     """
     if named is None:
         raise UserError("evaluate: no reference; give --reference DATASET|FOLDER|FILE.npz")
-    if is_reference_file(named):
-        return read_reference(local_file(named), extractor)
+    if is_reference_file(named) or Path(named).is_file():
+        return replace(read_reference(local_file(named), extractor), name=named)
     storage = open_storage(named)
     if storage.read_if_present(DATASET_MANIFEST) is None:
-        return read_reference(named, extractor)
+        if storage.read_if_present("config.yaml") is not None:  # it may hold grids of samples
+            raise UserError(f"reference {named}: is a run; give its data, a folder of images, or a statistics file")
+        return read_reference(Place(named).local("a reference that is a folder of images"), extractor)
     manifest = read_dataset_manifest(storage)
     if manifest.count > MAX_REFERENCE_IMAGES:
         raise UserError(
@@ -222,10 +225,11 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
     return reference_from_images(
         (image for image, _ in read_images(named)),
         extractor,
-        name=f"{named} {manifest.fingerprint[:12]}",
+        name=f"{named.rstrip('/')} {manifest.fingerprint[:12]}",
         count=manifest.count,
         preprocess=manifest.preprocess,
         encoding=manifest.encoding,
+        exif=manifest.exif,
     )
 
 

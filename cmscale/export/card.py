@@ -2,17 +2,23 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal, assert_never
 
 import yaml
 
 from cmscale.config import Config, MethodSection, dump_config
+from cmscale.config.agreement import OPENAI
 from cmscale.consistency.sampler import default_sigmas
+from cmscale.errors import UserError
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
 from cmscale.interop import parameter_shapes, pipeline_timesteps
+from cmscale.io.place import without_folders
 from cmscale.runs.comparison import RULE, basis_of, describe_basis, groups_of, once_each
 from cmscale.runs.manifests import DatasetManifest
 from cmscale.runs.results import EvaluationResult
 from cmscale.source import IMPORTED
+
+Format = Literal["safetensors", "openai", "diffusers"]
 
 _SHOWN_TIMES = 8
 _PRECONDITIONING = {"kind", "sigma_data", "sigma_min", "sigma_max", "rho", "time_embedding", "teacher_time_embedding"}
@@ -26,7 +32,7 @@ def model_card(
     weights_sha256: str | None = None,
     dataset: DatasetManifest | None = None,
     evaluations: Sequence[EvaluationResult] = (),
-    for_diffusers: bool = False,
+    format: Format = "safetensors",
 ) -> str:
     """The card of the weights `weights_name` at `step`.
 
@@ -35,40 +41,24 @@ def model_card(
             those of any.
         dataset: The manifest of the training data, if it is available.
         evaluations: Results of `cmscale evaluate`; those of other steps or weights are left out.
-        for_diffusers: Whether to say how diffusers' pipeline samples as cmscale does.
+        format: That of the weights: the card says how its project samples as cmscale does.
 
-    The card of imported weights says nothing about their training: their config only says how they are used here.
+    The card of imported weights says nothing about their training: their config only says how they are used here. Local
+    paths are shortened to their last part.
     """
-    model, method = config.model, config.method
-    count = sum(math.prod(shape) for shape in parameter_shapes(model).values())
     is_imported = weights_name == IMPORTED
-    named = [each for each in evaluations if each.step == step and each.weights == weights_name]
-    mine = [each for each in named if _is_of(each, weights_sha256)]
-    others = len(named) - len(mine)
-    kind = "unconditional" if model.num_classes is None else "class-conditional"
-    size = f"{model.image_size}x{model.image_size}"
     lines = [
-        "---",
-        f"tags: [image-generation, {kind}-image-generation, consistency-models]",
-        "---",
-        "",
-        f"# {method.kind.upper()} at {size}",
-        "",
-        f"This is {method.facts.description}: an ADM UNet of {count / 1e6:.1f} M parameters for {size} images.",
-        "",
-        "| | |",
-        "|---|---|",
+        *_heading(config),
         f"| Weights | {'imported from another project' if is_imported else weights_name} |",
-        f"| Classes | {model.num_classes or 'none'} |",
+        f"| Classes | {config.model.num_classes or 'none'} |",
         *([] if is_imported else _training_rows(config, step=step)),
         *([] if is_imported or dataset is None else _data_rows(dataset)),
         "",
         "## Quality",
         "",
-        *_quality(mine),
-        *([f"Left out: {_results(others)} of other weights that had this name.", ""] if others else []),
+        *_quality_of(evaluations, step=step, weights_name=weights_name, weights_sha256=weights_sha256),
         "",
-        *(_pipeline(config.method) if for_diffusers else ()),
+        *_use(format, config.method),
         "## Limits",
         "",
         "The model reproduces what its training data shows, including the gaps and biases of that data. Its samples",
@@ -77,11 +67,29 @@ def model_card(
         "## Config",
         "",
         "```yaml",
-        _shown_config(config, is_imported=is_imported).rstrip(),
+        without_folders(_shown_config(config, is_imported=is_imported).rstrip()),
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _heading(config: Config) -> Iterator[str]:
+    """Everything to the first row of the table of facts."""
+    model, method = config.model, config.method
+    count = sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    kind = "unconditional" if model.num_classes is None else "class-conditional"
+    size = f"{model.image_size}x{model.image_size}"
+    yield "---"
+    yield f"tags: [image-generation, {kind}-image-generation, consistency-models]"
+    yield "---"
+    yield ""
+    yield f"# {method.kind.upper()} at {size}"
+    yield ""
+    yield f"This is {method.facts.description}: an ADM UNet of {count / 1e6:.1f} M parameters for {size} images."
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
 
 
 def _training_rows(config: Config, *, step: int) -> Iterator[str]:
@@ -90,12 +98,12 @@ def _training_rows(config: Config, *, step: int) -> Iterator[str]:
     yield f"| Images seen | {step * train.global_batch_size:,} (global batch {train.global_batch_size:,}) |"
     yield f"| Optimizer | {config.optimizer.kind}, learning rate {config.optimizer.learning_rate:g} |"
     yield f"| Precision | {config.engine.precision} |"
-    yield f"| Data | {config.data.path} |"
+    yield f"| Data | {without_folders(config.data.path)} |"
 
 
 def _data_rows(dataset: DatasetManifest) -> Iterator[str]:
     made = f"preprocessing {dataset.preprocess}, encoding {dataset.encoding}"
-    yield f"| Images in the data set | {dataset.count:,} of {dataset.source}, {made} |"
+    yield f"| Images in the data set | {dataset.count:,} of {without_folders(dataset.source)}, {made} |"
     yield f"| Fingerprint of the data set | `{dataset.fingerprint}` |"
 
 
@@ -112,7 +120,42 @@ def _is_of(evaluation: EvaluationResult, weights_sha256: str | None) -> bool:
     return None in (known, weights_sha256) or known == weights_sha256
 
 
-def _pipeline(method: MethodSection) -> Iterator[str]:
+def _use(format: Format, method: MethodSection) -> Iterator[str]:
+    """How the project of a format samples as `cmscale sample` does."""
+    match format:
+        case "safetensors":
+            return
+        case "openai":
+            yield from _with_openai(method)
+        case "diffusers":
+            yield from _with_diffusers(method)
+        case _:
+            assert_never(format)
+
+
+def _with_openai(method: MethodSection) -> Iterator[str]:
+    """The arguments with which OpenAI's scripts compute the same function of the same weights."""
+    mode = "consistency_distillation" if method.facts.preconditioning == "consistency" else "edm"
+    yield "## Use with OpenAI's code"
+    yield ""
+    yield f"`--training_mode {mode} --sigma_min {method.sigma_min:g} --sigma_max {method.sigma_max:g}`"
+    yield ""
+    for caution in unlike_openai(method):
+        yield f"{caution}."
+        yield ""
+
+
+def unlike_openai(method: MethodSection) -> list[str]:
+    """What no argument of OpenAI's scripts sets as this method has it, one line each."""
+    return [
+        f"OpenAI's code takes {key} {theirs:g}, this model was trained with {ours:g}: as it is, that code computes "
+        f"another function of these weights; construct its KarrasDenoiser with {key}={ours:g}"
+        for key in ("sigma_data", "rho")
+        if (ours := getattr(method, key)) != (theirs := getattr(OPENAI, key))
+    ]
+
+
+def _with_diffusers(method: MethodSection) -> Iterator[str]:
     """How diffusers' pipeline samples at the times that `cmscale sample` takes by default."""
     yield "## Use with diffusers"
     yield ""
@@ -124,7 +167,10 @@ def _pipeline(method: MethodSection) -> Iterator[str]:
     yield "From the same noise these timesteps give the images of `cmscale sample`:"
     yield ""
     for steps in (1, 2):
-        sigmas = default_sigmas(method, steps).tolist()
+        try:
+            sigmas = default_sigmas(method, steps).tolist()
+        except UserError:  # no second time is known for this range of noise
+            continue
         timesteps, times = pipeline_timesteps(method, sigmas)
         line = f"- `--steps {steps}`: `timesteps={timesteps}`"
         if any(abs(time / sigma - 1) > 1e-6 for time, sigma in zip(times, sigmas, strict=True)):
@@ -135,6 +181,18 @@ def _pipeline(method: MethodSection) -> Iterator[str]:
             )
         yield line
     yield ""
+
+
+def _quality_of(
+    evaluations: Sequence[EvaluationResult], *, step: int, weights_name: str, weights_sha256: str | None
+) -> Iterator[str]:
+    """The quality of these weights, and how many results of others that had their name are left out."""
+    named = [each for each in evaluations if each.step == step and each.weights == weights_name]
+    mine = [each for each in named if _is_of(each, weights_sha256)]
+    yield from _quality(mine)
+    if others := len(named) - len(mine):
+        yield f"Left out: {_results(others)} of other weights that had this name."
+        yield ""
 
 
 def _quality(evaluations: Sequence[EvaluationResult]) -> Iterator[str]:
@@ -163,7 +221,9 @@ def _table(group: Sequence[EvaluationResult]) -> Iterator[str]:
     first = group[0]
     metrics = [metric for metric in all_metrics() if any(metric.name in each.metrics for each in group)]
     titles = " | ".join(metric.title_over(first.score_name) for metric in metrics)
-    yield f"{describe_basis(first)}; features {first.features}."
+    sha256 = str(first.reference.get("sha256") or "")
+    hashed = f" (SHA-256 {sha256[:12]})" if sha256 else ""
+    yield f"{describe_basis(first)}{hashed}; features {first.features}."
     yield ""
     yield f"| Network evaluations per sample | Times | Samples | Seeds | {titles} |"
     yield "|" + "---|" * (4 + len(metrics))
@@ -171,7 +231,7 @@ def _table(group: Sequence[EvaluationResult]) -> Iterator[str]:
         cells = " | ".join(_cell(each, metric) for metric in metrics)
         seeds = ", ".join(map(str, each.seeds))
         yield f"| {each.nfe} | {_times(each)} | {each.num_samples:,} | {seeds} | {cells} |"
-    for line in dict.fromkeys(line for each in group for line in each.warnings):
+    for line in dict.fromkeys(without_folders(line) for each in group for line in each.warnings):
         yield f"\n{line[:1].upper()}{line[1:]}."
 
 

@@ -1,25 +1,23 @@
 """Exports a source's weights to a format that other programs load, and finishes the copies of a run's checkpoints."""
 
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import assert_never
 
 from cmscale.commands.parser import Output, check_output
-from cmscale.config import read_config
+from cmscale.config import Config, read_config
 from cmscale.engine.export import export_pending
 from cmscale.errors import UserError
-from cmscale.export.card import model_card
-from cmscale.interop import write_diffusers, write_openai, write_safetensors
+from cmscale.export.card import Format, model_card, unlike_openai
+from cmscale.interop import refuse_inexpressible, write_diffusers, write_openai, write_safetensors
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
-from cmscale.runs.folder import RunDir
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.source import Source, dataset_of
 
-Format = Literal["safetensors", "openai", "diffusers"]
 
-
-def export_weights(source: Source, *, format: Format, to: Place) -> None:
-    """Writes the weights and a model card to a path or `s3://` URL.
+def export_weights(source: Source, *, format: Format, to: Place) -> list[str]:
+    """Writes the weights and a model card to a path or `s3://` URL. Returns cautions for users of that format.
 
     `safetensors` and `openai` are one file, with the card next to it; `diffusers` is a folder that contains the card.
 
@@ -27,6 +25,7 @@ def export_weights(source: Source, *, format: Format, to: Place) -> None:
         UserError: The format cannot express the network, the file's name has another ending, the target cannot be
             written, or an evaluation of the run is not readable.
     """
+    _refuse_inexpressible(source.config, format, to)
     card = model_card(
         source.config,
         step=source.step,
@@ -34,7 +33,7 @@ def export_weights(source: Source, *, format: Format, to: Place) -> None:
         weights_sha256=source.fingerprint,
         dataset=dataset_of(source),
         evaluations=_evaluations(source),
-        for_diffusers=format == "diffusers",
+        format=format,
     )
     match format:
         case "safetensors":
@@ -47,10 +46,19 @@ def export_weights(source: Source, *, format: Format, to: Place) -> None:
             write_diffusers(
                 to, source.weights, config=source.config, step=source.step, weights_name=source.weights_name, card=card
             )
-            return
+            return []
         case _:
             assert_never(format)
     Place(f"{to}.md").write(card.encode())
+    return unlike_openai(source.config.method) if format == "openai" else []
+
+
+def _refuse_inexpressible(config: Config, format: Format, to: Place) -> None:
+    """Raises UserError if the project of a format can't compute what the weights of a config mean."""
+    if format == "diffusers":
+        refuse_inexpressible(config, to)
+    if format == "openai" and config.method.embeds_angle:
+        raise UserError(f"{to}: OpenAI's code can't compute this model's time embedding; use safetensors")
 
 
 def check_target(format: Format, to: Place) -> None:
@@ -67,7 +75,11 @@ def check_target(format: Format, to: Place) -> None:
         case "diffusers":
             if not to.is_remote and Path(to).is_file():
                 raise UserError(f"--to {to}: is a file; a diffusers export is a folder")
-            open_storage(to).check_writable("model_index.json")
+            storage = open_storage(to)
+            for name in ("config.yaml", CHECKPOINT_MANIFEST):  # with an index beside it, it would be no run any more
+                if storage.read_if_present(name) is not None:
+                    raise UserError(f"--to {to}: is a run, a checkpoint or a data set ({name}); name another folder")
+            storage.check_writable("model_index.json")
         case _:
             assert_never(format)
 

@@ -15,7 +15,7 @@ import torch
 
 from cmscale.commands import situation
 from cmscale.config import MethodSection
-from cmscale.config.sampling_times import check_descending, check_range, parse_times
+from cmscale.config.sampling_times import check_descending, check_range, is_file, parse_times
 from cmscale.consistency.sampler import Sampler, default_sigmas, sample
 from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
@@ -31,7 +31,7 @@ from cmscale.source import Source
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """The settings of `cmscale sample`;out: Place, *, raw: bool, grid: Place | None selects the method's default.
+    """The settings of `cmscale sample`; None selects the method's default.
 
     Attributes:
         noise: Unit-variance start noise [num, 3, H, W], in place of noise drawn from the seed.
@@ -183,6 +183,9 @@ def used_sigmas(source: Source, request: SampleRequest) -> torch.Tensor:
     """The descending times of a request, float64: `request.sigmas`, or the default times of its steps.
 
     The default is the config's `sampling.times` if it has that many, else the method's.
+
+    Raises:
+        UserError: the default times of its steps are outside the model's range.
     """
     if request.sigmas is None:
         method, times = source.config.method, source.config.sampling.times
@@ -218,7 +221,7 @@ def read_times(text: str, method: MethodSection) -> torch.Tensor:
         UserError: no times, they do not descend, or the model was not trained at them.
     """
     try:
-        times = _searched_times(text) if text.endswith(".json") else parse_times(text)
+        times = _searched_times(text) if is_file(text) else parse_times(text)
         check_descending(times, shown=text)
     except UserError:
         raise

@@ -11,37 +11,39 @@ from cmscale.interop.names import attends
 VERSION = "0.39.0"  # the diffusers version of these formats
 DEFAULT_SCALES = 40  # grid size for methods without a grid; the scheduler needs one for its multistep times
 
-_UNET_DEFAULTS: dict[str, Any] = {
-    "sample_size": None,
+_UNET_AS_BY_DEFAULT: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "center_input_sample": False,
     "time_embedding_type": "positional",
     "freq_shift": 0,
     "flip_sin_to_cos": True,
+    "downsample_padding": 1,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "add_attention": True,
+}
+"""Options of UNet2DModel that every network here has at diffusers' defaults."""
+
+_UNET_DEFAULTS: dict[str, Any] = {
+    **_UNET_AS_BY_DEFAULT,
+    "sample_size": None,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     "block_out_channels": [224, 448, 672, 896],
     "layers_per_block": 2,
-    "downsample_padding": 1,
     "downsample_type": "conv",
     "upsample_type": "conv",
-    "act_fn": "silu",
     "attention_head_dim": 8,
-    "norm_num_groups": 32,
     "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
     "resnet_time_scale_shift": "default",
     "num_class_embeds": None,
-    "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1,
-    "add_attention": True,
     "class_embed_type": None,
 }
 """What diffusers takes for an option of UNet2DModel that a folder does not state."""
-
-_UNET_FIXED = {"mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1, "add_attention": True}
-"""Options of UNet2DModel that are the same for every network here, and that `unet_config` leaves to their defaults."""
 
 _SCHEDULER_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
 
@@ -57,26 +59,17 @@ def unet_config(model: Model) -> dict[str, Any]:
     return {
         "_class_name": "UNet2DModel",
         "_diffusers_version": VERSION,
+        **_UNET_AS_BY_DEFAULT,
         "sample_size": model.image_size,
-        "in_channels": 3,
-        "out_channels": 3,
-        "center_input_sample": False,
-        "time_embedding_type": "positional",
-        "freq_shift": 0,
-        "flip_sin_to_cos": True,
         "down_block_types": down,
         "up_block_types": up,
         "block_out_channels": [model.channels * multiplier for multiplier in model.channel_multipliers],
         "layers_per_block": model.num_res_blocks,
-        "downsample_padding": 1,
         "downsample_type": "resnet" if model.resblock_updown else "conv",
         "upsample_type": "resnet" if model.resblock_updown else "conv",
         "dropout": 0.0,
-        "act_fn": "silu",
         "attention_head_dim": model.head_channels,
-        "norm_num_groups": 32,
         "attn_norm_num_groups": 32,
-        "norm_eps": 1e-5,
         "resnet_time_scale_shift": "scale_shift" if model.scale_shift_norm else "default",
         "num_class_embeds": model.num_classes,
     }
@@ -141,7 +134,7 @@ def refuse_other_network(raw: bytes, model: Model, *, origin: str) -> None:
         given["attn_norm_num_groups"] = given["norm_num_groups"]  # as diffusers' middle block does
     if given["sample_size"] in (None, [model.image_size] * 2):
         given["sample_size"] = model.image_size
-    for name, value in (unet_config(model) | _UNET_FIXED).items():
+    for name, value in unet_config(model).items():
         if name.startswith("_") or name == "dropout":
             continue
         if given[name] != value:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmscale.config import Config, MethodSection, Model, parse_config
+from cmscale.config.sources import own_card
 from cmscale.errors import UserError
 from cmscale.interop.diffusers_config import (
     VERSION,
@@ -21,7 +22,7 @@ from cmscale.interop.diffusers_config import (
 )
 from cmscale.interop.files import folder, readable, writable
 from cmscale.interop.names import Weights, parameter_shapes, parameters, reorder_qkv
-from cmscale.interop.safetensors_file import describe, load_with_metadata, own_card, read_metadata
+from cmscale.interop.safetensors_file import describe, load_with_metadata, read_metadata
 from cmscale.interop.strict import strict_weights
 from cmscale.interop.torch_file import read_state_dict
 from cmscale.io.storage import Storage

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import explained, follow_umask, sync_folder
 from cmscale.io.storage import Storage, local_copy, open_parent, open_storage
 
@@ -46,7 +46,8 @@ def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
         size: the expected size in bytes.
 
     Raises:
-        UserError: there is not enough space, or writing is not allowed.
+        NoSpace: there is not enough space.
+        UserError: writing is not allowed.
     """
     target = storage.local_path(key)
     parent = None if target is None else target.parent
@@ -57,7 +58,7 @@ def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
             free = shutil.disk_usage(temporary).free
             if free < size * 1.01:
                 needed = f"{size / 2**30:.2f} GiB are needed, {free / 2**30:.2f} are free"
-                raise UserError(f"{parent or tempfile.gettempdir()}: not enough space for {key} ({needed})")
+                raise NoSpace(f"{parent or tempfile.gettempdir()}: not enough space for {key} ({needed})")
             path = Path(temporary) / "weights"
             yield path
             if target is None:

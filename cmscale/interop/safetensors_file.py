@@ -1,6 +1,5 @@
 """Reads and writes cmscale's export format: safetensors with config, step and weights' name as metadata."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,13 +8,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmscale.config import Config, Model, dump_config, parse_config
+from cmscale.config.sources import own_card
 from cmscale.errors import UserError
 from cmscale.interop.files import located, readable, writable
 from cmscale.interop.names import Weights, parameter_shapes
 from cmscale.interop.strict import strict_weights
 from cmscale.io.reading import reading
-
-CARD_KEYS = ("config", "step", "weights")
 
 
 def describe(config: Config, *, step: int, weights_name: str) -> dict[str, str]:
@@ -57,13 +55,6 @@ def read_safetensors(source: str | Path, *, model: Model | None = None) -> tuple
     if model is None:
         raise UserError(f"{origin}: holds no config, as cmscale did not write it; give --config CONFIG [key=value ...]")
     return strict_weights(found, parameter_shapes(model), origin=origin), card or {}
-
-
-def own_card(metadata: Mapping[str, str]) -> dict[str, str] | None:
-    """The metadata that `describe` wrote; None if cmscale did not write the file."""
-    if any(name not in metadata for name in CARD_KEYS) or not re.fullmatch(r"[0-9]{1,15}", metadata["step"]):
-        return None
-    return {name: metadata[name] for name in CARD_KEYS}
 
 
 def read_metadata(path: Path, *, origin: str) -> dict[str, str]:

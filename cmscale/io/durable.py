@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 
 NO_SPACE = "no space left"
 """In every message about a full disk or quota, the system's own among them (there with a capital)."""
@@ -15,13 +15,13 @@ NO_SPACE = "no space left"
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns errors of the file system that a user can mend into UserErrors that name `path`."""
+    """Turns errors of the file system that a user can mend into UserErrors (NoSpace among them) that name `path`."""
     try:
         yield
     except OSError as error:
         match error.errno:
             case errno.ENOSPC | errno.EDQUOT:
-                raise UserError(f"{path}: {NO_SPACE} on the device; free some or write elsewhere") from error
+                raise NoSpace(f"{path}: {NO_SPACE} on the device; free some or write elsewhere") from error
             case errno.EACCES | errno.EPERM | errno.EROFS:
                 raise UserError(f"{path}: not allowed to write there ({error.strerror})") from error
             case errno.ENOTDIR | errno.EEXIST:
@@ -37,7 +37,8 @@ def replace_durably(path: Path, data: bytes) -> None:
     """Writes a file so that, after a crash at any moment, it holds the old bytes or the new ones.
 
     Raises:
-        UserError: no space is left, or the folder may not be written.
+        NoSpace: no space is left.
+        UserError: the folder may not be written.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)

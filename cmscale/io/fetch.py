@@ -6,6 +6,7 @@ A URL may end in `#sha256=HEX`; then whatever it names must have that hash.
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,11 @@ from pathlib import Path
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.locks import LockTimeout, hold
-from cmscale.io.place import Place
+from cmscale.io.place import Place, split_hash
 from cmscale.io.storage import open_parent
 
 DOWNLOAD_MINUTES = 30.0
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 
 
 def cache_folder() -> Path:
@@ -35,13 +37,14 @@ def local_file(url: str) -> Path:
     Raises:
         UserError: there is no such file, or its hash is not the one in the URL.
     """
-    plain, _, fragment = url.partition("#")
-    expected = fragment.removeprefix("sha256=") if fragment else None
+    plain, expected = split_hash(url)
+    if expected is not None and not _DIGEST.fullmatch(expected):
+        raise UserError(f"{plain}: the URL asks for the SHA-256 {expected!r}; write its 64 hexadecimal digits")
     storage, key = open_parent(plain)
     path = storage.local_path(key)
     if path is not None:
         if not path.is_file():
-            raise UserError(f"{plain}: no such file")
+            raise UserError(f"{plain}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
         _check(path, expected, url=plain)
         return path
     entry = next((entry for entry in storage.list(key) if entry.key == key), None)
@@ -89,5 +92,5 @@ def _check(path: Path, expected: str | None, *, url: str) -> None:
     if expected is None:
         return
     actual = file_sha256(path)
-    if actual != expected:
+    if actual != expected.lower():
         raise UserError(f"{url}: has SHA-256 {actual}, not {expected} as the URL requires; it is another file")

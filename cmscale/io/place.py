@@ -12,6 +12,8 @@ from cmscale.io.durable import explained
 from cmscale.io.storage import SCHEMES, open_parent
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
+_HASH = "#sha256="
+_FOLDERS = re.compile(r"(?:^|(?<=[\s(:'\"]))/(?:[^/\s]+/)+(?=[^/\s])")
 
 
 class Place(str):
@@ -100,6 +102,17 @@ class Place(str):
         """
         storage, key = open_parent(self)
         storage.write(key, data)
+
+
+def split_hash(text: str) -> tuple[str, str | None]:
+    """The path or URL in `PATH#sha256=HEX`, and the hash; None for no hash. Any other `#` belongs to the name."""
+    plain, found, digest = text.rpartition(_HASH)
+    return (plain, digest) if found else (text, None)
+
+
+def without_folders(text: str) -> str:
+    """Text in which absolute local paths are shortened to their last part: where a file lay is not for publication."""
+    return _FOLDERS.sub("", text)
 
 
 def _normal(text: str) -> str:

@@ -32,6 +32,8 @@ def reading(origin: object, what: str, *, advice: str = "copy it again, or give 
         raise UserError(f"{origin}: refused, as {error}; {advice}") from None
     except FileNotFoundError:
         raise UserError(f"{origin}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{origin}: is a folder; give a file") from None
     except PermissionError as error:
         raise UserError(f"{origin}: not readable ({error.strerror})") from None
     except MemoryError as error:

@@ -12,12 +12,12 @@ from cmscale.commands import situation
 from cmscale.config import Config, MethodSection, read_config
 from cmscale.config.averages import length_of
 from cmscale.config.requests import EvaluateRequest, MeasuringRequest, SearchTimesRequest
-from cmscale.config.sampling_times import check_range, parse_step, parse_times
+from cmscale.config.sampling_times import check_range, is_file, parse_step, parse_times
 from cmscale.config.site import read_site
-from cmscale.config.sources import FILE_ENDINGS, refuse_hub_name
+from cmscale.config.sources import names_file, refuse_hub_name
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
-from cmscale.io.place import Place
+from cmscale.io.place import Place, split_hash
 from cmscale.io.storage import open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.configs import config_of
@@ -50,7 +50,7 @@ def check_model(
         UserError: there is no such source, checkpoint or config, or it has no such weights.
     """
     refuse_hub_name(source)
-    if Place(source).is_remote and source.endswith(FILE_ENDINGS):
+    if Place(source).is_remote and names_file(source):
         return None  # a file of gigabytes, which is not fetched for a check
     kind = kind_of_source(source)
     if config is not None:
@@ -96,7 +96,7 @@ def check_times(times: str, method: MethodSection) -> None:
         UserError: there is no such file, its search is not finished, or a time is outside the range.
     """
     label = f"--sampling-times {times}"
-    if not times.endswith(".json"):
+    if not is_file(times):
         check_range(_times(times), method, label=label)
         return
     found = read_document(TimeSearch, local_file(times).read_bytes(), origin=times)
@@ -121,7 +121,7 @@ def check_request(request: MeasuringRequest) -> Config | None:
     Raises:
         UserError: what the evaluation itself would find later.
     """
-    if not (request.source.is_remote and request.source.endswith(FILE_ENDINGS)):
+    if not (request.source.is_remote and names_file(request.source)):
         kind = kind_of_source(request.source)
         request.refuse_unused(source=kind)
         if kind == situation.SAMPLES:
@@ -145,7 +145,7 @@ def check_request(request: MeasuringRequest) -> Config | None:
     weights_key, file = settings.weights()
     if file is not None:
         check_weights_file(file, key=_named(request, weights_key))
-    if settings.reference is not None and settings.reference.endswith(".npz"):
+    if settings.reference is not None and settings.reference.lower().endswith(".npz"):
         check_reference(settings.reference, key=_named(request, "reference"))
     return config
 
@@ -191,7 +191,7 @@ def check_reference(place: str, *, key: str) -> None:
 
 def _local(place: str, *, key: str) -> Path | None:
     """The path of a file on this machine; None if it is in a storage, which is not fetched for a check."""
-    plain = Place(place.partition("#sha256=")[0])
+    plain = Place(split_hash(place)[0])
     if plain.is_remote:
         return None
     if not Path(plain).exists():

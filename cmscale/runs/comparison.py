@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cmscale.io.place import without_folders
 from cmscale.runs.results import EvaluationResult
 
 RULE = (
@@ -47,7 +48,7 @@ def reference_names(results: Sequence[EvaluationResult]) -> list[str]:
 
 
 def _name_of_reference(result: EvaluationResult) -> str:
-    return str(result.reference.get("name") or "an unnamed reference")
+    return without_folders(str(result.reference.get("name") or "an unnamed reference"))
 
 
 def _hash_of_reference(result: EvaluationResult) -> str:

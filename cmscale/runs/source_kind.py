@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from cmscale.commands import situation
+from cmscale.config.sources import is_npz, is_nvlabs, is_openai, is_safetensors, own_card
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
 from cmscale.io.image_files import image_suffixes
@@ -14,7 +15,6 @@ from cmscale.io.storage import open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST
 
-OPENAI_SUFFIXES = (".pt", ".pth")
 _INDEX = "model_index.json"
 _MOST_HEADER_BYTES = 100 << 20  # of a safetensors file, by its format's definition
 _FOLDERS_OF_A_RUN = ("checkpoints", "samples", "evaluations", "logs", "report")  # samples/ holds grids
@@ -36,17 +36,16 @@ def kind_of_source(origin: str) -> str:
         UserError: nothing is there, or something that is no SOURCE; the line says what to give in its place.
     """
     place = Place(origin)
-    name = place.rstrip("/").lower()
-    if name.endswith(OPENAI_SUFFIXES):
+    if is_openai(place):
         return situation.OPENAI
-    if name.endswith(".pkl"):
+    if is_nvlabs(place):
         return situation.NVLABS
-    if name.endswith(".npz"):
+    if is_npz(place):
         return situation.SAMPLES
-    if name.endswith(".safetensors"):
+    if is_safetensors(place):
         return situation.EXPORTED if _has_config(local_file(place)) else situation.BARE
     if not place.is_remote and Path(place).is_file():
-        raise UserError(f"{origin}: no SOURCE; {_advice(Path(name).suffix)}")
+        raise UserError(f"{origin}: no SOURCE; {_advice(Path(place).suffix.lower())}")
     storage = open_storage(place)
     found = _kind_of_folder(storage, origin)
     if found is None:
@@ -59,7 +58,7 @@ def _kind_of_folder(storage: Storage, origin: str) -> str | None:
         return situation.DIFFUSERS
     manifest = storage.read_if_present(CHECKPOINT_MANIFEST)
     if manifest is not None:
-        if _is_data_set(manifest):
+        if is_data_set(manifest):
             raise UserError(f"{origin}: is a prepared data set, not a model; give {_KINDS}")
         return situation.CHECKPOINT
     if storage.read_if_present("config.yaml") is not None or committed_steps(storage):
@@ -97,7 +96,8 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def _is_data_set(manifest: bytes) -> bool:
+def is_data_set(manifest: bytes) -> bool:
+    """Whether a `manifest.json` is that of a prepared data set, and not that of a checkpoint."""
     try:
         return "shards" in json.loads(manifest)
     except (ValueError, TypeError):
@@ -105,11 +105,11 @@ def _is_data_set(manifest: bytes) -> bool:
 
 
 def _has_config(path: Path) -> bool:
-    """Whether the metadata of a safetensors file hold a config. A damaged file counts as one that has it."""
+    """Whether cmscale wrote a safetensors file, with its config. A damaged file counts as one that has it."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(min(size, _MOST_HEADER_BYTES)))
-            return "config" in (header.get("__metadata__") or {})
-        except (ValueError, AttributeError):
+            return own_card(header.get("__metadata__") or {}) is not None
+        except (ValueError, TypeError, AttributeError):
             return True

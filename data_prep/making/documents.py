@@ -5,6 +5,7 @@ from pydantic import Field
 from cmscale.io.storage import Storage
 from cmscale.runs.manifests import DATASET_MANIFEST, Document, read_document
 from data_prep.making.shards import DatasetSettings, SourceState
+from data_prep.sources import ImageSource, as_listed_before
 
 PREPARATION = "preparation.json"
 PROGRESS = ".progress"
@@ -53,14 +54,21 @@ class PreparationDocument(Document):
     shards: tuple[SourceState, ...] = ()
 
 
-def begun_settings(storage: Storage) -> DatasetSettings | None:
-    """The settings of the data set, finished or not, at `storage`; None if there is none.
+def as_begun(source: ImageSource, begun: PreparationPlan | None) -> ImageSource:
+    """The source as the release that began a data set listed it: earlier ones took fewer formats."""
+    if begun is None or "exif" in begun.settings.model_fields_set:  # which these releases did not write
+        return source
+    return as_listed_before(source, begun.keys_sha256)
+
+
+def begun_plan(storage: Storage) -> PreparationPlan | None:
+    """The plan of the data set, finished or not, at `storage`; None if there is none.
 
     Raises:
         UserError: a document there is damaged.
     """
     if storage.read_if_present(DATASET_MANIFEST) is not None:
         raw = storage.read_if_present(PREPARATION)
-        return read_document(PreparationDocument, raw, origin=storage.join(PREPARATION)).plan.settings if raw else None
+        return read_document(PreparationDocument, raw, origin=storage.join(PREPARATION)).plan if raw else None
     raw = storage.read_if_present(PLAN)
-    return read_document(PreparationPlan, raw, origin=storage.join(PLAN)).settings if raw else None
+    return read_document(PreparationPlan, raw, origin=storage.join(PLAN)) if raw else None

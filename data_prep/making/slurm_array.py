@@ -13,9 +13,10 @@ from cmscale.config import Slurm
 from cmscale.config.site import read_site
 from cmscale.errors import UserError
 from cmscale.io.slurm import ACTIVE_STATES, common_parameters, exports, job_states, outside_of_this_job, refusal
+from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import Document, read_document
 from cmscale.runs.snapshot import read_code, take_snapshot
-from data_prep.making.documents import PROGRESS
+from data_prep.making.documents import PROGRESS, as_begun, begun_plan
 from data_prep.making.preparation import Preparation
 from data_prep.making.processes import make_missing
 from data_prep.making.progress import ProgressCounter
@@ -114,7 +115,8 @@ def run_task(arguments: str) -> None:
     After a requeue it continues where it stopped. What it refuses is stored for the submitter to report.
     """
     task = ArrayTask.model_validate_json(arguments)
-    preparation = Preparation(open_source(task.source), task.settings, task.out, lane=f"-{task.task}")
+    source = as_begun(open_source(task.source), begun_plan(open_storage(task.out)))
+    preparation = Preparation(source, task.settings, task.out, lane=f"-{task.task}")
     records = preparation.records()
     numbers = [number for number in range(task.task, preparation.num_shards, task.tasks) if number not in records]
     try:

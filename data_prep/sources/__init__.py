@@ -8,7 +8,8 @@ import hashlib
 import os
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ from cmscale.io.place import Place
 from cmscale.io.reading import reason, utf8
 
 REPLACED = "files that a later one of the same name replaces"
+_EARLIER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,22 @@ class ImageSource:
     def digest(self) -> str:
         """SHA-256 of the keys, which shows whether two sources list the same images."""
         return hashlib.sha256("\n".join(self.keys).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def as_listed_before(source: ImageSource, keys_sha256: str) -> ImageSource:
+    """The source with the keys that had this hash: its own, or those of an earlier release; itself if neither has it.
+
+    Earlier releases took fewer formats, so that a data set which one of them made or began has fewer images.
+    """
+    if source.digest() == keys_sha256:
+        return source
+    taken = [key for key in source.keys if key.lower().endswith(_EARLIER_SUFFIXES)]
+    left_out = deepcopy(source.left_out)
+    for key in source.keys:
+        if not key.lower().endswith(_EARLIER_SUFFIXES):
+            left_out.add_file(key)
+    older = replace(source, keys=taken, left_out=left_out)
+    return older if older.digest() == keys_sha256 else source
 
 
 def file_facts(path: Path) -> str:

@@ -15,7 +15,8 @@ from cmscale.data.decode import BadImage
 from cmscale.errors import UserError
 from data_prep.sources import ImageSource, SourceKind, file_facts
 
-_PROBED_BYTES = 1 << 30
+_MOST_PROBED = 8192
+"""Images that are read before any work; of LSUN's three million bedrooms one of 371."""
 
 
 def open_lsun(path: Path) -> ImageSource:
@@ -50,13 +51,13 @@ def _list_keys(folder: Path) -> list[str]:
 
 
 def _probe(folder: Path) -> None:
-    """Reads all keys, and the last byte of each image where that is soon done; a worker's death tells of the others."""
-    _list_keys(folder)
-    if (folder / "data.mdb").stat().st_size <= _PROBED_BYTES:
-        environment = _open_lmdb(folder)
-        with environment.begin(buffers=True) as transaction:
-            for value in transaction.cursor().iternext(keys=False):
-                value[-1:].tobytes()
+    """Reads all keys, and the last byte of some images, evenly chosen; a worker's death tells of the others."""
+    keys = _list_keys(folder)
+    environment = _open_lmdb(folder)
+    with environment.begin(buffers=True) as transaction:
+        for key in keys[:: -(-len(keys) // _MOST_PROBED) or 1]:
+            value = transaction.get(key.encode("ascii"))
+            value[-1:].tobytes()
 
 
 def _killed_by(work: Callable[[], object]) -> str | None:

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from commands import run
+from evaluation_fixtures import build_cheap_features, write_dataset, write_trained_run
 from PIL import Image
+from pydantic import TypeAdapter
 
 from cmscale.config import Config, parse_config
+from cmscale.config.methods import Method
 from cmscale.interop import read_openai, read_safetensors, write_openai, write_safetensors
 from cmscale.model.unet import build_unet
 
@@ -117,6 +120,13 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
         (["evaluate", "MODEL", "--samples", "1"], "Invalid value for '--samples'"),
         (["evaluate", "MODEL", "--features", "squeezenet"], "--features: got 'squeezenet'; allowed: dinov2"),
         (["evaluate", "MODEL", "--steps", "0"], "--steps: got '0'; write whole numbers of at least 1"),
+        (["sample", "MODEL", "--out", "x.npz", "--weights", ""], "--weights: got an empty text; give a value"),
+        (["edit", "inpaint", "MODEL", "x.png", "--box", ""], "--box: got an empty text"),
+        (["evaluate", "MODEL", "--steps", "", "--out", "x.json"], "--steps: got an empty text"),
+        (["sample", "MODEL", "one", "more", "--out", "x.npz"], "one: one argument too many"),
+        (["evaluate", "MODEL", "more", "--out", "x.json"], "more: one argument too many"),
+        (["edit", "inpaint", "MODEL", "."], ".: is a folder; give a file"),
+        (["edit", "inpaint", "MODEL", "a=b.png"], "a=b.png: is no file, and has no effect"),
         (["sampel"], "Did you mean 'sample'?"),
         (["estimate", "absent.yaml", "--tflops", "0"], "--tflops 0.0: give a number above 0"),
     ],
@@ -229,3 +239,41 @@ def test_the_schema_is_json_that_knows_every_section(monkeypatch: pytest.MonkeyP
     assert run(monkeypatch, "schema") == 0
     properties = json.loads(capsys.readouterr().out)["properties"]
     assert {"method", "model", "data", "train", "engine"} <= properties.keys()
+
+
+def test_what_lies_near_a_right_source_is_refused_by_its_own_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("cmscale.evaluation.session.build_features", build_cheap_features)
+    data = write_dataset(tmp_path, count=4)
+    trained = write_trained_run(tmp_path / "run", data=data, samples=12).root
+    for words, said in (
+        (["verify", data], "is a prepared data set; verify it with data_prep/verify.py"),
+        (["runs", trained], "is a run; give the folder that holds runs"),
+        (["evaluate", model, "--reference", trained, "--out", tmp_path / "x.json"], "is a run; give its data"),
+        (["evaluate", model, "--reference", trained / "config.yaml", "--out", tmp_path / "x.json"], "unknown format"),
+    ):
+        assert run(monkeypatch, *words) == 2
+        told = capsys.readouterr().err
+        assert said in told, told
+        assert told.count("\n") == 1
+
+
+def test_weights_that_a_format_can_not_express_are_refused_and_those_it_computes_otherwise_are_named(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    weights = build_unet(config.model).state_dict()
+    for name, method, format, status, said in (
+        ("edm", {"kind": "edm"}, "diffusers", 2, "diffusers has no pipeline for EDM"),
+        ("sct", {"kind": "sct"}, "openai", 2, "OpenAI's code can't compute this model's time embedding"),
+        ("other", {"kind": "ct", "sigma_data": 0.25}, "openai", 0, "caution: OpenAI's code takes sigma_data 0.5"),
+        ("same", {"kind": "ct"}, "openai", 0, ""),
+    ):
+        made = config.model_copy(update={"method": TypeAdapter(Method).validate_python(method)})
+        source, to = tmp_path / f"{name}.safetensors", tmp_path / f"{name}.pt"
+        write_safetensors(source, weights, config=made, step=7, weights_name="ema_0.9")
+        assert run(monkeypatch, "export", source, "--format", format, "--to", to) == status
+        told = capsys.readouterr().err
+        assert told.startswith((said, f"cmscale: {to}: {said}"))
+        assert told.count("\n") == bool(said)
+        assert to.exists() == (status == 0)

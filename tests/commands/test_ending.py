@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from cmscale.commands.ending import guarded
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.io.process import CHECKOUT
 
 
@@ -21,7 +22,12 @@ from cmscale.io.process import CHECKOUT
         (KeyboardInterrupt(), 130, "interrupted"),
         (ConnectionError("the storage does not answer"), 1, "error: the storage does not answer"),
         (PermissionError(errno.EACCES, "Permission denied", "secret"), 2, "error: secret: Permission denied"),
+        (NoSpace("x.npz: no space left"), 1, "error: x.npz: no space left"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.npz"), 1, "error: x.npz: No space left on device"),
+        (OSError(errno.EIO, "Input/output error", "x.npz"), 1, "error: x.npz: Input/output error"),
         (OSError(errno.EIO, "Input/output error"), 1, "fault: OSError: [Errno 5] Input/output error"),
+        (MemoryError(), 1, "fault: not enough memory for this (MemoryError)"),
+        (RuntimeError("CUDA out of memory. Tried"), 1, "fault: not enough memory for this (CUDA out of memory. Tried)"),
         (LookupError("of the surroundings"), 1, "error: of the surroundings"),
         (None, 0, ""),
     ],
@@ -47,16 +53,33 @@ def test_a_bug_keeps_its_traceback() -> None:
 SCRIPTS = [
     ["-m", "cmscale.cli", "schema"],
     ["launchers/submit.py", "--dry-run", "configs/demo_edm.yaml"],
+    ["-m", "cmscale.cli", "--help"],
+    ["-m", "cmscale.cli", "sample", "--help"],
+    ["launchers/evaluate.py", "--help"],
 ]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script[1])
+@pytest.mark.parametrize("script", SCRIPTS, ids=" ".join)
 def test_a_reader_that_leaves_ends_a_command_without_a_word(script: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     ran = subprocess.run([sys.executable, *script], cwd=CHECKOUT, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_that_was_started_without_an_output_does_its_work(closed: str) -> None:
+    line = f"exec {sys.executable} -m cmscale.cli schema {closed}"
+    ran = subprocess.run(["bash", "-c", line], cwd=CHECKOUT, capture_output=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_a_full_disk_behind_the_output_is_a_fault() -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "cmscale.cli", "schema"]
+        ran = subprocess.run(command, cwd=CHECKOUT, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
+    assert (ran.returncode, ran.stderr) == (1, "fault: OSError: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmscale.config import CD, CT, ECT, EDM, ICT
+from cmscale.config.methods import SCT
 from cmscale.consistency import grid
+from cmscale.errors import UserError
 from cmscale.rng import SampleRandomness
 
 DIFFUSION = EDM(kind="edm")
@@ -112,3 +114,25 @@ def test_times_drawn_depend_on_the_samples_place_alone():
     whole = SampleRandomness(7, tuple(range(8)), torch.device("cpu")).uniform()
     part = SampleRandomness(7, (5, 2), torch.device("cpu")).uniform()
     assert torch.equal(grid.uniform_index(whole, 40)[[5, 2]], grid.uniform_index(part, 40))
+
+
+def test_one_step_of_an_ode_sampler_leads_from_sigma_max_to_zero():
+    assert grid.ode_sigmas(EDM(kind="edm"), 1).tolist() == [80.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "second", "changed"),
+    [
+        (ECT, 0.821, {"sigma_max": 0.5}),
+        (ECT, 0.821, {"sigma_max": 0.821}),
+        (ECT, 0.821, {"sigma_min": 1.0}),
+        (SCT, 0.982, {"sigma_max": 0.9}),
+    ],
+)
+def test_a_published_second_time_outside_the_models_range_is_refused(kind, second: float, changed: dict):
+    method = kind.model_validate({"kind": kind.__name__.lower(), "teacher": "t", **changed})
+    with pytest.raises(
+        UserError, match=rf"the second time that was published .*, {second:.3g}.* give --sampling-times"
+    ):
+        grid.consistency_sigmas(method, 2)
+    assert len(grid.consistency_sigmas(method, 1)) == 1

@@ -1,5 +1,6 @@
 """data_prep/prepare.py continues only what was made of the same images, and never writes over other files."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from data_fixtures import COUNT, encoded, encoded_images, smooth_image, tree, write_lmdb
+from PIL import Image
 from prepare_command import call, refused
 
 from cmscale.data import read_images
@@ -203,6 +205,33 @@ def test_older_data_sets_are_read_and_older_interrupted_ones_continue_as_they_we
     assert manifest.fingerprint == read_dataset_manifest(open_storage(tmp_path / "whole")).fingerprint
     other = refused(capsys, call(f"folder:{root}", tmp_path / "out", "--preprocess", "edm", "--encoding", "png"))
     assert "made with --encoding jpeg, not png" in other
+
+
+def test_what_an_earlier_release_made_without_gifs_is_still_that_data_set(tmp_path: Path, capsys) -> None:
+    root, out = _folder(tmp_path / "in", 12), tmp_path / "out"
+    assert call(f"folder:{root}", out, "--encoding", "jpeg") == 0
+    Image.fromarray(smooth_image(99)).save(root / "05b.gif")
+    assert "made of 12 images, not 13" in refused(capsys, call(f"folder:{root}", out, "--encoding", "jpeg"))
+    _make_older(out, published=True)
+    _record_again(out, "preparation.json")
+    assert call(f"folder:{root}", out, "--encoding", "jpeg") == 0
+    assert "already prepared" in capsys.readouterr().out
+    shard = out / "shard-00001.tar"
+    before = shard.read_bytes()
+    shard.write_bytes(b"bad")
+    assert verify.main([str(out), "--repair"]) == 0
+    assert shard.read_bytes() == before
+    (root / "06.png").unlink()
+    shard.write_bytes(b"bad")
+    assert "not the images" in refused(capsys, verify.main([str(out), "--repair"]))
+
+
+def _record_again(out: Path, name: str) -> None:
+    """Writes a changed file's size and hash into the manifest."""
+    manifest, content = json.loads((out / "manifest.json").read_text()), (out / name).read_bytes()
+    (entry,) = (entry for entry in manifest["files"] if entry["name"] == name)
+    entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (out / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_exif_is_applied_or_ignored_as_the_recipe_s_tool_does_and_recorded(tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def test_a_search_is_interrupted_goes_on_without_a_trial_made_twice_and_its_time
     flags = iter([False] * 2 + [True] * 100)
     with monkeypatch.context() as interrupted:
         interrupted.setattr(Preemption, "requested", lambda _: next(flags))
-        assert cmscale(monkeypatch, *search) == 1
+        assert cmscale(monkeypatch, *search) == 130
     assert "the same command continues" in capsys.readouterr().err
     (path,) = (run.evaluations / "times").iterdir()
     begun = read_document(TimeSearch, path.read_bytes(), origin="begun")
@@ -454,7 +454,7 @@ def test_with_force_it_is_measured_anew_and_an_interrupted_one_goes_on_without_w
     with monkeypatch.context() as interrupted:
         interrupted.setattr(Preemption, "flagged", property(lambda _: next(flags)), raising=False)
         interrupted.setattr(Preemption, "requested", lambda _: len(drawn) > 3)
-        assert cmscale(monkeypatch, *evaluate, "--force") == 1
+        assert cmscale(monkeypatch, *evaluate, "--force") == 130
     assert drawn == [0, 128, 256, 0]
     assert result(path).fid.mean == -1.0
     assert cmscale(monkeypatch, *evaluate, "--force") == 0

@@ -343,6 +343,12 @@ def test_other_preprocessing_or_encoding_is_reported_and_so_is_what_could_not_be
     assert reference.mismatches(preprocess=None, encoding=None, size=(8, 8), of="samples") == [
         "preprocessing and encoding of reference and samples could not be compared: not known of the samples"
     ]
+    turned = dataclasses.replace(reference, exif="apply")
+    assert turned.mismatches(preprocess="adm", encoding="png", size=(8, 8), exif="apply") == []
+    assert turned.mismatches(preprocess="adm", encoding="png", size=(8, 8)) == []
+    assert turned.mismatches(preprocess="adm", encoding="png", size=(8, 8), exif="ignore") == [
+        "reference and training data differ in what was done with EXIF orientations: apply against ignore"
+    ]
     silent = dataclasses.replace(reference, preprocess=None, encoding=None, image_size=None)
     lines = silent.mismatches(preprocess="adm", encoding=None, size=(8, 8), of="samples")
     compared = "of reference and samples could not be compared: not known of"

@@ -3,7 +3,7 @@
 import pytest
 from networks import random_weights, small_config, small_model
 
-from cmscale.config import parse_config
+from cmscale.config import dump_config, parse_config
 from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.export.card import model_card
@@ -122,3 +122,47 @@ def test_imported_weights_have_no_history() -> None:
         assert word not in card, word
     assert "sigma_data: 0.5" in card
     assert "image_size: 16" in card
+
+
+def test_where_files_lay_on_a_machine_is_not_in_a_card() -> None:
+    local = ["data.path=/home/ada/sets/bedroom", "evaluate.reference=/home/ada/x.npz"]
+    config = parse_config(dump_config(CONFIG), local)
+    manifest = DatasetManifest(
+        format="mds", image_size=256, preprocess="adm", encoding="png", source="lsun:/home/ada/bedroom_lmdb", count=3,
+        shards=(), fingerprint="abc",
+    )  # fmt: skip
+    measured = evaluation().model_copy(
+        update={
+            "reference": {"name": "/home/ada/crops.npz", "sha256": "0123456789abcdef"},
+            "warnings": ("/home/ada/crops: 40 images counted", "x of s3://bucket/crops"),
+        }
+    )
+    card = model_card(config, step=60, weights_name="ema_0.999943", dataset=manifest, evaluations=[measured])
+    assert "/home" not in card
+    for shown in (
+        "| Data | bedroom |",
+        "3 of lsun:bedroom_lmdb, ",
+        "50,000 samples against crops.npz (SHA-256 0123456789ab); features inception.",
+        "Crops: 40 images counted.",
+        "X of s3://bucket/crops.",
+        "path: bedroom",
+        "reference: x.npz",
+    ):
+        assert shown in card, shown
+
+
+def test_the_card_of_an_openai_file_says_how_openais_code_computes_the_same() -> None:
+    cards = {
+        name: model_card(small_config(small_model(), method), step=60, weights_name="m", format="openai")
+        for name, method in {
+            "ct": {"kind": "ct", "sigma_max": 40},
+            "other": {"kind": "ct", "sigma_data": 0.25},
+            "ict": {"kind": "ict"},
+            "edm": {"kind": "edm"},
+        }.items()
+    }
+    assert "`--training_mode consistency_distillation --sigma_min 0.002 --sigma_max 40`" in cards["ct"]
+    assert "KarrasDenoiser" not in cards["ct"] + cards["ict"]
+    assert "OpenAI's code takes sigma_data 0.5, this model was trained with 0.25" in cards["other"]
+    assert "--training_mode edm" in cards["edm"]
+    assert "OpenAI" not in model_card(CONFIG, step=60, weights_name="m")

@@ -5,6 +5,7 @@ import torch
 
 from cmscale.config import Config
 from cmscale.config.files import parse_config
+from cmscale.config.requests import EvaluateRequest
 from cmscale.errors import UserError
 from cmscale.evaluation.search_times import _start
 from cmscale.generation.draw import SampleRequest, used_sigmas
@@ -49,9 +50,20 @@ def test_a_search_begins_at_the_times_of_the_config():
         (["sampling.times=[80, 80]"], "must descend"),
         (["sampling.times=[80, 0]"], "sampling.times.1: got 0"),
         (["sampling.times=[]"], "sampling.times"),
+        (["sampling.times=[100, 4]"], "sampling.times: 100 is outside of method.sigma_min 0.002 to sigma_max 80"),
+        (["sampling.times=[40, 4]", "method.sigma_max=20"], "sampling.times: 40 is outside"),
         (["method.kind=edm", "sampling.times=[80, 4]"], "sampling.times: method.kind edm is not sampled in chosen"),
     ],
 )
 def test_times_that_cannot_be_used_are_refused(overrides: list[str], message: str):
     with pytest.raises(UserError, match=message):
         config_of(*overrides)
+
+
+def test_an_evaluation_is_refused_before_it_is_submitted_if_its_two_steps_have_no_second_time():
+    text = TEXT.replace("{kind: ct}", "{kind: ect, teacher: t, sigma_max: 0.5}")
+    request = EvaluateRequest.model_validate({"source": "x.pt", "steps": "1,2"})
+    with pytest.raises(UserError, match="two steps: the second time"):
+        request.check_fits(parse_config(text))
+    request.check_fits(parse_config(text, ["sampling.times=[0.5, 0.2]"]))
+    EvaluateRequest.model_validate({"source": "x.pt", "steps": "1,4"}).check_fits(parse_config(text))

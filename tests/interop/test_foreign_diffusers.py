@@ -166,7 +166,7 @@ def test_the_name_of_a_hub_is_refused_with_the_way_to_download(tmp_path: Path, m
 def test_the_cards_timesteps_give_our_samples(tmp_path: Path, method: dict[str, str]) -> None:
     diffusers = pytest.importorskip("diffusers", reason="the extra `export` is not installed")
     config = small_config(MODEL, method)
-    card = model_card(config, step=5, weights_name="master", for_diffusers=True)
+    card = model_card(config, step=5, weights_name="master", format="diffusers")
     write_diffusers(tmp_path, random_weights(MODEL), config=config, step=5, weights_name="master", card=card)
     source = load_source(str(tmp_path))
     pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(tmp_path)

@@ -1,11 +1,12 @@
 """The one decoder: grey of 16 bits, transparency, EXIF, frames and all formats by stated rules, or refused."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from cmscale.data.decode import decode, decode_into
 from cmscale.io.image_files import image_formats
@@ -18,6 +19,7 @@ from cmscale.io.pictures import (
     TURNED,
     BadImage,
     decode_picture,
+    read_header,
 )
 
 GRADIENT = np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)
@@ -195,3 +197,14 @@ def test_prepared_images_are_cropped_only_where_the_data_set_says_so() -> None:
     jpeg = saved(Image.fromarray(RGB), "JPEG")
     decode_into(jpeg, row, crop=True)
     assert np.array_equal(row, decode(jpeg)[:, 2:14])
+
+
+def test_the_header_of_a_turned_tiff_states_the_size_that_its_pixels_have(tmp_path: Path) -> None:
+    for kind, orientation, size in (("TIFF", 6, (5, 9)), ("TIFF", 1, (9, 5)), ("PNG", 6, (9, 5))):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        (tmp_path / "x").write_bytes(saved(Image.new("RGB", (9, 5)), kind, exif=exif))
+        header = read_header(tmp_path / "x")
+        assert (header.width, header.height) == size, (kind, orientation)
+        height, width = pixels((tmp_path / "x").read_bytes()).shape[:2]
+        assert (width, height) == size, (kind, orientation)

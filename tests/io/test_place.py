@@ -1,12 +1,14 @@
 """Every place that an option names: what is accepted, what is refused in one line, and that a check leaves nothing."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
 from cmscale.errors import UserError
-from cmscale.io.place import Place
+from cmscale.io.fetch import local_file
+from cmscale.io.place import Place, split_hash, without_folders
 
 
 def test_a_place_is_a_local_path_without_tilde_or_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +95,37 @@ def test_a_file_is_the_same_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to("a")
     assert Place(tmp_path / "a").is_same(Place(f"{tmp_path}/./b"))
     assert not Place(tmp_path / "a").is_same(Place("s3://b/a"))
+
+
+def test_only_a_hash_at_the_end_is_no_part_of_a_name(tmp_path: Path) -> None:
+    assert split_hash("s3://b/x.pt#sha256=ab") == ("s3://b/x.pt", "ab")
+    assert split_hash("photo #1.png") == ("photo #1.png", None)
+    file = tmp_path / "photo #1.png"
+    file.write_bytes(b"x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    for url in (file, f"{file}#sha256={digest}", f"{file}#sha256={digest.upper()}"):
+        assert local_file(str(url)) == file
+    for wrong, words in ((digest[::-1], "it is another file"), ("12", "64 hexadecimal digits")):
+        with pytest.raises(UserError, match=words):
+            local_file(f"{file}#sha256={wrong}")
+
+
+def test_a_file_on_s3_may_have_a_number_sign_in_its_name(s3: str) -> None:
+    Place(f"{s3}/photo #1.png").write(b"x")
+    assert local_file(f"{s3}/photo #1.png").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/ada/x.npz", "x.npz"),
+        ("/home/ada/set 0123", "set 0123"),
+        ("lsun:/data/bedroom_train_lmdb 0123", "lsun:bedroom_train_lmdb 0123"),
+        ("path: /data/x", "path: x"),
+        ("s3://bucket/a/x.npz", "s3://bucket/a/x.npz"),
+        ("runs/a", "runs/a"),
+        ("1/2 of 3 / 4", "1/2 of 3 / 4"),
+    ],
+)
+def test_folders_of_local_paths_are_left_out_of_what_is_published(text: str, shown: str) -> None:
+    assert without_folders(text) == shown

@@ -25,8 +25,9 @@ def test_a_finished_job_is_done_whatever_came_before() -> None:
     assert decided([FAULT] * 5 + [Attempt("finished", "", 20)], max_restarts=0) == Decision("done", "finished")
 
 
-def test_a_users_mistake_stops_at_once_with_its_message() -> None:
-    assert decided([Attempt("user_error", "no such file", 0)]) == Decision("stop", "no such file")
+@pytest.mark.parametrize("ending", ["user_error", "no_space", "not_exported"])
+def test_what_no_other_start_would_mend_stops_at_once_with_its_message(ending: Ending) -> None:
+    assert decided([Attempt(ending, "no such file", 0)]) == Decision("stop", "no such file")
 
 
 def test_a_start_that_another_job_took_over_from_stops() -> None:

@@ -75,6 +75,7 @@ def test_a_signal_before_the_worker_has_handlers_is_passed_on_to_it(number: sign
         ("return 'finished'", 0, "finished", ""),
         ("return 'superseded'", 0, "superseded", ""),
         ("from cmscale.errors import UserError; raise UserError('no such file')", 2, "user_error", "no such file"),
+        ("from cmscale.errors import NoSpace; raise NoSpace('no space left')", 1, "no_space", "no space left"),
         ("raise RuntimeError('two\\nlines')", 1, "fault", "RuntimeError: two lines"),
         ("import threading; threading.Thread(target=threading.Event().wait).start(); 1 / 0", 1, "fault", "Zero"),
         ("import threading; threading.Thread(target=threading.Event().wait).start(); return 'finished'", 0, "f", ""),
@@ -96,7 +97,7 @@ def test_a_rank_reports_how_it_ended_and_ends(body: str, status: int, end: str, 
     (reported,) = submission.rank_ends("first")
     assert reported.end.startswith(end)
     assert message in reported.message
-    assert ("Traceback" in ran.stderr) == (status == 1)
+    assert ("Traceback" in ran.stderr) == (status == 1 and end != "no_space")
 
 
 def test_a_damaged_job_is_a_users_mistake_that_names_the_file(tmp_path: Path) -> None:

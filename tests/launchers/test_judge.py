@@ -52,6 +52,13 @@ def test_one_users_mistake_decides_whatever_else_was_seen() -> None:
         assert attempt == Attempt("user_error", "rank 1: user_error", 3, 1, "node1")
 
 
+def test_a_full_disk_is_one_rank_s_end_that_no_other_start_would_mend() -> None:
+    for other in ({}, {"leaving": "preempted"}, {"first_failure": RankFailure(0, "node0", "Killed")}):
+        attempt = judged("fault", "no_space", "finished", status=1, **other)
+        assert attempt == Attempt("no_space", "rank 1: no_space", 3, 1, "node1")
+    assert judged("no_space", "user_error", status=2).ending == "user_error"
+
+
 def test_a_start_that_was_superseded_on_any_rank_is() -> None:
     for other in ({}, {"leaving": "preempted"}, {"first_failure": RankFailure(0, "node0", "Killed")}, {"status": 1}):
         assert judged("fault", "superseded", "finished", **other) == Attempt("superseded", SUPERSEDED, 3)

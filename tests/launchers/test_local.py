@@ -78,10 +78,15 @@ def test_ranks_know_their_places_and_the_launcher_exits_with_0(tmp_path: Path) -
     assert list((tmp_path / "run").rglob("*.pkl")) == []
 
 
-def test_users_mistake_is_one_line_status_2_and_not_tried_again(tmp_path: Path) -> None:
-    job = start_job(tmp_path / "run", "user_error")
+@pytest.mark.parametrize(
+    ("how", "status", "line"), [("user_error", 2, "train.seed: got -1"), ("no_space", 1, "no space left")]
+)
+def test_what_no_restart_would_mend_is_one_line_and_not_tried_again(
+    how: str, status: int, line: str, tmp_path: Path
+) -> None:
+    job = start_job(tmp_path / "run", how)
     out, printed = job.communicate(timeout=60)
-    assert (job.returncode, printed) == (2, "error: train.seed: got -1\n")
+    assert (job.returncode, printed) == (status, f"error: {line}\n")
     assert "Traceback" not in out
     assert len(starts(tmp_path / "run", 0)) == 1
 

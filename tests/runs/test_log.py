@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from cmscale.engine import watch
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, latest_metrics, read_lines, write_event
-from cmscale.training.wandb_mirror import MetricsLog
+from cmscale.training.wandb_mirror import MetricsLog, WandbMirror
 from launchers.judge import Attempt
 from launchers.submission import Submission
 
@@ -96,6 +97,8 @@ def test_the_mirror_keeps_one_id_over_resumptions_and_takes_replayed_steps(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # a busy machine starts wandb's service in its own time
+    monkeypatch.setattr(WandbMirror, "close", partialmethod(WandbMirror.close, patience=300))
     run.root.mkdir()
     ids = []
     for steps in ([1, 2, 3], [2, 3, 4]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.config import Restart, Slurm
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.runs.manifests import DATASET_MANIFEST, DatasetManifest, ShardEntry, dataset_fingerprint
 from launchers.placement import Placement, PlacementRequest
 
@@ -67,6 +67,8 @@ def worker(folder: str, how: str) -> str:
         file.write(" ".join([str(os.getpid()), *(os.environ[name] for name in names)]) + "\n")
     if how == "user_error":
         raise UserError("train.seed: got -1")
+    if how == "no_space":
+        raise NoSpace("no space left")
     if how == "preempted" and len(starts.read_text().splitlines()) == 1:
         return "preempted"
     if how in ("fault", "killed") and rank == "1":

@@ -1,7 +1,7 @@
 """ADM's reference files: an `.npz` with images (`arr_0`) and statistics (`mu`, `sigma`, `mu_s`, `sigma_s`).
 
 This package writes more arrays, which ADM's evaluator ignores: `features_0` (pooled features of the images),
-`features`, `preprocess`, `encoding`, `image_size` (height and width), `count`, `source`.
+`features`, `preprocess`, `encoding`, `exif`, `image_size` (height and width), `count`, `source`.
 """
 
 import zipfile
@@ -20,7 +20,8 @@ from cmscale.evaluation.reference.registry import ReferenceFormat, ReferenceWrit
 from cmscale.evaluation.sample_files import batches, open_images
 
 _READ = frozenset(
-    {"mu", "sigma", "mu_s", "sigma_s", "features_0", "features", "preprocess", "encoding", "image_size", "count"}
+    {"mu", "sigma", "mu_s", "sigma_s", "features_0", "features", "preprocess", "encoding", "exif"}
+    | {"image_size", "count"}
 )
 """What is read of a file besides its images; other arrays are left alone."""
 
@@ -56,7 +57,7 @@ def write_adm(path: Path, reference: Reference, images: Iterable[np.ndarray]) ->
     num_images = 0 if reference.subset is None else len(reference.subset)
     if reference.subset is not None and num_images:
         arrays["features_0"] = reference.subset
-    for key in ("features", "preprocess", "encoding", "image_size", "count"):
+    for key in ("features", "preprocess", "encoding", "exif", "image_size", "count"):
         if (value := getattr(reference, key)) is not None:
             arrays[key] = np.array(value)
     arrays["source"] = np.array(reference.name)

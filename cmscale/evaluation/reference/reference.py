@@ -37,6 +37,7 @@ class Reference:
         spatial: Gaussian of the spatial features (for sFID); None if there is none.
         subset: Pooled features of some of the images, float32 [M, D], for KID, precision and recall, or None.
         preprocess, encoding: How the images were made and stored; None if the file does not state it.
+        exif: What was done with EXIF orientations when they were made; None if the file does not state it.
         image_size: Their height and width in pixels; None if the file does not state it.
         notes: What a result should say about the images, one line each.
         device: Where distances between features are computed.
@@ -51,6 +52,7 @@ class Reference:
     subset: np.ndarray | None = field(default=None, repr=False)
     preprocess: str | None = None
     encoding: str | None = None
+    exif: str | None = None
     image_size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     device: torch.device | str = "cpu"
@@ -70,15 +72,23 @@ class Reference:
             "subset": None if self.subset is None else len(self.subset),
             "preprocess": self.preprocess,
             "encoding": self.encoding,
+            "exif": self.exif,
             "image_size": None if self.image_size is None else list(self.image_size),
         }
 
     def mismatches(
-        self, *, preprocess: str | None, encoding: str | None, size: tuple[int, int], of: str = "training data"
+        self,
+        *,
+        preprocess: str | None,
+        encoding: str | None,
+        size: tuple[int, int],
+        exif: str | None = None,
+        of: str = "training data",
     ) -> list[str]:
         """How the images differ from those that `of` names in what changes an FID; one line each.
 
-        What could not be compared, as one side does not state it, is a line too. `size` is (height, width).
+        What could not be compared, as one side does not state it, is a line too, but for EXIF orientations, which few
+        images have. `size` is (height, width).
         """
         found, unknown = [], {}
         for what, mine, theirs in (
@@ -91,6 +101,10 @@ class Reference:
                 unknown.setdefault(" and ".join(silent), []).append(what)
             elif mine != theirs:
                 found.append(f"reference and {of} differ in {what}: {mine} against {theirs}")
+        if None not in (self.exif, exif) and self.exif != exif:
+            found.append(
+                f"reference and {of} differ in what was done with EXIF orientations: {self.exif} against {exif}"
+            )
         for silent, whats in unknown.items():
             found.append(f"{' and '.join(whats)} of reference and {of} could not be compared: not known of {silent}")
         return found
@@ -113,6 +127,7 @@ def reference_from_images(
     count: int,
     preprocess: str | None = None,
     encoding: str | None = None,
+    exif: str | None = None,
     subset: int = SUBSET,
 ) -> Reference:
     """Makes a reference from `count` uint8 images [H, W, 3], with a block of them and the subset's features in memory.
@@ -148,6 +163,7 @@ def reference_from_images(
         subset=np.concatenate(kept),
         preprocess=preprocess,
         encoding=encoding,
+        exif=exif,
         image_size=image_size,
         device=extractor.device,
     )
@@ -164,7 +180,7 @@ def reference_from_arrays(path: Path, arrays: Mapping[str, Any], extractor: Feat
 
     Args:
         arrays: `mu` [D] and `sigma` [D, D]; and any of `mu_s` and `sigma_s`, `subset` [M, D], `features`, `count`,
-            `preprocess`, `encoding`, `image_size` (a side, or height and width).
+            `preprocess`, `encoding`, `exif`, `image_size` (a side, or height and width).
 
     Raises:
         UserError: no `mu` and `sigma`, a matrix that is no covariance, or arrays that do not fit each other.
@@ -179,6 +195,7 @@ def reference_from_arrays(path: Path, arrays: Mapping[str, Any], extractor: Feat
         subset=_subset(path, arrays.get("subset")),
         preprocess=text_of(path, arrays, "preprocess"),
         encoding=text_of(path, arrays, "encoding"),
+        exif=text_of(path, arrays, "exif"),
         image_size=_image_size(path, arrays["image_size"]) if "image_size" in arrays else None,
         device=extractor.device,
     )

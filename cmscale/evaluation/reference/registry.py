@@ -82,7 +82,9 @@ def reference_writers() -> dict[str, ReferenceWriter]:
 
 def is_reference_file(name: str) -> bool:
     """Whether a path or URL ends like a file of one of the formats."""
-    return any(name.endswith(suffix) for each in reference_formats().values() for suffix in each.suffixes if suffix)
+    return any(
+        name.lower().endswith(suffix) for each in reference_formats().values() for suffix in each.suffixes if suffix
+    )
 
 
 def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
@@ -96,7 +98,7 @@ def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
     path = Path(path)
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"reference {path}: no such file or folder")
-    suffix = path.suffix if path.is_file() else ""
+    suffix = path.suffix.lower() if path.is_file() else ""
     formats = reference_formats().values()
     matching = [each for each in formats if suffix in each.suffixes and each.matches(path)]
     if not matching:

@@ -1,0 +1,133 @@
+"""The command that edits images: `edit`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from cmscale.cli.command import GIVEN, command
+from cmscale.cli.models import load_model
+from cmscale.cli.options import ConfigOption, DeviceOption, SourceArgument, StepOption, WeightsOption
+from cmscale.commands import situation
+from cmscale.commands.parser import Output
+from cmscale.commands.use import USED, Given, Use
+from cmscale.errors import UserError
+from cmscale.io.place import Place
+
+app = typer.Typer()
+console = Console(stderr=True)
+
+ImagesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="IMAGE... [KEY=VALUE]...",
+        help="Image files (`interpolate`: two, or none and --seed); overrides on top of --config.",
+    ),
+    USED,
+]
+OutOption = Annotated[
+    Place,
+    typer.Option(
+        help="PNG of the result, at the model's size; of several images FILE-1.png, FILE-2.png, ...; local or s3://."
+    ),
+    USED,
+    Output((".png",)),
+]
+StripOption = Annotated[
+    Place | None,
+    typer.Option(help="Also write a PNG with each image, the task's input and the result."),
+    Use(task=("inpaint", "colorize", "superres", "stroke", "denoise")),
+    Output((".png",)),
+]
+MaskOption = Annotated[
+    Place | None,
+    typer.Option(help="inpaint: image that is white or transparent where pixels are missing, as large as the picture."),
+    Use(task=("inpaint",)),
+]
+BoxOption = Annotated[
+    str | None,
+    typer.Option(help="inpaint: missing box LEFT,TOP,RIGHT,BOTTOM in pixels."),
+    Use(task=("inpaint",), excludes=("mask",)),
+]
+FactorOption = Annotated[int, typer.Option(min=2, help="superres: side of a patch in pixels."), Use(task=("superres",))]
+SigmaOption = Annotated[
+    float, typer.Option(help="denoise: std of the noise, for images in [-1, 1]."), Use(task=("denoise",))
+]
+StepsOption = Annotated[
+    int,
+    typer.Option(min=2, help="inpaint, colorize, superres: number of times in the grid."),
+    Use(task=("inpaint", "colorize", "superres")),
+]
+CountOption = Annotated[
+    int,
+    typer.Option("--samples", min=2, help="interpolate: number of pictures in the strip."),
+    Use(task=("interpolate",)),
+]
+
+
+@command(app)
+def edit(
+    task: Annotated[
+        Literal["inpaint", "colorize", "superres", "stroke", "interpolate", "denoise"], typer.Argument(), USED
+    ],
+    source: SourceArgument,
+    images: ImagesArgument = None,
+    out: OutOption = Place("edit.png"),  # noqa: B008 (a constant)
+    strip: StripOption = None,
+    mask: MaskOption = None,
+    box: BoxOption = None,
+    factor: FactorOption = 8,
+    sigma: SigmaOption = 0.5,
+    steps: StepsOption = 40,
+    count: CountOption = 8,
+    seed: Annotated[int, typer.Option(min=0), USED] = 0,
+    weights: WeightsOption = None,
+    step: StepOption = "latest",
+    config: ConfigOption = None,
+    device: DeviceOption = "auto",
+    given: Given = GIVEN,
+) -> None:
+    """Edits images with a consistency model (zero-shot; Song et al. 2023, algorithm 4)."""
+    from cmscale.distributed.world import choose_device
+    from cmscale.generation.edit_images import EditRequest, edit_images, result_paths
+    from cmscale.io.fetch import local_file
+
+    given.refuse_unused(task=task)
+    chosen = choose_device(device)
+    overrides = [text for text in images or [] if "=" in text and not Path(text).exists()]
+    if overrides and config is None:
+        raise UserError(
+            f"{overrides[0]}: is no file, and has no effect on {situation.OWN_CONFIG}, only on {situation.GIVEN_CONFIG}"
+        )
+    named = [Place(text) for text in images or [] if text not in overrides]
+    outputs = result_paths(out, 1 if task == "interpolate" else len(named))
+    _check_outputs(outputs, strip, inputs=(*named, *filter(None, [mask])))
+    files = tuple(local_file(place) for place in named)
+    loaded = load_model(source, given=given, weights=weights, step=step, config=config, overrides=overrides)
+    request = EditRequest(
+        task=task,
+        images=files,
+        mask=None if mask is None else local_file(mask),
+        box=box,
+        factor=factor,
+        sigma=sigma,
+        steps=steps,
+        count=count,
+        seed=seed,
+    )
+    with console.status(task):
+        paths = edit_images(loaded, request, out=out, strip=strip, device=chosen)
+    for path in paths:
+        print(path)
+
+
+def _check_outputs(outputs: Sequence[Place], strip: Place | None, *, inputs: Sequence[Place]) -> None:
+    """Raises UserError if an output can't be written, would replace an input, or the strip a result."""
+    for place in (*outputs, *filter(None, [strip])):
+        place.check_output()
+        if same := next((image for image in inputs if image.is_same(place)), None):
+            raise UserError(f"{place}: would replace the image {same}; name another file")
+    if strip is not None and any(strip.is_same(place) for place in outputs):
+        raise UserError(f"--strip {strip}: is the file of a result, too; name another one")
