@@ -16,11 +16,13 @@ def check_teacher(teacher: Config, student: Config, *, origin: str) -> None:
         origin: The teacher, for messages.
 
     Raises:
-        UserError: the teacher is no diffusion model, or another network, or trained with another preconditioning or for
-            a narrower range of noise.
+        UserError: the teacher is of a method that the student can't follow, or another network, or trained with another
+            preconditioning or for a narrower range of noise.
     """
-    if not teacher.method.facts.can_teach:
-        raise UserError(f"method.teacher: {origin} has method.kind {teacher.method.kind}; give a diffusion model (edm)")
+    if not student.method.may_follow(teacher.method):
+        raise UserError(
+            f"method.teacher: {origin} has method.kind {teacher.method.kind}; give {student.method.teacher_wanted}"
+        )
     check_weights(teacher, student, key="method.teacher", origin=origin)
     check_range(teacher.method, student.method, key="method.teacher", origin=origin)
 
@@ -33,8 +35,19 @@ def check_openai_teacher(config: Config) -> None:
     """
     setting = config.method.teacher_choice
     assert setting is not None, f"{config.method.kind} has no teacher"
+    check_foreign_teacher(config.method, origin=setting.source)
     check_openai_weights(config, key="method.teacher", origin=setting.source, named=setting.weights_name)
     check_range(OPENAI, config.method, key="method.teacher", origin=setting.source)
+
+
+def check_foreign_teacher(student: MethodSection, *, origin: str) -> None:
+    """Checks that a student may follow a diffusion model of another project.
+
+    Raises:
+        UserError: it follows models of another method.
+    """
+    if not student.may_follow(OPENAI):
+        raise UserError(f"method.teacher: {origin} is another project's; give {student.teacher_wanted}")
 
 
 def check_openai_weights(config: Config, *, key: str, origin: str, named: str | None) -> None:

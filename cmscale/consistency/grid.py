@@ -60,6 +60,24 @@ def lognormal_time(uniform: Tensor, *, p_mean: float, p_std: float) -> Tensor:
     return (p_mean + p_std * torch.special.ndtri(uniform.clamp(min=2.0**-54))).exp()
 
 
+def truncated_student_time(
+    uniform: Tensor, *, p_mean: float, p_std: float, degrees_of_freedom: float, low: float, high: float
+) -> Tensor:
+    """t in [low, high], float64, where (ln t - p_mean) / p_std has Student's distribution; TCM, section 4.
+
+    By inversion of the distribution function, which is integrated by the trapezoidal rule: with few degrees of freedom
+    (TCM takes 0.01) nearly all of Student's distribution lies outside any range, and its closed forms lose all digits.
+    """
+    logs = torch.linspace(math.log(low), math.log(high), 16385, dtype=torch.float64)
+    square = ((logs - p_mean) / p_std) ** 2 / degrees_of_freedom
+    density = torch.exp(-(degrees_of_freedom + 1) / 2 * torch.log1p(square))
+    cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum((density[1:] + density[:-1]) / 2, 0)])
+    cumulative, logs = (cumulative / cumulative[-1]).to(uniform.device), logs.to(uniform.device)
+    above = torch.searchsorted(cumulative, uniform, right=True).clamp(1, len(logs) - 1)
+    share = (uniform - cumulative[above - 1]) / (cumulative[above] - cumulative[above - 1])
+    return (logs[above - 1] + share * (logs[above] - logs[above - 1])).exp().clamp(low, high)
+
+
 def neighbours(diffusion: HasTimes, index: Tensor, num_scales: int) -> tuple[Tensor, Tensor]:
     """(t_n, t_{n+1}) of indices n in 1..N-1, float64.
 

@@ -24,6 +24,7 @@ METHODS = {
     "sct": "{kind: sct}",
     "scd": "{kind: scd, teacher: t}",
     "pd": "{kind: pd, teacher: t}",
+    "tcm": "{kind: tcm, teacher: t}",
 }
 
 

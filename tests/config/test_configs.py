@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from cmscale.config import Config, Restart, Slurm, accumulation_steps, dump_config, parse_config, read_config
+from cmscale.config.agreement import check_openai_teacher, check_teacher
+from cmscale.errors import UserError
 from launchers.command_line import describe_training
 from launchers.placement import Placement
 
@@ -13,7 +15,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((CHECKOUT / "configs").glob("*.yaml"))
 LSUN = [path for path in CONFIGS if path.name.startswith("lsun_")]
 SUCCESSORS = ("ict", "ect", "sct", "scd", "pd")
-VARIANTS = ("ect_imagenet", "edm_angle")
+VARIANTS = ("ect_imagenet", "edm_angle", "tcm")
 PAPERS = [path for path in LSUN if not path.stem.endswith((*SUCCESSORS, *VARIANTS))]
 
 
@@ -94,6 +96,30 @@ def test_the_other_recipes_are_their_papers():
     assert network_of(ect) == network_of(scd) == network_of(teacher)
     assert teacher.method.time_embedding == scd.method.teacher_time_embedding == "angle"
     assert scd.method.teacher == "runs/lsun_bedroom_edm_angle"
+
+
+def test_the_second_stage_of_truncated_training_follows_the_first():
+    first, second = (
+        read_config(CHECKOUT / "configs" / f"lsun_bedroom_{name}.yaml") for name in ("ect_imagenet", "tcm")
+    )
+    expected = {
+        "sigma_min": 1.0,
+        "p_std": 0.2,
+        "degrees_of_freedom": 0.01,
+        "boundary_share": 0.25,
+        "boundary_weight": 0.1,
+    }
+    assert second.method.model_dump().items() >= (expected | {"weighting": "edm", "huber_c": 0.06}).items()
+    assert second.method.gap == pytest.approx(first.method.q**-first.method.num_stages)
+    assert second.method.teacher == "runs/lsun_bedroom_ect_imagenet"
+    assert second.model == first.model
+    check_teacher(first, second, origin="it")
+    assert second.optimizer.learning_rate == first.optimizer.learning_rate / 2
+    diffusion = read_config(CHECKOUT / "configs" / "lsun_bedroom_edm.yaml")
+    with pytest.raises(UserError, match=r"it has method\.kind edm; give the first stage, a model of ect"):
+        check_teacher(diffusion, second, origin="it")
+    with pytest.raises(UserError, match="is another project's; give the first stage"):
+        check_openai_teacher(read_config(CHECKOUT / "configs" / "lsun_bedroom_tcm.yaml", ["method.teacher=x.pt"]))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from gaussian import Gaussian
 from small_training import DIMENSION, RANGE, Polynomial, Recipe, perceptron, relative_error, train
 
-from cmscale.config import CD, CT, ECT, EDM, ICT, Method, schedules
+from cmscale.config import CD, CT, ECT, EDM, ICT, TCM, Method, schedules
 from cmscale.consistency.distance import l2
 from cmscale.consistency.losses import build_loss
 from cmscale.consistency.networks import Networks
@@ -43,6 +43,18 @@ def test_training_reaches_the_consistency_function_within_5_percent(method: Meth
     data = Gaussian.random(DIMENSION, seed=0)
     network = train(method, data, recipe)
     errors = {sigma: relative_error(network, data, sigma) for sigma in (0.05, 0.5, 2.0, 5.0, 10.0)}
+    assert max(errors.values()) < 0.05, errors
+
+
+@pytest.mark.long
+def test_truncated_training_reaches_the_consistency_function_to_80_from_an_exact_first_stage():
+    data, method = Gaussian.random(DIMENSION, seed=0), TCM(kind="tcm", teacher="exact", gap=0.02, huber_c=0.03)
+
+    def first_stage(x: torch.Tensor, sigma: torch.Tensor, **keywords: object) -> torch.Tensor:
+        return data.consistency(x.double(), sigma.double(), sigma_min=0.0).float()
+
+    network = train(method, data, Recipe(perceptron, steps=2000, batch=512, rate=3e-3), teacher=first_stage)
+    errors = {sigma: relative_error(network, data, sigma) for sigma in (1.0, 2.0, 10.0, 80.0)}
     assert max(errors.values()) < 0.05, errors
 
 

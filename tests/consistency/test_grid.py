@@ -6,8 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+<<<<<<< HEAD
 from cmscale.config import CD, CT, ECT, EDM, ICT
 from cmscale.config.methods import SCT
+=======
+from cmscale.config import CD, CT, ECT, EDM, ICT, TCM
+>>>>>>> af07d71 (Truncated consistency training, the second stage after ECT)
 from cmscale.consistency import grid
 from cmscale.errors import UserError
 from cmscale.rng import SampleRandomness
@@ -37,6 +41,8 @@ def test_grid_is_the_papers_formula():
         (CD(kind="cd", teacher="t", distance="l2"), 3.520),
         (CT(kind="ct"), 3.991),
         (ECT(kind="ect", teacher="t"), 0.821),
+        (TCM(kind="tcm", teacher="t"), 1.526),
+        (TCM(kind="tcm", teacher="t", sigma_min=2.0), 2.0),
     ],
 )
 def test_two_step_sampling_takes_the_authors_times(method, sigma: float):
@@ -89,6 +95,19 @@ def test_lognormal_index_has_icts_distribution():
     found = torch.bincount(index, minlength=21)[1:].double() / count
     # evenly spaced uniforms miss the probability of each cell by at most one spacing
     torch.testing.assert_close(found, weights / weights.sum(), rtol=0, atol=1.01 / count)
+
+
+@pytest.mark.parametrize("freedom", [1.0, 3.0, 50.0])
+def test_truncated_students_times_have_the_quantiles_of_their_distribution(freedom: float):
+    from scipy.stats import t as student
+
+    uniform = torch.linspace(0, 1, 101, dtype=torch.float64)
+    range_ = {"p_mean": 0.3, "p_std": 0.8, "degrees_of_freedom": freedom, "low": 1.0, "high": 80.0}
+    times = grid.truncated_student_time(uniform, **range_)
+    low, high = (student.cdf((math.log(end) - 0.3) / 0.8, freedom) for end in (1.0, 80.0))
+    expected = torch.from_numpy(student.ppf(low + uniform.numpy() * (high - low), freedom) * 0.8 + 0.3).exp()
+    torch.testing.assert_close(times[:-1], expected[:-1], rtol=1e-5, atol=0)
+    assert (times[0].item(), times[-1].item()) == (1.0, pytest.approx(80.0, rel=1e-12))
 
 
 def test_lognormal_time_has_the_quantiles_of_its_distribution():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmscale.config import CD, CT, ECT, EDM, ICT, PD
+from cmscale.config import CD, CT, ECT, EDM, ICT, PD, TCM
 from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency.distance import build_distance
 from cmscale.consistency.losses import build_loss
@@ -217,7 +217,30 @@ def test_ect_begins_as_diffusion_and_narrows_the_gap():
     assert (gaps[-1] > 0).all()
 
 
+@pytest.mark.parametrize("random", RANDOM)
+@pytest.mark.parametrize(("weighting", "c"), [("edm", 0.06), ("inverse_gap", 0.0)])
+def test_tcm_loss(weighting: str, c: float, random: SampleRandomness):
+    """Of the samples at t' the target is the first stage's, with the weight of their share; of the others by r."""
+    method = TCM(kind="tcm", teacher="t", weighting=weighting, gap=0.05, huber_c=c)  # pyright: ignore
+    student, first = Affine(1), Affine(3)
+    clean, uniform, x, z = setting(random)
+    logs = np.linspace(0, np.log(80), 2_000_001)
+    density = (1 + (logs / 0.2) ** 2 / 0.01) ** -0.505
+    quantiles = np.append(0, np.cumsum((density[1:] + density[:-1]) / 2))
+    at_boundary = uniform < 0.25
+    t = np.exp(np.interp((uniform - 0.25) / 0.75 * quantiles[-1], quantiles, logs))
+    t = np.where(at_boundary, 1.0, t)
+    r = t * (1 - 0.05 * (1 + 8 / (1 + np.exp(t))))
+    aim = np.where(at(r) < 1, first.in_numpy(x + at(r) * z, r), student.in_numpy(x + at(r) * z, r))
+    square = ((student.in_numpy(x + at(t) * z, t) - aim) ** 2).reshape(8, -1).sum(1)
+    expected = (np.sqrt(square + c**2) - c) * np.where(at_boundary, 0.1 / 0.25, 1 / 0.75)
+    expected *= 1 / t**2 + 1 / 0.5**2 if weighting == "edm" else 1 / (t - r)
+    given = loss_of(method, Networks(student, None, first), clean, ScheduleValues(0, 1.0), random)
+    np.testing.assert_allclose(given.detach().numpy(), expected, rtol=2e-4)
+
+
 METHODS = [
+    (TCM(kind="tcm", teacher="t"), ScheduleValues(0, 1.0)),
     (CT(kind="ct", distance="l2"), ScheduleValues(0, 1.0, num_scales=20, target_ema=0.9)),
     (CD(kind="cd", teacher="t", distance="l2"), ScheduleValues(0, 1.0, num_scales=20, target_ema=0.9)),
     (ICT(kind="ict"), ScheduleValues(0, 1.0, num_scales=21)),

@@ -45,6 +45,7 @@ METHODS = {
     "scd": "{kind: scd, teacher: TEACHER, tangent_warmup_steps: 4, tangent: jvp}",
     "scd_differences": "{kind: scd, teacher: TEACHER, tangent_warmup_steps: 4}",
     "pd": "{kind: pd, teacher: TEACHER, start_scales: 4}",
+    "tcm": "{kind: tcm, teacher: TEACHER}",
 }
 
 
@@ -76,7 +77,7 @@ class Uninterrupted(dict[str, RunDir]):
         self.root, self.data = root, data
 
     def __missing__(self, kind: str) -> RunDir:
-        teacher = self["edm"].root if "TEACHER" in METHODS[kind] else None
+        teacher = self["ect" if kind == "tcm" else "edm"].root if "TEACHER" in METHODS[kind] else None
         self[kind] = make_run(self.root / kind, self.data, kind, teacher=teacher)
         assert outcomes(run_ranks(2, "train_work:to_the_end", str(self.root / kind))) == ["finished"] * 2
         return self[kind]

@@ -10,10 +10,11 @@ import torch
 from gaussian import Gaussian
 from torch import Tensor, nn
 
-from cmscale.config import ECT, EDM, ICT, Method, schedules
+from cmscale.config import ECT, EDM, ICT, TCM, Method, schedules
 from cmscale.consistency.distance import l2, pseudo_huber
 from cmscale.consistency.losses import build_loss
 from cmscale.consistency.networks import Networks
+from cmscale.consistency.solver import Denoise
 from cmscale.rng import SampleRandomness
 
 DIMENSION = 2
@@ -80,16 +81,20 @@ class Recipe:
     rate: float
 
 
-def train(method: Method, data: Gaussian, recipe: Recipe) -> Network:
-    """Minimises the method's loss with Adam and the method's schedules; returns an EMA of the student."""
-    student = Network(recipe.build, boundary=0.0 if isinstance(method, EDM) else method.sigma_min)
+def train(method: Method, data: Gaussian, recipe: Recipe, *, teacher: Denoise | None = None) -> Network:
+    """Minimises the method's loss with Adam and the method's schedules; returns an EMA of the student.
+
+    Args:
+        teacher: By default the exact denoiser of the data.
+    """
+    student = Network(recipe.build, boundary=0.0 if isinstance(method, EDM | TCM) else method.sigma_min)
     target, average = copy.deepcopy(student), copy.deepcopy(student)
-    huber = isinstance(method, (ICT, ECT))
+    huber = isinstance(method, ICT | ECT | TCM)
     loss = build_loss(method, partial(pseudo_huber, c=0.03) if huber else l2)
     optimizer = torch.optim.Adam(student.parameters())
     for step in range(recipe.steps):
         values = schedules.for_method(method, step, learning_rate=0.0, total_steps=recipe.steps)
-        networks = Networks(student, target if values.target_ema is not None else None, data.denoise)
+        networks = Networks(student, target if values.target_ema is not None else None, teacher or data.denoise)
         random = BatchRandomness(step, tuple(range(recipe.batch)), torch.device("cpu"))
         optimizer.param_groups[0]["lr"] = recipe.rate * min(1.0, 2 * (1 - step / recipe.steps))
         optimizer.zero_grad()

@@ -13,8 +13,9 @@ from cmscale.config.methods.ict import ICT
 from cmscale.config.methods.pd import PD
 from cmscale.config.methods.scd import SCD
 from cmscale.config.methods.sct import SCT
+from cmscale.config.methods.tcm import TCM
 
-AnyMethod = EDM | CD | CT | ICT | ECT | SCT | SCD | PD
+AnyMethod = EDM | CD | CT | ICT | ECT | SCT | SCD | PD | TCM
 Method = Annotated[AnyMethod, Field(discriminator="kind")]
 
 METHODS_BY_KIND: dict[str, type[MethodSection]] = {
@@ -36,6 +37,7 @@ __all__ = [
     "PD",
     "SCD",
     "SCT",
+    "TCM",
     "AnyMethod",
     "Method",
     "MethodFacts",

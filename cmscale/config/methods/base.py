@@ -164,6 +164,15 @@ class MethodSection(Section, ABC):
     def teacher_choice(self) -> TeacherChoice | None:
         """The diffusion model that a new student's weights come from; None if they are random."""
 
+    def may_follow(self, teacher: "MethodSection") -> bool:
+        """Whether a model of another method can be `method.teacher`."""
+        return teacher.facts.can_teach
+
+    @property
+    def teacher_wanted(self) -> str:
+        """What `method.teacher` must be, for messages."""
+        return "a diffusion model (edm)"
+
     @property
     @abstractmethod
     def distance_settings(self) -> DistanceSettings | None:

@@ -2,7 +2,7 @@
 
 from typing import Never
 
-from cmscale.config import CD, CT, ECT, EDM, ICT, PD, SCD, SCT
+from cmscale.config import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, TCM
 from cmscale.config.methods import AnyMethod
 from cmscale.consistency.distance import Distance
 from cmscale.consistency.losses.base import Loss, Measure, unmeasured
@@ -14,6 +14,7 @@ from cmscale.consistency.losses.ict import ICTLoss
 from cmscale.consistency.losses.pd import PDLoss
 from cmscale.consistency.losses.scd import SCDLoss
 from cmscale.consistency.losses.sct import SCTLoss
+from cmscale.consistency.losses.tcm import TCMLoss
 
 __all__ = ["Loss", "Measure", "build_loss"]
 
@@ -36,6 +37,8 @@ def build_loss(method: AnyMethod, distance: Distance | None, *, measure: Measure
             return ICTLoss(method, _required(distance))
         case ECT():
             return ECTLoss(method, _required(distance))
+        case TCM():
+            return TCMLoss(method, _required(distance))
         case PD():
             return PDLoss(method, _required(distance))
         case SCT():
