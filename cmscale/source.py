@@ -219,12 +219,8 @@ def load_teacher(config: Config) -> dict[str, torch.Tensor]:
     setting = config.method.teacher_choice
     assert setting is not None, f"{config.method.kind} has no teacher"
     origin = setting.source
-<<<<<<< HEAD
     if is_nvlabs(origin):
-=======
-    if origin.endswith(NVLABS_ENDING):
         check_foreign_teacher(config.method, origin=origin)
->>>>>>> af07d71 (Truncated consistency training, the second stage after ECT)
         if config.method.embeds_angle:
             raise UserError(f"method.teacher: {origin} embeds log_sigma; leave out teacher_time_embedding")
         if setting.weights_name is not None:

@@ -6,12 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-<<<<<<< HEAD
-from cmscale.config import CD, CT, ECT, EDM, ICT
-from cmscale.config.methods import SCT
-=======
 from cmscale.config import CD, CT, ECT, EDM, ICT, TCM
->>>>>>> af07d71 (Truncated consistency training, the second stage after ECT)
+from cmscale.config.methods import SCT
 from cmscale.consistency import grid
 from cmscale.errors import UserError
 from cmscale.rng import SampleRandomness
