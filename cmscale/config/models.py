@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, model_validator
@@ -74,6 +75,17 @@ class Config(Section):
                 f"engine.zero_stage: 3 can't be combined with the forward-mode derivatives of method.kind {kind}; use 2"
             )
         return self
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> "Config":
+        """Reads a config file, and applies `section.key=value` overrides.
+
+        Raises:
+            UserError: there is no such file, it is not YAML, or a key or value is not allowed.
+        """
+        from cmscale.config.files import read_config  # it imports this module
+
+        return read_config(path, list(overrides))
 
     def fingerprint(self) -> str:
         """Hash of the values that change the losses; a checkpoint resumes only under an equal fingerprint."""

@@ -76,14 +76,16 @@ def draw_samples(
     request: SampleRequest,
     *,
     device: torch.device,
+    denoise: Denoise | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Draws all samples of a request, float32 [num, 3, H, W] on the CPU.
 
     Args:
+        denoise: The source's network on the device, if it is there already.
         advance: Called after each batch with its size.
     """
-    denoise = source.denoiser(device)
+    denoise = denoise or source.denoiser(device)
     samples = []
     for start in range(0, request.num, request.batch_size):
         indices = range(start, min(start + request.batch_size, request.num))

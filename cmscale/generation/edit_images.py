@@ -3,43 +3,28 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from cmscale.config.sampling_times import check_range
-from cmscale.consistency import zero_shot
 from cmscale.errors import UserError
 from cmscale.generation.edit_inputs import fit, fit_mask, fit_small, read_mask, read_picture
+from cmscale.generation.tasks import TaskSettings, add_noise, apply_task, check_task, interpolated
 from cmscale.io import image_tensors
 from cmscale.io.place import Place
-from cmscale.rng import normal_like_samples
 from cmscale.source import Source
 
-Task = Literal["inpaint", "colorize", "superres", "stroke", "interpolate", "denoise"]
 
-
-@dataclass(frozen=True)
-class EditRequest:
+@dataclass(frozen=True, kw_only=True)
+class EditRequest(TaskSettings):
     """The settings of `cmscale edit`.
 
     Attributes:
         mask, box: The missing pixels of `inpaint`; see `_missing`.
-        factor: The patch size of `superres`.
-        sigma: The standard deviation of the noise that `denoise` adds and removes.
-        steps: Sampling steps of algorithm 4.
-        count: Images of the strip of `interpolate`.
     """
 
-    task: Task
     images: tuple[Path, ...]
     mask: Path | None = None
     box: str | None = None
-    factor: int = 8
-    sigma: float = 0.5
-    steps: int = 40
-    count: int = 8
-    seed: int = 0
 
 
 def edit_images(
@@ -58,13 +43,7 @@ def edit_images(
     Raises:
         UserError: images, mask or box do not fit the task, or the model is not an unconditional consistency model.
     """
-    method = source.config.method
-    if not method.facts.is_consistency_model:
-        raise UserError(f"edit: {source.origin} is a diffusion model ({method.kind}); give a consistency model")
-    if source.config.model.num_classes is not None:
-        raise UserError(f"edit: {source.origin} is class-conditional; give an unconditional model")
-    if request.task == "denoise":
-        check_range((request.sigma,), method, label=f"--sigma {request.sigma}")
+    check_task(source, request)
     if request.task == "interpolate":
         tiles = _interpolate(source, request, device=device)
         out.write(image_tensors.png_bytes(image_tensors.grid(tiles, columns=len(tiles))))
@@ -73,7 +52,8 @@ def edit_images(
         raise UserError(f"edit {request.task}: got no image; give at least one image file")
     originals, missing = _inputs(request, size=source.config.model.image_size)
     clean = image_tensors.from_uint8(originals).to(device)
-    task_input, result = _apply(source, request, clean, missing)
+    given = add_noise(clean, request) if request.task == "denoise" else clean
+    task_input, result = apply_task(source, source.denoiser(device), request, given, missing)
     results = image_tensors.to_uint8(result.cpu(), nearest=True)
     paths = result_paths(out, len(results))
     for path, image in zip(paths, results, strict=True):
@@ -96,8 +76,6 @@ def _inputs(request: EditRequest, *, size: int) -> tuple[torch.Tensor, torch.Ten
     """The pictures at the size of the model, uint8 [B, 3, size, size], and the mask of missing pixels of `inpaint`."""
     pictures = [(path, read_picture(path).pixels) for path in request.images]
     if request.task == "superres":
-        if size % request.factor:
-            raise UserError(f"--factor: {request.factor} does not divide the image size {size}; choose a divisor")
         fitted = [fit_small(pixels, size=size, factor=request.factor, path=path) for path, pixels in pictures]
     else:
         fitted = [fit(pixels, size=size) for _, pixels in pictures]
@@ -108,53 +86,15 @@ def _inputs(request: EditRequest, *, size: int) -> tuple[torch.Tensor, torch.Ten
     return torch.stack(fitted), missing
 
 
-def _apply(
-    source: Source, request: EditRequest, clean: torch.Tensor, missing: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The task's input and its result, both [B, 3, H, W]."""
-    denoise = source.denoiser(clean.device)
-    sigmas = zero_shot.STROKE_SIGMAS if request.task == "stroke" else None
-    chain = zero_shot.chain(
-        source.config.method,
-        denoise,
-        seed=request.seed,
-        indices=range(len(clean)),
-        steps=request.steps,
-        sigmas=sigmas,
-    )
-    match request.task:
-        case "inpaint":
-            missing = missing.to(clean.device)
-            return torch.where(missing, -1.0, clean), zero_shot.inpaint(chain, clean, missing=missing)
-        case "colorize":
-            gray = zero_shot.luminance(clean).expand_as(clean)
-            return gray, zero_shot.colorize(chain, clean)
-        case "superres":
-            coarse = torch.nn.functional.avg_pool2d(clean, request.factor)
-            shown = torch.nn.functional.interpolate(coarse, scale_factor=request.factor, mode="nearest")
-            return shown, zero_shot.superres(chain, clean, factor=request.factor)
-        case "stroke":
-            return clean, zero_shot.stroke(chain, clean)
-        case "denoise":
-            noise = normal_like_samples(
-                request.seed, range(len(clean)), clean.shape[1:], purpose="noisy", device=clean.device
-            )
-            noisy = clean + request.sigma * noise
-            return noisy, zero_shot.denoise(denoise, noisy, sigma=request.sigma)
-    raise AssertionError(request.task)
-
-
 def _interpolate(source: Source, request: EditRequest, *, device: torch.device) -> torch.Tensor:
-    """Images between two samples of the seed, or between two given images, for which it finds the noise first."""
+    """The strip of `interpolate`, uint8 [count, 3, H, W]."""
     if len(request.images) not in (0, 2):
         raise UserError(f"edit interpolate: got {len(request.images)} images; give two, or none and --seed")
-    denoise, sigma_max = source.denoiser(device), source.config.method.sigma_max
-    noises = normal_like_samples(request.seed, range(2), source.image_shape, purpose="start", device=device)
+    ends = None
     if request.images:
         originals, _ = _inputs(request, size=source.config.model.image_size)
-        ends = image_tensors.from_uint8(originals)
-        noises = zero_shot.find_noise(denoise, ends.to(device), noises, sigma_max=sigma_max)
-    strip = zero_shot.interpolate(denoise, noises[:1], noises[1:], sigma_max=sigma_max, count=request.count)
+        ends = image_tensors.from_uint8(originals).to(device)
+    strip = interpolated(source, source.denoiser(device), request, ends=ends, device=device)
     return image_tensors.to_uint8(strip.cpu().clamp(-1, 1))
 
 

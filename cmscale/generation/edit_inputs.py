@@ -84,7 +84,11 @@ def read_mask(path: Path) -> Mask:
     Raises:
         UserError: it is not an image that can be read, or has black and white opaque pixels and transparent ones too.
     """
-    picture = read_picture(path)
+    return mask_of(read_picture(path), path=path)
+
+
+def mask_of(picture: Picture, *, path: Path) -> Mask:
+    """The mask that a picture shows: see `read_mask`."""
     white = picture.colours.min(axis=-1) >= _WHITE
     if picture.opacity is None:
         return Mask(white, by_transparency=False)

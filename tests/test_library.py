@@ -1,0 +1,177 @@
+"""What `cmscale.load` promises: the samples and edits of the commands, from files, PIL images and tensors."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from networks import random_weights, small_config, small_model
+from PIL import Image
+
+import cmscale
+from cmscale.interop import write_safetensors
+from cmscale.io.image_tensors import from_uint8
+
+EDITS: dict[str, dict[str, Any]] = {
+    "inpaint": {"steps": 3},
+    "colorize": {"steps": 3},
+    "superres": {"steps": 3, "factor": 4},
+    "stroke": {},
+    "denoise": {"sigma": 0.5, "seed": 0},
+}
+
+
+def _saved(folder: Path, method: dict[str, Any]) -> Path:
+    config = small_config(small_model("as LSUN 256"), method)
+    path = folder / f"{method['kind']}.safetensors"
+    write_safetensors(path, random_weights(config.model), config=config, step=7, weights_name="ema_0.9")
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _saved(tmp_path_factory.mktemp("models"), {"kind": "ct"})
+
+
+@pytest.fixture(scope="module")
+def model(file: Path) -> cmscale.Model:
+    return cmscale.load(file, device="cpu")
+
+
+@pytest.fixture
+def photograph(model: cmscale.Model, tmp_path: Path) -> Path:
+    size = model.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photograph.png")
+    return tmp_path / "photograph.png"
+
+
+@pytest.fixture
+def hole(model: cmscale.Model, tmp_path: Path) -> Path:
+    pixels = np.zeros((model.image_size, model.image_size), np.uint8)
+    pixels[: model.image_size // 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "hole.png")
+    return tmp_path / "hole.png"
+
+
+def test_the_package_opens_without_torch() -> None:
+    code = "import cmscale, sys; cmscale.Config; cmscale.UserError; assert 'torch' not in sys.modules; dir(cmscale)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = cmscale.lode  # type: ignore[attr-defined]
+
+
+def test_a_model_names_itself(model: cmscale.Model, file: Path) -> None:
+    assert repr(model) == f"<cmscale.Model ct {model.image_size} px, ema_0.9 of step 7, {file}>"
+    assert (model.step, model.weights, model.config.method.kind) == (7, "ema_0.9", "ct")
+
+
+def test_samples_are_those_of_the_command(
+    model: cmscale.Model, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, "sample", file, "--num", 3, "--steps", 2, "--seed", 5, "--out", tmp_path / "a.npz") == 0
+    expected = np.load(tmp_path / "a.npz")["arr_0"]
+    samples = model.sample(3, steps=2, seed=5)
+    assert np.array_equal(np.stack([np.asarray(each) for each in samples]), expected)
+    times = model.sample(3, times=(80.0, 1.0), seed=5, tensors=True)
+    assert times.shape == (3, 3, model.image_size, model.image_size)
+    assert times.dtype == torch.float32
+
+
+@pytest.mark.parametrize("task", EDITS)
+def test_an_edit_of_a_file_an_image_and_a_tensor_is_that_of_the_command(
+    task: str, model: cmscale.Model, file: Path, photograph: Path, hole: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings = EDITS[task]
+    masks = ["--mask", hole] if task == "inpaint" else []
+    options = [text for name, value in settings.items() for text in (f"--{name}", value)]
+    assert run(monkeypatch, "edit", task, file, photograph, *masks, *options, "--out", tmp_path / "out.png") == 0
+    expected = np.asarray(Image.open(tmp_path / "out.png"))
+    edit = getattr(model, task)
+    pixels = np.array(Image.open(photograph))
+    tensor = from_uint8(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    forms: dict[str, tuple[Any, Any]] = {
+        "file": (str(photograph), hole),
+        "path": (photograph, Image.open(hole)),
+        "image": (Image.open(photograph), hole),
+        "tensor": (tensor, np.asarray(Image.open(hole)) > 0),
+    }
+    for form, (image, mask) in forms.items():
+        arguments = (image, mask) if task == "inpaint" else (image,)
+        assert np.array_equal(np.asarray(edit(*arguments, **settings)), expected), form
+    others = {"mask": torch.from_numpy(np.asarray(Image.open(hole)) > 0)} if task == "inpaint" else {}
+    result = edit(torch.stack([tensor, tensor]), **others, **settings, tensors=True)
+    assert result.shape == (2, *tensor.shape)
+    single = edit(tensor, **others, **settings, tensors=True)
+    assert single.shape == tensor.shape
+    pair = edit([photograph, photograph], **others, **settings)
+    assert [type(each) for each in pair] == [Image.Image] * 2
+
+
+def test_denoise_without_a_seed_takes_images_that_are_noisy(model: cmscale.Model) -> None:
+    noisy = torch.full((3, model.image_size, model.image_size), 0.25)
+    sigma = torch.full((1,), 0.5, dtype=torch.float64)
+    assert torch.allclose(model.denoise(noisy, sigma=0.5, tensors=True), model.denoiser(noisy[None], sigma)[0])
+
+
+def test_interpolation_is_that_of_the_command(
+    model: cmscale.Model, file: Path, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        run(monkeypatch, "edit", "interpolate", file, "--count", 3, "--seed", 2, "--out", tmp_path / "strip.png") == 0
+    )
+    strip = np.asarray(Image.open(tmp_path / "strip.png"))
+    images = model.interpolate(count=3, seed=2)
+    factor = (strip.shape[0] - 4) // model.image_size
+    first = strip[2 : 2 + factor * model.image_size : factor, 2 : 2 + factor * model.image_size : factor]
+    assert len(images) == 3
+    assert np.array_equal(np.asarray(images[0]), first)
+    with pytest.raises(cmscale.UserError, match="give two, or none"):
+        model.interpolate(photograph)
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "steps and times": (lambda model: model.sample(1, steps=2, times=(80.0, 1.0)), "no effect beside times"),
+    "times out of range": (lambda model: model.sample(1, times=(500.0,)), "times"),
+    "times that ascend": (lambda model: model.sample(1, times=(1.0, 80.0)), "descend"),
+    "no samples": (lambda model: model.sample(0), "at least 1"),
+    "a sampler": (lambda model: model.sample(1, sampler="euler"), "no effect on a consistency model"),
+    "classes": (lambda model: model.sample(1, classes=[1]), "unconditional"),
+    "no image": (lambda model: model.colorize([]), "no image"),
+    "an array": (lambda model: model.colorize(np.zeros(3)), "give a file, a PIL image or a tensor"),
+    "a tensor of another size": (lambda model: model.colorize(torch.zeros(3, 5, 5)), "give float"),
+    "NaN": (lambda model: model.stroke(torch.full((3, 16, 16), torch.nan)), "NaN"),
+    "a missing file": (lambda model: model.stroke("/nowhere.png"), "no such file"),
+    "a mask of numbers": (lambda model: model.inpaint(Image.new("RGB", (9, 9)), mask=np.zeros((9, 9))), "bool array"),
+    "sigma": (lambda model: model.denoise(Image.new("RGB", (9, 9)), sigma=500), "sigma"),
+    "one step": (lambda model: model.colorize(Image.new("RGB", (9, 9)), steps=1), "at least 2"),
+    "float pixels": (lambda model: model.stroke(Image.new("F", (9, 9))), "range is not stated"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named(mistake: str, model: cmscale.Model) -> None:
+    call, message = MISTAKES[mistake]
+    with pytest.raises(cmscale.UserError, match=message):
+        call(model)
+
+
+def test_a_diffusion_model_samples_and_does_not_edit(tmp_path: Path) -> None:
+    teacher = cmscale.load(_saved(tmp_path, {"kind": "edm", "sampler_steps": 3}), device="cpu")
+    assert len(teacher.sample(2, sampler="euler", steps=2)) == 2
+    with pytest.raises(cmscale.UserError, match="diffusion model"):
+        teacher.stroke(Image.new("RGB", (9, 9)))
+
+
+def test_config_load_reads_files_and_overrides(tmp_path: Path, file: Path, model: cmscale.Model) -> None:
+    from cmscale.config import dump_config
+
+    (tmp_path / "c.yaml").write_text(dump_config(model.config))
+    assert cmscale.Config.load(tmp_path / "c.yaml", "train.seed=9").train.seed == 9
+    with pytest.raises(cmscale.UserError, match="no such file"):
+        cmscale.Config.load(tmp_path / "nowhere.yaml")
