@@ -265,6 +265,30 @@ def test_an_older_start_can_commit_no_more(run: RunDir) -> None:
         old.save(TrainState(step=30, cursor=240), StandIn(0, 1, seed=30))  # pyright: ignore[reportArgumentType]
 
 
+def test_a_start_killed_between_the_two_renames_of_a_commit_loses_nothing(run: RunDir) -> None:
+    """A checkpoint that is written again is moved aside first; the next start moves it back."""
+    save(run, 10)
+    aside = run.checkpoints / ".step-000000010.replaced-1"
+    run.checkpoint(10).rename(aside)
+    assert committed_steps(run) == []
+    claim_generation(run)
+    assert committed_steps(run) == [10]
+    assert not aside.exists()
+    verify_checkpoint(LocalStorage(run.checkpoint(10)))
+
+
+@pytest.mark.timeout(120)  # it would wait for as long as a collective, ten minutes
+def test_an_older_start_that_waits_for_its_ranks_ends_as_soon_as_a_newer_one_exists(run: RunDir) -> None:
+    generation = claim_generation(run)
+    first, _ = ranks_of(2)
+    old = Checkpoints(run, flat_config(), first, generation=generation, data_fingerprint="data")
+    old.save(TrainState(step=20, cursor=160), StandIn(0, 2, seed=20))  # pyright: ignore[reportArgumentType]
+    claim_generation(run)
+    assert old.close() is False
+    (event,) = events(run, "checkpoint_failed")
+    assert "taken over" in event["why"]
+
+
 def test_a_start_learns_between_saves_that_another_took_over_and_ends(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
