@@ -26,6 +26,7 @@ from itertools import islice
 
 import numpy as np
 
+from cmscale.commands.counting import counted
 from cmscale.commands.ending import guarded, leave
 from cmscale.commands.parser import CommandParser, Output, check_output, whole_number
 from cmscale.commands.use import USED, Use
@@ -118,9 +119,7 @@ def _images(dataset: str, *, indices: list[int] | None = None, limit: int | None
 
 
 def _with_progress(images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    from rich.progress import track
-
-    yield from track(islice(images, count), total=count, description="features", disable=not sys.stderr.isatty())
+    return counted(islice(images, count), "features", total=count)
 
 
 def command_parser() -> CommandParser:

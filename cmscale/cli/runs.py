@@ -13,6 +13,7 @@ from rich.table import Table
 from cmscale.cli.command import TableConsole, command
 from cmscale.cli.configs import print_differences
 from cmscale.cli.options import JsonOption
+from cmscale.commands.counting import in_words
 from cmscale.commands.parser import Output
 from cmscale.commands.use import USED, Use
 from cmscale.errors import UserError
@@ -83,8 +84,6 @@ def _table(folder: Path) -> Table:
 
 
 def _row(found: Any) -> list[str]:
-    from cmscale.runs.overview import in_words
-
     score = ""
     if found.best is not None:
         best = found.best

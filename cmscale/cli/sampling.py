@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from cmscale.cli.command import GIVEN, command
 from cmscale.cli.models import load_model
@@ -18,6 +17,7 @@ from cmscale.cli.options import (
     WeightsOption,
 )
 from cmscale.commands import situation
+from cmscale.commands.counting import Counting
 from cmscale.commands.parser import Output
 from cmscale.commands.use import USED, Given, Use
 from cmscale.io.place import Place
@@ -103,8 +103,7 @@ def sample(
     )
     request = request.with_files(noise=noise, times=times, shape=loaded.image_shape, method=loaded.config.method)
     given.refuse_unused(**situation_of(loaded, request))
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("sampling", total=num)
-        images = draw_samples(loaded, request, device=chosen, advance=lambda count: progress.advance(task, count))
+    with Counting("sampling", total=num, unit="samples") as counting:
+        images = draw_samples(loaded, request, device=chosen, advance=counting.advance)
     write_samples(images, out, raw=raw, grid=grid)
     print(out)

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from cmscale.commands.counting import counted
 from cmscale.config import Evaluate
 from cmscale.config.requests import EvaluateRequest
 from cmscale.distributed.world import World
@@ -33,7 +34,7 @@ def evaluate_images(request: EvaluateRequest, world: World, *, preemption: Preem
         return found
     place.of("").check_output()
     pixels = PixelHash()
-    blocks = image_blocks(pixels.passing(images.read()), session.extractor)
+    blocks = image_blocks(pixels.passing(counted(images.read(), "features", total=images.count)), session.extractor)
     measured = measure(blocks, num_samples=images.count, reference=reference)
     sha256 = pixels.hexdigest()
     out = place.of(sha256)

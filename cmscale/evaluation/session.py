@@ -1,15 +1,14 @@
 """Measures sets of samples: draws them on all ranks in blocks, extracts features, and computes the metrics."""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from cmscale import __version__
+from cmscale.commands.counting import Counting, counted
 from cmscale.config import Evaluate, Model
 from cmscale.config.added import added_at_older_value
 from cmscale.config.requests import MeasuringRequest
@@ -110,10 +109,14 @@ class EvaluationSession:
             return known
         todo = collectives.from_main(collectives.on_main(store.missing))
         mine = todo[self.world.rank :: self.world.num_ranks]
-        for block in track(mine, description=label, disable=not (self.world.is_main and sys.stderr.isatty())):
-            if self.preemption.flagged:
-                break
-            store.commit(block, self.extractor(draw_block(source, denoise, draw, block, device=self.world.device)))
+        stored = draw.num - sum(map(len, todo))
+        counting = Counting(label, total=draw.num, done=stored, unit="samples", active=self.world.is_main)
+        with counting:  # what all ranks have drawn follows from rank 0's, as their shares are equal
+            for block in mine:
+                if self.preemption.flagged:
+                    break
+                store.commit(block, self.extractor(draw_block(source, denoise, draw, block, device=self.world.device)))
+                counting.advance(len(block) * self.world.num_ranks)
         if self.preemption.requested():
             return None
         return self._measured(store)
@@ -223,7 +226,7 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
             "make statistics once with data_prep/reference.py and give them as --reference"
         )
     return reference_from_images(
-        (image for image, _ in read_images(named)),
+        counted((image for image, _ in read_images(named)), f"reference {named}", total=manifest.count),
         extractor,
         name=f"{named.rstrip('/')} {manifest.fingerprint[:12]}",
         count=manifest.count,

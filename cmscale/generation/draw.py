@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from cmscale.commands import situation
 from cmscale.config import MethodSection
 from cmscale.config.sampling_times import check_descending, check_range, is_file, parse_times
-from cmscale.consistency.sampler import Sampler, default_sigmas, sample
+from cmscale.consistency.sampler import Sampler, default_sigmas, num_evaluations, sample
 from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
 from cmscale.io import image_tensors
@@ -77,22 +77,37 @@ def draw_samples(
     *,
     device: torch.device,
     denoise: Denoise | None = None,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[float], None] | None = None,
 ) -> torch.Tensor:
     """Draws all samples of a request, float32 [num, 3, H, W] on the CPU.
 
     Args:
         denoise: The source's network on the device, if it is there already.
-        advance: Called after each batch with its size.
+        advance: Called after each evaluation of the network with the part of the samples that it has made.
     """
     denoise = denoise or source.denoiser(device)
+    if advance is not None:
+        denoise = _advancing(denoise, advance, evaluations=evaluations_of(source, request))
     samples = []
     for start in range(0, request.num, request.batch_size):
         indices = range(start, min(start + request.batch_size, request.num))
         samples.append(draw_batch(source, denoise, request, indices=indices, device=device).cpu())
-        if advance is not None:
-            advance(len(indices))
     return torch.cat(samples)
+
+
+def evaluations_of(source: Source, request: SampleRequest) -> int:
+    """How often the network is evaluated for a sample of a request."""
+    steps = int(torch.count_nonzero(used_sigmas(source, request)))
+    return num_evaluations(source.config.method, steps, request.sampler)
+
+
+def _advancing(denoise: Denoise, advance: Callable[[float], None], *, evaluations: int) -> Denoise:
+    def advancing(x: torch.Tensor, sigma: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        found = denoise(x, sigma, **keywords)
+        advance(len(x) / evaluations)
+        return found
+
+    return advancing
 
 
 def draw_batch(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmscale.commands.counting import in_words
 from cmscale.config import parse_yaml
 from cmscale.errors import UserError
 from cmscale.io.reading import read_small
@@ -271,13 +272,3 @@ def _slurm_job(run: RunDir) -> _Life | None:
 
 def _span(seconds: float | None) -> str:
     return "a while" if seconds is None else in_words(seconds)
-
-
-def in_words(seconds: float) -> str:
-    """A span of time in its two largest units: `3 d 4 h`, `5 min`, `12 s`."""
-    seconds = int(seconds)
-    for size, unit, smaller, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            rest = seconds % size // smaller
-            return f"{seconds // size} {unit}" + (f" {rest} {below}" if rest and size > 60 else "")
-    return f"{seconds} s"

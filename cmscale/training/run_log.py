@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 
+from cmscale.commands.counting import in_words
 from cmscale.config import Config, schedules
 from cmscale.config.cautions import cautions
 from cmscale.config.schedules import ScheduleValues
@@ -86,7 +87,8 @@ class RunLog:
         )
         if self._world.is_main:
             total = self._config.train.total_steps
-            print(f"step {state.step}/{total}  loss {result.loss:.5g}  {speed:.1f} images/s", flush=True)
+            left = in_words((total - state.step) * self._config.train.global_batch_size / speed)
+            print(f"step {state.step}/{total}  loss {result.loss:.5g}  {speed:.1f} images/s  {left} left", flush=True)
 
     def sync(self) -> None:
         """Makes all metrics so far durable. Raises OSError or UserError if they can't be written."""

@@ -33,10 +33,14 @@ def make_missing(
             with _pool(preparation, min(workers, len(missing)), max_bad, counter) as submit:
                 _collect({submit(number): number for number in missing}, records, max_bad=max_bad, counter=counter)
         else:
-            for number in missing:
-                records[number] = _make_one(preparation, number, max_bad, counter.tick)
-                check_bad(records.values(), max_bad)
+
+            def tick() -> None:
+                counter.tick()
                 counter.show()
+
+            for number in missing:
+                records[number] = _make_one(preparation, number, max_bad, tick)
+                check_bad(records.values(), max_bad)
 
 
 def check_bad(records: Iterable[ShardRecord], max_bad: int) -> None:

@@ -27,8 +27,12 @@ def changed_shards(
     ]
     changed = []
     with ProgressCounter(total=sum(len(keys(number)) for number in doubtful), what="compared images") as counter:
-        for number in doubtful:
-            if hash_images(keys(number), read, tick=counter.tick) != made_of[number].images:
-                changed.append(number)
+
+        def tick() -> None:
+            counter.tick()
             counter.show()
+
+        for number in doubtful:
+            if hash_images(keys(number), read, tick=tick) != made_of[number].images:
+                changed.append(number)
     return changed

@@ -16,7 +16,7 @@ from cmscale.config import dump_config, parse_config
 from cmscale.runs import overview as module
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, write_event
-from cmscale.runs.overview import in_words, overview
+from cmscale.runs.overview import overview
 
 CONFIG = """
 method: {kind: ct}
@@ -174,10 +174,3 @@ def test_runs_are_compared_on_the_terminal_as_json_and_as_a_page(tmp_path: Path,
     for arguments, words in (([one.root], "give two or more"), ([one.root, tmp_path], "not a run")):
         assert run(monkeypatch, "compare", *arguments) == 2
         assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(5, "5 s"), (61, "1 min"), (3600, "1 h"), (7320, "2 h 2 min"), (90000, "1 d 1 h")]
-)
-def test_spans_in_words(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words

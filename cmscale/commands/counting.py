@@ -1,0 +1,139 @@
+"""Shows how much of a long work is done, how fast it goes and how long it still takes.
+
+On a terminal that is a bar. Elsewhere (in the log of a job, through a pipe) it is a line on stderr now and then: the
+first after ten seconds, then one a minute, and one at the end, so that nothing long is silent.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, TextIO, TypeVar
+
+T = TypeVar("T")
+
+FIRST_SECONDS = 10.0
+EVERY_SECONDS = 60.0
+
+
+class Counting:
+    """Counts the finished items of a work.
+
+    Args:
+        what: The work, in words: `sampling`.
+        total: The number of its items.
+        done: Those that were finished before.
+        unit: What an item is, in the plural.
+        active: Whether anything is shown: ranks but the first show nothing.
+        stream: Where lines go; stderr by default.
+        clock: Gives the time in seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        total: int,
+        done: int = 0,
+        unit: str = "images",
+        active: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._what, self._unit = what, unit
+        self._total, self._done, self._before = total, float(done), done
+        self._active = active
+        self._stream = stream
+        self._clock = clock
+        self._began = clock()
+        self._next = self._began + FIRST_SECONDS
+        self._has_said = False
+        self._bar: Any = None
+        self._task: Any = None
+
+    def advance(self, count: float = 1) -> None:
+        """Counts finished items; parts of one, too."""
+        self.set(self._done + count)
+
+    def set(self, done: float) -> None:
+        """Sets the number of finished items, those before included."""
+        self._done = done
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=min(done, self._total), left=self._left(), rate=self._rate())
+        elif self._clock() >= self._next:
+            self._next = self._clock() + EVERY_SECONDS
+            self._has_said = True
+            self._say(f"{self._what}: {self._count()}, {self._rate()}, {self._left()}")
+
+    def __enter__(self) -> "Counting":
+        stream = sys.stderr if self._stream is None else self._stream
+        if self._active and stream is not None and stream.isatty():
+            self._bar = _bar(stream)
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=self._total, completed=self._done, left="", rate="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, left=f"in {in_words(self._clock() - self._began)}", rate=self._rate())
+            self._bar.stop()
+        elif self._has_said and kind is None:
+            self._say(f"{self._what}: {self._count()} in {in_words(self._clock() - self._began)}, {self._rate()}")
+
+    def _count(self) -> str:
+        return f"{int(min(self._done, self._total))} of {self._total} {self._unit}"
+
+    def _per_second(self) -> float:
+        seconds = self._clock() - self._began
+        return (self._done - self._before) / seconds if seconds > 0 else 0.0
+
+    def _rate(self) -> str:
+        rate = self._per_second()
+        return f"{rate:.3g}/s" if rate >= 0.1 or rate == 0 else f"{60 * rate:.3g}/min"
+
+    def _left(self) -> str:
+        rate = self._per_second()
+        if rate <= 0:
+            return "time left unknown"
+        return f"{in_words(max(self._total - self._done, 0) / rate)} left"
+
+    def _say(self, line: str) -> None:
+        stream = sys.stderr if self._stream is None else self._stream
+        if stream is not None:
+            print(line, file=stream, flush=True)
+
+
+def counted(items: Iterable[T], what: str, *, total: int, unit: str = "images", active: bool = True) -> Iterator[T]:
+    """The items, counted as they are taken."""
+    with Counting(what, total=total, unit=unit, active=active) as counting:
+        for item in items:
+            yield item
+            counting.advance()
+
+
+def in_words(seconds: float) -> str:
+    """A span of time in its two largest units: `3 d 4 h`, `5 min`, `12 s`."""
+    seconds = int(seconds)
+    for size, unit, smaller, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            rest = seconds % size // smaller
+            return f"{seconds // size} {unit}" + (f" {rest} {below}" if rest else "")
+    return f"{seconds} s"
+
+
+def _bar(stream: TextIO) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False),
+        TextColumn("{task.fields[left]}", markup=False),
+        console=Console(file=stream),
+    )
