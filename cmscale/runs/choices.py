@@ -3,7 +3,6 @@
 Nothing here imports torch, so that a mistake is found in less than a second, and before a job waits in a queue.
 """
 
-import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from cmscale.runs.manifests import read_document
 from cmscale.runs.results import TimeSearch
 from cmscale.runs.source_kind import kind_of_source
 
+_NO_WEIGHTS = {b"<": "is a web page, not weights", b"version https://": "is a pointer of Git LFS, not weights"}
 _WITH_CONFIG = (situation.RUN, situation.CHECKPOINT, situation.EXPORTED)
 
 
@@ -157,22 +157,20 @@ def _named(request: MeasuringRequest, key: str) -> str:
 
 
 def check_weights_file(place: str, *, key: str) -> None:
-    """Checks that a local file of weights is of a kind that can hold some; `#sha256=` is checked when it is read.
+    """Checks that a local file is none of those that stand for weights by mistake; what it holds the worker checks.
 
     Raises:
-        UserError: there is no such file, it is empty, or it is text.
+        UserError: there is no such file, it is empty, a web page, or a pointer of Git LFS.
     """
     path = _local(place, key=key)
     if path is None:
         return
     with path.open("rb") as file:
-        start = file.read(8)
-    if not start:
-        raise UserError(f"{key}: {place}: is empty; copy it again, or give another")
-    is_zip, is_pickle = start[:2] == b"PK", start[0] == 0x80
-    is_safetensors = len(start) == 8 and struct.unpack("<Q", start)[0] < path.stat().st_size
-    if not (is_zip or is_pickle or is_safetensors):
-        raise UserError(f"{key}: {place}: is no file of weights (a download that failed?); give another")
+        start = file.read(16)
+    found = next((what for sign, what in _NO_WEIGHTS.items() if start.startswith(sign)), None)
+    found = found if start else "is empty"
+    if found is not None:
+        raise UserError(f"{key}: {place}: {found}; copy it again, or give another")
 
 
 def check_reference(place: str, *, key: str) -> None:

@@ -134,7 +134,7 @@ def overrides_of(model) -> dict[str, object]:
         (["exported.safetensors", "--weights", "master"], "--weights: has no effect on an exported file"),
         (["run", "--reference", "damaged.npz"], "damaged.npz: damaged, or not an .npz"),
         (["run", "--reference", "other.npz"], "other.npz: holds x; give statistics or images"),
-        (["run", "--features-weights", "page.pth"], "page.pth: is no file of weights"),
+        (["run", "--features-weights", "page.pth"], "page.pth: is a web page, not weights"),
         (["run", "--features-weights", "empty.pth"], "empty.pth: is empty"),
     ],
 )
