@@ -72,3 +72,9 @@ def sets(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
     folder = tmp_path_factory.mktemp("sets")
     return {format: make(source, str(folder / format), format) for format in FORMATS}
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine anything may take the seconds after which a log gets a line."""
+    monkeypatch.setattr("cmscale.commands.counting.FIRST_SECONDS", float("inf"))

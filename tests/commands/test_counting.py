@@ -7,6 +7,11 @@ import pytest
 from cmscale.commands.counting import Counting, counted, in_words
 
 
+@pytest.fixture(autouse=True)
+def lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmscale.commands.counting.FIRST_SECONDS", 10.0)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 0.0
