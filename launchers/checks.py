@@ -20,8 +20,12 @@ from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 from cmscale.runs.source_kind import kind_of_source
 
 
-def check_inputs(config: Config) -> DatasetManifest:
+def check_inputs(config: Config, *, begins: bool = True) -> DatasetManifest:
     """Checks that everything a training run reads exists and fits. Cheap: reads manifests and names, no data.
+
+    Args:
+        begins: Whether training starts at step 0: a run that goes on from a checkpoint reads no first weights, and a
+            teacher only if it follows it in every step.
 
     Returns:
         The data set's manifest.
@@ -30,8 +34,10 @@ def check_inputs(config: Config) -> DatasetManifest:
         UserError: something is missing or does not fit; one line.
     """
     manifest = check_dataset(config.data.path, image_size=config.model.image_size)
-    check_teacher_of(config)
-    check_first_weights(config)
+    if begins or config.method.facts.follows_teacher:
+        check_teacher_of(config)
+    if begins:
+        check_first_weights(config)
     if weights := getattr(config.method, "lpips_weights", None):
         check_exists(weights, key="method.lpips_weights")
     if config.train.consistency_error_every and (url := config.train.consistency_error_data):

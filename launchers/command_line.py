@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from cmscale.commands import ending
 from cmscale.commands.parser import CommandParser, whole_number
-from cmscale.commands.situation import NEW_RUN, RUN_IN_RUNS_DIR, SLURM
+from cmscale.commands.situation import EXPORTED_RUN, NEW_RUN, RUN_IN_RUNS_DIR, SLURM
 from cmscale.commands.use import USED, Use
 from cmscale.config import Config, accumulation_steps
 from cmscale.config.site import read_site, use_site
@@ -72,7 +72,7 @@ def add_cluster_flags(parser: CommandParser) -> None:
     parser.add(
         "--runs-dir",
         group=group,
-        use=Use(run=(NEW_RUN, RUN_IN_RUNS_DIR)),
+        use=Use(run=(NEW_RUN, EXPORTED_RUN, RUN_IN_RUNS_DIR)),
         type=Place,
         metavar="DIR",
         help="folder of runs (default: the site's, or ./runs)",
@@ -137,7 +137,7 @@ def describe_training(placement: Placement, config: Config, *, root: Path, code:
         f"ZeRO-{config.engine.zero_stage}",
         "global batch": f"{train.global_batch_size} = {placement.num_ranks} ranks x {accumulation} accumulated x "
         f"{train.micro_batch_size} micro-batch",
-        "steps": f"{train.total_steps:,}",
+        "steps": f"{train.total_steps:,}{_schedule_of(config)}",
         "images": f"{train.total_steps * train.global_batch_size:,}",
         "data": config.data.path,
         **({"teacher": teacher} if (teacher := getattr(config.method, "teacher", None)) else {}),
@@ -145,6 +145,11 @@ def describe_training(placement: Placement, config: Config, *, root: Path, code:
         f"{checkpoint.keep_last} kept; exported to {checkpoint.export_to or 'nowhere'}",
     }
     return as_table(rows)
+
+
+def _schedule_of(config: Config) -> str:
+    length = config.method.schedule_length(config.train.total_steps)
+    return "" if length == config.train.total_steps else f"; the method's schedules take {length:,}"
 
 
 def describe_placement(placement: Placement) -> dict[str, str]:

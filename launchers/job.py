@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cmscale.errors import NoSpace, NotExported, UserError
 from cmscale.io.process import CHECKOUT, START, exit_at_once, node_name, note_early_signals
@@ -89,7 +89,7 @@ def check_code(job: JobRecord) -> None:
 def record_code(submission: Submission, start: str, job: JobRecord) -> None:
     """Adds this start to provenance.json; a start that can't be recorded goes on."""
     try:
-        facts = {"worker": job.worker, "submission": submission.name, "start": start}
+        facts: dict[str, Any] = {"worker": job.worker, "submission": submission.name, "start": start}
         record_start(submission.run, read_code(), CHECKOUT, **facts)
     except (OSError, UserError) as error:
         print(f"this start is not in {submission.run.provenance.name}: {error}", file=sys.stderr, flush=True)

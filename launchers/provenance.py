@@ -16,14 +16,16 @@ from cmscale.io.durable import replace_durably
 from cmscale.io.locks import hold
 from cmscale.io.process import CHECKOUT, node_name
 from cmscale.runs.folder import RunDir
+from cmscale.runs.lineage import BRANCH, Lineage
 from cmscale.runs.snapshot import CHANGES, Code
 
 
-def record_start(run: RunDir, code: Code, folder: Path, **more: Any) -> None:
+def record_start(run: RunDir, code: Code, folder: Path, *, lineage: Lineage | None = None, **more: Any) -> None:
     """Adds a start to provenance.json: the code, package versions, host, command line.
 
     Args:
         folder: Where the start's code is.
+        lineage: Where the run branched off, for the first start of a branch.
         more: Facts of this kind of start.
     """
     inside = folder.is_relative_to(run.root)
@@ -42,19 +44,26 @@ def record_start(run: RunDir, code: Code, folder: Path, **more: Any) -> None:
         "packages": package_versions(),
     }
     with hold(run.logs / ".provenance.lock", timeout=60, what=f"{run.provenance}"):
-        document = json.dumps({"starts": [*read_starts(run), start]}, indent=1) + "\n"
-        replace_durably(run.provenance, document.encode())
+        document = _read(run)
+        document |= {} if lineage is None else {BRANCH: lineage.model_dump(mode="json")}
+        document["starts"] = [*document.get("starts", ()), start]
+        replace_durably(run.provenance, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def read_starts(run: RunDir) -> list[dict[str, Any]]:
     """The recorded starts, oldest first. A damaged file is kept under another name, and counts as none."""
+    return list(_read(run).get("starts", ()))
+
+
+def _read(run: RunDir) -> dict[str, Any]:
     try:
-        return list(json.loads(run.provenance.read_text())["starts"])
+        document = json.loads(run.provenance.read_text())
+        return {**document, "starts": list(document["starts"])}
     except FileNotFoundError:
-        return []
+        return {}
     except (ValueError, KeyError, TypeError):
         run.provenance.replace(run.provenance.with_suffix(".damaged.json"))
-        return []
+        return {}
 
 
 def newest_code(run: RunDir) -> str | None:

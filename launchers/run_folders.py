@@ -14,7 +14,7 @@ from cmscale.commands import situation
 from cmscale.config import Config, dump_config
 from cmscale.config.slurm import plain_text
 from cmscale.errors import UserError
-from cmscale.io.durable import explained, replace_durably
+from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.locks import hold
 from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
@@ -118,8 +118,7 @@ def create_run(run: RunDir, config: Config, code: Code) -> None:
     Raises:
         UserError: the folder exists already, or cannot be written.
     """
-    if run.root.exists():
-        raise UserError(f"run {run.root} exists; continue it with --resume {run.name}, or give another --name")
+    _refuse_existing(run)
     with explained(run.root):
         run.root.mkdir(parents=True)
     try:
@@ -132,9 +131,41 @@ def create_run(run: RunDir, config: Config, code: Code) -> None:
         raise
 
 
+@contextlib.contextmanager
+def staged_run(run: RunDir) -> Iterator[RunDir]:
+    """Makes the folder of a run that begins with a checkpoint, whole or not at all.
+
+    The block fills a hidden folder, which then gets the run's name: a run that lost its checkpoint would start anew.
+
+    Raises:
+        UserError: the folder exists already, another command is making it, or it can't be written.
+    """
+    _refuse_existing(run)
+    staged = RunDir(run.root.with_name(f".{run.name}.unfinished"))
+    lock = run.root.with_name(f".{run.name}.lock")
+    with hold(lock, timeout=0, what=f"{run.root}: another command is making this run"):
+        shutil.rmtree(staged.root, ignore_errors=True)  # of a command that was killed
+        try:
+            with explained(staged.root):
+                staged.logs.mkdir(parents=True)
+            yield staged
+            _refuse_existing(run)
+            with explained(run.root):
+                staged.root.rename(run.root)
+                sync_folder(run.root.parent)
+        except BaseException:
+            shutil.rmtree(staged.root, ignore_errors=True)
+            raise
+
+
+def _refuse_existing(run: RunDir) -> None:
+    if run.root.exists():
+        raise UserError(f"run {run.root} exists; continue it with --resume {run.name}, or give another --name")
+
+
 def remove_run(run: RunDir) -> None:
-    """Removes the folder of a run whose job was refused; one in which anything was started stays."""
-    if not (run.events.exists() or run.checkpoints.exists() or run.generations.exists()):
+    """Removes the folder of a new run whose job was refused; one in which anything was started stays."""
+    if not (run.events.exists() or run.generations.exists()):
         shutil.rmtree(run.root, ignore_errors=True)
 
 

@@ -15,34 +15,27 @@ import os
 
 from cmscale.commands.ending import leave
 from cmscale.commands.parser import CommandParser, whole_number
-from cmscale.commands.use import USED, Given, Use
-from cmscale.config import Config, differences, dump_config, leaves, parse_config, read_config, trajectory
+from cmscale.commands.use import USED, Use
+from cmscale.config import Config, dump_config, leaves
 from cmscale.config.cautions import cautions
-from cmscale.config.site import LaunchSettings, site_layers, unused_variables
-from cmscale.errors import UserError
+from cmscale.config.site import LaunchSettings, unused_variables
 from cmscale.io.durable import replace_durably
 from cmscale.io.slurm import Refused
-from cmscale.runs.copies import pending_exports
+from cmscale.runs.copies import exported_run, pending_exports
 from cmscale.runs.folder import RunDir
+from cmscale.runs.homes import must_be_home
 from cmscale.runs.snapshot import Code, read_code, take_snapshot
+from launchers.beginning import Beginning, beginning
 from launchers.checks import check_evaluation, check_export, check_inputs
 from launchers.clusters import CLUSTERS
-from launchers.command_line import add_cluster_flags, describe_training, guarded, runs_dir
+from launchers.command_line import add_cluster_flags, describe_training, guarded
 from launchers.evaluate_checkpoints import arguments_for, with_kept_checkpoints
 from launchers.jobs import TRAIN, JobSpec
 from launchers.provenance import newest_code, record_start
-from launchers.run_folders import (
-    create_run,
-    existing_run,
-    new_run,
-    only_launcher,
-    remove_run,
-    run_named,
-    with_absolute_paths,
-)
+from launchers.run_folders import only_launcher, remove_run
 from launchers.submission import newest_step
 from launchers.try_inputs import try_inputs
-from launchers.where import FLAG, Recorded, decide_where, describe_origins, read_recorded
+from launchers.where import FLAG, Recorded, Where, decide_where, describe_origins
 
 
 def main(arguments: list[str]) -> int:
@@ -56,60 +49,58 @@ def main(arguments: list[str]) -> int:
     """
     flags, given = command_parser().read(arguments)
     origins: dict[str, str] = {}
-    run, config = _run_and_config(flags, given, origins)
-    recorded = read_recorded(run) if flags.resume else None
+    begun = beginning(flags, given, origins)
+    run, config = begun.run, begun.config
     settings = LaunchSettings(slurm=config.slurm, restart=config.restart)
     device = config.engine.device
     where = decide_where(
-        flags, given, settings, origins, device=device, device_option="engine.device=", recorded=recorded
+        flags, given, settings, origins, device=device, device_option="engine.device=", recorded=begun.recorded
     )
-    placement, every = where.placement, _evaluate_every(flags, recorded)
+    every = _evaluate_every(flags, begun.recorded)
     evaluations: tuple[str, ...] = ()
     if every is not None:
         config = with_kept_checkpoints(config, every)
-        evaluations = arguments_for(run, placement, every)
-    cluster = CLUSTERS[placement.cluster]
+        evaluations = arguments_for(run, where.placement, every)
     code = read_code()
-    job = JobSpec(TRAIN, (str(run.root), flags.fresh), run, placement, evaluations, code=run.code / code.name)
-    print(describe_training(placement, config, root=run.root, code=describe_code(code, run)), flush=True)
-    if flags.dry_run or flags.resume:
-        rows = where if every is None else where.with_row("evaluate every", str(every), _origin_of_every(flags))
-        values = {key: value for key, value, _ in leaves(config)}
-        file = split_items(flags.items)[0] or str(run.config)
-        print("\n" + describe_origins(rows, origins, values, file=file), flush=True)
-    if unused := unused_variables(os.environ):
-        print(f"note: not used, as launchers say this themselves: {', '.join(unused)}", file=sys.stderr)
-    if flags.resume and recorded is None:
-        print(
-            f"note: run {run.name} does not record where it ran (an earlier release started it); flags and defaults "
-            f"give {placement.nodes} nodes of {placement.ranks_per_node} ranks",
-            file=sys.stderr,
-        )
-    for caution in cautions(config):
-        print(f"caution: {caution}", file=sys.stderr, flush=True)
+    job = JobSpec(TRAIN, (str(run.root), flags.fresh), run, where.placement, evaluations, code=run.code / code.name)
+    _describe(flags, begun, config, where, every, code=code, origins=origins)
     if flags.dry_run:
-        if preview := cluster.preview(job):
+        if preview := CLUSTERS[where.placement.cluster].preview(job):
             print("\n" + preview)
         return 0
-    check_inputs(config)
-    try_inputs(config, on_this_cpu=placement.cluster == "local" and not placement.gpus)
+    if begun.exported_step >= config.train.total_steps:
+        return _say_finished(run, begun.exported_step, config, at=f"{begun.exports}/{run.name}")
+    begins = flags.fresh or begun.begins
+    data = check_inputs(config, begins=begins)
+    if begins or config.method.facts.follows_teacher:
+        try_inputs(config, on_this_cpu=where.placement.cluster == "local" and not where.placement.gpus)
     if every is not None:
         check_evaluation(config, asked={})
     if config.checkpoint.export_to is not None:
-        check_export(config.checkpoint.export_to, run.name, is_new=not flags.resume)
-    if not flags.resume:
-        create_run(run, config, code)
+        check_export(config.checkpoint.export_to, run.name, is_new=begun.exports_anew(config))
+        if begun.is_there:
+            must_be_home(exported_run(run, config.checkpoint.export_to), run)
+    if begun.make is not None:
+        begun.make(config, code, data)
+    return _launch(flags, begun, config, job, every=every, code=code)
+
+
+def _launch(
+    flags: argparse.Namespace, begun: Beginning, config: Config, job: JobSpec, *, every: int | None, code: Code
+) -> int:
+    """Starts the job of a run whose folder is there. Returns its exit status."""
+    run = begun.run
     with only_launcher(run, TRAIN, take_over=flags.take_over):
-        if flags.resume:
+        if begun.bring_back is not None:
+            begun.bring_back(config, code)
+        elif begun.is_there:
             if newest_step(run) >= config.train.total_steps and not copies_missing(run, config):
-                print(f"run {run.name} is finished: step {newest_step(run)} of {config.train.total_steps}")
-                print(f"run: {run.root}")
-                return 0
+                return _say_finished(run, newest_step(run), config, at=str(run.root))
             replace_durably(run.config, dump_config(config).encode())
             record_start(run, code, take_snapshot(code, run.code))
-        Recorded.of(placement, evaluate_every=every).write(run)
+        Recorded.of(job.placement, evaluate_every=every).write(run)
         try:
-            status = cluster.run(job, wait=flags.wait)
+            status = CLUSTERS[job.placement.cluster].run(job, wait=flags.wait)
         except Refused:
             if not flags.resume:  # so that the corrected command finds no run of this name
                 remove_run(run)
@@ -118,11 +109,59 @@ def main(arguments: list[str]) -> int:
     return status
 
 
+def _say_finished(run: RunDir, step: int, config: Config, *, at: str) -> int:
+    print(f"run {run.name} is finished: step {step} of {config.train.total_steps}")
+    print(f"run: {at}")
+    return 0
+
+
+def _describe(
+    flags: argparse.Namespace,
+    begun: Beginning,
+    config: Config,
+    where: Where,
+    every: int | None,
+    *,
+    code: Code,
+    origins: dict[str, str],
+) -> None:
+    """Prints the plan, where its values come from, notes and cautions."""
+    run, placement = begun.run, where.placement
+    print(describe_training(placement, config, root=run.root, code=describe_code(code, run)), flush=True)
+    if flags.dry_run or flags.resume or flags.branch:
+        rows = where if every is None else where.with_row("evaluate every", str(every), _origin_of_every(flags))
+        values = {key: value for key, value, _ in leaves(config)}
+        print("\n" + describe_origins(rows, origins, values, file=begun.origin), flush=True)
+    if unused := unused_variables(os.environ):
+        print(f"note: not used, as launchers say this themselves: {', '.join(unused)}", file=sys.stderr)
+    if begun.is_there and begun.recorded is None:
+        print(
+            f"note: run {run.name} does not record where it ran (an earlier release started it); flags and defaults "
+            f"give {placement.nodes} nodes of {placement.ranks_per_node} ranks",
+            file=sys.stderr,
+        )
+    for caution in cautions(config):
+        print(f"caution: {caution}", file=sys.stderr, flush=True)
+
+
 def command_parser() -> CommandParser:
     """The command line."""
     parser = CommandParser(prog="submit.py", description=__doc__)
     add_cluster_flags(parser)
-    parser.add("--resume", use=USED, metavar="RUN", help="continue a run: its folder, or its name in --runs-dir")
+    parser.add(
+        "--resume",
+        use=USED,
+        metavar="RUN",
+        help="continue a run: its folder, its name in --runs-dir, or its exports (s3://.../NAME), from which it goes "
+        "on in --runs-dir",
+    )
+    parser.add(
+        "--branch",
+        use=Use(excludes=("resume",)),
+        metavar="RUN[@STEP]",
+        help="a new run that goes on from a checkpoint of RUN (a folder, a name, s3://.../NAME) with other values; "
+        "default: its newest intact one",
+    )
     resumes = Use(needs=("resume",))
     parser.add(
         "--fresh",
@@ -165,23 +204,6 @@ def _origin_of_every(flags: argparse.Namespace) -> str:
     return "placement.json of the run" if flags.evaluate_every is None else FLAG
 
 
-def _run_and_config(flags: argparse.Namespace, given: Given, origins: dict[str, str]) -> tuple[RunDir, Config]:
-    """The run that the flags name, new or to resume, and the config that it trains with.
-
-    Args:
-        origins: Gets the origin of each value that is no default, by dotted key.
-    """
-    file, overrides = split_items(flags.items)
-    if flags.resume:
-        run = existing_run(flags.resume, runs_dir=runs_dir(flags))
-        given.refuse_unused(run=run_named(run.root, runs_dir(flags)))
-        return run, resumed_config(run, file, overrides, origins)
-    if file is None:
-        raise UserError("no config given: submit.py [flags] CONFIG [key=value ...]")
-    run = new_run(name=flags.name, runs_dir=runs_dir(flags), stem=Path(file).stem)
-    return run, with_absolute_paths(read_config(file, overrides, beneath=site_layers(), origins=origins))
-
-
 def describe_code(code: Code, run: RunDir) -> str:
     """The code that a job will run, for the plan, and that of the run's last start if it was another."""
     before, folder = newest_code(run), f"{run.code.name}/{code.name}"
@@ -193,46 +215,6 @@ def copies_missing(run: RunDir, config: Config) -> bool:
     """Whether checkpoints of a run are not exported yet: another start then copies them, and trains no more."""
     export_to = config.checkpoint.export_to
     return export_to is not None and bool(pending_exports(run, export_to))
-
-
-def split_items(items: list[str]) -> tuple[str | None, list[str]]:
-    """Splits positional arguments into CONFIG (the one without `=`; None if there is none) and overrides.
-
-    Raises:
-        UserError: there are two configs.
-    """
-    files = [item for item in items if "=" not in item or Path(item).is_file()]
-    if len(files) > 1:
-        raise UserError(f"one config at a time, got {' and '.join(files)}; overrides are written key=value")
-    return (files[0] if files else None), [item for item in items if item not in files]
-
-
-def resumed_config(
-    run: RunDir, file: str | None, overrides: list[str], origins: dict[str, str] | None = None
-) -> Config:
-    """The config that a resumed run continues with: its own or that of `file`, with overrides.
-
-    A site's values are beneath those of `file`; the run's own config holds those that it was started with.
-
-    Args:
-        origins: Gets the origin of each value that is no default, by dotted key.
-
-    Raises:
-        UserError: a value that changes the losses differs from the run's own; the differences are named.
-    """
-    old = read_config(run.config, resolved=True)
-    written_by_older_release = read_config(run.config) != old  # its YAML lacks the same keys as the run's config
-    new = (
-        read_config(file, overrides, resolved=written_by_older_release, beneath=site_layers(), origins=origins)
-        if file
-        else parse_config(run.config.read_text(), overrides, origin=str(run.config), resolved=True, origins=origins)
-    )
-    if changed := differences(trajectory(old), trajectory(new)):
-        raise UserError(
-            f"--resume {run.name}: the config differs where losses would change: {'; '.join(changed)}; "
-            "start a new run with it"
-        )
-    return with_absolute_paths(new)
 
 
 if __name__ == "__main__":

@@ -35,15 +35,16 @@ from cmscale.errors import NoSpace, NotExported, UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.place import Place
 from cmscale.io.process import exit_at_once, note_early_signals
+from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
+from launchers.beginning import resumed_config, split_items
 from launchers.checks import check_inputs
 from launchers.command_line import runs_dir
 from launchers.heartbeat import beating
 from launchers.jobs import MEET, TRAIN, load_worker
 from launchers.provenance import record_start
 from launchers.run_folders import create_run, new_run, with_absolute_paths
-from launchers.submit import resumed_config, split_items
 
 STOPPED = 75  # EX_TEMPFAIL: the same command continues
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -112,7 +113,7 @@ def prepare(run: RunDir, file: str | None, overrides: list[str]) -> None:
     code = read_code()
     if run.config.is_file():
         config = resumed_config(run, file, overrides)
-        check_inputs(config)
+        check_inputs(config, begins=not committed_steps(run))
         replace_durably(run.config, dump_config(config).encode())
         record_start(run, code, take_snapshot(code, run.code))
     else:

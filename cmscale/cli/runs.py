@@ -76,7 +76,20 @@ def runs(
 def _table(folder: Path) -> Table:
     from cmscale.runs.overview import overview, runs_in
 
-    names = ("run", "method", "state", "known by", "age", "step", "of", "rate", "left", "loss", "best score")
+    names = (
+        "run",
+        "method",
+        "state",
+        "known by",
+        "age",
+        "step",
+        "of",
+        "rate",
+        "left",
+        "loss",
+        "best score",
+        "branch of",
+    )
     table = Table(*names, box=None)
     for run in runs_in(folder):
         table.add_row(*_row(overview(run)))
@@ -102,6 +115,7 @@ def _row(found: Any) -> list[str]:
         "" if found.eta_seconds is None else in_words(found.eta_seconds),
         "" if found.loss is None else f"{found.loss:.4g}",
         "; ".join(filter(None, [score, problems])),
+        found.branch_of or "",
     ]
 
 

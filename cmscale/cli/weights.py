@@ -135,9 +135,9 @@ def verify(
 ) -> None:
     """Checks all files of all checkpoints against their manifests, without a GPU. Exits with 1 if one is damaged."""
     from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, verify_checkpoint
-    from cmscale.engine.manifest_checks import NOT_SEALED
     from cmscale.io.storage import open_storage
     from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
+    from cmscale.runs.manifest_checks import NOT_SEALED
     from cmscale.runs.source_kind import is_data_set
 
     manifest = open_storage(run).read_if_present(CHECKPOINT_MANIFEST)

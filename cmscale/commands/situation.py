@@ -42,6 +42,7 @@ AS_FLOAT32 = "raw samples"
 
 NEW_RUN = "a new run"
 RUN_IN_RUNS_DIR = "a run in --runs-dir"
+EXPORTED_RUN = "a run that is continued from its exports"
 RUN_ELSEWHERE = "a run that is named by its own folder"
 
 OWN_CONFIG = "the config that SOURCE has"

@@ -8,11 +8,15 @@ from typing import Any
 
 EVERY_METHOD = "*"
 
+SCHEDULE_LENGTHS = ("method.schedule_steps", "optimizer.decay_reference")
+"""Keys whose null means train.total_steps, where the schedule is used."""
+
 ADDED: dict[str, dict[str, Any]] = {
     "method.time_embedding": {"edm": "log_sigma"},
     "method.tangent": {"sct": "jvp", "scd": "jvp"},
     "method.teacher_time_embedding": {"sct": "log_sigma", "scd": "log_sigma"},
     "method.weighting": {"ect": "inverse_gap"},
+    "method.schedule_steps": {"ct": None, "ict": None, "ect": None, "pd": None},
     "model.noise_embedding_scale": {EVERY_METHOD: 1000.0},
     "model.dropout_resolutions": {EVERY_METHOD: None},
     "model.precision_layout": {EVERY_METHOD: "uniform"},
@@ -48,8 +52,18 @@ def with_added_keys(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_added_values(trajectory: dict[str, Any]) -> dict[str, Any]:
-    """The same for values by dotted key, as `trajectory` gives them."""
-    return _of_method(trajectory.get("method.kind")) | trajectory
+    """The same for values by dotted key, as `trajectory` gives them.
+
+    Older releases have train.total_steps among them, where it is the length of a schedule.
+    """
+    filled = _of_method(trajectory.get("method.kind")) | trajectory
+    if (total := filled.pop("train.total_steps", None)) is not None:
+        lengths = ["method.schedule_steps"] if "method.schedule_steps" in filled else []
+        if filled.get("optimizer.schedule") == "cosine":
+            lengths.append("optimizer.decay_reference")
+        for key in lengths or ["method.schedule_steps"]:  # a method of another project has the schedule
+            filled[key] = filled.get(key) or total
+    return filled
 
 
 def added_at_older_value(section: str, values: dict[str, Any]) -> set[str]:

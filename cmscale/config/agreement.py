@@ -82,13 +82,64 @@ def check_weights(first: Config, new: Config, *, key: str, origin: str) -> None:
         its, ours = (("log_sigma", "angle")[each.method.embeds_angle] for each in (first, new))
         raise UserError(
             f"{key}: the network of {origin} embeds {its}, this config's embeds {ours}; set "
-            f"method.teacher_time_embedding={its} (sct, scd only), or give other weights"
+            f"method.teacher_time_embedding={its} (scd; sct with method.start=teacher), or give other weights"
         )
     if different := unequal(network_settings(first), network_settings(new)):
         raise UserError(
             f"{key}: {origin} is another network ({'; '.join(different)}); change the model section to that network's"
         )
     check_sigma_data(first.method, new.method, key=key, origin=origin)
+
+
+def check_branch(parent: Config, branch: Config, *, step: int, origin: str) -> None:
+    """Checks that a run with other values may go on from a checkpoint of another: the one place that says which.
+
+    What weights, moments and averages mean must stay: the network, the method, the scaling of the network's inputs and
+    outputs, and whose weights the teacher's are. Everything else may differ: learning rate and optimizer, batch, seed
+    and data, length and schedules, noise and weighting of the loss, averages, dropout, precision.
+
+    Args:
+        step: Of the checkpoint.
+        origin: The parent, for messages.
+
+    Raises:
+        UserError: a value differs that must not, or nothing is left to train.
+    """
+    if different := unequal(_meaning(parent), _meaning(branch)):
+        raise UserError(
+            f"--branch {origin}: {'; '.join(different)}: a branch goes on with its parent's network, method and "
+            "scaling; start a new run"
+        )
+    if new := sorted(set(branch.ema.lengths) - set(parent.ema.lengths)):
+        raise UserError(
+            f"--branch {origin}: ema.lengths: {new[0]:g} is not among its parent's {list(parent.ema.lengths)}, and "
+            "such an average counts all steps from the first; leave it out"
+        )
+    if branch.train.total_steps <= step:
+        raise UserError(
+            f"--branch {origin}: step {step} is the end with train.total_steps {branch.train.total_steps}; "
+            "increase it, or branch off an earlier step"
+        )
+    scales = [
+        each.method.schedule(step, total_steps=each.method.schedule_length(each.train.total_steps)).num_scales
+        for each in (parent, branch)
+    ]
+    if branch.method.restarts_averages and scales[0] != scales[1]:
+        raise UserError(
+            f"--branch {origin}: at step {step} method.kind {branch.method.kind} is in its stage of N = {scales[0]}, "
+            f"and with these values in that of {scales[1]}; change method.schedule_steps so that the stage stays"
+        )
+
+
+def _meaning(config: Config) -> dict[str, object]:
+    """What a branch must have in common with its parent, by key."""
+    method = config.method
+    found = network_settings(config) | {"method.kind": method.kind, "method.sigma_data": method.sigma_data}
+    if method.facts.preconditioning == "consistency":
+        found["method.sigma_min"] = method.sigma_min  # where the model is the identity
+    if method.facts.follows_teacher:
+        found["method.teacher_weights"] = None if method.teacher_choice is None else method.teacher_choice.weights_name
+    return found | {"the network's time embedding": "angle" if method.embeds_angle else "log_sigma"}
 
 
 def check_sigma_data(first: MethodSection, new: MethodSection, *, key: str, origin: str) -> None:

@@ -59,6 +59,11 @@ class Config(Section):
             )
         if self.train.init_weights is not None and self.train.init_from is None:
             raise ValueError("train.init_weights: is set, but train.init_from is not; set both or neither")
+        if self.method.needs_first_weights and self.method.teacher_choice is None and self.train.init_from is None:
+            raise ValueError(
+                f"method.teacher: method.kind {kind} starts with trained weights; set it to a diffusion model, or "
+                "train.init_from to other weights"
+            )
         if self.train.init_from is not None and self.method.teacher_choice is not None and not facts.follows_teacher:
             raise ValueError(
                 f"train.init_from: method.kind {kind} starts with the weights of method.teacher; leave out one of them"
@@ -120,10 +125,16 @@ def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool
 
 
 def trajectory(config: Config) -> dict[str, Any]:
-    """The values that change the losses, by dotted key; train.total_steps only if a schedule uses it."""
+    """The values that change the losses, by dotted key.
+
+    train.total_steps is none of them: what it changes is the length of schedules that have no length of their own.
+    """
     kept = {key: value for key, value, is_operational in leaves(config) if not is_operational}
-    if not config.method.facts.depends_on_total_steps and config.optimizer.schedule != "cosine":
-        del kept["train.total_steps"]
+    total = kept.pop("train.total_steps")
+    if config.method.facts.depends_on_total_steps:
+        kept["method.schedule_steps"] = config.method.schedule_length(total)
+    if config.optimizer.schedule == "cosine":
+        kept["optimizer.decay_reference"] = config.optimizer.decay_reference or total
     return json.loads(json.dumps(kept))
 
 

@@ -29,14 +29,18 @@ class ScheduleValues:
 
 
 def at(config: Config, step: int) -> ScheduleValues:
-    """The schedules of a run at `step` (0 is the first step); the papers' K is train.total_steps."""
+    """The schedules of a run at `step` (0 is the first step); the papers' K is that of the method's schedule."""
     rate = learning_rate(config.optimizer, step, total_steps=config.train.total_steps)
     return for_method(config.method, step, learning_rate=rate, total_steps=config.train.total_steps)
 
 
 def for_method(method: Method, step: int, *, learning_rate: float, total_steps: int) -> ScheduleValues:
-    """The schedules of a method at `step`; `learning_rate` is the optimizer's before the method's factor."""
-    scheduled = method.schedule(step, total_steps=total_steps)
+    """The schedules of a method at `step`; `learning_rate` is the optimizer's before the method's factor.
+
+    Args:
+        total_steps: The run's; the method's own `schedule_steps` replaces it.
+    """
+    scheduled = method.schedule(step, total_steps=method.schedule_length(total_steps))
     return ScheduleValues(
         step,
         learning_rate * scheduled.learning_rate_factor,
@@ -56,7 +60,7 @@ def learning_rate(optimizer: Optimizer, step: int, *, total_steps: int | None = 
 
 
 def decay(optimizer: Optimizer, step: int, *, total_steps: int | None = None) -> float:
-    """The factor of `optimizer.schedule` at `step` (0 is the first, with 1); `cosine` needs total_steps."""
+    """The factor of `optimizer.schedule` at `step` (0 is the first, with 1); `cosine` needs a length."""
     match optimizer.schedule:
         case "constant":
             return 1.0
@@ -64,8 +68,9 @@ def decay(optimizer: Optimizer, step: int, *, total_steps: int | None = None) ->
             assert optimizer.decay_reference is not None
             return 1 / math.sqrt(max(step / optimizer.decay_reference, 1.0))
         case "cosine":
-            assert total_steps is not None
-            return (1 + math.cos(math.pi * min(step / total_steps, 1.0))) / 2
+            length = optimizer.decay_reference or total_steps
+            assert length is not None
+            return (1 + math.cos(math.pi * min(step / length, 1.0))) / 2
         case "step":
             assert optimizer.decay_factor is not None
             return optimizer.decay_factor ** sum(step >= each for each in optimizer.decay_steps)

@@ -77,13 +77,13 @@ class Optimizer(Section):
     schedule: Literal["constant", "inverse_square_root", "cosine", "step"] = key(
         "constant",
         "Multiplies the learning rate by a factor that falls with the step k: `inverse_square_root` by 1 / sqrt(max(k "
-        "/ decay_reference, 1)), as EDM2, ECT and sCM do, `cosine` by (1 + cos(pi k / train.total_steps)) / 2, `step` "
-        "by decay_factor at each of `decay_steps`.",
+        "/ decay_reference, 1)), as EDM2, ECT and sCM do, `cosine` by (1 + cos(pi k / K)) / 2, where K is "
+        "decay_reference or train.total_steps, `step` by decay_factor at each of `decay_steps`.",
         source="Consistency Models, appendix C",
     )
     decay_reference: Count | None = key(
         None,
-        "The step from which `inverse_square_root` falls; only with this schedule.",
+        "The step from which `inverse_square_root` falls, or at which `cosine` ends (null: train.total_steps).",
         unit="steps",
         source="papers give one for each data set",
     )
@@ -99,12 +99,13 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _schedule_has_its_keys(self) -> "Optimizer":
-        used = {"inverse_square_root": ("decay_reference",), "step": ("decay_steps", "decay_factor")}
+        needs = {"inverse_square_root": ("decay_reference",), "step": ("decay_steps", "decay_factor")}
+        may_have = {"cosine": ("decay_reference",)}
         for name in ("decay_reference", "decay_steps", "decay_factor"):
-            given, needed = bool(getattr(self, name)), name in used.get(self.schedule, ())
+            given, needed = bool(getattr(self, name)), name in needs.get(self.schedule, ())
             if needed and not given:
                 raise ValueError(f"{name}: is not set; schedule {self.schedule} needs it")
-            if given and not needed:
+            if given and not needed and name not in may_have.get(self.schedule, ()):
                 raise ValueError(f"{name}: schedule {self.schedule} does not use it; leave it out")
         if list(self.decay_steps) != sorted(set(self.decay_steps)):
             raise ValueError(f"decay_steps: {list(self.decay_steps)} must ascend")

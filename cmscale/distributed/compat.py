@@ -25,6 +25,11 @@ def rendezvous_store(*, rank: int, num_ranks: int, timeout: datetime.timedelta) 
     return store
 
 
+def default_store() -> Any:
+    """The store of the process group that `init_process_group` made."""
+    return private(dist.distributed_c10d, "_get_default_store", package="torch")()
+
+
 def process_groups() -> list[Any]:
     """Every process group of this process, those that other libraries made included."""
     world = private(dist.distributed_c10d, "_world", package="torch")

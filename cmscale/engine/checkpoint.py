@@ -1,13 +1,12 @@
 """Writes checkpoints: staged, hashed, the manifest last, and never by an older start than the run's newest."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from safetensors.torch import save_file
 from cmscale.config import Config, trajectory
 from cmscale.config.schedules import is_due
 from cmscale.distributed.collectives import all_ranks, any_rank, from_main, gather, on_main
+from cmscale.distributed.noticeboard import NoticeBoard
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine
 from cmscale.engine.export import Exporter
 from cmscale.errors import NoSpace, UserError
-from cmscale.io.durable import NO_SPACE, explained, follow_umask, replace_durably, sync_folder
+from cmscale.io.durable import NO_SPACE, explained, follow_umask, replace_durably, sync_file, sync_folder
 from cmscale.io.fetch import file_sha256
 from cmscale.runs.checkpoints import committed_steps, leftovers
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name
@@ -32,6 +32,7 @@ from cmscale.runs.log import write_event
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
 
 LOOK_SECONDS = 10.0  # between two looks for a newer start
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks whether every rank has written its part
 
 
 class CheckpointFailed(RuntimeError):
@@ -83,6 +84,7 @@ class Checkpoints:
     Args:
         generation: from `claim_generation`.
         exporter: gets the step of every committed checkpoint, on rank 0.
+        board: tells rank 0 what the ranks have written; by default that of the process group.
         before_commit: called on rank 0 before each commit: makes durable what belongs to the checkpoint.
         loaded: the state that this start read from a checkpoint, which need not be saved again.
     """
@@ -97,6 +99,7 @@ class Checkpoints:
         data_fingerprint: str,
         teacher_fingerprint: str | None = None,
         exporter: Exporter | None = None,
+        board: NoticeBoard | None = None,
         before_commit: Callable[[], None] = lambda: None,
         loaded: TrainState | None = None,
     ) -> None:
@@ -106,6 +109,7 @@ class Checkpoints:
         self._generation = generation
         self._data_fingerprint = data_fingerprint
         self._exporter = exporter
+        self._board = board or NoticeBoard()
         self._before_commit = before_commit
         self._thread: threading.Thread | None = None
         self._teacher_fingerprint = teacher_fingerprint
@@ -161,7 +165,9 @@ class Checkpoints:
             held = manifest.model_copy(update={"quantities": averages, "scalars": {}})
             kept = {name: tensors[name] for name in averages}
             folders.insert(0, self._staged(self._run.snapshot(state.step), held, kept))  # a checkpoint means it exists
-        self._thread = threading.Thread(target=self._write, args=(folders, shards.segments), name=f"save-{state.step}")
+        self._thread = threading.Thread(
+            target=self._write, args=(folders, shards.segments_by_rank), name=f"save-{state.step}"
+        )
         self._thread.start()
 
     def _staged(self, final: Path, manifest: CheckpointManifest, tensors: dict[str, torch.Tensor]) -> "_Staged":
@@ -210,15 +216,16 @@ class Checkpoints:
     def _write(
         self,
         folders: "list[_Staged]",
-        segments: tuple[Segment, ...],
+        segments: Sequence[tuple[Segment, ...]],
     ) -> None:
         """Writes the folders and commits them in their order; the last is the checkpoint."""
         began, step = time.monotonic(), folders[-1].manifest.state.step
         try:
             for staged in folders:
-                write_part(staged.folder, self._world, staged.tensors, segments)
+                written = write_part(staged.folder, self._world, staged.tensors)
+                record(self._board, staged.folder, self._world.rank, written)
             if self._world.is_main:
-                parts = [self._await_parts(staged.folder) for staged in folders]
+                parts = [self._await_parts(staged.folder, segments) for staged in folders]
                 self._before_commit()
                 for staged, its_parts in zip(folders, parts, strict=True):
                     self._commit(staged, its_parts)
@@ -230,46 +237,39 @@ class Checkpoints:
         except Exception as failure:
             error = self._newer_start() or failure  # which may have removed what this start had staged
             self._failure = error
-            with contextlib.suppress(OSError, UserError):
+            with contextlib.suppress(Exception):  # rank 0 may be gone
                 for staged in folders:
-                    part = staged.folder / rank_file(self._world.rank, self._world.num_ranks)
-                    part.unlink(missing_ok=True)  # on a full disk its space lets rank 0 learn of the error
-                for staged in folders:
-                    record(staged.folder, self._world.rank, {"error": f"{type(error).__name__}: {error}"})
+                    why = f"rank {self._world.rank}: {type(error).__name__}: {error}"
+                    self._board.fail(str(staged.folder), why)
             if self._world.is_main:
                 for staged in folders:
                     shutil.rmtree(staged.folder, ignore_errors=True)  # first: its space may be what the event needs
                 print(f"checkpoint of step {step} was not written: {error}", flush=True)
             self._report("checkpoint_failed", step, why=f"{type(error).__name__}: {error}")
 
-    def _await_parts(self, staged: Path) -> tuple[RankPart, ...]:
-        """Every rank's record, by rank.
+    def _await_parts(self, staged: Path, segments: Sequence[tuple[Segment, ...]]) -> tuple[RankPart, ...]:
+        """Every rank's part, by rank.
 
         Raises:
             RuntimeError: a rank recorded an error.
             TimeoutError: a rank recorded nothing within the collectives' time-out.
         """
+        topic, num_ranks, pause = str(staged), self._world.num_ranks, FIRST_PAUSE
         deadline = time.monotonic() + 60.0 * self._config.engine.collective_timeout_minutes
-        parts: list[RankPart] = []
-        while len(parts) < self._world.num_ranks:
-            path = record_path(staged, len(parts))
-            try:
-                recorded = json.loads(path.read_text())
-            except FileNotFoundError:
-                self._must_be_newest()
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"rank {len(parts)} has not written its part of the checkpoint") from None
-                time.sleep(0.01)
-                continue
-            if "error" in recorded:
-                raise RuntimeError(f"rank {len(parts)}: {recorded['error']}")
-            parts.append(RankPart.model_validate(recorded))
-        return tuple(parts)
+        while self._board.count(topic) < num_ranks:
+            if (why := self._board.failure(topic)) is not None:
+                raise RuntimeError(why)
+            self._must_be_newest()
+            if time.monotonic() > deadline:
+                missing = ", ".join(map(str, self._board.missing(topic, range(num_ranks))[:5]))
+                raise TimeoutError(f"rank {missing} has not written its part of the checkpoint")
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        files = map(FileEntry.model_validate_json, self._board.take(topic, num_ranks))
+        return tuple(RankPart(file=file, segments=own) for file, own in zip(files, segments, strict=True))
 
     def _commit(self, staged: "_Staged", parts: tuple[RankPart, ...]) -> None:
         """Renames a staged folder to its final name; it replaces an earlier one of the same step."""
-        for rank in range(self._world.num_ranks):
-            record_path(staged.folder, rank).unlink()
         write_manifest(staged.folder, staged.manifest.model_copy(update={"parts": parts}))
         final = staged.final
         replaced = final.with_name(f".{final.name}.replaced-{self._generation}")
@@ -287,6 +287,8 @@ class Checkpoints:
 
     def _newer_start(self) -> Fenced | None:
         """The error by which this start ends if there is a newer one; None also if storage does not tell."""
+        if self._exporter is not None and self._exporter.went_elsewhere:
+            return Fenced(self._exporter.went_elsewhere)
         try:
             self._must_be_newest()
         except Fenced as error:
@@ -337,8 +339,8 @@ class _Staged:
     tensors: dict[str, torch.Tensor]
 
 
-def write_part(staged: Path, world: World, tensors: dict[str, torch.Tensor], segments: tuple[Segment, ...]) -> None:
-    """Writes a rank's file durably, then its record."""
+def write_part(staged: Path, world: World, tensors: dict[str, torch.Tensor]) -> FileEntry:
+    """Writes a rank's file durably, with its name."""
     with explained(staged):
         staged.mkdir(parents=True, exist_ok=True)
         path = staged / rank_file(world.rank, world.num_ranks)
@@ -347,10 +349,8 @@ def write_part(staged: Path, world: World, tensors: dict[str, torch.Tensor], seg
         except SafetensorError as error:
             raise as_os_error(error) from error
         follow_umask(path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    entry = FileEntry(name=path.name, size=path.stat().st_size, sha256=file_sha256(path))
-    record(staged, world.rank, RankPart(file=entry, segments=segments).model_dump(mode="json"))
+        sync_file(path)
+    return FileEntry(name=path.name, size=path.stat().st_size, sha256=file_sha256(path))
 
 
 def as_os_error(error: SafetensorError) -> Exception:
@@ -367,14 +367,9 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def record(staged: Path, rank: int, value: dict[str, Any]) -> None:
-    """Records for rank 0 that a rank's part is written, or the error."""
-    replace_durably(record_path(staged, rank), json.dumps(value).encode())
-
-
-def record_path(staged: Path, rank: int) -> Path:
-    """The file of a rank's record while a checkpoint is staged."""
-    return staged / f"part-{rank:04d}.json"
+def record(board: NoticeBoard, staged: Path, rank: int, file: FileEntry) -> None:
+    """Tells rank 0 that a rank's part is written."""
+    board.post(str(staged), rank, file.model_dump_json())
 
 
 def write_manifest(staged: Path, manifest: CheckpointManifest) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cmscale.engine.manifest_checks import manifest_problems
 from cmscale.errors import UserError
 from cmscale.io.fetch import file_sha256, local_file
 from cmscale.io.reading import reading, reason
 from cmscale.io.storage import Storage, local_copy, open_storage
-from cmscale.runs.checkpoints import committed_steps
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
-from cmscale.runs.manifests import CheckpointManifest, RankPart, is_plain_name, read_checkpoint_manifest
+from cmscale.runs.checkpoints import committed_steps, read_manifest
+from cmscale.runs.folder import step_name
+from cmscale.runs.manifest_checks import manifest_problems
+from cmscale.runs.manifests import CheckpointManifest, RankPart
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,6 @@ def list_checkpoints(run_url: str | Path, *, within: str = "checkpoints") -> lis
     storage = open_storage(run_url)
     checkpoints = storage.sub(within)
     return [Listed(step, checkpoints.join(step_name(step))) for step in committed_steps(storage, within=within)]
-
-
-def read_manifest(storage: Storage) -> CheckpointManifest:
-    """The manifest of the checkpoint at `storage`.
-
-    Raises:
-        UserError: there is no manifest, it is damaged, or it names files outside its folder.
-    """
-    raw = storage.read_if_present(CHECKPOINT_MANIFEST)
-    if raw is None:
-        raise UserError(f"{storage.url}: no complete checkpoint there (no {CHECKPOINT_MANIFEST})")
-    manifest = read_checkpoint_manifest(raw, origin=storage.join(CHECKPOINT_MANIFEST))
-    for part in manifest.parts:
-        if not is_plain_name(part.file.name):
-            raise UserError(f"{storage.join(CHECKPOINT_MANIFEST)}: {part.file.name!r} leaves the checkpoint; refused")
-    return manifest
 
 
 def is_sealed(url: str | Path) -> bool:

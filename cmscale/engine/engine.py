@@ -16,12 +16,12 @@ from cmscale.distributed.world import World
 from cmscale.engine import backend, settings, wrappers
 from cmscale.engine.clock import ForwardClock
 from cmscale.engine.flat_space import (
+    SegmentsByRank,
     count_elements,
     flat_part_size,
     flatten,
     number_parameters,
     own_range,
-    segments_of_rank,
 )
 from cmscale.engine.float32_values import GatheredFloat32Values, copied_values
 from cmscale.engine.frozen import FrozenNetwork, Network, PartitionedNetwork
@@ -103,9 +103,9 @@ class Engine:
         if settings.is_plain(config):
             self._guard = GuardedStep(self._optimizer, clip=config.engine.gradient_clip)
         wrappers.prepare_moments(self._wrapper, self._optimizer)
-        own = partial(segments_of_rank, zero_stage=config.engine.zero_stage, part_size=self._part_size)
-        ranks = range(world.num_ranks)
-        self._segments = tuple(own(self.parameters, rank, num_ranks=world.num_ranks) for rank in ranks)
+        self._segments = SegmentsByRank(
+            self.parameters, world.num_ranks, zero_stage=config.engine.zero_stage, part_size=self._part_size
+        )
         self._float32 = self._gathered_values(self._wrapped.module)
         self._target = self._build_frozen(build_network, start) if has_target else None
         self.shards = self._build_shards()

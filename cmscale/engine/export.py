@@ -14,6 +14,8 @@ from cmscale.io.storage import Storage, local_copy
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.copies import exported_run, pending_exports
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_name
+from cmscale.runs.history import HistoryCopy
+from cmscale.runs.homes import WentElsewhere, must_be_home
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import FileEntry, read_checkpoint_manifest
 
@@ -82,11 +84,17 @@ class Exporter:
     """Copies checkpoints in a thread of its own. A failure is said, recorded and tried again, and never raised.
 
     It first ends the unfinished uploads of a killed start, and copies what earlier starts left. One per run, on rank 0.
+    The run's history is copied before each checkpoint, so that another folder can continue the run from its exports.
+
+    Attributes:
+        went_elsewhere: Why this folder may export nothing more, if the run was continued in another one.
     """
 
     def __init__(self, run: RunDir, export_to: str, *, retry_seconds: float = 60.0) -> None:
         self._run = run
         self._export_to = export_to
+        self._history = HistoryCopy(run)
+        self.went_elsewhere = ""
         self._retry_seconds = retry_seconds
         self._waiting = set(committed_steps(run))
         self._lost: set[int] = set()
@@ -154,15 +162,20 @@ class Exporter:
         """Copies all that waits. Returns the first error; a checkpoint that can't be copied holds up no other."""
         try:
             storage = exported_run(self._run, self._export_to)
+            must_be_home(storage, self._run)
             if not self._scanned:
                 storage.abort_uploads()
                 self._forget(self._present(storage))
                 self._scanned = True
         except Exception as error:
+            if isinstance(error, WentElsewhere):
+                self.went_elsewhere = str(error)
             return self._failed(-1, error)
         first = None
         for step in sorted(self.waiting()):
             try:
+                must_be_home(storage, self._run)
+                self._history.update(storage)
                 self._copy(step, storage.sub(f"checkpoints/{step_name(step)}"))
             except Exception as error:
                 self._failed(step, error, say=first is None)

@@ -4,14 +4,13 @@ The parameters follow each other in model order, without padding. Checkpoints na
 space, so that any world size and ZeRO stage reads what any other wrote.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cmscale.runs.manifests import Parameter, Segment
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,38 @@ def own_range(parameter: Parameter, rank: int, *, num_ranks: int) -> tuple[int, 
     return min(rank * share, numel), min((rank + 1) * share, numel)
 
 
+@dataclass(frozen=True)
+class SegmentsByRank(Sequence[tuple[Segment, ...]]):
+    """`segments_of_rank` of every rank, computed when asked for: those of thousands of ranks would fill gigabytes."""
+
+    parameters: tuple[Parameter, ...]
+    num_ranks: int
+    zero_stage: int
+    part_size: int
+
+    def __len__(self) -> int:
+        return self.num_ranks
+
+    def __getitem__(self, rank: Any) -> Any:
+        if isinstance(rank, slice):
+            return tuple(self[each] for each in range(*rank.indices(self.num_ranks)))
+        if not -self.num_ranks <= rank < self.num_ranks:
+            raise IndexError(rank)
+        return segments_of_rank(
+            self.parameters,
+            rank % self.num_ranks,
+            num_ranks=self.num_ranks,
+            zero_stage=self.zero_stage,
+            part_size=self.part_size,
+        )
+
+
 def segments_of_rank(
     parameters: tuple[Parameter, ...], rank: int, *, num_ranks: int, zero_stage: int, part_size: int
 ) -> tuple[Segment, ...]:
     """The runs of the flat space that a rank saves: one in stages 0 to 2, one per parameter in stage 3."""
-    total = count_elements(parameters)
+    last = parameters[-1]
+    total = last.offset + torch.Size(last.shape).numel()
     if zero_stage < 3:
         runs = [(rank * part_size, min((rank + 1) * part_size, total))]
     else:

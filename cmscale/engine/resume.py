@@ -11,12 +11,13 @@ from cmscale.distributed.collectives import from_main, gather, on_main
 from cmscale.distributed.world import World
 from cmscale.engine.checkpoint_reader import FlatReader, part_problems, read_manifest
 from cmscale.engine.engine import Engine
-from cmscale.engine.manifest_checks import NOT_SEALED, manifest_problems
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
 from cmscale.runs.checkpoints import named_steps
-from cmscale.runs.folder import RunDir, step_of
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_of
+from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import read_lines, write_event
+from cmscale.runs.manifest_checks import NOT_SEALED, manifest_problems
 from cmscale.runs.manifests import CheckpointManifest, Parameter, TrainState
 
 
@@ -51,8 +52,6 @@ def newest(
             losses) or another data set.
     """
     folders = from_main(on_main(lambda: [run.checkpoint(step) for step in reversed(named_steps(run))]))
-    if forbidden := from_main(on_main(partial(_forbidden, folders))):
-        raise UserError(f"{forbidden}: not allowed to read it; ask its owner for chmod -R g+rX, or run as its owner")
     problems: list[str] = []
     for number, folder in enumerate(folders):
         problems = _problems(folder, world) or _of_another_run(folder, run, config, parameters)
@@ -72,11 +71,15 @@ def newest(
             f"{run.checkpoints}: none of the {len(folders)} checkpoints is valid ({problems[0]}); "
             "repair one, or start again from step 0 with --fresh"
         )
-    if not folders and not fresh and any(True for _ in read_lines(run.metrics)):
-        raise UserError(
-            f"{run.checkpoints}: no checkpoint there, though {run.metrics} has steps of this run; "
-            "copy one back, or start again from step 0 with --fresh"
-        )
+    if not folders and not fresh:
+        began = f"{run.metrics} has steps of this run" if any(True for _ in read_lines(run.metrics)) else ""
+        if lineage := read_lineage(run):
+            began = f"the run is a branch of {lineage}"
+        if began:
+            raise UserError(
+                f"{run.checkpoints}: no checkpoint there, though {began}; "
+                "copy one back, or start again from step 0 with --fresh"
+            )
     return None
 
 
@@ -91,17 +94,6 @@ def restore(found: Found, engine: Engine) -> TrainState:
         raise UserError(f"{found.folder}: holds another network or other averages than the config describes")
     engine.restore(FlatReader(found.folder, manifest), manifest.scalars)
     return manifest.state
-
-
-def _forbidden(folders: list[Path]) -> str | None:
-    """A file or folder that this user may not read: such a checkpoint is not damaged, and must not be passed over."""
-    for folder in folders:
-        if not os.access(folder, os.R_OK | os.X_OK):
-            return str(folder)
-        for path in sorted(folder.iterdir()):
-            if path.exists() and not os.access(path, os.R_OK):
-                return str(path)
-    return None
 
 
 def _of_another_run(folder: Path, run: RunDir, config: Config, parameters: Sequence[Parameter] | None) -> list[str]:
@@ -130,17 +122,37 @@ def _set_aside(folders: list[Path]) -> None:
 
 
 def _problems(folder: Path, world: World) -> list[str]:
-    """What is wrong with a checkpoint, the same on all ranks; each rank reads a share of the files. Collective."""
+    """What is wrong with a checkpoint, the same on all ranks; each rank reads a share of the files. Collective.
+
+    Raises:
+        UserError: this user may not read it: such a checkpoint is not damaged, and must not be passed over.
+    """
     storage = LocalStorage(folder)
     found: list[str] = []
-    try:
-        manifest = read_manifest(storage)
-        found += manifest_problems(manifest, origin=storage.url)
-        for part in manifest.parts[world.rank :: world.num_ranks]:
-            found += part_problems(storage, manifest, part)
-    except (UserError, OSError) as error:
-        found.append(str(error))
-    return [problem for problems in gather(found) for problem in problems]
+    forbidden = _forbidden(folder, folder / CHECKPOINT_MANIFEST)
+    if forbidden is None:
+        try:
+            manifest = read_manifest(storage)
+            found += manifest_problems(manifest, origin=storage.url) if world.is_main else []
+            share = manifest.parts[world.rank :: world.num_ranks]
+            forbidden = _forbidden(*(folder / part.file.name for part in share))
+            for part in share if forbidden is None else ():
+                found += part_problems(storage, manifest, part)
+        except (UserError, OSError) as error:
+            found.append(str(error))
+    reports = gather((found, forbidden))
+    if named := next((path for _, path in reports if path), None):
+        raise UserError(f"{named}: not allowed to read it; ask its owner for chmod -R g+rX, or run as its owner")
+    return [problem for problems, _ in reports for problem in problems]
+
+
+def _forbidden(*paths: Path) -> str | None:
+    """The first of files or folders that is there and that this user may not read."""
+    for path in paths:
+        needed = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+        if path.exists() and not os.access(path, needed):
+            return str(path)
+    return None
 
 
 def _must_continue(found: Found, config: Config, *, data_fingerprint: str) -> None:

@@ -1,6 +1,6 @@
 """Holds this rank's elements of the flat fp32 space: views of masters and moments, the EMAs, the target."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -8,8 +8,8 @@ import torch
 from cmscale.config.averages import power_rate
 from cmscale.config.schedules import ScheduleValues
 from cmscale.distributed.compat import all_gather_flat
-from cmscale.engine.flat_space import MOMENTS, Piece, count_elements
-from cmscale.runs.manifests import Parameter, Segment
+from cmscale.engine.flat_space import Piece, count_elements
+from cmscale.runs.manifests import MOMENTS, Parameter, Segment
 
 
 class Read(Protocol):
@@ -30,7 +30,7 @@ class FlatShards:
         parameters: tuple[Parameter, ...],
         pieces: list[Piece],
         *,
-        segments_by_rank: tuple[tuple[Segment, ...], ...],
+        segments_by_rank: Sequence[tuple[Segment, ...]],
         rank: int,
         ema_rates: Mapping[str, float],
         power_exponents: Mapping[str, float] | None = None,

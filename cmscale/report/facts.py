@@ -11,6 +11,7 @@ from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
 from cmscale.io.reading import read_regular
 from cmscale.runs.folder import RunDir, step_of
+from cmscale.runs.lineage import Lineage, read_lineage
 from cmscale.runs.log import latest_metrics, read_lines
 from cmscale.runs.results import EvaluationResult, read_evaluations
 
@@ -32,6 +33,7 @@ class RunFacts:
         events: events.jsonl in the order written.
         evaluations: By step, weights and network evaluations; `unreadable` has one line per file that is not valid.
         grids: (step, file) of the sample grids, by step.
+        lineage: The checkpoint of another run that the run began with; None if it is no branch.
         consistency: The results of `cmscale consistency-error`, by step; of one step by number of images, then by date.
     """
 
@@ -44,6 +46,7 @@ class RunFacts:
     unreadable: list[str]
     grids: list[tuple[int, Path]]
     provenance: dict[str, Any]
+    lineage: Lineage | None
     consistency: list[dict[str, Any]]
 
     @property
@@ -111,6 +114,7 @@ def read_facts(run: RunDir) -> RunFacts:
         unreadable=unreadable,
         grids=[(step_of(path.stem), path) for path in sorted(run.samples.glob(f"step-{'[0-9]' * 9}.png"))],
         provenance=provenance if isinstance(provenance, dict) else {},
+        lineage=read_lineage(run),
         consistency=sorted(
             (found for _, found in consistency if _is_of_step(found)),
             key=lambda each: (each["step"], each["num_samples"], str(each.get("date") or "")),

@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
 from cmscale.io.storage import Storage, open_storage
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
+from cmscale.runs.manifests import CheckpointManifest, is_plain_name, read_checkpoint_manifest
 
 _STEP_FOLDER = re.compile(r"step-(\d{9})")
 _LEFTOVER = re.compile(r"\.step-(\d{9})\.(start-\d+\.save|replaced|removed)-\d+")
@@ -32,6 +34,22 @@ def committed_steps(run: RunDir | Storage | str | Path, *, within: str = "checkp
         keys = [entry.key.partition("/") for entry in checkpoints.list("step-")]
         names = [name for name, _, rest in keys if rest == CHECKPOINT_MANIFEST]
     return _steps(names)
+
+
+def read_manifest(storage: Storage) -> CheckpointManifest:
+    """The manifest of the checkpoint at `storage`.
+
+    Raises:
+        UserError: there is no manifest, it is damaged, or it names files outside its folder.
+    """
+    raw = storage.read_if_present(CHECKPOINT_MANIFEST)
+    if raw is None:
+        raise UserError(f"{storage.url}: no complete checkpoint there (no {CHECKPOINT_MANIFEST})")
+    manifest = read_checkpoint_manifest(raw, origin=storage.join(CHECKPOINT_MANIFEST))
+    for part in manifest.parts:
+        if not is_plain_name(part.file.name):
+            raise UserError(f"{storage.join(CHECKPOINT_MANIFEST)}: {part.file.name!r} leaves the checkpoint; refused")
+    return manifest
 
 
 def named_steps(run: RunDir) -> list[int]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKPOINT_MANIFEST = "manifest.json"
+EXPORTED_HOMES = "homes"
+"""The folder in a run's exports that says where the run trains."""
 _NAMED_TIMES = 4  # of a sampler in a file's name, which file systems limit to 255 bytes
 _KEY_LENGTH = 12  # hex digits
 
@@ -13,6 +15,11 @@ _KEY_LENGTH = 12  # hex digits
 def step_name(step: int) -> str:
     """`step-000000500`, the name of a step in every folder; names sort by step."""
     return f"step-{step:09d}"
+
+
+def exported_home(number: int) -> str:
+    """`homes/000001.json`, the record of the first folder in which an exported run trained."""
+    return f"{EXPORTED_HOMES}/{number:06d}.json"
 
 
 def step_of(name: str) -> int:
@@ -55,6 +62,11 @@ class RunDir:
     def placement(self) -> Path:
         """Where the newest job of the run was sent."""
         return self.root / "placement.json"
+
+    @property
+    def home(self) -> Path:
+        """What tells this folder apart from others that continue the same exported run."""
+        return self.root / "home.json"
 
     @property
     def provenance(self) -> Path:

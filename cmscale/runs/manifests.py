@@ -16,6 +16,8 @@ from cmscale.io.image_files import Exif
 from cmscale.io.storage import Storage
 
 DATASET_MANIFEST = "manifest.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The quantities of a checkpoint that belong to the optimizer."""
 
 
 class Document(BaseModel):

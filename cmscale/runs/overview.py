@@ -23,6 +23,7 @@ from cmscale.io.slurm import ACTIVE_STATES, job_states
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.comparison import best_of, describe_basis
 from cmscale.runs.folder import RunDir
+from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import read_lines, state_of
 from cmscale.runs.results import read_evaluations
 
@@ -56,6 +57,7 @@ class Overview:
         known_by: How the state is known, in words.
         age_seconds: Since the first start.
         quiet_seconds: Since anything was written last.
+        branch_of: The checkpoint that a branch began with, `RUN@STEP`.
         problems: What could not be read, one line each.
     """
 
@@ -73,6 +75,7 @@ class Overview:
     eta_seconds: float | None
     loss: float | None
     best: Best | None
+    branch_of: str | None
     problems: tuple[str, ...]
 
 
@@ -87,7 +90,7 @@ class _Life:
 
 def runs_in(folder: Path) -> list[RunDir]:
     """The runs in a folder of runs, by name."""
-    return [RunDir(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
+    return [RunDir(path.parent) for path in sorted(folder.glob("[!.]*/config.yaml"))]
 
 
 def overview(run: RunDir, *, now: float | None = None) -> Overview:
@@ -122,6 +125,7 @@ def overview(run: RunDir, *, now: float | None = None) -> Overview:
         eta_seconds=max(total - step, 0) / rate if rate and total and state == "running" else None,
         loss=_number(metrics[-1], "loss") if metrics else None,
         best=_best(run, problems),
+        branch_of=str(lineage) if (lineage := read_lineage(run)) else None,
         problems=tuple(problems),
     )
 

@@ -34,17 +34,20 @@ class PreflightFailed(RuntimeError):
 def check(config: Config, run: RunDir, world: World) -> None:
     """Checks device, memory, storage, equal versions, a shared run folder, and a collective. Collective.
 
+    What a node's ranks share is checked by its first rank, as thousands of them would load the file system for nothing.
+
     Raises:
         PreflightFailed: on every rank, with the first problem; on ranks without a problem a few seconds later.
     """
     problems: list[str] = []
-    for one_check in (check_device, check_memory, check_storage):
+    of_node = (check_storage,) if world.rank_of_node == 0 else ()
+    for one_check in (check_device, check_memory, *of_node):
         problems += _problem(one_check, run, world)
-    reports = gather((problems, versions(config)))
+    reports = gather((problems, versions(config, with_source=world.rank_of_node == 0)))
     found = [(rank, problem) for rank, (reported, _) in enumerate(reports) for problem in reported]
     expected = reports[0][1]
     for rank, (_, installed) in enumerate(reports):
-        different = [name for name in expected if installed[name] != expected[name]]
+        different = [name for name in expected if installed.get(name, expected[name]) != expected[name]]
         if different:
             name = different[0]
             found.append((rank, f"{name} is {installed[name]}, but {expected[name]} on rank 0"))
@@ -54,7 +57,8 @@ def check(config: Config, run: RunDir, world: World) -> None:
     if world.is_main:
         shared.touch()
     barrier()
-    collective = gather(_problem(check_shared, shared, world) + _problem(check_collective, run, world))
+    unseen = _problem(check_shared, shared, world) if world.rank_of_node == 0 else []
+    collective = gather(unseen + _problem(check_collective, run, world))
     if world.is_main:
         shared.unlink(missing_ok=True)
     _raise_first([(rank, problem) for rank, reported in enumerate(collective) for problem in reported], world)
@@ -117,18 +121,21 @@ def check_collective(_: RunDir, world: World) -> None:
         raise RuntimeError(f"the sum of 1 over {world.num_ranks} ranks is {float(ones.mean())}")
 
 
-def versions(config: Config) -> dict[str, str]:
-    """What must be equal on every rank: Python, packages, cmscale's source, the run's config."""
+def versions(config: Config, *, with_source: bool = True) -> dict[str, str]:
+    """What must be equal on every rank: Python, packages, the run's config and, on request, cmscale's source."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
-    source = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        source.update(path.read_bytes())
-    return found | {"cmscale's source": source.hexdigest()[:12], "config.yaml": config.fingerprint()[:12]}
+    found["config.yaml"] = config.fingerprint()[:12]
+    if with_source:
+        source = hashlib.sha256()
+        for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+            source.update(path.read_bytes())
+        found["cmscale's source"] = source.hexdigest()[:12]
+    return found
 
 
 def _problem(one_check: Callable[..., None], *arguments: object) -> list[str]:

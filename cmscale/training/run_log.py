@@ -13,6 +13,7 @@ from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
+from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState
 from cmscale.training.wandb_mirror import MetricsLog
@@ -38,6 +39,9 @@ class RunLog:
             self._event("caution", state, why=caution)
         origin = self._config.train.init_from
         why = f"first weights from {origin}" if origin and not state.step else ""
+        lineage = read_lineage(self._run) if self._world.is_main else None
+        if lineage is not None and lineage.step == state.step:
+            why = f"branch of {lineage}"
         self._event("resumed" if state.step else "start", state, why=why)
 
     def stepped(

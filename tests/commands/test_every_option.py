@@ -85,6 +85,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(mask).save(folder / "mask.png")
     (folder / "features.pth").write_bytes(b"PK\x03\x04")
     (folder / "launch.yaml").write_text(CONFIG.format(data=dataset(folder / "launch_data")))
+    branched = write_trained_run(folder / "branched", data=folder / "data")
+    write_checkpoint(branched, parse_config(branched.config.read_text()), step=3)
     return folder
 
 

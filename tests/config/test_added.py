@@ -42,7 +42,9 @@ def older(config: Config) -> dict:
 def without_added(values: dict, kind: str) -> dict:
     """A trajectory as a manifest of such a release has it."""
     later = {key for key, of_kind in ADDED.items() if kind in of_kind or EVERY_METHOD in of_kind}
-    return {key: value for key, value in values.items() if key not in later}
+    length = values.get("method.schedule_steps")
+    total = {} if length is None else {"train.total_steps": length}
+    return {key: value for key, value in values.items() if key not in later} | total
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -59,6 +61,18 @@ def test_a_run_of_an_older_release_goes_on_as_it_was(kind: str):
     assert parse_config(dump_config(run), resolved=True) == run
 
 
+def test_what_counts_is_the_length_of_a_schedule_wherever_it_is_written():
+    text = TEXT.replace("METHOD", METHODS["ct"])
+    run = trajectory(parse_config(text))
+    assert differences(run, trajectory(parse_config(text, ["train.total_steps=20", "method.schedule_steps=10"]))) == []
+    longer = trajectory(parse_config(text, ["train.total_steps=20"]))
+    assert differences(run, longer) == ["method.schedule_steps: 10 -> 20"]
+    cosine = trajectory(parse_config(TEXT.replace("METHOD", METHODS["edm"]), ["optimizer.schedule=cosine"]))
+    older = {key: value for key, value in cosine.items() if key != "optimizer.decay_reference"}
+    assert differences(older | {"train.total_steps": 10}, cosine) == []
+    assert differences(older | {"train.total_steps": 20}, cosine) == ["optimizer.decay_reference: 20 -> 10"]
+
+
 def test_new_runs_get_the_defaults_and_differ_from_older_ones_by_name():
     new = parse_config(TEXT.replace("METHOD", METHODS["scd"]))
     assert (new.method.tangent, new.model.precision_layout) == ("auto", "released")
@@ -70,7 +84,7 @@ def test_new_runs_get_the_defaults_and_differ_from_older_ones_by_name():
 
 def test_keys_at_their_older_value_are_left_out_of_hashes():
     run = parse_config(yaml.safe_dump(older(parse_config(TEXT.replace("METHOD", METHODS["ect"])))), resolved=True)
-    assert added_at_older_value("method", run.method.model_dump(mode="json")) == {"weighting"}
+    assert added_at_older_value("method", run.method.model_dump(mode="json")) == {"schedule_steps", "weighting"}
     values = run.model.model_dump(mode="json")
     later = {"dropout_resolutions", "precision_layout", "noise_embedding_scale"}
     assert added_at_older_value("model", values) == later

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from cmscale.config import CT, ECT, ICT, PD, Optimizer, schedules
+from cmscale.config import CT, ECT, ICT, PD, Method, Optimizer, schedules
 from cmscale.config.methods import ct, ect, ict, pd
 
 CASES = [(2, 150, 1_000_000), (2, 200, 800_000), (2, 150, 300), (10, 30, 977), (3, 3, 50)]
@@ -132,6 +132,23 @@ def test_each_method_gets_what_its_loss_reads():
     assert (values.num_scales, values.stage) == (None, 4)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        CT(kind="ct", schedule_steps=40),
+        ICT(kind="ict", schedule_steps=40),
+        ECT(kind="ect", teacher="t", schedule_steps=40),
+        PD(kind="pd", teacher="t", start_scales=4, schedule_steps=40),
+    ],
+)
+def test_a_schedule_of_its_own_length_does_not_depend_on_the_runs_and_stays_at_its_end(method: Method):
+    alone = method.model_copy(update={"schedule_steps": None})
+    found = [schedules.for_method(method, step, learning_rate=1.0, total_steps=100) for step in range(60)]
+    assert found == [schedules.for_method(alone, step, learning_rate=1.0, total_steps=40) for step in range(60)]
+    last = {(values.num_scales, values.stage, values.ends_stage) for values in found[40:]}
+    assert len(last) == 1
+
+
 @pytest.mark.parametrize("kind", ["ct", "ict"])
 def test_a_grid_that_would_shrink_is_refused(kind: str):
     with pytest.raises(ValueError, match="s0: 20 must not be above s1, 10"):
@@ -159,6 +176,12 @@ def test_the_inverse_square_root_is_constant_up_to_its_reference():
 def test_the_cosine_falls_from_the_rate_to_0_over_the_run():
     found = rates(100, schedule="cosine")
     assert found == pytest.approx([1 + math.cos(math.pi * k / 100) for k in range(100)], rel=1e-15)
+
+
+def test_a_cosine_of_its_own_length_ends_there_and_stays():
+    found = rates(100, schedule="cosine", decay_reference=50)
+    assert found[:50] == rates(50, schedule="cosine")
+    assert found[50:] == [0.0] * 50
 
 
 def test_steps_multiply_the_rate_at_each_listed_step():

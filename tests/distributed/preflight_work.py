@@ -17,8 +17,8 @@ def look(folder: str) -> None:
     preflight.PEERS_SECONDS = 0.05
     original = preflight.versions
 
-    def other_torch(config: object) -> dict[str, str]:
-        found = original(config)  # pyright: ignore[reportArgumentType]
+    def other_torch(config: object, *, with_source: bool) -> dict[str, str]:
+        found = original(config, with_source=with_source)  # pyright: ignore[reportArgumentType]
         return found | ({"torch": "1.0"} if world.rank == 1 else {"torch": "2.0"})
 
     def wrong_sum(run: RunDir, own: object) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from flat_state import StandIn, flat_config, ranks_of
+from torch.distributed import FileStore
 
+from cmscale.distributed.noticeboard import NoticeBoard
 from cmscale.distributed.world import World
 from cmscale.engine import checkpoint
 from cmscale.runs.folder import RunDir
@@ -74,7 +76,8 @@ def _forked(run: RunDir, world: World, generation: int, point: str | None) -> in
 
 def save(run: RunDir, world: World, generation: int, *, step: int) -> None:
     config = flat_config("engine.collective_timeout_minutes=0.02")
-    writer = checkpoint.Checkpoints(run, config, world, generation=generation, data_fingerprint="data")
+    board = NoticeBoard(FileStore(str(run.root / "notes"), -1))  # the ranks are forks without a process group
+    writer = checkpoint.Checkpoints(run, config, world, generation=generation, data_fingerprint="data", board=board)
     state = StandIn(world.rank, world.num_ranks, seed=step)
     writer.save(TrainState(step=step, cursor=8 * step), state)  # pyright: ignore[reportArgumentType]
     writer.wait()

@@ -8,6 +8,7 @@ from cmscale.config.schedules import ScheduleValues
 from cmscale.engine import flat_space
 from cmscale.engine.checkpoint_reader import by_name
 from cmscale.engine.flat_space import flatten
+from cmscale.runs.manifests import MOMENTS
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -61,7 +62,7 @@ def test_starting_over_keeps_the_masters_and_nothing_else(zero_stage: int) -> No
     state.shards.start_over()
     for name in ("master", "target", "ema_0.9", "ema_0.5"):
         assert torch.equal(state.shards.local(name), before)
-    assert not any(state.shards.local(name).any() for name in flat_space.MOMENTS)
+    assert not any(state.shards.local(name).any() for name in MOMENTS)
     assert torch.equal(state.published, before)
 
 

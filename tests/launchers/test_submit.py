@@ -17,6 +17,7 @@ from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code
 from launchers import submit
+from launchers.beginning import resumed_config
 from launchers.checks import check_export, check_inputs
 from launchers.clusters.local import LocalMachine
 from launchers.command_line import parse_time
@@ -186,20 +187,20 @@ class TestResume:
         return run
 
     def test_operational_values_may_change(self, run: RunDir):
-        config = submit.resumed_config(run, None, ["train.micro_batch_size=4", "engine.zero_stage=1"])
+        config = resumed_config(run, None, ["train.micro_batch_size=4", "engine.zero_stage=1"])
         assert (config.train.micro_batch_size, config.engine.zero_stage) == (4, 1)
 
     @pytest.mark.parametrize("override", ["train.seed=5", "train.global_batch_size=16", "method.p_mean=-1.0"])
     def test_values_that_move_losses_are_refused_with_the_difference(self, run: RunDir, override: str):
         key, _, value = override.partition("=")
         with pytest.raises(UserError, match=rf"{key}: \S+ -> {value}"):
-            submit.resumed_config(run, None, [override])
+            resumed_config(run, None, [override])
 
     def test_another_config_file_is_refused_with_the_difference(self, run: RunDir, config_file: Path):
         other = config_file.with_name("other.yaml")
         other.write_text(config_file.read_text().replace("channels: 32", "channels: 64"))
         with pytest.raises(UserError, match=r"model\.channels: 32 -> 64"):
-            submit.resumed_config(run, str(other), [])
+            resumed_config(run, str(other), [])
 
     def test_a_run_that_another_launcher_runs_is_refused_and_left_as_it_is(
         self, run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -84,7 +84,14 @@ def write_trained_run(
     return run
 
 
-def write_checkpoint(run: RunDir, config: Config, *, step: int) -> None:
+def write_checkpoint(
+    run: RunDir,
+    config: Config,
+    *,
+    step: int,
+    data_fingerprint: str = "data",
+    scalars: dict[str, float] | None = None,
+) -> None:
     """Writes a checkpoint of one rank."""
     with torch.device("meta"):
         parameters = number_parameters(build_unet(config.model))
@@ -105,7 +112,8 @@ def write_checkpoint(run: RunDir, config: Config, *, step: int) -> None:
         config_fingerprint=config.fingerprint(),
         config=config.model_dump(mode="json"),
         trajectory=trajectory(config),
-        data_fingerprint="data",
+        data_fingerprint=data_fingerprint,
+        scalars=scalars or {},
         quantities=tuple(quantities),
         parameters=parameters,
         num_elements=total,

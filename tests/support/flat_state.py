@@ -7,7 +7,7 @@ from cmscale.config.averages import power_exponent, power_name
 from cmscale.distributed.world import World
 from cmscale.engine import flat_space
 from cmscale.engine.shards import FlatShards, Read
-from cmscale.runs.manifests import Parameter
+from cmscale.runs.manifests import MOMENTS, Parameter
 
 SHAPES = {"a.weight": (3, 5), "a.bias": (3,), "b.weight": (2, 2, 2), "b.bias": ()}
 
@@ -64,10 +64,7 @@ class StandIn:
         pieces = [
             flat_space.Piece(
                 s.start,
-                {
-                    name: self.whole[name][s.start : s.start + s.length].clone()
-                    for name in ("master", *flat_space.MOMENTS)
-                },
+                {name: self.whole[name][s.start : s.start + s.length].clone() for name in ("master", *MOMENTS)},
             )
             for s in segments[rank]
         ]

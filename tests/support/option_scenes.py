@@ -153,6 +153,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "resume": ("--resume", "{in}/launched"),
         "fresh": ("--fresh",),
         "take_over": ("--take-over",),
+        "branch": ("--branch", "{in}/branched"),
         "evaluate_every": ("--evaluate-every", "1000"),
         "items": ("train.seed=5",),
     },
@@ -353,20 +354,27 @@ SCENES = [
         "of a new run",
         "submit",
         (*_LOCAL, "--name", "one", "--runs-dir", "{out}/runs", "{in}/launch.yaml"),
-        frozenset({"nodes", "partition", "fresh", "take_over", "resume"}),  # --name is given
+        frozenset({"nodes", "partition", "fresh", "take_over", "resume", "branch"}),  # --name and a config are given
+    ),
+    Scene(
+        "of a branch",
+        "submit",
+        (*_LOCAL, "--dry-run", "--name", "one", "--branch", "{in}/branched"),
+        frozenset({"nodes", "partition", "fresh", "take_over", "resume"}),
+        values={"branch": ("--branch", "{in}/branched@3")},
     ),
     Scene(
         "of a run again",
         "submit",
         (*_LOCAL, "--resume", "{out}/launched"),
-        frozenset({"nodes", "partition", "name", "runs_dir"}),
+        frozenset({"nodes", "partition", "name", "runs_dir", "branch"}),
         values={"resume": ("--resume", "{out}/again"), "items": ("train.log_every=7",)},
     ),
     Scene(
         "on Slurm",
         "submit",
         ("--cluster", "slurm", "--dry-run", "--name", "one", "--runs-dir", "{out}/runs", "{in}/launch.yaml"),
-        frozenset({"fresh", "take_over", "resume"}),
+        frozenset({"fresh", "take_over", "resume", "branch"}),
         values={"items": ("slurm.account=us",)},
     ),
     Scene(

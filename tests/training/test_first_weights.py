@@ -29,6 +29,9 @@ METHODS = {
     "ct": "kind: ct",
     "ict": "kind: ict",
     "scd": "kind: scd, teacher: TEACHER",
+    "ect": "kind: ect",
+    "pd": "kind: pd",
+    "sct": "kind: sct, start: teacher",
 }
 
 
@@ -87,9 +90,16 @@ def test_every_method_starts_from_them_even_where_it_has_a_teacher(folder: Path,
     network = network_builder(given)()
     network.load_state_dict({**network.state_dict(), **found})
     assert all(torch.equal(network.state_dict()[name], expected[name]) for name in expected)
-    without = config(folder, method)
+    alone = METHODS[method] if "TEACHER" in METHODS[method] or not given.method.needs_first_weights else None
+    without = config(folder, alone or f"{METHODS[method]}, teacher: x")
     assert first_weights(without, teacher=teacher) is teacher
     assert without.fingerprint() == given.fingerprint()  # a resumed run reads them no more
+
+
+def test_a_method_that_starts_with_trained_weights_is_refused_without_any(folder: Path) -> None:
+    for method in ("ect", "pd", "sct"):
+        with pytest.raises(UserError, match=rf"method.teacher: method.kind {method} starts with trained weights; set"):
+            config(folder, method)
 
 
 def test_what_can_be_no_first_weights_is_refused_before_and_in_the_job(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cmscale.config.section import Positive, Section, key, operational
+from cmscale.config.section import Count, Positive, Section, key, operational
 
 DistanceName = Literal["l1", "l2", "lpips", "pseudo_huber"]
 Convention = Literal["paper", "released_code"]
@@ -38,7 +38,7 @@ class MethodFacts:
         sampler: `ode` solves the probability flow, `euler` takes the Euler steps the model was distilled for,
             `multistep` is algorithm 1 of Consistency Models.
         boundary_at_zero: Whether f is the identity at time 0; otherwise at sigma_min.
-        depends_on_total_steps: Whether train.total_steps changes the losses (through a schedule).
+        depends_on_total_steps: Whether the number of steps changes the losses, through a schedule: see `Scheduled`.
     """
 
     title: str
@@ -174,6 +174,11 @@ class MethodSection(Section, ABC):
         return "a diffusion model (edm)"
 
     @property
+    def needs_first_weights(self) -> bool:
+        """Whether a new student must have trained weights, its teacher's or those of `train.init_from`."""
+        return False
+
+    @property
     @abstractmethod
     def distance_settings(self) -> DistanceSettings | None:
         """The distance that the loss uses; None if it uses none of `consistency/distance.py`."""
@@ -215,7 +220,11 @@ class MethodSection(Section, ABC):
 
     @abstractmethod
     def schedule(self, step: int, *, total_steps: int) -> MethodSchedule:
-        """What the method schedules at `step` (0 is the first) of `total_steps`."""
+        """What the method schedules at `step` (0 is the first) of `total_steps`, which is `schedule_length`."""
+
+    def schedule_length(self, total_steps: int) -> int:
+        """K, the number of steps over which `schedule` runs: that of the run if the method has no key for it."""
+        return total_steps
 
     @property
     def smallest_gap(self) -> float | None:
@@ -237,6 +246,24 @@ class MethodSection(Section, ABC):
     def boundary(self) -> float:
         """The smallest time, at which a consistency function is the identity."""
         return 0.0 if self.facts.boundary_at_zero else self.sigma_min
+
+
+class Scheduled(MethodSection):
+    """A method with a schedule over K steps: `schedule_steps`, or null for train.total_steps.
+
+    Later steps keep the schedule's last values, so that a run can be longer than its schedule.
+    """
+
+    schedule_steps: Count | None = key(
+        None,
+        "K, the number of steps over which the method's schedules run: N(k), mu(k), stages. Later steps keep the last "
+        "values. null: train.total_steps.",
+        unit="steps",
+        source="the papers' K is the length of training",
+    )
+
+    def schedule_length(self, total_steps: int) -> int:
+        return self.schedule_steps or total_steps
 
 
 class WithoutTeacher(MethodSection):

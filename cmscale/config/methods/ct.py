@@ -15,6 +15,7 @@ from cmscale.config.methods.base import (
     MethodSchedule,
     OnSigma,
     SampledInOneStep,
+    Scheduled,
     SecondTime,
     WithoutForwardMode,
     WithoutTeacher,
@@ -23,7 +24,7 @@ from cmscale.config.methods.base import (
 from cmscale.config.section import key
 
 
-class CT(WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
+class CT(Scheduled, WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Consistency training (algorithm 3)."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(

@@ -18,6 +18,7 @@ from cmscale.config.methods.base import (
     MethodSchedule,
     OnSigma,
     SampledInOneStep,
+    Scheduled,
     SecondTime,
     TeacherChoice,
     WithoutForwardMode,
@@ -25,7 +26,7 @@ from cmscale.config.methods.base import (
 from cmscale.config.section import Count, Positive, key, operational
 
 
-class ECT(OnSigma, SampledInOneStep, WithoutForwardMode):
+class ECT(Scheduled, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Easy consistency tuning (Geng et al. 2024), from a diffusion model."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -43,7 +44,7 @@ class ECT(OnSigma, SampledInOneStep, WithoutForwardMode):
     )
 
     kind: Literal["ect"]
-    teacher: str = operational(..., TEACHER)
+    teacher: str | None = operational(None, f"{TEACHER} null: train.init_from names the first weights.")
     teacher_weights: str | None = TEACHER_WEIGHTS
     p_mean: float = key(-1.1, "Mean of ln t, the logarithm of the times of training.", source="ECT, CIFAR-10")
     p_std: Positive = key(2.0, "Standard deviation of ln t.", source="ECT, CIFAR-10")
@@ -63,8 +64,12 @@ class ECT(OnSigma, SampledInOneStep, WithoutForwardMode):
     huber_c: Annotated[float, Field(ge=0)] | None = HUBER_C
 
     @property
-    def teacher_choice(self) -> TeacherChoice:
-        return TeacherChoice(self.teacher, self.teacher_weights)
+    def teacher_choice(self) -> TeacherChoice | None:
+        return None if self.teacher is None else TeacherChoice(self.teacher, self.teacher_weights)
+
+    @property
+    def needs_first_weights(self) -> bool:
+        return True
 
     @property
     def distance_settings(self) -> DistanceSettings:

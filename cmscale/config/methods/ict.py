@@ -13,6 +13,7 @@ from cmscale.config.methods.base import (
     MethodSchedule,
     OnSigma,
     SampledInOneStep,
+    Scheduled,
     SecondTime,
     WithoutForwardMode,
     WithoutTeacher,
@@ -21,7 +22,7 @@ from cmscale.config.methods.base import (
 from cmscale.config.section import Positive, key
 
 
-class ICT(WithoutTeacher, OnSigma, SampledInOneStep, WithoutForwardMode):
+class ICT(Scheduled, WithoutTeacher, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Improved consistency training (Song and Dhariwal 2023)."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(

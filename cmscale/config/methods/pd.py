@@ -14,6 +14,7 @@ from cmscale.config.methods.base import (
     MethodSchedule,
     OnSigma,
     SampledInOneStep,
+    Scheduled,
     SecondTime,
     TeacherChoice,
     WithoutForwardMode,
@@ -21,7 +22,7 @@ from cmscale.config.methods.base import (
 from cmscale.config.section import key, operational
 
 
-class PD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
+class PD(Scheduled, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Progressive distillation (Salimans and Ho 2022); the released consistency code takes the same Euler steps."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -39,7 +40,7 @@ class PD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     )
 
     kind: Literal["pd"]
-    teacher: str = operational(..., TEACHER)
+    teacher: str | None = operational(None, f"{TEACHER} null: train.init_from names the first weights.")
     teacher_weights: str | None = TEACHER_WEIGHTS
     distance: DistanceName = key(
         "l2", "Distance of the loss between two images, as for cd and ct.", source="Salimans and Ho 2022"
@@ -62,8 +63,12 @@ class PD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
         return self
 
     @property
-    def teacher_choice(self) -> TeacherChoice:
-        return TeacherChoice(self.teacher, self.teacher_weights)
+    def teacher_choice(self) -> TeacherChoice | None:
+        return None if self.teacher is None else TeacherChoice(self.teacher, self.teacher_weights)
+
+    @property
+    def needs_first_weights(self) -> bool:
+        return True
 
     @property
     def restarts_averages(self) -> bool:

@@ -2,8 +2,6 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import model_validator
-
 from cmscale.config.methods.base import TEACHER, TEACHER_WEIGHTS, MethodFacts, TeacherChoice
 from cmscale.config.methods.continuous import ContinuousTime
 from cmscale.config.section import key, operational
@@ -35,17 +33,15 @@ class SCT(ContinuousTime):
         source="training from scratch needs nothing else; sCM starts with a diffusion model",
     )
 
-    @model_validator(mode="after")
-    def _check_teacher(self) -> "SCT":
-        if self.start == "teacher" and self.teacher is None:
-            raise ValueError("start: is teacher, but method.teacher is not set; set it to a diffusion model")
-        return self
-
     @property
     def teacher_choice(self) -> TeacherChoice | None:
         if self.start == "random" or self.teacher is None:
             return None
         return TeacherChoice(self.teacher, self.teacher_weights)
+
+    @property
+    def needs_first_weights(self) -> bool:
+        return self.start == "teacher"
 
     @property
     def embeds_angle(self) -> bool:

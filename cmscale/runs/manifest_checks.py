@@ -2,18 +2,18 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 
 from cmscale.config import MethodSection
+from cmscale.config.added import SCHEDULE_LENGTHS
 from cmscale.config.methods import Method
-from cmscale.engine.flat_space import MOMENTS
 from cmscale.runs.folder import rank_file, step_name
-from cmscale.runs.manifests import CheckpointManifest
+from cmscale.runs.manifests import MOMENTS, CheckpointManifest
 
 NOT_SEALED = "its manifest has no hash of its own, as an earlier version wrote it"
 
@@ -39,7 +39,7 @@ def _layout(manifest: CheckpointManifest) -> Iterator[str]:
         if parameter.offset != at:
             yield f"parameter {parameter.name} is at {parameter.offset}, not {at}"
             return
-        at += torch.Size(parameter.shape).numel()
+        at += math.prod(parameter.shape)
     if at != manifest.num_elements:
         yield f"its parameters have {at} elements of {manifest.num_elements}"
     at = 0
@@ -78,8 +78,10 @@ def _config(manifest: CheckpointManifest) -> Iterator[str]:
     trajectory = manifest.trajectory
     if hashlib.sha256(json.dumps(trajectory, sort_keys=True).encode()).hexdigest() != manifest.config_fingerprint:
         yield "config_fingerprint is not that of its trajectory"
+    total = _at(manifest.config, "train.total_steps")
     for key, value in trajectory.items():
-        if _at(manifest.config, key) != value:
+        own = _at(manifest.config, key)
+        if own != value and not (own is None and key in SCHEDULE_LENGTHS and value == total):
             yield f"config: {key} is {_at(manifest.config, key)}, its trajectory has {value}"
             return
 
@@ -108,4 +110,4 @@ def _may_have_started_at(manifest: CheckpointManifest, start: float) -> bool:
         return start == 0
     method: MethodSection = TypeAdapter(Method).validate_python(manifest.config["method"])
     total = manifest.config["train"]["total_steps"]
-    return method.schedule(int(start) - 1, total_steps=total).ends_stage
+    return method.schedule(int(start) - 1, total_steps=method.schedule_length(total)).ends_stage

@@ -1,0 +1,205 @@
+"""Runs continued from their exports: which checkpoint is taken, what comes with it, and which folder may go on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluation_fixtures import TEXT, write_checkpoint
+from launch_fixtures import dataset
+
+from cmscale.config import dump_config, parse_config, read_config
+from cmscale.engine.checkpoint import Checkpoints, Fenced
+from cmscale.engine.export import Exporter
+from cmscale.errors import UserError
+from cmscale.io.storage import Storage, open_storage
+from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.folder import RunDir, rank_file, step_name
+from cmscale.runs.homes import claim, homes, must_be_home
+from cmscale.runs.log import append_line, read_lines
+from cmscale.runs.manifests import read_dataset_manifest
+from launchers import submit
+from launchers.clusters import CLUSTERS
+from launchers.clusters.local import LocalMachine
+from launchers.jobs import JobSpec
+from launchers.provenance import read_starts
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Idle(LocalMachine):
+        def run(self, job: JobSpec, *, wait: bool) -> int:
+            del job, wait
+            return 0
+
+    monkeypatch.setitem(CLUSTERS, "local", Idle())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def here(tmp_path: Path, s3: str) -> RunDir:
+    """A run with checkpoints of steps 3 and 7, a history, and copies of both on S3."""
+    run, data = RunDir(tmp_path / "here" / "one"), dataset(tmp_path / "data")
+    text = TEXT.format(kind="ct", method="distance: l2", data=data, samples=10)
+    config = parse_config(text, [f"checkpoint.export_to={s3}/runs"])
+    fingerprint = read_dataset_manifest(open_storage(data)).fingerprint
+    for step in (3, 7):
+        write_checkpoint(run, config, step=step, data_fingerprint=fingerprint)
+        append_line(run.metrics, {"step": step, "loss": 1.0 / step})
+    run.config.write_text(dump_config(config))
+    placement = {"cluster": "local", "nodes": 1, "gpus_per_node": 1, "partition": None, "minutes": None}
+    run.placement.write_text(json.dumps(placement))
+    run.logs.mkdir()
+    (run.samples).mkdir()
+    run.sample_grid(3).write_bytes(b"png")
+    (run.evaluations / ".blocks").mkdir(parents=True)
+    (run.evaluations / "step-3.json").write_text("{}")
+    (run.evaluations / ".blocks" / "part.json").write_text("{}")
+    exporter = Exporter(run, f"{s3}/runs")
+    assert exporter.close(patience=60) == set()
+    return run
+
+
+def resume(url: str, folder: Path, *words: str) -> RunDir:
+    assert submit.main(["--cluster", "local", "--resume", url, "--runs-dir", str(folder), *words]) == 0
+    return RunDir(folder / "one")
+
+
+def exported(s3: str) -> Storage:
+    return open_storage(f"{s3}/runs/one")
+
+
+def test_a_run_goes_on_from_its_newest_export_with_its_history_and_without_its_placement(
+    here: RunDir, s3: str, tmp_path: Path
+) -> None:
+    there = resume(f"{s3}/runs/one/", tmp_path / "there", "train.micro_batch_size=4")
+    assert committed_steps(there) == [7]
+    assert [record["step"] for record in read_lines(there.metrics)] == [3, 7]
+    assert there.sample_grid(3).read_bytes() == b"png"
+    assert [path.name for path in there.evaluations.iterdir()] == ["step-3.json"]
+    config = read_config(there.config, resolved=True)
+    assert (config.train.micro_batch_size, config.checkpoint.export_to) == (4, f"{s3}/runs")
+    assert read_starts(there)[-1]["continued_from"] == {"exports": f"{s3}/runs/one", "step": 7}
+    events = [record["event"] for record in read_lines(there.events)]
+    assert events == ["exported", "continued"]  # what was exported before the last copy
+    assert [home.folder for home in homes(exported(s3))] == [str(here.root), str(there.root)]
+    assert resume(f"{s3}/runs/one", tmp_path / "there") == there  # the same command again resumes the folder
+    assert len(homes(exported(s3))) == 2
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "file missing", "file damaged", "manifest damaged"])
+def test_an_incomplete_newest_export_is_passed_over_and_can_be_exported_again(
+    here: RunDir, s3: str, tmp_path: Path, damage: str
+) -> None:
+    newest = exported(s3).sub(f"checkpoints/{step_name(7)}")
+    match damage:
+        case "no manifest":
+            newest.delete("manifest.json")
+        case "file missing":
+            newest.delete(rank_file(0, 1))
+        case "file damaged":
+            newest.write(rank_file(0, 1), newest.read(rank_file(0, 1))[:-1] + b"x")
+        case "manifest damaged":
+            newest.write("manifest.json", newest.read("manifest.json").replace(b'"cursor": 56', b'"cursor": 57'))
+    there = resume(f"{s3}/runs/one", tmp_path / "there")
+    assert committed_steps(there) == [3]
+    assert committed_steps(exported(s3)) == [3]
+
+
+def test_where_nothing_is_one_line_says_so(s3: str, tmp_path: Path) -> None:
+    for url, said in (
+        (f"{s3}/runs/nobody", "no complete checkpoint of a run there"),
+        ("s3://nobody-has-this/runs/one", "no bucket 'nobody-has-this'"),
+        (f"{s3}/", "no complete checkpoint of a run there"),
+    ):
+        with pytest.raises(UserError, match=said) as refused:
+            resume(url, tmp_path / "there")
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "there").exists()
+
+
+def test_another_run_of_the_name_is_refused_and_left(here: RunDir, s3: str, tmp_path: Path) -> None:
+    other = RunDir(tmp_path / "there" / "one")
+    other.root.mkdir(parents=True)
+    other.config.write_text(here.config.read_text().replace(f"{s3}/runs", "null"))
+    before = other.config.read_bytes()
+    with pytest.raises(UserError, match="is there and is not this run; give another --runs-dir"):
+        resume(f"{s3}/runs/one", tmp_path / "there")
+    assert other.config.read_bytes() == before
+    assert len(homes(exported(s3))) == 1
+
+
+def test_the_folder_before_exports_nothing_more_and_its_start_ends(here: RunDir, s3: str, tmp_path: Path) -> None:
+    resume(f"{s3}/runs/one", tmp_path / "there")
+    config = read_config(here.config)
+    write_checkpoint(here, config, step=9)
+    exporter = Exporter(here, f"{s3}/runs", retry_seconds=0.01)
+    assert 9 in exporter.close(patience=60)
+    assert "goes on elsewhere" in exporter.went_elsewhere
+    assert committed_steps(exported(s3)) == [3, 7]
+    from cmscale.distributed.world import World
+
+    writer = Checkpoints(here, config, World(), generation=0, data_fingerprint="", exporter=exporter)
+    writer._looked -= 60  # it looks every ten seconds
+    assert writer.overtaken()
+    with pytest.raises(Fenced, match=r"goes on elsewhere, in .*there/one"):
+        writer.end_if_overtaken()
+
+
+def test_a_run_comes_back_unless_its_folder_has_trained_on(here: RunDir, s3: str, tmp_path: Path) -> None:
+    there = resume(f"{s3}/runs/one", tmp_path / "there")
+    fingerprint = read_dataset_manifest(open_storage(tmp_path / "data")).fingerprint
+    write_checkpoint(there, read_config(there.config), step=12, data_fingerprint=fingerprint)
+    append_line(there.metrics, {"step": 12, "loss": 0.1})
+    assert Exporter(there, f"{s3}/runs").close(patience=60) == set()
+    write_checkpoint(here, read_config(here.config), step=9, data_fingerprint=fingerprint)
+    with pytest.raises(UserError, match=r"has a checkpoint of step 9, but the run went on from step 7 in .*there/one"):
+        resume(f"{s3}/runs/one", here.root.parent)
+    for path in here.checkpoint(9).iterdir():
+        path.unlink()
+    here.checkpoint(9).rmdir()
+    assert resume(f"{s3}/runs/one", here.root.parent) == here
+    assert committed_steps(here) == [3, 7, 12]
+    assert [record["step"] for record in read_lines(here.metrics)] == [3, 7, 12]
+    assert homes(exported(s3))[-1].folder == str(here.root)
+    must_be_home(exported(s3), here)
+    with pytest.raises(UserError, match="goes on elsewhere"):
+        must_be_home(exported(s3), there)
+
+
+def test_two_folders_that_claim_at_once_get_different_numbers(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "exports")
+    runs = [RunDir(tmp_path / name) for name in ("a", "b")]
+    for run in runs:
+        run.root.mkdir()
+    real = storage.write_if_absent
+
+    def raced(key: str, data: bytes) -> bool:
+        storage.write_if_absent = real  # pyright: ignore[reportAttributeAccessIssue]
+        claim(storage, runs[1], step=0)
+        return real(key, data)
+
+    storage.write_if_absent = raced  # pyright: ignore[reportAttributeAccessIssue]
+    assert claim(storage, runs[0], step=0).number == 2
+    assert [home.folder for home in homes(storage)] == [str(runs[1].root), str(runs[0].root)]
+
+
+def test_exports_of_earlier_releases_hold_no_config_and_the_checkpoints_is_taken(
+    here: RunDir, s3: str, tmp_path: Path
+) -> None:
+    for entry in list(exported(s3).list()):
+        if not entry.key.startswith("checkpoints/"):
+            exported(s3).delete(entry.key)
+    there = resume(f"{s3}/runs/one", tmp_path / "there")
+    assert read_config(there.config, resolved=True) == read_config(here.config, resolved=True)
+    assert homes(exported(s3))[-1].folder == str(there.root)
+
+
+def test_a_local_folder_of_exports_is_continued_elsewhere_too_and_never_trained_in(
+    here: RunDir, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    here.config.write_text(here.config.read_text().replace("s3://", str(copies) + "#"))
+    assert Exporter(here, str(copies)).close(patience=60) == set()
+    there = resume(str(copies / "one"), tmp_path / "there")
+    assert committed_steps(there) == [7]
+    assert read_config(there.config).checkpoint.export_to == str(copies)
