@@ -1,0 +1,325 @@
+"""Tests what a machine offers for training, for `cmscale doctor`: each thing is tried, not listed."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cmscale.io.fetch import cache_folder
+
+State = Literal["ok", "warning", "failure"]
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "webdataset",
+    "mosaicml-streaming",
+    "boto3",
+    "submitit",
+    "wandb",
+    "lpips",
+    "torch-fidelity",
+)
+GB = 10**9
+_ANSWER_SECONDS = 5.0  # of a command of Slurm, or of a server
+_LEAST_FILES = 4096  # open ones, of a rank with its workers and shards
+_WEIGHTS = {
+    "weights of FID's Inception": ("weights-inception-2015-12-05-6726825d.pth", "evaluate.inception_weights"),
+    "weights of LPIPS's VGG": ("vgg16-397923af.pth", "method.lpips_weights"),
+}
+"""File in torch hub's cache, and the key that names another place."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried.
+
+    Attributes:
+        found: What was found, or why it fails, in one line.
+        remedy: What to do about it, unless it is ok.
+    """
+
+    what: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+def findings(runs_dir: Path) -> Iterator[Finding]:
+    """Tries everything, one thing after the other. A check that fails in an unexpected way is a failure."""
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        packages,
+        devices,
+        attention,
+        gloo,
+        nccl,
+        limits,
+        shared_memory,
+        lambda: disk("folder of runs", runs_dir, least=GB, wanted=50 * GB),
+        lambda: locks(runs_dir),
+        lambda: disk("cache of weights", cache_folder(), least=GB, wanted=5 * GB),
+        lambda: disk("cache of shards (TMPDIR)", Path(tempfile.gettempdir()), least=GB, wanted=50 * GB),
+        weights,
+        slurm,
+        wandb,
+    ]
+    for check in checks:
+        try:
+            yield from check()
+        except Exception as error:
+            name = getattr(check, "__name__", "check").strip("<>").replace("_", " ")
+            yield Finding(name, "failure", f"{type(error).__name__}: {' '.join(str(error).split())}", "see the message")
+
+
+def packages() -> Iterator[Finding]:
+    """Whether the packages are installed."""
+    yield Finding("python", "ok", f"{sys.version.split()[0]} on {socket.gethostname()}")
+    for package in PACKAGES:
+        try:
+            yield Finding(package, "ok", importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(package, "failure", "is not installed", f"pip install {package}")
+
+
+def devices() -> Iterator[Finding]:
+    """GPUs as torch sees them, with a product of two matrices on each."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi"):
+            built = torch.version.cuda or "no CUDA"
+            remedy = "install a torch whose CUDA the driver knows, or a newer driver"
+            yield Finding("GPUs", "failure", f"nvidia-smi is here, but torch ({built}) sees no GPU", remedy)
+        else:
+            yield Finding("GPUs", "warning", "none", "engine.device=auto takes the CPU; train on a node with GPUs")
+        return
+    for index in range(torch.cuda.device_count()):
+        ones = torch.ones(64, 64, device=f"cuda:{index}")
+        is_right = float((ones @ ones).sum()) == 64**3
+        free, total = torch.cuda.mem_get_info(index)
+        found = f"{torch.cuda.get_device_name(index)}, {free / GB:.0f} of {total / GB:.0f} GB free"
+        state: State = "ok" if is_right and free > total / 4 else "failure"
+        remedy = "" if state == "ok" else "another process holds it, or it is faulty: nvidia-smi"
+        yield Finding(f"GPU {index}", state, found, remedy)
+
+
+def attention() -> Iterator[Finding]:
+    """One attention, forward and backward, by the kernel that `model.attention: auto` takes, against the reference."""
+    import torch
+
+    from cmscale.model.attention import attend, choose_attention, reference_attention
+
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        device = torch.device(kind)
+        dtype = torch.float16 if kind == "cuda" else torch.float32
+        chosen = choose_attention("auto", device)
+        results = []
+        for function in (attend, reference_attention):
+            parts = torch.linspace(-1, 1, 3 * 2 * 64 * 2 * 64, device=device).reshape(3, 2, 64, 2, 64).to(dtype)
+            parts = parts.requires_grad_()
+            out = function(*parts.unbind(0))
+            out.float().square().sum().backward()
+            assert parts.grad is not None
+            results.append((out.detach().float(), parts.grad.float()))
+        error = max(float((one - two).abs().max()) for one, two in zip(*results, strict=True))
+        is_right = error < (0.05 if dtype == torch.float16 else 1e-4)
+        state: State = "ok" if is_right else "failure"
+        remedy = "" if is_right else "set model.attention=sdpa, or install another xformers"
+        yield Finding(f"attention on {kind}", state, f"{chosen}, differs from the reference by {error:.1g}", remedy)
+        if kind == "cuda" and chosen != "xformers":
+            yield Finding("xformers", "warning", "can't be imported", "pip install xformers; sdpa is taken meanwhile")
+
+
+def gloo() -> Iterator[Finding]:
+    """A sum over two members of a gloo group, at the address and interface that a rank of this node would take."""
+    import torch.distributed as dist
+
+    from cmscale.distributed.interfaces import GLOO, describe_interfaces, is_loopback, own_address
+
+    interface, address = os.environ.get(GLOO), own_address()
+    where = f"interface {interface}" if interface else address
+    _sum_over_two(lambda store, rank: dist.ProcessGroupGloo(store, rank, 2), "cpu", "cpu")
+    if interface is None and is_loopback(address):
+        remedy = f"ranks of several nodes take the interface that leads to rank 0, or {GLOO}; correct /etc/hosts"
+        yield Finding(
+            "gloo", "warning", f"works; this node's name resolves to {address} ({describe_interfaces()})", remedy
+        )
+    else:
+        yield Finding("gloo", "ok", f"a sum over two members works at {where}")
+
+
+def nccl() -> Iterator[Finding]:
+    """A sum over NCCL on one or two GPUs."""
+    import torch
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available():
+        return
+    options = dist.ProcessGroupNCCL.Options()
+    if torch.cuda.device_count() > 1:
+        _sum_over_two(lambda store, rank: dist.ProcessGroupNCCL(store, rank, 2, options), "cuda:0", "cuda:1")
+        yield Finding("NCCL", "ok", "a sum over two GPUs works")
+        return
+    group = dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, options)
+    ones = torch.ones(8, device="cuda:0")
+    group.allreduce([ones]).wait()
+    torch.cuda.synchronize()
+    yield Finding("NCCL", "ok", "a sum on one GPU works (this node has no second one)")
+
+
+def _sum_over_two(make: Callable, *members: str) -> None:
+    """Sums ones over two members of a group, each in a thread. Raises what either raises."""
+    import torch
+    import torch.distributed as dist
+
+    store, errors = dist.HashStore(), []
+
+    def member(rank: int) -> None:
+        try:
+            ones = torch.ones(8, device=members[rank])
+            make(store, rank).allreduce([ones]).wait()
+            if float(ones.sum()) != 8 * len(members):
+                raise RuntimeError(f"the sum of ones over {len(members)} members is {float(ones.mean())}")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=member, args=(rank,), daemon=True) for rank in range(len(members))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    if errors:
+        raise errors[0]
+    if any(thread.is_alive() for thread in threads):
+        raise TimeoutError("no answer within 60 s")
+
+
+def limits() -> Iterator[Finding]:
+    """Processors, and how many files a process may open."""
+    count = len(os.sched_getaffinity(0))
+    yield Finding("processors", "ok", str(count))
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    state: State = "ok" if allowed == resource.RLIM_INFINITY or allowed >= _LEAST_FILES else "warning"
+    yield Finding("open files", state, f"at most {allowed}", "" if state == "ok" else f"ulimit -n {_LEAST_FILES}")
+
+
+def shared_memory() -> Iterator[Finding]:
+    """Room in /dev/shm, through which workers hand batches to their rank."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError as error:
+        yield Finding("shared memory", "failure", f"/dev/shm: {error.strerror}", "mount it; data workers need it")
+        return
+    state: State = "ok" if free >= GB else "warning" if free >= GB / 8 else "failure"
+    remedy = "" if state == "ok" else "give a container --shm-size=8g, or set data.workers=0"
+    yield Finding("shared memory", state, f"{free / GB:.1f} GB free in /dev/shm", remedy)
+
+
+def disk(what: str, folder: Path, *, least: float, wanted: float) -> Iterator[Finding]:
+    """Writes a file, and looks for room."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".cmscale-doctor-") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        yield Finding(what, "failure", f"{there}: {error.strerror}", "name another folder, or make room")
+        return
+    free = shutil.disk_usage(there).free
+    state: State = "ok" if free >= wanted else "warning" if free >= least else "failure"
+    yield Finding(what, state, f"{there}: {free / GB:.0f} GB free", "" if state == "ok" else "make room there")
+
+
+def locks(runs_dir: Path) -> Iterator[Finding]:
+    """Whether flock keeps two holders apart in the folder of runs."""
+    there = next(parent for parent in (runs_dir.absolute(), *runs_dir.absolute().parents) if parent.exists())
+    what = "locks in the folder of runs"
+    with tempfile.NamedTemporaryFile(dir=there, prefix=".cmscale-doctor-") as one, Path(one.name).open("rb") as two:
+        try:
+            fcntl.flock(one, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            yield Finding(what, "warning", f"no flock ({error.strerror}); locks are files", "mount it with flock")
+            return
+        try:
+            fcntl.flock(two, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield Finding(what, "ok", "flock keeps two holders apart")
+            return
+    yield Finding(what, "failure", "flock lets two holders in", "keep runs on another file system")
+
+
+def weights() -> Iterator[Finding]:
+    """Whether weight files are here, which compute nodes often can't download."""
+    import torch
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for what, (name, key) in _WEIGHTS.items():
+        path = folder / name
+        if path.is_file() and path.stat().st_size:
+            yield Finding(what, "ok", str(path))
+        else:
+            remedy = f"it is downloaded at first use; on nodes without internet set {key} to a file or s3://"
+            yield Finding(what, "warning", f"not in {folder}", remedy)
+
+
+def slurm() -> Iterator[Finding]:
+    """Whether Slurm answers, and how it treats jobs that are preempted or whose node fails."""
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        yield Finding("Slurm", "warning", "no sbatch on the PATH", "jobs run on this machine; else use a login node")
+        return
+    answer = _said("scontrol", "ping")
+    if answer is None or "UP" not in answer:
+        found = f"{sbatch}, but its controller does not answer: {' '.join((answer or 'no answer').split())}"
+        yield Finding("Slurm", "failure", found, "ask the site's administrators; jobs can't be submitted")
+        return
+    yield Finding("Slurm", "ok", f"{sbatch}; its controller answers")
+    settings = {}
+    for line in (_said("scontrol", "show", "config") or "").splitlines():
+        name, equals, value = line.partition("=")
+        if equals:
+            settings[name.strip()] = value.strip()
+    if settings.get("JobRequeue") == "0":
+        yield Finding("requeue", "warning", "JobRequeue = 0", "nothing: a preempted run goes on as a new job")
+    else:
+        yield Finding("requeue", "ok", f"JobRequeue = {settings.get('JobRequeue', 'not told')}")
+    mode = settings.get("PreemptMode", "not told")
+    is_safe = "CANCEL" not in mode.upper()
+    remedy = "" if is_safe else "use a partition or QOS that requeues; else continue with submit.py --resume"
+    yield Finding("preemption", "ok" if is_safe else "warning", f"PreemptMode = {mode}", remedy)
+
+
+def _said(*command: str) -> str | None:
+    """What a command prints; None if it does not answer."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ANSWER_SECONDS)
+        return ran.stdout + ran.stderr
+    return None
+
+
+def wandb() -> Iterator[Finding]:
+    """Whether there is a key, and a server that answers."""
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].partition("/")[0]
+    name, _, port = host.partition(":")
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and name in netrc.read_text(errors="replace"))
+    if not has_key:
+        yield Finding("wandb", "ok", "no key: runs log offline; `wandb login` makes one")
+        return
+    try:
+        socket.create_connection((name, int(port or 443)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        yield Finding("wandb", "warning", f"a key, but {host} does not answer ({error})", "set wandb.mode=offline")
+        return
+    yield Finding("wandb", "ok", f"a key, and {host} answers")

@@ -1,0 +1,154 @@
+"""What `cmscale doctor` tries: each thing that fails is a failure with a remedy."""
+
+import fcntl
+import json
+import socket
+import stat
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmscale.cli import machine, nodes
+from cmscale.cli.machine import Finding
+from cmscale.errors import UserError
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def only(found: Iterator[Finding]) -> Finding:
+    (finding,) = found
+    return finding
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """A program on the PATH that answers as a script says."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder
+
+
+def test_attention_is_computed_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(machine.attention()).state == "ok"
+    monkeypatch.setattr("cmscale.model.attention.attend", lambda q, k, v: q + k + v)
+    found = only(machine.attention())
+    assert found.state == "failure"
+    assert "model.attention" in found.remedy
+
+
+def test_two_members_meet_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    found = only(machine.gloo())
+    assert found.state in ("ok", "warning")
+    assert "works" in found.found
+    monkeypatch.setattr(torch.Tensor, "sum", lambda self: torch.tensor(3.0))
+    with pytest.raises(RuntimeError, match="the sum of ones over 2 members"):
+        list(machine.gloo())
+
+
+@pytest.mark.parametrize(("free", "state"), [(8e9, "ok"), (2e8, "warning"), (1e6, "failure")])
+def test_room_for_shared_memory(free: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(free, 0, free))
+    found = only(machine.shared_memory())
+    assert found.state == state
+    assert ("--shm-size" in found.remedy) == (state != "ok")
+
+
+def test_a_folder_that_can_not_be_written_or_is_full_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(machine.disk("runs", tmp_path / "new", least=1, wanted=2)).state == "ok"
+    assert not (tmp_path / "new").exists()
+    assert list(tmp_path.iterdir()) == []
+    assert only(machine.disk("runs", Path("/proc/x"), least=1, wanted=2)).state == "failure"
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(9, 9, 1.5))
+    assert only(machine.disk("runs", tmp_path, least=1, wanted=2)).state == "warning"
+    assert only(machine.disk("runs", tmp_path, least=2, wanted=2)).state == "failure"
+
+
+def test_locks_that_keep_nobody_apart_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(machine.locks(tmp_path)).state == "ok"
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: None)
+    assert only(machine.locks(tmp_path)).state == "failure"
+
+    def refuse(file: object, how: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert only(machine.locks(tmp_path)).state == "warning"
+
+
+def test_slurm_must_answer_and_tells_how_it_preempts(bin_folder: Path) -> None:
+    program(bin_folder, "sbatch", "exit 0")
+    program(bin_folder, "scontrol", 'echo "Slurmctld(primary) at host is DOWN"')
+    assert only(machine.slurm()).state == "failure"
+    answer = 'if [ "$1" = ping ]; then echo "Slurmctld(primary) at host is UP"; else cat "$0.conf"; fi'
+    program(bin_folder, "scontrol", answer)
+    for requeue, mode, states in (
+        (1, "REQUEUE", ["ok", "ok", "ok"]),
+        (0, "GANG,CANCEL", ["ok", "warning", "warning"]),
+    ):
+        settings = f"JobRequeue              = {requeue}\nPreemptMode             = {mode}\n"
+        (bin_folder / "scontrol.conf").write_text(settings)
+        assert [each.state for each in machine.slurm()] == states
+
+
+def test_wandb_with_a_key_must_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert only(machine.wandb()).state == "ok"
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        monkeypatch.setenv("WANDB_API_KEY", "key")
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        assert only(machine.wandb()).state == "warning"
+        server.listen()
+        assert only(machine.wandb()).state == "ok"
+
+
+def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken() -> Iterator[Finding]:
+        raise ImportError("no such\nlibrary")
+        yield
+
+    for name in ("devices", "attention", "gloo", "nccl", "slurm", "wandb", "weights"):
+        monkeypatch.setattr(machine, name, broken)
+    found = list(machine.findings(tmp_path))
+    assert [each.found for each in found if each.state == "failure"] == ["ImportError: no such library"] * 7
+    assert any(each.what == "processors" for each in found)
+
+
+def test_nodes_are_asked_by_srun_and_compared(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMSCALE_SITE", "")
+    torches = {"n1": "2.14.1", "n2": "2.13.0"}
+    lines = []
+    for node, version in torches.items():
+        findings = [
+            Finding("torch", "ok", version),
+            Finding("python", "ok", f"3.11 on {node}"),
+            Finding("disk", "ok", f"{len(node)} GB free"),
+        ]
+        lines.append(nodes._SIGN + json.dumps({"node": node, "findings": [vars(each) for each in findings]}))
+    (bin_folder / "answers").write_text("noise\n" + "\n".join(lines))
+    program(bin_folder, "srun", f'echo "$@" > {bin_folder}/asked; cat {bin_folder}/answers')
+    found = nodes.doctor_of_nodes(2, runs_dir="runs")
+    assert list(found) == ["n1", "n2"]
+    assert nodes.differing(found) == ["torch"]
+    asked = (bin_folder / "asked").read_text()
+    assert f"--nodes=2 --ntasks=2 --ntasks-per-node=1 --mem=0 {sys.executable} -m cmscale.cli doctor --of-node" in asked
+    with pytest.raises(UserError, match=r"--nodes 3: 2 of 3 nodes answered"):
+        nodes.doctor_of_nodes(3, runs_dir="runs")
+    (bin_folder / "srun").unlink()
+    monkeypatch.setenv("PATH", str(bin_folder))
+    with pytest.raises(UserError, match="no srun on the PATH"):
+        nodes.doctor_of_nodes(2, runs_dir="runs")
