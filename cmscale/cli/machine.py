@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cmscale.io.fetch import cache_folder
 
@@ -172,12 +172,12 @@ def nccl() -> Iterator[Finding]:
         return
     group = dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, options)
     ones = torch.ones(8, device="cuda:0")
-    group.allreduce([ones]).wait()
+    group.allreduce([ones]).wait()  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.synchronize()
     yield Finding("NCCL", "ok", "a sum on one GPU works (this node has no second one)")
 
 
-def _sum_over_two(make: Callable, *members: str) -> None:
+def _sum_over_two(make: Callable[[Any, int], Any], *members: str) -> None:
     """Sums ones over two members of a group, each in a thread. Raises what either raises."""
     import torch
     import torch.distributed as dist
