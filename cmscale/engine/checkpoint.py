@@ -160,7 +160,7 @@ class Checkpoints:
         self._saved, self._failure = state, None
         self._saves += 1  # names the folder, so that no record of a failed save counts for this one
         folders = [self._staged(self._run.checkpoint(state.step), manifest, tensors)]
-        if is_due(state.step, self._config.ema.snapshot_every, self._config.train.total_steps):
+        if state.step and is_due(state.step, self._config.ema.snapshot_every, self._config.train.total_steps):
             averages = shards.power_averages
             held = manifest.model_copy(update={"quantities": averages, "scalars": {}})
             kept = {name: tensors[name] for name in averages}

@@ -12,6 +12,7 @@ import torch
 from ranks import RankFailed, run_ranks, start_ranks, wait
 
 from cmscale.config import dump_config, parse_config
+from cmscale.engine.checkpoint_reader import list_checkpoints
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import latest_metrics, read_lines
 from cmscale.source import load_source
@@ -62,7 +63,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_run(root: Path, data: Path, kind: str, *overrides: str, teacher: Path | None = None) -> RunDir:
     method = METHODS[kind].replace("TEACHER", str(teacher))
     probed = [] if kind in ("edm", "pd") else ["train.consistency_error_every=5"]
-    config = parse_config(CONFIG.replace("METHOD", method), [f"data.path={data}", *probed, *overrides])
+    averaged = [] if kind == "pd" else ["ema.lengths=[0.1]", "ema.snapshot_every=3"]
+    config = parse_config(CONFIG.replace("METHOD", method), [f"data.path={data}", *probed, *averaged, *overrides])
     root.mkdir(parents=True)
     run = RunDir(root)
     run.config.write_text(dump_config(config))
@@ -114,6 +116,8 @@ def test_a_run_gives_the_recorded_losses(golden: Uninterrupted, kind: str) -> No
     load_source(str(golden[kind].root)).denoiser(torch.device("cpu"))  # exactly the UNet's weights, for every method
     assert [record["event"] for record in read_lines(golden[kind].events)][-1] == "finished"
     measured = {record["step"]: record.get("consistency_error") for record in latest_metrics(golden[kind])}
+    snapshots = [listed.step for listed in list_checkpoints(golden[kind].root, within="snapshots")]
+    assert snapshots == ([] if kind == "pd" else [3, 6, STEPS])
     probed = [] if kind in ("edm", "pd") else [5, STEPS]
     assert [step for step, error in measured.items() if error is not None and 0 < error < 1] == probed
 

@@ -91,6 +91,8 @@ def trained(run: RunDir, config: Config, values: torch.Tensor, *, num_ranks: int
     writers = [
         Checkpoints(run, config, world, generation=generation, data_fingerprint="data") for world in ranks_of(num_ranks)
     ]
+    for state, writer in zip(states, writers, strict=True):
+        writer.save(TrainState(), state)  # pyright: ignore[reportArgumentType]
     for step, value in enumerate(values.float()):
         for state, writer in zip(states, writers, strict=True):
             for segment in state.shards.segments:
