@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cmscale.config.added import SCHEDULE_LENGTHS
 from cmscale.config.models import Config, leaves, trajectory
 
 ABSENT = "not a key there"
@@ -26,7 +27,10 @@ class Difference:
 def compared(configs: Sequence[Config]) -> list[Difference]:
     """The keys in which configs differ, those that change the losses first, else in the order of the sections."""
     values = [{key: _plain(value) for key, value, _ in leaves(config)} for config in configs]
-    moving = set().union(*(trajectory(config) for config in configs))
+    trajectories = [trajectory(config) for config in configs]
+    moving = set().union(*trajectories)
+    if any(each.get(name) != trajectories[0].get(name) for each in trajectories for name in SCHEDULE_LENGTHS):
+        moving.add("train.total_steps")  # the length of a schedule that has none of its own
     keys = dict.fromkeys(key for each in values for key in each)
     rows = {key: tuple(each.get(key, ABSENT) for each in values) for key in keys}
     found = [

@@ -150,8 +150,8 @@ class Train(Section):
 
     total_steps: Count = key(
         ...,
-        "Steps of the training. It changes the losses of methods and learning rates that have a schedule over it. LSUN "
-        "Bedroom: 600,000 (EDM, CD), 1,000,000 (CT).",
+        "Steps of the training. It is the length of a method's or learning rate's schedule, unless "
+        "method.schedule_steps or optimizer.decay_reference sets one. LSUN Bedroom: 600,000 (EDM, CD), 1,000,000 (CT).",
         unit="steps",
     )
     global_batch_size: Count = key(

@@ -139,6 +139,10 @@ def test_differences_come_by_their_effect_on_the_losses() -> None:
     assert found["train.seed"].values == (0, 1)
     assert found["method.s0"].values == (2, ABSENT)
     assert found["method.mu0"].changes_losses
+    longer = parse_config(TEXT, ["train.total_steps=20"])
+    assert [each.changes_losses for each in compared([one, longer])] == [True]  # CT's schedule is longer, too
+    fixed = [parse_config(TEXT, ["method.schedule_steps=10", f"train.total_steps={steps}"]) for steps in (10, 20)]
+    assert [each.changes_losses for each in compared(fixed)] == [False]
     assert not found["data.workers"].changes_losses
     effects = [each.changes_losses for each in compared([one, other])]
     assert effects == sorted(effects, reverse=True)
