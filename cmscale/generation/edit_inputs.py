@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cmscale.errors import UserError
-from cmscale.io.pictures import Picture, decode_picture
+from cmscale.io.pictures import BadImage, Picture, decode_picture
 from cmscale.io.reading import read_regular, reading
 
 _WHITE = 128  # and more
@@ -20,8 +20,12 @@ def read_picture(path: Path) -> Picture:
     Raises:
         UserError: there is no such file, or it is not an image that can be read.
     """
-    with reading(path, "an image that can be read"):
-        return decode_picture(read_regular(path), exif="apply")
+    with reading(path, "an image"):
+        data = read_regular(path)
+    try:
+        return decode_picture(data, exif="apply")
+    except BadImage as error:
+        raise UserError(f"{path}: not an image that can be read ({error})") from None
 
 
 def fit(pixels: np.ndarray, *, size: int) -> torch.Tensor:

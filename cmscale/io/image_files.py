@@ -27,6 +27,7 @@ _FOLDERS_OF_COPIES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
 HIDDEN = "hidden files and folders"
 READ_ALREADY = "links to folders that are read already"
+FILE_READ_ALREADY = "links to files that are read already"
 BROKEN_LINK = "broken links"
 NOT_REGULAR = "files that are no regular files"
 _NAMED = 5
@@ -111,7 +112,8 @@ class Listing:
 def list_files(root: Path, suffixes: Collection[str]) -> Listing:
     """Lists the files below a folder that have one of these suffixes (lower case), and are not hidden.
 
-    Links to folders are followed, each folder is read once, and its own name comes before that of a link to it.
+    Links are followed. Each folder is read once, and each file once under its own name or that of the first link to it:
+    its own name comes before that of a link to it.
 
     Raises:
         UserError: a folder can't be read.
@@ -119,6 +121,7 @@ def list_files(root: Path, suffixes: Collection[str]) -> Listing:
     walk = _Walk(root, suffixes)
     walk.enter("", os.path.realpath(root))
     walk.follow_links()
+    walk.take_file_links()
     return Listing(sorted(walk.files), dict(sorted(walk.lost.items())), walk.left_out)
 
 
@@ -131,6 +134,7 @@ class _Walk:
         self.lost: dict[str, str] = {}
         self.left_out = LeftOut()
         self.links: list[str] = []
+        self.file_links: list[str] = []
         self.entered: set[str] = set()
 
     def enter(self, folder: str, real: str) -> None:
@@ -170,7 +174,7 @@ class _Walk:
         elif PurePosixPath(entry.name).suffix.lower() not in self.suffixes:
             self.left_out.add_file(name)
         elif file:
-            self.files.append(name)
+            (self.file_links if link else self.files).append(name)
         else:
             self.lost[name] = BROKEN_LINK if link else NOT_REGULAR
         return False
@@ -183,3 +187,20 @@ class _Walk:
                 self.left_out.add(READ_ALREADY, f"{name}/")
             else:
                 self.enter(name, real)
+
+    def take_file_links(self) -> None:
+        """Takes the files that links name, but those that are taken already under another name."""
+        taken: set[str] = set()
+        for name in sorted(self.file_links):
+            real = os.path.realpath(self.root / name)
+            if real in taken or self._is_listed(real):
+                self.left_out.add(FILE_READ_ALREADY, name)
+            else:
+                taken.add(real)
+                self.files.append(name)
+
+    def _is_listed(self, real: str) -> bool:
+        """Whether a file is taken under its own name, as the folder that it lies in is read."""
+        folder, _, name = real.rpartition("/")
+        is_wanted = PurePosixPath(name).suffix.lower() in self.suffixes and not is_hidden(name)
+        return is_wanted and (folder or "/") in self.entered

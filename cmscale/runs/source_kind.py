@@ -87,6 +87,8 @@ def _hint(storage: Storage, origin: str) -> str:
     folder = storage.local_path("")
     if folder is not None and not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", origin):
         return f"no such folder (the id of a model on a hub? download it first); give {_KINDS}"
+    if folder is not None and folder.is_dir() and next(folder.iterdir(), None) is None:
+        return f"the folder is empty; give {_KINDS}"
     if folder is not None and not folder.exists():
         return f"no such file or folder; give {_KINDS}"
     return f"give {_KINDS}"

@@ -224,7 +224,7 @@ def test_bad_input_is_one_line_and_status_2(
         Image.new("RGB", (size, size)).save(tmp_path / "sizes" / f"{size:02}.png")
     data = read_config(run.config).data.path
     weights = tmp_path / "weights.pth"
-    weights.write_bytes(b"other")
+    weights.write_bytes(b"PK other")
     out = ["--out", tmp_path / "out.json", "--device", "cpu"]
     cases = {
         "features of width 17, efficientnet gives 16": [run.root, "--reference", tmp_path / "wide.npz"],
@@ -261,9 +261,9 @@ def test_weights_of_features_that_are_not_what_their_name_or_kind_says_are_refus
     trained: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
-    published.write_bytes(b"other")
+    published.write_bytes(b"PK other")
     damaged = tmp_path / "damaged.pth"
-    damaged.write_bytes(b"other")
+    damaged.write_bytes(b"PK other")
     for said, weights in (("expected 6726825d", published), ("not the weights of inception", damaged)):
         arguments = ["--features", "inception", "--inception-weights", weights, "--device", "cpu"]
         assert cmscale(monkeypatch, "evaluate", trained.root, *arguments) == 2

@@ -27,6 +27,10 @@ def test_links_are_followed_once_hidden_files_never_and_the_rest_is_named(tmp_pa
     (root / "class" / "above").symlink_to(tmp_path)
     (tmp_path / "elsewhere" / "back").symlink_to(root)
     (root / "file.webp").symlink_to(root / "a.png")
+    _touch(tmp_path, "outside/f", "outside/g.png", "root/.hidden.png")
+    for name, target in (("one.png", "f"), ("two.png", "f"), ("three.png", "g.png")):
+        (root / name).symlink_to(tmp_path / "outside" / target)
+    (root / "shown.png").symlink_to(".hidden.png")
     (root / "gone.png").symlink_to("nowhere")
     (root / "circle.png").symlink_to("circle.png")
     (root / "folder.png").mkdir()
@@ -37,14 +41,23 @@ def test_links_are_followed_once_hidden_files_never_and_the_rest_is_named(tmp_pa
         "a.png",
         "class/b.JPG",
         "class/deep/c.avif",
-        "file.webp",
         "folder.png/f.tif",
         "linked/d.gif",
         "linked/e.png",
+        "one.png",
+        "shown.png",
+        "three.png",
     ]
     assert found.lost == {"circle.png": BROKEN_LINK, "gone.png": BROKEN_LINK, "pipe.png": image_files.NOT_REGULAR}
     counts = dict(found.left_out.counts)
-    assert counts == {HIDDEN: 4, READ_ALREADY: 4, ".txt files": 1, "files without a suffix": 1}
+    assert counts == {
+        HIDDEN: 5,
+        READ_ALREADY: 4,
+        image_files.FILE_READ_ALREADY: 2,
+        ".txt files": 1,
+        "files without a suffix": 1,
+    }
+    assert "links to files that are read already: 2 (file.webp, two.png)" in str(found.left_out)
     assert ".txt files: 1 (notes.txt)" in str(found.left_out)
     assert "class/up/" in str(found.left_out)
 

@@ -23,7 +23,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     cross = 0.0
     if a.factor.size and b.factor.size:
         cross = float(np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum())
-    distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
     if not np.isfinite(distance):
         raise UserError("Fréchet distance: it overflows; a mean or a covariance holds values that no features have")
     return float(max(distance, 0.0))
