@@ -10,9 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
+from cmscale.errors import UserError
 from cmscale.evaluation.metrics.frechet import FID
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
 from cmscale.io.durable import replace_durably
+from cmscale.io.pictures import BadImage, decode_picture
+from cmscale.io.reading import read_regular
 from cmscale.report.facts import RunFacts, read_facts
 from cmscale.report.paper import PAPER
 from cmscale.report.plots import Curve, time_curve, training_curve, training_curves
@@ -51,13 +54,14 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
     runs = [facts, *siblings]
     metrics = all_metrics()
     shown = [(owner, each) for owner in runs for each in owner.evaluations]
+    grids, damaged = _grids(facts)
     features = sorted({(each.score_name, each.features) for _, each in shown})
     return {
         "facts": facts,
         "size": facts.setting("model.image_size"),
         "progress": min(1.0, facts.step / facts.total_steps) if facts.total_steps else None,
         "tiles": _tiles(facts),
-        "grids": _grids(facts),
+        "grids": grids,
         "curves": _training(facts),
         "tables": [
             _table([pair for pair in shown if (pair[1].score_name, pair[1].features) == which], metrics)
@@ -66,7 +70,7 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
         "rule": RULE,
         "several_runs": bool(siblings),
         "score_names": list(dict.fromkeys(name for name, _ in features)),
-        "warnings": _warnings(runs),
+        "warnings": _warnings(runs) + damaged,
         "quality": quality_panels(runs),
         "paper": PAPER,
         "events": _events(facts),
@@ -102,20 +106,26 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _grids(facts: RunFacts) -> list[dict[str, Any]]:
-    """Sample grids at even distances over the run, including the first and the last."""
+def _grids(facts: RunFacts) -> tuple[list[dict[str, Any]], list[str]]:
+    """Sample grids at even distances over the run, including the first and the last; and a line per damaged one."""
     count = len(facts.grids)
     chosen = sorted({round(i * (count - 1) / (_MAX_GRIDS - 1)) for i in range(_MAX_GRIDS)}) if count else []
-    return [{"step": facts.grids[i][0], "source": _inlined(facts.grids[i][1])} for i in chosen]
+    shown, damaged = [], []
+    for step, path in (facts.grids[i] for i in chosen):
+        try:
+            shown.append({"step": step, "source": _inlined(path)})
+        except (BadImage, OSError, UserError) as error:
+            damaged.append(f"{path.name}: the grid of samples can't be read ({error})")
+    return shown, damaged
 
 
 def _inlined(path: Path) -> str:
-    """An image file as a data URL; large images are scaled down."""
-    with Image.open(path) as image:
-        shown = image.convert("RGB")
-        if max(shown.size) <= _MAX_IMAGE:
-            return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-        shown.thumbnail((_MAX_IMAGE, _MAX_IMAGE), Image.Resampling.LANCZOS)
+    """A PNG file as a data URL; large images are scaled down. Raises BadImage if it is damaged."""
+    data = read_regular(path)
+    shown = Image.fromarray(decode_picture(data, exif="ignore", formats=("PNG",)).pixels)
+    if max(shown.size) <= _MAX_IMAGE:
+        return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    shown.thumbnail((_MAX_IMAGE, _MAX_IMAGE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     shown.save(buffer, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -6,6 +6,7 @@ CMSCALE_MUTATION_SEED repeats a run, CMSCALE_MUTATIONS sets the number of damage
 
 import contextlib
 import io
+import json
 import os
 import random
 import resource
@@ -17,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from edm_pickles import adm_unet, preconditioned, write_pickle
 from evaluation_fixtures import build_cheap_features, write_dataset, write_trained_run
 from mutations import mutated, replaced
 from PIL import Image
+from run_folder import write_evaluation
 
 from cmscale.cli import main as cli
 from cmscale.config import dump_config, parse_config
@@ -35,9 +38,12 @@ from cmscale.evaluation.reference.edm2 import write_edm2
 from cmscale.evaluation.reference.reference import reference_from_images
 from cmscale.interop import write_diffusers, write_openai, write_safetensors
 from cmscale.model.unet import build_unet
+from cmscale.runs.folder import RunDir
 from cmscale.runs.results import TimeSearch
 from data_prep import prepare, reference, verify
-from launchers import submit
+from launchers import evaluate, submit
+from launchers.command_line import guarded
+from launchers.where import Recorded
 
 COUNT = int(os.environ.get("CMSCALE_MUTATIONS", "200"))
 SECONDS = 300  # that one command may take on a busy machine
@@ -68,6 +74,7 @@ def build_inputs(root: Path) -> list[Input]:
     config_file.write_text(dump_config(config))
     run.metrics.write_text('{"step": 5, "loss": 0.5, "samples": 40}\n')
     run.events.write_text('{"time": 1.0, "event": "start", "step": 0, "rank": 0, "why": ""}\n')
+    _fill(run)
     return [
         *_weights(root, run.root, config_file),
         *_runs(run.root, config_file),
@@ -76,6 +83,17 @@ def build_inputs(root: Path) -> list[Input]:
         *_data(root, data, run.root),
         *_sources(root),
     ]
+
+
+def _fill(run: RunDir) -> None:
+    """What a run's folder gets besides its config, its checkpoint and its logs."""
+    run.samples.mkdir()
+    (run.samples / "step-000000005.png").write_bytes(encoded(smooth_image(1), "png"))
+    write_evaluation(run, step=7, nfe=1, values=(20.0, 21.0), weights="ema_0.9")
+    start = {"time": "2026-01-02T03:04:05+00:00", "host": "node1", "git": "0123", "command": ["x"], "packages": {}}
+    run.provenance.write_text(json.dumps({"starts": [start]}))
+    recorded = Recorded(cluster="local", nodes=1, gpus_per_node=1, partition=None, minutes=None)
+    recorded.write(run)
 
 
 def _weights(root: Path, run: Path, config_file: Path) -> list[Input]:
@@ -152,7 +170,10 @@ def _runs(run: Path, config_file: Path) -> list[Input]:
             [
                 ("cmscale", "runs", run.parent),
                 ("cmscale", "report", run),
+                ("cmscale", "compare", run, run),
                 ("cmscale", "verify", run),
+                ("submit", "--resume", run, "--cluster", "local", "--dry-run"),
+                ("evaluate", "--cluster", "local", "--dry-run", run),
                 ("cmscale", "export", run, "--to", "OUT/x.safetensors"),
                 ("cmscale", "sample", run, "--samples", 1, "--out", "OUT/x.npz"),
             ],
@@ -267,7 +288,8 @@ def _call(command: Sequence[object], out: Path) -> tuple[int, str, str]:
         "prepare": prepare.main,
         "verify": verify.main,
         "reference": reference.main,
-        "submit": _submit,
+        "submit": lambda arguments: _launch(submit, arguments),
+        "evaluate": lambda arguments: _launch(evaluate, arguments),
         "cmscale": _cmscale,
     }
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -284,9 +306,9 @@ def _cmscale(arguments: list[str]) -> int:
     return 0
 
 
-def _submit(arguments: list[str]) -> int:
-    sys.argv = ["submit.py", *arguments]
-    return submit.guarded(submit.main)
+def _launch(launcher: ModuleType, arguments: list[str]) -> int:
+    sys.argv = [f"{launcher.__name__}.py", *arguments]
+    return guarded(launcher.main)
 
 
 def _problem(command: Sequence[object], out: Path) -> str | None:

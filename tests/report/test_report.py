@@ -300,3 +300,10 @@ def test_a_large_grid_is_scaled_down(run) -> None:
 def test_no_such_run_is_a_line(tmp_path) -> None:
     with pytest.raises(UserError, match="no such run"):
         build_report(RunDir(tmp_path / "absent"))
+
+
+def test_a_damaged_grid_of_samples_is_named_and_the_page_is_made(run: RunDir) -> None:
+    run.samples.mkdir(exist_ok=True)
+    (run.samples / "step-000000042.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    page = build_report(run).read_text()
+    assert "step-000000042.png: the grid of samples can&#39;t be read (damaged png" in page
