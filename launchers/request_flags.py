@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 from cmscale.commands.parser import CommandParser, whole_number
 from cmscale.commands.use import Given
-from cmscale.config.requests import MeasuringRequest, Option, options_of, request_from
+from cmscale.config.request_fields import Option, options_of
+from cmscale.config.requests import MeasuringRequest, request_from
 from cmscale.config.sampling_times import is_file
 from cmscale.io.place import Place
 

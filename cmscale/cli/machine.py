@@ -1,24 +1,22 @@
 """Tests what a machine offers for training, for `cmscale doctor`: each thing is tried, not listed."""
 
-import contextlib
 import fcntl
 import importlib.metadata
 import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from cmscale.cli import services
+from cmscale.cli.finding import Finding, State
 from cmscale.io.fetch import cache_folder
 
-State = Literal["ok", "warning", "failure"]
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -31,28 +29,12 @@ PACKAGES = (
     "torch-fidelity",
 )
 GB = 10**9
-_ANSWER_SECONDS = 5.0  # of a command of Slurm, or of a server
 _LEAST_FILES = 4096  # open ones, of a rank with its workers and shards
 _WEIGHTS = {
     "weights of FID's Inception": ("weights-inception-2015-12-05-6726825d.pth", "evaluate.inception_weights"),
     "weights of LPIPS's VGG": ("vgg16-397923af.pth", "method.lpips_weights"),
 }
 """File in torch hub's cache, and the key that names another place."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was tried.
-
-    Attributes:
-        found: What was found, or why it fails, in one line.
-        remedy: What to do about it, unless it is ok.
-    """
-
-    what: str
-    state: State
-    found: str
-    remedy: str = ""
 
 
 def findings(runs_dir: Path) -> Iterator[Finding]:
@@ -70,8 +52,8 @@ def findings(runs_dir: Path) -> Iterator[Finding]:
         lambda: disk("cache of weights", cache_folder(), least=GB, wanted=5 * GB),
         lambda: disk("cache of shards (TMPDIR)", Path(tempfile.gettempdir()), least=GB, wanted=50 * GB),
         weights,
-        slurm,
-        wandb,
+        services.slurm,
+        services.wandb,
     ]
     for check in checks:
         try:
@@ -271,55 +253,3 @@ def weights() -> Iterator[Finding]:
         else:
             remedy = f"it is downloaded at first use; on nodes without internet set {key} to a file or s3://"
             yield Finding(what, "warning", f"not in {folder}", remedy)
-
-
-def slurm() -> Iterator[Finding]:
-    """Whether Slurm answers, and how it treats jobs that are preempted or whose node fails."""
-    sbatch = shutil.which("sbatch")
-    if sbatch is None:
-        yield Finding("Slurm", "warning", "no sbatch on the PATH", "jobs run on this machine; else use a login node")
-        return
-    answer = _said("scontrol", "ping")
-    if answer is None or "UP" not in answer:
-        found = f"{sbatch}, but its controller does not answer: {' '.join((answer or 'no answer').split())}"
-        yield Finding("Slurm", "failure", found, "ask the site's administrators; jobs can't be submitted")
-        return
-    yield Finding("Slurm", "ok", f"{sbatch}; its controller answers")
-    settings = {}
-    for line in (_said("scontrol", "show", "config") or "").splitlines():
-        name, equals, value = line.partition("=")
-        if equals:
-            settings[name.strip()] = value.strip()
-    if settings.get("JobRequeue") == "0":
-        yield Finding("requeue", "warning", "JobRequeue = 0", "nothing: a preempted run goes on as a new job")
-    else:
-        yield Finding("requeue", "ok", f"JobRequeue = {settings.get('JobRequeue', 'not told')}")
-    mode = settings.get("PreemptMode", "not told")
-    is_safe = "CANCEL" not in mode.upper()
-    remedy = "" if is_safe else "use a partition or QOS that requeues; else continue with submit.py --resume"
-    yield Finding("preemption", "ok" if is_safe else "warning", f"PreemptMode = {mode}", remedy)
-
-
-def _said(*command: str) -> str | None:
-    """What a command prints; None if it does not answer."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ANSWER_SECONDS)
-        return ran.stdout + ran.stderr
-    return None
-
-
-def wandb() -> Iterator[Finding]:
-    """Whether there is a key, and a server that answers."""
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].partition("/")[0]
-    name, _, port = host.partition(":")
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and name in netrc.read_text(errors="replace"))
-    if not has_key:
-        yield Finding("wandb", "ok", "no key: runs log offline; `wandb login` makes one")
-        return
-    try:
-        socket.create_connection((name, int(port or 443)), timeout=_ANSWER_SECONDS).close()
-    except OSError as error:
-        yield Finding("wandb", "warning", f"a key, but {host} does not answer ({error})", "set wandb.mode=offline")
-        return
-    yield Finding("wandb", "ok", f"a key, and {host} answers")

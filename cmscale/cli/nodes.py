@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cmscale.cli.machine import Finding
+from cmscale.cli.finding import Finding
 from cmscale.config.site import read_launch_settings
 from cmscale.errors import UserError
 from cmscale.io.slurm import outside_of_jobs

@@ -8,7 +8,8 @@ import typer
 
 from cmscale.cli.command import GIVEN
 from cmscale.commands.use import Given
-from cmscale.config.requests import MeasuringRequest, Option, options_of, request_from
+from cmscale.config.request_fields import Option, options_of
+from cmscale.config.requests import MeasuringRequest, request_from
 from cmscale.runs.choices import check_request
 
 R = TypeVar("R", bound=MeasuringRequest)

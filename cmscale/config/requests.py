@@ -5,14 +5,10 @@ evaluation job all follow from these models (`options_of`), so that an option ex
 the options that were given: `refuse_unused` refuses those that have no effect.
 """
 
-import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from cmscale.commands.parser import Output
 from cmscale.commands.situation import GIVEN_CONFIG, MODELS, RUN, WITH_WEIGHTS_TO_CHOOSE, WITHOUT_CONFIG, overriding
@@ -21,6 +17,7 @@ from cmscale.config.averages import length_of
 from cmscale.config.evaluate import Evaluate
 from cmscale.config.features import feature_networks, known_network
 from cmscale.config.models import Config
+from cmscale.config.request_fields import option, options_of
 from cmscale.config.sampling_times import check_range, check_second_time, is_file, parse_counts, parse_step, parse_times
 from cmscale.errors import UserError
 from cmscale.io.place import Place
@@ -28,88 +25,65 @@ from cmscale.io.place import Place
 R = TypeVar("R", bound="MeasuringRequest")
 
 
-def _option(
-    default: Any,
-    help: str,
-    *,
-    use: Use,
-    metavar: str = "",
-    flag: str = "",
-    output: Output | None = None,
-    is_positional: bool = False,
-    **constraints: Any,
-) -> Any:
-    """A field with what its option shows. A field of type `Place` is a local path or URL.
-
-    Args:
-        use: Where the option is used.
-        flag: The option's name, where it is not the field's.
-        output: For a file that is written.
-        is_positional: Whether it is an argument without a flag.
-    """
-    extra = {"use": use, "metavar": metavar, "flag": flag, "output": output, "is_positional": is_positional}
-    return Field(default, description=help, json_schema_extra=extra, **constraints)
-
-
 class MeasuringRequest(BaseModel):
     """Which network is measured, and against what. None leaves a value to the config of the source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Place = _option(
+    source: Place = option(
         ...,
         "A run, a checkpoint, an exported file or an OpenAI .pt; a local path or s3://.",
         use=USED,
         metavar="SOURCE",
         is_positional=True,
     )
-    overrides: list[str] = _option(
+    overrides: list[str] = option(
         [],
         "Values of --config to replace.",
         use=Use(overriding=(GIVEN_CONFIG,)),
         metavar="[KEY=VALUE]...",
         is_positional=True,
     )
-    reference: Place | None = _option(
+    reference: Place | None = option(
         None,
         "A prepared data set, a folder of images, or a statistics file. Default: the config's, else its data.",
         use=USED,
         metavar="PATH",
     )
-    samples: int | None = _option(
+    samples: int | None = option(
         None,
         "Samples per evaluation. Default: evaluate.num_samples of the config.",
         use=Use(source=MODELS),
         metavar="N",
         ge=2,
     )
-    features: str | None = _option(
+    features: str | None = option(
         None,
         f"Network whose features are compared: {', '.join(feature_networks())}. "
         "Default: evaluate.features of the config.",
         use=USED,
         metavar="NAME",
     )
-    features_weights: Place | None = _option(
+    features_weights: Place | None = option(
         None, "Weights of that network; local path or s3://.", use=USED, metavar="PATH[#sha256=HEX]"
     )
-    inception_weights: Place | None = _option(
+    inception_weights: Place | None = option(
         None,
         "The same, for inception only.",
         use=Use(features=("inception features",), excludes=("features_weights",)),
         metavar="PATH[#sha256=HEX]",
     )
-    dinov2_weights: Place | None = _option(
+    dinov2_weights: Place | None = option(
         None,
         "The same, for dinov2 only.",
         use=Use(features=("dinov2 features",), excludes=("features_weights",)),
         metavar="PATH[#sha256=HEX]",
     )
-    config: Place | None = _option(
+    config: Place | None = option(
         None, "Config of a SOURCE that has none (OpenAI .pt, ...).", use=Use(source=WITHOUT_CONFIG), metavar="CONFIG"
     )
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto uses CUDA if there is a device.", use=USED)
-    force: bool = _option(False, "Measure anew what has been measured already, and replace the result.", use=USED)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto uses CUDA if there is a device.", use=USED)
+    force: bool = option(False, "Measure anew what has been measured already, and replace the result.", use=USED)
 
     @field_validator("features")
     @classmethod
@@ -154,40 +128,40 @@ class MeasuringRequest(BaseModel):
 class EvaluateRequest(MeasuringRequest):
     """What to evaluate, and how."""
 
-    out: Place | None = _option(
+    out: Place | None = option(
         None,
         "Result. Default: a file in the run's evaluations/.",
         use=USED,
         metavar="FILE.json",
         output=Output((".json",)),
     )
-    steps: str | None = _option(
+    steps: str | None = option(
         None,
         "Numbers of sampling steps. Default: the method's.",
         use=Use(source=MODELS, excludes=("times",)),
         metavar="1,2",
     )
-    times: Place | None = _option(
+    times: Place | None = option(
         None,
         "Descending sigmas to sample at, or the JSON of search-times.",
         use=Use(source=MODELS),
         metavar="80,4.4|FILE.json",
         flag="sampling_times",
     )
-    seeds: int = _option(
+    seeds: int = option(
         1,
         "Independent sets of samples, for standard deviations.",
         use=Use(source=MODELS),
         metavar="N",
         ge=1,
     )
-    weights: str | None = _option(
+    weights: str | None = option(
         None,
         "EMA names, or master, separated by commas. Default: the first EMA.",
         use=Use(source=WITH_WEIGHTS_TO_CHOOSE),
         metavar="A,B",
     )
-    checkpoints: str = _option(
+    checkpoints: str = option(
         "latest",
         "Steps of a run's checkpoints, separated by commas.",
         use=Use(source=(RUN,)),
@@ -257,22 +231,22 @@ class EvaluateRequest(MeasuringRequest):
 class SearchTimesRequest(MeasuringRequest):
     """Whose sampling times to search, and how."""
 
-    steps: int = _option(2, "Number of sampling times; the first is sigma_max.", use=USED, metavar="N", ge=2)
-    seed: int = _option(0, "Seed of the samples of every trial.", use=USED, metavar="N", ge=0)
-    out: Place | None = _option(
+    steps: int = option(2, "Number of sampling times; the first is sigma_max.", use=USED, metavar="N", ge=2)
+    seed: int = option(0, "Seed of the samples of every trial.", use=USED, metavar="N", ge=0)
+    out: Place | None = option(
         None,
         "Result. Default: a file in the run's evaluations/times/.",
         use=USED,
         metavar="FILE.json",
         output=Output((".json",), local="the result of a search, which is written after every trial,"),
     )
-    weights: str | None = _option(
+    weights: str | None = option(
         None,
         "An EMA's name, or master. Default: the first EMA.",
         use=Use(source=WITH_WEIGHTS_TO_CHOOSE),
         metavar="NAME",
     )
-    step: str = _option(
+    step: str = option(
         "latest", "Step of a run's checkpoint, or latest.", use=Use(source=(RUN,)), metavar="STEP", flag="checkpoint"
     )
 
@@ -297,74 +271,3 @@ def request_from(model: type[R], values: Mapping[str, Any]) -> R:
         flag = next((option.flag for option in options_of(model) if option.name == name), "") or name
         why = first["ctx"]["error"] if first["type"] == "value_error" else f"got {first['input']!r}; {first['msg']}"
         raise UserError(f"{flag}: {why}") from None
-
-
-@dataclass(frozen=True)
-class Option:
-    """A field of a request as an option of a command line.
-
-    Attributes:
-        name: The field's.
-        flag: `--checkpoint`; empty for an argument without a flag.
-        use: Where the option is used.
-        kind: Type of one value: int, str, Place, or bool for a switch.
-        is_list: Whether it takes any number of values.
-        minimum: The smallest number allowed; None if there is none.
-        choices: The values allowed; empty if there is no list.
-        default: `...` for an argument that must be given.
-        output: For a file that is written.
-    """
-
-    name: str
-    flag: str
-    use: Use
-    kind: type
-    is_list: bool
-    minimum: int | None
-    choices: tuple[str, ...]
-    default: Any
-    help: str
-    metavar: str
-    output: Output | None
-
-    @property
-    def is_path(self) -> bool:
-        """Whether the value is a local path or a URL. That of --sampling-times may be numbers."""
-        return self.kind is Place
-
-
-def options_of(request: type[BaseModel]) -> Iterator[Option]:
-    """The options that a user can give, positional arguments first."""
-    fields = [(name, field) for name, field in request.model_fields.items() if field.json_schema_extra is not None]
-    for name, field in sorted(fields, key=lambda item: not _extra(item[1])["is_positional"]):
-        extra = _extra(field)
-        kind = _single(field.annotation)
-        choices = tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
-        minimum = next((each.ge for each in field.metadata if hasattr(each, "ge")), None)
-        yield Option(
-            name=name,
-            flag="" if extra["is_positional"] else f"--{(extra['flag'] or name).replace('_', '-')}",
-            use=extra["use"],
-            kind=str if choices or kind not in (int, str, bool, Place) else kind,
-            is_list=get_origin(field.annotation) is list,
-            minimum=minimum,
-            choices=choices,
-            default=... if field.default is PydanticUndefined else field.default,
-            help=field.description or "",
-            metavar=extra["metavar"],
-            output=extra["output"],
-        )
-
-
-def _extra(field: FieldInfo) -> dict[str, Any]:
-    assert isinstance(field.json_schema_extra, dict)
-    return dict(field.json_schema_extra)
-
-
-def _single(annotation: Any) -> Any:
-    """The type of one value: `int` of `int | None`, `str` of `list[str]`."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return _single(next(part for part in get_args(annotation) if part is not types.NoneType))
-    if get_origin(annotation) is list:
-        return get_args(annotation)[0]
-    return annotation

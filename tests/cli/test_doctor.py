@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmscale.cli import machine, nodes
-from cmscale.cli.machine import Finding
+from cmscale.cli import machine, nodes, services
+from cmscale.cli.finding import Finding
 from cmscale.errors import UserError
 
 Usage = namedtuple("Usage", "total used free")
@@ -90,7 +90,7 @@ def test_locks_that_keep_nobody_apart_are_a_failure(tmp_path: Path, monkeypatch:
 def test_slurm_must_answer_and_tells_how_it_preempts(bin_folder: Path) -> None:
     program(bin_folder, "sbatch", "exit 0")
     program(bin_folder, "scontrol", 'echo "Slurmctld(primary) at host is DOWN"')
-    assert only(machine.slurm()).state == "failure"
+    assert only(services.slurm()).state == "failure"
     answer = 'if [ "$1" = ping ]; then echo "Slurmctld(primary) at host is UP"; else cat "$0.conf"; fi'
     program(bin_folder, "scontrol", answer)
     for requeue, mode, states in (
@@ -99,21 +99,21 @@ def test_slurm_must_answer_and_tells_how_it_preempts(bin_folder: Path) -> None:
     ):
         settings = f"JobRequeue              = {requeue}\nPreemptMode             = {mode}\n"
         (bin_folder / "scontrol.conf").write_text(settings)
-        assert [each.state for each in machine.slurm()] == states
+        assert [each.state for each in services.slurm()] == states
 
 
 def test_wandb_with_a_key_must_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert only(machine.wandb()).state == "ok"
+    assert only(services.wandb()).state == "ok"
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
         monkeypatch.setenv("WANDB_API_KEY", "key")
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-        assert only(machine.wandb()).state == "warning"
+        assert only(services.wandb()).state == "warning"
         server.listen()
-        assert only(machine.wandb()).state == "ok"
+        assert only(services.wandb()).state == "ok"
 
 
 def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -121,8 +121,10 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pyte
         raise ImportError("no such\nlibrary")
         yield
 
-    for name in ("devices", "attention", "gloo", "nccl", "slurm", "wandb", "weights"):
+    for name in ("devices", "attention", "gloo", "nccl", "weights"):
         monkeypatch.setattr(machine, name, broken)
+    for name in ("slurm", "wandb"):
+        monkeypatch.setattr(services, name, broken)
     found = list(machine.findings(tmp_path))
     assert [each.found for each in found if each.state == "failure"] == ["ImportError: no such library"] * 7
     assert any(each.what == "processors" for each in found)

@@ -6,7 +6,8 @@ import pytest
 from commands import run
 from pydantic import BaseModel
 
-from cmscale.config.requests import EvaluateRequest, SearchTimesRequest, options_of
+from cmscale.config.request_fields import options_of
+from cmscale.config.requests import EvaluateRequest, SearchTimesRequest
 
 
 @pytest.mark.parametrize(

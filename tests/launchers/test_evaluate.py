@@ -9,7 +9,8 @@ import pytest
 from launch_fixtures import CONFIG, dataset
 
 from cmscale.commands.ending import guarded
-from cmscale.config.requests import EvaluateRequest, options_of
+from cmscale.config.request_fields import options_of
+from cmscale.config.requests import EvaluateRequest
 from launchers import evaluate
 from launchers.clusters import CLUSTERS
 from launchers.clusters.local import LocalMachine
