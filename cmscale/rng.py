@@ -29,8 +29,13 @@ def normal_like_samples(
     purpose: str,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Standard normal noise, [len(positions), *shape] float32; row i depends on (seed, positions[i], purpose) alone."""
+    """Standard normal noise, [len(positions), *shape] float32; row i depends on (seed, positions[i], purpose) alone.
+
+    On the meta device it has a shape and no values.
+    """
     noise = torch.empty((len(positions), *shape), device=device)
+    if noise.is_meta:
+        return noise
     source = torch.Generator(device=device)
     for row, position in zip(noise, positions, strict=True):
         row.normal_(generator=source.manual_seed(key(seed, position, purpose)))

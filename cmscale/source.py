@@ -30,6 +30,7 @@ from cmscale.interop import holds_config, parameter_shapes, read_diffusers, read
 from cmscale.interop.strict import strict_weights
 from cmscale.io.fetch import local_file
 from cmscale.io.storage import open_storage
+from cmscale.model.attention_choice import choose
 from cmscale.model.precondition import denoiser_for
 from cmscale.model.unet import build_unet
 from cmscale.model.weighting import without_weighting
@@ -54,7 +55,8 @@ class Source:
 
     def denoiser(self, device: torch.device) -> Denoise:
         """The network in evaluation mode on a device, with its method's preconditioning."""
-        network = build_unet(self.config.model)
+        attention = choose(self.config.model, device, torch.float32).kind
+        network = build_unet(self.config.model.model_copy(update={"attention": attention}))
         network.load_state_dict(self.weights)
         network.to(device).eval().requires_grad_(False)
         return denoiser_for(self.config.method, network)

@@ -24,7 +24,7 @@ def findings() -> Iterator[tuple[str, str]]:
     """Yields (what was looked for, what was found)."""
     import torch
 
-    from cmscale.model.attention import choose_attention
+    from cmscale.model.attention_choice import Shape, kernel_name, try_out
 
     yield "python", sys.version.split()[0]
     for package in PACKAGES:
@@ -35,8 +35,11 @@ def findings() -> Iterator[tuple[str, str]]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
     yield "CUDA devices", f"{count} ({names})" if count else "none; engine.device=auto takes the CPU"
-    for kind in ["cpu", "cuda"][: 2 if count else 1]:
-        yield f"attention on {kind}", choose_attention("auto", torch.device(kind))
+    yield "attention on cpu", "sdpa"
+    if count:
+        device, shape = torch.device("cuda"), Shape(length=1024, heads=8, dim=64)  # of the LSUN networks
+        choice = try_out(shape, device, torch.float16)
+        yield "attention on cuda", f"{kernel_name(choice, shape, device, torch.float16)}: {choice.why}"
     yield "processors", str(len(os.sched_getaffinity(0)))
     yield "Slurm", shutil.which("sbatch") or "no sbatch on the PATH; launchers run jobs on this machine"
     yield "S3 endpoint", os.environ.get("AWS_ENDPOINT_URL", "Amazon's (AWS_ENDPOINT_URL is not set)")

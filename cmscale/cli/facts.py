@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from cmscale.cli.options import JsonOption
 from cmscale.commands.use import USED
 from cmscale.errors import UserError
 from cmscale.io.place import Place
+
+if TYPE_CHECKING:
+    from cmscale.training.estimate.tables import Table as TextTable
 
 app = typer.Typer()
 console = Console(stderr=True)
@@ -35,25 +38,60 @@ def estimate(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]..."), USED] = None,
     nodes: Annotated[int, typer.Option(min=1), USED] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1), USED] = 8,
-    tflops: Annotated[float, typer.Option(help="TFLOP/s that one GPU sustains on this network."), USED] = 150.0,
+    gpu: Annotated[str, typer.Option(help="The kind of GPU, as in the table of micro-batches."), USED] = "h100-80g",
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that a GPU sustains on this network."), USED] = None,
+    network: Annotated[float | None, typer.Option(help="GB/s that a GPU sends to others."), USED] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU-hour."), USED] = None,
+    images_per_core: Annotated[float, typer.Option(help="Images that a processor decodes per second."), USED] = 300.0,
+    interruption_hours: Annotated[float, typer.Option(help="GPU-hours between two interruptions."), USED] = 50_000.0,
+    save_seconds: Annotated[float | None, typer.Option(help="By which a checkpoint delays training."), USED] = None,
+    restart_seconds: Annotated[float, typer.Option(help="From an interruption to the next step."), USED] = 300.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimates the cost of a config: parameters, memory per rank, FLOP, days."""
+    """Estimates the cost of a config: memory, the largest micro-batch, time, price, goodput on 8 to 512 GPUs."""
     from cmscale.config import read_config
     from cmscale.config.cautions import cautions
+    from cmscale.training.estimate.gpus import GPUS
+    from cmscale.training.estimate.tables import Request, tables
 
-    if not 0 < tflops < math.inf:
-        raise UserError(f"--tflops {tflops}: give a number above 0")
+    if gpu not in GPUS:
+        raise UserError(f"--gpu {gpu}: is not known; choose one of {', '.join(GPUS)}")
+    positive = {"--tflops": tflops, "--network": network, "--price": price, "--images-per-core": images_per_core}
+    positive |= {"--interruption-hours": interruption_hours, "--save-seconds": save_seconds}
+    positive |= {"--restart-seconds": restart_seconds}
+    for flag, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{flag} {value}: give a number above 0")
+    request = Request(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        tflops=tflops,
+        network=network,
+        price=price,
+        images_per_core=images_per_core,
+        interruption_hours=interruption_hours,
+        save_seconds=save_seconds,
+        restart_seconds=restart_seconds,
+    )
     settings = read_config(config, overrides)
-    from cmscale.training.estimate import estimates
-
-    found = list(estimates(settings, num_ranks=nodes * gpus_per_node, tflops=tflops))
+    found = list(tables(settings, request))
     if as_json:
-        print(json.dumps({**dict(found), "cautions": cautions(settings)}, indent=1))
+        document = {each.title: each.by_row() for each in found}
+        print(json.dumps({**document, "cautions": cautions(settings)}, indent=1))
         return
-    table = Table("what", "estimate", box=None)
-    for what, value in found:
-        table.add_row(what, value)
-    TableConsole().print(table)
+    _show(found)
     for caution in cautions(settings):
         console.print(f"caution: {caution}", markup=False, soft_wrap=True)
+
+
+def _show(tables: "list[TextTable]") -> None:
+    """Prints tables below each other."""
+    shown = TableConsole()
+    for number, table in enumerate(tables):
+        drawn = Table(*table.columns, box=None, title=table.title, title_justify="left")
+        for row in table.rows:
+            drawn.add_row(*row)
+        if number:
+            shown.print()
+        shown.print(drawn)

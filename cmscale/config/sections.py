@@ -143,6 +143,12 @@ class Engine(Section):
         "killed, and the job is started again.",
         unit="minutes",
     )
+    peak_tflops: Positive | None = operational(
+        None,
+        "Dense peak rate of one device in this precision. The log's mfu is the share of it that training reaches. "
+        "null: it is measured at the start on CUDA, and a CPU has no mfu.",
+        unit="TFLOP/s",
+    )
 
 
 class Train(Section):
@@ -190,6 +196,25 @@ class Train(Section):
         unit="steps",
     )
     max_rollbacks: NonNegative = operational(2, "Rollbacks before the run stops with a fault.", unit="rollbacks")
+    profile_steps: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}:[1-9][0-9]{0,8}$")] | None = operational(
+        None,
+        "Steps to profile, such as 10:15 (both included): a trace and the dearest operators of rank 0 in logs/. "
+        "null: none.",
+    )
+
+    @model_validator(mode="after")
+    def _profile_steps_ascend(self) -> "Train":
+        if self.profiled is not None and self.profiled[0] > self.profiled[1]:
+            raise ValueError(f"profile_steps: {self.profile_steps} must ascend, such as 10:15")
+        return self
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step to profile."""
+        if self.profile_steps is None:
+            return None
+        first, last = map(int, self.profile_steps.split(":"))
+        return first, last
 
 
 class Checkpoint(Section):

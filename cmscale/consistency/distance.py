@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cmscale.config import MethodSection
+from cmscale.config.methods.base import DistanceSettings
 from cmscale.consistency import lpips
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -40,6 +41,11 @@ def default_huber_c(image_size: int, channels: int = 3) -> float:
     return 0.00054 * math.sqrt(channels * image_size**2)
 
 
+def lpips_network(settings: DistanceSettings, image_size: int) -> lpips.LPIPS:
+    """LPIPS as a method's loss uses it, without VGG16's weights."""
+    return lpips.LPIPS(average_pooling=settings.lpips_pooling == "average", resize=image_size < 256)
+
+
 def build_distance(
     method: MethodSection, image_size: int, *, lpips_weights: Path | None = None, device: torch.device | str = "cpu"
 ) -> Distance | None:
@@ -57,7 +63,7 @@ def build_distance(
         return None
     match settings.name:
         case "lpips":
-            network = lpips.LPIPS(average_pooling=settings.lpips_pooling == "average", resize=image_size < 256)
+            network = lpips_network(settings, image_size)
             network.load_features(lpips_weights if lpips_weights is not None else lpips.download_vgg())
             return network.to(device)
         case "l1":

@@ -1,8 +1,10 @@
 """Computes LPIPS (arXiv 1801.03924, version 0.1) on VGG16, with maximum or average pooling."""
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -67,7 +69,7 @@ class LPIPS(nn.Module):
             conv.load_state_dict({"weight": weight, "bias": bias})
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):
+        with without_autocast(a.device):
             distance = torch.zeros(len(a), device=a.device)
             features_a, features_b = self._features(a), self._features(b)
             for index, (x, y) in enumerate(zip(features_a, features_b, strict=True)):
@@ -90,6 +92,13 @@ class LPIPS(nn.Module):
                 x = F.relu(next(convolutions)(x))
             found.append(x)
         return found
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Computes the block in its tensors' own dtypes; devices without autocast (meta) do so anyway."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def download_vgg() -> Path:

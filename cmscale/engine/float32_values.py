@@ -58,29 +58,31 @@ class GatheredFloat32Values(Float32Values):
         super().__init__(network, parameters, device=device)
         pieces = [list(_overlaps(segments, self._ranges)) for segments in segments_by_rank]
         self._own = [slice(at, at + length) for at, _, length in pieces[rank]]
-        longest = max(sum(length for *_, length in of_rank) for of_rank in pieces)
-        self._gathered = torch.zeros(len(pieces) * longest, device=device)
-        self._sent = self._gathered.new_zeros(longest) if len(pieces) > 1 else self._gathered
-        self._sources: list[torch.Tensor] = []
+        self._longest = max(sum(length for *_, length in of_rank) for of_rank in pieces)
+        self._num_ranks = len(pieces)
+        self._sizes: list[int] = []  # of what is gathered, in turn: pieces, and after each rank's the padding
+        self._is_piece: list[bool] = []
         self._destinations: list[torch.Tensor] = []
-        for number, of_rank in enumerate(pieces):
-            start = number * longest
-            for _, to, length in of_rank:
-                self._sources.append(self._gathered[start : start + length])
-                self._destinations.append(self._values[to : to + length])
-                start += length
+        for of_rank in pieces:
+            lengths = [length for *_, length in of_rank]
+            self._sizes += [*lengths, self._longest - sum(lengths)]
+            self._is_piece += [*[True] * len(lengths), False]
+            self._destinations += [self._values[to : to + length] for _, to, length in of_rank]
 
     @torch.no_grad()
     def gather(self, local: torch.Tensor) -> None:
         """Sets the values from the fp32 elements that each rank has in `local`. Collective."""
         if not self._ranges:
             return
-        if self._own:
-            own = torch.cat([local[piece] for piece in self._own])
-            self._sent[: own.numel()].copy_(own)
-        if self._sent is not self._gathered:
-            all_gather_flat(self._gathered, self._sent)
-        torch._foreach_copy_(self._destinations, self._sources)
+        own = torch.cat([local[piece] for piece in self._own]) if self._own else local.new_zeros(0)
+        sent = self._values.new_zeros(self._longest)
+        sent[: own.numel()].copy_(own)
+        gathered = sent
+        if self._num_ranks > 1:
+            gathered = self._values.new_zeros(self._num_ranks * self._longest)
+            all_gather_flat(gathered, sent)
+        sources = [part for part, taken in zip(gathered.split(self._sizes), self._is_piece, strict=True) if taken]
+        torch._foreach_copy_(self._destinations, sources)
 
 
 def copied_values(network: nn.Module, flat: torch.Tensor, *, device: torch.device) -> None:

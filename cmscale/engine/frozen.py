@@ -23,7 +23,7 @@ class FrozenNetwork:
     ) -> None:
         self.module = module.to(device=device, dtype=dtype).requires_grad_(False)
         self._flat = torch.zeros(part_size * num_ranks, dtype=dtype, device=device)
-        self._sent = torch.zeros(part_size, dtype=dtype, device=device) if num_ranks > 1 else self._flat
+        self._part_size = part_size
         self._num_ranks = num_ranks
         offset = 0
         for parameter in self.module.parameters():
@@ -39,9 +39,12 @@ class FrozenNetwork:
     @torch.no_grad()
     def publish(self, local: torch.Tensor) -> None:
         """Sets the weights from the fp32 elements that each rank has in `local`: one all-gather. Collective."""
-        self._sent[: local.numel()].copy_(local)
-        if self._num_ranks > 1:
-            all_gather_flat(self._flat, self._sent)
+        if self._num_ranks == 1:
+            self._flat[: local.numel()].copy_(local)
+            return
+        sent = self._flat.new_zeros(self._part_size)
+        sent[: local.numel()].copy_(local)
+        all_gather_flat(self._flat, sent)
 
 
 class PartitionedNetwork:

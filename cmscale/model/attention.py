@@ -16,24 +16,24 @@ Layout = Literal["three_heads_dim", "heads_three_dim"]
 
 
 def choose_attention(kind: Kind, device: torch.device) -> Literal["xformers", "sdpa", "reference"]:
-    """The implementation that `model.attention` selects on a device.
+    """The implementation that a call of `attend` takes on a device.
 
-    `auto` selects xformers on CUDA if it can be imported, else SDPA.
+    `auto` is SDPA here: `cmscale.model.attention_choice` replaces it when a network is built.
 
     Raises:
         UserError: xformers is required but can't run here.
     """
     if kind == "auto":
-        return "xformers" if device.type == "cuda" and _xformers() is not None else "sdpa"
+        return "sdpa"
     if kind == "xformers" and device.type != "cuda":
         raise UserError(f"model.attention: xformers runs on CUDA only, not on {device.type}; use auto or sdpa")
-    if kind == "xformers" and _xformers() is None:
+    if kind == "xformers" and xformers_ops() is None:
         raise UserError("model.attention: xformers can't be imported here; install it, or use auto or sdpa")
     return kind
 
 
 @functools.cache
-def _xformers() -> Any:
+def xformers_ops() -> Any:
     """xformers.ops, or None if it can't be imported. Imported only when needed, as that takes seconds."""
     try:
         return importlib.import_module("xformers.ops")
@@ -67,9 +67,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, kind: Kind = "auto") ->
     if forward_ad.unpack_dual(query).tangent is not None:  # the fast kernels have no forward-mode derivative
         chosen = "reference"
     if chosen == "xformers":
-        return _xformers().memory_efficient_attention(query, key, value)
+        return xformers_ops().memory_efficient_attention(query, key, value)
     if chosen == "sdpa":
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if query.is_meta:  # there torch takes the definition; CPU and CUDA have a kernel that stores no scores
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0].transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     return reference_attention(query, key, value)
 

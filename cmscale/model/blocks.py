@@ -54,11 +54,12 @@ def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) ->
     """
     if len(keys) != len(x):
         raise ValueError(f"dropout_keys: {len(keys)} keys for a batch of {len(x)}; give one per sample")
-    source = torch.Generator(device=x.device)
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    for row, sample_key in zip(keep, keys, strict=True):
-        source.manual_seed(key(sample_key, layer))
-        torch.ge(torch.rand(row.shape, generator=source, device=x.device), rate, out=row)
+    if not x.is_meta:  # there, where shapes alone are computed, are no generators
+        source = torch.Generator(device=x.device)
+        for row, sample_key in zip(keep, keys, strict=True):
+            source.manual_seed(key(sample_key, layer))
+            torch.ge(torch.rand(row.shape, generator=source, device=x.device), rate, out=row)
     return torch.where(keep, x / (1 - rate), torch.zeros((), dtype=x.dtype, device=x.device))
 
 

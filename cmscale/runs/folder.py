@@ -206,6 +206,14 @@ class RunDir:
         of = f"-{checkpoint[:_KEY_LENGTH]}" if checkpoint else ""
         return self.logs / "evaluations-asked" / f"{step_name(step)}{of}"
 
+    def profile_trace(self, step: int) -> Path:
+        """The trace of the steps from this one on, for chrome://tracing and Perfetto."""
+        return self.logs / f"profile-{step_name(step)}.trace.json.gz"
+
+    def profile_table(self, step: int) -> Path:
+        """The dearest operators of these steps."""
+        return self.logs / f"profile-{step_name(step)}.txt"
+
     @property
     def report(self) -> Path:
         return self.root / "report" / "index.html"

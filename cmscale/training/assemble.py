@@ -14,11 +14,14 @@ from cmscale.consistency.losses import Loss, build_loss
 from cmscale.consistency.lpips import download_vgg
 from cmscale.consistency.networks import Networks
 from cmscale.data import Batch, Batches, open_batches, to_device
+from cmscale.distributed.collectives import from_main, on_main
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine, NonFiniteLoss, StepResult
 from cmscale.engine.flat_space import number_parameters
+from cmscale.engine.settings import COMPUTE_DTYPES
 from cmscale.errors import UserError
 from cmscale.io.fetch import download_lock, local_file
+from cmscale.model.attention_choice import Choice, choose
 from cmscale.model.denoiser import EDMDenoiser
 from cmscale.model.precondition import denoiser_for, teacher_denoiser_for
 from cmscale.model.trigflow import TrigFlow
@@ -41,6 +44,7 @@ class Parts:
     networks: Networks
     teacher_fingerprint: str | None
     measurements: Measurements
+    attention: Choice
 
     def step(self, batch: Batch, values: ScheduleValues) -> StepResult:
         """One step on one global batch. It is not applied if the loss is not finite.
@@ -84,6 +88,8 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
             f"model.num_classes: {config.model.num_classes}, but training data has no classes, so that only "
             "unconditional networks can be trained; leave it out"
         )
+    attention = chosen_attention(config, world)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention": attention.kind})})
     facts, starts_from_teacher = method.facts, method.teacher_choice is not None
     teacher = load_teacher(config) if facts.follows_teacher or (starts_from_teacher and fresh) else None
     build_network = network_builder(config)
@@ -99,7 +105,13 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
     measurements = Measurements()
     loss = build_loss(method, load_distance(config, world), measure=measurements.add)
     fingerprint = None if teacher is None else weights_fingerprint(teacher)
-    return Parts(config, world, engine, loss, networks, fingerprint, measurements)
+    return Parts(config, world, engine, loss, networks, fingerprint, measurements, attention)
+
+
+def chosen_attention(config: Config, world: World) -> Choice:
+    """The implementation of attention that rank 0 finds to be right and fast, for all ranks. Collective."""
+    dtype = COMPUTE_DTYPES[config.engine.precision]
+    return from_main(on_main(lambda: choose(config.model, world.device, dtype)))
 
 
 def first_weights(config: Config, teacher: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:

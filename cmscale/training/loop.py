@@ -20,9 +20,11 @@ from cmscale.training import preflight
 from cmscale.training.assemble import assemble, check_same_teacher, flat_space, open_data
 from cmscale.training.bad_steps import BadSteps
 from cmscale.training.consistency_probe import Probe
+from cmscale.training.profiling import Profiler
 from cmscale.training.run_log import RunLog
 from cmscale.training.sample_grid import save_sample_grid
 from cmscale.training.stragglers import Stragglers
+from cmscale.training.usage import Usage
 
 
 def main(run_dir: str, fresh: bool = False) -> str:
@@ -74,7 +76,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     if found is not None:
         teacher = check_same_teacher(config, found.manifest.teacher_fingerprint, teacher)
     batches = open_data(config, world, state)  # before any thread is started, as its workers are forked
-    log = RunLog(config, run, world, batches=batches)
+    log = RunLog(config, run, world, batches=batches, usage=Usage(config, world))
     exporter = Exporter(run, config.checkpoint.export_to) if config.checkpoint.export_to and world.is_main else None
     checkpoints = Checkpoints(
         run,
@@ -91,7 +93,8 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     watchdog = Watchdog(run, config, world)
     bad_steps = BadSteps(config, run, world)
     stragglers = Stragglers(run, world, every=config.train.log_every)
-    log.started(state)
+    profiler = Profiler(config, run, world)
+    log.started(state, attention=parts.attention)
     if found is None:  # a rollback needs a checkpoint
         checkpoints.save(state, engine)
         saved = checkpoints.close()
@@ -101,6 +104,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
 
     while state.step < config.train.total_steps and not preemption.requested():
         stragglers.begin()
+        profiler.begin(state.step + 1)
         values = schedules.at(config, state.step)
         batch, cursor = next(batches)
         result = parts.step(batch, values)
@@ -109,6 +113,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
             if values.ends_stage:
                 engine.start_over()
         state = state.advance(cursor, result.applied)
+        profiler.end(state.step)
         if result.applied:
             stragglers.stepped(state.step, ready=engine.clock.started, forward=engine.clock.seconds())
         error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
@@ -126,6 +131,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
             preemption.ask("a newer start of the run")
         watchdog.beat(state.step)
 
+    profiler.close()
     finished = state.step >= config.train.total_steps
     checkpoints.save(state, engine)
     saved = checkpoints.close()

@@ -12,28 +12,31 @@ from cmscale.data import Batches
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
 from cmscale.errors import UserError
+from cmscale.model.attention_choice import Choice
 from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState
+from cmscale.training.usage import Usage
 from cmscale.training.wandb_mirror import MetricsLog
 
 
 class RunLog:
     """Rank 0 logs metrics and events; the other ranks log only samples and shards that they had to replace."""
 
-    def __init__(self, config: Config, run: RunDir, world: World, *, batches: Batches) -> None:
+    def __init__(self, config: Config, run: RunDir, world: World, *, batches: Batches, usage: Usage) -> None:
         self._config = config
         self._run = run
         self._world = world
         self._batches = batches
+        self._usage = usage
         self._metrics = MetricsLog(run, config.wandb, config=json.loads(config.model_dump_json()), active=world.is_main)
         self._since = time.perf_counter()
         self._cursor = 0
         self._replaced: set[str] = set()
 
-    def started(self, state: TrainState) -> None:
-        """Logs that training starts or resumes at `state`."""
+    def started(self, state: TrainState, *, attention: Choice) -> None:
+        """Logs that training starts or resumes at `state`, and with which attention."""
         self._cursor = state.cursor
         for caution in cautions(self._config):
             self._event("caution", state, why=caution)
@@ -42,7 +45,8 @@ class RunLog:
         lineage = read_lineage(self._run) if self._world.is_main else None
         if lineage is not None and lineage.step == state.step:
             why = f"branch of {lineage}"
-        self._event("resumed" if state.step else "start", state, why=why)
+        chosen = f"{attention.kind}: {attention.why}"
+        self._event("resumed" if state.step else "start", state, why=why, attention=chosen)
 
     def stepped(
         self,
@@ -86,6 +90,7 @@ class RunLog:
                 "loss_scale": result.loss_scale,
                 "seconds": round(seconds, 4),
                 "images_per_second": round(speed, 3),
+                **self._usage.of(speed),
                 **more,
             }
         )
@@ -111,10 +116,10 @@ class RunLog:
                 self._replaced.add(name)
                 write_event(self._run, event, step=state.step, rank=self._world.rank, why=f"{name}: {found[name]}")
 
-    def _event(self, event: str, state: TrainState, *, why: str = "") -> None:
+    def _event(self, event: str, state: TrainState, *, why: str = "", **more: str) -> None:
         if not self._world.is_main:
             return
         try:
-            write_event(self._run, event, step=state.step, rank=0, why=why)
+            write_event(self._run, event, step=state.step, rank=0, why=why, **more)
         except (OSError, UserError) as error:  # a full disk ends a run where its last checkpoint can't be written
             print(f"{event} at step {state.step} is not in {self._run.events.name}: {error}", flush=True)

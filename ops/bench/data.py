@@ -1,38 +1,36 @@
 """Measures the speed of data loading: this package, a plain PIL loader, mosaicml-streaming, webdataset, bare decoding.
 
-    python ops/bench/data.py [--json FILE] [--source lsun:DIR|folder:DIR|...] [--images 512] [--rounds 5]
+    python ops/bench/data.py [--source lsun:DIR|folder:DIR|...] [--images 512] [--rounds 5] [--json FILE]
+                             [--against FILE]
 
-Each round measures every row once. The table shows medians over the rounds, and medians of each round's ratio to its
-baseline. `cpu` rows count the CPU seconds of this process, which do not depend on the machine's other load. `wall` rows
+`cpu` rows count the CPU seconds of this process, which do not depend on the machine's other load. `wall` rows
 count elapsed seconds, because they wait for a server or for workers. The measurement is small by default; without
 --source the images are generated.
 """
 
-import argparse
 import io
-import json
 import os
 import resource
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import ExitStack, closing, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from the checkout
 
+import harness
 import numpy as np
 import psutil
 import simplejpeg
 import torch
+from harness import Row
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
+from s3 import s3_server
 from torch.utils.data import DataLoader, Dataset
 from webdataset.compat import WebDataset
 
@@ -244,96 +242,61 @@ def generated_images(folder: Path, count: int) -> str:
     return f"folder:{folder}"
 
 
-@contextmanager
-def s3_server() -> Iterator[str]:
-    """Runs an S3 server (moto) in another process. Yields the URL of a bucket in it."""
-    code = (
-        "from moto.server import ThreadedMotoServer as S; import sys\n"
-        "s = S(ip_address='127.0.0.1', port=0, verbose=False); s.start()\n"
-        "print(s.get_host_and_port()[1], flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    try:
-        assert process.stdout is not None
-        keys = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}
-        os.environ.update(keys, AWS_ENDPOINT_URL=f"http://127.0.0.1:{int(process.stdout.readline())}")
-        from boto3.session import Session
-
-        Session().client("s3").create_bucket(Bucket="bench")
-        yield "s3://bench"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def measure(benchmark: DataBenchmark, rounds: int) -> dict[str, list[float]]:
+def measured(benchmark: DataBenchmark, rounds: int) -> dict[str, list[float]]:
     """Images per second of every row in every round."""
     clocks = {"cpu": time.process_time, "wall": time.perf_counter}
-    rates: dict[str, list[float]] = {name: [] for name in ROWS}
-    for _ in range(rounds):
-        for name, action in benchmark.actions().items():
-            clock = clocks[ROWS[name][1]]
+    beside: dict[str, list[float]] = {name: [] for name in ROWS}
+
+    def rate(name: str, action: Callable[[], int]) -> harness.Action:
+        clock = clocks[ROWS[name][1]]
+
+        def measure() -> float:
             since = clock()
             count = action()
-            rates[name].append(count / (clock() - since))
-        wall, own = benchmark.cold()
-        rates["ours, MDS, cold from S3"].append(wall)
-        rates["ours, MDS, cold from S3, per CPU second"].append(own)
-        for count, name, per_cpu in (
-            (1, "ours, MDS, 1 worker", "ours, MDS, 1 worker, per CPU second"),
-            (2, "ours, MDS, 2 workers", "ours, MDS, 2 workers, per CPU second"),
-        ):
-            wall, own = benchmark.workers(count)
-            rates[name].append(wall)
-            rates[per_cpu].append(own)
-    return rates
+            return count / (clock() - since)
 
+        return measure
 
-def summary(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One dict per row: its median rate, and the median of its ratios to the baseline."""
-    rows = []
-    for name, (base, clock, required) in ROWS.items():
-        ratio = None
-        if base:
-            ratio = round(statistics.median(a / b for a, b in zip(rates[name], rates[base], strict=True)), 3)
-        rate = round(statistics.median(rates[name]), 1)
-        rows.append({"what": name, "images_per_second": rate, "clock": clock, "baseline": base, "ratio": ratio})
-        rows[-1]["required"] = required
-    return rows
+    def pair(other: str, action: Callable[[], tuple[float, float]]) -> harness.Action:
+        """Of an action that measures both rates at once, the first; the second belongs to the row `other`."""
+
+        def measure() -> float:
+            wall, own = action()
+            beside[other].append(own)
+            return wall
+
+        return measure
+
+    actions = {name: rate(name, action) for name, action in benchmark.actions().items()}
+    cold = "ours, MDS, cold from S3"
+    actions[cold] = pair(f"{cold}, per CPU second", benchmark.cold)
+    for count, name in ((1, "ours, MDS, 1 worker"), (2, "ours, MDS, 2 workers")):
+        actions[name] = pair(f"{name}, per CPU second", partial(benchmark.workers, count))
+    found = harness.interleaved(actions, rounds=rounds)
+    return found | {name: values[-rounds:] for name, values in beside.items() if values}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to a JSON file")
+    parser = harness.parser(__doc__)
     parser.add_argument("--source", help="source of images, as for prepare.py (default: generated)")
     parser.add_argument("--images", type=int, default=512, help="images per round (default: 512)")
-    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="cmscale-bench-") as folder, s3_server() as s3:
+    given = harness.parse(parser)
+    with ExitStack() as stack:
+        stack.enter_context(harness.threads(1))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cmscale-bench-"))
+        s3 = stack.enter_context(s3_server())
         source = given.source or generated_images(Path(folder) / "generated", given.images)
-        with DataBenchmark(Path(folder), source=source, images=given.images, s3=s3) as benchmark:
-            measure(benchmark, 1)  # warms caches, imports and the page cache
-            load = os.getloadavg()[0]
-            rows = summary(measure(benchmark, given.rounds))
-            memory = benchmark.memory()
-    table = Table("", "images/s", "clock", "baseline", "ratio", "required", box=None)
-    for row in rows:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        required = "" if row["required"] is None else f">= {row['required']}"
-        table.add_row(
-            row["what"], f"{row['images_per_second']:.0f}", row["clock"], row["baseline"] or "", ratio, required
-        )
-    Console(width=140).print(table)
+        built = DataBenchmark(Path(folder), source=source, images=given.images, s3=s3)
+        benchmark = stack.enter_context(built)
+        load = os.getloadavg()[0]
+        rates = measured(benchmark, given.rounds)
+        memory = benchmark.memory()
+    rows = [
+        Row(name, "images/s", rates[name], baseline, wanted, clock) for name, (baseline, clock, wanted) in ROWS.items()
+    ]
     print(f"memory over an epoch: {memory['early_mib']:.0f} MiB early, at most {memory['most_mib']:.0f} MiB")
-    print(f"{os.cpu_count()} cores, load {load:.1f} before the first round")
-    if given.json:
-        facts = {"cores": os.cpu_count(), "load": load, "rounds": given.rounds, "images": given.images}
-        given.json.write_text(json.dumps({"rows": rows, "memory": memory, **facts}, indent=1) + "\n")
-    return 0
+    return harness.report(given, rows, facts={"images": given.images, "memory": memory}, load=load)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(main))

@@ -162,8 +162,13 @@ def make_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("cmscale.evaluation.session", "data_prep.reference"):
         monkeypatch.setattr(f"{module}.build_features", cheap_features_that_know_their_weights)
     monkeypatch.setattr("data_prep.demo.photograph", photograph)
+    blocks = "cmscale.training.estimate.counts"
+    monkeypatch.setattr(f"{blocks}.image_flop", lambda config, **more: 1e12 * config.model.num_res_blocks)
+    monkeypatch.setattr(f"{blocks}.micro_batch_peak", lambda config, **more: 1e9 * more["size"])
     monkeypatch.setattr("cmscale.report.build_report", lambda run, *, siblings: (run, siblings))
-    monkeypatch.setattr("cmscale.training.estimate.forward_flop", lambda config: 1e9 * config.model.num_res_blocks)
+    blocks = "cmscale.training.estimate.counts"
+    monkeypatch.setattr(f"{blocks}.image_flop", lambda config, **more: 1e12 * config.model.num_res_blocks)
+    monkeypatch.setattr(f"{blocks}.micro_batch_peak", lambda config, **more: 1e9 * more["size"])
 
 
 def photograph(name: str) -> Image.Image:

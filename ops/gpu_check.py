@@ -1,0 +1,148 @@
+"""Runs the tests that need a GPU, and the benchmarks on the LSUN network, on a machine with one CUDA device.
+
+`ops/gpu_check.sh` prepares what this needs and runs it. Each part is a process of its own with a share of the time; a
+part that fails or takes too long is reported, and the others run. The results are one JSON and a table.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PARTS = ("attention", "tests", "step", "memory", "sampling")
+NARROW = ["model.image_size=16", "model.channels=32", "model.channel_multipliers=[1,2]", "model.head_channels=32"]
+NARROW += ["model.num_res_blocks=1", "model.attention_resolutions=[8]", "train.micro_batch_size=2"]
+ATTENTION = """
+import json, sys, torch
+from cmscale.model.attention_choice import Shape, kernel_name, try_out
+device, length, found = torch.device(sys.argv[1]), int(sys.argv[2]), {}
+for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    shape = Shape(length=length, heads=8, dim=64)
+    choice = try_out(shape, device, dtype)
+    found[str(dtype)] = {"kernel": kernel_name(choice, shape, device, dtype), "why": choice.why}
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A command of a part.
+
+    Attributes:
+        seconds: How long it may take.
+        result: The JSON that it writes; None if its output counts.
+    """
+
+    part: str
+    name: str
+    command: list[str]
+    seconds: float
+    result: Path | None = None
+
+
+def checks(out: Path, *, dry_run: bool, original: Path | None) -> Iterator[Check]:
+    """All commands. With `dry_run` they run on the CPU, with a narrowed network."""
+    device = "cpu" if dry_run else "cuda"
+    python, bench, config = sys.executable, CHECKOUT / "ops" / "bench", CHECKOUT / "configs" / "lsun_bedroom_ct.yaml"
+    narrow = [*NARROW, "engine.precision=bf16"] if dry_run else ["engine.precision=bf16"]
+    rounds = ["--rounds", "1" if dry_run else "3"]
+    yield Check("attention", "attention", [python, "-c", ATTENTION, device, "64" if dry_run else "1024"], 60)
+    tests = ["tests/model/test_attention.py", "tests/model/test_dropout.py"] if dry_run else ["tests"]
+    marks = [] if dry_run else ["-m", "cuda"]
+    yield Check("tests", "tests", [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *marks, *tests], 120)
+    whole = ["train.global_batch_size=8", "train.micro_batch_size=8", *narrow, "engine.zero_stage=2"]
+    variants = {"step": [], "step, checkpointing": ["model.activation_checkpointing=true"]}
+    for name, more in variants.items():
+        result = out / f"{name.replace(', ', '-')}.json"
+        command = [python, str(bench / "train_step.py"), str(config), *whole, *more, "train.global_batch_size=8"]
+        if original is not None and name == "step":
+            command += ["method.distance=l2", "--original", str(original)]
+        yield Check("step", name, [*command, "--device", device, *rounds, "--json", str(result)], 150, result)
+    result = out / "memory.json"
+    command = [python, str(bench / "memory.py"), str(config), *whole, f"engine.device={device}", "--device", device]
+    yield Check("memory", "memory", [*command, "--rounds", "1", "--json", str(result)], 90, result)
+    result = out / "sampling.json"
+    command = [python, str(bench / "sampling.py"), str(config), *narrow, "--device", device, *rounds]
+    yield Check("sampling", "sampling", [*command, "--json", str(result)], 90, result)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="ops/gpu_check.sh", description=__doc__)
+    parser.add_argument("--only", action="append", choices=PARTS, help="run this part alone; may be repeated")
+    parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder of the results")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with a narrowed network")
+    parser.add_argument("--original", type=Path, metavar="DIR", help="a checkout of the released code, for the step")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default: 9)")
+    given = parser.parse_args()
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * given.minutes
+    document: dict[str, Any] = {"machine": machine(), "dry_run": given.dry_run, "checks": {}}
+    for check in checks(out, dry_run=given.dry_run, original=given.original):
+        if given.only and check.part not in given.only:
+            continue
+        found = run(check, seconds=min(check.seconds, deadline - time.monotonic()))
+        document["checks"][check.name] = found
+        print(f"== {check.name}: {found['status']}, {found['seconds']} s\n{found['output']}", flush=True)
+        (out / "gpu_check.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(table(document))
+    print(f"results: {out / 'gpu_check.json'}")
+    return 0 if all(found["status"] == "passed" for found in document["checks"].values()) else 1
+
+
+def run(check: Check, *, seconds: float) -> dict[str, Any]:
+    """Runs a check in its time."""
+    began = time.monotonic()
+    if check.result is not None:
+        check.result.unlink(missing_ok=True)
+    if seconds < 5:
+        return {"status": "no time left", "seconds": 0, "output": ""}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
+    try:
+        done = subprocess.run(
+            check.command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        )
+        status = "passed" if done.returncode == 0 else f"failed (status {done.returncode})"
+        output = done.stdout[-6000:] + ("" if done.returncode == 0 else done.stderr[-3000:])
+    except subprocess.TimeoutExpired as error:
+        status, output = f"took more than {seconds:.0f} s", str(error.stderr or b"")[-2000:]
+    found: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - began, 1), "output": output}
+    if check.result is not None and check.result.is_file():
+        found["result"] = json.loads(check.result.read_text())
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the results depend on."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else "none",
+        "memory_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 1) if cuda else 0,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+    }
+
+
+def table(document: dict[str, Any]) -> str:
+    """One line per check, and one per measured row."""
+    lines = ["  ".join(f"{name} {value}" for name, value in document["machine"].items())]
+    for name, found in document["checks"].items():
+        lines.append(f"{name:40} {found['status']} in {found['seconds']} s")
+        for row in found.get("result", {}).get("rows", []):
+            ratio = "" if row["ratio"] is None else f"  {row['ratio']:.3f} of {row['baseline']}"
+            lines.append(f"    {row['name']:44} {row['median']:12.5g} {row['unit']}{ratio}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
