@@ -8,6 +8,8 @@ their name, `--features-weights` the file of a feature network.
 import sys
 from collections.abc import Collection, Sequence
 
+from cmscale.errors import UserError
+
 FORMER = {
     "--num": "--samples",
     "--count": "--samples",
@@ -24,13 +26,19 @@ def with_current_names(arguments: Sequence[str], known: Collection[str]) -> list
 
     Args:
         known: The options of the command.
+
+    Raises:
+        UserError: an option is given under both of its names.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = {word.partition("=")[0] for word in arguments[:end]}
     found = {}
     current = list(arguments)
     for index, word in enumerate(arguments[:end]):
         name, equals, value = word.partition("=")
         if name not in known and FORMER.get(name) in known:
+            if FORMER[name] in given:
+                raise UserError(f"{name}: is the former name of {FORMER[name]}, which is given too; leave out {name}")
             found[name] = FORMER[name]
             current[index] = f"{FORMER[name]}{equals}{value}"
     if found:

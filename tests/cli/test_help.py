@@ -16,6 +16,7 @@ from cmscale import __version__
 from cmscale.cli.app import app
 from cmscale.commands.former import FORMER, with_current_names
 from cmscale.commands.parser import CommandParser
+from cmscale.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("launchers.submit", "launchers.evaluate", "data_prep.prepare", "data_prep.verify", "data_prep.reference")
@@ -79,6 +80,8 @@ def test_former_names_are_read_with_a_notice(capsys) -> None:
     assert capsys.readouterr().err == "notice: --num is now --samples, --step is now --checkpoint; write that\n"
     assert with_current_names(["--weights", "a"], {"--weights", "--features-weights"}) == ["--weights", "a"]
     assert with_current_names(["--limit", "3"], {"--steps"}) == ["--limit", "3"]
+    with pytest.raises(UserError, match="--num: is the former name of --samples, which is given too"):
+        with_current_names(["--num", "3", "--samples=4"], known)
     assert capsys.readouterr().err == ""
 
 
