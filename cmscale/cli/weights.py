@@ -96,10 +96,14 @@ def ema(
     length: Annotated[
         float | None,
         typer.Option(help="Standard deviation of the average relative to the length of training, such as 0.05."),
-        Use(needs=("to",)),
+        USED,
     ] = None,
     to: Annotated[
-        Place | None, typer.Option(help="Path or s3:// URL of the .safetensors file to write."), Use(needs=("length",))
+        Place | None,
+        typer.Option(
+            help="Path or s3:// URL of the .safetensors file to write. Default: one in the run's exports/."
+        ),
+        Use(needs=("length",)),
     ] = None,
     step: Annotated[
         str, typer.Option("--checkpoint", metavar="STEP", help="Step of a run's checkpoint, or `latest`."), USED
@@ -110,18 +114,21 @@ def ema(
     from cmscale.config.averages import power_name
     from cmscale.engine.power_averages import error_of, kept_averages
     from cmscale.export.weights import check_target, export_weights
+    from cmscale.io.storage import open_storage
+    from cmscale.runs.folder import exported_weights
     from cmscale.source import checkpoint_step, load_source, newest_step
 
     given.refuse_unused()
     at = checkpoint_step(step)
-    if length is None or to is None:
-        at = newest_step(run) if at is None else at
+    at = newest_step(run) if at is None else at
+    if length is None:
         kept = kept_averages(run, step=at)
         for each in kept:
             print(f"step {each.profile.step}: {each.name}")
         for trial in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25):
             print(f"{power_name(trial)} at step {at}: error {error_of(kept, trial, step=at):.2%}")
         return
+    to = to or Place(open_storage(run).join(exported_weights(at, power_name(length))))
     check_target("safetensors", to)
     with console.status(f"writing {to}"):
         export_weights(load_source(run, weights=power_name(length), step=at), format="safetensors", to=to)

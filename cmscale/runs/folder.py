@@ -27,6 +27,11 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step-")[:9])
 
 
+def exported_weights(step: int, weights: str) -> str:
+    """The name within a run of a file of its weights."""
+    return f"exports/{step_name(step)}-{_plain(weights)}.safetensors"
+
+
 def finished_samples_evaluation(source: str, *, features: str, num_samples: int, reference: str, key: str) -> str:
     """The name of the file for a result of finished samples; `source` is their file or folder."""
     stem = _plain(source.rstrip("/").rpartition("/")[2].removesuffix(".npz")) or "samples"

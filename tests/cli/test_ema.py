@@ -1,0 +1,37 @@
+"""`cmscale ema`: averages by a power function of any length, from a run that keeps some."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from commands import run as run_command
+from evaluation_fixtures import write_checkpoint, write_dataset, write_trained_run
+
+from cmscale.config import parse_config
+from cmscale.engine.checkpoint_reader import by_name, read_manifest
+from cmscale.engine.power_averages import reconstructed
+from cmscale.io.local import LocalStorage
+from cmscale.source import load_source
+
+
+def test_an_average_of_another_length_is_written_into_the_run_and_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    data = write_dataset(tmp_path / "made", count=8)
+    run = write_trained_run(tmp_path / "run", data=data, overrides=("ema.lengths=[0.05,0.1]",))
+    write_checkpoint(run, parse_config(run.config.read_text()), step=3)
+    capsys.readouterr()
+    assert run_command(monkeypatch, "ema", run.root) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[:4] == [f"step {step}: power_{length}" for step in (3, 7) for length in (0.05, 0.1)]
+    assert "power_0.05 at step 7: error 0.00%" in listed
+    assert run_command(monkeypatch, "ema", run.root, "--length", 0.07) == 0
+    written = run.root / "exports" / "step-000000007-power_0.07.safetensors"
+    assert capsys.readouterr().out == f"{written}\n"
+    found = load_source(str(written))
+    assert (found.weights_name, found.step) == ("power_0.07", 7)
+    manifest = read_manifest(LocalStorage(run.checkpoint(7)))
+    expected = by_name(reconstructed(str(run.root), 0.07, step=7), manifest.parameters)
+    assert all(torch.equal(value, found.weights[name]) for name, value in expected.items())
+    assert run_command(monkeypatch, "ema", run.root, "--length", 0.01) == 2
+    assert "give it with an error of" in capsys.readouterr().err
