@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cmscale.cli.command import TableConsole, command
 from cmscale.cli.options import JsonOption
-from cmscale.commands.use import USED
+from cmscale.commands.use import USED, Use
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -19,17 +19,45 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 console = Console(stderr=True)
+RUNS = Place("runs")
 
 
 @command(app)
-def doctor() -> None:
-    """Lists what this machine offers: packages, devices, attention kernels, Slurm, S3."""
-    from cmscale.cli.doctor import findings
+def doctor(
+    place: Annotated[
+        Place | None,
+        typer.Argument(
+            help="A folder or s3://BUCKET/PREFIX to try: a small object is written, read, written conditionally and "
+            "deleted. Default: the site's checkpoint.export_to."
+        ),
+        USED,
+    ] = None,
+    runs_dir: Annotated[Place, typer.Option(help="The folder of runs, whose room and locks are tried."), USED] = RUNS,
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Try as many nodes of a Slurm job, and show in what they differ."),
+        Use(excludes=("of_node",)),
+    ] = None,
+    as_json: JsonOption = False,
+    of_node: Annotated[bool, typer.Option("--of-node", hidden=True), Use(excludes=("as_json",))] = False,
+) -> None:
+    """Tries what this machine offers: GPUs, attention, gloo, NCCL, disks, locks, Slurm, S3, wandb, weight files.
 
-    table = Table("what", "found", box=None)
-    for what, found in findings():
-        table.add_row(what, found)
-    TableConsole().print(table)
+    Exits with 1 if something fails; each warning and failure says what to do.
+    """
+    from cmscale.cli import diagnosis
+
+    folder = runs_dir.local("the folder of runs")
+    if of_node:
+        diagnosis.report_node(diagnosis.found_here(place, folder))
+        return
+    if nodes is None:
+        found = diagnosis.found_here(place, folder)
+        has_failed = diagnosis.show(found, as_json=as_json)
+    else:
+        has_failed = diagnosis.show_nodes(nodes, place, folder, as_json=as_json)
+    if has_failed:
+        raise typer.Exit(1)
 
 
 @command(app)

@@ -1,6 +1,7 @@
 """Tests what a machine offers for training, for `cmscale doctor`: each thing is tried, not listed."""
 
 import fcntl
+import functools
 import importlib.metadata
 import os
 import resource
@@ -96,30 +97,24 @@ def devices() -> Iterator[Finding]:
 
 
 def attention() -> Iterator[Finding]:
-    """One attention, forward and backward, by the kernel that `model.attention: auto` takes, against the reference."""
+    """Attention, forward and backward, by the kernel that `model.attention: auto` takes, against the reference."""
     import torch
 
-    from cmscale.model.attention import attend, choose_attention, reference_attention
+    from cmscale.model.attention import attend
+    from cmscale.model.attention_choice import Shape, best, kernel_name, try_out
 
-    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        device = torch.device(kind)
-        dtype = torch.float16 if kind == "cuda" else torch.float32
-        chosen = choose_attention("auto", device)
-        results = []
-        for function in (attend, reference_attention):
-            parts = torch.linspace(-1, 1, 3 * 2 * 64 * 2 * 64, device=device).reshape(3, 2, 64, 2, 64).to(dtype)
-            parts = parts.requires_grad_()
-            out = function(*parts.unbind(0))
-            out.float().square().sum().backward()
-            assert parts.grad is not None
-            results.append((out.detach().float(), parts.grad.float()))
-        error = max(float((one - two).abs().max()) for one, two in zip(*results, strict=True))
-        is_right = error < (0.05 if dtype == torch.float16 else 1e-4)
-        state: State = "ok" if is_right else "failure"
-        remedy = "" if is_right else "set model.attention=sdpa, or install another xformers"
-        yield Finding(f"attention on {kind}", state, f"{chosen}, differs from the reference by {error:.1g}", remedy)
-        if kind == "cuda" and chosen != "xformers":
-            yield Finding("xformers", "warning", "can't be imported", "pip install xformers; sdpa is taken meanwhile")
+    cpu = best({"sdpa": functools.partial(attend, kind="sdpa")}, Shape(64, 2, 64), torch.device("cpu"), torch.float32)
+    yield _attention("attention on cpu", cpu.kind, cpu)
+    if torch.cuda.is_available():
+        device, shape = torch.device("cuda"), Shape(length=1024, heads=8, dim=64)  # of the LSUN networks
+        choice = try_out(shape, device, torch.float16)
+        yield _attention("attention on cuda", kernel_name(choice, shape, device, torch.float16), choice)
+
+
+def _attention(what: str, kernel: str, choice: Any) -> Finding:
+    if choice.kind == "reference":
+        return Finding(what, "failure", choice.why, "install a torch that fits this device")
+    return Finding(what, "ok", f"{kernel}: {choice.why}")
 
 
 def gloo() -> Iterator[Finding]:

@@ -21,7 +21,7 @@ def report_node(found: Sequence[Finding]) -> None:
     print(_SIGN + json.dumps({"node": socket.gethostname(), "findings": [vars(each) for each in found]}), flush=True)
 
 
-def doctor_of_nodes(count: int, *, runs_dir: str) -> dict[str, list[Finding]]:
+def doctor_of_nodes(count: int, *, runs_dir: str, place: str | None = None) -> dict[str, list[Finding]]:
     """The findings of each of several nodes.
 
     Raises:
@@ -34,6 +34,7 @@ def doctor_of_nodes(count: int, *, runs_dir: str) -> dict[str, list[Finding]]:
     if settings.gpus_per_node:
         options.append(f"--gpus-per-node={settings.gpus_per_node}")
     own = [sys.executable, "-m", "cmscale.cli", "doctor", "--of-node", "--runs-dir", runs_dir]
+    own += [] if place is None else [place]
     command = [
         "srun",
         f"--nodes={count}",

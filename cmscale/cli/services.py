@@ -1,4 +1,4 @@
-"""Tries the services around a machine, for `cmscale doctor`: Slurm and wandb."""
+"""Tries the services around a machine, for `cmscale doctor`: Slurm, storage and wandb."""
 
 import contextlib
 import os
@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cmscale.cli.finding import Finding
+from cmscale.config.site import read_site
+from cmscale.errors import UserError
+from cmscale.io.place import Place
+from cmscale.io.probe import probe
+from cmscale.io.storage import open_storage
 
 _ANSWER_SECONDS = 5.0  # of a command of Slurm, or of a server
 
@@ -63,3 +68,40 @@ def wandb() -> Iterator[Finding]:
         yield Finding("wandb", "warning", f"a key, but {host} does not answer ({error})", "set wandb.mode=offline")
         return
     yield Finding("wandb", "ok", f"a key, and {host} answers")
+
+
+def storage(place: Place | None) -> Iterator[Finding]:
+    """Credentials, and what runs ask of a storage, on a small object of its own.
+
+    Args:
+        place: The storage; None for the site's `checkpoint.export_to`. Without either only credentials are looked for.
+    """
+    url = place or read_site().tree.get("checkpoint", {}).get("export_to")
+    yield _credentials(is_needed=url is not None and Place(url).is_remote)
+    if url is None:
+        return
+    try:
+        for each in probe(open_storage(url)):
+            what = f"{url}: {each.what}"
+            if each.problem:
+                yield Finding(what, "failure", each.problem, "the message says what to set")
+            else:
+                yield Finding(what, "ok", "works")
+    except (UserError, ConnectionError) as error:
+        found = " ".join(str(error).split())
+        yield Finding(str(url), "failure", found, "check AWS_ENDPOINT_URL, the bucket and the network")
+
+
+def _credentials(*, is_needed: bool) -> Finding:
+    from boto3.session import Session
+    from botocore.exceptions import BotoCoreError
+
+    remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "Amazon's")
+    try:
+        found = Session().get_credentials()
+    except BotoCoreError as error:  # a dead profile, or one whose command fails
+        return Finding("S3 credentials", "failure", str(error), "check AWS_PROFILE and ~/.aws/config")
+    if found is None:
+        return Finding("S3 credentials", "failure" if is_needed else "ok", "none", remedy if is_needed else "")
+    return Finding("S3 credentials", "ok", f"found ({found.method}); endpoint: {endpoint}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 
 from cmscale.cli import machine, nodes, services
 from cmscale.cli.finding import Finding
@@ -41,10 +42,10 @@ def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_attention_is_computed_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(machine.attention()).state == "ok"
-    monkeypatch.setattr("cmscale.model.attention.attend", lambda q, k, v: q + k + v)
+    monkeypatch.setattr("cmscale.model.attention.attend", lambda q, k, v, kind: q + k + v)
     found = only(machine.attention())
     assert found.state == "failure"
-    assert "model.attention" in found.remedy
+    assert "sdpa is wrong" in found.found
 
 
 def test_two_members_meet_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,3 +155,34 @@ def test_nodes_are_asked_by_srun_and_compared(bin_folder: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", str(bin_folder))
     with pytest.raises(UserError, match="no srun on the PATH"):
         nodes.doctor_of_nodes(2, runs_dir="runs")
+
+
+def test_the_command_shows_what_to_do_and_fails_if_something_does(monkeypatch, capsys, tmp_path: Path) -> None:
+    found = [Finding("torch", "ok", "2.14"), Finding("disk", "failure", "1 GB free", "make room there")]
+    monkeypatch.setattr("cmscale.cli.diagnosis.findings", lambda folder: found)
+    monkeypatch.setenv("CMSCALE_SITE", "")
+    assert run(monkeypatch, "doctor", tmp_path / "store") == 1
+    shown = capsys.readouterr().out
+    for words in ("failure", "make room there", f"{tmp_path}/store: write conditionally", "works"):
+        assert words in shown
+    assert run(monkeypatch, "doctor", "--json") == 1
+    assert [each["state"] for each in json.loads(capsys.readouterr().out)][:2] == ["ok", "failure"]
+    monkeypatch.setattr("cmscale.cli.diagnosis.findings", lambda folder: found[:1])
+    assert run(monkeypatch, "doctor") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "doctor", "/proc/nowhere") == 1
+    assert "/proc/nowhere" in capsys.readouterr().out
+
+
+def test_nodes_that_differ_are_shown(monkeypatch, capsys) -> None:
+    told = {
+        "n1": [Finding("torch", "ok", "2.14"), Finding("GPUs", "ok", "8")],
+        "n2": [Finding("torch", "ok", "2.13"), Finding("GPUs", "ok", "8")],
+    }
+    monkeypatch.setattr("cmscale.cli.diagnosis.doctor_of_nodes", lambda count, **more: told)
+    assert run(monkeypatch, "doctor", "--nodes", 2) == 0
+    shown = capsys.readouterr().out
+    assert "they differ in: torch" in shown
+    assert "GPUs" not in shown
+    assert run(monkeypatch, "doctor", "--nodes", 2, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["differing"] == ["torch"]

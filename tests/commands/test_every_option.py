@@ -27,6 +27,7 @@ from run_folder import write_run
 
 from cmscale.cli.app import run as run_cmscale
 from cmscale.cli.command import COMMANDS
+from cmscale.cli.finding import Finding
 from cmscale.commands.ending import guarded
 from cmscale.config import Config, dump_config, parse_config, read_config
 from cmscale.config.methods import CT
@@ -165,6 +166,7 @@ def make_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = "cmscale.training.estimate.counts"
     monkeypatch.setattr(f"{blocks}.image_flop", lambda config, **more: 1e12 * config.model.num_res_blocks)
     monkeypatch.setattr(f"{blocks}.micro_batch_peak", lambda config, **more: 1e9 * more["size"])
+    monkeypatch.setattr("cmscale.cli.diagnosis.findings", lambda folder: [Finding("runs", "ok", str(folder))])
     monkeypatch.setattr("cmscale.report.build_report", lambda run, *, siblings: (run, siblings))
     blocks = "cmscale.training.estimate.counts"
     monkeypatch.setattr(f"{blocks}.image_flop", lambda config, **more: 1e12 * config.model.num_res_blocks)

@@ -143,7 +143,13 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
     "compare": {"runs": None, "out": ("--out", "{out}/page.html"), "as_json": ("--json",)},
     "verify": {"run": None, "as_json": ("--json",)},
     "completion": {"shell": None},
-    "doctor": {},
+    "doctor": {
+        "place": ("{out}/tried",),
+        "runs_dir": ("--runs-dir", "{out}/elsewhere"),
+        "nodes": None,  # see test_nodes_are_asked_by_srun_and_compared
+        "as_json": ("--json",),
+        "of_node": ("--of-node",),
+    },
     "schema": {},
     "config explain": {"names": None, "as_json": ("--json",)},
     "config diff": {"configs": None, "as_json": ("--json",)},
@@ -349,6 +355,7 @@ SCENES = [
         ("{in}/cm.pt", "--config", "{in}/config.yaml", "--to", "{out}/m.safetensors"),
     ),
     Scene("an exported file", "import", ("{in}/cm.safetensors", "--to", "{out}/m.safetensors"), OF_A_BARE_FILE),
+    Scene("of this machine", "doctor", ()),
     Scene("a config", "estimate", ("{in}/config.yaml", "train.global_batch_size=64")),
     Scene("of a run", "report", ("{in}/shown",)),
     Scene("of the folder of runs", "runs", ("{in}/folder_of_runs",)),

@@ -1,0 +1,52 @@
+"""Shows what `cmscale doctor` finds, on this machine or on the nodes of a Slurm job."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from cmscale.cli.command import TableConsole
+from cmscale.cli.finding import Finding
+from cmscale.cli.machine import findings
+from cmscale.cli.nodes import differing, doctor_of_nodes, report_node
+from cmscale.cli.services import storage
+from cmscale.io.place import Place
+
+__all__ = ["found_here", "report_node", "show", "show_nodes"]
+
+
+def found_here(place: Place | None, runs_dir: Path) -> list[Finding]:
+    """What this machine offers, and whether the storage `place` (by default the site's) works."""
+    return [*findings(runs_dir), *storage(place)]
+
+
+def show(found: Sequence[Finding], *, as_json: bool) -> bool:
+    """Prints findings. Returns whether one is a failure."""
+    if as_json:
+        print(json.dumps([vars(each) for each in found], indent=1))
+    else:
+        table = Table("", "what", "found", "what to do", box=None)
+        for each in found:
+            table.add_row(each.state, each.what, each.found, each.remedy)
+        TableConsole().print(table)
+    return any(each.state == "failure" for each in found)
+
+
+def show_nodes(count: int, place: Place | None, runs_dir: Path, *, as_json: bool) -> bool:
+    """Tries nodes; prints what is no `ok` anywhere, and in what nodes differ. Returns whether something fails."""
+    nodes = doctor_of_nodes(count, runs_dir=str(runs_dir.absolute()), place=None if place is None else place.absolute())
+    different = differing(nodes)
+    if as_json:
+        shown = {node: [vars(each) for each in found] for node, found in nodes.items()}
+        print(json.dumps({"nodes": shown, "differing": different}, indent=1))
+    else:
+        table = Table("", "node", "what", "found", "what to do", box=None)
+        for node, found in nodes.items():
+            for each in found:
+                if each.state != "ok" or each.what in different:
+                    table.add_row(each.state, node, each.what, each.found, each.remedy)
+        TableConsole().print(table)
+        names = ", ".join(different)
+        print(f"{len(nodes)} nodes; {f'they differ in: {names}' if different else 'they do not differ'}")
+    return any(each.state == "failure" for found in nodes.values() for each in found)
