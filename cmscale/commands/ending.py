@@ -46,6 +46,10 @@ def guarded(
     try:
         try:
             return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
+        except Exception as error:
+            if _came_of_ctrl_c(error):
+                raise KeyboardInterrupt from error
+            raise
         finally:
             if sys.stdout is not None:  # `>&-`: the command was started without one
                 sys.stdout.flush()
@@ -83,6 +87,9 @@ def leave(status: int) -> NoReturn:
     """Ends the process. After Ctrl-C that may take a moment: a second one ends it at once, without a traceback."""
     if status == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # If it came while a text was executed, as dataclasses do when a module is imported, Python holds it for
+        # unhandled, and would end the process by the signal. The next text that is executed clears that.
+        exec("")
     sys.exit(status)
 
 
@@ -90,6 +97,17 @@ def _on_exception(kind: type[BaseException], error: BaseException, trace: Traceb
     if issubclass(kind, KeyboardInterrupt):
         os._exit(_said("interrupted", INTERRUPTED))
     sys.__excepthook__(kind, error, trace)
+
+
+def _came_of_ctrl_c(error: BaseException | None) -> bool:
+    """Whether an exception came of Ctrl-C: some libraries turn it into one of their own while they are imported."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _said(lines: str, status: int) -> int:

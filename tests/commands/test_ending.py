@@ -115,3 +115,35 @@ runpy.run_path({script!r}, run_name="__main__")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, "interrupted\n")
+
+
+def test_ctrl_c_that_comes_while_a_text_is_executed_ends_with_its_status_too(tmp_path: Path) -> None:
+    """Python itself would end `python -m` by the signal, although the exception was caught."""
+    code = """
+from cmscale.commands.ending import guarded, leave
+
+def main(arguments):
+    exec("import signal; signal.raise_signal(signal.SIGINT)")
+
+leave(guarded(main, []))
+"""
+    (tmp_path / "interrupted.py").write_text(code)
+    ran = subprocess.run(
+        [sys.executable, "-m", "interrupted"],
+        env={**os.environ, "PYTHONPATH": f"{CHECKOUT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_that_a_library_turned_into_an_error_of_its_own_is_ctrl_c(capsys) -> None:
+    def main(arguments: list[str]) -> None:
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise ModuleNotFoundError("Could not import module") from error
+
+    assert guarded(main, []) == 130
+    assert capsys.readouterr().err == "interrupted\n"
