@@ -100,9 +100,7 @@ def ema(
     ] = None,
     to: Annotated[
         Place | None,
-        typer.Option(
-            help="Path or s3:// URL of the .safetensors file to write. Default: one in the run's exports/."
-        ),
+        typer.Option(help="Path or s3:// URL of the .safetensors file to write. Default: one in the run's exports/."),
         Use(needs=("length",)),
     ] = None,
     step: Annotated[
@@ -140,7 +138,7 @@ def verify(
     run: Annotated[Place, typer.Argument(metavar="RUN", help="A run or a checkpoint; a local path or s3://."), USED],
     as_json: JsonOption = False,
 ) -> None:
-    """Checks all files of all checkpoints against their manifests, without a GPU. Exits with 1 if one is damaged."""
+    """Checks all files of all checkpoints and snapshots, without a GPU. Exits with 1 if one is damaged."""
     from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, verify_checkpoint
     from cmscale.io.storage import open_storage
     from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
@@ -154,6 +152,8 @@ def verify(
         found: dict[str, str] = {run: run}
     else:
         found = {step_name(listed.step): listed.url for listed in list_checkpoints(run)}
+        snapshots = list_checkpoints(run, within="snapshots")
+        found |= {f"snapshots/{step_name(listed.step)}": listed.url for listed in snapshots}
     if not found:
         raise UserError(f"{run}: holds no checkpoint; give a run or a checkpoint folder")
     all_problems: dict[str, list[str]] = {}

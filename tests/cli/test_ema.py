@@ -1,5 +1,6 @@
 """`cmscale ema`: averages by a power function of any length, from a run that keeps some."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,19 @@ from cmscale.engine.checkpoint_reader import by_name, read_manifest
 from cmscale.engine.power_averages import reconstructed
 from cmscale.io.local import LocalStorage
 from cmscale.source import load_source
+
+
+def test_verify_checks_snapshots_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    data = write_dataset(tmp_path / "made", count=8)
+    run = write_trained_run(tmp_path / "run", data=data, overrides=("ema.lengths=[0.05,0.1]",))
+    shutil.copytree(run.checkpoint(7), run.snapshot(7))
+    capsys.readouterr()
+    assert run_command(monkeypatch, "verify", run.root) == 0
+    assert capsys.readouterr().out.splitlines() == ["step-000000007: good", "snapshots/step-000000007: good"]
+    (path,) = run.snapshot(7).glob("rank-*")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert run_command(monkeypatch, "verify", run.root) == 1
+    assert "snapshots/step-000000007: " in capsys.readouterr().out
 
 
 def test_an_average_of_another_length_is_written_into_the_run_and_listed(
