@@ -80,7 +80,6 @@ def estimate(
     from cmscale.config import read_config
     from cmscale.config.cautions import cautions
     from cmscale.training.estimate.gpus import GPUS
-    from cmscale.training.estimate.tables import Request, tables
 
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: is not known; choose one of {', '.join(GPUS)}")
@@ -90,6 +89,9 @@ def estimate(
     for flag, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{flag} {value}: give a number above 0")
+    settings = read_config(config, overrides)
+    from cmscale.training.estimate.tables import Request, tables
+
     request = Request(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -102,7 +104,6 @@ def estimate(
         save_seconds=save_seconds,
         restart_seconds=restart_seconds,
     )
-    settings = read_config(config, overrides)
     found = list(tables(settings, request))
     if as_json:
         document = {each.title: each.by_row() for each in found}
