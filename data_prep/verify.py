@@ -16,6 +16,7 @@ if __name__ == "__main__":
     end_early_interrupts()
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,7 @@ def command_parser() -> CommandParser:
     parser.add("--repair", use=USED, action="store_true", help="make bad files again from the source")
     parser.add("--source", use=Use(needs=("repair",)), help=f"the source, if it has moved: {source_usage()}")
     parser.add("--workers", use=USED, type=whole_number(1), default=4, help="files to read at a time (default: 4)")
+    parser.add("--json", use=Use(excludes=("repair",)), action="store_true", help="print JSON")
     return parser
 
 
@@ -154,6 +156,10 @@ def run(arguments: Sequence[str]) -> int:
     storage = open_storage(options.dataset)
     manifest = read_dataset_manifest(storage)
     bad = verify(storage, manifest, workers=options.workers)
+    if options.json:
+        files = len(manifest.shards) + len(manifest.files)
+        print(json.dumps({"files": files, "images": manifest.count, "fingerprint": manifest.fingerprint, "bad": bad}))
+        return 1 if bad else 0
     for name, fault in bad.items():
         print(f"bad: {name}: {fault}")
     if bad and options.repair:

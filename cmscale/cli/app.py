@@ -19,6 +19,9 @@ from cmscale.errors import UserError
 NAME = "cmscale"
 COMPLETE = "_CMSCALE_COMPLETE"
 """The variable by which a completion script asks."""
+_TRAINS = "training starts with `python launchers/submit.py CONFIG` in the checkout (-h shows its options)"
+_PREPARES = "data are prepared with `python data_prep/prepare.py` in the checkout (-h shows its options)"
+_OF_LAUNCHERS = {"train": _TRAINS, "submit": _TRAINS, "resume": _TRAINS, "prepare": _PREPARES}
 HELP = "The `cmscale` command. A user's mistake is one line and exit status 2; a fault exits with 1."
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,6 +82,8 @@ def run(arguments: list[str]) -> int:
         text = error.format_message()
         if not arguments:  # the help was printed
             return 2
+        if arguments[0] in _OF_LAUNCHERS:
+            raise UserError(f"{arguments[0]}: is no command here; {_OF_LAUNCHERS[arguments[0]]}") from None
         raise UserError(f"{text.rstrip('.')} (see {_help_of(arguments)})") from None
     return 0
 

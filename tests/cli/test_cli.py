@@ -128,6 +128,7 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
         (["edit", "inpaint", "MODEL", "."], ".: is a folder; give a file"),
         (["edit", "inpaint", "MODEL", "a=b.png"], "a=b.png: is no file, and has no effect"),
         (["sampel"], "Did you mean 'sample'?"),
+        (["train", "c.yaml"], "train: is no command here; training starts with `python launchers/submit.py CONFIG`"),
         (["estimate", "absent.yaml", "--tflops", "0"], "--tflops 0.0: give a number above 0"),
     ],
 )

@@ -204,6 +204,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "repair": None,
         "source": ("--source", "folder:{in}/images"),
         "workers": ("--workers", "2"),
+        "json": ("--json",),
     },
     "reference": {
         "dataset": None,
