@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
 from cmscale.errors import DamagedInput, NoSpace, UserError
 
 INTERRUPTED = 128 + signal.SIGINT
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+_interrupts: list[int] = []
 READER_LEFT = 128 + signal.SIGPIPE
 _FAULTS_OF_A_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What no user has mistaken: a full or failing disk, and the system's limits."""
@@ -81,6 +82,14 @@ def guarded(
 def end_early_interrupts() -> None:
     """Ends the process with one line if Ctrl-C comes while modules are imported. Call it first in a script."""
     sys.excepthook = _on_exception
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, _: FrameType | None) -> NoReturn:
+    """Does as Python does on Ctrl-C, and notes it: a library may swallow the exception and fail of what it left."""
+    _interrupts.append(number)
+    raise KeyboardInterrupt
 
 
 def leave(status: int) -> NoReturn:
@@ -94,13 +103,15 @@ def leave(status: int) -> NoReturn:
 
 
 def _on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
+    if issubclass(kind, KeyboardInterrupt) or _interrupts:
         os._exit(_said("interrupted", INTERRUPTED))
     sys.__excepthook__(kind, error, trace)
 
 
 def _came_of_ctrl_c(error: BaseException | None) -> bool:
     """Whether an exception came of Ctrl-C: some libraries turn it into one of their own while they are imported."""
+    if _interrupts:
+        return True
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):

@@ -147,3 +147,20 @@ def test_ctrl_c_that_a_library_turned_into_an_error_of_its_own_is_ctrl_c(capsys)
 
     assert guarded(main, []) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_error_after_a_ctrl_c_that_a_library_swallowed_is_ctrl_c() -> None:
+    code = """
+import contextlib, signal
+from cmscale.commands.ending import end_early_interrupts, guarded, leave
+
+def main(arguments):
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGINT)
+    raise RuntimeError("half-imported")
+
+end_early_interrupts()
+leave(guarded(main, []))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
