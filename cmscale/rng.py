@@ -61,7 +61,10 @@ class SampleRandomness:
     def uniform(self) -> torch.Tensor:
         """Uniform on [0, 1), [B] float64, drawn on the CPU and moved to the device: the sample's training time."""
         drawn = [torch.rand((), dtype=torch.float64, generator=generator(self.seed, p, "time")) for p in self.positions]
-        return torch.stack(drawn).to(self.device)
+        times = torch.stack(drawn)
+        if self.device.type == "cuda":
+            times = times.pin_memory()  # else the host would wait for the device at every copy
+        return times.to(self.device, non_blocking=True)
 
     def dropout_keys(self) -> tuple[int, ...]:
         """One key per sample: networks called with the same keys drop the same elements (shared dropout)."""

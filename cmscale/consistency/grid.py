@@ -49,7 +49,7 @@ def uniform_index(uniform: Tensor, num_scales: int) -> Tensor:
 
 def lognormal_index(uniform: Tensor, grid: Tensor, *, p_mean: float, p_std: float) -> Tensor:
     """n on 1..N-1, p(n) ~ erf(u_{n+1}) - erf(u_n), u_n = (ln t_n - Pm)/(sqrt2 Ps); iCT, section 3.5."""
-    edges = torch.special.erf((grid.log() - p_mean) / (math.sqrt(2) * p_std)).to(uniform.device)
+    edges = torch.special.erf((grid.log() - p_mean) / (math.sqrt(2) * p_std)).to(uniform.device, non_blocking=True)
     cumulative = (edges[1:] - edges[0]) / (edges[-1] - edges[0])
     return 1 + torch.searchsorted(cumulative, uniform, right=True).clamp(max=len(grid) - 2)
 
@@ -84,7 +84,7 @@ def neighbours(diffusion: HasTimes, index: Tensor, num_scales: int) -> tuple[Ten
     They are looked up in the whole grid: computed per batch, a sample's time would depend in its last bit on its
     position in the batch.
     """
-    times = karras_grid(diffusion, num_scales).to(index.device)
+    times = karras_grid(diffusion, num_scales).to(index.device, non_blocking=True)
     return times[index - 1], times[index]
 
 

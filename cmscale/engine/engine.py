@@ -157,7 +157,6 @@ class Engine:
         # At stage 0 DeepSpeed 0.19.8 divides fp16's gradients by a loss scale that it never multiplied in.
         scale = before["cur_scale"] if self._scaler is not None and self._config.engine.zero_stage == 0 else 1.0
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
-        losses: list[float] = []
         count = 0
         self._wrapped.train()
         self.clock.start()
@@ -168,14 +167,15 @@ class Engine:
             count += 1
             total += loss.detach()
             if count == self._accumulation:
-                losses = self._gather_losses(total / count)
-                if not all(map(math.isfinite, losses)):
-                    loss = loss * math.nan  # DeepSpeed then drops the whole step's gradients, in every stage
+                # On the device, so that the host waits for nothing: a mean that is not finite makes the gradient NaN,
+                # on every rank once it is reduced, and DeepSpeed drops the whole step's gradients, in every stage.
+                loss = loss * torch.where(torch.isfinite(total), 1.0, math.nan)
             self._wrapped.backward(loss * scale)
             self._wrapped.step()
         if count != self._accumulation:
             raise ValueError(f"a step takes {self._accumulation} micro-batches, got {count}")
         applied = self._wrapped.was_step_applied() if self._guard is None else self._guard.applied
+        losses = self._gather_losses(total / count)
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             assert not applied
@@ -313,7 +313,7 @@ class Engine:
             self._float32.gather(self.shards.local("master"))
 
     def _gather_losses(self, mean: torch.Tensor) -> list[float]:
-        """Every rank's mean loss, by rank: the only wait for the device in a step. Collective."""
+        """Every rank's mean loss, by rank. The device has made the step by then. Collective."""
         own = mean.cpu().view(1)
         if self._world.num_ranks == 1:
             return own.tolist()

@@ -75,8 +75,10 @@ class OriginalStep:
         if self._half:
             self._target.convert_to_fp16()
         self._target.requires_grad_(False).train()
-        self._groups = get_param_groups_and_shapes(self._target.named_parameters())
-        self._target_masters = make_master_params(self._groups)
+        self._groups = get_param_groups_and_shapes(self._target.named_parameters()) if self._half else None
+        self._target_masters = list(self._target.parameters())
+        if self._half:
+            self._target_masters = make_master_params(self._groups)
         self._trainer = MixedPrecisionTrainer(model=self._network, use_fp16=self._half, initial_lg_loss_scale=8.0)
         masters = self._trainer.master_params
         self._optimizer = torch.optim.RAdam(masters, lr=config.optimizer.learning_rate)
@@ -113,7 +115,8 @@ class OriginalStep:
             self._update_ema(average, self._trainer.master_params, rate=rate)
         with torch.no_grad():
             self._update_ema(self._target_masters, self._trainer.master_params, rate=0.95)
-            self._to_model(self._groups, self._target_masters)
+            if self._half:  # in fp32 the checkout's loop would mix flat and shaped parameters; nothing is to be copied
+                self._to_model(self._groups, self._target_masters)
 
 
 def _distance(config: Config) -> str:

@@ -5,11 +5,13 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small import SmallNetwork, images, joined, micro_losses, small_config, train, values_at, whole
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cmscale.distributed.collectives import barrier
 from cmscale.distributed.world import World
@@ -84,6 +86,41 @@ def bad_steps() -> None:
         engine.close()
         golden.close()
     print(json.dumps("ok"))
+
+
+class Waits(TorchFunctionMode):
+    """Counts the calls by which the host reads a value, for which it would wait on a GPU."""
+
+    READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__bool__", "__int__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self.READS
+        return func(*args, **(kwargs or {}))
+
+
+def waits() -> None:
+    """How often the host reads a value in a step, per stage: until the last backward pass begins, and after it."""
+    world = joined()
+    found = {}
+    for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32")):
+        engine = engine_at(world, stage, f"engine.precision={precision}")
+        train(engine, world, range(1))
+        losses, before = micro_losses(engine, 1, world), []
+
+        def last(compute: Any = losses[-1], before: list[int] = before) -> torch.Tensor:
+            loss = compute()
+            loss.register_hook(lambda gradient: before.append(counted.count))
+            return loss
+
+        with Waits() as counted:
+            assert engine.step([*losses[:-1], last], 1e-2).applied
+        found[f"{stage} {precision}"] = [before[0], counted.count - before[0]]
+        engine.close()
+    print(json.dumps(found))
 
 
 class Line(nn.Module):

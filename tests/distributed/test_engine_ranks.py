@@ -82,6 +82,14 @@ def test_no_bad_loss_or_gradient_reaches_the_weights_and_the_next_step_is_as_if_
     assert agreed(run_ranks(2, "engine_work:bad_steps")) == "ok"
 
 
+@pytest.mark.long
+def test_the_host_waits_for_nothing_until_the_last_backward_pass_has_begun() -> None:
+    found = json.loads(run_ranks(2, "engine_work:waits")[0])
+    assert {kind: before for kind, (before, _) in found.items()} == dict.fromkeys(found, 0)
+    # then DeepSpeed reads whether all gradients are finite, and their norm, and the engine the losses
+    assert max(found[kind][1] for kind in ("1 bf16", "2 bf16")) <= 7
+
+
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale() -> None:
     found = agreed(run_ranks(2, "engine_work:overflow"))
     for stage, results in found.items():

@@ -46,6 +46,7 @@ def test_the_reference_computes_in_float32_and_gives_the_inputs_dtype(dtype):
     assert torch.equal(found, attend(*(part.float() for part in parts), kind="reference").to(dtype))
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers runs on CUDA only, there is no CUDA device")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_xformers_agrees_with_the_reference(dtype, tolerance):

@@ -10,7 +10,7 @@ from cmscale.model.blocks import ResBlock, keyed_dropout
 KEYS = (11, 22, 33)
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
+    pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]),
 ]
 
 

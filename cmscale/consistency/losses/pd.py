@@ -33,7 +33,7 @@ class PDLoss:
         assert values.num_scales is not None
         assert networks.target is not None
         index = grid.uniform_index(random.uniform(), values.num_scales + 1)
-        times = grid.karras_grid(self.method, 2 * values.num_scales + 1).to(index.device)
+        times = grid.karras_grid(self.method, 2 * values.num_scales + 1).to(index.device, non_blocking=True)
         upper, middle, lower = times[2 * index], times[2 * index - 1], times[2 * index - 2]
         noisy = clean + expand_as(upper, clean) * random.noise(clean.shape[1:]).to(clean)
         with torch.no_grad():

@@ -1,0 +1,69 @@
+"""The check of a GPU machine runs on a CPU as a dry run, in parts; its wheels are named without downloading."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import gpu_check
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(CHECKOUT / "ops" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.long
+def test_a_dry_run_of_a_part_writes_its_result(tmp_path: Path) -> None:
+    done = run("gpu_check.sh", "--dry-run", "--only", "attention", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert list(document["checks"]) == ["attention"]
+    assert document["checks"]["attention"]["status"] == "passed"
+    found = json.loads(document["checks"]["attention"]["output"])
+    assert {entry["kernel"] for entry in found.values()} == {"sdpa"}
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_everything_passes(tmp_path: Path) -> None:
+    done = run("gpu_check.sh", "--dry-run", "--minutes", "30", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
+    assert [check["status"] for check in checks.values()] == ["passed"] * len(checks)
+    assert {"attention", "tests", "step", "step, checkpointing", "memory", "sampling"} == set(checks)
+
+
+def test_a_check_that_fails_or_takes_too_long_is_reported_and_the_time_is_kept(tmp_path: Path) -> None:
+    def check(*command: str) -> gpu_check.Check:
+        return gpu_check.Check("step", "one", list(command), 10, tmp_path / "result.json")
+
+    failed = gpu_check.run(check("bash", "-c", "echo out; echo why >&2; exit 3"), seconds=60)
+    assert (failed["status"], failed["output"]) == ("failed (status 3)", "out\nwhy\n")
+    slow = gpu_check.run(check("sleep", "100"), seconds=6)
+    assert slow["status"] == "took more than 6 s"
+    assert gpu_check.run(check("true"), seconds=1)["status"] == "no time left"
+    (tmp_path / "result.json").write_text("{}")
+    assert "result" not in gpu_check.run(check("true"), seconds=60)  # that of an earlier run does not count
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("gpu_check.sh", ("--wheels",), "--wheels: give a folder"),
+        ("gpu_check.sh", ("--wheels", "/nowhere"), "--wheels /nowhere: no such folder"),
+        ("gpu_wheels.sh", (), "--out: give the folder"),
+        ("gpu_wheels.sh", ("--whatever",), "--whatever: unknown"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2(script: str, arguments: tuple[str, ...], words: str) -> None:
+    done = run(script, *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert words in done.stderr
+
+
+def test_the_wheels_are_those_that_training_needs() -> None:
+    named = run("gpu_wheels.sh", "--dry-run").stdout.split()
+    assert {"deepspeed", "pydantic", "safetensors", "lpips", "pytest"} <= set(named)
+    assert not {"torch", "wandb", "diffusers", "xformers", "numpy"} & set(named)
