@@ -9,6 +9,7 @@ forks of this process train a tiny network, seconds are wall time, and more rank
 """
 
 import argparse
+import importlib
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +46,7 @@ from cmscale.runs.checkpoints import committed_steps, read_manifest
 from cmscale.runs.folder import RunDir, rank_file, step_name
 from cmscale.runs.log import read_lines
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, Parameter, TrainState
+from cmscale.training import loop
 from cmscale.training.preflight import versions
 from data_prep.prepare import main as prepare
 from launchers.judge import RankEnd, judge
@@ -129,9 +132,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="scale-") as folder:
             result["simulated"][ranks] = simulated(Path(folder), ranks, given.zero_stage, operations)
     show("simulated ranks: processor seconds (operations of the file system)", result["simulated"])
-    for ranks in given.gloo:
-        with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-            result["gloo"][ranks] = real(Path(folder), ranks)
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        data = make_data(Path(folder)) if given.gloo else Path(folder)
+        for ranks in given.gloo:
+            result["gloo"][ranks] = real(Path(folder) / str(ranks), data, ranks)
     show("real ranks over gloo: seconds", result["gloo"])
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -280,19 +284,26 @@ def share(order: Order, ranks: int) -> np.ndarray:
     return order.at(positions)[0]
 
 
-def real(folder: Path, ranks: int) -> dict[str, str]:
-    """Trains four steps on real ranks, then resumes for four more. Seconds by name, from the run's events."""
+def make_data(folder: Path) -> Path:
+    """A prepared data set of 64 images of 8 px."""
     images = folder / "images"
     images.mkdir()
     for number in range(64):
         pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{number:03d}.png")
     made = ["--source", f"folder:{images}", "--format", "mds", "--image-size", "8", "--out", str(folder / "data")]
-    assert prepare([*made, "--encoding", "png"]) == 0
+    with redirect_stdout(sys.stderr):
+        assert prepare([*made, "--encoding", "png", "--workers", "1"]) == 0
+    return folder / "data"
+
+
+def real(folder: Path, data: Path, ranks: int) -> dict[str, str]:
+    """Trains four steps on real ranks, then resumes for four more. Seconds by name, from the run's events."""
     run = RunDir(folder / "run")
     run.logs.mkdir(parents=True)
-    text = CONFIG.replace("STAGE", "2").replace("BATCH", str(ranks)).replace("DATA", str(folder / "data"))
+    text = CONFIG.replace("STAGE", "2").replace("BATCH", str(ranks)).replace("DATA", str(data))
     found = {}
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # it imports torch's compiler, for seconds
     for name, steps in (("start", 4), ("resumed", 8)):
         run.config.write_text(dump_config(parse_config(text, [f"train.total_steps={steps}"])))
         began = time.time()
@@ -308,11 +319,6 @@ def real(folder: Path, ranks: int) -> dict[str, str]:
 
 def together(run: RunDir, ranks: int) -> None:
     """Trains a run to its end on forks of this process."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # imports torch's compiler, which each rank would otherwise
-
-    from cmscale.training import loop
-
-    del deepspeed
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
