@@ -184,7 +184,7 @@ def _copy(parent: Parent, step: int, staged: RunDir, config: Config, data: Datas
     size = sum(part.file.size for part in manifest.parts)
     print(f"copying the checkpoint of step {step} from {parent.storage.url}: {size / 2**30:.2f} GiB", flush=True)
     digest = hashlib.sha256(source.read(CHECKPOINT_MANIFEST)).hexdigest()
-    copy_files(source, folder, manifest)
+    manifest = copy_files(source, folder, manifest)
     averages = new_averages(manifest, config)
     parts = manifest.parts
     if averages:

@@ -73,6 +73,7 @@ def test_a_run_goes_on_from_its_newest_export_with_its_history_and_without_its_p
 ) -> None:
     there = resume(f"{s3}/runs/one/", tmp_path / "there", "train.micro_batch_size=4")
     assert committed_steps(there) == [7]
+    assert {path.name for path in there.checkpoint(7).iterdir()} == {"manifest.json", rank_file(0, 1)}
     assert [record["step"] for record in read_lines(there.metrics)] == [3, 7]
     assert there.sample_grid(3).read_bytes() == b"png"
     assert [path.name for path in there.evaluations.iterdir()] == ["step-3.json"]
@@ -91,13 +92,14 @@ def test_an_incomplete_newest_export_is_passed_over_and_can_be_exported_again(
     here: RunDir, s3: str, tmp_path: Path, damage: str
 ) -> None:
     newest = exported(s3).sub(f"checkpoints/{step_name(7)}")
+    file = next(entry.key for entry in newest.list("rank-"))
     match damage:
         case "no manifest":
             newest.delete("manifest.json")
         case "file missing":
-            newest.delete(rank_file(0, 1))
+            newest.delete(file)
         case "file damaged":
-            newest.write(rank_file(0, 1), newest.read(rank_file(0, 1))[:-1] + b"x")
+            newest.write(file, newest.read(file)[:-1] + b"x")
         case "manifest damaged":
             newest.write("manifest.json", newest.read("manifest.json").replace(b'"cursor": 56', b'"cursor": 57'))
     there = resume(f"{s3}/runs/one", tmp_path / "there")
