@@ -35,6 +35,7 @@ from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, dataset_formats
 from data_prep.making.convert import DEFAULT_ENCODING, ENCODINGS, RECIPE_EXIF, RECIPES
 from data_prep.making.documents import PREPARATION, PreparationDocument, PreparationPlan, as_begun, begun_plan
+from data_prep.making.owner import TakenOver
 from data_prep.making.preparation import Preparation
 from data_prep.making.processes import check_bad, make_missing
 from data_prep.making.shards import DatasetSettings, ShardRecord
@@ -77,15 +78,18 @@ def prepare(
             preparation.forget()
             return finished
         running = running_array(preparation) if placement else None
-        records = preparation.begin(is_running=running is not None, check_source=check_source)
-        if records and not running:
-            report(f"continuing: {len(records)} of {preparation.num_shards} shards are finished")
+        preparation.begin()
         with preparation.exclusive():
+            records = preparation.finished(is_running=running is not None, check_source=check_source)
+            if records and not running:
+                report(f"continuing: {len(records)} of {preparation.num_shards} shards are finished")
             try:
                 records = _make(
                     preparation, records, workers=workers, max_bad=max_bad, placement=placement, running=running
                 )
                 return preparation.publish(records)
+            except TakenOver:
+                raise  # what is there is another command's
             except UserError:
                 preparation.abandon()
                 raise
@@ -226,7 +230,7 @@ def settings_of(options: argparse.Namespace, begun: PreparationPlan | None) -> D
 
 def run(arguments: Sequence[str]) -> None:
     """Runs the command; raises its errors."""
-    use_site()
+    use_site(interactive=False)
     options, _ = command_parser().read(arguments)
     begun = begun_plan(open_storage(options.out))
     source = as_begun(open_source(options.source), begun)

@@ -155,7 +155,7 @@ def command_parser() -> CommandParser:
 
 def run(arguments: list[str]) -> None:
     """Runs the command; raises its errors."""
-    use_site()
+    use_site(interactive=False)
     options, given = command_parser().read(arguments)
     given.refuse_unused(format=f"--format {options.format}")
     print(make_reference(**vars(options)))

@@ -151,7 +151,7 @@ def command_parser() -> CommandParser:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the command; raises its errors. Returns 1 if files are bad, else 0."""
-    use_site()
+    use_site(interactive=False)
     options, _ = command_parser().read(arguments)
     storage = open_storage(options.dataset)
     manifest = read_dataset_manifest(storage)

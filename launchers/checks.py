@@ -1,7 +1,6 @@
 """Checks inputs before anything is created or submitted: data set, teacher, weight files, place of exports."""
 
-import contextlib
-import uuid
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from cmscale.config.agreement import check_openai_teacher, check_openai_weights,
 from cmscale.config.sources import is_openai, names_file, refuse_hub_name
 from cmscale.errors import UserError
 from cmscale.io.place import Place, split_hash
-from cmscale.io.storage import Storage, open_parent, open_storage
+from cmscale.io.probe import DELETE, probe
+from cmscale.io.storage import open_parent, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.choices import check_weights_name
 from cmscale.runs.configs import config_of
@@ -125,11 +125,12 @@ def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None
         check_dataset(config.data.path, image_size=config.model.image_size)
 
 
-def check_export(export_to: str, name: str, *, is_new: bool) -> None:
-    """Checks that checkpoints can be exported: a small object is written, read and removed.
+def check_export(export_to: str, name: str, *, is_new: bool, prunes: bool = False) -> None:
+    """Checks that checkpoints can be exported: a small object is written, read, written conditionally and removed.
 
     Args:
         is_new: Whether the run is new: then there must be no checkpoints of its name.
+        prunes: Whether old copies are to be removed: otherwise deleting need not be allowed.
 
     Raises:
         UserError: no such bucket, no credentials, not allowed, or another run's checkpoints; one line.
@@ -140,33 +141,15 @@ def check_export(export_to: str, name: str, *, is_new: bool) -> None:
             f"checkpoint.export_to: {target.url} holds checkpoints of an earlier run {name}; "
             "take another --name or checkpoint.export_to"
         )
-    try:
-        probe(target)
-    except UserError as error:
-        raise UserError(f"checkpoint.export_to: {error}") from None
-    except ConnectionError:
-        raise
-    except OSError as error:
-        raise UserError(f"checkpoint.export_to: {target.url}: {error.strerror or error}") from None
-
-
-def probe(storage: Storage) -> None:
-    """Writes an object where none is, as the manifest of an exported checkpoint, reads it, and removes it.
-
-    Raises:
-        UserError: the storage refuses one of these, or gives back other bytes.
-    """
-    key, data = f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
-    folder = storage.local_path("")
-    made = [] if folder is None else [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        if not storage.write_if_absent(key, data) or storage.read(key) != data:
-            raise UserError(f"{storage.join(key)}: does not give back what was written there")
-        storage.delete(key)
-    finally:
-        for each in made:
-            with contextlib.suppress(OSError):
-                each.rmdir()
+    for found in probe(target):
+        if found.problem and found.what == DELETE and not prunes:
+            print(
+                f"note: checkpoint.export_to: deleting is not allowed, so a probe stays ({found.problem})",
+                file=sys.stderr,
+            )
+        elif found.problem:
+            advice = "; allow it, or leave out checkpoint.export_keep_last" if found.what == DELETE else ""
+            raise UserError(f"checkpoint.export_to: {found.what}: {found.problem}{advice}")
 
 
 def check_dataset(url: str, *, image_size: int, key: str = "data.path") -> DatasetManifest:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from launchers.judge import Attempt
+from launchers.judge import OUTAGE, Attempt
 
 MAX_STARTS_WITHOUT_PROGRESS = 3
+MAX_OUTAGES_IN_A_ROW = 6
+"""Starts without progress that ended as storage did not answer for `storage.patience_minutes`, each after that time."""
 LONGEST_BACKOFF_SECONDS = 300
 FAULTS_OF_A_BAD_NODE = 2
 
@@ -72,7 +74,9 @@ def decide(
         case "preempted":
             return Decision("requeue", f"preempted; {last.message or f'step {last.step}'}")
         case "fault":
-            faults = [attempt for attempt in history if attempt.ending == "fault"]
+            if is_outage(last):
+                return _after_outage(history, backoff_seconds=backoff_seconds, go_on=go_on)
+            faults = [each for each in history if each.ending == "fault" and not is_outage(each)]
             if can_requeue and _repeats(faults):
                 why = f"the same failure twice at step {max(last.step, 0)}, so a third start would fail too"
                 return Decision("stop", f"{why}: {last.message}")
@@ -88,6 +92,24 @@ def _after_time_limit(history: Sequence[Attempt], *, can_requeue: bool, go_on: s
     if _starts_without_progress(history) >= MAX_STARTS_WITHOUT_PROGRESS:
         return Decision("stop", f"no progress before the time limit, three times; {last.message}; ask for more --time")
     return Decision("requeue", f"time limit; {last.message or f'step {last.step}'}")
+
+
+def is_outage(attempt: Attempt) -> bool:
+    """Whether a start ended as storage did not answer: no fault of the program, however often it comes."""
+    return attempt.ending == "fault" and bool(OUTAGE.search(attempt.message))
+
+
+def _after_outage(history: Sequence[Attempt], *, backoff_seconds: int, go_on: str) -> Decision:
+    """An outage uses up no restart; only a storage that stays away for hours, through many starts, is given up."""
+    last = history[-1]
+    outages = [attempt for attempt in history if is_outage(attempt)]
+    in_a_row = _starts_without_progress(outages)
+    if in_a_row >= MAX_OUTAGES_IN_A_ROW:
+        return Decision(
+            "stop", f"storage did not answer in {in_a_row} starts without progress; {last.message}; {go_on}"
+        )
+    delay = min(backoff_seconds * 2 ** (in_a_row - 1), LONGEST_BACKOFF_SECONDS)
+    return Decision("restart", last.message, delay)
 
 
 def _after_fault(faults: Sequence[Attempt], *, max_restarts: int, backoff_seconds: int) -> Decision:

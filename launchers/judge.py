@@ -1,5 +1,6 @@
 """Judges how one start of a job ended, from what its ranks reported and what the cluster saw. No I/O."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,10 @@ Ending = Literal[
 ]
 SUPERSEDED = "another job has started this run since and has taken over"
 RankState = Literal["running", "finished", "not_exported", "preempted", "superseded", "user_error", "no_space", "fault"]
+
+
+OUTAGE = re.compile(r"\bStorageAway: ")
+"""In the message of a rank that has waited for storage in vain."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ def judge(
         return _blamed("not_exported", not_exported, step)
     if leaving:  # checked before faults: ranks of which some were ended already report errors that mean nothing
         return Attempt(leaving, f"newest checkpoint: step {step}" if step >= 0 else "no checkpoint yet", step)
+    outage = next((end for end in ends if end.end == "fault" and OUTAGE.search(end.message)), None)
+    if outage:  # other ranks that lose it report errors that mean nothing
+        return _blamed("fault", outage, step)
     if first_failure:
         report = next((end for end in ends if end.rank == first_failure.rank), None)
         if report is not None and report.end == "fault":

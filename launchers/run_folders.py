@@ -35,7 +35,9 @@ _PATHS = (
     "evaluate.inception_weights",
     "evaluate.dinov2_weights",
     "evaluate.reference",
+    "storage.ca_bundle",
 )
+_LOCAL = {"data.cache_dir": "the cache of a node", "storage.ca_bundle": "a file of certificates"}
 
 
 def new_run(*, name: str | None, runs_dir: Place, stem: str) -> RunDir:
@@ -95,8 +97,8 @@ def with_absolute_paths(config: Config) -> Config:
 def _absolute(value: str, *, key: str) -> Place:
     try:
         place = Place(value)
-        if key == "data.cache_dir":
-            place.local("the cache of a node")
+        if what := _LOCAL.get(key):
+            place.local(what)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     return place.absolute()

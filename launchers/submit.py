@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> int:
         if preview := CLUSTERS[where.placement.cluster].preview(job):
             print("\n" + preview)
         return 0
+    config.storage.apply(interactive=True)
     if begun.exported_step >= config.train.total_steps:
         return _say_finished(run, begun.exported_step, config, at=f"{begun.exports}/{run.name}")
     begins = flags.fresh or begun.begins
@@ -77,7 +78,8 @@ def main(arguments: list[str]) -> int:
     if every is not None:
         check_evaluation(config, asked={})
     if config.checkpoint.export_to is not None:
-        check_export(config.checkpoint.export_to, run.name, is_new=begun.exports_anew(config))
+        prunes = config.checkpoint.export_keep_last is not None
+        check_export(config.checkpoint.export_to, run.name, is_new=begun.exports_anew(config), prunes=prunes)
         if begun.is_there:
             must_be_home(exported_run(run, config.checkpoint.export_to), run)
     if begun.make is not None:
@@ -214,7 +216,7 @@ def describe_code(code: Code, run: RunDir) -> str:
 def copies_missing(run: RunDir, config: Config) -> bool:
     """Whether checkpoints of a run are not exported yet: another start then copies them, and trains no more."""
     export_to = config.checkpoint.export_to
-    return export_to is not None and bool(pending_exports(run, export_to))
+    return export_to is not None and bool(pending_exports(run, export_to, config.checkpoint))
 
 
 if __name__ == "__main__":

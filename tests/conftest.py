@@ -9,6 +9,9 @@ import pytest
 from fault_proxy import FaultProxy
 from hypothesis import settings
 
+from cmscale.io import patience
+from cmscale.io.settings import StorageSettings, use_settings
+
 settings.register_profile("steady", deadline=None, derandomize=True)  # machines differ in speed
 settings.load_profile("steady")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +21,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Fetched files go to a folder of the test session, never to the user's cache."""
     os.environ["CMSCALE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def storage_as_in_a_new_process() -> Iterator[None]:
+    """What a test says about storages, and the waits in it, end with it."""
+    yield
+    use_settings(StorageSettings())
+    patience.forget_waits()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from cmscale.cli.command import GIVEN, command
 from cmscale.cli.options import ConfigOption, JsonOption, OverridesArgument
 from cmscale.commands.situation import RUN, WITH_WEIGHTS_TO_CHOOSE, overriding
 from cmscale.commands.use import USED, Given, Use
-from cmscale.errors import UserError
+from cmscale.errors import NotExported, UserError
 from cmscale.io.place import Place
 
 app = typer.Typer()
@@ -56,8 +56,14 @@ def export(
 
     given.refuse_unused(source=model_kind(source), overriding=overriding(config, overrides or ()))
     if to is None:
-        for copied in finish_copies(source.local("a run whose checkpoints are uploaded")):
-            print(f"step {copied}: uploaded")
+        try:
+            finish_copies(
+                source.local("a run whose checkpoints are uploaded"),
+                lambda step: print(f"step {step}: uploaded", flush=True),
+            )
+        except NotExported as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(1) from None
         return
     if to.is_same(source):
         raise UserError(f"--to {to}: is the source itself; name another place")

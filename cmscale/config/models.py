@@ -17,6 +17,7 @@ from cmscale.config.renamed import with_current_names
 from cmscale.config.section import Section
 from cmscale.config.sections import Checkpoint, Data, Engine, Optimizer, Restart, Sampling, Train, Wandb
 from cmscale.config.slurm import Slurm
+from cmscale.config.storage import StorageKeys
 from cmscale.errors import UserError
 
 
@@ -36,6 +37,7 @@ class Config(Section):
     wandb: Wandb = Wandb()
     restart: Restart = Restart()
     slurm: Slurm = Slurm()
+    storage: StorageKeys = StorageKeys()
 
     @model_validator(mode="before")
     @classmethod

@@ -235,6 +235,18 @@ class Checkpoint(Section):
         "s3:// URL or folder to which every checkpoint is copied, in a folder of the run's name. null: nowhere. A run "
         "whose copies are not all there in the end is `finished, not exported`.",
     )
+    export_keep_last: Count | None = operational(
+        None, "Newest copies that stay in `export_to`; older ones are removed there. null: all stay.", unit="copies"
+    )
+    export_keep_every: NonNegative = operational(
+        0, "With `export_keep_last`: copies at multiples of this step stay, too, except step 0; 0: none.", unit="steps"
+    )
+
+    @model_validator(mode="after")
+    def _pruned_exports(self) -> "Checkpoint":
+        if self.export_keep_every and self.export_keep_last is None:
+            raise ValueError("export_keep_every: all copies stay unless export_keep_last is set; set both or neither")
+        return self
 
 
 class Sampling(Section):

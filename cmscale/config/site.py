@@ -22,6 +22,7 @@ from cmscale.config.mistakes import Mistake, explain, refusal, unknown
 from cmscale.config.section import Section
 from cmscale.config.sections import Checkpoint, Data, Engine, Restart, Wandb
 from cmscale.config.slurm import Slurm, Text
+from cmscale.config.storage import StorageKeys
 from cmscale.config.yaml_text import parse_sections, place, read_yaml_text
 from cmscale.errors import UserError
 
@@ -33,6 +34,7 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoint": Checkpoint,
     "evaluate": Evaluate,
     "wandb": Wandb,
+    "storage": StorageKeys,
 }
 """Sections whose keys a site may set, as far as they do not change the losses; `data.path` is a run's own."""
 
@@ -92,6 +94,11 @@ class Site:
     def layer(self) -> Layer:
         return Layer(self.origin, self.tree)
 
+    @property
+    def storage(self) -> StorageKeys:
+        """The section `storage`, for commands without a config."""
+        return StorageKeys.model_validate(self.tree.get("storage", {}))
+
 
 class LaunchSettings(Section):
     """The sections of a config that say how a job is launched, for commands that work without a config."""
@@ -131,11 +138,18 @@ def site_layers() -> list[Layer]:
     return [read_site().layer, *environment_layers(os.environ)]
 
 
-def use_site() -> Site:
-    """Reads the site file, and sets its variables for this process and its children unless they are set already."""
+def use_site(*, interactive: bool = True) -> Site:
+    """Reads the site file, sets its variables for this process and its children, and uses storages as it says.
+
+    Variables that are set already stay.
+
+    Args:
+        interactive: Somebody watches: do not wait long for storage that does not answer.
+    """
     site = read_site()
     for name, value in site.environment.items():
         os.environ.setdefault(name, value)
+    site.storage.apply(interactive=interactive)
     return site
 
 

@@ -4,8 +4,9 @@ import atexit
 import contextlib
 import signal
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from cmscale.data.order import Order, flips
 from cmscale.data.samples import Samples
 from cmscale.distributed.world import World
 from cmscale.errors import UserError
+from cmscale.io.patience import is_waiting
 from cmscale.runs.manifests import DatasetManifest
 
 
@@ -201,6 +203,32 @@ class _Prefetcher:
                             samples.cache.path(name)
 
 
+class _Fetch:
+    """One batch on its way, in a thread that nobody has to wait for."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
+        self._raw: Any = None
+        self._error: BaseException | None = None
+        self.done = threading.Event()
+        threading.Thread(target=self._run, name="fetch", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._raw = next(self._iterator)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.done.set()
+
+    def result(self) -> Any:
+        """The batch; raises what fetching it raised."""
+        self.done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._raw
+
+
 class Batches:
     """Endless iterator of (Batch, cursor); the cursor is the number of samples that all ranks have consumed.
 
@@ -231,6 +259,7 @@ class Batches:
             worker_init_fn=_start_worker,
             pin_memory=world.device.type == "cuda",
         )
+        self._fetch: _Fetch | None = None
         self._iterator: Any = iter(loader)  # forks the workers, so it comes before the thread below
         self._prefetcher = None if batches.samples.cache.in_place else _Prefetcher(batches, lookahead)
         if self._prefetcher:
@@ -242,9 +271,25 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
         return self
 
+    def wait(self, seconds: float, *, leave: Callable[[], bool] = lambda: False) -> bool:
+        """Waits until `next` returns or raises at once. Returns whether it would.
+
+        Args:
+            seconds: After so long it returns False, but only while storage does not answer.
+            leave: Asked about once a second; where it says so, it returns False.
+        """
+        if self._fetch is None:
+            self._fetch = _Fetch(self._iterator)
+        until = time.monotonic() + seconds
+        while not self._fetch.done.wait(min(1.0, seconds)):
+            if leave() or (is_waiting() and time.monotonic() >= until):
+                return False
+        return True
+
     def __next__(self) -> tuple[Batch, int]:
+        fetch, self._fetch = self._fetch or _Fetch(self._iterator), None
         try:
-            raw = next(self._iterator)
+            raw = fetch.result()
         except (EOFError, OSError) as error:
             raise RuntimeError(f"a DataLoader worker ended before it returned its batch ({error!r})") from error
         if isinstance(raw, Exception):

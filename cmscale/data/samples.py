@@ -1,6 +1,8 @@
 """Reads the samples of a prepared data set by id, in any format, from a folder or from S3."""
 
+import contextlib
 import io
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
@@ -15,7 +17,6 @@ from cmscale.errors import DamagedInput, UserError
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
-_MAX_EVICTIONS = 10
 _MAX_OPEN_FILES = 256
 
 
@@ -53,8 +54,13 @@ class Samples:
         format = shard_format(self.manifest.format)
         if format.index_name not in {entry.name for entry in self.manifest.files}:
             raise UserError(f"{self.url}: the manifest lists no {format.index_name}; run data_prep/prepare.py again")
-        index = self.cache.path(format.index_name)
-        return format.open_shards(index, self.manifest.shards, encoding=self.manifest.encoding)
+        with self.cache.open(format.index_name) as index:
+            path = self.cache.folder / format.index_name
+            shards = format.open_shards(path, self.manifest.shards, encoding=self.manifest.encoding)
+            with contextlib.suppress(FileNotFoundError):  # evicted since, after it was read
+                if not os.path.samestat(path.stat(), os.fstat(index.fileno())):
+                    raise RuntimeError(f"{path}: was replaced while it was read")
+        return shards
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -82,20 +88,11 @@ class Samples:
         name = self.manifest.shards[shard].name
         file = self._files.pop(shard, None)
         if file is None or not self.cache.touch(name):
-            file = self._open_verified(name)
+            file = self.cache.open(name)
             while len(self._files) >= self._max_open_files:
                 self._files.pop(next(iter(self._files))).close()
         self._files[shard] = file
         return file
-
-    def _open_verified(self, name: str) -> io.FileIO:
-        for _ in range(_MAX_EVICTIONS):
-            try:
-                return self.cache.path(name).open("rb", buffering=0)
-            except FileNotFoundError:
-                continue  # another process evicted it between the check and the opening
-        path = self.cache.folder / name
-        raise RuntimeError(f"{path}: evicted {_MAX_EVICTIONS} times before it could be opened; raise data.cache_gb")
 
     def after(self, index: int) -> int:
         """The sample that replaces an undecodable one: the next in its shard, cyclically."""

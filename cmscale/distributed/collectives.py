@@ -25,6 +25,15 @@ def any_rank(flag: bool) -> bool:
     return max_over_ranks(int(flag)) > 0
 
 
+def any_ranks(*flags: bool) -> list[bool]:
+    """Of each flag, whether it is set on any rank; as fast as one flag. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(flags)
+    tensor = torch.tensor([int(flag) for flag in flags], dtype=torch.int64)  # on the CPU, as in `max_over_ranks`
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [value > 0 for value in tensor.tolist()]
+
+
 def all_ranks(flag: bool) -> bool:
     """Whether the flag is set on every rank. Collective."""
     return not any_rank(not flag)

@@ -25,7 +25,7 @@ from cmscale.engine.export import Exporter
 from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import NO_SPACE, explained, follow_umask, replace_durably, sync_file, sync_folder
 from cmscale.io.fetch import file_sha256
-from cmscale.runs.checkpoints import committed_steps, leftovers
+from cmscale.runs.checkpoints import committed_steps, kept_steps, leftovers
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name
 from cmscale.runs.generations import claim_next, read_generation
 from cmscale.runs.log import write_event
@@ -308,9 +308,9 @@ class Checkpoints:
         steps = committed_steps(self._run)
         waiting = self._exporter.waiting() if self._exporter is not None else set()
         patient = steps[-2 * kept.keep_last :]
-        for step in steps[: -kept.keep_last]:
-            is_multiple = step > 0 and kept.keep_every > 0 and step % kept.keep_every == 0
-            if is_multiple or (step in waiting and step in patient):
+        staying = kept_steps(steps, last=kept.keep_last, every=kept.keep_every)
+        for step in steps:
+            if step in staying or (step in waiting and step in patient):
                 continue
             hidden = self._run.checkpoints / f".{step_name(step)}.removed-{self._generation}"
             self._run.checkpoint(step).rename(hidden)  # renamed first, so that nobody reads half of it

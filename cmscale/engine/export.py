@@ -1,83 +1,92 @@
-"""Copies checkpoints to another storage: data first, read back and compared, the manifest last."""
+"""Copies the checkpoints of a run to `checkpoint.export_to` while it trains, and removes old copies there."""
 
+import contextlib
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
+from cmscale.config.sections import Checkpoint
 from cmscale.engine.checkpoint_reader import read_manifest
-from cmscale.errors import UserError
-from cmscale.io.fetch import file_sha256
+from cmscale.engine.copying import (
+    TRIES,
+    DamagedHere,
+    DamagedUpload,
+    copy_manifest,
+    export_checkpoint,
+    remove_copy,
+    same_contents,
+)
+from cmscale.errors import NotExported, UserError
+from cmscale.io.durable import NO_SPACE
 from cmscale.io.local import LocalStorage
-from cmscale.io.protocol import ArrivedChanged
-from cmscale.io.storage import Storage, local_copy
+from cmscale.io.patience import is_waiting
+from cmscale.io.storage import Storage
 from cmscale.runs.checkpoints import committed_steps
-from cmscale.runs.copies import exported_run, pending_exports
+from cmscale.runs.copies import exported_run, pending_exports, wanted_copies
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_name
 from cmscale.runs.history import HistoryCopy
 from cmscale.runs.homes import WentElsewhere, must_be_home
 from cmscale.runs.log import write_event
-from cmscale.runs.manifests import FileEntry, read_checkpoint_manifest
+
+__all__ = [
+    "TRIES",
+    "DamagedUpload",
+    "Exporter",
+    "export_checkpoint",
+    "export_pending",
+    "exported_run",
+    "pending_exports",
+]
 
 CLOSING_RETRY_SECONDS = 5.0  # between tries while a run that has ended waits for its copies
-TRIES = 3  # uploads of one file before its checkpoint waits for the next round
+REFUSED_SECONDS = 20.0  # for which it tries what was refused: a missing bucket, credentials that have expired
 
 
-class DamagedUpload(RuntimeError):
-    """Raised if what was read back is not what was uploaded."""
+def export_pending(
+    run: RunDir,
+    export_to: str,
+    settings: Checkpoint | None = None,
+    *,
+    copied: Callable[[int], None] = lambda _: None,
+) -> list[int]:
+    """Copies what earlier starts left. Returns the steps copied.
 
-
-def export_checkpoint(folder: Path, target: Storage) -> bool:
-    """Copies a complete local checkpoint to `target`. Returns whether `target` now holds this checkpoint.
-
-    A target that has a manifest already is not changed.
+    Args:
+        copied: Is called with each of them.
 
     Raises:
-        DamagedUpload: a file differed after `TRIES` uploads.
-        UserError, ConnectionError, OSError: from the storage.
+        ConnectionError: the storage does not answer.
+        NotExported: some could not be copied; the others are.
     """
-    source = LocalStorage(folder)
-    manifest = read_manifest(source)
-    present = target.read_if_present(CHECKPOINT_MANIFEST)
-    raw = source.read(CHECKPOINT_MANIFEST)
-    if present is not None:
-        return _same_contents(present, raw)
-    for part in manifest.parts:
-        _upload_checked(folder / part.file.name, target, part.file)
-    return target.write_if_absent(CHECKPOINT_MANIFEST, raw)
-
-
-def _same_contents(first: bytes, second: bytes) -> bool:
-    """Whether two manifests are of the same state and files, by whatever start of the run they were written."""
-    if first == second:
-        return True
-    try:
-        one, other = (read_checkpoint_manifest(raw, origin="manifest") for raw in (first, second))
-    except UserError:
-        return False
-    return (one.state, one.quantities, one.parameters, one.parts, one.scalars) == (
-        (other.state, other.quantities, other.parameters, other.parts, other.scalars)
-    )
-
-
-def _upload_checked(path: Path, target: Storage, entry: FileEntry) -> None:
-    for _ in range(TRIES):
-        target.upload(entry.name, path)
-        with suppress(ArrivedChanged), local_copy(target, entry.name) as copy:
-            if copy.stat().st_size == entry.size and file_sha256(copy) == entry.sha256:
-                return
-        target.delete(entry.name)
-    raise DamagedUpload(f"{target.join(entry.name)}: came back changed, {TRIES} times")
-
-
-def export_pending(run: RunDir, export_to: str) -> list[int]:
-    """Copies what earlier starts left. Returns the steps copied."""
     storage = exported_run(run, export_to)
-    done = []
-    for step in pending_exports(run, export_to):
-        if export_checkpoint(run.checkpoint(step), storage.sub(f"checkpoints/{step_name(step)}")):
-            done.append(step)
+    done: list[int] = []
+    failed: dict[int, str] = {}
+    for step in pending_exports(run, export_to, settings):
+        try:
+            if export_checkpoint(run.checkpoint(step), copy_of(storage, step)):
+                done.append(step)
+                copied(step)
+            else:
+                failed[step] = "another checkpoint of this step is there already; it was not changed"
+        except ConnectionError:
+            raise
+        except (UserError, DamagedUpload, OSError) as error:
+            failed[step] = str(error)
+    if failed:
+        raise NotExported(f"step {_steps(failed)} is not in {export_to}: {next(iter(failed.values()))}")
     return done
+
+
+def copy_of(exported: Storage, step: int) -> Storage:
+    """The storage of one copy."""
+    return exported.sub(f"checkpoints/{step_name(step)}")
+
+
+def _steps(steps: "set[int] | dict[int, str]") -> str:
+    """`1, 2, 3, 4, 5 and 7 more`, for messages."""
+    named = ", ".join(map(str, sorted(steps)[:5]))
+    return named + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
 
 
 class Exporter:
@@ -88,20 +97,30 @@ class Exporter:
 
     Attributes:
         went_elsewhere: Why this folder may export nothing more, if the run was continued in another one.
+
+    Args:
+        settings: Which copies stay.
+        retry_seconds: Between two rounds in which a copy failed.
     """
 
-    def __init__(self, run: RunDir, export_to: str, *, retry_seconds: float = 60.0) -> None:
+    def __init__(
+        self, run: RunDir, export_to: str, *, settings: Checkpoint | None = None, retry_seconds: float = 60.0
+    ) -> None:
         self._run = run
         self._export_to = export_to
         self._history = HistoryCopy(run)
         self.went_elsewhere = ""
+        self._settings = settings or Checkpoint()
         self._retry_seconds = retry_seconds
         self._waiting = set(committed_steps(run))
+        self._there: set[int] = set()
         self._lost: set[int] = set()
         self._said: dict[str, None] = {}  # problems, in the order in which they came
         self._closing = False
-        self._persists = False
+        self._patience: float | None = None  # of `finish`
+        self._progressed = time.monotonic()
         self._scanned = False
+        self._prunes = self._settings.export_keep_last is not None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="exporter", daemon=True)
         self._thread.start()
@@ -129,23 +148,24 @@ class Exporter:
     def finish(self, patience: float) -> str:
         """Copies all that waits, as long as one checkpoint at least is copied every `patience` seconds.
 
-        Storage that does not answer is asked again meanwhile.
+        What fails is tried again meanwhile; what is refused, other than by a full disk, for `REFUSED_SECONDS` only.
 
         Returns:
             Which steps of this start are not in `export_to`, and why, in one line; empty if all are.
         """
-        self._persists = True
+        with self._changed:
+            self._patience = patience
+            self._progressed = time.monotonic()
         while self._thread.is_alive():
             before = self.waiting()
             if self.close(patience) == before:
                 break
         with self._changed:
-            missing = sorted(self._waiting | self._lost)
+            missing = self._waiting | self._lost
             if not missing:
                 return ""
-            steps = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            why = next(reversed(self._said), "copying takes too long")
-            return f"step {steps} is not in {self._export_to}: {why}"
+            unsaid = "the storage does not answer" if is_waiting() else "copying takes too long"
+            return f"step {_steps(missing)} is not in {self._export_to}: {next(reversed(self._said), unsaid)}"
 
     def _work(self) -> None:
         while True:
@@ -154,7 +174,10 @@ class Exporter:
                     if self._closing:
                         return
                     self._changed.wait()
-            error = self._round()
+            try:
+                error = self._round()
+            except Exception as unexpected:  # whatever it is: later checkpoints must still be copied
+                error = self._failed(-1, unexpected)
             if error is not None and self._pause(error):
                 return
 
@@ -164,8 +187,8 @@ class Exporter:
             storage = exported_run(self._run, self._export_to)
             must_be_home(storage, self._run)
             if not self._scanned:
-                storage.abort_uploads()
-                self._forget(self._present(storage))
+                storage.abort_uploads(lambda key: key.startswith("checkpoints/"))
+                self._there = set(committed_steps(storage))
                 self._scanned = True
         except Exception as error:
             if isinstance(error, WentElsewhere):
@@ -176,70 +199,102 @@ class Exporter:
             try:
                 must_be_home(storage, self._run)
                 self._history.update(storage)
-                self._copy(step, storage.sub(f"checkpoints/{step_name(step)}"))
+                self._copy(step, copy_of(storage, step))
             except Exception as error:
                 self._failed(step, error, say=first is None)
                 first = first or error
                 if isinstance(error, ConnectionError):  # it would answer about the others neither
                     break
         if first is None and self._said and not self._lost:
-            print(f"checkpoints are exported to {self._export_to} again", flush=True)
+            self._print(f"checkpoints are exported to {self._export_to} again")
             self._said.clear()
+        if self._prunes:
+            self._prune(storage)
         return first
 
-    def _present(self, storage: Storage) -> set[int]:
-        """The steps that need no copy: those of which the storage has these very files."""
-        found = set()
-        for step in set(committed_steps(storage)) & self.waiting():
-            there = storage.sub(f"checkpoints/{step_name(step)}").read_if_present(CHECKPOINT_MANIFEST)
-            here = LocalStorage(self._run.checkpoint(step)).read_if_present(CHECKPOINT_MANIFEST)
-            if there and here and _same_contents(there, here):
-                found.add(step)
-        return found
+    def _copy(self, step: int, target: Storage) -> None:
+        if step not in wanted_copies({*self._there, *self.waiting()}, self._settings):
+            self._forget(step)  # it would only be removed again
+            return
+        folder = self._run.checkpoint(step)
+        if step in self._there and self._is_copied(folder, target):
+            self._forget(step)
+            return
+        began = time.monotonic()
+        event, why = "exported", ""
+        try:
+            if not (folder / CHECKPOINT_MANIFEST).exists():
+                event, why = "export_dropped", "removed here before it could be copied"
+            elif not export_checkpoint(folder, target):
+                event, why = "export_refused", "another checkpoint of this step is there already; it was not changed"
+        except DamagedHere as error:  # it stays so
+            event, why = "export_failed", str(error)
+        if why:
+            self._say(f"step {step}: {why}")
+        self._forget(step, lost=bool(why))
+        if not why:
+            self._there.add(step)
+        self._event(event, step=step, why=why, seconds=round(time.monotonic() - began, 3))
+
+    def _is_copied(self, folder: Path, target: Storage) -> bool:
+        """Whether `target` has a checkpoint of these very files."""
+        there = target.read_if_present(CHECKPOINT_MANIFEST)
+        with contextlib.suppress(UserError):
+            here = copy_manifest(read_manifest(LocalStorage(folder))).to_bytes()
+            return there is not None and same_contents(there, here)
+        return False
+
+    def _prune(self, storage: Storage) -> None:
+        """Removes the copies that are to stay no longer."""
+        for step in sorted(self._there - wanted_copies(self._there, self._settings)):
+            try:
+                remove_copy(copy_of(storage, step))
+            except UserError as error:  # not allowed: nobody will change that soon
+                self._prunes = False
+                self._print(f"old copies stay in {self._export_to}: {error}")
+                return
+            self._there.discard(step)
+            self._event("export_pruned", step=step)
 
     def _failed(self, step: int, error: Exception, *, say: bool = True) -> Exception:
         """Records an error, and prints it unless the same round has printed one."""
         if say:
             self._say(str(error), then=f"; tried again every {self._retry_seconds:g} s")
-        with suppress(OSError, UserError):  # the log may be on the disk that failed
-            write_event(self._run, "export_failed", step=step, rank=0, why=f"{type(error).__name__}: {error}")
+        self._event("export_failed", step=step, why=f"{type(error).__name__}: {error}")
         return error
 
-    def _copy(self, step: int, target: Storage) -> None:
-        folder = self._run.checkpoint(step)
-        began = time.monotonic()
-        event, why = "exported", ""
-        if not (folder / CHECKPOINT_MANIFEST).exists():
-            event, why = "export_dropped", "removed here before it could be copied"
-        elif not export_checkpoint(folder, target):
-            event, why = "export_refused", "another checkpoint of this step is there already; it was not changed"
-        if why:
-            self._say(f"step {step}: {why}")
-        self._forget({step}, lost=bool(why))
-        seconds = round(time.monotonic() - began, 3)
-        with suppress(OSError, UserError):
-            write_event(self._run, event, step=step, rank=0, why=why, seconds=seconds)
+    def _event(self, event: str, *, step: int, why: str = "", **more: float) -> None:
+        with contextlib.suppress(OSError, UserError):  # the log may be on the disk that failed
+            write_event(self._run, event, step=step, rank=0, why=why, **more)
 
     def _say(self, problem: str, *, then: str = "") -> None:
         """Prints a problem, and not again until copies work again."""
         if problem not in self._said:
-            print(f"checkpoints are not exported to {self._export_to}: {problem}{then}", flush=True)
+            self._print(f"checkpoints are not exported to {self._export_to}: {problem}{then}")
         self._said[problem] = None
 
-    def _forget(self, steps: set[int], *, lost: bool = False) -> None:
+    def _print(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # the job's log may be on a full disk, too
+            print(line, flush=True)
+
+    def _forget(self, step: int, *, lost: bool = False) -> None:
         with self._changed:
-            self._waiting -= steps
+            self._waiting.discard(step)
+            self._progressed = time.monotonic()
             if lost:
-                self._lost |= steps
+                self._lost.add(step)
 
     def _pause(self, error: Exception) -> bool:
-        """Waits before the next try. Returns whether to give up: the run is ending, and waiting can't help."""
+        """Waits before the next try. Returns whether to give up, as the run is ending."""
         with self._changed:
             if not self._closing:
                 self._changed.wait_for(lambda: self._closing, timeout=self._retry_seconds)
                 return False
-            # No such bucket, not allowed, a full disk: these stay so.
-            if not self._persists or not isinstance(error, OSError):
+            if self._patience is None:
+                return True
+            is_refused = isinstance(error, (UserError, DamagedUpload)) and NO_SPACE not in str(error).lower()
+            patience = min(self._patience, REFUSED_SECONDS) if is_refused else self._patience
+            if time.monotonic() >= self._progressed + patience:
                 return True
             self._changed.wait(min(self._retry_seconds, CLOSING_RETRY_SECONDS))
             return False

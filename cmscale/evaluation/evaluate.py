@@ -15,6 +15,7 @@ from cmscale.commands import situation
 from cmscale.config import Config, MethodSection
 from cmscale.config.requests import EvaluateRequest, request_from
 from cmscale.config.sampling_times import parse_counts
+from cmscale.config.site import use_site
 from cmscale.consistency.sampler import num_evaluations
 from cmscale.distributed import collectives
 from cmscale.distributed import world as worlds
@@ -64,6 +65,7 @@ def sources_of(request: EvaluateRequest) -> Iterator[Source]:
 
 def main(request: dict[str, Any]) -> str:
     """Evaluates on all ranks of a job. Returns `finished`, or `preempted` (finished blocks are kept)."""
+    use_site(interactive=False)
     wanted = request_from(EvaluateRequest, request)
     preemption = Preemption.install()
     world = worlds.detect(wanted.device)

@@ -1,5 +1,6 @@
 """Exports a source's weights to a format that other programs load, and finishes the copies of a run's checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import assert_never
 
@@ -84,21 +85,25 @@ def check_target(format: Format, to: Place) -> None:
             assert_never(format)
 
 
-def finish_copies(folder: Path) -> list[int]:
+def finish_copies(folder: Path, copied: Callable[[int], None] = lambda _: None) -> list[int]:
     """Copies the checkpoints of a run that its `checkpoint.export_to` lacks. Returns their steps.
+
+    Args:
+        copied: Is called with each step as soon as its copy is complete.
 
     Raises:
         UserError: The folder is not a run's, or the run has no `checkpoint.export_to`.
+        NotExported: some could not be copied; all others are.
     """
     run = RunDir(folder)
     if not run.config.is_file():
         raise UserError(f"{folder}: not a run (it has no config.yaml); to export weights, give --to PATH")
-    export_to = read_config(run.config).checkpoint.export_to
-    if export_to is None:
+    settings = read_config(run.config, resolved=True).checkpoint
+    if settings.export_to is None:
         raise UserError(
             f"{folder}: checkpoint.export_to is not set, nothing to copy; to export weights, give --to PATH"
         )
-    return export_pending(RunDir(folder.absolute()), export_to)
+    return export_pending(RunDir(folder.absolute()), settings.export_to, settings, copied=copied)
 
 
 def _evaluations(source: Source) -> list[EvaluationResult]:

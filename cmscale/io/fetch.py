@@ -14,6 +14,7 @@ from pathlib import Path
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.locks import LockTimeout, hold
+from cmscale.io.patience import patience_seconds
 from cmscale.io.place import Place, split_hash
 from cmscale.io.storage import open_parent
 
@@ -76,7 +77,8 @@ def download_lock(name: str) -> Iterator[None]:
     what = f"{path.parent}: downloading a file for this node"
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(hold(path, timeout=60 * DOWNLOAD_MINUTES, what=what))
+            timeout = 60 * DOWNLOAD_MINUTES + patience_seconds()  # the holder may wait for storage
+            stack.enter_context(hold(path, timeout=timeout, what=what))
         except LockTimeout as error:
             raise RuntimeError(str(error)) from None
         yield

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cmscale.errors import UserError
@@ -110,5 +110,5 @@ class LocalStorage:
             except FileNotFoundError as error:  # so says /proc
                 raise UserError(f"{path}: can't be written ({error.strerror}); name another place") from None
 
-    def abort_uploads(self) -> int:
+    def abort_uploads(self, is_mine: Callable[[str], bool]) -> int:  # noqa: ARG002
         return 0

@@ -1,5 +1,6 @@
 """Facts about this process and its machine: its node's name, its checkout, and how it ends with its parent."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -46,3 +47,29 @@ def exit_at_once(status: int) -> NoReturn:
 def node_name() -> str:
     """This node's name: Slurm's where Slurm started the process (several may share a host), else the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def process_space() -> str:
+    """Names this running kernel and its space of process numbers: containers of one machine have one each."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
+
+
+def start_of(process: int) -> str:
+    """When a process of this space started, in ticks since the kernel did; empty if it is dead or can't be seen."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def is_alive(process: int, started: str) -> bool:
+    """Whether the process of this space that has this number and start is alive."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return start_of(process) in ("", started)

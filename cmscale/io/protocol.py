@@ -1,6 +1,6 @@
 """Defines what a storage is: a folder of objects, on this machine or elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,11 +25,15 @@ class ArrivedChanged(ConnectionError):
     """Raised when an object that was read differs from the checksum that the storage has for it."""
 
 
+class StorageAway(ConnectionError):
+    """Raised when a storage does not answer, or says that it can't at the moment. `cmscale.io.patience` asks again."""
+
+
 class Storage(Protocol):
     """A folder of objects. Keys are relative, their parts joined by `/`. Readers see a write whole or not at all.
 
-    Every method that reaches the storage may raise UserError (missing credentials, no space left, ...) and
-    ConnectionError (the storage does not answer, after the implementation's own retries).
+    Every method that reaches the storage may raise UserError (missing credentials, no space left, ...), StorageAway (it
+    has not answered for `storage.patience_minutes`: see `cmscale.io.patience`) and other ConnectionErrors.
     """
 
     url: str
@@ -86,6 +90,10 @@ class Storage(Protocol):
         """
         ...
 
-    def abort_uploads(self) -> int:
-        """Ends uploads that processes began and never completed. Returns their number."""
+    def abort_uploads(self, is_mine: Callable[[str], bool]) -> int:
+        """Ends uploads that processes began and never completed, of objects whose keys `is_mine`. Returns their number.
+
+        Housekeeping: where the storage does not show unfinished uploads, or does not let this user end them, it says so
+        in one line and does nothing.
+        """
         ...

@@ -1,32 +1,30 @@
 """Stores objects in an S3 bucket, by boto3."""
 
 import contextlib
-import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cmscale.errors import UserError
+from cmscale.io import s3_upload
 from cmscale.io.durable import explained
-from cmscale.io.protocol import ArrivedChanged, Entry
+from cmscale.io.patience import patiently
+from cmscale.io.protocol import Entry, StorageAway
+from cmscale.io.s3_client import make_client
+from cmscale.io.s3_errors import NoSuchUpload, Unsupported, code_of, explained_by_s3
+from cmscale.io.s3_upload import md5, upload_in_parts
+from cmscale.io.settings import storage_settings
 
-_CONNECT_SECONDS, _READ_SECONDS = 10.0, 60.0  # without an answer, per attempt
-_EXISTS = ("PreconditionFailed", "ConditionalRequestConflict", "412")
+T = TypeVar("T")
 
-
-@lru_cache(maxsize=1)
-def _service_models() -> Any:
-    """botocore's description of the services: parsed once per process, not once per client."""
-    from botocore.loaders import create_loader
-
-    return create_loader()
+_EXISTS = ("PreconditionFailed", "412")
+_IN_ONE_PART = 2  # times the size of a part
 
 
 class S3Storage:
-    """A prefix in an S3 bucket. boto3 finds credentials, region and endpoint (AWS_ENDPOINT_URL) as it always does."""
+    """A prefix in an S3 bucket. Requests that are not answered are repeated patiently."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket = bucket
@@ -46,20 +44,7 @@ class S3Storage:
     def client(self) -> Any:
         """boto3's client, made at first use; a forked or unpickled storage makes its own."""
         if self._client is None or self._client[0] != os.getpid():
-            from boto3.session import Session
-            from botocore.config import Config as ClientConfig
-            from botocore.session import get_session
-
-            # "adaptive" would delay all requests of a client for a minute after a few answers of 503.
-            settings = ClientConfig(
-                retries={"mode": "standard", "total_max_attempts": 6},
-                connect_timeout=_CONNECT_SECONDS,
-                read_timeout=_READ_SECONDS,
-            )
-            with self._explained(""):
-                core = get_session()
-                core.register_component("data_loader", _service_models())
-                self._client = (os.getpid(), Session(botocore_session=core).client("s3", config=settings))
+            self._client = (os.getpid(), make_client())
         return self._client[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,44 +56,21 @@ class S3Storage:
     def join(self, key: str) -> str:
         return f"{self.url}/{key}"
 
-    @contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
-        """Turns botocore's errors into FileNotFoundError, ConnectionError or UserError."""
-        from boto3.exceptions import RetriesExceededError, S3UploadFailedError
-        from botocore import exceptions as boto
+    def _at(self, key: str) -> dict[str, str]:
+        """The arguments that name an object in every request."""
+        return {"Bucket": self.bucket, "Key": self._key(key), **_payer()}
 
-        try:
-            yield
-        except (boto.NoCredentialsError, boto.PartialCredentialsError):
-            raise UserError(f"{self.url}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-        except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, RetriesExceededError) as error:
-            raise ConnectionError(f"{self.url}: the S3 server does not answer, or not completely ({error})") from error
-        except boto.FlexibleChecksumError as error:
-            raise ArrivedChanged(f"{self.join(key)}: arrived with a wrong checksum ({error})") from error
-        except (boto.ParamValidationError, boto.NoRegionError, boto.ProfileNotFound, ValueError) as error:
-            raise UserError(f"{self.url}: {error}") from None
-        except S3UploadFailedError as error:
-            if isinstance(error.__context__, boto.ClientError):
-                self._raise_client_error(error.__context__, key)
-            raise ConnectionError(f"{self.join(key)}: upload failed ({error})") from error
-        except boto.ClientError as error:
-            self._raise_client_error(error, key)
+    def _ask(self, key: str, call: Callable[[Any], T], *, patient: bool = True) -> T:
+        """Sends a request; a patient one until the storage answers it."""
 
-    def _raise_client_error(self, error: Any, key: str) -> None:
-        code = error.response["Error"].get("Code", "")
-        match code:
-            case "NoSuchBucket":
-                raise UserError(f"{self.url}: no bucket {self.bucket!r} there; create it first") from None
-            case "NoSuchKey" | "404" | "NotFound":
-                raise FileNotFoundError(errno.ENOENT, "no such object", self.join(key)) from error
-            case "AccessDenied" | "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "403" | "InvalidClientTokenId":
-                advice = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                raise UserError(f"{self.join(key)}: S3 refuses the credentials ({code}); {advice}") from None
-        raise ConnectionError(f"{self.join(key)}: S3 answered {code}: {error}") from error
+        def once() -> T:
+            with explained_by_s3(self.url, self.join(key)):
+                return call(self.client)
+
+        return patiently(once) if patient else once()
 
     def read(self, key: str) -> bytes:
-        with self._explained(key):
-            return self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+        return self._ask(key, lambda client: client.get_object(**self._at(key))["Body"].read())
 
     def read_if_present(self, key: str) -> bytes | None:
         try:
@@ -117,65 +79,117 @@ class S3Storage:
             return None
 
     def write(self, key: str, data: bytes) -> None:
-        with self._explained(key):
-            self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+        self._ask(key, lambda client: client.put_object(**self._at(key), Body=data, ContentMD5=md5(data)))
 
     def write_if_absent(self, key: str, data: bytes) -> bool:
+        if not storage_settings().conditional_writes:
+            return self._write_where_nothing_is_seen(key, data)
+        try:
+            return self._ask(key, lambda client: self._put_if_absent(client, key, data))
+        except Unsupported as error:
+            raise UserError(
+                f"{error}, if it is conditional (If-None-Match); to do without, set storage.conditional_writes=false, "
+                "and never start one run or preparation twice at the same moment"
+            ) from None
+
+    def _put_if_absent(self, client: Any, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
-        with self._explained(key):
+        try:
+            client.put_object(**self._at(key), Body=data, ContentMD5=md5(data), IfNoneMatch="*")
+        except ClientError as error:
+            if code_of(error) not in _EXISTS:
+                raise
             try:
-                self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
-            except ClientError as error:
-                if error.response["Error"].get("Code") not in _EXISTS:
+                return client.get_object(**self._at(key))["Body"].read() == data  # what a lost first attempt wrote
+            except ClientError as absent:
+                if code_of(absent) not in ("NoSuchKey", "404"):
                     raise
-                return self.read_if_present(key) == data  # a retried PUT may find what its first attempt wrote
+                raise StorageAway(f"{self.join(key)}: is there and is not there ({code_of(error)})") from error
         return True
 
+    def _write_where_nothing_is_seen(self, key: str, data: bytes) -> bool:
+        present = self.read_if_present(key)
+        if present is None:
+            self.write(key, data)
+            present = self.read(key)
+        return present == data
+
     def upload(self, key: str, path: Path) -> None:
-        with self._explained(key):
-            self.client.upload_file(str(path), self.bucket, self._key(key))
+        if path.stat().st_size <= _IN_ONE_PART * s3_upload.PART_BYTES:
+            self.write(key, path.read_bytes())
+        else:
+            upload_in_parts(self._ask, key, path, **self._at(key))
 
     def download(self, key: str, path: Path) -> None:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._explained(key):
-                self.client.download_file(self.bucket, self._key(key), str(path))  # boto3 renames when complete
+            # boto3 renames when complete
+            self._ask(
+                key,
+                lambda client: client.download_file(self.bucket, self._key(key), str(path), ExtraArgs=_payer()),
+            )
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        with self._explained(prefix):
-            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
-            for page in pages:
-                for item in page.get("Contents", []):
-                    key = item["Key"][len(self.prefix) + 1 :] if self.prefix else item["Key"]
-                    yield Entry(key, item["Size"], item["ETag"])
+        at = {"Bucket": self.bucket, "Prefix": self._key(prefix), **_payer()}
+        more: dict[str, str] = {}
+        while True:
+            page = self._ask(prefix, lambda client, more=more: client.list_objects_v2(**at, **more))
+            for item in page.get("Contents", []):
+                key = item["Key"][len(self.prefix) + 1 :] if self.prefix else item["Key"]
+                yield Entry(key, item["Size"], item["ETag"])
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, key: str) -> None:
-        with self._explained(key):
-            self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(key, lambda client: client.delete_object(**self._at(key)))
 
     def check_writable(self, key: str) -> None:
         """Begins a multipart upload and aborts it: that needs the permission to write, and no object appears."""
-        from botocore.exceptions import ClientError
+        begun = self._ask(key, lambda client: client.create_multipart_upload(**self._at(key)))
+        with contextlib.suppress(UserError, OSError):  # who may write need not be allowed to abort
+            self._ask(key, lambda client: client.abort_multipart_upload(**self._at(key), UploadId=begun["UploadId"]))
 
-        with self._explained(key):
-            begun = self.client.create_multipart_upload(Bucket=self.bucket, Key=self._key(key))
-            with contextlib.suppress(ClientError):  # who may write need not be allowed to abort
-                self.client.abort_multipart_upload(Bucket=self.bucket, Key=self._key(key), UploadId=begun["UploadId"])
-
-    def abort_uploads(self) -> int:
-        """Ends unfinished multipart uploads under this prefix: no listing shows their parts, and they are paid for."""
-        with self._explained(""):
-            pages = self.client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self.bucket, Prefix=f"{self.prefix}/" if self.prefix else ""
+    def abort_uploads(self, is_mine: Callable[[str], bool]) -> int:
+        """Ends unfinished multipart uploads of own keys: no listing shows their parts, and they are paid for."""
+        start = len(self.prefix) + 1 if self.prefix else 0
+        ended = 0
+        try:
+            for upload in tuple(self._unfinished()):
+                key = upload["Key"][start:]
+                if is_mine(key):
+                    at = {**self._at(key), "UploadId": upload["UploadId"]}
+                    with contextlib.suppress(NoSuchUpload):  # its process has ended it itself
+                        self._ask(key, lambda client, at=at: client.abort_multipart_upload(**at))
+                        ended += 1
+        except StorageAway:
+            raise
+        except (UserError, OSError) as error:
+            print(
+                f"note: unfinished uploads below {self.url} can't be ended ({error}); a rule of the bucket can do it: "
+                "ops/templates/bucket_lifecycle.json",
+                file=sys.stderr,
             )
-            unfinished = [upload for page in pages for upload in page.get("Uploads", [])]
-            for upload in unfinished:
-                self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-        return len(unfinished)
+        return ended
+
+    def _unfinished(self) -> Iterator[dict[str, str]]:
+        at = {"Bucket": self.bucket, "Prefix": f"{self.prefix}/" if self.prefix else "", **_payer()}
+        more: dict[str, str] = {}
+        while True:
+            page = self._ask("", lambda client, more=more: client.list_multipart_uploads(**at, **more))
+            yield from page.get("Uploads", [])
+            if not page.get("IsTruncated"):
+                return
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def local_path(self, key: str) -> None:  # noqa: ARG002
         return None
 
     def sub(self, prefix: str) -> "S3Storage":
         return S3Storage(self.bucket, self._key(prefix).strip("/"))
+
+
+def _payer() -> dict[str, str]:
+    return {"RequestPayer": "requester"} if storage_settings().requester_pays else {}

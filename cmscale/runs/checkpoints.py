@@ -1,7 +1,7 @@
 """Decides which checkpoints of a run are committed: those that have a manifest, which is written last."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from cmscale.errors import UserError
@@ -50,6 +50,12 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
         if not is_plain_name(part.file.name):
             raise UserError(f"{storage.join(CHECKPOINT_MANIFEST)}: {part.file.name!r} leaves the checkpoint; refused")
     return manifest
+
+
+def kept_steps(steps: Collection[int], *, last: int, every: int) -> set[int]:
+    """The steps whose checkpoints stay: the `last` newest and the multiples of `every`, but not of the untrained 0."""
+    newest = sorted(steps)[-last:]
+    return {step for step in steps if step in newest or (step > 0 and every > 0 and step % every == 0)}
 
 
 def named_steps(run: RunDir) -> list[int]:

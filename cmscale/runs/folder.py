@@ -10,6 +10,8 @@ EXPORTED_HOMES = "homes"
 """The folder in a run's exports that says where the run trains."""
 _NAMED_TIMES = 4  # of a sampler in a file's name, which file systems limit to 255 bytes
 _KEY_LENGTH = 12  # hex digits
+_MARK_LENGTH = 16
+_MARK = re.compile(rf"\.[0-9a-f]{{{_MARK_LENGTH}}}(?=\.safetensors$)")
 
 
 def step_name(step: int) -> str:
@@ -47,6 +49,21 @@ def _plain(text: str) -> str:
 def rank_file(rank: int, num_ranks: int) -> str:
     """`rank-0000-of-0002.safetensors`, the file of one rank in a checkpoint."""
     return f"rank-{rank:04d}-of-{num_ranks:04d}.safetensors"
+
+
+def copied_file(name: str, sha256: str) -> str:
+    """The name of a file of a checkpoint in a copy: with its hash, so that no other content gets this name.
+
+    A name that has the hash already stays: the checkpoint was itself brought back from a copy.
+    """
+    stem, dot, ending = name.rpartition(".")
+    mark = f".{sha256[:_MARK_LENGTH]}"
+    return name if stem.endswith(mark) else f"{stem}{mark}{dot}{ending}"
+
+
+def original_file(name: str) -> str:
+    """The name of a checkpoint's file without the hash that a copy's has."""
+    return _MARK.sub("", name)
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,11 @@ _STATES = {"not_exported": "finished, not exported"}
 
 
 def state_of(events: Iterable[dict[str, Any]]) -> str:
-    """How a run stands, for users: its last event, but for those of evaluations, single copies and older starts."""
+    """How a run stands, for users: its last event, but for those of evaluations, copies, storage and older starts."""
     last = ""
     for record in events:
         event = str(record.get("event", ""))
-        if not (is_of_evaluation(event) or event.startswith("export") or event == "superseded"):
+        if not (is_of_evaluation(event) or event.startswith(("export", "storage_")) or event == "superseded"):
             last = event
     return _STATES.get(last, last) or "never started"
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from cmscale.config import MethodSection
 from cmscale.config.added import SCHEDULE_LENGTHS
 from cmscale.config.methods import Method
-from cmscale.runs.folder import rank_file, step_name
+from cmscale.runs.folder import original_file, rank_file, step_name
 from cmscale.runs.manifests import MOMENTS, CheckpointManifest
 
 NOT_SEALED = "its manifest has no hash of its own, as an earlier version wrote it"
@@ -61,7 +61,7 @@ def _layout(manifest: CheckpointManifest) -> Iterator[str]:
 def _names(manifest: CheckpointManifest, *, folder: str) -> Iterator[str]:
     if _STEP_FOLDER.fullmatch(folder) and folder != step_name(manifest.state.step):
         yield f"its manifest is of step {manifest.state.step}"
-    if [part.file.name for part in manifest.parts] != [
+    if [original_file(part.file.name) for part in manifest.parts] != [
         rank_file(rank, manifest.num_ranks) for rank in range(manifest.num_ranks)
     ]:
         yield f"its manifest does not list the files of {manifest.num_ranks} ranks"

@@ -20,6 +20,7 @@ from cmscale.training import preflight
 from cmscale.training.assemble import assemble, check_same_teacher, flat_space, open_data
 from cmscale.training.bad_steps import BadSteps
 from cmscale.training.consistency_probe import Probe
+from cmscale.training.feed import Feed
 from cmscale.training.profiling import Profiler
 from cmscale.training.run_log import RunLog
 from cmscale.training.sample_grid import save_sample_grid
@@ -43,6 +44,7 @@ def main(run_dir: str, fresh: bool = False) -> str:
     """
     run = RunDir(Path(run_dir))
     config = read_config(run.config, resolved=True)
+    config.storage.apply()
     preemption = Preemption.install()
     world = worlds.detect(config.engine.device, option="engine.device=")
     try:
@@ -77,7 +79,9 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         teacher = check_same_teacher(config, found.manifest.teacher_fingerprint, teacher)
     batches = open_data(config, world, state)  # before any thread is started, as its workers are forked
     log = RunLog(config, run, world, batches=batches, usage=Usage(config, world))
-    exporter = Exporter(run, config.checkpoint.export_to) if config.checkpoint.export_to and world.is_main else None
+    exporter = None
+    if config.checkpoint.export_to and world.is_main:
+        exporter = Exporter(run, config.checkpoint.export_to, settings=config.checkpoint)
     checkpoints = Checkpoints(
         run,
         config,
@@ -102,11 +106,15 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         if not saved:
             raise checkpoints.failed("the first checkpoint was not written")
 
-    while state.step < config.train.total_steps and not preemption.requested():
+    feed = Feed(batches, run, world, preemption=preemption, watchdog=watchdog)
+    while state.step < config.train.total_steps:
         stragglers.begin()
         profiler.begin(state.step + 1)
+        fed = feed.next(state.step)
+        if fed is None:
+            break
+        batch, cursor = fed
         values = schedules.at(config, state.step)
-        batch, cursor = next(batches)
         result = parts.step(batch, values)
         if result.applied:
             shards.update(values)
@@ -115,7 +123,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         state = state.advance(cursor, result.applied)
         profiler.end(state.step)
         if result.applied:
-            stragglers.stepped(state.step, ready=engine.clock.started, forward=engine.clock.seconds())
+            stragglers.stepped(state.step, ready=feed.ready_at, forward=engine.clock.seconds())
         error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
         measured = parts.measurements.means() if result.applied else {}
         log.stepped(state, values, result, measured=measured, consistency_error=error)
@@ -140,7 +148,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     batches.close()
     missing = ""
     if exporter is not None and finished and saved:
-        missing = exporter.finish(patience=60.0 * config.engine.collective_timeout_minutes)
+        missing = exporter.finish(patience=60.0 * config.storage.patience_minutes)
     elif exporter is not None:
         exporter.close(patience=5.0)  # a preempted job has seconds; the next start uploads the rest
     if not saved:

@@ -1,11 +1,24 @@
 """Defines what a preparation stores: its plan while it is unfinished, and with the data set how it was made."""
 
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from cmscale.io.storage import Storage
-from cmscale.runs.manifests import DATASET_MANIFEST, Document, read_document
-from data_prep.making.shards import DatasetSettings, SourceState
-from data_prep.sources import ImageSource, as_listed_before
+from cmscale.runs.manifests import (
+    DATASET_MANIFEST,
+    DatasetManifest,
+    Document,
+    FileEntry,
+    ShardEntry,
+    dataset_fingerprint,
+    read_document,
+)
+from data_prep.making.convert import ENCODINGS, RECIPES
+from data_prep.making.shards import DatasetSettings, ShardRecord, SourceState
+from data_prep.sources import ImageSource, LeftOut, as_listed_before
 
 PREPARATION = "preparation.json"
 PROGRESS = ".progress"
@@ -52,6 +65,47 @@ class PreparationDocument(Document):
     notes: dict[str, int] = Field(default={})
     left_out: dict[str, tuple[int, tuple[str, ...]]] = Field(default={})
     shards: tuple[SourceState, ...] = ()
+
+
+def document_of(plan: PreparationPlan, records: Sequence[ShardRecord], left_out: LeftOut) -> PreparationDocument:
+    """The account of a preparation whose shards have these records, in order."""
+    notes: Counter[str] = Counter()
+    for record in records:
+        notes.update(record.notes)
+    made_of = tuple(record.made_of for record in records if record.made_of is not None)
+    return PreparationDocument(
+        plan=plan,
+        recipe=RECIPES[plan.settings.preprocess],
+        encoding=ENCODINGS[plan.settings.encoding],
+        skipped=tuple(pair for record in records for pair in record.bad),
+        notes=dict(notes),
+        left_out={reason: (count, tuple(left_out.names[reason])) for reason, count in sorted(left_out.counts.items())},
+        shards=made_of if len(made_of) == len(records) else (),  # else an earlier version made some of them
+    )
+
+
+def manifest_of(
+    document: PreparationDocument, shards: tuple[ShardEntry, ...], files: Sequence[tuple[str, bytes]]
+) -> DatasetManifest:
+    """The manifest of a data set.
+
+    Args:
+        files: Names and contents of its files besides the shards.
+    """
+    settings = document.plan.settings
+    described = {key: getattr(settings, key) for key in ("format", "image_size", "preprocess", "encoding")}
+    return DatasetManifest(
+        **described,
+        exif=settings.exif,
+        source=document.plan.source,
+        count=sum(shard.count for shard in shards),
+        skipped=len(document.skipped),
+        shards=shards,
+        files=tuple(
+            FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files
+        ),
+        fingerprint=dataset_fingerprint(**described, shards=shards),
+    )
 
 
 def as_begun(source: ImageSource, begun: PreparationPlan | None) -> ImageSource:

@@ -5,9 +5,9 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -16,18 +16,25 @@ from cmscale.data.formats import shard_format
 from cmscale.errors import UserError
 from cmscale.io.image_files import printable
 from cmscale.io.locks import hold
+from cmscale.io.own_folder import own_folder
 from cmscale.io.protocol import Storage
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import (
     DATASET_MANIFEST,
     DatasetManifest,
-    FileEntry,
-    dataset_fingerprint,
     read_dataset_manifest,
     read_document,
 )
-from data_prep.making.convert import ENCODINGS, RECIPES
-from data_prep.making.documents import PLAN, PREPARATION, PROGRESS, PreparationDocument, PreparationPlan
+from data_prep.making.documents import (
+    PLAN,
+    PREPARATION,
+    PROGRESS,
+    PreparationDocument,
+    PreparationPlan,
+    document_of,
+    manifest_of,
+)
+from data_prep.making.owner import Ownership, owning
 from data_prep.making.shards import DatasetSettings, ShardRecord, build_shard, deliver
 from data_prep.making.unchanged import changed_shards
 from data_prep.sources import ImageSource, SourceReader
@@ -53,12 +60,16 @@ class Preparation:
         )
         self.num_shards = -(-len(source.keys) // settings.samples_per_shard)
         self.read = SourceReader(source)
+        self._ownership: Ownership | None = None
 
     @property
     def scratch(self) -> Path:
         """The folder that shards are written in before they move to their place: next to it, or in TMPDIR for S3."""
         local = self.storage.local_path(f"{PROGRESS}/scratch{self.lane}")
-        return local or Path(tempfile.gettempdir()) / f"cmscale-prepare-{os.getuid()}-{self.identity}{self.lane}"
+        if local is not None:
+            return local
+        shared = Path(tempfile.gettempdir()) / f"cmscale-prepare-{os.getuid()}"
+        return own_folder(shared, advice="set TMPDIR to a folder of your own") / f"{self.identity}{self.lane}"
 
     @property
     def identity(self) -> str:
@@ -102,21 +113,32 @@ class Preparation:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Reserves the scratch folder. Raises UserError if another process has reserved it."""
-        path = self.scratch.with_suffix(".lock")
-        with hold(path, timeout=_LOCK_SECONDS, what=f"preparing {self.storage.url}"):
+        """Reserves the scratch folder, and a preparation in a storage without local paths for this host.
+
+        Tasks of an array, which have lanes, work for the command that owns it.
+
+        Raises:
+            UserError: another process has reserved it.
+        """
+        path, what = self.scratch.with_suffix(".lock"), f"preparing {self.storage.url}"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(hold(path, timeout=_LOCK_SECONDS, what=what))
+            if not self.lane and self.storage.local_path("") is None:
+                self._ownership = stack.enter_context(owning(self.storage, PROGRESS, what=what))
             yield
 
-    def begin(self, *, is_running: bool = False, check_source: bool = False) -> dict[int, ShardRecord]:
-        """Stores the plan, or continues an interrupted preparation.
+    def must_own(self) -> None:
+        """Raises TakenOver if another command works on this preparation in this one's place."""
+        if self._ownership is not None:
+            self._ownership.check()
 
-        Args:
-            is_running: Other processes are making the shards now: none is taken from them.
-            check_source: Compares the bytes of the images that finished shards were made of; otherwise their sizes
-                and times.
+    @property
+    def is_lost(self) -> bool:
+        """Whether another command is known to have taken over."""
+        return self._ownership is not None and self._ownership.is_lost
 
-        Returns:
-            The records of the finished shards whose images are unchanged.
+    def begin(self) -> None:
+        """Stores the plan, or finds the same one there. Changes nothing that is there.
 
         Raises:
             UserError: an unfinished data set of another plan is there, or other files.
@@ -124,23 +146,38 @@ class Preparation:
         raw = self.storage.read_if_present(PLAN)
         if raw is None:
             self._refuse_foreign()
-            self.storage.write(PLAN, self.plan.to_bytes())
-            return {}
+            if self.storage.write_if_absent(PLAN, self.plan.to_bytes()):
+                return
+            raw = self.storage.read(PLAN)  # of a command that began at the same moment
         begun = read_document(PreparationPlan, raw, origin=self.storage.join(PLAN))
         if (difference := begun.difference(self.plan)) is not None:
             raise UserError(
                 f"{self.storage.url}: contains an unfinished data set of another source or other settings "
                 f"({difference}); finish it with its own command, or use another --out"
             )
+
+    def finished(self, *, is_running: bool = False, check_source: bool = False) -> dict[int, ShardRecord]:
+        """The records of the finished shards whose images are unchanged. Call it in `exclusive`, after `begin`.
+
+        Args:
+            is_running: Other processes are making the shards now: none is taken from them.
+            check_source: Compares the bytes of the images that finished shards were made of; otherwise their sizes
+                and times.
+        """
         if is_running:
             return self.records()
-        self.storage.abort_uploads()  # of a process that was killed
+        self.storage.abort_uploads(self._own_keys().__contains__)  # of a process that was killed
         records = self.records()
         made_of = {n: record.made_of for n, record in records.items() if record.made_of is not None}
         for number in changed_shards(made_of, self.keys, self.read, contents=check_source):
             self.storage.delete(self.record_key(number))
             del records[number]
         return records
+
+    def _own_keys(self) -> set[str]:
+        """Every key that a preparation of this plan writes with its data."""
+        shards = (self.format.shard_name(number) for number in range(self.num_shards))
+        return {*shards, self.format.index_name, PREPARATION, DATASET_MANIFEST}
 
     def _refuse_foreign(self) -> None:
         """Raises UserError if a new data set would mix with files that no preparation made, or with its own source."""
@@ -220,75 +257,44 @@ class Preparation:
         shards = tuple(record.entry for record in ordered if record.entry)
         if not shards:
             raise UserError(f"--source {self.source.name}: none of its {self.plan.keys} images is usable")
-        document = self._account(ordered)
-        settings = self.settings
+        document = document_of(self.plan, ordered, self.source.left_out)
         index = self.format.index_bytes(shards, (span for record in ordered for span in record.spans))
         files = [(self.format.index_name, index), (PREPARATION, document.to_bytes())]
         for name, data in files:
             self.storage.write(name, data)
-        manifest = DatasetManifest(
-            format=settings.format,
-            image_size=settings.image_size,
-            preprocess=settings.preprocess,
-            encoding=settings.encoding,
-            exif=settings.exif,
-            source=self.source.name,
-            count=sum(shard.count for shard in shards),
-            skipped=len(document.skipped),
-            shards=shards,
-            files=tuple(
-                FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files
-            ),
-            fingerprint=dataset_fingerprint(
-                format=settings.format,
-                image_size=settings.image_size,
-                preprocess=settings.preprocess,
-                encoding=settings.encoding,
-                shards=shards,
-            ),
-        )
-        self.storage.write(DATASET_MANIFEST, manifest.to_bytes())
+        manifest = manifest_of(document, shards, files)
+        self.must_own()
+        if not self.storage.write_if_absent(DATASET_MANIFEST, manifest.to_bytes()):
+            raise UserError(f"{self.storage.url}: meanwhile another data set was published there; use another --out")
         self.forget()
         return manifest
-
-    def _account(self, records: list[ShardRecord]) -> PreparationDocument:
-        left_out = self.source.left_out
-        notes: Counter[str] = Counter()
-        for record in records:
-            notes.update(record.notes)
-        made_of = tuple(record.made_of for record in records if record.made_of is not None)
-        return PreparationDocument(
-            plan=self.plan,
-            recipe=RECIPES[self.settings.preprocess],
-            encoding=ENCODINGS[self.settings.encoding],
-            skipped=tuple(pair for record in records for pair in record.bad),
-            notes=dict(notes),
-            left_out={
-                reason: (count, tuple(left_out.names[reason])) for reason, count in sorted(left_out.counts.items())
-            },
-            shards=made_of if len(made_of) == len(records) else (),  # else an earlier version made some of them
-        )
 
     def forget(self) -> None:
         """Removes the progress records and the scratch folder."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         progress = self.storage.local_path(PROGRESS)
         if progress is None:
-            for entry in list(self.storage.list(f"{PROGRESS}/")):
-                self.storage.delete(entry.key)
+            self._delete(entry.key for entry in list(self.storage.list(f"{PROGRESS}/")))
             return
         shutil.rmtree(progress, ignore_errors=True)
         for name in (PREPARATION, DATASET_MANIFEST, self.format.index_name):
             for path in progress.parent.glob(f".{name}.*"):  # half-written by a process that was killed
                 path.unlink(missing_ok=True)
 
+    def _delete(self, keys: Iterable[str]) -> None:
+        """Deletes objects that nobody needs, where that is allowed."""
+        try:
+            for key in keys:
+                self.storage.delete(key)
+        except UserError as error:
+            print(f"note: what is no longer needed stays ({error})", file=sys.stderr)
+
     def abandon(self) -> None:
         """Leaves nothing behind after a refusal, unless there are finished shards that the same command can use."""
         keys = [entry.key for entry in self.storage.list()]
         if any(re.fullmatch(rf"{PROGRESS}/\d+\.json", key) for key in keys):
             return
-        for name in {self.format.shard_name(n) for n in range(self.num_shards)}.intersection(keys):
-            self.storage.delete(name)  # delivered, but its record could not be stored
+        self._delete({self.format.shard_name(n) for n in range(self.num_shards)}.intersection(keys))
         self.forget()
         progress = self.storage.local_path(PROGRESS)
         if progress is not None:

@@ -31,7 +31,8 @@ def make_missing(
     with ProgressCounter(total=total, done=done) as counter:
         if workers > 1 and len(missing) > 1:
             with _pool(preparation, min(workers, len(missing)), max_bad, counter) as submit:
-                _collect({submit(number): number for number in missing}, records, max_bad=max_bad, counter=counter)
+                pending = {submit(number): number for number in missing}
+                _collect(preparation, pending, records, max_bad=max_bad, counter=counter)
         else:
 
             def tick() -> None:
@@ -40,6 +41,7 @@ def make_missing(
 
             for number in missing:
                 records[number] = _make_one(preparation, number, max_bad, tick)
+                _must_own(preparation)
                 check_bad(records.values(), max_bad)
 
 
@@ -84,6 +86,7 @@ def _pool(
 
 
 def _collect(
+    preparation: Preparation,
     pending: dict[Future[ShardRecord], int],
     records: dict[int, ShardRecord],
     *,
@@ -96,7 +99,14 @@ def _collect(
         for future in done:
             records[pending.pop(future)] = future.result()
         check_bad(records.values(), max_bad)
+        _must_own(preparation)
         counter.show()
+
+
+def _must_own(preparation: Preparation) -> None:
+    """Raises TakenOver once another command is known to have taken over."""
+    if preparation.is_lost:
+        preparation.must_own()
 
 
 def _worker_died(workers: Iterable[BaseProcess], preparation: Preparation) -> UserError:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cmscale.config import Slurm
 from cmscale.config.site import read_site
+from cmscale.config.storage import StorageKeys
 from cmscale.errors import UserError
 from cmscale.io.slurm import ACTIVE_STATES, common_parameters, exports, job_states, outside_of_this_job, refusal
 from cmscale.io.storage import open_storage
@@ -44,6 +45,7 @@ class ArrayTask(Document):
     tasks: int
     workers: int
     max_bad: int
+    storage: StorageKeys = StorageKeys()
 
 
 class ArrayPlacement(Document):
@@ -115,6 +117,7 @@ def run_task(arguments: str) -> None:
     After a requeue it continues where it stopped. What it refuses is stored for the submitter to report.
     """
     task = ArrayTask.model_validate_json(arguments)
+    task.storage.apply()
     source = as_begun(open_source(task.source), begun_plan(open_storage(task.out)))
     preparation = Preparation(source, task.settings, task.out, lane=f"-{task.task}")
     records = preparation.records()
@@ -160,6 +163,7 @@ def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int
             tasks=tasks,
             workers=placement.cpus,
             max_bad=max_bad,
+            storage=read_site().storage,
         ).model_dump_json()
         for task in range(tasks)
     ]

@@ -1,6 +1,7 @@
 """The property that no file is trusted: whatever a user's file holds, a command works, or says in a line why not.
 
 Every kind of file that a command reads is damaged at random (`mutations`), with a new seed for each run; it is printed.
+More than half of the time the manifests beside it are made to agree (`settled`), as no hash protects from ill will.
 CMSCALE_MUTATION_SEED repeats a run, CMSCALE_MUTATIONS sets the number of damaged files.
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,9 +31,15 @@ from evaluation_fixtures import build_cheap_features, write_dataset, write_train
 from mutations import mutated, replaced
 from PIL import Image
 from run_folder import write_evaluation
+from settled import settle
 
 from cmscale.cli import main as cli
-from cmscale.config import dump_config, parse_config
+from cmscale.commands import ending
+from cmscale.config import Data, dump_config, parse_config, read_config
+from cmscale.data import open_batches
+from cmscale.distributed.world import World
+from cmscale.engine.checkpoint_reader import FlatReader
+from cmscale.engine.resume import newest
 from cmscale.evaluation.reference.adm import write_adm
 from cmscale.evaluation.reference.edm import write_edm
 from cmscale.evaluation.reference.edm2 import write_edm2
@@ -40,7 +48,9 @@ from cmscale.interop import write_diffusers, write_openai, write_safetensors
 from cmscale.model.unet import build_unet
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import TimeSearch
+from cmscale.training.assemble import flat_space
 from data_prep import prepare, reference, verify
+from data_prep.making.preparation import Preparation
 from launchers import evaluate, submit
 from launchers.command_line import guarded
 from launchers.where import Recorded
@@ -176,8 +186,14 @@ def _runs(run: Path, config_file: Path) -> list[Input]:
                 ("evaluate", "--cluster", "local", "--dry-run", run),
                 ("cmscale", "export", run, "--to", "OUT/x.safetensors"),
                 ("cmscale", "sample", run, "--samples", 1, "--out", "OUT/x.npz"),
+                ("resume", run, "OUT"),
             ],
-        )
+        ),
+        Input(
+            "checkpoint",
+            [path for path in files if path.parent.parent.name == "checkpoints"],
+            [("resume", run, "OUT"), ("cmscale", "verify", run)],
+        ),
     ]
 
 
@@ -249,8 +265,14 @@ def _data(root: Path, data: Path, run: Path) -> list[Input]:
             ("reference", folder, "--out", "OUT/x.npz", "--device", "cpu"),
             ("cmscale", "consistency-error", run, "--data", folder, "--samples", 1, "--out", "OUT/x.json"),
             ("prepare", *made[:-1], folder) if name == "webdataset" else ("verify", folder),
+            ("load", folder),
         ]
         found.append(Input(f"data set {name}", files, commands))
+    begun = root / "begun"
+    with patch.object(Preparation, "publish", side_effect=KeyboardInterrupt):
+        assert prepare.main([*made[:-1], str(begun)]) == 130
+    files = [path for path in begun.glob(".progress/*.json") if path.is_file()]
+    found.append(Input("preparation", files, [("continue", begun, "OUT", *made[:-2])]))
     return found
 
 
@@ -290,6 +312,9 @@ def _call(command: Sequence[object], out: Path) -> tuple[int, str, str]:
         "reference": reference.main,
         "submit": lambda arguments: _launch(submit, arguments),
         "evaluate": lambda arguments: _launch(evaluate, arguments),
+        "resume": _resume,
+        "continue": _continue,
+        "load": _load,
         "cmscale": _cmscale,
     }
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -311,6 +336,42 @@ def _launch(launcher: ModuleType, arguments: list[str]) -> int:
     return guarded(launcher.main)
 
 
+def _resume(arguments: list[str]) -> int:
+    """What a rank does first: it looks for the newest checkpoint, in a copy of the run, as it renames bad ones."""
+    run, out = RunDir(Path(arguments[1]) / "run"), Path(arguments[1])
+    shutil.copytree(arguments[0], run.root, symlinks=True)
+
+    def look(_: list[str]) -> None:
+        config = read_config(run.config, resolved=True)
+        found = newest(run, config, World(), data_fingerprint="data", parameters=flat_space(config))
+        if found is not None:
+            read = FlatReader(found.folder, found.manifest)
+            for quantity in found.manifest.quantities:
+                read(quantity, 0, found.manifest.num_elements)
+
+    assert out.is_dir()
+    return ending.guarded(look, [])
+
+
+def _continue(arguments: list[str]) -> int:
+    """Continues an interrupted preparation, in a copy."""
+    folder, out, *rest = arguments
+    shutil.copytree(folder, Path(out) / "data", symlinks=True)
+    return prepare.main([*rest, "--out", str(Path(out) / "data")])
+
+
+def _load(arguments: list[str]) -> int:
+    """Reads a data set as training does."""
+
+    def read(_: list[str]) -> None:
+        data = Data(path=arguments[0], workers=0, num_canonical_nodes=1, shuffle_block=4)
+        with contextlib.closing(open_batches(data, World(), seed=0, global_batch_size=4, image_size=8)) as batches:
+            for _ in range(4):
+                next(batches)
+
+    return ending.guarded(read, [], faults=(RuntimeError,))
+
+
 def _problem(command: Sequence[object], out: Path) -> str | None:
     """What a command does that it must not; None for nothing."""
     shutil.rmtree(out, ignore_errors=True)
@@ -324,7 +385,7 @@ def _problem(command: Sequence[object], out: Path) -> str | None:
     finally:
         signal.alarm(0)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-    allowed = (0, 1, 2) if "verify" in command[:2] else (0, 2)
+    allowed = (0, 1, 2) if {"verify", "load"} & set(command[:2]) else (0, 2)
     if status not in allowed or "Traceback" in complaint:
         return f"status {status}: {complaint[-2000:]}"
     if status == 2 and len((printed + complaint).splitlines()) > LINES:
@@ -369,14 +430,17 @@ def test_damaged_files_give_a_result_or_one_line(
         chosen = inputs[number % len(inputs)]
         path, command = chance.choice(list(chosen.files)), chance.choice(list(chosen.commands))
         content = path.read_bytes()
+        others: dict[Path, bytes] = {}
         if replaced(path, chance) is None:
             path.write_bytes(mutated(path.name, content, chance))
+            others = settle(path) if chance.random() < 0.6 else {}
         with _limited_memory():
             problem = _problem(command, tmp_path / "out")
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
-        path.write_bytes(content)
+        for each, before in {path: content, **others}.items():
+            each.write_bytes(before)
         if problem is not None:
             failures.setdefault(
                 problem.splitlines()[-1][:300], f"{number}: {chosen.name} {path.name}: {command}\n{problem}"

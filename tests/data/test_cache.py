@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from data_fixtures import COUNT, collect, data, world
+from outages import use_patience
 
 from cmscale.data import cache, open_batches
 from cmscale.data.cache import FileCache
@@ -63,14 +64,14 @@ FILES = {f"shard-{n}": bytes([n]) * 1000 for n in range(8)}
 
 def test_a_file_is_fetched_once_and_hashed_once_a_start(tmp_path: Path, monkeypatch) -> None:
     hashed = []
-    original = cache.file_sha256
-    monkeypatch.setattr(cache, "file_sha256", lambda path: hashed.append(path.name) or original(path))
+    original = cache.is_good
+    monkeypatch.setattr(cache, "is_good", lambda file, entry: hashed.append(file.name) or original(file, entry))
     storage = Counting(FILES)
     first = cache_of(storage, tmp_path)
-    assert [first.path("shard-1").read_bytes() for _ in range(3)] == [FILES["shard-1"]] * 3
+    assert [first.open("shard-1").read() for _ in range(3)] == [FILES["shard-1"]] * 3
     assert (storage.downloads, len(hashed)) == (["shard-1"], 1)
     again = cache_of(storage, tmp_path)
-    assert [again.path("shard-1") for _ in range(3)]
+    assert [again.open("shard-1").read() for _ in range(3)]
     assert (storage.downloads, len(hashed)) == (["shard-1"], 2)
 
 
@@ -142,8 +143,8 @@ def test_a_local_data_set_is_read_in_place_untouched_and_checked_twice(tmp_path:
     storage.write("shard-0", FILES["shard-0"])
     os.utime(tmp_path / "shard-0", (0, 0))
     entry = FileEntry(name="shard-0", size=1000, sha256=hashlib.sha256(FILES["shard-0"]).hexdigest())
-    answers = iter([False, True])
-    monkeypatch.setattr(cache, "matches", lambda *_: next(answers))  # a network file system that fails once
+    answers = iter([None, 7])
+    monkeypatch.setattr(cache, "identity_if_good", lambda *_: next(answers))  # a network file system that fails once
     found = FileCache(storage, {"shard-0": entry}, folder=None, name="set", limit=1).path("shard-0")
     assert found == tmp_path / "shard-0"
     assert found.stat().st_mtime == 0
@@ -286,6 +287,7 @@ def test_two_caches_of_one_node_fetch_a_file_once(tmp_path: Path) -> None:
 
 def test_a_lock_held_for_too_long_is_a_fault_not_a_wait_for_ever(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(cache, "LOCK_MINUTES", 0.0)
+    use_patience(0)
     lock = tmp_path / ".lock"
     with cache._locked(lock), pytest.raises(RuntimeError, match="another process"), cache._locked(lock):
         pass
@@ -364,3 +366,82 @@ def test_a_killed_worker_is_a_fault_not_a_wait_for_ever(sets: dict[str, str]) ->
         next(batches)
         with pytest.raises(RuntimeError, match="DataLoader worker"):
             kill_and_go_on()
+
+
+def _other(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Makes a path seem to belong to another user."""
+    plain = Path.lstat
+
+    class Other:
+        def __init__(self, status: os.stat_result) -> None:
+            self.st_mode, self.st_uid = status.st_mode, status.st_uid + 1
+
+    monkeypatch.setattr(Path, "lstat", lambda self: Other(plain(self)) if self == path else plain(self))
+
+
+def test_a_folder_in_tmp_that_somebody_else_made_or_may_write_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"cmscale-cache-{os.getuid()}"
+    entry = FileEntry(name="shard-0", size=1000, sha256=hashlib.sha256(FILES["shard-0"]).hexdigest())
+
+    def open_cache() -> FileCache:
+        return FileCache(Counting(FILES), {"shard-0": entry}, folder=None, name="set", limit=1000)  # type: ignore[arg-type]
+
+    open_cache().path("shard-0")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    open_cache()
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match=r"others may write there \(mode 0777\); chmod go-w, or set data.cache_dir"):
+        open_cache()
+    folder.chmod(0o700)
+    with monkeypatch.context() as patch:
+        _other(patch, folder)
+        with pytest.raises(
+            UserError, match=rf"belongs to user {os.getuid() + 1}, not to {os.getuid()}; set data.cache"
+        ):
+            open_cache()
+    folder.rename(tmp_path / "theirs")
+    folder.symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError, match="is no folder of this user's"):
+        open_cache()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_file_that_takes_the_place_of_the_hashed_one_is_not_read(tmp_path: Path, in_place: bool) -> None:
+    """By a rename, as somebody does who may write in the folder; the same size, and the times set back."""
+    entry = FileEntry(name="shard-1", size=1000, sha256=hashlib.sha256(FILES["shard-1"]).hexdigest())
+    if in_place:
+        storage = LocalStorage(tmp_path)
+        storage.write("shard-1", FILES["shard-1"])
+        some = FileCache(storage, {"shard-1": entry}, folder=None, name="set", limit=1)
+    else:
+        some = cache_of(Counting(FILES), tmp_path)
+    path = some.path("shard-1")
+    times = path.stat()
+
+    def swap(content: bytes) -> None:
+        other = path.with_name("swapped")
+        other.write_bytes(content)
+        os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+        other.replace(path)
+
+    swap(FILES["shard-1"])  # another file as good as the first
+    with some.open("shard-1") as file:
+        assert os.pread(file.fileno(), 1000, 0) == FILES["shard-1"]
+    swap(FILES["shard-2"])
+    if in_place:
+        with pytest.raises(cache.BadFile, match="shard-1: damaged"):
+            some.open("shard-1")
+        return
+    with some.open("shard-1") as file:
+        assert os.pread(file.fileno(), 1000, 0) == FILES["shard-1"]
+    assert path.read_bytes() == FILES["shard-1"]
+
+
+def test_what_was_opened_stays_what_was_hashed(tmp_path: Path) -> None:
+    some = cache_of(Counting(FILES), tmp_path)
+    with some.open("shard-1") as file:
+        other = tmp_path / "swapped"
+        other.write_bytes(FILES["shard-2"])
+        other.replace(some.folder / "shard-1")
+        assert os.pread(file.fileno(), 1000, 0) == FILES["shard-1"]

@@ -42,7 +42,7 @@ def make_data(folder: Path) -> Path:
     return folder / "set"
 
 
-def make_run(root: Path, data: Path, *overrides: str) -> RunDir:
+def make_run(root: Path, data: Path | str, *overrides: str) -> RunDir:
     run = RunDir(root)
     run.logs.mkdir(parents=True)
     run.config.write_text(dump_config(parse_config(CONFIG, [f"data.path={data}", *overrides])))

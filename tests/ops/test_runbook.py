@@ -88,7 +88,7 @@ def test_the_runbooks_events_are_written() -> None:
 @pytest.mark.parametrize("quote", sorted({quote for quote in quotes() if " " in quote} - PRINTED_BY_SLURM))
 def test_the_runbooks_messages_are_printed(quote: str) -> None:
     """The launchers print `error: `, `fault: ` and `stopped: ` before a reason, events the type of an error."""
-    assert is_printed(re.sub(r"^((error|fault|stopped|[A-Za-z]+Error|DamagedUpload): )*", "", quote))
+    assert is_printed(re.sub(r"^((error|fault|stopped|[A-Za-z]+Error|DamagedUpload|StorageAway): )*", "", quote))
 
 
 @pytest.mark.parametrize("quote", ["no step within 1800 s; look in ...", "failed 11 times: WHY", "fauld_event"])

@@ -4,18 +4,21 @@
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         proxy.add("503", match="PUT .*manifest", times=2)
 
-The first matching rule that is not used up applies to a request; without one the request is forwarded.
+The first matching rule that is not used up applies to a request; without one the request is forwarded. A fault
+`answer STATUS CODE` answers with any error of S3. `away` and `back` take the server off its port and back onto it.
 """
 
 import http.client
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 FAULTS = {
@@ -30,12 +33,15 @@ FAULTS = {
     "corrupt upload": "flips a bit in the middle of the request's body",
 }
 _PAUSE_SECONDS = 0.02
-_CODES = {"503": "SlowDown", "403": "InvalidAccessKeyId"}
+_CODES = {"503": "503 SlowDown", "403": "403 InvalidAccessKeyId"}
 
 
 @dataclass
 class Rule:
-    """A fault for requests whose `METHOD /path?query` matches; `after` requests pass first, `times` None is always."""
+    """A fault for requests whose `METHOD /path?query` matches; `after` requests pass first, `times` None is always.
+
+    Conditional requests have `if-none-match` at the end, those on behalf of a paying requester `requester`.
+    """
 
     fault: str
     match: str
@@ -61,16 +67,21 @@ class FaultProxy:
 
     Attributes:
         upstream: The real server's URL.
+        certificate: Speaks TLS with this file of a certificate and its key.
+        refuses_trailers: Takes no bodies with a checksum behind them, as Ceph does.
         log: The requests in order: (`METHOD /path?query`, the fault or an empty string).
     """
 
     upstream: str
     rules: list[Rule] = field(default_factory=list)
     log: list[tuple[str, str]] = field(default_factory=list)
+    certificate: Path | None = None
+    refuses_trailers: bool = False
+    is_away: bool = False
 
     def add(self, fault: str, *, match: str = "", times: int | None = None, after: int = 0) -> Rule:
         """Adds a rule, which counts in `used` how often it was applied."""
-        assert fault in FAULTS, fault
+        assert fault in FAULTS or fault.startswith("answer "), fault
         self.rules.append(Rule(fault, match, times, after))
         return self.rules[-1]
 
@@ -81,16 +92,38 @@ class FaultProxy:
     def __enter__(self) -> "FaultProxy":
         self._lock = threading.Lock()
         self.ended = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.port = self._listen(0)
+        self.url = f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
         return self
+
+    def _listen(self, port: int) -> int:
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"proxy": self}))
+        self._server.daemon_threads = True
+        if self.certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self._server.server_port
+
+    def away(self) -> None:
+        """Ends the server: its port refuses connections, and those that are open are reset."""
+        self.is_away = True
+        self._server.shutdown()
+        self._server.server_close()
+
+    def back(self) -> None:
+        """Starts the server again on the same port; does nothing if it is there."""
+        with self._lock:
+            if self.is_away:
+                self._listen(self.port)
+                self.is_away = False
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
-        self._server.shutdown()
-        self._server.server_close()
+        if not self.is_away:
+            self._server.shutdown()
+            self._server.server_close()
 
     def fault_of(self, request: str) -> str:
         """The fault for this request, or an empty string; logs it."""
@@ -113,10 +146,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = b"".join(self._body())
-        fault = self.proxy.fault_of(f"{self.command} {self.path}")
-        if fault in _CODES:
-            text = f"<Error><Code>{_CODES[fault]}</Code><Message>by rule</Message></Error>".encode()
-            self._answer(int(fault), [("Content-Type", "application/xml")], text)
+        if self.proxy.is_away:
+            self._reset()
+            return
+        fault = self.proxy.fault_of(self._request())
+        if fault in _CODES or fault.startswith("answer "):
+            status, code = _CODES.get(fault, fault.removeprefix("answer ")).split()
+            text = f"<Error><Code>{code}</Code><Message>by rule</Message></Error>".encode()
+            self._answer(int(status), [("Content-Type", "application/xml")], text)
+        elif self.proxy.refuses_trailers and "x-amz-trailer" in self.headers:
+            text = b"<Error><Code>MissingContentLength</Code></Error>"
+            self._answer(411, [("Content-Type", "application/xml")], text)
         elif fault == "reset":
             self._reset()
         elif fault == "stall":
@@ -126,6 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._forward(_flipped(body) if fault == "corrupt upload" else body, fault)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
+
+    def _request(self) -> str:
+        conditional = " if-none-match" if "If-None-Match" in self.headers else ""
+        paid = " requester" if "x-amz-request-payer" in self.headers else ""
+        return f"{self.command} {self.path}{conditional}{paid}"
 
     def _body(self) -> Iterator[bytes]:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":

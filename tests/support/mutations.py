@@ -31,6 +31,8 @@ def mutated(name: str, content: bytes, chance: random.Random) -> bytes:
         ways += [_json] * 2
     if name.endswith((".yaml", ".jsonl")):
         ways += [_line] * 3
+    if name.endswith(".safetensors"):
+        ways += [_header] * 3
     if name.endswith(".npz"):
         ways += [_member] * 3 + [_flags]
     if name.endswith((".zip", ".pt")):
@@ -115,6 +117,19 @@ def _json(content: bytes, chance: random.Random) -> bytes:
             case _:
                 holder[key] = chance.choice(WEIRD_VALUES)
         return json.dumps(tree).encode()
+
+
+def _header(content: bytes, chance: random.Random) -> bytes:
+    """The header of safetensors with another value somewhere, or another length."""
+    length = int.from_bytes(content[:8], "little")
+    header, tensors = content[8 : 8 + length], content[8 + length :]
+    try:
+        json.loads(header)
+    except ValueError:
+        return _bytes(content, chance)
+    changed = _json(header, chance)
+    stated = chance.choice((len(changed),) * 6 + (0, len(changed) + 1, 2**40, 2**64 - 1))
+    return stated.to_bytes(8, "little") + changed + tensors
 
 
 def _line(content: bytes, chance: random.Random) -> bytes:

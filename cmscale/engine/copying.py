@@ -1,0 +1,119 @@
+"""Copies one checkpoint to another storage: data first, read back and compared, the manifest last.
+
+The files of a copy have their hash in their name, and the manifest there lists them so. Whatever an older start of the
+run still uploads, it replaces nothing that a manifest lists. Copies of earlier releases have files without hashes.
+"""
+
+import contextlib
+from pathlib import Path
+
+from cmscale.engine.checkpoint_reader import read_manifest
+from cmscale.errors import UserError
+from cmscale.io.fetch import file_sha256
+from cmscale.io.local import LocalStorage
+from cmscale.io.protocol import ArrivedChanged
+from cmscale.io.storage import Storage, local_copy
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, copied_file, original_file
+from cmscale.runs.manifests import CheckpointManifest, FileEntry, read_checkpoint_manifest
+
+TRIES = 3  # uploads of one file before its checkpoint waits for the next round
+
+
+class DamagedUpload(RuntimeError):
+    """Raised if what was read back is not what was uploaded."""
+
+
+class DamagedHere(UserError):
+    """Raised for a checkpoint that can't be copied because it is damaged in the run's folder."""
+
+
+def export_checkpoint(folder: Path, target: Storage) -> bool:
+    """Copies a complete local checkpoint to `target`. Returns whether `target` now holds this checkpoint.
+
+    A target that has a manifest already is not changed.
+
+    Raises:
+        DamagedHere: the local checkpoint is not what was written.
+        DamagedUpload: a file differed after `TRIES` uploads.
+        UserError, ConnectionError, OSError: from the storage.
+    """
+    try:
+        manifest = read_manifest(LocalStorage(folder))
+    except UserError as error:
+        raise DamagedHere(str(error)) from None
+    raw = copy_manifest(manifest).to_bytes()
+    present = target.read_if_present(CHECKPOINT_MANIFEST)
+    if present is not None:
+        return same_contents(present, raw)
+    there = {entry.key: entry.size for entry in target.list()}
+    for part in manifest.parts:
+        _upload_checked(folder / part.file.name, target, part.file, there.get(copied_name(part.file)))
+    if target.write_if_absent(CHECKPOINT_MANIFEST, raw):
+        return True
+    present = target.read_if_present(CHECKPOINT_MANIFEST)
+    return present is not None and same_contents(present, raw)
+
+
+def copied_name(entry: FileEntry) -> str:
+    """The name of a checkpoint's file in a copy."""
+    return copied_file(entry.name, entry.sha256)
+
+
+def copy_manifest(manifest: CheckpointManifest) -> CheckpointManifest:
+    """The manifest of a checkpoint's copy: the same with the names that the files have there."""
+    parts = tuple(
+        part.model_copy(update={"file": part.file.model_copy(update={"name": copied_name(part.file)})})
+        for part in manifest.parts
+    )
+    return manifest.model_copy(update={"parts": parts})
+
+
+def same_contents(first: bytes, second: bytes) -> bool:
+    """Whether two manifests are of the same state and files, by whatever start or release they were written."""
+    if first == second:
+        return True
+    try:
+        one, other = (_contents(read_checkpoint_manifest(raw, origin="manifest")) for raw in (first, second))
+    except UserError:
+        return False
+    return one == other
+
+
+def _contents(manifest: CheckpointManifest) -> tuple[object, ...]:
+    parts = [
+        (original_file(part.file.name), part.file.size, part.file.sha256, part.segments) for part in manifest.parts
+    ]
+    return (manifest.state, manifest.quantities, manifest.parameters, parts, manifest.scalars)
+
+
+def _upload_checked(path: Path, target: Storage, entry: FileEntry, present: int | None) -> None:
+    """Uploads a file unless it is there already, as an earlier try may have left it.
+
+    Args:
+        present: The size of the object that has its name in `target`.
+    """
+    name = copied_name(entry)
+    if present == entry.size and _is_there(target, name, entry):
+        return
+    if path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
+        raise DamagedHere(f"{path}: its contents are not what was written (SHA-256 differs)")
+    for _ in range(TRIES):
+        target.upload(name, path)
+        if _is_there(target, name, entry):
+            return
+        with contextlib.suppress(UserError, ConnectionError):  # deleting may not be allowed, and need not be
+            target.delete(name)
+    raise DamagedUpload(f"{target.join(name)}: came back changed, {TRIES} times")
+
+
+def _is_there(target: Storage, name: str, entry: FileEntry) -> bool:
+    with contextlib.suppress(ArrivedChanged, FileNotFoundError), local_copy(target, name) as copy:
+        return copy.stat().st_size == entry.size and file_sha256(copy) == entry.sha256
+    return False
+
+
+def remove_copy(target: Storage) -> None:
+    """Removes a copy: its manifest first, so that nobody takes the rest for a checkpoint."""
+    target.delete(CHECKPOINT_MANIFEST)
+    for entry in list(target.list()):
+        target.delete(entry.key)
