@@ -129,7 +129,7 @@ def distances_over_training(
     return found
 
 
-@pytest.mark.parametrize("kind", ["scd"])
+@pytest.mark.parametrize("kind", ["scd", "sct"])
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_400_steps_bring_samples_within_45_percent_of_the_distance_at_the_start(kind: str):
