@@ -290,7 +290,7 @@ class Exporter:
             if not self._closing:
                 self._changed.wait_for(lambda: self._closing, timeout=self._retry_seconds)
                 return False
-            if self._patience is None:
+            if self._patience is None or self.went_elsewhere:  # that stays so
                 return True
             is_refused = isinstance(error, (UserError, DamagedUpload)) and NO_SPACE not in str(error).lower()
             patience = min(self._patience, REFUSED_SECONDS) if is_refused else self._patience
