@@ -212,7 +212,8 @@ class Memory:
             copies = 0 if self._is_plain else 4 * self._count
         else:
             sizes = [-(-self._count // self.num_ranks)]
-            copies = 4 * sizes[0] - self._gradients if stage < 3 else 0  # those that were accumulated are dropped then
+            # stages 1 and 2 drop what was accumulated once it is copied, stage 3 keeps its buffer
+            copies = 4 * sizes[0] - (self._gradients if stage < 3 else 0)
         return copies + counts.optimizer_peak(self.config, sizes, foreach=self.on_cuda)
 
     def _sizes(self) -> Iterator[int]:
