@@ -24,7 +24,7 @@ class Feed:
     that waits for anything else takes part in no look.
 
     Attributes:
-        ready_at: `time.perf_counter()` when this rank had its batch.
+        shared_seconds: Time of the last `next` that was spent together with the other ranks.
     """
 
     def __init__(
@@ -36,14 +36,16 @@ class Feed:
         self._preemption = preemption
         self._watchdog = watchdog
         self._since: float | None = None
-        self.ready_at = 0.0
+        self.shared_seconds = 0.0
 
     def next(self, step: int) -> tuple[Batch, int] | None:
         """The next batch and the cursor after it; None if any rank was asked to stop. Collective."""
+        self.shared_seconds = 0.0
         while True:
             is_ready = self._batches.wait(LOOK_SECONDS, leave=lambda: self._preemption.flagged)
-            self.ready_at = time.perf_counter()
+            began = time.perf_counter()
             stop, waits = any_ranks(self._preemption.flagged, not is_ready)
+            self.shared_seconds += time.perf_counter() - began
             if stop:
                 return None
             if not waits:

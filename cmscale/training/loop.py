@@ -123,7 +123,8 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         state = state.advance(cursor, result.applied)
         profiler.end(state.step)
         if result.applied:
-            stragglers.stepped(state.step, ready=feed.ready_at, forward=engine.clock.seconds())
+            ready = engine.clock.started - feed.shared_seconds
+            stragglers.stepped(state.step, ready=ready, forward=engine.clock.seconds())
         error = probe.after(state.step, engine, parts.networks.teacher) if result.applied else None
         measured = parts.measurements.means() if result.applied else {}
         log.stepped(state, values, result, measured=measured, consistency_error=error)

@@ -30,7 +30,7 @@ class Stragglers:
         """Call after an applied step. Collective every `every` steps.
 
         Args:
-            ready: `time.perf_counter()` when the step's data was available.
+            ready: `time.perf_counter()` when the first forward pass began, less the time that all ranks spent together.
             forward: Seconds of its first forward pass.
         """
         self._seconds.append(ready - self._began + forward)
