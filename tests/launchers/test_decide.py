@@ -48,6 +48,31 @@ def test_preemptions_use_up_no_restart() -> None:
     assert decided([*history, fault(11)], max_restarts=1).action == "restart"
 
 
+class TestOutages:
+    """Starts that ended as storage did not answer."""
+
+    def away(self, *steps: int) -> list[Attempt]:
+        return [Attempt("fault", "rank 0: StorageAway: s3://b: no answer", step, 0, "node0") for step in steps]
+
+    def test_they_use_up_no_restart_and_wait_longer_each_time(self) -> None:
+        delays = [decided(self.away(*[9] * number), max_restarts=0).delay_seconds for number in range(1, 6)]
+        assert delays == [10, 20, 40, 80, 160]
+        assert decided([*self.away(9, 9, 9), fault(9)], max_restarts=1).action == "restart"
+        assert decided([*self.away(9, 9, 9), fault(9)], max_restarts=0).why.startswith("failed 1 times")
+
+    def test_they_are_not_taken_for_a_failure_that_repeats_and_exclude_no_node(self) -> None:
+        decision = decided(self.away(9, 9))
+        assert (decision.action, decision.exclude) == ("restart", ())
+
+    def test_six_without_progress_stop_and_say_how_to_continue(self) -> None:
+        assert decided(self.away(*[9] * 5)).action == "restart"
+        assert decided(self.away(*[9] * 6)) == Decision(
+            "stop",
+            "storage did not answer in 6 starts without progress; rank 0: StorageAway: s3://b: no answer; go on so",
+        )
+        assert decided(self.away(*[9] * 5, 12)).delay_seconds == 10
+
+
 class TestTimeLimits:
     def limits(self, *steps: int) -> list[Attempt]:
         return [Attempt("time_limit", "newest", step) for step in steps]

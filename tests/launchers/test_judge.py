@@ -108,3 +108,15 @@ def test_without_the_clusters_view_the_earliest_fault_is_named() -> None:
     ends = [RankEnd(1, "b", "fault", "first"), RankEnd(0, "a", "fault", "second"), RankEnd(2, "c", "running")]
     attempt = judge(ends, status=1, first_failure=None, step=4, leaving=None)
     assert attempt == Attempt("fault", "first", 4, 1, "b")
+
+
+def test_a_rank_whose_storage_was_away_explains_what_the_others_report() -> None:
+    """Its peers lose it in a collective, and may be seen to fail first."""
+    ends = [
+        RankEnd(0, "a", "fault", "RuntimeError: connection closed by peer"),
+        RankEnd(1, "b", "fault", "StorageAway: s3://b"),
+    ]
+    for failure in (None, RankFailure(0, "a", "exit status 1")):
+        attempt = judge(ends, status=1, first_failure=failure, step=3, leaving=None)
+        assert (attempt.ending, attempt.rank, attempt.node) == ("fault", 1, "b")
+        assert "StorageAway" in attempt.message
