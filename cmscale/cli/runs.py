@@ -160,7 +160,8 @@ def _print_comparison(found: Any) -> None:
         if score.basis != basis:
             basis = score.basis
             print(f"\n{basis}")
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in score.metrics.items() if name != "fid")
+        others = {name: title for name, title in score.titles.items() if name != "fid"}
+        shown = ", ".join(f"{title} {score.metrics[name]:.4g}" for name, title in others.items())
         where = f"step {score.step}, {score.weights}, {score.nfe} NFE"
         print(f"  {score.run:24} {score.metrics['fid']:10.4g}  {where}{f'  ({shown})' if shown else ''}")
     table = Table("curve", "run", "", "first", "last", box=None)

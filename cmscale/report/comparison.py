@@ -38,6 +38,7 @@ class Score:
     Attributes:
         basis: What the results have in common, in words.
         metrics: Mean of each metric, by name.
+        titles: Title of each metric over the features of the result, by name: `KID-EfficientNet` is no KID.
     """
 
     basis: str
@@ -47,6 +48,7 @@ class Score:
     nfe: int
     name: str
     metrics: dict[str, float]
+    titles: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def _scores(facts: Sequence[RunFacts], names: Sequence[str]) -> list[Score]:
                     each.nfe or 0,
                     each.score_name,
                     metrics,
+                    {metric.name: metric.title_in(each) for metric in all_metrics() if metric.name in metrics},
                 )
             )
     return found
@@ -185,12 +188,11 @@ def page(comparison: Comparison) -> bytes:
             groups=_groups(comparison),
             curves=curves,
             measured={
-                basis: {name for each in scores for name in each.metrics}
+                basis: {name: title for each in scores for name, title in each.titles.items() if name != FID.name}
                 for basis, scores in _groups(comparison).items()
             },
             quality=quality_panels(comparison.facts),
             written=written,
-            metrics=[(metric.name, metric.title) for metric in all_metrics() if metric.name != FID.name],
         )
         .encode()
     )

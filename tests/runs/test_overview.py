@@ -150,6 +150,17 @@ def test_watching_prints_again(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "good" in capsys.readouterr().out
 
 
+def test_compared_metrics_carry_the_name_of_their_features(tmp_path: Path, monkeypatch, capsys) -> None:
+    """KID over other features than the FID Inception's is no KID."""
+    one, two = working_run(tmp_path / "one"), working_run(tmp_path / "two")
+    for each in (one, two):
+        write_evaluation(each, step=100, nfe=1, values=(30.0,), metrics={"kid": 0.5}, features="efficientnet_lite0")
+    assert run(monkeypatch, "compare", one.root, two.root) == 0
+    assert "KID-EfficientNet 0.5" in capsys.readouterr().out
+    assert run(monkeypatch, "compare", one.root, two.root, "--out", tmp_path / "page.html") == 0
+    assert "<th>KID-EfficientNet</th>" in (tmp_path / "page.html").read_text()
+
+
 def test_runs_are_compared_on_the_terminal_as_json_and_as_a_page(tmp_path: Path, monkeypatch, capsys) -> None:
     one = working_run(tmp_path / "one")
     two = working_run(tmp_path / "two", train__seed=1, data__workers=2)
