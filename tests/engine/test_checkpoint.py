@@ -427,3 +427,12 @@ def test_a_damaged_generation_file_is_one_clear_line(run: RunDir) -> None:
     run.generation.write_text(json.dumps([]))
     with pytest.raises(UserError, match=r"generation.json: damaged"):
         claim_generation(run)
+
+
+def test_a_link_among_the_checkpoints_is_removed_and_what_it_names_stays(run: RunDir) -> None:
+    save(run, 10)
+    link = run.checkpoints / "link"
+    link.symlink_to(run.checkpoint(10))
+    checkpoint.remove(link)
+    assert not link.is_symlink()
+    verify_checkpoint(LocalStorage(run.checkpoint(10)))
