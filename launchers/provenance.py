@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.io.durable import replace_durably
+from cmscale.io.json_text import parse_json
 from cmscale.io.locks import hold
 from cmscale.io.process import CHECKOUT, node_name
 from cmscale.runs.folder import RunDir
@@ -57,7 +58,7 @@ def read_starts(run: RunDir) -> list[dict[str, Any]]:
 
 def _read(run: RunDir) -> dict[str, Any]:
     try:
-        document = json.loads(run.provenance.read_text())
+        document = parse_json(run.provenance.read_text())
         return {**document, "starts": list(document["starts"])}
     except FileNotFoundError:
         return {}

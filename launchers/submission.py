@@ -11,6 +11,7 @@ from typing import Any
 
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
+from cmscale.io.json_text import parse_json
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.generations import claimed_by, highest_claimed
@@ -184,7 +185,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file; None if it is missing or damaged."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        return json.loads(path.read_text())
+    """The object in a JSON file; None if it is missing or damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        found = parse_json(path.read_bytes())
+        return found if isinstance(found, dict) else None
     return None

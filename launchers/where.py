@@ -14,6 +14,7 @@ from cmscale.config.site import LaunchSettings, read_site
 from cmscale.config.slurm import parse_gpus, parse_minutes
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
+from cmscale.io.json_text import parse_json
 from cmscale.runs.folder import RunDir
 from launchers.clusters import CLUSTERS, place
 from launchers.clusters.local import LocalMachine
@@ -50,7 +51,7 @@ def read_recorded(run: RunDir) -> Recorded | None:
         UserError: the file is damaged.
     """
     try:
-        found = Recorded(**json.loads(run.placement.read_text()))
+        found = Recorded(**parse_json(run.placement.read_text()))
         parse_gpus(found.gpus_per_node)
     except FileNotFoundError:
         return None

@@ -9,6 +9,7 @@ from typing import Any
 from cmscale.cli.finding import Finding
 from cmscale.config.site import read_launch_settings
 from cmscale.errors import UserError
+from cmscale.io.json_text import parse_json
 from cmscale.io.slurm import outside_of_jobs
 
 _SIGN = "doctor-of-node "
@@ -51,7 +52,7 @@ def doctor_of_nodes(count: int, *, runs_dir: str, place: str | None = None) -> d
     found = {}
     for line in ran.stdout.splitlines():
         if line.startswith(_SIGN):
-            told: dict[str, Any] = json.loads(line.removeprefix(_SIGN))
+            told: dict[str, Any] = parse_json(line.removeprefix(_SIGN))
             found[told["node"]] = [Finding(**each) for each in told["findings"]]
     if len(found) < count:
         last = (ran.stderr.strip().splitlines() or ["srun said nothing"])[-1]

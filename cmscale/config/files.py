@@ -1,6 +1,5 @@
 """Reads and writes configs: strict YAML and `key=value` overrides, every mistake explained in one line."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -121,7 +120,7 @@ def _place_of(key: str, layers: Sequence[Layer], origins: Mapping[str, str], who
 
 def dump_config(config: Config) -> str:
     """Every value of a config as YAML, defaults included; `parse_config` reads it as the same config."""
-    return dump_yaml(json.loads(config.model_dump_json()))
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _current_names(found: Sections, origin: str) -> Sections:

@@ -19,6 +19,7 @@ from cmscale.config.sections import Checkpoint, Data, Engine, Optimizer, Restart
 from cmscale.config.slurm import Slurm
 from cmscale.config.storage import StorageKeys
 from cmscale.errors import UserError
+from cmscale.io.json_text import parse_json
 
 
 class Config(Section):
@@ -137,7 +138,7 @@ def trajectory(config: Config) -> dict[str, Any]:
         kept["method.schedule_steps"] = config.method.schedule_length(total)
     if config.optimizer.schedule == "cosine":
         kept["optimizer.decay_reference"] = config.optimizer.decay_reference or total
-    return json.loads(json.dumps(kept))
+    return parse_json(json.dumps(kept))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from cmscale.errors import UserError
+from cmscale.io.json_text import parse_json
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 MASTER_SECONDS = 15.0
@@ -70,10 +71,10 @@ def agree(store: Any, *, rank: int, num_ranks: int) -> None:
     if rank == 0:
         found = store.multi_get([f"seat-{number}" for number in range(num_ranks)])
         verdict = judge_seats(
-            [Seat(**json.loads(one)) for one in found], lambda address: interface_towards(address, port)
+            [Seat(**parse_json(one)) for one in found], lambda address: interface_towards(address, port)
         )
         store.set("verdict", json.dumps(asdict(verdict)))
-    verdict = Verdict(**json.loads(store.get("verdict")))
+    verdict = Verdict(**parse_json(store.get("verdict")))
     if verdict.error:
         store.set(f"read-{rank}", "")
         if rank == 0:  # it holds the store

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save
 
 from cmscale.evaluation.features.extractor import Features
 from cmscale.io.durable import replace_durably
+from cmscale.io.json_text import parse_json
 
 BLOCK = 128
 
@@ -82,10 +83,10 @@ class BlockStore:
             yield block, load_file(self._path(block))
 
     def metrics(self) -> dict[str, float] | None:
-        """The metrics that `finish` stored; None if there are none."""
+        """The metrics that `finish` stored; None if there are none, or if the file is damaged."""
         try:
-            return json.loads(self._metrics_path.read_text())
-        except FileNotFoundError:
+            return parse_json(self._metrics_path.read_bytes())
+        except (FileNotFoundError, ValueError):
             return None
 
     def finish(self, metrics: Mapping[str, float]) -> None:

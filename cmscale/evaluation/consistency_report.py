@@ -15,6 +15,7 @@ from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
+from cmscale.io.json_text import parse_json
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.model.precondition import teacher_denoiser_for
@@ -112,7 +113,7 @@ def _existing(path: Place, *, key: str, force: bool) -> dict[str, Any] | None:
     if content is None:
         return None
     try:
-        found = json.loads(content)
+        found = parse_json(content)
     except ValueError:
         found = None
     if not isinstance(found, dict) or "neighbours" not in found:

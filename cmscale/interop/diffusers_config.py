@@ -1,12 +1,12 @@
 """States a network and a method in the terms of diffusers' configs, and checks theirs against them."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from cmscale.config import NOISE_EMBEDDING_SCALE, Config, MethodSection, Model
 from cmscale.errors import UserError
 from cmscale.interop.names import attends
+from cmscale.io.json_text import parse_json
 
 VERSION = "0.39.0"  # the diffusers version of these formats
 DEFAULT_SCALES = 40  # grid size for methods without a grid; the scheduler needs one for its multistep times
@@ -168,8 +168,8 @@ def check_scheduler(raw: bytes, method: MethodSection, *, origin: str) -> None:
 def json_object(raw: bytes, *, origin: str) -> dict[str, Any]:
     """The object in JSON text. Raises UserError if it is anything else."""
     try:
-        given = json.loads(raw)
-    except (ValueError, RecursionError):
+        given = parse_json(raw)
+    except ValueError:
         given = None
     if not isinstance(given, dict):
         raise UserError(f"{origin}: not a JSON object; restore the file that diffusers wrote")

@@ -1,7 +1,6 @@
 """Reads what the page shows from a run's folder; any part of it may be missing."""
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from cmscale.config import parse_yaml
 from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
+from cmscale.io.json_text import parse_json
 from cmscale.io.reading import read_regular
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.lineage import Lineage, read_lineage
@@ -129,6 +129,6 @@ def _is_of_step(found: Any) -> bool:
 def _json(path: Path) -> Any:
     """The content of a JSON file; None if it is damaged."""
     try:
-        return json.loads(read_regular(path))
-    except (ValueError, RecursionError):
+        return parse_json(read_regular(path))
+    except ValueError:
         return None

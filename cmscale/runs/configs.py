@@ -1,6 +1,5 @@
 """Reads the config of anything that has one: a config file, a run, a checkpoint, an exported file, a model card."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from cmscale.commands import situation
 from cmscale.config import Config, parse_config, parse_tree, read_config
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
+from cmscale.io.json_text import parse_json
 from cmscale.io.place import Place
 from cmscale.io.reading import read_small
 from cmscale.io.storage import open_storage
@@ -77,6 +77,6 @@ def _metadata(path: Path, *, origin: str) -> str:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:
-            return str(json.loads(file.read(min(size, path.stat().st_size)))["__metadata__"]["config"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            return str(parse_json(file.read(min(size, path.stat().st_size)))["__metadata__"]["config"])
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{origin}: damaged, or not a safetensors file; copy it again, or give another") from None

@@ -12,6 +12,7 @@ import time
 
 from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably, sync_folder
+from cmscale.io.json_text import parse_json
 from cmscale.io.process import START, node_name
 from cmscale.runs.folder import RunDir
 
@@ -56,17 +57,17 @@ def read_generation(run: RunDir) -> int:
 def claimed_by(run: RunDir, number: int) -> str | None:
     """The start with a number as its job named it, `SUBMISSION/START`, empty outside a job; None if unknown."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(run.claimed_generation(number).read_text())["start"])
+        return str(parse_json(run.claimed_generation(number).read_text())["start"])
     return None
 
 
 def _recorded(run: RunDir, *, damaged: int | None) -> int:
     """The number in `generation.json`; `damaged` if that can't be read, unless it is None."""
     try:
-        return int(json.loads(run.generation.read_text())["generation"])
+        return int(parse_json(run.generation.read_text())["generation"])
     except FileNotFoundError:
         return 0
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: 1e999 is infinite
         if damaged is not None:
             return damaged
         raise UserError(f"{run.generation}: damaged; delete it once no job of this run is alive") from None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmscale.errors import UserError
+from cmscale.io.json_text import parse_json
 from cmscale.io.local import LocalStorage
 from cmscale.io.process import node_name
 from cmscale.io.protocol import Storage
@@ -56,7 +57,7 @@ def token_of(run: RunDir, *, make: bool = True) -> str:
     if raw is None:
         return ""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(json.loads(raw)["home"])
+        return str(parse_json(raw)["home"])
     raise UserError(f"{run.home}: damaged; delete it if this folder alone continues the run")
 
 
@@ -70,7 +71,7 @@ def _records(exported: Storage) -> list[Home | None]:
     found: list[Home | None] = []
     while (raw := exported.read_if_present(exported_home(len(found) + 1))) is not None:
         try:
-            found.append(Home(**json.loads(raw)))
+            found.append(Home(**parse_json(raw)))
         except (ValueError, TypeError):
             found.append(None)
     return found

@@ -4,6 +4,7 @@ import contextlib
 import json
 from typing import Any
 
+from cmscale.io.json_text import parse_json
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import Document, NonNegative
 
@@ -37,8 +38,8 @@ class Lineage(Document):
 
 def read_lineage(run: RunDir) -> Lineage | None:
     """Where a run branched off; None if it is no branch, or if that can't be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        document = json.loads(run.provenance.read_text())
+    with contextlib.suppress(OSError, ValueError):
+        document = parse_json(run.provenance.read_text())
         if isinstance(document, dict) and document.get(BRANCH) is not None:
             return Lineage.model_validate_json(json.dumps(document[BRANCH]))
     return None

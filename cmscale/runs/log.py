@@ -1,13 +1,13 @@
 """Reads and writes a run's logs: metrics.jsonl and events.jsonl, one JSON record per line."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cmscale.io.durable import explained, sync_folder
+from cmscale.io.json_text import parse_json
 from cmscale.runs.append import append
 from cmscale.runs.folder import RunDir
 
@@ -34,8 +34,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError, RecursionError):  # also where zeros or other bytes are that no one wrote
-            if isinstance(record := json.loads(line), dict):
+        with contextlib.suppress(ValueError):  # also where zeros or other bytes are that no one wrote
+            if isinstance(record := parse_json(line), dict):
                 yield record
 
 

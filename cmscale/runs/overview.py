@@ -4,7 +4,6 @@ Every part of a run's folder may be missing, damaged or of another release; the 
 """
 
 import contextlib
-import json
 import math
 import os
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 from cmscale.commands.counting import in_words
 from cmscale.config import parse_yaml
 from cmscale.errors import UserError
+from cmscale.io.json_text import parse_json
 from cmscale.io.reading import read_small
 from cmscale.io.slurm import ACTIVE_STATES, job_states
 from cmscale.runs.checkpoints import committed_steps
@@ -168,8 +168,8 @@ def _last_records(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         file.seek(-_TAIL, os.SEEK_END)
         for line in file.read().split(b"\n")[1:]:
-            with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(record := json.loads(line), dict):
+            with contextlib.suppress(ValueError):
+                if isinstance(record := parse_json(line), dict):
                     yield record
 
 
@@ -227,10 +227,10 @@ def _state(run: RunDir, last: str, quiet: float | None) -> tuple[str, str]:
 def _launcher(run: RunDir) -> _Life | None:
     """What the file says that a launcher touches while it lives."""
     try:
-        sign = json.loads(run.launcher_sign.read_text())
+        sign = parse_json(run.launcher_sign.read_text())
         host, process = str(sign["host"]), int(sign["process"])
         age = max(time.time() - run.launcher_sign.stat().st_mtime, 0.0)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     what = f"launcher {process} on {host}"
     if host == socket.gethostname():
@@ -257,7 +257,7 @@ def _slurm_job(run: RunDir) -> _Life | None:
         if (job.parent / "ending.json").exists():
             continue
         try:
-            described = json.loads(job.read_text())
+            described = parse_json(job.read_text())
             number = described["job_id"]
             if "evaluate" in str(described["worker"]) or not number:
                 continue

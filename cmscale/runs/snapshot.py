@@ -14,6 +14,7 @@ from typing import Any
 
 from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably, sync_folder
+from cmscale.io.json_text import parse_json
 from cmscale.io.process import CHECKOUT
 
 ORIGIN = "origin.json"
@@ -73,7 +74,7 @@ def read_code(checkout: Path = CHECKOUT) -> Code:
         for path in _paths(checkout):
             files[path.relative_to(checkout).as_posix()] = path.read_bytes()
     try:
-        origin = json.loads((checkout / ORIGIN).read_text())
+        origin = parse_json((checkout / ORIGIN).read_text())
         changes = (checkout / CHANGES).read_text()
         code = Code(checkout, files, origin["git"], changes, tuple(origin["untracked"]))
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,5 @@
 """Finds out what a SOURCE is, without reading weights: a run, a checkpoint, an exported file, finished samples, ..."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from cmscale.config.sources import is_npz, is_nvlabs, is_openai, is_safetensors,
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
 from cmscale.io.image_files import image_suffixes
+from cmscale.io.json_text import parse_json
 from cmscale.io.place import Place
 from cmscale.io.protocol import Storage
 from cmscale.io.storage import open_storage
@@ -101,7 +101,7 @@ def _is_run(folder: Path) -> bool:
 def is_data_set(manifest: bytes) -> bool:
     """Whether a `manifest.json` is that of a prepared data set, and not that of a checkpoint."""
     try:
-        return "shards" in json.loads(manifest)
+        return "shards" in parse_json(manifest)
     except (ValueError, TypeError):
         return False  # a damaged manifest is reported by who reads the checkpoint
 
@@ -111,7 +111,7 @@ def _has_config(path: Path) -> bool:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(min(size, _MOST_HEADER_BYTES)))
+            header = parse_json(file.read(min(size, _MOST_HEADER_BYTES)))
             return own_card(header.get("__metadata__") or {}) is not None
         except (ValueError, TypeError, AttributeError):
             return True

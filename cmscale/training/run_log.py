@@ -1,6 +1,5 @@
 """Logs a training run: metrics, events, and a line per logged step from which launchers draw a progress bar."""
 
-import json
 import time
 from collections.abc import Mapping
 
@@ -30,7 +29,7 @@ class RunLog:
         self._world = world
         self._batches = batches
         self._usage = usage
-        self._metrics = MetricsLog(run, config.wandb, config=json.loads(config.model_dump_json()), active=world.is_main)
+        self._metrics = MetricsLog(run, config.wandb, config=config.model_dump(mode="json"), active=world.is_main)
         self._since = time.perf_counter()
         self._cursor = 0
         self._replaced: set[str] = set()

@@ -4,7 +4,6 @@ A tar that was cut between two members reads as a shorter tar. So an archive mus
 their padding, and the counts that img2dataset stores beside its tars (`NAME_stats.json`) must agree.
 """
 
-import json
 import posixpath
 import tarfile
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import BinaryIO
 
 from cmscale.errors import UserError
 from cmscale.io.image_files import HIDDEN, LeftOut, image_suffixes, is_hidden, list_files, printable
+from cmscale.io.json_text import parse_json
 from cmscale.io.pictures import BadImage
 from data_prep.sources import REPLACED, ImageSource, SourceKind, file_facts
 
@@ -132,7 +132,7 @@ def _check_end(file: BinaryIO, end: int) -> None:
 def _check_stats(source: Path, stats: Path, images: int | None) -> None:
     """Compares img2dataset's count of an archive with the number of images in it; None if there is no archive."""
     try:
-        successes = json.loads(stats.read_bytes())["successes"]
+        successes = parse_json(stats.read_bytes())["successes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--source tars:{source}: {printable(stats.name)} states no number of successes ({error!r}); write it "

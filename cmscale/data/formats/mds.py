@@ -17,6 +17,7 @@ from typing import Any
 
 from cmscale.data.formats import ShardFormat, Span, WrittenShard
 from cmscale.errors import DamagedInput, UserError
+from cmscale.io.json_text import parse_json
 from cmscale.io.packages import check_tested
 from cmscale.io.reading import reading, reason
 from cmscale.runs.manifests import ShardEntry
@@ -100,7 +101,7 @@ class MDSShards:
 
     def __init__(self, index: Path, shards: Sequence[ShardEntry]) -> None:
         with reading(index, "an index of MDS shards", advice="run data_prep/verify.py on the data set"):
-            objects: list[dict[str, Any]] = json.loads(index.read_bytes())["shards"]
+            objects: list[dict[str, Any]] = parse_json(index.read_bytes())["shards"]
             listed = [(item["raw_data"]["basename"], item["samples"], item["zip_data"]) for item in objects]
             columns = [dict(zip(item["column_names"], item["column_encodings"], strict=True)) for item in objects]
         if listed != [(shard.name, shard.count, None) for shard in shards] or any(one != _COLUMNS for one in columns):
