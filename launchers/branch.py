@@ -196,7 +196,7 @@ def _copy(parent: Parent, step: int, staged: RunDir, config: Config, data: Datas
         scalars = {"optimizer_step": scalars["optimizer_step"]}
     own = manifest.model_copy(
         update={
-            "version": 2,
+            "version": max(2, manifest.version),  # which has a hash of its own
             "generation": 0,
             "config_fingerprint": config.fingerprint(),
             "config": config.model_dump(mode="json"),

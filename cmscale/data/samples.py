@@ -46,7 +46,7 @@ class Samples:
         )
         self._shards = self._open_shards()
         # An evicted file occupies its space while it is open: the open files are to be a small part of the cache.
-        largest = max(shard.size for shard in self.manifest.shards)
+        largest = max(1, *(shard.size for shard in self.manifest.shards))
         self._max_open_files = min(_MAX_OPEN_FILES, 1 + self.cache.limit // (8 * largest))
         self._files: dict[int, io.FileIO] = {}
 

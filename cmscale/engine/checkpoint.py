@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from cmscale.runs.checkpoints import committed_steps, kept_steps, leftovers
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, rank_file, step_name
 from cmscale.runs.generations import claim_next, read_generation
 from cmscale.runs.log import write_event
-from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
+from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, TrainState
 
 LOOK_SECONDS = 10.0  # between two looks for a newer start
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks whether every rank has written its part
@@ -154,6 +154,7 @@ class Checkpoints:
             quantities=shards.quantities,
             parameters=shards.parameters,
             num_elements=shards.num_elements,
+            part_size=shards.partition.part_size,
             parts=(),
             scalars=engine.scalars(),
         )
@@ -165,9 +166,7 @@ class Checkpoints:
             held = manifest.model_copy(update={"quantities": averages, "scalars": {}})
             kept = {name: tensors[name] for name in averages}
             folders.insert(0, self._staged(self._run.snapshot(state.step), held, kept))  # a checkpoint means it exists
-        self._thread = threading.Thread(
-            target=self._write, args=(folders, shards.segments_by_rank), name=f"save-{state.step}"
-        )
+        self._thread = threading.Thread(target=self._write, args=(folders,), name=f"save-{state.step}")
         self._thread.start()
 
     def _staged(self, final: Path, manifest: CheckpointManifest, tensors: dict[str, torch.Tensor]) -> "_Staged":
@@ -213,11 +212,7 @@ class Checkpoints:
             return NoSpace(f"{what}: {why}; then continue with --resume")
         return CheckpointFailed(f"{what}: {why}; see {self._run.events}")
 
-    def _write(
-        self,
-        folders: "list[_Staged]",
-        segments: Sequence[tuple[Segment, ...]],
-    ) -> None:
+    def _write(self, folders: "list[_Staged]") -> None:
         """Writes the folders and commits them in their order; the last is the checkpoint."""
         began, step = time.monotonic(), folders[-1].manifest.state.step
         try:
@@ -225,7 +220,7 @@ class Checkpoints:
                 written = write_part(staged.folder, self._world, staged.tensors)
                 record(self._board, staged.folder, self._world.rank, written)
             if self._world.is_main:
-                parts = [self._await_parts(staged.folder, segments) for staged in folders]
+                parts = [self._await_parts(staged.folder) for staged in folders]
                 self._before_commit()
                 for staged, its_parts in zip(folders, parts, strict=True):
                     self._commit(staged, its_parts)
@@ -247,7 +242,7 @@ class Checkpoints:
                 print(f"checkpoint of step {step} was not written: {error}", flush=True)
             self._report("checkpoint_failed", step, why=f"{type(error).__name__}: {error}")
 
-    def _await_parts(self, staged: Path, segments: Sequence[tuple[Segment, ...]]) -> tuple[RankPart, ...]:
+    def _await_parts(self, staged: Path) -> tuple[RankPart, ...]:
         """Every rank's part, by rank.
 
         Raises:
@@ -266,7 +261,7 @@ class Checkpoints:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         files = map(FileEntry.model_validate_json, self._board.take(topic, num_ranks))
-        return tuple(RankPart(file=file, segments=own) for file, own in zip(files, segments, strict=True))
+        return tuple(RankPart(file=file) for file in files)
 
     def _commit(self, staged: "_Staged", parts: tuple[RankPart, ...]) -> None:
         """Renames a staged folder to its final name; it replaces an earlier one of the same step."""

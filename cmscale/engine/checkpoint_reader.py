@@ -1,7 +1,6 @@
 """Lists, verifies and reads checkpoints on any storage, without DeepSpeed."""
 
-import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from cmscale.runs.checkpoints import committed_steps, read_manifest
 from cmscale.runs.folder import step_name
 from cmscale.runs.manifest_checks import manifest_problems
 from cmscale.runs.manifests import CheckpointManifest, RankPart
+from cmscale.runs.partition import partition_of
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,20 @@ def verify_checkpoint(url: str | Path) -> list[str]:
     except UserError as error:
         return [str(error)]
     problems = manifest_problems(manifest, origin=storage.url)
-    for part in manifest.parts:
-        problems += part_problems(storage, manifest, part)
-    return problems
+    return problems + parts_problems(storage, manifest, range(len(manifest.parts)))
 
 
-def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart) -> list[str]:
-    """What is wrong with one rank's file: missing, altered, or without the tensors that the manifest lists."""
+def parts_problems(storage: Storage, manifest: CheckpointManifest, ranks: Iterable[int]) -> list[str]:
+    """What is wrong with the files of these ranks: missing, altered, or without the tensors that the manifest lists."""
+    partition = partition_of(manifest)
+    return [
+        problem
+        for rank in ranks
+        for problem in _part_problems(storage, manifest, manifest.parts[rank], partition.length(rank))
+    ]
+
+
+def _part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart, length: int) -> list[str]:
     where = storage.join(part.file.name)
     try:
         with local_copy(storage, part.file.name) as path:
@@ -65,7 +72,6 @@ def part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPart
                 return [f"{where}: has {path.stat().st_size} bytes, the manifest says {part.file.size}"]
             if file_sha256(path) != part.file.sha256:
                 return [f"{where}: its contents are not what was written (SHA-256 differs)"]
-            length = sum(segment.length for segment in part.segments)
             with safe_open(path, framework="pt") as file:
                 held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 for quantity in manifest.quantities:
@@ -108,7 +114,7 @@ def read_flat(url: str | Path, quantity: str) -> torch.Tensor:
     if problems:
         raise UserError(problems[0])
     flat = torch.empty(manifest.num_elements)
-    for part in manifest.parts:
+    for part, segments in zip(manifest.parts, partition_of(manifest), strict=True):
         path = storage.local_path(part.file.name)
         if path is None:
             path = local_file(f"{storage.join(part.file.name)}#sha256={part.file.sha256}")
@@ -117,7 +123,7 @@ def read_flat(url: str | Path, quantity: str) -> torch.Tensor:
             safe_open(path, framework="pt") as file,
         ):
             values = file.get_tensor(quantity)
-        for segment in part.segments:
+        for segment in segments:
             flat[segment.start : segment.start + segment.length] = values[segment.at : segment.at + segment.length]
     return flat
 
@@ -127,25 +133,16 @@ class FlatReader:
 
     def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
         self._folder = folder
-        self._runs = sorted(
-            (segment.start, segment.length, segment.at, part.file.name)
-            for part in manifest.parts
-            for segment in part.segments
-        )
-        self._starts = [run[0] for run in self._runs]
+        self._partition = partition_of(manifest)
+        self._names = [part.file.name for part in manifest.parts]
         self._files: dict[str, Any] = {}
 
     def __call__(self, quantity: str, start: int, length: int) -> torch.Tensor:
         """flat[start : start + length] of a quantity, float32."""
-        found = []
-        at = start
-        index = bisect.bisect_right(self._starts, start) - 1
-        while at < start + length:
-            begin, size, place, name = self._runs[index]
-            end = min(begin + size, start + length)
-            values = self._open(name).get_slice(quantity)
-            found.append(values[place + at - begin : place + end - begin])
-            at, index = end, index + 1
+        found = [
+            self._open(self._names[rank]).get_slice(quantity)[at : at + count]
+            for rank, at, count in self._partition.find(start, length)
+        ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _open(self, name: str) -> Any:

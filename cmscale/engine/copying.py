@@ -83,7 +83,8 @@ def _contents(manifest: CheckpointManifest) -> tuple[object, ...]:
     parts = [
         (original_file(part.file.name), part.file.size, part.file.sha256, part.segments) for part in manifest.parts
     ]
-    return (manifest.state, manifest.quantities, manifest.parameters, parts, manifest.scalars)
+    layout = (manifest.parameters, manifest.zero_stage, manifest.part_size)
+    return (manifest.state, manifest.quantities, layout, parts, manifest.scalars)
 
 
 def _upload_checked(path: Path, target: Storage, entry: FileEntry, present: int | None) -> None:

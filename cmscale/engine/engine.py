@@ -16,17 +16,16 @@ from cmscale.distributed.world import World
 from cmscale.engine import backend, settings, wrappers
 from cmscale.engine.clock import ForwardClock
 from cmscale.engine.flat_space import (
-    SegmentsByRank,
     count_elements,
     flat_part_size,
     flatten,
     number_parameters,
-    own_range,
 )
 from cmscale.engine.float32_values import GatheredFloat32Values, copied_values
 from cmscale.engine.frozen import FrozenNetwork, Network, PartitionedNetwork
 from cmscale.engine.optimizer import GuardedStep, build_optimizer
 from cmscale.engine.shards import FlatShards, Read
+from cmscale.runs.partition import Partition, own_range
 
 _ALIGNMENT = 2  # elements per rank; DeepSpeed's own in stages 1 and 2
 
@@ -103,9 +102,7 @@ class Engine:
         if settings.is_plain(config):
             self._guard = GuardedStep(self._optimizer, clip=config.engine.gradient_clip)
         wrappers.prepare_moments(self._wrapper, self._optimizer)
-        self._segments = SegmentsByRank(
-            self.parameters, world.num_ranks, zero_stage=config.engine.zero_stage, part_size=self._part_size
-        )
+        self._partition = Partition(self.parameters, world.num_ranks, config.engine.zero_stage, self._part_size)
         self._float32 = self._gathered_values(self._wrapped.module)
         self._target = self._build_frozen(build_network, start) if has_target else None
         self.shards = self._build_shards()
@@ -275,7 +272,7 @@ class Engine:
             wrappers.find_pieces(
                 self._wrapper, self._optimizer, parameters=self.parameters, rank=rank, num_ranks=num_ranks
             ),
-            segments_by_rank=self._segments,
+            partition=self._partition,
             rank=rank,
             ema_rates=dict(zip(self._config.ema.names, self._config.ema.rates, strict=True)),
             power_exponents={power_name(length): power_exponent(length) for length in self._config.ema.lengths},
@@ -305,7 +302,7 @@ class Engine:
         if self.dtype == torch.float32:
             return None
         rank, device = self._world.rank, self._world.device
-        return GatheredFloat32Values(module, self.parameters, segments_by_rank=self._segments, rank=rank, device=device)
+        return GatheredFloat32Values(module, self.parameters, partition=self._partition, rank=rank, device=device)
 
     def _renew_float32(self) -> None:
         """Sets the values of the student's float32 layers from the masters. Collective."""

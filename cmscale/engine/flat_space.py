@@ -1,16 +1,15 @@
-"""Numbers the elements of a network's parameters through one flat fp32 space, and says which rank holds which.
+"""Numbers the elements of a network's parameters through one flat fp32 space.
 
 The parameters follow each other in model order, without padding. Checkpoints name elements by their places in this
 space, so that any world size and ZeRO stage reads what any other wrote.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from cmscale.runs.manifests import Parameter, Segment
+from cmscale.runs.manifests import Parameter
 
 
 @dataclass(frozen=True)
@@ -58,55 +57,3 @@ def flat_part_size(num_elements: int, *, num_ranks: int, alignment: int) -> int:
     """Elements per rank of the padded flat space, which stages 0 to 2 split into one run per rank."""
     multiple = alignment * num_ranks
     return (num_elements + multiple - 1) // multiple * multiple // num_ranks
-
-
-def own_range(parameter: Parameter, rank: int, *, num_ranks: int) -> tuple[int, int]:
-    """The elements of a parameter that a rank holds in stage 3: [begin, end) within the parameter."""
-    numel = torch.Size(parameter.shape).numel()
-    share = -(-numel // num_ranks)
-    return min(rank * share, numel), min((rank + 1) * share, numel)
-
-
-@dataclass(frozen=True)
-class SegmentsByRank(Sequence[tuple[Segment, ...]]):
-    """`segments_of_rank` of every rank, computed when asked for: those of thousands of ranks would fill gigabytes."""
-
-    parameters: tuple[Parameter, ...]
-    num_ranks: int
-    zero_stage: int
-    part_size: int
-
-    def __len__(self) -> int:
-        return self.num_ranks
-
-    def __getitem__(self, rank: Any) -> Any:
-        if isinstance(rank, slice):
-            return tuple(self[each] for each in range(*rank.indices(self.num_ranks)))
-        if not -self.num_ranks <= rank < self.num_ranks:
-            raise IndexError(rank)
-        return segments_of_rank(
-            self.parameters,
-            rank % self.num_ranks,
-            num_ranks=self.num_ranks,
-            zero_stage=self.zero_stage,
-            part_size=self.part_size,
-        )
-
-
-def segments_of_rank(
-    parameters: tuple[Parameter, ...], rank: int, *, num_ranks: int, zero_stage: int, part_size: int
-) -> tuple[Segment, ...]:
-    """The runs of the flat space that a rank saves: one in stages 0 to 2, one per parameter in stage 3."""
-    last = parameters[-1]
-    total = last.offset + torch.Size(last.shape).numel()
-    if zero_stage < 3:
-        runs = [(rank * part_size, min((rank + 1) * part_size, total))]
-    else:
-        ranges = [(p.offset, own_range(p, rank, num_ranks=num_ranks)) for p in parameters]
-        runs = [(offset + begin, offset + end) for offset, (begin, end) in ranges]
-    segments, at = [], 0
-    for begin, end in runs:
-        if end > begin:
-            segments.append(Segment(start=begin, length=end - begin, at=at))
-            at += end - begin
-    return tuple(segments)

@@ -1,6 +1,6 @@
 """Gives a network's float32 layers their values: from the whole flat space, or gathered from every rank's elements."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -8,7 +8,8 @@ from torch import nn
 from cmscale.distributed.compat import all_gather_flat
 from cmscale.engine.flat_space import number_parameters
 from cmscale.model.float32 import set_values
-from cmscale.runs.manifests import Parameter, Segment
+from cmscale.runs.manifests import Parameter
+from cmscale.runs.partition import Partition
 
 
 class Float32Values:
@@ -43,7 +44,7 @@ class GatheredFloat32Values(Float32Values):
     """Such values of a network in training, which can also be gathered from the ranks.
 
     Args:
-        segments_by_rank: Which rank holds which elements of the flat space.
+        partition: Which rank holds which elements of the flat space.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class GatheredFloat32Values(Float32Values):
         network: nn.Module,
         parameters: Sequence[Parameter],
         *,
-        segments_by_rank: Sequence[Sequence[Segment]],
+        partition: Partition,
         rank: int,
         device: torch.device,
     ) -> None:
         super().__init__(network, parameters, device=device)
-        pieces = [list(_overlaps(segments, self._ranges)) for segments in segments_by_rank]
+        pieces = _pieces(partition, self._ranges)
         self._own = [slice(at, at + length) for at, _, length in pieces[rank]]
         self._longest = max(sum(length for *_, length in of_rank) for of_rank in pieces)
         self._num_ranks = len(pieces)
@@ -90,15 +91,12 @@ def copied_values(network: nn.Module, flat: torch.Tensor, *, device: torch.devic
     Float32Values(network, number_parameters(network), device=device).copy(flat)
 
 
-def _overlaps(segments: Sequence[Segment], ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """(place in the rank's elements, place in the ranges put together, length) of what both have; both ascend."""
-    before, number = 0, 0  # elements of earlier ranges; the first segment that may overlap
+def _pieces(partition: Partition, ranges: Sequence[tuple[int, int]]) -> list[list[tuple[int, int, int]]]:
+    """By rank: (place in the rank's elements, place in the ranges put together, length) of what it has of them."""
+    pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(len(partition))]
+    to = 0
     for begin, end in ranges:
-        while number < len(segments) and segments[number].start + segments[number].length <= begin:
-            number += 1
-        for segment in segments[number:]:
-            if segment.start >= end:
-                break
-            low, high = max(begin, segment.start), min(end, segment.start + segment.length)
-            yield segment.at + low - segment.start, before + low - begin, high - low
-        before += end - begin
+        for rank, at, length in partition.find(begin, end - begin):
+            pieces[rank].append((at, to, length))
+            to += length
+    return pieces

@@ -9,7 +9,7 @@ from pathlib import Path
 from cmscale.config import Config, differences, trajectory
 from cmscale.distributed.collectives import from_main, gather, on_main
 from cmscale.distributed.world import World
-from cmscale.engine.checkpoint_reader import FlatReader, part_problems, read_manifest
+from cmscale.engine.checkpoint_reader import FlatReader, parts_problems, read_manifest
 from cmscale.engine.engine import Engine
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
@@ -134,10 +134,10 @@ def _problems(folder: Path, world: World) -> list[str]:
         try:
             manifest = read_manifest(storage)
             found += manifest_problems(manifest, origin=storage.url) if world.is_main else []
-            share = manifest.parts[world.rank :: world.num_ranks]
-            forbidden = _forbidden(*(folder / part.file.name for part in share))
-            for part in share if forbidden is None else ():
-                found += part_problems(storage, manifest, part)
+            share = range(world.rank, len(manifest.parts), world.num_ranks)
+            forbidden = _forbidden(*(folder / manifest.parts[rank].file.name for rank in share))
+            if forbidden is None:
+                found += parts_problems(storage, manifest, share)
         except (UserError, OSError) as error:
             found.append(str(error))
     reports = gather((found, forbidden))

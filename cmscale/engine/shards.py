@@ -1,6 +1,6 @@
 """Holds this rank's elements of the flat fp32 space: views of masters and moments, the EMAs, the target."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -9,7 +9,8 @@ from cmscale.config.averages import power_rate
 from cmscale.config.schedules import ScheduleValues
 from cmscale.distributed.compat import all_gather_flat
 from cmscale.engine.flat_space import Piece, count_elements
-from cmscale.runs.manifests import MOMENTS, Parameter, Segment
+from cmscale.runs.manifests import MOMENTS, Parameter
+from cmscale.runs.partition import Partition
 
 
 class Read(Protocol):
@@ -30,7 +31,7 @@ class FlatShards:
         parameters: tuple[Parameter, ...],
         pieces: list[Piece],
         *,
-        segments_by_rank: Sequence[tuple[Segment, ...]],
+        partition: Partition,
         rank: int,
         ema_rates: Mapping[str, float],
         power_exponents: Mapping[str, float] | None = None,
@@ -39,8 +40,8 @@ class FlatShards:
     ) -> None:
         self.parameters = parameters
         self.num_elements = count_elements(parameters)
-        self.segments_by_rank = segments_by_rank
-        self.segments = segments_by_rank[rank]
+        self.partition = partition
+        self.segments = partition[rank]
         self._held = pieces
         self._owned = [
             piece.part(segment.start, segment.start + segment.length)
@@ -119,15 +120,15 @@ class FlatShards:
     def full(self, quantity: str) -> torch.Tensor:
         """All of a quantity, [num_elements] float32 on the device, on every rank. Collective."""
         local = self.local(quantity)
-        if len(self.segments_by_rank) == 1:
+        if len(self.partition) == 1:
             return local.clone()
-        longest = max(sum(segment.length for segment in segments) for segments in self.segments_by_rank)
+        longest = max(map(self.partition.length, range(len(self.partition))))
         sent = local.new_zeros(longest)
         sent[: local.numel()] = local
-        gathered = local.new_empty(len(self.segments_by_rank) * longest)
+        gathered = local.new_empty(len(self.partition) * longest)
         all_gather_flat(gathered, sent)
         whole = local.new_empty(self.num_elements)
-        for part, segments in zip(gathered.view(-1, longest), self.segments_by_rank, strict=True):
+        for part, segments in zip(gathered.view(-1, longest), self.partition, strict=True):
             for segment in segments:
                 whole[segment.start : segment.start + segment.length] = part[segment.at : segment.at + segment.length]
         return whole

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from cmscale.engine.flat_space import Piece, count_elements, own_range
+from cmscale.engine.flat_space import Piece, count_elements
 from cmscale.io.packages import private, qualified_name, unsupported
 from cmscale.runs.manifests import MOMENTS, Parameter
+from cmscale.runs.partition import own_range
 
 _private = partial(private, package="deepspeed")
 _SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter")

@@ -42,17 +42,25 @@ def _layout(manifest: CheckpointManifest) -> Iterator[str]:
         at += math.prod(parameter.shape)
     if at != manifest.num_elements:
         yield f"its parameters have {at} elements of {manifest.num_elements}"
+    if manifest.part_size is None:
+        yield from _listed_segments(manifest)
+    elif manifest.zero_stage < 3 and manifest.part_size * manifest.num_ranks < manifest.num_elements:
+        yield f"holds {manifest.part_size * manifest.num_ranks} elements of {manifest.num_elements}"
+
+
+def _listed_segments(manifest: CheckpointManifest) -> Iterator[str]:
+    listed = [part.segments or () for part in manifest.parts]
     at = 0
-    for start, length in sorted((each.start, each.length) for part in manifest.parts for each in part.segments):
+    for start, length in sorted((each.start, each.length) for segments in listed for each in segments):
         if start != at:
             yield f"elements {min(at, start)} to {max(at, start)} are missing or held twice"
             return
         at = start + length
     if at != manifest.num_elements:
         yield f"holds {at} elements of {manifest.num_elements}"
-    for part in manifest.parts:
+    for part, segments in zip(manifest.parts, listed, strict=True):
         at = 0
-        for segment in part.segments:
+        for segment in segments:
             if segment.at != at:
                 yield f"{part.file.name}: a segment is at {segment.at}, not {at}"
             at += segment.length
@@ -61,9 +69,9 @@ def _layout(manifest: CheckpointManifest) -> Iterator[str]:
 def _names(manifest: CheckpointManifest, *, folder: str) -> Iterator[str]:
     if _STEP_FOLDER.fullmatch(folder) and folder != step_name(manifest.state.step):
         yield f"its manifest is of step {manifest.state.step}"
-    if [original_file(part.file.name) for part in manifest.parts] != [
-        rank_file(rank, manifest.num_ranks) for rank in range(manifest.num_ranks)
-    ]:
+    if len(manifest.parts) != manifest.num_ranks or any(
+        original_file(part.file.name) != rank_file(rank, manifest.num_ranks) for rank, part in enumerate(manifest.parts)
+    ):
         yield f"its manifest does not list the files of {manifest.num_ranks} ranks"
     names = [parameter.name for parameter in manifest.parameters]
     for what, listed in (("parameter", names), ("quantity", manifest.quantities)):

@@ -6,9 +6,9 @@ import pkgutil
 import re
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from cmscale.errors import UserError
@@ -139,17 +139,18 @@ class Segment(Document):
 
 
 class RankPart(Document):
-    """One rank's file of a checkpoint and the segments of the flat space in it."""
+    """One rank's file of a checkpoint; in versions 1 and 2 with the segments of the flat space in it."""
 
     file: FileEntry
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...] | None = Field(default=None, exclude_if=lambda segments: segments is None)
 
 
 class CheckpointManifest(Document):
     """The manifest of a checkpoint, written last: a folder without it is not a checkpoint.
 
     Its last key is the hash of its own text without that key, so that no changed bit goes unnoticed. Version 1, of
-    earlier releases, has no such hash.
+    earlier releases, has no such hash. Which segments of the flat space a rank's file holds follows from the numbers
+    here, see `partition_of`; versions 1 and 2 list the segments instead.
 
     Each rank's file holds, per quantity, one 1-D float32 tensor of the rank's segments. Quantities are `master`,
     `exp_avg`, `exp_avg_sq`, `target` if the method has a target network, and each EMA by name.
@@ -160,14 +161,15 @@ class CheckpointManifest(Document):
             the hash is for earlier versions of this program, which require it.
         config: the whole config of the run.
         trajectory: the config's values that change the losses.
+        part_size: elements of a rank in the padded flat space, which stages 0 to 2 split evenly.
         scalars: numbers that are the same on every rank.
     """
 
-    version: Literal[1, 2] = 2
+    version: Literal[1, 2, 3] = 3
     state: TrainState
     generation: int
-    num_ranks: int
-    zero_stage: int
+    num_ranks: Annotated[int, Field(ge=1, lt=2**31)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
     config_fingerprint: str
     config: dict[str, Any]
     trajectory: dict[str, Any]
@@ -176,8 +178,19 @@ class CheckpointManifest(Document):
     quantities: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     num_elements: NonNegative
+    part_size: Annotated[int, Field(ge=1, lt=2**63)] | None = Field(default=None, exclude_if=lambda size: size is None)
     parts: tuple[RankPart, ...]
     scalars: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _says_where_elements_are(self) -> Self:
+        lists = self.version < 3
+        if lists != (self.part_size is None) or any((part.segments is not None) != lists for part in self.parts):
+            needed = "segments and no part_size" if lists else "part_size and no segments"
+            raise PydanticCustomError(
+                "elements", "version {version} has {needed}", {"version": self.version, "needed": needed}
+            )
+        return self
 
     @property
     def is_sealed(self) -> bool:

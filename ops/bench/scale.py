@@ -40,12 +40,13 @@ from cmscale.distributed.world import World
 from cmscale.engine import checkpoint, resume
 from cmscale.engine.checkpoint import Checkpoints, claim_generation
 from cmscale.engine.checkpoint_reader import FlatReader
-from cmscale.engine.flat_space import SegmentsByRank, count_elements, flat_part_size
+from cmscale.engine.flat_space import count_elements, flat_part_size
 from cmscale.io.protocol import Entry
 from cmscale.runs.checkpoints import committed_steps, read_manifest
 from cmscale.runs.folder import RunDir, rank_file, step_name
 from cmscale.runs.log import read_lines
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, Parameter, TrainState
+from cmscale.runs.partition import Partition
 from cmscale.training import loop
 from cmscale.training.preflight import versions
 from data_prep.prepare import main as prepare
@@ -63,7 +64,7 @@ checkpoint: {every_steps: 2, keep_last: 5}
 wandb: {mode: off}
 """
 QUANTITIES = ("master", "exp_avg", "exp_avg_sq", "ema_0.999943")
-NUM_PARAMETERS = 600  # as the UNet for 256 px has; here each has 16 x 16 elements
+NUM_PARAMETERS = 600  # as the UNet for 256 px has; here each has 64 x 64 elements, so that 4,096 ranks have some
 NUM_CHECKPOINTS = 5  # in the run
 EXPORTED = 20  # checkpoints in the store
 SHARDS = (1000,) * 3000  # 3 million images, as LSUN Bedroom has
@@ -162,7 +163,7 @@ def simulated(folder: Path, ranks: int, stage: int, operations: Operations) -> d
     run.logs.mkdir(parents=True)
     config = parse_config(CONFIG.replace("STAGE", str(stage)).replace("BATCH", str(max(2048, ranks))))
     parameters = tuple(
-        Parameter(name=f"blocks.{n}.weight", shape=(16, 16), offset=256 * n) for n in range(NUM_PARAMETERS)
+        Parameter(name=f"blocks.{n}.weight", shape=(64, 64), offset=4096 * n) for n in range(NUM_PARAMETERS)
     )
     part_size = flat_part_size(count_elements(parameters), num_ranks=ranks, alignment=2)
     found: dict[str, str] = {}
@@ -179,7 +180,7 @@ def simulated(folder: Path, ranks: int, stage: int, operations: Operations) -> d
     of_first, of_other = (partial(versions, config, with_source=first) for first in (True, False))
     measure("start: versions, the first rank of a node", of_first)
     measure("start: versions, another rank", of_other)
-    segments = SegmentsByRank(parameters, ranks, zero_stage=stage, part_size=part_size)
+    segments = Partition(parameters, ranks, stage, part_size)
     measure("engine: which elements this rank holds", lambda: segments[ranks // 2])
     world = World(rank=0, num_ranks=ranks, rank_of_node=0, ranks_per_node=8)
     generation = claim_generation(run)
@@ -198,6 +199,7 @@ def simulated(folder: Path, ranks: int, stage: int, operations: Operations) -> d
             quantities=QUANTITIES,
             parameters=parameters,
             num_elements=count_elements(parameters),
+            part_size=part_size,
             parts=(),
         )
         tensors = {name: torch.zeros(sum(each.length for each in segments[0])) for name in QUANTITIES}
@@ -211,7 +213,7 @@ def simulated(folder: Path, ranks: int, stage: int, operations: Operations) -> d
             checkpoint.record(board, staged.folder, rank, file)
 
         def commit(staged: Any = staged) -> None:
-            writer._commit(staged, writer._await_parts(staged.folder, segments))
+            writer._commit(staged, writer._await_parts(staged.folder))
 
         measure("save: rank 0's commit", commit, repeats=1)
     newest = run.checkpoint(NUM_CHECKPOINTS - 1)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from flat_state import StandIn, flat_config, parameters_of
+from flat_state import StandIn, as_version, flat_config, parameters_of, ranks_of
 
 from cmscale.distributed.world import World
 from cmscale.engine import resume
@@ -18,6 +18,7 @@ from cmscale.runs.log import append_line
 from cmscale.runs.manifests import CheckpointManifest, TrainState, read_checkpoint_manifest
 
 PARAMETERS = StandIn(0, 1).parameters
+FLIPS = 200  # of each kind of manifest; 400 were tried once
 
 
 @pytest.fixture
@@ -38,7 +39,21 @@ def newest_step(run: RunDir) -> int:
     return found.manifest.state.step
 
 
-def test_every_single_flipped_bit_is_found_by_verify_and_a_resume_takes_the_one_before(run: RunDir) -> None:
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_every_single_flipped_bit_is_found_by_verify_and_a_resume_takes_the_one_before(
+    run: RunDir, zero_stage: int
+) -> None:
+    if zero_stage == 3:
+        generation = claim_generation(run)
+        config = flat_config("engine.zero_stage=3", "checkpoint.every_steps=20")
+        ranks = [
+            Checkpoints(run, config, world, generation=generation, data_fingerprint="data") for world in ranks_of(2)
+        ]
+        for world, writer in zip(ranks_of(2), ranks, strict=True):
+            state = StandIn(world.rank, 2, zero_stage=3, seed=20)
+            writer.save(TrainState(step=20, cursor=160), state)  # pyright: ignore[reportArgumentType]
+        for writer in ranks:
+            writer.wait()
     assert newest_step(run) == 20
     folder = run.checkpoint(20)
     intact = (folder / "manifest.json").read_bytes()
@@ -46,7 +61,7 @@ def test_every_single_flipped_bit_is_found_by_verify_and_a_resume_takes_the_one_
     shutil.copytree(folder, backup)
     source = random.Random(0)
     missed = []
-    for bit in source.sample(range(8 * len(intact)), 400):
+    for bit in source.sample(range(8 * len(intact)), FLIPS):
         flipped = bytearray(intact)
         flipped[bit // 8] ^= 1 << bit % 8
         (folder / "manifest.json").write_bytes(flipped)
@@ -62,7 +77,8 @@ def test_every_single_flipped_bit_is_found_by_verify_and_a_resume_takes_the_one_
 def rewrite(run: RunDir, **changed: object) -> CheckpointManifest:
     """Writes the manifest of step 20 as an earlier version, without a hash, with other values."""
     folder = run.checkpoint(20)
-    manifest = read_manifest(LocalStorage(folder)).model_copy(update={"version": 1, **changed})
+    manifest = read_manifest(LocalStorage(folder))
+    manifest = (as_version(1, manifest) if manifest.version > 1 else manifest).model_copy(update=changed)
     (folder / "manifest.json").write_bytes(manifest.to_bytes())
     return manifest
 
@@ -77,11 +93,53 @@ def test_a_manifest_of_an_earlier_version_is_read_with_a_notice(
     assert "step-000000020: its manifest has no hash of its own" in capsys.readouterr().out
 
 
-def test_what_an_earlier_versions_manifest_contradicts_is_found_without_a_hash(run: RunDir) -> None:
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_manifest_of_version_2_says_the_same_with_a_list_of_segments(run: RunDir, zero_stage: int) -> None:
+    manifest = read_manifest(LocalStorage(run.checkpoint(20))).model_copy(update={"zero_stage": zero_stage})
+    former = as_version(2, manifest)
+    raw = former.to_bytes()
+    assert b"part_size" not in raw
+    assert b'"segments"' in raw
+    assert b'"segments"' not in manifest.to_bytes()
+    assert read_checkpoint_manifest(raw, origin="here") == former
+    (run.checkpoint(20) / "manifest.json").write_bytes(raw)
+    assert verify_checkpoint(run.checkpoint(20)) == []
+    assert newest_step(run) == 20
+
+
+@pytest.mark.parametrize(
+    ("version", "changed", "words"),
+    [
+        (3, {"part_size": None}, "version 3 has part_size and no segments"),
+        (2, {"part_size": 27}, "version 2 has segments and no part_size"),
+        (2, {"parts": "without"}, "version 2 has segments and no part_size"),
+        (3, {"parts": "with"}, "version 3 has part_size and no segments"),
+    ],
+)
+def test_a_manifest_says_where_elements_are_in_one_way_alone(
+    run: RunDir, version: int, changed: dict[str, object], words: str
+) -> None:
     manifest = read_manifest(LocalStorage(run.checkpoint(20)))
+    former = as_version(2, manifest)
+    if "parts" in changed:
+        changed = {"parts": (manifest if changed["parts"] == "without" else former).parts}
+    raw = (manifest if version == 3 else former).model_copy(update=changed).to_bytes()
+    with pytest.raises(UserError, match=words):
+        read_checkpoint_manifest(raw, origin="here")
+
+
+def test_a_part_size_that_leaves_elements_out_is_found(run: RunDir) -> None:
+    manifest = read_manifest(LocalStorage(run.checkpoint(20)))
+    (run.checkpoint(20) / "manifest.json").write_bytes(manifest.model_copy(update={"part_size": 26}).to_bytes())
+    assert any("holds 26 elements of 27" in problem for problem in verify_checkpoint(run.checkpoint(20)))
+
+
+def test_what_an_earlier_versions_manifest_contradicts_is_found_without_a_hash(run: RunDir) -> None:
+    manifest = as_version(1, read_manifest(LocalStorage(run.checkpoint(20))))
     first, *others = manifest.parameters
     config = {**manifest.config, "train": {**manifest.config["train"], "seed": 5}}
-    segment = manifest.parts[0].segments[0]
+    assert manifest.parts[0].segments is not None
+    (segment,) = manifest.parts[0].segments
     shifted = manifest.parts[0].model_copy(update={"segments": (segment.model_copy(update={"at": 1}),)})
     contradictions: dict[str, dict[str, object]] = {
         "manifest is of step 21": {"state": TrainState(step=21, cursor=168)},
@@ -136,7 +194,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(
 
 def test_a_manifest_says_what_is_wrong_with_it(run: RunDir) -> None:
     raw = (run.checkpoint(20) / "manifest.json").read_bytes()
-    for changed in (raw.replace(b'"cursor": 160', b'"cursor": 168'), raw.replace(b'"version": 2', b'"version": 1')):
+    for changed in (raw.replace(b'"cursor": 160', b'"cursor": 168'), raw.replace(b'"version": 3', b'"version": 1')):
         with pytest.raises(UserError, match=r"here: its contents are not what was written \(SHA-256 differs\)"):
             read_checkpoint_manifest(changed, origin="here")
     seal = raw.splitlines(keepends=True)[-2]

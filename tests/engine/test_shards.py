@@ -5,28 +5,9 @@ import torch
 from flat_state import SHAPES, StandIn, parameters_of
 
 from cmscale.config.schedules import ScheduleValues
-from cmscale.engine import flat_space
 from cmscale.engine.checkpoint_reader import by_name
 from cmscale.engine.flat_space import flatten
 from cmscale.runs.manifests import MOMENTS
-
-
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 40])
-def test_every_element_belongs_to_exactly_one_rank(zero_stage: int, num_ranks: int) -> None:
-    parameters = parameters_of(SHAPES)
-    total = flat_space.count_elements(parameters)
-    part = flat_space.flat_part_size(total, num_ranks=num_ranks, alignment=2)
-    owners = torch.zeros(total, dtype=torch.int64)
-    for rank in range(num_ranks):
-        at = 0
-        for segment in flat_space.segments_of_rank(
-            parameters, rank, num_ranks=num_ranks, zero_stage=zero_stage, part_size=part
-        ):
-            assert segment.at == at
-            at += segment.length
-            owners[segment.start : segment.start + segment.length] += 1
-    assert owners.tolist() == [1] * total
 
 
 def test_the_flat_space_holds_parameters_in_model_order_without_gaps() -> None:

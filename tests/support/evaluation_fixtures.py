@@ -14,7 +14,7 @@ from cmscale.engine.flat_space import count_elements, number_parameters
 from cmscale.evaluation.features.extractor import FeatureExtractor, FeatureNetwork
 from cmscale.model.unet import build_unet
 from cmscale.runs.folder import RunDir, rank_file
-from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, Segment, TrainState
+from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, TrainState
 from data_prep.prepare import main as prepare
 
 TEXT = """
@@ -117,6 +117,7 @@ def write_checkpoint(
         quantities=tuple(quantities),
         parameters=parameters,
         num_elements=total,
-        parts=(RankPart(file=entry, segments=(Segment(start=0, length=total, at=0),)),),
+        part_size=total,
+        parts=(RankPart(file=entry),),
     )
     (run.checkpoint(step) / "manifest.json").write_bytes(manifest.to_bytes())

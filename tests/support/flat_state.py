@@ -7,7 +7,8 @@ from cmscale.config.averages import power_exponent, power_name
 from cmscale.distributed.world import World
 from cmscale.engine import flat_space
 from cmscale.engine.shards import FlatShards, Read
-from cmscale.runs.manifests import MOMENTS, Parameter
+from cmscale.runs.manifests import MOMENTS, CheckpointManifest, Parameter
+from cmscale.runs.partition import Partition, partition_of
 
 SHAPES = {"a.weight": (3, 5), "a.bias": (3,), "b.weight": (2, 2, 2), "b.bias": ()}
 
@@ -49,12 +50,7 @@ class StandIn:
         self.parameters = parameters_of(SHAPES)
         total = flat_space.count_elements(self.parameters)
         part = flat_space.flat_part_size(total, num_ranks=num_ranks, alignment=2)
-        segments = tuple(
-            flat_space.segments_of_rank(
-                self.parameters, other, num_ranks=num_ranks, zero_stage=zero_stage, part_size=part
-            )
-            for other in range(num_ranks)
-        )
+        partition = Partition(self.parameters, num_ranks, zero_stage, part)
         powers = {power_name(length): power_exponent(length) for length in lengths}
         names = ("master", "exp_avg", "exp_avg_sq", "target", "ema_0.9", "ema_0.5", *powers)
         self.whole = {
@@ -66,13 +62,13 @@ class StandIn:
                 s.start,
                 {name: self.whole[name][s.start : s.start + s.length].clone() for name in ("master", *MOMENTS)},
             )
-            for s in segments[rank]
+            for s in partition[rank]
         ]
         self.published = torch.zeros(0)
         self.shards = FlatShards(
             self.parameters,
             pieces,
-            segments_by_rank=segments,
+            partition=partition,
             rank=rank,
             ema_rates={"ema_0.9": 0.9, "ema_0.5": 0.5},
             power_exponents=powers,
@@ -91,6 +87,13 @@ class StandIn:
     def restore(self, read: Read, scalars: dict[str, float]) -> None:
         self._scalars = dict(scalars)
         self.shards.restore(read)
+
+
+def as_version(version: int, manifest: CheckpointManifest) -> CheckpointManifest:
+    """A manifest as versions 1 and 2 have it, with every segment."""
+    parts = zip(manifest.parts, partition_of(manifest), strict=True)
+    listed = tuple(part.model_copy(update={"segments": segments}) for part, segments in parts)
+    return manifest.model_copy(update={"version": version, "part_size": None, "parts": listed})
 
 
 def ranks_of(num_ranks: int) -> list[World]:

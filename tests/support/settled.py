@@ -52,4 +52,4 @@ def _settled(tree: dict[str, Any]) -> bytes:
     return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
 
 
-assert CheckpointManifest.model_fields["version"].default == 2, "seals as version 2 has them"
+assert CheckpointManifest.model_fields["version"].default == 3, "seals as version 3 has them"
