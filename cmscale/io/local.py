@@ -82,11 +82,17 @@ class LocalStorage:
         if not self.root.is_dir():
             return
         found = []
-        for path in self.root.rglob("*"):
+        for path in _files(self.root):
             key = path.relative_to(self.root).as_posix()
-            if path.is_file() and key.startswith(prefix) and not path.name.startswith("."):
+            if key.startswith(prefix):
                 found.append(Entry(key, path.stat().st_size, str(path.stat().st_mtime_ns)))
         yield from sorted(found, key=lambda entry: entry.key)
+
+    def folders(self, prefix: str = "") -> "list[str]":
+        if not self.root.is_dir():
+            return []
+        found = (path for path in self.root.iterdir() if path.name.startswith(prefix) and path.is_dir())
+        return sorted(path.name for path in found if next(_files(path), None) is not None)
 
     def delete(self, key: str) -> None:
         (self.root / key).unlink(missing_ok=True)
@@ -112,3 +118,8 @@ class LocalStorage:
 
     def abort_uploads(self, is_mine: Callable[[str], bool]) -> int:  # noqa: ARG002
         return 0
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """What counts as an object: any file but the hidden ones, which are being written."""
+    return (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))

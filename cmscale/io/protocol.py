@@ -70,6 +70,13 @@ class Storage(Protocol):
         """All objects whose keys start with `prefix`, in the order of their keys."""
         ...
 
+    def folders(self, prefix: str = "") -> "list[str]":
+        """Names of the folders at the root that start with `prefix`, sorted: the first parts of keys that have more.
+
+        What it costs does not depend on the number of objects in them.
+        """
+        ...
+
     def delete(self, key: str) -> None:
         """Removes an object; a missing one is no error."""
         ...

@@ -131,16 +131,27 @@ class S3Storage:
             )
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        at = {"Bucket": self.bucket, "Prefix": self._key(prefix), **_payer()}
-        more: dict[str, str] = {}
-        while True:
-            page = self._ask(prefix, lambda client, more=more: client.list_objects_v2(**at, **more))
+        for page in self._pages(prefix):
             for item in page.get("Contents", []):
-                key = item["Key"][len(self.prefix) + 1 :] if self.prefix else item["Key"]
-                yield Entry(key, item["Size"], item["ETag"])
+                yield Entry(self._relative(item["Key"]), item["Size"], item["ETag"])
+
+    def folders(self, prefix: str = "") -> "list[str]":
+        pages = self._pages(prefix, Delimiter="/")
+        found = (self._relative(each["Prefix"]) for page in pages for each in page.get("CommonPrefixes", []))
+        return sorted({name.rstrip("/") for name in found})
+
+    def _pages(self, prefix: str, **more: str) -> Iterator[dict[str, Any]]:
+        """The answers of a listing."""
+        at = {"Bucket": self.bucket, "Prefix": self._key(prefix), **_payer(), **more}
+        while True:
+            page = self._ask(prefix, lambda client: client.list_objects_v2(**at))
+            yield page
             if not page.get("IsTruncated"):
                 return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            at["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _relative(self, key: str) -> str:
+        return key[len(self.prefix) + 1 :] if self.prefix else key
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -154,11 +165,10 @@ class S3Storage:
 
     def abort_uploads(self, is_mine: Callable[[str], bool]) -> int:
         """Ends unfinished multipart uploads of own keys: no listing shows their parts, and they are paid for."""
-        start = len(self.prefix) + 1 if self.prefix else 0
         ended = 0
         try:
             for upload in tuple(self._unfinished()):
-                key = upload["Key"][start:]
+                key = self._relative(upload["Key"])
                 if is_mine(key):
                     at = {**self._at(key), "UploadId": upload["UploadId"]}
                     with contextlib.suppress(NoSuchUpload):  # its process has ended it itself

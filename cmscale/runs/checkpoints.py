@@ -31,8 +31,9 @@ def committed_steps(run: RunDir | Storage | str | Path, *, within: str = "checkp
     if folder is not None:  # a launcher asks every few seconds: nothing but the manifests is looked at
         names = [manifest.parent.name for manifest in folder.glob(f"step-*/{CHECKPOINT_MANIFEST}")]
     else:
-        keys = [entry.key.partition("/") for entry in checkpoints.list("step-")]
-        names = [name for name, _, rest in keys if rest == CHECKPOINT_MANIFEST]
+        names = [
+            name for name in checkpoints.folders("step-") if _is_there(checkpoints, f"{name}/{CHECKPOINT_MANIFEST}")
+        ]
     return _steps(names)
 
 
@@ -75,6 +76,12 @@ def leftovers(run: RunDir) -> list[tuple[int, str, Path]]:
     """
     found = [(path, _LEFTOVER.fullmatch(path.name)) for path in _hidden(run)]
     return [(int(match[1]), match[2].rpartition(".")[2], path) for path, match in found if match]
+
+
+def _is_there(storage: Storage, key: str) -> bool:
+    """Whether there is such an object. One answer: of the keys that begin with it, an object's own comes first."""
+    first = next(iter(storage.list(key)), None)
+    return first is not None and first.key == key
 
 
 def _hidden(run: RunDir) -> list[Path]:

@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import memory_storage
 import pytest
@@ -15,7 +16,9 @@ from cmscale.errors import UserError
 from cmscale.interop.files import writable
 from cmscale.io.fetch import local_file
 from cmscale.io.local import LocalStorage
+from cmscale.io.s3 import S3Storage
 from cmscale.io.storage import Storage, open_parent, open_storage
+from cmscale.runs.checkpoints import committed_steps
 
 
 @pytest.fixture(params=["local", "s3", "memory"])
@@ -53,6 +56,47 @@ def test_every_storage_reports_absence_in_the_same_way(storage: Storage, tmp_pat
     assert not (tmp_path / "copy").exists()
     storage.delete("nothing")
     assert list(storage.list()) == []
+
+
+def pages_of(storage: Storage, size: int) -> list[dict[str, object]]:
+    """Makes an S3 storage answer a listing in pages of `size` objects. Returns the requests, as they come."""
+    asked: list[dict[str, object]] = []
+
+    def limit(params: dict[str, object], **_: object) -> None:
+        params["MaxKeys"] = size
+        asked.append(params)
+
+    if isinstance(storage, S3Storage):
+        storage.client.meta.events.register("before-parameter-build.s3.ListObjectsV2", limit)
+    return asked
+
+
+@pytest.mark.parametrize("page", [1, 2, 1000])
+def test_listings_have_every_object_and_folders_alone_whatever_the_pages(storage: Storage, page: int) -> None:
+    keys = ["a", "a-1/x", "a-1/y/z", "a-1.txt", "a-2/x", "a-3/b/c", "a-3/x", "b-1/x", "b/x"]
+    for key in keys:
+        storage.write(key, b"data")
+    asked = pages_of(storage, page)
+    assert [entry.key for entry in storage.list()] == sorted(keys)
+    assert [entry.key for entry in storage.list("a-")] == sorted(key for key in keys if key.startswith("a-"))
+    assert storage.folders() == ["a-1", "a-2", "a-3", "b", "b-1"]
+    assert storage.folders("a-") == ["a-1", "a-2", "a-3"]
+    assert storage.folders("b") == ["b", "b-1"]
+    assert storage.folders("c") == []
+    assert [params["MaxKeys"] for params in asked] == [page] * len(asked)
+
+
+def test_the_committed_copies_cost_an_answer_each_however_many_files_they_have(s3: str) -> None:
+    storage = open_storage(s3)
+    for step in range(4):
+        names = [f"rank-{rank:04d}-of-0016.safetensors" for rank in range(16)]
+        for name in (*names, *(["manifest.json"] if step != 2 else [])):
+            storage.write(f"checkpoints/step-{step:09d}/{name}", b"data")
+    copies = storage.sub("checkpoints")
+    asked = pages_of(copies, 4)
+    with patch.object(S3Storage, "sub", lambda *_: copies):
+        assert committed_steps(storage) == [0, 1, 3]
+    assert len(asked) == 1 + 4
 
 
 def test_the_first_of_two_conditional_writers_wins(storage: Storage) -> None:

@@ -51,6 +51,10 @@ class MemoryStorage:
                 data = _objects[url]
                 yield Entry(url.removeprefix(self.join("")), len(data), sha256(data).hexdigest())
 
+    def folders(self, prefix: str = "") -> "list[str]":
+        keys = (entry.key.partition("/") for entry in self.list(prefix))
+        return sorted({name for name, slash, _ in keys if slash})
+
     def delete(self, key: str) -> None:
         _objects.pop(self.join(key), None)
 
