@@ -15,9 +15,9 @@ from cmscale.cli.app import app
 from cmscale.config import known_keys
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [CHECKOUT / "README.md", *sorted((CHECKOUT / "ops").glob("*.md"))]
+DOCUMENTS = [CHECKOUT / "README.md", *sorted((CHECKOUT / "ops").glob("*.md")), CHECKOUT / "ops/study/README.md"]
 SCRIPTS = ["launchers/submit.py", "launchers/evaluate.py", "ops/soak.py", "data_prep/prepare.py", "data_prep/verify.py"]
-SCRIPTS += ["data_prep/reference.py", "launchers/worker.py"]
+SCRIPTS += ["data_prep/reference.py", "launchers/worker.py", "ops/study/run.py"]
 _COMMAND = re.compile(r"^\s+(?:python (?P<script>\S+\.py)|cmscale (?P<command>[a-z-]+))(?P<rest>[^#]*)")
 
 
