@@ -24,7 +24,7 @@ WITHOUT_CONFIG = (OPENAI, NVLABS, DIFFUSERS, BARE)
 
 DIFFUSION_MODEL = "a diffusion model"
 CONSISTENCY_MODEL = "a consistency model"
-DISTILLED_MODEL = "a progressively distilled model"
+DISTILLED_MODEL = "a model that is sampled by Euler steps"
 MODEL_OF_SAMPLER = {"ode": DIFFUSION_MODEL, "multistep": CONSISTENCY_MODEL, "euler": DISTILLED_MODEL}
 """By `method.facts.sampler`."""
 

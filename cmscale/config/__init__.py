@@ -3,7 +3,7 @@
 from cmscale.config.evaluate import Evaluate
 from cmscale.config.files import dump_config, parse_config, parse_tree, read_config
 from cmscale.config.keys import known_keys
-from cmscale.config.methods import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, TCM, Method, MethodSection
+from cmscale.config.methods import CD, CT, ECT, EDM, ICT, MCD, PD, SCD, SCT, TCM, Method, MethodSection
 from cmscale.config.models import Config, accumulation_steps, differences, leaves, trajectory, unequal
 from cmscale.config.network import NOISE_EMBEDDING_SCALE, Model
 from cmscale.config.schema import json_schema
@@ -17,6 +17,7 @@ __all__ = [
     "ECT",
     "EDM",
     "ICT",
+    "MCD",
     "NOISE_EMBEDDING_SCALE",
     "PD",
     "SCD",

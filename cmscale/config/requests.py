@@ -18,7 +18,7 @@ from cmscale.config.evaluate import Evaluate
 from cmscale.config.features import feature_networks, known_network
 from cmscale.config.models import Config
 from cmscale.config.request_fields import option, options_of
-from cmscale.config.sampling_times import check_range, check_second_time, is_file, parse_counts, parse_step, parse_times
+from cmscale.config.sampling_times import check_range, check_steps, is_file, parse_counts, parse_step, parse_times
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -224,8 +224,9 @@ class EvaluateRequest(MeasuringRequest):
         if self.times is not None and not is_file(self.times):
             check_range(parse_times(self.times), config.method, label=f"--sampling-times {self.times}")
         own = config.sampling.times
-        if self.steps is not None and 2 in parse_counts(self.steps, least=1) and (own is None or len(own) != 2):
-            check_second_time(config.method)
+        for steps in () if self.steps is None else parse_counts(self.steps, least=1):
+            if own is None or len(own) != steps:
+                check_steps(config.method, steps)
 
 
 class SearchTimesRequest(MeasuringRequest):

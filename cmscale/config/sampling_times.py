@@ -46,8 +46,10 @@ def check_range(times: Sequence[float], method: MethodSection, *, label: str) ->
         label: What the message begins with: `--sampling-times`.
 
     Raises:
-        UserError: a time outside sigma_min to sigma_max.
+        UserError: a time outside sigma_min to sigma_max, or the method has times of its own.
     """
+    if method.only_sampling_steps is not None:
+        raise UserError(f"{label}: the model has sampling times of its own, the ends of its segments; leave it out")
     ends_with_zero = method.facts.sampler == "ode" and len(times) > 1 and times[-1] == 0
     for time in times[:-1] if ends_with_zero else times:
         if not method.sigma_min <= time <= method.sigma_max:
@@ -57,14 +59,17 @@ def check_range(times: Sequence[float], method: MethodSection, *, label: str) ->
             )
 
 
-def check_second_time(method: MethodSection) -> None:
-    """Checks that the published second time of two-step sampling is one of the model's.
+def check_steps(method: MethodSection, steps: int) -> None:
+    """Checks that a model can be sampled in a number of steps at the times that this number has by default.
 
     Raises:
-        UserError: it was published for another range of noise.
+        UserError: it was trained for another number, or two steps have no second time in its range of noise.
     """
+    only = method.only_sampling_steps
+    if only is not None and steps != only:
+        raise UserError(f"--steps: got {steps}, but the model was trained to be sampled in {only}; leave it out")
     second = method.second_time.sigma
-    if second is not None and not method.sigma_min <= second < method.sigma_max:
+    if steps == 2 and second is not None and not method.sigma_min <= second < method.sigma_max:
         raise UserError(
             f"two steps: the second time that was published for {method.facts.title}, {second:.4g}, is outside of "
             f"method.sigma_min {method.sigma_min:g} to sigma_max {method.sigma_max:g}; give --sampling-times, or set "

@@ -18,6 +18,7 @@ class ScheduleValues:
         target_ema: mu(k), the decay rate of the target network.
         stage: Stage of a curriculum, from 0.
         ends_stage: Whether optimizer and averages start again after this step.
+        sampling_steps: Steps in which the model is sampled at this step, if not in its default number.
     """
 
     step: int
@@ -26,6 +27,7 @@ class ScheduleValues:
     target_ema: float | None = None
     stage: int | None = None
     ends_stage: bool = False
+    sampling_steps: int | None = None
 
 
 def at(config: Config, step: int) -> ScheduleValues:
@@ -48,6 +50,7 @@ def for_method(method: Method, step: int, *, learning_rate: float, total_steps: 
         target_ema=scheduled.target_ema,
         stage=scheduled.stage,
         ends_stage=scheduled.ends_stage,
+        sampling_steps=scheduled.sampling_steps,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmscale.config import MethodSection
-from cmscale.config.sampling_times import check_second_time
+from cmscale.config.sampling_times import check_steps
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """An irrational offset: no Karras grid of any size has times at it."""
@@ -107,11 +107,11 @@ def consistency_sigmas(method: MethodSection, steps: int) -> Tensor:
     Karras curve: indices 0..steps-1 of the descending grid 0..steps.
 
     Raises:
-        UserError: the published time is outside the model's range.
+        UserError: the model was trained for another number, or the published time is outside its range.
     """
+    check_steps(method, steps)
     if steps != 2:
         return indexed_sigmas(method, range(steps), last=steps)
-    check_second_time(method)
     second = method.second_time
     if second.sigma is not None:
         return torch.tensor([method.sigma_max, second.sigma], dtype=torch.float64)

@@ -38,4 +38,26 @@ def heun_step(denoise: Denoise, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     return x + expand_as((s - t) / 2, x) * (first + second)
 
 
+def toward(estimate: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """x at s from x at t on the straight line to an estimate of the clean x: one step of DDIM, or Euler's."""
+    return estimate + expand_as(s / t, x) * (x - estimate)
+
+
+def euler_estimate(denoise: Denoise, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The estimate towards which `euler_step` goes."""
+    del s
+    return evaluate(denoise, x, t)
+
+
+def heun_estimate(denoise: Denoise, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The estimate towards which a straight line from t meets s > 0 where `heun_step` ends; two evaluations.
+
+    x - t (d + d')/2 with Heun's slopes d = (x - D)/t and d' = (x' - D')/s is ((2 - t/s) D + (t/s) D') / 2.
+    """
+    first = evaluate(denoise, x, t)
+    second = evaluate(denoise, toward(first, x, t, s), s)
+    return first + expand_as(t / s / 2, x) * (second - first)
+
+
 STEPS: dict[str, Step] = {"euler": euler_step, "heun": heun_step}
+ESTIMATES: dict[str, Step] = {"euler": euler_estimate, "heun": heun_estimate}

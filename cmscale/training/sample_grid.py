@@ -18,9 +18,7 @@ def save_sample_grid(config: Config, run: RunDir, world: World, engine: Engine, 
     """Draws `train.sample_count` samples of the first EMA on all ranks and saves them as a PNG. Collective."""
     size, count = config.model.image_size, config.train.sample_count
     share = -(-count // world.num_ranks)
-    steps = (
-        schedules.at(config, step - 1).num_scales if config.method.facts.sampler == "euler" else None
-    )  # the steps of the current stage
+    steps = schedules.at(config, step - 1).sampling_steps
     indices = range(world.rank * share, (world.rank + 1) * share)  # ZeRO-3 needs equally many evaluations on all ranks
     batch_size = config.train.micro_batch_size  # fits into memory together with the training state
     with engine.showing(config.ema.names[0]) as network:

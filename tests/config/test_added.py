@@ -25,6 +25,7 @@ METHODS = {
     "scd": "{kind: scd, teacher: t}",
     "pd": "{kind: pd, teacher: t}",
     "tcm": "{kind: tcm, teacher: t}",
+    "mcd": "{kind: mcd, teacher: t}",
 }
 
 

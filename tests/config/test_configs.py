@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((CHECKOUT / "configs").glob("*.yaml"))
 LSUN = [path for path in CONFIGS if path.name.startswith("lsun_")]
 SUCCESSORS = ("ict", "ect", "sct", "scd", "pd")
-VARIANTS = ("ect_imagenet", "edm_angle", "tcm")
+VARIANTS = ("ect_imagenet", "edm_angle", "tcm", "mcd")
 PAPERS = [path for path in LSUN if not path.stem.endswith((*SUCCESSORS, *VARIANTS))]
 
 
@@ -120,6 +120,14 @@ def test_the_second_stage_of_truncated_training_follows_the_first():
         check_teacher(diffusion, second, origin="it")
     with pytest.raises(UserError, match="is another project's; give the first stage"):
         check_openai_teacher(read_config(CHECKOUT / "configs" / "lsun_bedroom_tcm.yaml", ["method.teacher=x.pt"]))
+
+
+def test_multistep_distillation_has_its_papers_growing_steps_and_follows_the_same_teacher_as_cd():
+    config, cd = (read_config(CHECKOUT / "configs" / f"lsun_bedroom_{name}.yaml") for name in ("mcd", "cd_l2"))
+    expected = {"segments": 4, "teacher_steps": 64, "final_teacher_steps": 1280, "annealing_steps": 100_000}
+    assert config.method.model_dump().items() >= (expected | {"weighting": "edm", "teacher": cd.method.teacher}).items()
+    assert (config.model, config.optimizer) == (cd.model, cd.optimizer)
+    check_teacher(read_config(CHECKOUT / "configs" / "lsun_bedroom_edm.yaml"), config, origin="it")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from cmscale.config import CT, ECT, ICT, PD, Method, Optimizer, schedules
-from cmscale.config.methods import ct, ect, ict, pd
+from cmscale.config import CT, ECT, ICT, MCD, PD, Method, Optimizer, schedules
+from cmscale.config.methods import ct, ect, ict, mcd, pd
 
 CASES = [(2, 150, 1_000_000), (2, 200, 800_000), (2, 150, 300), (10, 30, 977), (3, 3, 50)]
 
@@ -106,6 +106,7 @@ def test_pds_teacher_stands_still_within_a_stage_and_becomes_the_student_at_its_
     scheduled = [schedules.for_method(method, k, learning_rate=1.0, total_steps=10) for k in range(10)]
     assert [values.num_scales for values in scheduled] == [4, 4, 2, 2, 2, 2, 1, 1, 1, 1]
     assert [values.target_ema for values in scheduled] == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1]
+    assert [values.sampling_steps for values in scheduled] == [values.num_scales for values in scheduled]
     assert [values.ends_stage for values in scheduled] == [rate == 0 for rate in (1, 0, 1, 1, 1, 0, 1, 1, 1, 1)]
 
 
@@ -113,6 +114,30 @@ def test_pds_learning_rate_falls_to_0_in_each_stage():
     method = PD(kind="pd", teacher="t", start_scales=4)
     rates = [schedules.for_method(method, k, learning_rate=1.0, total_steps=10).learning_rate for k in range(10)]
     assert rates == [1, 0.5, 1, 0.75, 0.5, 0.25, 1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4, 8])
+def test_mcds_teacher_takes_exponentially_more_steps_and_always_whole_ones_in_each_segment(segments: int):
+    method = MCD(kind="mcd", teacher="t", segments=segments)  # pyright: ignore[reportArgumentType]
+    steps = [mcd.mcd_teacher_steps(method, k) for k in range(0, 120_001, 500)]
+    exact = [64 * 20 ** min(k / 100_000, 1) for k in range(0, 120_001, 500)]
+    assert all(abs(a - b) <= segments / 2 and a % segments == 0 for a, b in zip(steps, exact, strict=True))
+    assert (steps[0], steps[100], steps[200], steps[-1]) == (64, round(64 * 20**0.5 / segments) * segments, 1280, 1280)
+    values = schedules.for_method(method, 10**6, learning_rate=1.0, total_steps=10)
+    assert (values.num_scales, values.sampling_steps, method.final_num_scales) == (1281, None, 1281)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"segments": 6}, "teacher_steps: 64 steps can't be divided into 6 segments"),
+        ({"segments": 3, "teacher_steps": 66}, "final_teacher_steps: 1280 steps can't be divided into 3 segments"),
+        ({"teacher_steps": 2560}, "teacher_steps: 2560 must not be above final_teacher_steps, 1280"),
+    ],
+)
+def test_segments_that_do_not_agree_with_the_teachers_steps_are_refused(keys: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        MCD(kind="mcd", teacher="t", **keys)
 
 
 def test_warm_up_is_linear_and_ends_at_the_rate():

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmscale.config import CD, CT, ECT, EDM, ICT, TCM
+from cmscale.config import CD, CT, ECT, EDM, ICT, MCD, TCM
 from cmscale.config.methods import SCT
 from cmscale.consistency import grid
+from cmscale.consistency.sampler import default_sigmas
 from cmscale.errors import UserError
 from cmscale.rng import SampleRandomness
 
@@ -49,6 +50,16 @@ def test_two_step_sampling_takes_the_authors_times(method, sigma: float):
 
 def test_cat_ct_index_gives_the_authors_time():
     assert grid.indexed_sigmas(DIFFUSION, (62,), last=150).item() == pytest.approx(5.249, abs=5e-4)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4, 8])
+def test_segments_are_sampled_from_their_ends_in_the_training_grid_and_in_no_other_number_of_steps(segments: int):
+    method = MCD(kind="mcd", teacher="t", segments=segments)  # pyright: ignore[reportArgumentType]
+    times = default_sigmas(method)
+    starts = grid.karras_grid(method, 65)[:: 64 // segments]
+    assert times.flip(0).tolist() == pytest.approx(starts[1:].tolist(), rel=1e-14)
+    with pytest.raises(UserError, match=rf"--steps: got 3, but the model was trained to be sampled in {segments}"):
+        grid.consistency_sigmas(method, 3)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 17])

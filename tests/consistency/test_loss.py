@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmscale.config import CD, CT, ECT, EDM, ICT, PD, TCM
+from cmscale.config import CD, CT, ECT, EDM, ICT, MCD, PD, TCM
 from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency.distance import build_distance
 from cmscale.consistency.losses import build_loss
@@ -239,7 +239,63 @@ def test_tcm_loss(weighting: str, c: float, random: SampleRandomness):
     np.testing.assert_allclose(given.detach().numpy(), expected, rtol=2e-4)
 
 
+def segment_aim(student: Affine, teacher: Affine, noisy: np.ndarray, *, times: np.ndarray, solver: str) -> np.ndarray:
+    """The inverse DDIM step from t to the end of the two jumps, as the paper has it; times are t, s and u [B]."""
+    upper, lower, start = times
+    slope = (noisy - teacher.in_numpy(noisy, upper)) / at(upper)
+    if solver == "heun":
+        ahead = noisy + at(lower - upper) * slope
+        slope = (slope + (ahead - teacher.in_numpy(ahead, lower)) / at(lower)) / 2
+    less_noisy = noisy + at(lower - upper) * slope
+    own = student.in_numpy(less_noisy, lower)
+    end = own + at(start / lower) * (less_noisy - own)
+    return (end - at(start / upper) * noisy) / at(1 - start / upper)
+
+
+def segment_times(uniform: np.ndarray, scales: int, segments: int) -> np.ndarray:
+    n = 1 + np.floor(uniform * (scales - 1))
+    length = (scales - 1) // segments
+    return np.stack([karras(n + 1, scales), karras(n, scales), karras(1 + (n - 1) // length * length, scales)])
+
+
+@pytest.mark.parametrize("random", RANDOM)
+@pytest.mark.parametrize(("segments", "scales"), [(1, 41), (4, 41), (8, 9)])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_mcd_loss(solver: str, segments: int, scales: int, random: SampleRandomness):
+    """With 8 segments of one step each the student's estimate does not matter: the target is the teacher's step."""
+    method = MCD(kind="mcd", teacher="t", segments=segments, solver=solver)  # pyright: ignore[reportArgumentType]
+    student, teacher = Affine(1), Affine(3)
+    clean, uniform, x, z = setting(random)
+    times = segment_times(uniform, scales, segments)
+    noisy = x + at(times[0]) * z
+    aim = segment_aim(student, teacher, noisy, times=times, solver=solver)
+    expected = (1 / times[0] ** 2 + 1 / 0.5**2) * numpy_distance("l2", student.in_numpy(noisy, times[0]), aim)
+    given = loss_of(method, Networks(student, None, teacher), clean, ScheduleValues(0, 1.0, num_scales=scales), random)
+    np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
+def test_mcd_gradient_is_the_formulas(distance: str):
+    """Against central differences of the float64 formula in each of the network's numbers."""
+    method = MCD(kind="mcd", teacher="t", segments=2, distance=distance, weighting="uniform")  # pyright: ignore
+    student, teacher = Affine(1), Affine(3)
+    clean, uniform, x, z = setting(RANDOM[3])
+    loss_of(
+        method, Networks(student, None, teacher), clean, ScheduleValues(0, 1.0, num_scales=41), RANDOM[3]
+    ).mean().backward()
+    times = segment_times(uniform, 41, 2)
+    noisy = x + at(times[0]) * z
+    aim = segment_aim(student, teacher, noisy, times=times, solver="euler")
+
+    def value(matrix: np.ndarray) -> float:
+        estimate = np.einsum("cd,bdhw->bchw", matrix, noisy) / (1 + at(times[0])) + np.sin(noisy)
+        return numpy_distance(distance, estimate, aim).mean()
+
+    assert_gradient(student, value)
+
+
 METHODS = [
+    (MCD(kind="mcd", teacher="t"), ScheduleValues(0, 1.0, num_scales=41)),
     (TCM(kind="tcm", teacher="t"), ScheduleValues(0, 1.0)),
     (CT(kind="ct", distance="l2"), ScheduleValues(0, 1.0, num_scales=20, target_ema=0.9)),
     (CD(kind="cd", teacher="t", distance="l2"), ScheduleValues(0, 1.0, num_scales=20, target_ema=0.9)),

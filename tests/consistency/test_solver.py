@@ -7,7 +7,7 @@ from gaussian import Gaussian
 
 from cmscale.config import EDM
 from cmscale.consistency import grid
-from cmscale.consistency.solver import STEPS, euler_step, heun_step
+from cmscale.consistency.solver import ESTIMATES, STEPS, euler_step, heun_step, toward
 
 
 def integrate(name: str, data: Gaussian, steps: int) -> float:
@@ -57,3 +57,13 @@ def test_each_sample_of_a_batch_steps_by_its_own_times():
     whole = heun_step(data.denoise, x, t, s)
     single = torch.cat([heun_step(data.denoise, x[i : i + 1], t[i : i + 1], s[i : i + 1]) for i in range(6)])
     torch.testing.assert_close(whole, single, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+@pytest.mark.parametrize("ratio", [0.2, 0.9, 0.99999])
+def test_a_straight_line_to_a_steps_estimate_ends_where_the_step_does(name: str, ratio: float):
+    data = Gaussian.random(6, 0)
+    t = torch.tensor([0.01, 0.5, 4.0, 80.0], dtype=torch.float64)
+    x = data.sample(4, seed=1) + t[:, None] * torch.randn(4, 6, generator=torch.Generator().manual_seed(2)).double()
+    found = toward(ESTIMATES[name](data.denoise, x, t, ratio * t), x, t, ratio * t)
+    torch.testing.assert_close(found, STEPS[name](data.denoise, x, t, ratio * t), rtol=1e-12, atol=1e-13)

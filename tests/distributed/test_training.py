@@ -47,7 +47,9 @@ METHODS = {
     "scd_differences": "{kind: scd, teacher: TEACHER, tangent_warmup_steps: 4}",
     "pd": "{kind: pd, teacher: TEACHER, start_scales: 4}",
     "tcm": "{kind: tcm, teacher: TEACHER}",
+    "mcd": "{kind: mcd, teacher: TEACHER, segments: 2, teacher_steps: 4, final_teacher_steps: 8, annealing_steps: 6}",
 }
+NO_CONSISTENCY_FUNCTION = ("edm", "pd", "mcd")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_run(root: Path, data: Path, kind: str, *overrides: str, teacher: Path | None = None) -> RunDir:
     method = METHODS[kind].replace("TEACHER", str(teacher))
-    probed = [] if kind in ("edm", "pd") else ["train.consistency_error_every=5"]
+    probed = [] if kind in NO_CONSISTENCY_FUNCTION else ["train.consistency_error_every=5"]
     averaged = [] if kind == "pd" else ["ema.lengths=[0.1]", "ema.snapshot_every=3"]
     config = parse_config(CONFIG.replace("METHOD", method), [f"data.path={data}", *probed, *averaged, *overrides])
     root.mkdir(parents=True)
@@ -118,7 +120,7 @@ def test_a_run_gives_the_recorded_losses(golden: Uninterrupted, kind: str) -> No
     measured = {record["step"]: record.get("consistency_error") for record in latest_metrics(golden[kind])}
     snapshots = [listed.step for listed in list_checkpoints(golden[kind].root, within="snapshots")]
     assert snapshots == ([] if kind == "pd" else [3, 6, STEPS])
-    probed = [] if kind in ("edm", "pd") else [5, STEPS]
+    probed = [] if kind in NO_CONSISTENCY_FUNCTION else [5, STEPS]
     assert [step for step, error in measured.items() if error is not None and 0 < error < 1] == probed
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from cmscale.config import Config
-from cmscale.config.files import parse_config
+from cmscale.config import MCD, Config
+from cmscale.config.files import dump_config, parse_config
 from cmscale.config.requests import EvaluateRequest
+from cmscale.consistency.sampler import default_sigmas
 from cmscale.errors import UserError
 from cmscale.evaluation.search_times import _start
-from cmscale.generation.draw import SampleRequest, used_sigmas
+from cmscale.generation.draw import SampleRequest, read_times, used_sigmas
 from cmscale.source import Source
 
 TEXT = """
@@ -67,3 +68,19 @@ def test_an_evaluation_is_refused_before_it_is_submitted_if_its_two_steps_have_n
         request.check_fits(parse_config(text))
     request.check_fits(parse_config(text, ["sampling.times=[0.5, 0.2]"]))
     EvaluateRequest.model_validate({"source": "x.pt", "steps": "1,4"}).check_fits(parse_config(text))
+
+
+def test_a_model_of_segments_is_sampled_in_as_many_steps_and_at_no_other_times():
+    method = MCD(kind="mcd", teacher="t", segments=4)
+    config = parse_config(TEXT.replace("{kind: ct}", "{kind: mcd, teacher: t, segments: 4}"))
+    with pytest.raises(UserError, match=r"--sampling-times 80,1: the model has sampling times of its own"):
+        read_times("80,1", method)
+    for asked, words in ({"steps": "4,2"}, "--steps: got 2, but .* sampled in 4"), ({"times": "80,1"}, "times of its"):
+        with pytest.raises(UserError, match=words):
+            EvaluateRequest.model_validate({"source": "x.pt", **asked}).check_fits(config)
+    EvaluateRequest.model_validate({"source": "x.pt", "steps": "4"}).check_fits(config)
+    assert sigmas(config) == sigmas(config, steps=4) == default_sigmas(method).tolist()
+    with pytest.raises(UserError, match="--steps: got 8"):
+        sigmas(config, steps=8)
+    with pytest.raises(UserError, match=r"sampling.times: method.kind mcd is not sampled in chosen steps"):
+        parse_config(dump_config(config), ["sampling.times=[80, 1]"])

@@ -10,7 +10,7 @@ import torch
 from gaussian import Gaussian
 from torch import Tensor, nn
 
-from cmscale.config import ECT, EDM, ICT, TCM, Method, schedules
+from cmscale.config import ECT, EDM, ICT, MCD, TCM, Method, schedules
 from cmscale.consistency.distance import l2, pseudo_huber
 from cmscale.consistency.losses import build_loss
 from cmscale.consistency.networks import Networks
@@ -87,7 +87,7 @@ def train(method: Method, data: Gaussian, recipe: Recipe, *, teacher: Denoise | 
     Args:
         teacher: By default the exact denoiser of the data.
     """
-    student = Network(recipe.build, boundary=0.0 if isinstance(method, EDM | TCM) else method.sigma_min)
+    student = Network(recipe.build, boundary=0.0 if isinstance(method, EDM | TCM | MCD) else method.sigma_min)
     target, average = copy.deepcopy(student), copy.deepcopy(student)
     huber = isinstance(method, ICT | ECT | TCM)
     loss = build_loss(method, partial(pseudo_huber, c=0.03) if huber else l2)

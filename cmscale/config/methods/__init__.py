@@ -10,12 +10,13 @@ from cmscale.config.methods.ct import CT
 from cmscale.config.methods.ect import ECT
 from cmscale.config.methods.edm import EDM
 from cmscale.config.methods.ict import ICT
+from cmscale.config.methods.mcd import MCD
 from cmscale.config.methods.pd import PD
 from cmscale.config.methods.scd import SCD
 from cmscale.config.methods.sct import SCT
 from cmscale.config.methods.tcm import TCM
 
-AnyMethod = EDM | CD | CT | ICT | ECT | SCT | SCD | PD | TCM
+AnyMethod = EDM | CD | CT | ICT | ECT | SCT | SCD | PD | TCM | MCD
 Method = Annotated[AnyMethod, Field(discriminator="kind")]
 
 METHODS_BY_KIND: dict[str, type[MethodSection]] = {
@@ -33,6 +34,7 @@ __all__ = [
     "EDM",
     "ICT",
     "KINDS",
+    "MCD",
     "METHODS_BY_KIND",
     "PD",
     "SCD",

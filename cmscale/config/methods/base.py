@@ -8,14 +8,13 @@ every config of the method, and properties, which depend on its keys. All other 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from cmscale.config.section import Count, Positive, Section, key, operational
+from cmscale.config.section import Count, Positive, Section, key
 
 DistanceName = Literal["l1", "l2", "lpips", "pseudo_huber"]
-Convention = Literal["paper", "released_code"]
 Preconditioning = Literal["edm", "consistency", "trigflow"]
 SamplerFamily = Literal["ode", "euler", "multistep"]
 TimeEmbedding = Literal["log_sigma", "angle"]
@@ -64,6 +63,7 @@ class MethodSchedule:
         stage: Stage of a curriculum, from 0.
         learning_rate_factor: Multiplies the optimizer's learning rate.
         ends_stage: Whether optimizer and averages start again after this step.
+        sampling_steps: Steps in which the model is sampled at this step, if not in its default number.
     """
 
     num_scales: int | None = None
@@ -71,19 +71,7 @@ class MethodSchedule:
     stage: int | None = None
     learning_rate_factor: float = 1.0
     ends_stage: bool = False
-
-
-HUBER_C: Any = key(
-    None,
-    "c of the pseudo-Huber distance; 0: the Euclidean distance. null: 0.00054 sqrt(D), with D values per image.",
-    source="iCT, section 3.3",
-)
-TEACHER = "The diffusion model: a run, a checkpoint, an exported file, or weights of another project; local or s3://."
-TEACHER_WEIGHTS: Any = key(
-    None,
-    "Which weights of the teacher: an EMA's name, or master. null: its first EMA.",
-    source="what it is sampled with",
-)
+    sampling_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +202,11 @@ class MethodSection(Section, ABC):
         """Sampling steps if a command gives none."""
 
     @property
+    def only_sampling_steps(self) -> int | None:
+        """The one number of sampling steps that the model was trained for; None if it takes any."""
+        return None
+
+    @property
     @abstractmethod
     def second_time(self) -> SecondTime:
         """The second time of two-step sampling."""
@@ -264,70 +257,3 @@ class Scheduled(MethodSection):
 
     def schedule_length(self, total_steps: int) -> int:
         return self.schedule_steps or total_steps
-
-
-class WithoutTeacher(MethodSection):
-    """A method whose student starts with random weights."""
-
-    @property
-    def teacher_choice(self) -> None:
-        return None
-
-
-class ChosenDistance(MethodSection):
-    """A method whose config chooses the distance between two images."""
-
-    distance: DistanceName = key(
-        "lpips",
-        "Distance of the loss between two images: means over the image for l1 and l2, a perceptual distance for lpips, "
-        "sqrt(||a - b||^2 + c^2) - c for pseudo_huber.",
-        source="Consistency Models, LSUN 256",
-    )
-    lpips_pooling: Literal["average", "max"] = key(
-        "average", "Pooling in LPIPS's VGG; the lpips package has max.", source="the released code"
-    )
-    lpips_weights: str | None = operational(
-        None,
-        "File with VGG16's weights for LPIPS: a local path or s3:// URL, optionally with #sha256=HEX. null: the "
-        "download from PyTorch's server.",
-    )
-    huber_c: Annotated[float, Field(ge=0)] | None = HUBER_C
-
-    @property
-    def distance_settings(self) -> DistanceSettings:
-        return DistanceSettings(
-            name=self.distance,
-            huber_c=self.huber_c,
-            lpips_pooling=self.lpips_pooling,
-            lpips_weights=self.lpips_weights,
-        )
-
-
-class OnSigma(MethodSection):
-    """A method whose time embedding gets c_noise = 250 ln(sigma)."""
-
-    @property
-    def embeds_angle(self) -> bool:
-        return False
-
-
-class WithoutForwardMode(MethodSection):
-    """A method whose loss takes no forward-mode derivatives of the network."""
-
-    @property
-    def needs_forward_mode(self) -> bool:
-        return False
-
-
-class SampledInOneStep(MethodSection):
-    """A method whose model is sampled in one step by default."""
-
-    @property
-    def default_sampling_steps(self) -> int:
-        return 1
-
-
-def check_scales(s0: int, s1: int) -> None:
-    """Raises ValueError if the time grid would shrink during training."""
-    if s0 > s1:
-        raise ValueError(f"s0: {s0} must not be above s1, {s1}: the grid grows from s0 to s1 + 1")

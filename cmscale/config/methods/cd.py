@@ -4,24 +4,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cmscale.config.methods.base import (
-    TEACHER,
-    TEACHER_WEIGHTS,
-    ChosenDistance,
-    MethodFacts,
-    MethodSchedule,
-    OnSigma,
-    SampledInOneStep,
-    SecondTime,
-    TeacherChoice,
-    WithoutForwardMode,
-)
-from cmscale.config.section import Rate, key, operational
+from cmscale.config.methods.base import MethodFacts, MethodSchedule, SecondTime
+from cmscale.config.methods.shared import ChosenDistance, FollowsTeacher, OnSigma, SampledInOneStep, WithoutForwardMode
+from cmscale.config.section import Rate, key
 
 Solver = Literal["euler", "heun"]
 
 
-class CD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
+class CD(FollowsTeacher, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Consistency distillation (algorithm 2)."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -39,8 +29,6 @@ class CD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     )
 
     kind: Literal["cd"]
-    teacher: str = operational(..., TEACHER)
-    teacher_weights: str | None = TEACHER_WEIGHTS
     num_scales: Annotated[int, Field(ge=2)] = key(
         40, "N, the number of times of the Karras grid.", source="Consistency Models, LSUN 256"
     )
@@ -50,10 +38,6 @@ class CD(ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     target_ema: Rate = key(
         0.95, "mu, the decay rate per step of the target network.", source="Consistency Models, LSUN 256"
     )
-
-    @property
-    def teacher_choice(self) -> TeacherChoice:
-        return TeacherChoice(self.teacher, self.teacher_weights)
 
     @property
     def forward_passes(self) -> float:

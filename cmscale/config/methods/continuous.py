@@ -4,7 +4,8 @@ import math
 from statistics import NormalDist
 from typing import Literal
 
-from cmscale.config.methods.base import MethodSchedule, SampledInOneStep, SecondTime, TimeEmbedding
+from cmscale.config.methods.base import MethodSchedule, SecondTime, TimeEmbedding
+from cmscale.config.methods.shared import SampledInOneStep
 from cmscale.config.section import NonNegative, Positive, key
 
 PUBLISHED_SIZE = 32

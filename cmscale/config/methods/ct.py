@@ -8,20 +8,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cmscale.config.methods.base import (
+from cmscale.config.methods.base import MethodFacts, MethodSchedule, Scheduled, SecondTime
+from cmscale.config.methods.shared import (
     ChosenDistance,
-    Convention,
-    MethodFacts,
-    MethodSchedule,
     OnSigma,
     SampledInOneStep,
-    Scheduled,
-    SecondTime,
     WithoutForwardMode,
     WithoutTeacher,
     check_scales,
 )
 from cmscale.config.section import key
+
+Convention = Literal["paper", "released_code"]
 
 
 class CT(Scheduled, WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):

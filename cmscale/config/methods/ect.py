@@ -9,24 +9,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cmscale.config.methods.base import (
-    HUBER_C,
-    TEACHER,
-    TEACHER_WEIGHTS,
-    DistanceSettings,
-    MethodFacts,
-    MethodSchedule,
-    OnSigma,
-    SampledInOneStep,
-    Scheduled,
-    SecondTime,
-    TeacherChoice,
-    WithoutForwardMode,
-)
-from cmscale.config.section import Count, Positive, key, operational
+from cmscale.config.methods.base import MethodFacts, MethodSchedule, Scheduled, SecondTime
+from cmscale.config.methods.shared import OnSigma, PseudoHuber, SampledInOneStep, StartsTrained, WithoutForwardMode
+from cmscale.config.section import Count, Positive, key
 
 
-class ECT(Scheduled, OnSigma, SampledInOneStep, WithoutForwardMode):
+class ECT(Scheduled, StartsTrained, PseudoHuber, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Easy consistency tuning (Geng et al. 2024), from a diffusion model."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -44,8 +32,6 @@ class ECT(Scheduled, OnSigma, SampledInOneStep, WithoutForwardMode):
     )
 
     kind: Literal["ect"]
-    teacher: str | None = operational(None, f"{TEACHER} null: train.init_from names the first weights.")
-    teacher_weights: str | None = TEACHER_WEIGHTS
     p_mean: float = key(-1.1, "Mean of ln t, the logarithm of the times of training.", source="ECT, CIFAR-10")
     p_std: Positive = key(2.0, "Standard deviation of ln t.", source="ECT, CIFAR-10")
     weighting: Literal["inverse_gap", "edm"] = key(
@@ -61,19 +47,6 @@ class ECT(Scheduled, OnSigma, SampledInOneStep, WithoutForwardMode):
     k: Positive = key(8.0, "How much wider the gap is at low noise: by 1 + k sigmoid(-b t).", source="ECT, CIFAR-10")
     b: Positive = key(1.0, "How fast that falls with t.", source="ECT, CIFAR-10")
     num_stages: Count = key(8, "Stages of the curriculum, equal parts of the training.", source="ECT, CIFAR-10")
-    huber_c: Annotated[float, Field(ge=0)] | None = HUBER_C
-
-    @property
-    def teacher_choice(self) -> TeacherChoice | None:
-        return None if self.teacher is None else TeacherChoice(self.teacher, self.teacher_weights)
-
-    @property
-    def needs_first_weights(self) -> bool:
-        return True
-
-    @property
-    def distance_settings(self) -> DistanceSettings:
-        return DistanceSettings(name="pseudo_huber", huber_c=self.huber_c)
 
     @property
     def forward_passes(self) -> float:

@@ -11,9 +11,8 @@ from cmscale.config.methods.base import (
     MethodSchedule,
     SecondTime,
     TimeEmbedding,
-    WithoutForwardMode,
-    WithoutTeacher,
 )
+from cmscale.config.methods.shared import WithoutForwardMode, WithoutTeacher
 from cmscale.config.section import Positive, key, operational
 
 

@@ -5,16 +5,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cmscale.config.methods.base import (
-    HUBER_C,
-    UNPUBLISHED_SECOND_TIME,
-    DistanceSettings,
-    MethodFacts,
-    MethodSchedule,
+from cmscale.config.methods.base import UNPUBLISHED_SECOND_TIME, MethodFacts, MethodSchedule, Scheduled, SecondTime
+from cmscale.config.methods.shared import (
     OnSigma,
+    PseudoHuber,
     SampledInOneStep,
-    Scheduled,
-    SecondTime,
     WithoutForwardMode,
     WithoutTeacher,
     check_scales,
@@ -22,7 +17,7 @@ from cmscale.config.methods.base import (
 from cmscale.config.section import Positive, key
 
 
-class ICT(Scheduled, WithoutTeacher, OnSigma, SampledInOneStep, WithoutForwardMode):
+class ICT(Scheduled, WithoutTeacher, PseudoHuber, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Improved consistency training (Song and Dhariwal 2023)."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -44,16 +39,11 @@ class ICT(Scheduled, WithoutTeacher, OnSigma, SampledInOneStep, WithoutForwardMo
     s1: Annotated[int, Field(ge=2)] = key(1280, "N(k) doubles up to s1 + 1.", source="iCT, section 3.4")
     p_mean: float = key(-1.1, "Mean of ln t, the logarithm of the times of training.", source="iCT, section 3.5")
     p_std: Positive = key(2.0, "Standard deviation of ln t.", source="iCT, section 3.5")
-    huber_c: Annotated[float, Field(ge=0)] | None = HUBER_C
 
     @model_validator(mode="after")
     def _check_growth(self) -> "ICT":
         check_scales(self.s0, self.s1)
         return self
-
-    @property
-    def distance_settings(self) -> DistanceSettings:
-        return DistanceSettings(name="pseudo_huber", huber_c=self.huber_c)
 
     @property
     def forward_passes(self) -> float:

@@ -5,24 +5,18 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmscale.config.methods.base import (
-    TEACHER,
-    TEACHER_WEIGHTS,
     UNPUBLISHED_SECOND_TIME,
-    ChosenDistance,
     DistanceName,
     MethodFacts,
     MethodSchedule,
-    OnSigma,
-    SampledInOneStep,
     Scheduled,
     SecondTime,
-    TeacherChoice,
-    WithoutForwardMode,
 )
-from cmscale.config.section import key, operational
+from cmscale.config.methods.shared import ChosenDistance, OnSigma, SampledInOneStep, StartsTrained, WithoutForwardMode
+from cmscale.config.section import key
 
 
-class PD(Scheduled, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
+class PD(Scheduled, StartsTrained, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Progressive distillation (Salimans and Ho 2022); the released consistency code takes the same Euler steps."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -40,8 +34,6 @@ class PD(Scheduled, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMod
     )
 
     kind: Literal["pd"]
-    teacher: str | None = operational(None, f"{TEACHER} null: train.init_from names the first weights.")
-    teacher_weights: str | None = TEACHER_WEIGHTS
     distance: DistanceName = key(
         "l2", "Distance of the loss between two images, as for cd and ct.", source="Salimans and Ho 2022"
     )
@@ -61,14 +53,6 @@ class PD(Scheduled, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMod
         if self.start_scales & (self.start_scales - 1):
             raise ValueError(f"start_scales: {self.start_scales} can't be halved down to 1; give a power of two")
         return self
-
-    @property
-    def teacher_choice(self) -> TeacherChoice | None:
-        return None if self.teacher is None else TeacherChoice(self.teacher, self.teacher_weights)
-
-    @property
-    def needs_first_weights(self) -> bool:
-        return True
 
     @property
     def restarts_averages(self) -> bool:
@@ -96,6 +80,7 @@ class PD(Scheduled, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwardMod
             target_ema=0.0 if ends else 1.0,
             learning_rate_factor=1 - fraction,
             ends_stage=ends,
+            sampling_steps=scales,
         )
 
 

@@ -2,12 +2,12 @@
 
 from typing import ClassVar, Literal
 
-from cmscale.config.methods.base import TEACHER, TEACHER_WEIGHTS, MethodFacts, TeacherChoice
+from cmscale.config.methods.base import MethodFacts
 from cmscale.config.methods.continuous import ContinuousTime
-from cmscale.config.section import operational
+from cmscale.config.methods.shared import FollowsTeacher
 
 
-class SCD(ContinuousTime):
+class SCD(FollowsTeacher, ContinuousTime):
     """Continuous-time consistency distillation (sCD) of a diffusion model."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -25,12 +25,6 @@ class SCD(ContinuousTime):
     )
 
     kind: Literal["scd"]
-    teacher: str = operational(..., TEACHER)
-    teacher_weights: str | None = TEACHER_WEIGHTS
-
-    @property
-    def teacher_choice(self) -> TeacherChoice:
-        return TeacherChoice(self.teacher, self.teacher_weights)
 
     @property
     def embeds_angle(self) -> bool:

@@ -2,8 +2,9 @@
 
 from typing import ClassVar, Literal
 
-from cmscale.config.methods.base import TEACHER, TEACHER_WEIGHTS, MethodFacts, TeacherChoice
+from cmscale.config.methods.base import MethodFacts, TeacherChoice
 from cmscale.config.methods.continuous import ContinuousTime
+from cmscale.config.methods.shared import TEACHER, TEACHER_WEIGHTS
 from cmscale.config.section import key, operational
 
 

@@ -8,26 +8,23 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cmscale.config.methods.base import (
-    TEACHER_WEIGHTS,
-    DistanceSettings,
-    MethodFacts,
-    MethodSchedule,
-    MethodSection,
+from cmscale.config.methods.base import MethodFacts, MethodSchedule, MethodSection, SecondTime
+from cmscale.config.methods.ect import ECT
+from cmscale.config.methods.shared import (
+    FollowsTeacher,
+    HuberC,
     OnSigma,
+    PseudoHuber,
     SampledInOneStep,
-    SecondTime,
-    TeacherChoice,
     WithoutForwardMode,
 )
-from cmscale.config.methods.ect import ECT
 from cmscale.config.section import Positive, key, operational
 
 SOURCE = "TCM, the authors' code"
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class TCM(OnSigma, SampledInOneStep, WithoutForwardMode):
+class TCM(FollowsTeacher, PseudoHuber, OnSigma, SampledInOneStep, WithoutForwardMode):
     """Truncated consistency training (Lee et al. 2024): ECT on the times from t' = `sigma_min` to sigma_max alone."""
 
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -47,7 +44,6 @@ class TCM(OnSigma, SampledInOneStep, WithoutForwardMode):
 
     kind: Literal["tcm"]
     teacher: str = operational(..., "The first stage: a SOURCE of a model of ect. It stays as it is.")
-    teacher_weights: str | None = TEACHER_WEIGHTS
     sigma_min: Positive = key(1.0, "t', the smallest time; below it the first stage gives the targets.", source=SOURCE)
     p_mean: float = key(0.0, "Centre of ln t, the logarithm of the times of training.", source=SOURCE)
     p_std: Positive = key(
@@ -68,15 +64,11 @@ class TCM(OnSigma, SampledInOneStep, WithoutForwardMode):
     )
     k: Positive = key(8.0, "How much wider the gap is at low noise: by 1 + k sigmoid(-b t).", source="ECT")
     b: Positive = key(1.0, "How fast that falls with t.", source="ECT")
-    huber_c: Annotated[float, Field(ge=0)] | None = key(
+    huber_c: HuberC = key(
         0.06,
         "c of the distance sqrt(||.||^2 + c^2) - c; null: 0.00054 sqrt(D).",
         source="TCM, ImageNet 64; CIFAR-10: 0",
     )
-
-    @property
-    def teacher_choice(self) -> TeacherChoice:
-        return TeacherChoice(self.teacher, self.teacher_weights)
 
     def may_follow(self, teacher: MethodSection) -> bool:
         return isinstance(teacher, ECT)
@@ -84,10 +76,6 @@ class TCM(OnSigma, SampledInOneStep, WithoutForwardMode):
     @property
     def teacher_wanted(self) -> str:
         return "the first stage, a model of ect"
-
-    @property
-    def distance_settings(self) -> DistanceSettings:
-        return DistanceSettings(name="pseudo_huber", huber_c=self.huber_c)
 
     @property
     def forward_passes(self) -> float:

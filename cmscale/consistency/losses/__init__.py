@@ -2,7 +2,7 @@
 
 from typing import Never
 
-from cmscale.config import CD, CT, ECT, EDM, ICT, PD, SCD, SCT, TCM
+from cmscale.config import CD, CT, ECT, EDM, ICT, MCD, PD, SCD, SCT, TCM
 from cmscale.config.methods import AnyMethod
 from cmscale.consistency.distance import Distance
 from cmscale.consistency.losses.base import Loss, Measure, unmeasured
@@ -11,6 +11,7 @@ from cmscale.consistency.losses.ct import CTLoss
 from cmscale.consistency.losses.ect import ECTLoss
 from cmscale.consistency.losses.edm import EDMLoss
 from cmscale.consistency.losses.ict import ICTLoss
+from cmscale.consistency.losses.mcd import MCDLoss
 from cmscale.consistency.losses.pd import PDLoss
 from cmscale.consistency.losses.scd import SCDLoss
 from cmscale.consistency.losses.sct import SCTLoss
@@ -39,6 +40,8 @@ def build_loss(method: AnyMethod, distance: Distance | None, *, measure: Measure
             return ECTLoss(method, _required(distance))
         case TCM():
             return TCMLoss(method, _required(distance))
+        case MCD():
+            return MCDLoss(method, _required(distance))
         case PD():
             return PDLoss(method, _required(distance))
         case SCT():
