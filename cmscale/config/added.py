@@ -17,6 +17,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "method.teacher_time_embedding": {"sct": "log_sigma", "scd": "log_sigma"},
     "method.weighting": {"ect": "inverse_gap"},
     "method.schedule_steps": {"ct": None, "ict": None, "ect": None, "pd": None},
+    "method.lpips_precision": {"cd": "fp32", "ct": "fp32", "pd": "fp32", "mcd": "fp32"},
     "model.noise_embedding_scale": {EVERY_METHOD: 1000.0},
     "model.dropout_resolutions": {EVERY_METHOD: None},
     "model.precision_layout": {EVERY_METHOD: "uniform"},

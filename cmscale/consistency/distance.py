@@ -43,7 +43,11 @@ def default_huber_c(image_size: int, channels: int = 3) -> float:
 
 def lpips_network(settings: DistanceSettings, image_size: int) -> lpips.LPIPS:
     """LPIPS as a method's loss uses it, without VGG16's weights."""
-    return lpips.LPIPS(average_pooling=settings.lpips_pooling == "average", resize=image_size < 256)
+    return lpips.LPIPS(
+        average_pooling=settings.lpips_pooling == "average",
+        resize=image_size < 256,
+        dtype=torch.float16 if settings.lpips_precision == "fp16" else torch.float32,
+    )
 
 
 def build_distance(

@@ -1,6 +1,13 @@
-"""Computes LPIPS (arXiv 1801.03924, version 0.1) on VGG16, with maximum or average pooling."""
+"""Computes LPIPS (arXiv 1801.03924, version 0.1) on VGG16, with maximum or average pooling.
+
+VGG16's convolutions may compute in float16. Measured on photographs, its rounding adds about 2e-7 to a distance: one of
+0.004 and more is within 1.2e-4 of float32's, one of 0.0005 within 8e-4, one of 0.00002 within 1.5e-2. With bfloat16
+those are 2.7e-3, 2.8e-2 and 0.9, so bfloat16 is not offered. Gradients differ by 1 to 2.5 percent.
+"""
 
 import itertools
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
@@ -30,15 +37,16 @@ class LPIPS(nn.Module):
     Args:
         average_pooling: As in the released code of Consistency Models; the `lpips` package uses maximum pooling.
         resize: Resize images to 224 px (bilinear) first, as that code does for images under 256 px.
+        dtype: What VGG16's convolutions and pooling compute in: float32 or float16. Distances are always float32.
     """
 
-    def __init__(self, *, average_pooling: bool, resize: bool) -> None:
+    def __init__(self, *, average_pooling: bool, resize: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.average_pooling = average_pooling
         self.resize = resize
         channels = [3] + [width for widths in WIDTHS for width in widths]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1) for before, after in itertools.pairwise(channels)
+            nn.Conv2d(before, after, 3, padding=1, dtype=dtype) for before, after in itertools.pairwise(channels)
         )
         for index, head in enumerate(_heads()):
             self.register_buffer(f"head_{index}", head)
@@ -70,19 +78,25 @@ class LPIPS(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         with without_autocast(a.device):
-            distance = torch.zeros(len(a), device=a.device)
-            features_a, features_b = self._features(a), self._features(b)
-            for index, (x, y) in enumerate(zip(features_a, features_b, strict=True)):
-                difference = (_unit(x) - _unit(y)).square()
-                head = self.get_buffer(f"head_{index}")
-                distance = distance + (difference * head).sum(1).flatten(1).mean(1)
-            return distance
+            if self.convolutions[0].weight.dtype == torch.float16:
+                return _ScaledBackward.apply(a, b, self._distance)  # pyright: ignore[reportReturnType]
+            return self._distance(a, b)
+
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        distance = torch.zeros(len(a), device=a.device)
+        features_a, features_b = self._features(a), self._features(b)
+        for index, (x, y) in enumerate(zip(features_a, features_b, strict=True)):
+            difference = (_unit(x) - _unit(y)).square()
+            head = self.get_buffer(f"head_{index}")
+            distance = distance + (difference * head).sum(1).flatten(1).mean(1)
+        return distance
 
     def _features(self, image: Tensor) -> list[Tensor]:
         x = image.float()
         if self.resize:
             x = F.interpolate(x, size=224, mode="bilinear")
         x = (x - self.get_buffer("mean")) / self.get_buffer("std")
+        x = x.to(self.convolutions[0].weight.dtype)
         found: list[Tensor] = []
         convolutions = iter(self.convolutions)
         for index, widths in enumerate(WIDTHS):
@@ -90,8 +104,39 @@ class LPIPS(nn.Module):
                 x = F.avg_pool2d(x, 2) if self.average_pooling else F.max_pool2d(x, 2)
             for _ in widths:
                 x = F.relu(next(convolutions)(x))
-            found.append(x)
+            found.append(x.float() if x.dtype == torch.float16 else x)
         return found
+
+
+class _ScaledBackward(torch.autograd.Function):
+    """A distance [B] of images whose gradients are computed at once, from a scale at which float16 can hold them.
+
+    The gradients of a mean over a batch of images are too small for float16. Those of each image's own distance are
+    computed at a power of two that depends on the image alone, and multiplied by what backward brings in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        images = [x.detach().requires_grad_(needed) for x, needed in zip((a, b), ctx.needs_input_grad, strict=False)]
+        wanted = [image for image in images if image.requires_grad]
+        with torch.set_grad_enabled(bool(wanted)):
+            found = distance(*images)
+        if wanted:
+            scale = _scale(found.detach(), num_pixels=a[0, 0].numel())
+            gradients = iter(torch.autograd.grad(found, wanted, grad_outputs=scale))
+            divisor = scale.view(-1, 1, 1, 1)
+            ctx.gradients = [next(gradients).float() / divisor if image.requires_grad else None for image in images]
+        return found.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        factor = outer[0].view(-1, 1, 1, 1)
+        return (*(None if each is None else factor * each for each in ctx.gradients), None)
+
+
+def _scale(distance: Tensor, *, num_pixels: int) -> Tensor:
+    """A power of two [B] for each image: gradients fall with the number of pixels and with the distance's root."""
+    return torch.exp2(torch.round(math.log2(num_pixels) - 0.5 * torch.log2(distance.clamp(min=1e-8))))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@ import importlib.util
 import math
 from pathlib import Path
 
+import numpy as np
 import piq
 import piq.perceptual
 import pytest
@@ -17,6 +18,7 @@ from cmscale.consistency.losses import build_loss
 from cmscale.consistency.networks import Networks
 from cmscale.errors import UserError
 from cmscale.rng import SampleRandomness
+from data_prep.demo import VIEWS, crops
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,54 @@ def test_lpips_is_computed_in_float32_whatever_the_surroundings(weights: Path):
         assert torch.equal(lpips(a, b), lpips(a.float(), b.float()))
         assert lpips(a, b).dtype == torch.float32
     assert lpips(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def photographs() -> torch.Tensor:
+    """Crops of two photographs, [2, 3, 48, 48] in [-1, 1]."""
+    found = [np.asarray(next(iter(crops(view, count=1, side=48, seed=0)))) for view in list(VIEWS.values())[:2]]
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize(("noise", "at_least"), [(0.3, 0.01), (0.04, 0.0005)])
+@pytest.mark.long
+def test_lpips_in_float16_agrees_to_a_thousandth_on_photographs(
+    weights: Path, photographs: torch.Tensor, noise: float, at_least: float
+):
+    """Its gradient too, at the size that it has at the end of a training step: float16 could not hold that."""
+    exact = build_distance(CT(kind="ct"), 256, lpips_weights=weights)
+    half = build_distance(CT(kind="ct", lpips_precision="fp16"), 256, lpips_weights=weights)
+    assert exact is not None
+    assert half is not None
+    other = photographs + noise * torch.randn(photographs.shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for distance in (exact, half):
+        image = photographs.clone().requires_grad_()
+        value = distance(image, other)
+        (1e-9 * value).mean().backward()
+        found.append((value.detach(), image.grad))
+    (expected, slope), (value, rounded) = found
+    assert value.dtype == torch.float32
+    assert expected.min() > at_least
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=0)
+    assert not torch.equal(value, expected)
+    assert (rounded - slope).norm() < 0.03 * slope.norm()
+
+
+def test_lpips_in_float16_gives_gradients_where_they_are_wanted_alone(weights: Path):
+    half = build_distance(CT(kind="ct", lpips_precision="fp16"), 256, lpips_weights=weights)
+    assert half is not None
+    a, b = pairs(1, 16)[0]
+    with torch.no_grad():
+        assert not half(a, b).requires_grad
+    assert not half(a, b).requires_grad
+    one, other = a.clone().requires_grad_(), b.clone().requires_grad_()
+    half(one, b).sum().backward()
+    half(a, other).sum().backward()
+    both = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+    half(*both).sum().backward()
+    assert torch.equal(both[0].grad, one.grad)
+    assert torch.equal(both[1].grad, other.grad)
 
 
 def test_lpips_reads_safetensors_as_well(features: nn.Sequential, weights: Path, tmp_path: Path):

@@ -92,6 +92,7 @@ class DistanceSettings:
     name: DistanceName
     huber_c: float | None = None
     lpips_pooling: Literal["average", "max"] = "average"
+    lpips_precision: Literal["fp32", "fp16"] = "fp32"
     lpips_weights: str | None = None
 
 

@@ -94,7 +94,8 @@ class Memory:
         terms = list(self.states)
         settings = self.config.method.distance_settings
         if settings is not None and settings.name == "lpips":
-            terms.append(Term("LPIPS", 4 * VGG16, "VGG16, fp32"))
+            size = 2 if settings.lpips_precision == "fp16" else 4
+            terms.append(Term("LPIPS", size * VGG16, f"VGG16, {settings.lpips_precision}"))
         moments = self.moments(micro_batch, activation_checkpointing=activation_checkpointing)
         worst = max(moments, key=lambda moment: moment.size)
         terms.append(worst)
