@@ -1,20 +1,18 @@
 """Tests with storage that is slow, failing, wrong or absent: training continues, and copies on S3 are complete."""
 
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3.session
 import psutil
 import pytest
 from fault_proxy import FaultProxy
+from outages import IN_ORDER, SHORT, away_at_a_later_shard, upload_set
 from ranks import run_ranks
 from small_runs import CHECKOUT, assert_equal, events, launch, make_data, make_run
 
@@ -195,28 +193,7 @@ def test_a_disk_that_fills_up_is_said_at_once_and_in_the_end_and_training_is_not
 
 @pytest.fixture(scope="module")
 def remote(data: Path, s3_server: str) -> str:
-    """The data set of the runs on S3."""
-    client = boto3.session.Session("x", "x", region_name="us-east-1").client("s3", endpoint_url=s3_server)
-    client.create_bucket(Bucket="data-of-runs")
-    for path in data.iterdir():
-        if path.is_file():
-            client.upload_file(str(path), "data-of-runs", f"set/{path.name}")
-    return "s3://data-of-runs/set"
-
-
-def away_at_a_later_shard(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the server away when the last shard is asked for, which the ranks need some steps later."""
-    plain, shards, gone = proxy.fault_of, set(), threading.Event()
-
-    def fault_of(request: str) -> str:
-        shards.update(re.findall(r"shard-\d+", request))
-        if len(shards) < 3 or gone.is_set():
-            return plain(request)
-        gone.set()
-        proxy.away()
-        return "reset"
-
-    monkeypatch.setattr(proxy, "fault_of", fault_of)
+    return upload_set(data, s3_server, bucket="data-of-runs")
 
 
 def await_that(happened: Callable[[], bool], job: subprocess.Popen[str]) -> None:
@@ -225,11 +202,6 @@ def await_that(happened: Callable[[], bool], job: subprocess.Popen[str]) -> None
         assert job.poll() is None, job.communicate()
         assert time.monotonic() < until
         time.sleep(0.05)
-
-
-# Shards are needed one after the other, and an outage lasts for longer than a step and a collective may take.
-IN_ORDER = ("data.num_canonical_nodes=1", "data.shuffle_block=8", "data.prefetch_batches=1")
-SHORT = ("engine.collective_timeout_minutes=0.25", "engine.step_timeout_minutes=0.25")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 FAULTS = {
+    "away": "ends the server, as `away` does; with `times=1` until `back`",
     "503": "answers SlowDown without forwarding the request",
     "403": "answers InvalidAccessKeyId without forwarding the request",
     "reset": "reads the request and resets the connection",
@@ -157,7 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.proxy.refuses_trailers and "x-amz-trailer" in self.headers:
             text = b"<Error><Code>MissingContentLength</Code></Error>"
             self._answer(411, [("Content-Type", "application/xml")], text)
-        elif fault == "reset":
+        elif fault in ("away", "reset"):
+            if fault == "away":
+                self.proxy.away()
             self._reset()
         elif fault == "stall":
             self.proxy.ended.wait()
