@@ -39,7 +39,7 @@ from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
 from launchers.beginning import resumed_config, split_items
-from launchers.checks import check_dataset, check_inputs
+from launchers.checks import check_inputs
 from launchers.command_line import runs_dir
 from launchers.heartbeat import beating
 from launchers.jobs import MEET, TRAIN, load_worker
@@ -94,7 +94,6 @@ def train(flags: argparse.Namespace) -> str:
     run = new_run(name=flags.name, runs_dir=runs_dir(flags), stem="")
     config = _config(run, file, overrides)
     config.storage.apply()
-    check_dataset(config.data.path, image_size=config.model.image_size)  # every rank waits for storage, then they meet
     load_worker(MEET)(
         config.engine.device,
         timeout_minutes=config.engine.collective_timeout_minutes,

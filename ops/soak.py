@@ -1,11 +1,13 @@
-"""Kills a small run at random moments until it has finished, and compares it with an uninterrupted run."""
+"""Kills a small run at random moments until it has finished, and compares it with an uninterrupted run.
+
+With --outages its data and the copies of its checkpoints are in an object store that goes away meanwhile.
+"""
 
 import argparse
 import collections
 import contextlib
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
+from soak_findings import differences, flaws_of_copies, left_in_shared_memory, orphans, repeated_steps, waits
+from soak_store import BUCKET, Outages, store
+
+from cmscale.errors import UserError
+from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines
 from data_prep.demo import write_lmdb
@@ -205,30 +212,6 @@ def ranks_of(launcher: int) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)] if len(found) == NUM_RANKS else []
 
 
-def differences(golden: RunDir, run: RunDir, *, steps: int) -> list[str]:
-    """Lines of metrics.jsonl (replayed ones too) and files of the last checkpoint that differ from the golden run."""
-    expected = {record["step"]: record["loss"] for record in read_lines(golden.metrics)}
-    got = [(record["step"], record["loss"]) for record in read_lines(run.metrics)]
-    found = [f"step {step}: loss {loss!r}, golden {expected[step]!r}" for step, loss in got if loss != expected[step]]
-    found += [f"step {step}: never logged" for step in sorted(expected.keys() - dict(got).keys())]
-    ends = [{path.name: path.read_bytes() for path in each.checkpoint(steps).glob("rank-*")} for each in (golden, run)]
-    if not ends[0]:
-        found.append("the golden run has no last checkpoint")
-    found += [f"{name}: other weights" for name in sorted(ends[0] | ends[1]) if ends[0].get(name) != ends[1].get(name)]
-    return found
-
-
-def repeated_steps(run: RunDir) -> list[int]:
-    """How many steps each start repeated."""
-    counts: list[int] = []
-    last = 0
-    for record in read_lines(run.metrics):
-        if record["step"] <= last:
-            counts.append(last - record["step"] + 1)
-        last = record["step"]
-    return counts
-
-
 def prepared(folder: Path, *, steps: int) -> Path:
     """Prepares a data set of fifty 8 px images. Returns the config that trains on it."""
     rows, columns = np.mgrid[0:32, 0:32]
@@ -241,32 +224,25 @@ def prepared(folder: Path, *, steps: int) -> Path:
     with contextlib.redirect_stdout(sys.stderr):
         if prepare([*where, "--format", "webdataset", "--image-size", "8", "--encoding", "png"]) != 0:
             raise Stuck("the data set could not be prepared")
-    config = folder / "config.yaml"
     text = CONFIG.replace("DATA", str(folder / "data")).replace("STEPS", str(steps)).replace("EVERY", str(EVERY))
+    config = folder / "config.yaml"
     config.write_text(text)
     return config
 
 
-def orphans(pids: set[int]) -> list[int]:
-    """Those of the processes that still exist after 10 seconds."""
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        left = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-        if not left:
-            return []
-        time.sleep(0.2)
-    return left
+def in_the_store(config: Path, *, cache: Path) -> None:
+    """Moves a config's data to the store, and has checkpoints copied there."""
+    url, text = f"s3://{BUCKET}/data", config.read_text()
+    for path in (config.parent / "data").iterdir():
+        if path.is_file():
+            open_storage(url).upload(path.name, path)
+    text = text.replace(str(config.parent / "data"), url).replace("workers: 1", f"workers: 1, cache_dir: {cache}")
+    text = text.replace("keep_last: 3", f"keep_last: 3, export_to: 's3://{BUCKET}/exports', export_keep_last: 3")
+    config.write_text(text)
 
 
-def left_in_shared_memory(pids: set[int]) -> list[Path]:
-    """Files in /dev/shm named after one of the processes, such as `torch_PID_...`."""
-    folder = Path("/dev/shm")
-    named = ((file, re.search(r"\d+", file.name)) for file in (folder.iterdir() if folder.is_dir() else ()))
-    return [file for file, number in named if number and int(number[0]) in pids]
-
-
-def report(golden: RunDir, soak: Soak, *, steps: int, asked: int) -> int:
-    """Prints counts of kills, repeated steps and differences. Returns the exit status."""
+def report(golden: RunDir, soak: Soak, *, steps: int, asked: int, outages: Outages | None) -> int:
+    """Prints counts of kills, outages, repeated steps and differences. Returns the exit status."""
     events = collections.Counter(record["event"] for record in read_lines(soak.run.events))
     found = differences(golden, soak.run, steps=steps)
     found += [f"process {pid} of a killed start still exists" for pid in orphans(soak.seen)]
@@ -276,6 +252,10 @@ def report(golden: RunDir, soak: Soak, *, steps: int, asked: int) -> int:
     print(f"kills: {len(soak.kills)} of {asked}")
     for counter in by:
         print("  " + ", ".join(f"{name}: {count}" for name, count in sorted(counter.items())))
+    if outages is not None:
+        found += flaws_of_copies(f"s3://{BUCKET}/exports/{soak.run.name}", newest=steps)
+        lost = waits(soak.run)
+        print(f"outages: {len(outages.lengths)}, {sum(outages.lengths):.0f} s in all, met and waited for: {len(lost)}")
     print(f"steps: {steps}, repeated: {sum(repeated)}, at most {max(repeated, default=0)} after one kill")
     rejected, unfinished = events["damaged_checkpoint"], events["unfinished_save"]
     print(f"checkpoints: {rejected} damaged, {unfinished} unfinished saves removed")
@@ -292,6 +272,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--folder", type=Path, help="a new folder, which is kept (default: a temporary one, kept only after a failure)"
     )
+    parser.add_argument(
+        "--outages", action="store_true", help="data and copies are in a store that goes away meanwhile"
+    )
     flags = parser.parse_args(arguments)
     if flags.folder is not None and flags.folder.exists():
         print(f"error: --folder {flags.folder}: exists; name a new one", file=sys.stderr)
@@ -300,24 +283,42 @@ def main(arguments: list[str]) -> int:
     root.mkdir(parents=True, exist_ok=True)
     steps = 2 * EVERY * (flags.kills + 1)
     config = prepared(root, steps=steps)
-    began = time.monotonic()
-    if start(root, "golden", config).wait() != 0:
-        print(f"fault: the golden run failed: {log_of(root, 'golden')}", file=sys.stderr)
-        return 1
-    soak = Soak(root, config, random.Random(flags.seed))
-    status = 1
     try:
-        soak.go(flags.kills)
-        status = report(RunDir(root / "golden"), soak, steps=steps, asked=flags.kills)
-    except Stuck as stuck:
-        print(f"fault: {stuck}", file=sys.stderr)
-    finally:
-        soak.end()
-    print(f"seconds: {time.monotonic() - began:.0f}")
+        with store() if flags.outages else contextlib.nullcontext() as proxy:
+            outages = None
+            if proxy is not None:
+                cache = root / "cache"
+                in_the_store(config, cache=cache)
+                outages = Outages(proxy, random.Random(flags.seed + 1), cache)
+            status = compare(root, config, kills=flags.kills, seed=flags.seed, steps=steps, outages=outages)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if status == 0 and flags.folder is None:
         shutil.rmtree(root)
     else:
         print(f"runs: {root}")
+    return status
+
+
+def compare(root: Path, config: Path, *, kills: int, seed: int, steps: int, outages: Outages | None) -> int:
+    """Runs the config twice, once alone and once among kills and outages. Returns the exit status."""
+    began = time.monotonic()
+    if start(root, "golden", config).wait() != 0:
+        print(f"fault: the golden run failed: {log_of(root, 'golden')}", file=sys.stderr)
+        return 1
+    alone = time.monotonic() - began
+    soak = Soak(root, config, random.Random(seed))
+    status, began = 1, time.monotonic()
+    try:
+        with outages or contextlib.nullcontext():
+            soak.go(kills)
+        status = report(RunDir(root / "golden"), soak, steps=steps, asked=kills, outages=outages)
+    except Stuck as stuck:
+        print(f"fault: {stuck}", file=sys.stderr)
+    finally:
+        soak.end()
+    print(f"seconds: {time.monotonic() - began:.0f}, of the run that was left alone {alone:.0f}")
     return status
 
 

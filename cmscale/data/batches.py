@@ -19,7 +19,7 @@ from cmscale.data.buffers import Buffers
 from cmscale.data.cache import BadFile
 from cmscale.data.decode import BadImage, decode_into
 from cmscale.data.order import Order, flips
-from cmscale.data.samples import Samples
+from cmscale.data.samples import Samples, open_samples
 from cmscale.distributed.world import World
 from cmscale.errors import UserError
 from cmscale.io.patience import is_waiting
@@ -337,16 +337,20 @@ def open_batches(
     global_batch_size: int,
     image_size: int,
     start_cursor: int = 0,
+    samples: Samples | None = None,
 ) -> Batches:
     """Opens the data set at `config.path` for this rank.
 
     The sequence of samples depends only on the data set, seed, num_canonical_nodes and shuffle_block; a global batch is
     its next `global_batch_size` samples. A data set smaller than a batch is repeated within the batch.
 
+    Args:
+        samples: From `open_samples`, if it was called.
+
     Raises:
         UserError: there is no data set, its images have another size, or the ranks cannot share the batch evenly.
     """
-    samples = Samples(config.path, cache_dir=config.cache_dir, cache_gb=config.cache_gb)
+    samples = samples or open_samples(config)
     manifest = samples.manifest
     if manifest.image_size != image_size:
         raise UserError(

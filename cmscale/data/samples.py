@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmscale.config import Data
 from cmscale.data.cache import FileCache
 from cmscale.data.decode import BadImage, decode
 from cmscale.data.formats import ShardReader, shard_format
@@ -105,6 +106,15 @@ class Samples:
         shard = self.shard_of(index)
         next_shard = (shard + 1) % len(self.manifest.shards)
         return self.starts[next_shard] + (index - self.starts[shard]) % self.manifest.shards[next_shard].count
+
+
+def open_samples(config: Data) -> Samples:
+    """The samples of a config's data set, on this rank.
+
+    Raises:
+        UserError: there is no data set, or it does not match its manifest.
+    """
+    return Samples(config.path, cache_dir=config.cache_dir, cache_gb=config.cache_gb)
 
 
 def read_images(

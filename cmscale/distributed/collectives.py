@@ -1,8 +1,9 @@
 """Collectives on small values, by which the ranks agree; with one rank they return their argument."""
 
 import datetime
+import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from cmscale.distributed.compat import process_groups, set_timeout
 
 T = TypeVar("T")
+
+LOOK_SECONDS = 5.0
+"""Between two looks of ranks that wait for one of them: they agree so often, so that no collective waits for long."""
 
 
 def bound_collectives(*, timeout_minutes: float) -> None:
@@ -81,6 +85,46 @@ def barrier() -> None:
     """Waits for every rank. Collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def together(action: Callable[[], T]) -> T:
+    """Runs `action()` on every rank; all wait until the last has done, however long that takes. Collective.
+
+    For what may wait for storage, on one rank alone. Meanwhile the ranks look together whether all have done, in a
+    thread, so that no collective waits for longer than `LOOK_SECONDS`, and `action` is free to be interrupted. It must
+    call no collective.
+
+    Raises:
+        Exception: what `action` raised here; where it did not, what it raised on the first rank that it failed on.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return action()
+    done, broken = threading.Event(), []
+    thread = threading.Thread(target=_look, args=(done, broken), name="looks", daemon=True)
+    thread.start()
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    done.set()
+    thread.join()
+    if broken:
+        raise error or broken[0]
+    errors = gather(error)
+    if first := error or next(filter(None, errors), None):
+        raise first
+    return cast(T, result)
+
+
+def _look(done: threading.Event, broken: list[Exception]) -> None:
+    """Looks until every rank has done; an error, as of a rank that has died, goes to `broken`."""
+    try:
+        while any_rank(not done.wait(LOOK_SECONDS)):
+            pass
+    except Exception as error:
+        broken.append(error)
 
 
 def on_main(action: Callable[[], T]) -> T | None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cmscale.distributed import interfaces
-from cmscale.distributed.collectives import on_main
+from cmscale.distributed.collectives import together
 from cmscale.distributed.compat import rendezvous_store
 from cmscale.errors import UserError
 
@@ -122,13 +122,14 @@ def connect(world: World, *, timeout_minutes: float = 10.0) -> None:
 
 
 def meet(device: str, *, timeout_minutes: float, prepare: Callable[[], None]) -> None:
-    """Joins the process group, then has rank 0 prepare what all ranks work on. Collective.
+    """Joins the process group, then has rank 0 prepare what all ranks work on; they wait with it. Collective.
 
     Raises:
         Exception: whatever `prepare` raises, on every rank.
     """
-    connect(detect(device), timeout_minutes=timeout_minutes)
-    on_main(prepare)
+    world = detect(device)
+    connect(world, timeout_minutes=timeout_minutes)
+    together(prepare if world.is_main else lambda: None)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,8 @@ from cmscale.consistency.losses import Loss, build_loss
 from cmscale.consistency.lpips import download_vgg
 from cmscale.consistency.networks import Networks
 from cmscale.data import Batch, Batches, open_batches, to_device
-from cmscale.distributed.collectives import from_main, on_main
+from cmscale.data.samples import Samples
+from cmscale.distributed.collectives import from_main, on_main, together
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine, NonFiniteLoss, StepResult
 from cmscale.engine.flat_space import number_parameters
@@ -91,10 +93,11 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
     attention = chosen_attention(config, world)
     config = config.model_copy(update={"model": config.model.model_copy(update={"attention": attention.kind})})
     facts, starts_from_teacher = method.facts, method.teacher_choice is not None
-    teacher = load_teacher(config) if facts.follows_teacher or (starts_from_teacher and fresh) else None
+    needs_teacher = facts.follows_teacher or (starts_from_teacher and fresh)
+    teacher = together(lambda: load_teacher(config)) if needs_teacher else None
     build_network = network_builder(config)
     start = None
-    if fresh and (first := first_weights(config, teacher)) is not None:
+    if fresh and (first := together(lambda: first_weights(config, teacher))) is not None:
         start = {**build_network().state_dict(), **first}  # they have none for the learned weighting
     engine = Engine(config, world, build_network, start, has_target=facts.has_target)
     networks = Networks(
@@ -162,15 +165,19 @@ def load_distance(config: Config, world: World) -> Distance | None:
     settings = config.method.distance_settings
     weights = None
     if settings is not None and settings.name == "lpips":
-        if settings.lpips_weights is not None:
-            weights = local_file(settings.lpips_weights)
-        else:
-            with download_lock("vgg.lock"):
-                weights = download_vgg()
+        weights = together(lambda: vgg_file(settings.lpips_weights))
     return build_distance(config.method, config.model.image_size, lpips_weights=weights, device=world.device)
 
 
-def open_data(config: Config, world: World, state: TrainState) -> Batches:
+def vgg_file(place: str | None) -> Path:
+    """VGG16's weights on this node: a given file, or torchvision's."""
+    if place is not None:
+        return local_file(place)
+    with download_lock("vgg.lock"):
+        return download_vgg()
+
+
+def open_data(config: Config, world: World, state: TrainState, samples: Samples) -> Batches:
     """Opens the batches that follow the training state."""
     return open_batches(
         config.data,
@@ -179,4 +186,5 @@ def open_data(config: Config, world: World, state: TrainState) -> Batches:
         global_batch_size=config.train.global_batch_size,
         image_size=config.model.image_size,
         start_cursor=state.cursor,
+        samples=samples,
     )

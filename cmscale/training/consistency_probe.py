@@ -29,7 +29,7 @@ class Probe:
         share = -(-PROBE_IMAGES // world.num_ranks)
         indices = range(world.rank * share, (world.rank + 1) * share)
         url = config.train.consistency_error_data or config.data.path
-        images = first_images(url, count=PROBE_IMAGES, size=config.model.image_size)
+        images = collectives.together(lambda: first_images(url, count=PROBE_IMAGES, size=config.model.image_size))
         # ZeRO-3 needs the same number of evaluations on all ranks: with many ranks or few images, images repeat
         self._indices = [index % len(images) for index in indices]
         self._clean = images[self._indices]

@@ -4,16 +4,13 @@ import contextlib
 import time
 
 from cmscale.data import Batch, Batches
-from cmscale.distributed.collectives import any_ranks
+from cmscale.distributed.collectives import LOOK_SECONDS, any_ranks
 from cmscale.distributed.world import World
 from cmscale.engine.preemption import Preemption
 from cmscale.engine.watchdog import Watchdog
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
-
-LOOK_SECONDS = 5.0
-"""Between two looks of ranks that wait for storage: they agree so often, so that no collective waits for long."""
 
 
 class Feed:

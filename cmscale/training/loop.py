@@ -4,7 +4,9 @@ import contextlib
 from pathlib import Path
 
 from cmscale.config import Config, read_config, schedules
+from cmscale.data import open_samples
 from cmscale.distributed import world as worlds
+from cmscale.distributed.collectives import together
 from cmscale.distributed.world import World
 from cmscale.engine.checkpoint import Checkpoints, Fenced, claim_generation
 from cmscale.engine.export import Exporter
@@ -12,10 +14,9 @@ from cmscale.engine.preemption import Preemption
 from cmscale.engine.resume import newest, restore
 from cmscale.engine.watchdog import Watchdog
 from cmscale.errors import NotExported, UserError
-from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
-from cmscale.runs.manifests import TrainState, read_dataset_manifest
+from cmscale.runs.manifests import TrainState
 from cmscale.training import preflight
 from cmscale.training.assemble import assemble, check_same_teacher, flat_space, open_data
 from cmscale.training.bad_steps import BadSteps
@@ -68,7 +69,8 @@ def main(run_dir: str, fresh: bool = False) -> str:
 
 def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, fresh: bool = False) -> str:
     """Trains a run from its newest checkpoint, or from step 0 if it has none. Collective."""
-    data = read_dataset_manifest(open_storage(config.data.path)).fingerprint
+    samples = together(lambda: open_samples(config.data))
+    data = samples.manifest.fingerprint
     generation = claim_generation(run)
     found = newest(run, config, world, data_fingerprint=data, parameters=flat_space(config), fresh=fresh)
     parts = assemble(config, world, fresh=found is None)
@@ -77,7 +79,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     teacher = parts.teacher_fingerprint
     if found is not None:
         teacher = check_same_teacher(config, found.manifest.teacher_fingerprint, teacher)
-    batches = open_data(config, world, state)  # before any thread is started, as its workers are forked
+    batches = open_data(config, world, state, samples)  # before any thread is started, as its workers are forked
     log = RunLog(config, run, world, batches=batches, usage=Usage(config, world))
     exporter = None
     if config.checkpoint.export_to and world.is_main:
