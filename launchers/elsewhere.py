@@ -6,6 +6,7 @@ is alive there ends. It can come back the same way.
 
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,20 +152,23 @@ def _record(exports: Exports, run: RunDir, code: Code, step: int) -> None:
 
 def _take_over(exports: Exports, run: RunDir) -> int:
     """Fetches the newest intact checkpoint and claims the run; one that came meanwhile is fetched, too."""
-    step, damaged = _fetch_newest(exports.storage, run, newer_than=-1)
-    home = RunDir(exports.run.root)
-    claim(exports.storage, home, step=step, token=token_of(run))
-    later, more = _fetch_newest(exports.storage, run, newer_than=step)
+    steps = _newest_first(exports.storage)
+    step, damaged = _fetch_first(exports.storage, run, steps)
+    if step is None:
+        first = next(iter(damaged.values()), "there is none")
+        raise UserError(f"--resume {exports.storage.url}: no checkpoint there is intact ({first})")
+    claim(exports.storage, RunDir(exports.run.root), step=step, token=token_of(run))
+    came = [each for each in _newest_first(exports.storage) if each > step and each not in steps]
+    later, more = _fetch_first(exports.storage, run, came)
     for each in damaged | more:
         _retire(exports.storage, each)
-    return max(step, later)
+    return step if later is None else later
 
 
-def _fetch_newest(storage: Storage, run: RunDir, *, newer_than: int) -> tuple[int, set[int]]:
-    """Copies the newest intact checkpoint into a run's folder. Returns its step and those of newer, damaged ones."""
+def _fetch_first(storage: Storage, run: RunDir, steps: list[int]) -> tuple[int | None, dict[int, str]]:
+    """Copies the first intact checkpoint into a run's folder. Returns its step, and what is wrong with those before."""
     problems: dict[int, str] = {}
-    candidates = [step for step in reversed(committed_steps(storage)) if step > newer_than]
-    for step in candidates:
+    for step in steps:
         final, staged = run.checkpoint(step), run.checkpoints / f".{step_name(step)}.start-0.save-0"
         shutil.rmtree(staged, ignore_errors=True)
         print(f"fetching the checkpoint of step {step} from {storage.url}", flush=True)
@@ -179,11 +183,25 @@ def _fetch_newest(storage: Storage, run: RunDir, *, newer_than: int) -> tuple[in
             shutil.rmtree(final)
         Path(staged).rename(final)
         sync_folder(run.checkpoints)
-        return step, set(problems)
-    if newer_than < 0:
-        first = next(iter(problems.values()), "there is none")
-        raise UserError(f"--resume {storage.url}: no checkpoint there is intact ({first})")
-    return newer_than, set(problems)
+        return step, problems
+    return None, problems
+
+
+def _newest_first(storage: Storage) -> list[int]:
+    """The steps of the copies, the one first with which the run should go on: the newest of the newest home.
+
+    A copy of a later step that a former home made, as the run was already going on elsewhere, comes after it.
+    """
+    steps, known = committed_steps(storage), homes(storage)
+    late = [step for step in steps if step > known[-1].step] if len(known) > 1 else []
+    made_by = {step: _home_of(storage, step) for step in late}
+    return sorted(steps, key=lambda step: (made_by.get(step, 0), step), reverse=True)
+
+
+def _home_of(storage: Storage, step: int) -> int:
+    with suppress(NotIntact):
+        return intact_manifest(storage.sub(f"checkpoints/{step_name(step)}")).home
+    return 0
 
 
 def _retire(storage: Storage, step: int) -> None:

@@ -2,9 +2,13 @@
 
 The files of a copy have their hash in their name, and the manifest there lists them so. Whatever an older start of the
 run still uploads, it replaces nothing that a manifest lists. Copies of earlier releases have files without hashes.
+
+A run that went elsewhere commits no copy any more: its folder looks for a newer home after the files, just before the
+manifest. What comes in between is replaced by the newer home's own copy, as a copy names the home that made it.
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from cmscale.engine.checkpoint_reader import read_manifest
@@ -27,12 +31,16 @@ class DamagedHere(UserError):
     """Raised for a checkpoint that can't be copied because it is damaged in the run's folder."""
 
 
-def export_checkpoint(folder: Path, target: Storage) -> bool:
+def export_checkpoint(folder: Path, target: Storage, *, home: Callable[[], int] = lambda: 0) -> bool:
     """Copies a complete local checkpoint to `target`. Returns whether `target` now holds this checkpoint.
 
-    A target that has a manifest already is not changed.
+    A target that has a manifest already is not changed, unless a former home of the run made it.
+
+    Args:
+        home: The number of the run's home, which this folder must be (`must_be_home`); 0 if the run has none.
 
     Raises:
+        WentElsewhere: the run was continued in another folder; no manifest was written.
         DamagedHere: the local checkpoint is not what was written.
         DamagedUpload: a file differed after `TRIES` uploads.
         UserError, ConnectionError, OSError: from the storage.
@@ -41,17 +49,31 @@ def export_checkpoint(folder: Path, target: Storage) -> bool:
         manifest = read_manifest(LocalStorage(folder))
     except UserError as error:
         raise DamagedHere(str(error)) from None
-    raw = copy_manifest(manifest).to_bytes()
+    copied = copy_manifest(manifest)
     present = target.read_if_present(CHECKPOINT_MANIFEST)
-    if present is not None:
-        return same_contents(present, raw)
+    if present is not None and same_contents(present, copied.to_bytes()):
+        return True
+    if present is not None and not _is_of_former_home(present, home()):
+        return False
     there = {entry.key: entry.size for entry in target.list()}
     for part in manifest.parts:
         _upload_checked(folder / part.file.name, target, part.file, there.get(copied_name(part.file)))
+    number = home()
+    raw = copied.model_copy(update={"home": number}).to_bytes()
     if target.write_if_absent(CHECKPOINT_MANIFEST, raw):
         return True
     present = target.read_if_present(CHECKPOINT_MANIFEST)
+    if present is not None and _is_of_former_home(present, number) and not same_contents(present, raw):
+        target.write(CHECKPOINT_MANIFEST, raw)
+        return True
     return present is not None and same_contents(present, raw)
+
+
+def _is_of_former_home(raw: bytes, home: int) -> bool:
+    """Whether a manifest was written by a home of the run before this one."""
+    with contextlib.suppress(UserError):
+        return 0 < read_checkpoint_manifest(raw, origin="manifest").home < home
+    return False
 
 
 def copied_name(entry: FileEntry) -> str:

@@ -57,19 +57,21 @@ def export_pending(
 
     Raises:
         ConnectionError: the storage does not answer.
+        WentElsewhere: the run was continued in another folder.
         NotExported: some could not be copied; the others are.
     """
     storage = exported_run(run, export_to)
     done: list[int] = []
     failed: dict[int, str] = {}
+    must_be_home(storage, run)
     for step in pending_exports(run, export_to, settings):
         try:
-            if export_checkpoint(run.checkpoint(step), copy_of(storage, step)):
+            if export_checkpoint(run.checkpoint(step), copy_of(storage, step), home=lambda: must_be_home(storage, run)):
                 done.append(step)
                 copied(step)
             else:
                 failed[step] = "another checkpoint of this step is there already; it was not changed"
-        except ConnectionError:
+        except (ConnectionError, WentElsewhere):
             raise
         except (UserError, DamagedUpload, OSError) as error:
             failed[step] = str(error)
@@ -199,8 +201,10 @@ class Exporter:
             try:
                 must_be_home(storage, self._run)
                 self._history.update(storage)
-                self._copy(step, copy_of(storage, step))
+                self._copy(step, storage)
             except Exception as error:
+                if isinstance(error, WentElsewhere):
+                    self.went_elsewhere = str(error)
                 self._failed(step, error, say=first is None)
                 first = first or error
                 if isinstance(error, ConnectionError):  # it would answer about the others neither
@@ -212,11 +216,11 @@ class Exporter:
             self._prune(storage)
         return first
 
-    def _copy(self, step: int, target: Storage) -> None:
+    def _copy(self, step: int, exported: Storage) -> None:
         if step not in wanted_copies({*self._there, *self.waiting()}, self._settings):
             self._forget(step)  # it would only be removed again
             return
-        folder = self._run.checkpoint(step)
+        folder, target = self._run.checkpoint(step), copy_of(exported, step)
         if step in self._there and self._is_copied(folder, target):
             self._forget(step)
             return
@@ -225,7 +229,7 @@ class Exporter:
         try:
             if not (folder / CHECKPOINT_MANIFEST).exists():
                 event, why = "export_dropped", "removed here before it could be copied"
-            elif not export_checkpoint(folder, target):
+            elif not export_checkpoint(folder, target, home=lambda: must_be_home(exported, self._run)):
                 event, why = "export_refused", "another checkpoint of this step is there already; it was not changed"
         except DamagedHere as error:  # it stays so
             event, why = "export_failed", str(error)

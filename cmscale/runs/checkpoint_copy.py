@@ -51,7 +51,7 @@ def copy_files(source: Storage, folder: Path, manifest: CheckpointManifest) -> C
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         files = list(pool.map(partial(_copy, source, folder), (part.file for part in manifest.parts), names))
     parts = (part.model_copy(update={"file": file}) for part, file in zip(manifest.parts, files, strict=True))
-    return manifest.model_copy(update={"parts": tuple(parts)})
+    return manifest.model_copy(update={"parts": tuple(parts), "home": 0})
 
 
 def copy_checkpoint(source: Storage, folder: Path) -> CheckpointManifest:

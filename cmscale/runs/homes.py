@@ -98,8 +98,8 @@ def claim(exported: Storage, run: RunDir, *, step: int, token: str | None = None
         number += 1
 
 
-def must_be_home(exported: Storage, run: RunDir, *, step: int = 0) -> None:
-    """Checks that a run's folder is the newest home of its exports; if there is none, it becomes that.
+def must_be_home(exported: Storage, run: RunDir, *, step: int = 0) -> int:
+    """The number of a run's folder, which is the newest home of its exports; if there is none, it becomes that.
 
     Raises:
         WentElsewhere: the run was continued in another folder.
@@ -108,8 +108,11 @@ def must_be_home(exported: Storage, run: RunDir, *, step: int = 0) -> None:
     if not known:
         claim(exported, run, step=step)
         known = homes(exported)
-    if known and known[-1].token != token:
+    if not known:
+        return 0  # none of the records can be read
+    if known[-1].token != token:
         raise WentElsewhere(
             f"{exported.url}: the run goes on elsewhere, in {known[-1]}; to bring it back here: "
             f"submit.py --resume {exported.url} --runs-dir {run.root.parent}"
         )
+    return known[-1].number

@@ -163,6 +163,7 @@ class CheckpointManifest(Document):
         trajectory: the config's values that change the losses.
         part_size: elements of a rank in the padded flat space, which stages 0 to 2 split evenly.
         scalars: numbers that are the same on every rank.
+        home: of a copy, the number of the run's home that made it (`cmscale.runs.homes`); 0 in a run's folder.
     """
 
     version: Literal[1, 2, 3] = 3
@@ -181,6 +182,7 @@ class CheckpointManifest(Document):
     part_size: Annotated[int, Field(ge=1, lt=2**63)] | None = Field(default=None, exclude_if=lambda size: size is None)
     parts: tuple[RankPart, ...]
     scalars: dict[str, float] = {}
+    home: NonNegative = 0
 
     @model_validator(mode="after")
     def _says_where_elements_are(self) -> Self:

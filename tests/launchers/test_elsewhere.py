@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluation_fixtures import TEXT, write_checkpoint
 from launch_fixtures import dataset
 
 from cmscale.config import dump_config, parse_config, read_config
+from cmscale.engine import copying
 from cmscale.engine.checkpoint import Checkpoints, Fenced
-from cmscale.engine.export import Exporter
+from cmscale.engine.export import Exporter, export_checkpoint, export_pending
 from cmscale.errors import UserError
 from cmscale.io.storage import Storage, open_storage
-from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.checkpoints import committed_steps, read_manifest
 from cmscale.runs.folder import RunDir, rank_file, step_name
 from cmscale.runs.homes import claim, homes, must_be_home
 from cmscale.runs.log import append_line, read_lines
@@ -145,6 +147,45 @@ def test_the_folder_before_exports_nothing_more_and_its_start_ends(here: RunDir,
     assert writer.overtaken()
     with pytest.raises(Fenced, match=r"goes on elsewhere, in .*there/one"):
         writer.end_if_overtaken()
+
+
+def test_a_copy_that_is_under_way_when_the_run_goes_elsewhere_is_not_committed(
+    here: RunDir, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(here, read_config(here.config), step=9)
+    upload = copying._upload_checked
+
+    def upload_and_lose_the_run(*arguments: Any) -> None:
+        upload(*arguments)
+        monkeypatch.setattr(copying, "_upload_checked", upload)
+        resume(f"{s3}/runs/one", tmp_path / "there")
+
+    monkeypatch.setattr(copying, "_upload_checked", upload_and_lose_the_run)
+    exporter = Exporter(here, f"{s3}/runs", retry_seconds=0.01)
+    assert 9 in exporter.close(patience=60)
+    assert "goes on elsewhere" in exporter.went_elsewhere
+    assert committed_steps(exported(s3)) == [3, 7]
+    with pytest.raises(UserError, match="goes on elsewhere"):
+        export_pending(here, f"{s3}/runs")  # as `cmscale export` does
+
+
+def test_a_copy_committed_in_the_moment_of_the_takeover_gives_way_to_the_new_home(
+    here: RunDir, s3: str, tmp_path: Path
+) -> None:
+    there = resume(f"{s3}/runs/one", tmp_path / "there")
+    fingerprint = read_dataset_manifest(open_storage(tmp_path / "data")).fingerprint
+    for step in (9, 11):  # the folder before had looked for a newer home just before there was one
+        write_checkpoint(here, read_config(here.config), step=step, data_fingerprint=fingerprint)
+        target = exported(s3).sub(f"checkpoints/{step_name(step)}")
+        assert export_checkpoint(here.checkpoint(step), target, home=lambda: 1)
+    different = {"loss_scale": 2.0}
+    write_checkpoint(there, read_config(there.config), step=9, data_fingerprint=fingerprint, scalars=different)
+    assert Exporter(there, f"{s3}/runs").close(patience=60) == set()
+    assert [event["step"] for event in read_lines(there.events) if event["event"] == "exported"][-1] == 9
+    third = resume(f"{s3}/runs/one", tmp_path / "third")
+    assert committed_steps(third) == [9]
+    manifest = read_manifest(open_storage(third.checkpoint(9)))
+    assert (manifest.scalars, manifest.home) == (different, 0)
 
 
 def test_a_run_comes_back_unless_its_folder_has_trained_on(here: RunDir, s3: str, tmp_path: Path) -> None:
