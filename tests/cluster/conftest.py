@@ -21,9 +21,13 @@ def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip("no Slurm here (apt-get install slurmctld slurmd slurm-client munge)")
     folder = tmp_path_factory.mktemp("testbed")
     environment = {**os.environ, "TESTBED_DIR": str(folder)}
+    small = folder / "small"
+    small.mkdir()  # mounted first, so that all nodes have it
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", small], check=True)
     up = subprocess.run([TESTBED / "up.sh", "2"], env=environment, capture_output=True, text=True, check=False)
     assert up.returncode == 0, up.stderr
     yield folder / "slurm.conf"
+    subprocess.run(["umount", "-l", small], check=True)
     subprocess.run([TESTBED / "down.sh"], env=environment, check=True)
 
 
@@ -35,3 +39,12 @@ def slurm(testbed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     subprocess.run(["scancel", "--user=root"], check=True)  # jobs that a module's fixture may have left
     yield testbed
     subprocess.run(["scancel", "--user=root"], check=True)
+
+
+@pytest.fixture
+def small(slurm: Path) -> Iterator[Path]:
+    """A folder of 64 MiB that all nodes share, empty before and after the test."""
+    folder = slurm.parent / "small"
+    yield folder
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -41,6 +41,21 @@ def stay(run_dir: str, places: list[int]) -> str:
     return loop.main(run_dir)
 
 
+def pause(run_dir: str, places: list[int]) -> str:
+    """Trains; rank 0 waits before the step after each of `places` until there is a file `go-on-STEP`."""
+    run = RunDir(Path(run_dir))
+
+    def wait_here(step: int) -> None:
+        until = time.monotonic() + 200
+        (run.root / f"paused-{step}").touch()
+        while not (run.root / f"go-on-{step}").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+
+    if os.environ["RANK"] == "0":
+        before_every_step(lambda step: wait_here(step) if step in places else None)
+    return loop.main(run_dir)
+
+
 def eat_all_memory(run_dir: str, starts: int) -> str:
     """Trains; the last rank allocates 3 GiB before the step after 4, in the first `starts` starts."""
     run, last = RunDir(Path(run_dir)), os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
