@@ -6,14 +6,12 @@ With --outages its data and the copies of its checkpoints are in an object store
 import argparse
 import collections
 import contextlib
-import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, assert_never, get_args
@@ -25,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
 from soak_findings import differences, flaws_of_copies, left_in_shared_memory, orphans, repeated_steps, waits
+from soak_processes import NUM_RANKS, PATIENCE, Stuck, family, kill, log_of, ranks_of, start, wait_for
 from soak_store import BUCKET, Outages, store
 
 from cmscale.errors import UserError
@@ -34,10 +33,7 @@ from cmscale.runs.log import read_lines
 from data_prep.demo import write_lmdb
 from data_prep.prepare import main as prepare
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-NUM_RANKS = 2
 EVERY = 5  # steps between checkpoints
-PATIENCE = 180.0  # seconds to wait for a moment; after that something hangs
 CONFIG = """
 method: {kind: ct, distance: l2, s1: 20}
 model: {image_size: 8, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, attention_resolutions: [4],
@@ -53,10 +49,6 @@ restart: {max_restarts: 1000000, backoff_seconds: 0, signal_seconds: 5}
 """
 Moment = Literal["while starting", "between steps", "during a save"]
 Target = Literal["rank 0", "rank 1", "the controller", "launcher, controller and ranks"]
-
-
-class Stuck(RuntimeError):
-    """Raised when the run does not reach the moment or the end that it should reach."""
 
 
 @dataclass
@@ -87,9 +79,11 @@ class Soak:
             if self._kill(self.launcher):
                 target, moment, step = self.kills[-1]
                 print(f"kill {len(self.kills)}/{number}: {target}, {moment}, at step {step}", flush=True)
-        until = time.monotonic() + PATIENCE + number
+        signs, until = None, 0.0
         while self.launcher.poll() != 0:
             self._revive()
+            if (now := self._signs_of_life()) != signs:
+                signs, until = now, time.monotonic() + PATIENCE
             if time.monotonic() > until:
                 raise Stuck(f"after the last kill the run did not finish: {log_of(self.root, 'soak')}")
             time.sleep(0.1)
@@ -153,63 +147,16 @@ class Soak:
         self.kills.append((target, moment, self._step()))
         return True
 
+    def _signs_of_life(self) -> list[int]:
+        """The sizes of what the run writes while it goes on."""
+        files = (self.run.metrics, self.run.events, log_of(self.root, "soak"))
+        return [path.stat().st_size for path in files if path.exists()]
+
     def _step(self) -> int:
         return max((record["step"] for record in read_lines(self.run.metrics)), default=0)
 
     def _staged(self) -> set[str]:
         return {path.name for path in self.run.checkpoints.glob(".step-*")}
-
-
-def start(root: Path, name: str, config: Path | None) -> subprocess.Popen[bytes]:
-    """Starts the launcher of a new run or, without a config, resumes the run."""
-    command = [sys.executable, str(CHECKOUT / "launchers" / "submit.py"), "--cluster", "local"]
-    command += ["--gpus-per-node", str(NUM_RANKS), "--runs-dir", str(root)]
-    command += ["--resume", name] if config is None else ["--name", name, str(config)]
-    with log_of(root, name).open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def log_of(root: Path, name: str) -> Path:
-    return root / f"{name}.log"
-
-
-def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[bytes]) -> bool:
-    """Waits for a condition. Returns False if the launcher ended first. Raises Stuck after `PATIENCE` seconds."""
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        if launcher.poll() is not None:
-            return False
-        if time.monotonic() > until:
-            raise Stuck(f"nothing happened for {PATIENCE:g} s")
-        time.sleep(0.002)
-    return True
-
-
-def family(pid: int) -> list[psutil.Process]:
-    """A process and all its descendants, itself first."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    return []
-
-
-def kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The processes of the ranks under a launcher, by rank; empty unless all are running."""
-    found: dict[int, psutil.Process] = {}
-    for process in family(launcher):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            environment = process.environ()
-            is_rank = "launchers.job" in process.cmdline() and "SUBMITIT_LOCAL_GLOBALID" in environment
-            parent = process.parent()
-            if is_rank and parent is not None and "launchers.clusters.local_controller" in parent.cmdline():
-                found[int(environment["SUBMITIT_LOCAL_GLOBALID"])] = process
-    return [found[rank] for rank in sorted(found)] if len(found) == NUM_RANKS else []
 
 
 def prepared(folder: Path, *, steps: int) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from cmscale.config import Slurm
 from cmscale.config.site import read_site
 from cmscale.config.storage import StorageKeys
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.io.slurm import ACTIVE_STATES, common_parameters, exports, job_states, outside_of_this_job, refusal
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import Document, read_document
@@ -33,6 +33,17 @@ class ArrayRecord(Document):
     """Stored with the progress records: a submitter that was killed leaves its array running for the next one."""
 
     job_id: str
+
+
+class TaskRefusal(Document):
+    """Why a task made none of its shards any more, for the submitter to report."""
+
+    why: str
+    no_space: bool = False
+
+    def error(self) -> UserError:
+        """What the task raised."""
+        return NoSpace(self.why) if self.no_space else UserError(self.why)
 
 
 class ArrayTask(Document):
@@ -71,7 +82,7 @@ def make_with_array(
     """Makes the missing shards with a new array, or waits for the array `running`.
 
     Raises:
-        UserError: Slurm refuses the array, or a task refuses the images.
+        UserError: Slurm refuses the array, or a task refuses the images; NoSpace: a task's disk is full.
         ArrayFailed: the array ended and shards are missing.
     """
     logs = _log_folder(preparation)
@@ -91,7 +102,7 @@ def make_with_array(
         subprocess.run(["scancel", job_id], check=False)
         raise
     for entry in preparation.storage.list(_REFUSED):
-        raise UserError(preparation.storage.read(entry.key).decode())
+        raise read_document(TaskRefusal, preparation.storage.read(entry.key), origin=entry.key).error()
     records = preparation.records()
     if len(records) < preparation.num_shards:
         missing = preparation.num_shards - len(records)
@@ -126,7 +137,8 @@ def run_task(arguments: str) -> None:
         with preparation.exclusive():
             make_missing(preparation, {}, numbers, workers=task.workers, max_bad=task.max_bad)
     except UserError as error:
-        preparation.storage.write(f"{_REFUSED}{task.task:06d}", str(error).encode())
+        told = TaskRefusal(why=str(error), no_space=isinstance(error, NoSpace))
+        preparation.storage.write(f"{_REFUSED}{task.task:06d}", told.to_bytes())
     finally:
         preparation.read.close()
 

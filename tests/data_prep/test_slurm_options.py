@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from data_prep.making import slurm_array
-from data_prep.making.slurm_array import ArrayPlacement
-from data_prep.prepare import array_placement, command_parser
+from data_prep.making.preparation import Preparation
+from data_prep.making.slurm_array import ArrayPlacement, ArrayTask
+from data_prep.prepare import array_placement, command_parser, main
 
 COMMON = ["--source", "folder:x", "--format", "mds", "--out", "out", "--workers", "3", "--slurm"]
 
@@ -91,3 +92,24 @@ def test_the_arrays_script_has_all_of_it_and_sbatch_a_clean_environment(tmp_path
     assert "wckey" not in script
     assert " --mpi=none py3 -u -m submitit.core._submit" in script
     assert "SLURM_" not in (tmp_path / "seen").read_text().replace("SLURM_CONF", "")
+
+
+@pytest.mark.parametrize(("error", "status"), [(NoSpace("x: no space left"), 1), (UserError("x: not an image"), 2)])
+def test_what_ends_a_task_ends_the_command_as_without_slurm(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, error: UserError, status: int
+) -> None:
+    def submit(preparation: Preparation, _: ArrayPlacement, *, max_bad: int) -> str:
+        plan = {"source": preparation.source.name, "settings": preparation.settings, "out": preparation.storage.url}
+        task = ArrayTask(**plan, task=0, tasks=1, workers=1, max_bad=max_bad)
+        slurm_array.run_task(task.model_dump_json())
+        return "17"
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(slurm_array, "_submit", submit)
+    monkeypatch.setattr(slurm_array, "_active", lambda _: False)
+    monkeypatch.setattr(Preparation, "make", fail)
+    command = ["--source", f"lsun:{source}", "--format", "mds", "--out", str(tmp_path / "out"), "--slurm"]
+    assert main(command) == status
+    assert capsys.readouterr().err == f"error: {error}\n"
