@@ -39,7 +39,7 @@ from data_prep.making.owner import TakenOver
 from data_prep.making.preparation import Preparation
 from data_prep.making.processes import check_bad, make_missing
 from data_prep.making.shards import DatasetSettings, ShardRecord
-from data_prep.making.slurm_array import ArrayFailed, ArrayPlacement, make_with_array, running_array
+from data_prep.making.slurm_array import ArrayFailed, ArrayPlacement, ArrayRecord, make_with_array, running_array
 from data_prep.sources import open_source, source_usage
 
 DEFAULT_MINUTES = 1440
@@ -104,7 +104,7 @@ def _make(
     workers: int,
     max_bad: int,
     placement: ArrayPlacement | None,
-    running: str | None,
+    running: ArrayRecord | None,
 ) -> dict[int, ShardRecord]:
     """Makes the shards that have no record. Returns the records of all shards."""
     missing = [n for n in range(preparation.num_shards) if n not in records]

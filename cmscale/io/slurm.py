@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ ACTIVE_STATES = frozenset(
 )
 """States in which a job still runs or will run (squeue's names)."""
 
+_STATE = re.compile(r"^\s*([A-Z_]+)\s*$", re.MULTILINE)
 _OF_JOBS = ("SLURM_", "SLURMD_", "SLURMSTEPD_", "SBATCH_", "SRUN_", "SALLOC_", "SUBMITIT_", "PMI_", "PMIX_", "OMPI_")
 _OF_RANKS = frozenset(
     {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", START, EARLY_SIGNAL}
@@ -137,8 +138,23 @@ def refusal(output: str) -> str:
     return "; ".join([line for line in lines if line.startswith("sbatch:")] or lines or ["sbatch gave no reason"])
 
 
-def job_states(job_id: str) -> set[str] | None:
+def clusters_of(script: Path) -> str | None:
+    """The clusters of a multi-cluster site that a batch script names, to one of which its job went."""
+    with suppress(OSError):
+        return options_in(script.read_text()).get("clusters")
+    return None
+
+
+def cancel_command(job_id: str, clusters: str | None = None) -> list[str]:
+    """The command that ends a job."""
+    return ["scancel", *([f"--clusters={clusters}"] if clusters else []), job_id]
+
+
+def job_states(job_id: str, clusters: str | None = None) -> set[str] | None:
     """The states of a job or of an array's tasks, such as `RUNNING`.
+
+    Args:
+        clusters: Those of a multi-cluster site that may have the job; None is this host's.
 
     Returns:
         An empty set if Slurm knows no such job (any more), None if Slurm does not answer.
@@ -147,24 +163,26 @@ def job_states(job_id: str) -> set[str] | None:
         FileNotFoundError: there is no squeue on the PATH.
     """
     command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id]
+    command += [f"--clusters={clusters}"] if clusters else []
     # SQUEUE_PARTITION and the like would hide the job.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     asked = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if asked.returncode == 0:
-        return set(asked.stdout.split())
+        return set(_STATE.findall(asked.stdout))  # with clusters there are lines such as `CLUSTER: c1`, too
     return set() if "Invalid job id" in asked.stderr else None
 
 
 def outside_of_jobs(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment without variables of jobs and ranks, which sbatch and srun would read as options of another job.
 
-    SLURM_CONF stays: it says which Slurm this is. Inside of a job its devices are left out, too.
+    SLURM_CONF stays: it says which Slurm this is, and SLURM_JWT, by which some log in. Inside of a job its devices are
+    left out, too.
     """
     of_this_job = _OF_RANKS | _DEVICES if "SLURM_JOB_ID" in environment else _OF_RANKS
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith("SLURM_CONF") or not (name.startswith(_OF_JOBS) or name in of_this_job)
+        if name.startswith(("SLURM_CONF", "SLURM_JWT")) or not (name.startswith(_OF_JOBS) or name in of_this_job)
     }
 
 

@@ -19,7 +19,7 @@ from cmscale.config import parse_yaml
 from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
 from cmscale.io.reading import read_small
-from cmscale.io.slurm import ACTIVE_STATES, job_states
+from cmscale.io.slurm import ACTIVE_STATES, clusters_of, job_states
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.comparison import best_of, describe_basis
 from cmscale.runs.folder import RunDir
@@ -261,7 +261,7 @@ def _slurm_job(run: RunDir) -> _Life | None:
             number = described["job_id"]
             if "evaluate" in str(described["worker"]) or not number:
                 continue
-            states = job_states(str(number))
+            states = job_states(str(number), clusters_of(job.with_name("job.sh")))
         except (OSError, ValueError, KeyError, TypeError):  # FileNotFoundError: there is no squeue here
             continue
         if states is None:

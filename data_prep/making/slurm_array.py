@@ -13,7 +13,15 @@ from cmscale.config import Slurm
 from cmscale.config.site import read_site
 from cmscale.config.storage import StorageKeys
 from cmscale.errors import NoSpace, UserError
-from cmscale.io.slurm import ACTIVE_STATES, common_parameters, exports, job_states, outside_of_this_job, refusal
+from cmscale.io.slurm import (
+    ACTIVE_STATES,
+    cancel_command,
+    common_parameters,
+    exports,
+    job_states,
+    outside_of_this_job,
+    refusal,
+)
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import Document, read_document
 from cmscale.runs.snapshot import read_code, take_snapshot
@@ -33,6 +41,7 @@ class ArrayRecord(Document):
     """Stored with the progress records: a submitter that was killed leaves its array running for the next one."""
 
     job_id: str
+    clusters: str | None = None
 
 
 class TaskRefusal(Document):
@@ -77,7 +86,7 @@ class ArrayFailed(RuntimeError):
 
 
 def make_with_array(
-    preparation: Preparation, placement: ArrayPlacement, *, running: str | None, max_bad: int
+    preparation: Preparation, placement: ArrayPlacement, *, running: ArrayRecord | None, max_bad: int
 ) -> dict[int, ShardRecord]:
     """Makes the missing shards with a new array, or waits for the array `running`.
 
@@ -90,16 +99,17 @@ def make_with_array(
         for entry in list(preparation.storage.list(_REFUSED)):
             preparation.storage.delete(entry.key)
         job_id = _submit(preparation, placement, max_bad=max_bad)
-        preparation.storage.write(_ARRAY, ArrayRecord(job_id=job_id).to_bytes())
+        array = ArrayRecord(job_id=job_id, clusters=_clusters(placement))
+        preparation.storage.write(_ARRAY, array.to_bytes())
         tasks = min(placement.nodes, preparation.num_shards)
-        print(f"array {job_id} submitted with {tasks} tasks; logs: {logs}", flush=True)
+        print(f"array {array.job_id} submitted with {tasks} tasks; logs: {logs}", flush=True)
     else:
-        job_id = running
-        print(f"array {job_id} of an earlier command is still running; waiting for it", flush=True)
+        array = running
+        print(f"array {array.job_id} of an earlier command is still running; waiting for it", flush=True)
     try:
-        _wait(preparation, job_id)
+        _wait(preparation, array)
     except KeyboardInterrupt:
-        subprocess.run(["scancel", job_id], check=False)
+        subprocess.run(cancel_command(array.job_id, array.clusters), check=False)
         raise
     for entry in preparation.storage.list(_REFUSED):
         raise read_document(TaskRefusal, preparation.storage.read(entry.key), origin=entry.key).error()
@@ -107,19 +117,19 @@ def make_with_array(
     if len(records) < preparation.num_shards:
         missing = preparation.num_shards - len(records)
         raise ArrayFailed(
-            f"array {job_id} ended, {missing} of {preparation.num_shards} shards are missing; see the logs in {logs}, "
-            f"then run the same command again"
+            f"array {array.job_id} ended, {missing} of {preparation.num_shards} shards are missing; "
+            f"see the logs in {logs}, then run the same command again"
         )
     return records
 
 
-def running_array(preparation: Preparation) -> str | None:
-    """Job id of the array that an earlier command submitted, if it is waiting or running."""
+def running_array(preparation: Preparation) -> ArrayRecord | None:
+    """The array that an earlier command submitted, if it is waiting or running."""
     raw = preparation.storage.read_if_present(_ARRAY)
     if raw is None:
         return None
-    job_id = read_document(ArrayRecord, raw, origin=_ARRAY).job_id
-    return job_id if _active(job_id) else None
+    array = read_document(ArrayRecord, raw, origin=_ARRAY)
+    return array if _active(array) else None
 
 
 def run_task(arguments: str) -> None:
@@ -196,16 +206,21 @@ def _log_folder(preparation: Preparation) -> Path:
     return local.absolute() if local else Path.cwd() / ".cmscale-prepare" / preparation.identity
 
 
-def _active(job_id: str) -> bool:
+def _clusters(placement: ArrayPlacement) -> str | None:
+    clusters = placement.slurm.options().get("clusters")
+    return clusters if isinstance(clusters, str) else None
+
+
+def _active(array: ArrayRecord) -> bool:
     """Whether tasks of the array are waiting or running; True if Slurm does not answer."""
     try:
-        states = job_states(job_id)
+        states = job_states(array.job_id, array.clusters)
     except FileNotFoundError:
         raise UserError("--slurm: no squeue on the PATH; run this on a login node, or without --slurm") from None
     return states is None or bool(states & ACTIVE_STATES)
 
 
-def _wait(preparation: Preparation, job_id: str, pause: Callable[[float], None] = time.sleep) -> None:
+def _wait(preparation: Preparation, array: ArrayRecord, pause: Callable[[float], None] = time.sleep) -> None:
     """Waits until the array has ended, and cancels it if a task refuses; shows the images in finished shards."""
 
     def finished() -> int:
@@ -214,10 +229,10 @@ def _wait(preparation: Preparation, job_id: str, pause: Callable[[float], None] 
         return sum(len(preparation.keys(n)) for n in numbers)
 
     with ProgressCounter(total=preparation.plan.keys, done=finished()) as counter:
-        while _active(job_id):
+        while _active(array):
             if next(iter(preparation.storage.list(_REFUSED)), None):
-                subprocess.run(["scancel", job_id], check=False)
-                while _active(job_id):
+                subprocess.run(cancel_command(array.job_id, array.clusters), check=False)
+                while _active(array):
                     pause(POLL_SECONDS)
                 return
             counter.set(finished())

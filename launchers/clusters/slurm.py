@@ -84,10 +84,11 @@ class SlurmCluster:
             job_id = _unfinished_job(submission, worker)
             if job_id is None:
                 continue
+            clusters = slurm.clusters_of(submission.script)
             silent = f"{run.root}: job {job_id} of this run has not reported its end, and"
             gone = "if the job is gone, add --take-over"
             try:
-                states = slurm.job_states(job_id)
+                states = slurm.job_states(job_id, clusters)
             except FileNotFoundError:
                 raise UserError(
                     f"{silent} there is no squeue on the PATH to ask; run this on a login node of its cluster; {gone}"
@@ -95,7 +96,8 @@ class SlurmCluster:
             if states is None:
                 raise UserError(f"{silent} Slurm does not answer; try again later; {gone}")
             for state in sorted(states & slurm.ACTIVE_STATES):
-                raise UserError(f"{run.root}: job {job_id} of this run is {state}; end it first: scancel {job_id}")
+                cancel = " ".join(slurm.cancel_command(job_id, clusters))
+                raise UserError(f"{run.root}: job {job_id} of this run is {state}; end it first: {cancel}")
 
     def run(self, job: JobSpec, *, wait: bool) -> int:
         submission = Submission(job.run, job.submission)
@@ -206,11 +208,12 @@ def wait_for_end(submission: Submission) -> int:
 
 def _follow_to_end(submission: Submission, follower: Follower) -> int:
     logs, silent_since = submission.run.logs, None
+    clusters = slurm.clusters_of(submission.script)
     job_id = "unknown"  # until a record that can be read names it
     while True:
         job_id = (read_json(submission.job_file) or {}).get("job_id", job_id)
         log = logs / f"{job_id}_0_log.out"
-        states = slurm.job_states(job_id) if job_id.isdecimal() else None
+        states = slurm.job_states(job_id, clusters) if job_id.isdecimal() else None
         follower.show(log)
         if ending := read_json(submission.ending_file):
             rank_log = logs / f"{job_id}_{ending['rank']}_log.out"

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from cmscale.errors import UserError
 from cmscale.io import slurm
 from cmscale.io.durable import replace_durably
 from launchers.decide import spare_bad_nodes
@@ -26,6 +25,9 @@ _TRANSIENT = re.compile(
     r"[Uu]nable to contact|[Tt]imed out|[Cc]onnection (refused|reset|failure)|[Cc]ommunication|[Tt]emporarily|try again"
     r"|[Ss]tandby|[Zz]ero [Bb]ytes|[Tt]ransport endpoint|[Uu]nexpected message|[Aa]uthentication|[Tt]ransition|[Bb]usy"
 )
+# Why sbatch refuses what it would refuse in a minute, too: limits count the job that is ending, and some sites let no
+# job submit another.
+_FOR_GOOD = re.compile(r"QOS|[Ll]imit|[Pp]olicy|[Pp]ermission denied|no sbatch|[Ii]nvalid (partition|account|qos)")
 _DONE_ALREADY = re.compile(r"pending", re.IGNORECASE)  # of two tries the first was carried out, but not answered
 
 T = TypeVar("T")
@@ -37,7 +39,9 @@ class Again:
     """How a job goes on: `how` completes the sentence "the job was ...", for events and logs."""
 
     how: str
-    is_new_job: bool
+
+
+REQUEUED = Again("requeued")
 
 
 def waits_within(seconds_left: float | None) -> tuple[float, ...]:
@@ -59,17 +63,25 @@ def requeue(submission: Submission, job_id: str, *, waits: Sequence[float]) -> A
     Returns:
         How it goes on; None if Slurm does not answer within the time, or takes the job neither way.
     """
+    answer, message = _requeue(job_id, waits=waits)
+    if answer == "done":
+        return REQUEUED
+    if answer == "transient":
+        return None
+    again, _ = _submit(submission, delay_seconds=0, exclude=(), waits=waits)
+    return again and Again(f"{again.how}, as Slurm does not requeue it ({message})")
+
+
+def _requeue(job_id: str, *, waits: Sequence[float]) -> tuple[Answer, str]:
+    """The last answer and message of Slurm, which is asked again while it does not answer."""
     for wait in (*waits, None):
         answer, message = _requeue_once(job_id)
-        if answer == "done":
-            return Again("requeued", is_new_job=False)
-        print(message, file=sys.stderr, flush=True)
-        if answer == "refused":
-            again = submit_again(submission, delay_seconds=0, exclude=(), waits=waits)
-            return again and Again(f"{again.how}, as Slurm does not requeue it ({message})", is_new_job=True)
-        if wait is not None:
-            time.sleep(wait)
-    return None
+        if answer != "done":
+            print(message, file=sys.stderr, flush=True)
+        if answer != "transient" or wait is None:
+            return answer, message
+        time.sleep(wait)
+    raise AssertionError("unreachable")
 
 
 def _requeue_once(job_id: str) -> tuple[Answer, str]:
@@ -92,9 +104,21 @@ def submit_again(
 ) -> Again | None:
     """Submits the same script again: later, without the nodes that failed. The job gets another id.
 
+    Where Slurm does not accept it, this job is requeued: that is none more for limits, and needs no right to submit.
+
     Returns:
-        How it goes on; None if Slurm did not accept it.
+        How it goes on; None if Slurm accepts neither.
     """
+    again, refused = _submit(submission, delay_seconds=delay_seconds, exclude=exclude, waits=waits)
+    if again is None and _requeue(os.environ["SLURM_JOB_ID"], waits=())[0] == "done":
+        return Again(f"requeued, as Slurm does not accept it as a new job ({refused})")
+    return again
+
+
+def _submit(
+    submission: Submission, *, delay_seconds: int, exclude: Sequence[str], waits: Sequence[float]
+) -> tuple[Again | None, str]:
+    """How a job goes on as another one; if Slurm did not accept that, None and why."""
     script = submission.script.read_text()
     given = slurm.options_in(script)
     excluded = _spare(exclude, given)
@@ -109,32 +133,31 @@ def submit_again(
         job_id = _retry(lambda: slurm.submit(path, *options), waits=waits)
     except slurm.NoJobIdError as error:
         print(error, file=sys.stderr, flush=True)
-        return Again("submitted again", is_new_job=True)
-    if job_id is None:
-        return None
+        return Again("submitted again"), ""
+    except slurm.Refused as error:
+        return None, str(error)
     submission.replace_job_id(job_id)
     without = f", without {', '.join(excluded)}" if excluded else ""
     how = f"submitted again as job {job_id} in {delay_seconds} s{without}"
     print(how, flush=True)
-    return Again(how, is_new_job=True)
+    return Again(how), ""
 
 
-def _retry(action: Callable[[], T], *, waits: Sequence[float]) -> T | None:
-    """What an action returns, tried a bounded number of times; None if it always raised UserError.
+def _retry(action: Callable[[], T], *, waits: Sequence[float]) -> T:
+    """What an action returns, tried a bounded number of times.
 
     Raises:
-        NoJobIdError: Slurm has accepted the job: another try would submit it twice.
+        Refused: by the last try; there is no other after a refusal that stays.
     """
     for wait in (*waits, None):
         try:
             return action()
-        except slurm.NoJobIdError:
-            raise
-        except UserError as error:
+        except slurm.Refused as error:
             print(error, file=sys.stderr, flush=True)
-        if wait is not None:
+            if wait is None or _FOR_GOOD.search(str(error)):
+                raise
             time.sleep(wait)
-    return None
+    raise AssertionError("unreachable")
 
 
 def _spare(bad: Sequence[str], given: dict[str, str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import assert_never
 
 from cmscale.runs.folder import RunDir
-from launchers.clusters.slurm_again import Again, requeue, submit_again, waits_within
+from launchers.clusters.slurm_again import REQUEUED, Again, requeue, submit_again, waits_within
 from launchers.decide import Decision, decide
 from launchers.follow import tail
 from launchers.judge import Attempt, Ending, RankEnd, RankFailure, judge
@@ -24,6 +24,7 @@ from launchers.submission import Submission, newest_step
 SLACK_SECONDS = 60
 """Slurm may send the signal before a time limit up to this much earlier than requested."""
 
+_DURATION = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 _KILL_WAIT_SECONDS = 20.0  # Slurm's KillWait, 30 by default, less what has passed of it
 _FIRST_FAILURE = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<how>.+)")
 _NO_MEMORY = "out of memory; request more with slurm.mem_gb"
@@ -93,7 +94,7 @@ def _report(decision: Decision, again: Again | None, attempt: Attempt, submissio
     """Records what was done, after the deed. Returns the exit status of the job."""
     why = decision.why
     if again is not None:
-        submission.report("requeued", attempt, why=f"{why}; {again.how}" if again.is_new_job else why)
+        submission.report("requeued", attempt, why=why if again == REQUEUED else f"{why}; {again.how}")
         return int(decision.action == "restart")  # that job failed, whatever happens to the next
     if decision.action == "requeue":
         why = f"Slurm did not requeue the job; {submission.how_to_go_on}"
@@ -134,12 +135,25 @@ def seconds_left(facts: dict[str, str]) -> float | None:
 
 
 def _seconds_to_end(facts: dict[str, str]) -> float | None:
-    """The time until the job's limit, as slurmctld sees it, else as it was when the job started."""
-    try:
-        return time.mktime(time.strptime(facts["EndTime"], "%Y-%m-%dT%H:%M:%S")) - time.time()
-    except (KeyError, ValueError):
-        at_start = os.environ.get("SLURM_JOB_END_TIME", "")
-        return int(at_start) - time.time() if at_start.isdecimal() and "EndTime" not in facts else None
+    """The time until the job's limit, as slurmctld sees it, else as it was when the job started.
+
+    The clock of this node may differ from slurmctld's, and SLURM_TIME_FORMAT may change how it prints times: what it
+    prints of durations is right all the same.
+    """
+    limit, passed = (_seconds(facts.get(name, "")) for name in ("TimeLimit", "RunTime"))
+    if limit is not None and passed is not None:
+        return limit - passed
+    at_start = os.environ.get("SLURM_JOB_END_TIME", "")
+    return int(at_start) - time.time() if at_start.isdecimal() and "TimeLimit" not in facts else None
+
+
+def _seconds(duration: str) -> float | None:
+    """A duration as Slurm prints it, `[days-]hours:minutes:seconds`, in seconds; None for one without an end."""
+    found = _DURATION.fullmatch(duration)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return 60.0 * (60 * (24 * days + hours) + minutes) + seconds
 
 
 def first_failure(run: RunDir, job_id: str, ends: Sequence[RankEnd]) -> RankFailure | None:

@@ -10,6 +10,8 @@ from cmscale.errors import UserError
 from cmscale.io.slurm import (
     ACTIVE_STATES,
     NoJobIdError,
+    cancel_command,
+    clusters_of,
     common_parameters,
     exports,
     job_states,
@@ -77,6 +79,8 @@ def test_sbatch_gets_the_environment_that_is_given(bin_folder: Path) -> None:
         ("echo RUNNING", {"RUNNING"}),
         ("printf 'COMPLETED\\nPENDING\\nCOMPLETED\\n'", {"COMPLETED", "PENDING"}),
         ("", set()),
+        ("printf 'CLUSTER: C1\\nRUNNING\\n\\nCLUSTER: C2\\n'", {"RUNNING"}),
+        ("printf 'CLUSTER: C1\\n'", set()),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", set()),
         ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", None),
     ],
@@ -84,6 +88,16 @@ def test_sbatch_gets_the_environment_that_is_given(bin_folder: Path) -> None:
 def test_states_of_a_job_or_of_an_arrays_tasks(lines: str, states: set[str] | None, bin_folder: Path) -> None:
     install(bin_folder, "squeue", lines)
     assert job_states("7") == states
+
+
+def test_a_job_of_another_cluster_is_asked_about_and_ended_there(bin_folder: Path) -> None:
+    install(bin_folder, "squeue", '[ "$5 $6" = "7 --clusters=c1" ] && echo RUNNING')
+    assert job_states("7", "c1") == {"RUNNING"}
+    (bin_folder / "job.sh").write_text("#!/bin/sh\n#SBATCH --clusters=c1\n")
+    assert clusters_of(bin_folder / "job.sh") == "c1"
+    assert clusters_of(bin_folder / "none.sh") is None
+    assert cancel_command("7", "c1") == ["scancel", "--clusters=c1", "7"]
+    assert cancel_command("7") == ["scancel", "7"]
 
 
 def test_without_squeue_there_is_no_answer(bin_folder: Path) -> None:
@@ -102,8 +116,8 @@ def test_the_reason_of_a_refusal_is_in_sbatchs_own_lines() -> None:
 
 
 def test_a_jobs_own_variables_do_not_reach_another_job() -> None:
-    given = {"SLURM_JOB_ID": "1", "SLURM_CONF": "2", "SBATCH_REQUEUE": "3", "HOME": "4"}
-    assert outside_of_jobs(given) == {"SLURM_CONF": "2", "HOME": "4"}
+    given = {"SLURM_JOB_ID": "1", "SLURM_CONF": "2", "SBATCH_REQUEUE": "3", "HOME": "4", "SLURM_JWT": "5"}
+    assert outside_of_jobs(given) == {"SLURM_CONF": "2", "HOME": "4", "SLURM_JWT": "5"}
 
 
 def test_the_submitting_shell_does_not_reach_the_job(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

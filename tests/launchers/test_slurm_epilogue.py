@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -91,9 +90,12 @@ class TestFirstFailure:
         ({"JobState": "COMPLETING"}, "cancelled"),
         ({"JobState": "TIMEOUT"}, "time_limit"),
         ({"JobState": "RUNNING", "PreemptTime": "2026-01-01T00:00:00"}, "preempted"),
-        ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "2020-01-01T00:00:00"}, "time_limit"),
-        ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "2090-01-01T00:00:00"}, None),
-        ({"JobState": "RUNNING", "EndTime": "Unknown"}, None),
+        (
+            {"JobState": "RUNNING", "PreemptTime": "None", "RunTime": "1-00:00:01", "TimeLimit": "1-00:00:00"},
+            "time_limit",
+        ),
+        ({"JobState": "RUNNING", "PreemptTime": "None", "RunTime": "23:50:00", "TimeLimit": "1-00:00:00"}, None),
+        ({"JobState": "RUNNING", "RunTime": "00:01:00", "TimeLimit": "UNLIMITED"}, None),
         ({}, None),
     ],
 )
@@ -111,13 +113,13 @@ def test_why_a_job_leaves_is_read_from_scontrol(facts: dict[str, str], expected:
     ],
 )
 def test_ranks_that_end_near_the_time_limit_were_signalled_up_to_a_minute_early(
-    left: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+    left: int, expected: str | None
 ) -> None:
+    """Whatever the clocks of nodes say: the job has run for a time, and may run for one."""
     assert SLACK_SECONDS == 60
-    now = time.mktime(time.strptime("2026-05-01T12:00:00", "%Y-%m-%dT%H:%M:%S"))
-    monkeypatch.setattr(slurm_epilogue.time, "time", lambda: now)
-    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now + left))
-    assert leaving({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": end}, signal_seconds=120) == expected
+    minutes, seconds = divmod(3600 - left, 60)
+    times = {"RunTime": f"00:{minutes:02}:{seconds:02}", "TimeLimit": "01:00:00", "EndTime": "2020-01-01T00:00:00"}
+    assert leaving({"JobState": "RUNNING", "PreemptTime": "None", **times}, signal_seconds=120) == expected
 
 
 def test_an_earlier_start_of_a_job_notices_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,16 +362,42 @@ def test_dependencies_that_were_fulfilled_are_not_submitted_again(commands: Fake
     assert without_fulfilled_dependency("#SBATCH --dependency=singleton\n") == "#SBATCH --dependency=singleton\n"
 
 
-def test_a_submission_that_slurm_refuses_is_tried_again_and_then_ends_the_job(
+def test_a_submission_that_slurm_refuses_is_tried_again_and_then_ends_the_job_if_it_is_not_requeued_either(
     commands: FakeSlurm, submission: Submission, waits: list[float]
 ) -> None:
     commands.answer("sbatch", "echo 'sbatch: error: no' >&2; exit 1")
+    commands.answer("scontrol", f'[ "$1" = requeue ] && {{ {REFUSED}; }}; echo JobState=RUNNING')
     submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
     assert epilogue(submission, status=1) == 1
     assert len(commands.calls("sbatch")) == len(waits) + 1 == 7
     assert submission.read_job().job_id == "7"
     assert events(submission) == ["fault"]
     assert ending(submission)["why"] == "Slurm did not accept the job again after: boom"
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time)",
+        "QOSMaxSubmitJobPerUserLimit",
+        "Access/Permission denied",
+    ],
+)
+def test_a_job_that_may_not_submit_another_is_requeued(
+    refusal: str, commands: FakeSlurm, submission: Submission, waits: list[float]
+) -> None:
+    commands.answer("sbatch", f'echo "sbatch: error: {refusal}" >&2; exit 1')
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    assert epilogue(submission, status=1) == 1
+    assert commands.calls("scontrol requeue") == ["scontrol requeue 7"]
+    assert (len(commands.calls("sbatch")), waits, submission.read_job().job_id) == (1, [], "7")
+    (event,) = read_lines(submission.run.events)
+    assert event["event"] == "requeued"
+    assert (
+        f"requeued, as Slurm does not accept it as a new job (Slurm refuses the job: sbatch: error: {refusal})"
+        in (event["why"])
+    )
+    assert not submission.ending_file.exists()
 
 
 def test_a_submission_that_slurm_takes_at_the_second_try_is_one(

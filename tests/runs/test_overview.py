@@ -88,7 +88,7 @@ def test_a_state_is_known_by_slurm(states, state: str, words: str, tmp_path: Pat
     job = found.logs / "submissions" / "a" / "job.json"
     job.parent.mkdir(parents=True)
     job.write_text(json.dumps({"worker": "train", "job_id": "12"}))
-    monkeypatch.setattr(module, "job_states", lambda job_id: states)
+    monkeypatch.setattr(module, "job_states", lambda job_id, clusters: states)
     seen = overview(found)
     assert seen.state == state
     assert words in seen.known_by
