@@ -15,6 +15,8 @@ from cmscale.io.durable import replace_durably
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 CHECKOUT = Path(__file__).resolve().parents[2]
+SETTINGS_FILE = "study.yaml"
+SEEDS = 3
 POINTS = 3
 """Checkpoints that are evaluated after the first: at each third of the training, where pd ends stages."""
 
@@ -240,30 +242,41 @@ def average_for(steps: int) -> float:
     return round(max(1 - 10 / steps, 0.0), 6)
 
 
-def settle(out: Path, given: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """The settings of a study and what it is asked to run: those given, else those that it has, else the defaults.
+@dataclass(frozen=True)
+class Asked:
+    """What a study is asked to run; `methods` and `seeds` are None for all. `is_there`: it has begun before."""
+
+    settings: Settings
+    methods: list[str] | None
+    seeds: int | None
+    is_there: bool
+
+    def write(self, out: Path) -> None:
+        """Writes it down for later starts."""
+        out.mkdir(parents=True, exist_ok=True)
+        content = {**asdict(self.settings), "methods": self.methods, "seeds": self.seeds}
+        replace_durably(out / SETTINGS_FILE, dump_yaml(content).encode())
+
+
+def read_asked(out: Path, given: Mapping[str, Any], choices: Mapping[str, Any]) -> Asked:
+    """What a study is asked to run: values given, else those that it has, else the defaults.
 
     Args:
         given: Settings of the command line, by name; None where there is none.
-        asked: Which methods and how many seeds; these may change.
+        choices: Which methods and how many seeds, in the same way; these may change.
 
     Raises:
         UserError: the study in this folder has another setting.
     """
-    path = out / "study.yaml"
-    kept = parse_yaml(read_yaml_text(path, what="study"), origin=str(path)) if path.exists() else {}
+    path = out / SETTINGS_FILE
+    is_there = path.exists()
+    kept = parse_yaml(read_yaml_text(path, what="study"), origin=str(path)) if is_there else {}
     for name, value in given.items():
         if value is not None and name in kept and kept[name] != value:
             raise UserError(
                 f"--{name} {value}: the study in {out} has {kept[name]}; leave it out, or give another --out"
             )
-    settings = Settings(
-        **{
-            name: kept.get(name, default) if given.get(name) is None else given[name]
-            for name, default in asdict(Settings()).items()
-        }
-    )
-    wanted = {name: kept.get(name) if value is None else value for name, value in asked.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    replace_durably(path, dump_yaml({**asdict(settings), **wanted}).encode())
-    return settings, wanted
+    values = {**asdict(Settings()), **kept, **{name: value for name, value in given.items() if value is not None}}
+    chosen = {name: kept.get(name) if value is None else value for name, value in choices.items()}
+    settings = Settings(**{name: values[name] for name in asdict(Settings())})
+    return Asked(settings, chosen["methods"], chosen["seeds"], is_there)

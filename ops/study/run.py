@@ -25,7 +25,7 @@ import time
 
 from study.commands import Runner
 from study.page import write_page
-from study.plan import Settings, Study, in_order, read_recipes, settle
+from study.plan import SEEDS, Settings, Study, in_order, read_asked, read_recipes
 from study.results import read_results
 
 from cmscale.commands.ending import guarded, leave
@@ -44,30 +44,43 @@ def main(arguments: list[str]) -> int:
     """
     flags, _ = command_parser().read(arguments)
     out = flags.out.local("the folder of a study").absolute()
+    if flags.page_only:
+        study, names, seeds = _asked(flags, out)
+        print(f"page: {write_page(study, read_results(study, names, seeds))}")
+        return 0
     with hold(out / ".lock", timeout=0, what=f"--out {out}"):
         return _run(flags, out)
 
 
-def _run(flags: argparse.Namespace, out: Path) -> int:
-    began = time.monotonic()
+def _asked(flags: argparse.Namespace, out: Path) -> tuple[Study, list[str], int]:
+    """The study, the recipes to run, and the number of seeds. Only a study that runs writes down what was asked."""
     given = {name: getattr(flags, name) for name in ("images", "batch", "pictures", "samples", "device")}
-    settings, asked = settle(out, given, {"methods": flags.methods, "seeds": flags.seeds})
-    if settings.batch % flags.ranks:
-        raise UserError(f"--ranks {flags.ranks}: does not divide the batch of {settings.batch} images")
-    study = Study(out, settings, read_recipes(), flags.ranks)
-    names = in_order(study.recipes, asked["methods"] or list(study.recipes))
-    seeds = asked["seeds"] or 3
+    kept = read_asked(out, given, {"methods": flags.methods, "seeds": flags.seeds})
+    if flags.page_only and not kept.is_there:
+        raise UserError(f"--page-only: there is no study in {out}")
+    if kept.settings.batch % flags.ranks:
+        raise UserError(f"--ranks {flags.ranks}: does not divide the batch of {kept.settings.batch} images")
+    study = Study(out, kept.settings, read_recipes(), flags.ranks)
+    names = in_order(study.recipes, kept.methods or list(study.recipes))
     if not flags.page_only:
-        for seed in range(seeds):
-            for name in names:
-                study.write_config(study.recipes[name], seed)
+        kept.write(out)
+    return study, names, kept.seeds or SEEDS
+
+
+def _run(flags: argparse.Namespace, out: Path) -> int:
+    """Runs the study as far as it comes, and writes its page."""
+    began = time.monotonic()
+    study, names, seeds = _asked(flags, out)
+    for seed in range(seeds):
+        for name in names:
+            study.write_config(study.recipes[name], seed)
     runner = Runner(
         out,
         deadline=None if flags.hours is None else began + 3600 * flags.hours,
         environment={"CMSCALE_CACHE": str(out / "cache")},
     )
     commands = list(study.commands(names, seeds))
-    failed = [] if flags.page_only else runner.run_all(study.commands(names, seeds), count=len(commands))
+    failed = runner.run_all(study.commands(names, seeds), count=len(commands))
     if runner.stopped is not None:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + runner.stopped
@@ -86,7 +99,7 @@ def command_parser() -> CommandParser:
     parser.add("--out", use=USED, type=Place, required=True, metavar="DIR", help="folder of the study: runs and page")
     parser.add("--hours", use=Use(excludes=("page_only",)), type=_hours, metavar="H", help="end after so many hours")
     parser.add("--methods", use=USED, type=_names, metavar="A,B", help="recipes, with those they start from (all)")
-    parser.add("--seeds", use=USED, type=whole_number(1), metavar="N", help="trainings of each method (3)")
+    parser.add("--seeds", use=USED, type=whole_number(1), metavar="N", help=f"trainings of each method ({SEEDS})")
     for name, about in {
         "images": f"images that each method sees ({default.images}; {kept})",
         "batch": f"images of a step ({default.batch}; {kept})",
@@ -103,7 +116,7 @@ def command_parser() -> CommandParser:
         metavar="N",
         help="processes of a training (default: 1)",
     )
-    parser.add("--page-only", use=USED, action="store_true", help="write the page of what is there, and run nothing")
+    parser.add("--page-only", use=USED, action="store_true", help="write the page so far, also beside a running study")
     return parser
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from run_folder import write_evaluation
 from study import page, pictures, run
 from study.commands import Runner
-from study.plan import POINTS, Command, Recipe, Settings, Study, in_order, read_recipes, settle
+from study.plan import POINTS, Asked, Command, Recipe, Settings, Study, in_order, read_asked, read_recipes
 from study.results import Spread, read_results
 
 from cmscale.commands.ending import guarded
@@ -75,13 +75,14 @@ def test_the_points_end_where_progressive_distillation_has_its_students(tmp_path
 
 
 def test_a_study_that_goes_on_keeps_its_settings(tmp_path: Path) -> None:
-    asked = {"methods": ["cd"], "seeds": 2}
-    settings, _ = settle(tmp_path, {"images": 96, "batch": None}, asked)
-    assert settings == replace(Settings(), images=96)
-    assert settle(tmp_path, {"images": None}, {"methods": None, "seeds": None}) == (settings, asked)
-    assert settle(tmp_path, {"images": 96}, {"methods": None, "seeds": 3})[1] == {"methods": ["cd"], "seeds": 3}
+    nothing = {"methods": None, "seeds": None}
+    first = read_asked(tmp_path, {"images": 96, "batch": None}, {"methods": ["cd"], "seeds": 2})
+    assert first == Asked(replace(Settings(), images=96), ["cd"], 2, is_there=False)
+    first.write(tmp_path)
+    assert read_asked(tmp_path, {"images": None}, nothing) == replace(first, is_there=True)
+    assert read_asked(tmp_path, {"images": 96}, {**nothing, "seeds": 3}).seeds == 3
     with pytest.raises(UserError, match=r"--images 48: the study in .* has 96; leave it out, or give another --out"):
-        settle(tmp_path, {"images": 48}, asked)
+        read_asked(tmp_path, {"images": 48}, nothing)
 
 
 def test_a_recipe_that_changed_since_is_refused(tmp_path: Path) -> None:
@@ -123,6 +124,7 @@ def test_two_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         (["--hours", "0"], "got '0'; it should be a number of hours above 0"),
         (["--hours", "1", "--page-only"], "--hours"),
+        (["--page-only"], "--page-only: there is no study in "),
         (["--batch", "16", "--ranks", "3"], "--ranks 3: does not divide the batch of 16 images"),
     ],
 )
@@ -271,6 +273,15 @@ def test_the_page_has_every_method_with_its_mean_deviation_and_costs(tmp_path: P
     assert "| edm, 19 evaluations |  | 2 | 52.5 ± 3.5 |  |  |  |  |" in table
     assert "105.0 ± 7.1" in index.read_text()
     assert {path.name for path in index.parent.iterdir()} == {"index.html", "table.md", "fd.png", "samples.png"}
+
+
+def test_the_page_of_a_study_that_runs_is_written_beside_it(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    measured(study, study.recipes["ct"], 0, factor=1.0)
+    Asked(SMALL, ["ct"], 1, is_there=False).write(tmp_path)
+    with hold(tmp_path / ".lock", timeout=0, what="the study"):
+        assert guarded(run.main, ["--out", str(tmp_path), "--page-only"]) == 0
+    assert "| ct |  | 1 | 100.0 | 50.0 |" in (tmp_path / "page" / "table.md").read_text()
 
 
 def test_tiles_of_a_grid_are_the_samples(tmp_path: Path) -> None:
