@@ -39,7 +39,9 @@ def write_page(study: Study, result: StudyResult) -> Path:
         result=result,
         shown=shown,
         machine=machine(study.settings.device),
-        teacher=next((each for each in result.methods if each.own_sampler is not None), None),
+        slower=[
+            f"{each.recipe.name} {each.evaluations_of_own}" for each in result.methods if each.evaluations_of_own > 1
+        ],
     )
     replace_durably(folder / "index.html", page.encode())
     return folder / "index.html"
@@ -107,14 +109,16 @@ def draw_scores(result: StudyResult, path: Path) -> None:
             axes.set_title(HEADINGS[steps], loc="left")
             axes.set_xlabel("images seen")
         panels[0].set_ylabel(result.score)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+        named = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
         figure.savefig(path, dpi=110)
 
 
 def _panel(axes: Axes, result: StudyResult, steps: int) -> None:
     for number, each in enumerate(result.methods):
         curve = each.curves.get(steps, {})
+        if not curve and steps not in each.recipe.sampling_steps:
+            continue
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         axes.errorbar(
             list(curve),

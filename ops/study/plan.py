@@ -61,6 +61,7 @@ class Recipe:
         config: What differs from `common.yaml`.
         share_of_steps: Keys of `method` that are a share of the training's steps.
         last_point: By number of sampling steps the point whose model they are meant for, where that is not the last.
+        sampling_steps: In how many steps its samples are measured.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Recipe:
     config: Mapping[str, Any] = field(default_factory=dict)
     share_of_steps: Mapping[str, float] = field(default_factory=dict)
     last_point: Mapping[int, int] = field(default_factory=dict)
+    sampling_steps: Sequence[int] = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,8 @@ class Study:
         needs = ("reference",) if recipe.after is None else ("reference", f"train {recipe.after}-{seed}")
         yield Command(trained, submit, run / "checkpoints", needs, leftover=None if is_there else run)
         points = ",".join(map(str, self.settings.points))
-        evaluate = _script("launchers/evaluate.py", *where, run, "--checkpoint", points, "--steps", "1,2")
+        steps = ",".join(map(str, recipe.sampling_steps))
+        evaluate = _script("launchers/evaluate.py", *where, run, "--checkpoint", points, "--steps", steps)
         yield Command(f"evaluate {run.name}", evaluate, run / "evaluations", (trained,))
         if recipe.config["method"]["kind"] == "edm":
             own = _script("launchers/evaluate.py", *where, run, "--steps", recipe.config["method"]["sampler_steps"])

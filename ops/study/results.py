@@ -40,7 +40,7 @@ class MethodResult:
     Attributes:
         curves: By number of sampling steps and by images seen, the scores of the seeds.
         own_sampler: Of the diffusion model: its scores by its own sampler, at the end.
-        evaluations_of_own: Network evaluations of that sampler.
+        evaluations_of_own: Network evaluations of a sample unless a command says otherwise, as in the grid.
         milliseconds: Of a step, median and least over the logged stretches of the first finished seed.
         peak_memory_gib: Largest over the seeds.
         cpu_seconds: Of the trainings, with their starts, by seed.

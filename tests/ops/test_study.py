@@ -40,7 +40,7 @@ def test_all_recipes_train_one_network_on_equal_images_and_follow_models_that_th
     study = study_in(tmp_path)
     configs = {name: parse_config(study.config_text(recipe, 0)) for name, recipe in study.recipes.items()}
     networks = [network_settings(config) for config in configs.values()]
-    assert {"edm", "cd", "ct", "pd", "ict", "ect", "scd", "sct", "tcm"} <= configs.keys()
+    assert {"edm", "cd", "ct", "pd", "ict", "ect", "scd", "sct", "tcm", "mcd"} <= configs.keys()
     assert all(network["model.channels"] == networks[0]["model.channels"] for network in networks)
     assert len({config.model for config in configs.values()}) == 1
     assert {(config.train.total_steps, config.train.global_batch_size) for config in configs.values()} == {(3, 16)}
@@ -61,6 +61,16 @@ def test_every_method_comes_with_one_seed_before_any_comes_with_the_next(tmp_pat
         done.add(command.name)
     with pytest.raises(UserError, match="--methods vae: no such recipe; choose from cd, "):
         in_order(study.recipes, ["vae"])
+
+
+def test_a_method_is_measured_in_the_numbers_of_steps_that_it_can_take(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    for name, recipe in study.recipes.items():
+        method = parse_config(study.config_text(recipe, 0)).method
+        only = method.only_sampling_steps
+        assert tuple(recipe.sampling_steps) == ((1, 2) if only is None else (only,)), name
+        command = next(each for each in study.commands([name], 1) if each.name == f"evaluate {name}-0")
+        assert command.arguments[-2:] == ("--steps", ",".join(map(str, recipe.sampling_steps)))
 
 
 def test_the_points_end_where_progressive_distillation_has_its_students(tmp_path: Path) -> None:
