@@ -125,7 +125,7 @@ class Model:
         batch_size: int = 64,
         tensors: bool = False,
     ) -> Any:
-        """Draws samples, the same as `cmscale sample`.
+        """Draws samples: those of `cmscale sample`, up to the rounding of several threads on a CPU.
 
         Args:
             num: Number of samples.

@@ -33,9 +33,9 @@ from cmscale.io.image_files import printable
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, dataset_formats
+from cmscale.runs.ownership import TakenOver
 from data_prep.making.convert import DEFAULT_ENCODING, ENCODINGS, RECIPE_EXIF, RECIPES
 from data_prep.making.documents import PREPARATION, PreparationDocument, PreparationPlan, as_begun, begun_plan
-from data_prep.making.owner import TakenOver
 from data_prep.making.preparation import Preparation
 from data_prep.making.processes import check_bad, make_missing
 from data_prep.making.shards import DatasetSettings, ShardRecord

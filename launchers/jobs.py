@@ -15,9 +15,11 @@ from launchers.placement import Placement
 
 TRAIN = "train"
 EVALUATE = "evaluate"
+SAMPLE = "sample"
 WORKERS = {
     TRAIN: "cmscale.training.loop:main",
     EVALUATE: "cmscale.evaluation.evaluate:main",
+    SAMPLE: "cmscale.generation.draw_job:main",
 }
 """Worker's name -> `module:function`. Named by string: the launchers themselves import no torch."""
 

@@ -45,8 +45,8 @@ class Attempt:
         step: The step of the newest checkpoint; -1 if there is none.
         rank: The rank that `message` is about.
         node: The node of that rank; empty if no rank is to blame.
-        measured: For an evaluation, what all evaluations of its run had stored by then. Two starts with equal values
-            made no progress between them.
+        measured: For an evaluation, what all evaluations of its run had stored by then; for samples, what is drawn. Two
+            starts with equal values made no progress between them.
     """
 
     ending: Ending

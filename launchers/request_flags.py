@@ -6,14 +6,14 @@ from typing import Any, TypeVar
 from cmscale.commands.parser import CommandParser, whole_number
 from cmscale.commands.use import Given
 from cmscale.config.request_fields import Option, options_of
-from cmscale.config.requests import MeasuringRequest, request_from
 from cmscale.config.sampling_times import is_file
+from cmscale.config.source_request import SourceRequest, request_from
 from cmscale.io.place import Place
 
-R = TypeVar("R", bound=MeasuringRequest)
+R = TypeVar("R", bound=SourceRequest)
 
 
-def add_request_flags(parser: CommandParser, request: type[MeasuringRequest]) -> None:
+def add_request_flags(parser: CommandParser, request: type[SourceRequest]) -> None:
     """Adds a flag or argument per option of a request. A flag that is not given is None."""
     for option in options_of(request):
         shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar or None}
@@ -22,10 +22,13 @@ def add_request_flags(parser: CommandParser, request: type[MeasuringRequest]) ->
         elif option.kind is int:
             shown["type"] = whole_number(option.minimum or 0)
         elif option.kind is bool:
-            shown = {"help": option.help, "action": "store_true", "default": None}
+            action = argparse.BooleanOptionalAction if option.negatable else "store_true"
+            shown = {"help": option.help, "action": action, "default": None}
         elif option.is_path:
             shown["type"] = Place
         if option.flag:
+            if option.default is ...:
+                shown["required"] = True
             parser.add(option.flag, dest=option.name, use=option.use, output=option.output, **shown)
         elif option.is_list:
             parser.add(option.name, nargs="*", use=option.use, **{**shown, "metavar": "KEY=VALUE"})

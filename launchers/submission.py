@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cmscale.config.draw_request import DrawRequest
+from cmscale.config.source_request import request_from
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.json_text import parse_json
@@ -16,10 +18,12 @@ from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.generations import claimed_by, highest_claimed
 from cmscale.runs.log import append_line, read_lines, write_event
+from cmscale.runs.sample_sets import SetPlace, place_of_seed, set_place, stored_parts
 from launchers import jobs
 from launchers.judge import SUPERSEDED, Attempt, RankEnd
 
 _READ_AT_ONCE = 16  # reports of ranks
+_BESIDE = {jobs.EVALUATE: "evaluation", jobs.SAMPLE: "sampling"}
 
 
 @dataclass(frozen=True)
@@ -92,16 +96,25 @@ class Submission:
         return JobRecord(worker, arguments, value.get("job_id"), value.get("after", 0), value.get("code"))
 
     @property
-    def is_evaluation(self) -> bool:
-        """Whether the job evaluates: then its end says nothing about the run's training."""
+    def beside(self) -> str | None:
+        """What the job does beside the run's training: `evaluation` or `sampling`; None if it trains."""
         with contextlib.suppress(UserError):
-            return self.read_job().worker == jobs.EVALUATE
-        return False
+            return _BESIDE.get(self.read_job().worker)
+        return None
+
+    def _stored(self) -> str:
+        """How much of its work a job beside the training has stored."""
+        if self.beside == "evaluation":
+            return stored_measurements(self.run)
+        try:
+            return f"{stored_parts(_sets_of(self.read_job().arguments[0]))} parts of samples"
+        except (UserError, OSError) as error:  # a storage that is away
+            return f"an unknown number of parts of samples ({error})"
 
     @property
     def how_to_go_on(self) -> str:
         """What a user does to continue the job after it was stopped."""
-        if self.is_evaluation:
+        if self.beside:
             return "the same command continues with what is missing"
         return "continue with --resume"
 
@@ -120,8 +133,8 @@ class Submission:
         """Appends a start that ended to the history. Returns the whole history, oldest first."""
         if attempt.ending not in ("finished", "user_error", "no_space") and self.overtaken():
             attempt = replace(attempt, ending="superseded", message=SUPERSEDED)
-        if self.is_evaluation:
-            measured = stored_measurements(self.run)
+        if self.beside:
+            measured = self._stored()
             interrupted = attempt.ending in ("preempted", "time_limit", "cancelled")
             attempt = replace(attempt, measured=measured, message=measured if interrupted else attempt.message)
         file = self.folder / "attempts.jsonl"
@@ -132,7 +145,7 @@ class Submission:
         """Whether another job has started the run since: it owns the run now, and this one is not started again."""
         newest = highest_claimed(self.run)
         with contextlib.suppress(UserError):
-            if self.is_evaluation or newest <= self.read_job().after:
+            if self.beside or newest <= self.read_job().after:
                 return False
         claim = claimed_by(self.run, newest)
         return claim is not None and claim.partition("/")[0] != self.name
@@ -146,13 +159,20 @@ class Submission:
         return False
 
     def report(self, event: str, attempt: Attempt, *, why: str) -> None:
-        """Writes an event of this job to the run's events.jsonl; an evaluation's has the prefix `evaluation_`."""
-        name = f"evaluation_{event}" if self.is_evaluation else event
+        """Writes an event to the run's events.jsonl: of an evaluation with the prefix `evaluation_`, or `sampling_`."""
+        name = f"{self.beside}_{event}" if self.beside else event
         write_event(self.run, name, step=max(attempt.step, 0), rank=attempt.rank, why=why)
 
     def end(self, attempt: Attempt, *, why: str) -> None:
         """Writes that the job has ended for good."""
         write_json(self.ending_file, {**asdict(attempt), "why": why})
+
+
+def _sets_of(asked: dict[str, Any]) -> list[SetPlace]:
+    """The places of the sets that a job draws."""
+    request = request_from(DrawRequest, asked)
+    seeds = range(request.seed, request.seed + request.seeds)
+    return [set_place(place_of_seed(request.out, seed, request.seeds), request.format_asked()) for seed in seeds]
 
 
 def _attempts(records: Iterable[dict[str, Any]]) -> Iterator[Attempt]:

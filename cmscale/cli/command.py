@@ -148,7 +148,8 @@ def _with_metavar(info: ParameterInfo, kind: Any) -> ParameterInfo:
 
 def _flag(name: str, info: ParameterInfo) -> str:
     if isinstance(info, OptionInfo):
-        return str(info.default) if str(info.default).startswith("--") else f"--{name.replace('_', '-')}"
+        named = str(info.default).partition("/")[0]  # of `--clip/--no-clip`
+        return named if named.startswith("--") else f"--{name.replace('_', '-')}"
     return info.metavar or name.upper()
 
 

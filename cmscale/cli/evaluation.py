@@ -1,12 +1,12 @@
 """Commands that measure: `evaluate`, `search-times`, `consistency-error`."""
 
-import sys
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from cmscale.cli.command import GIVEN, command
+from cmscale.cli.interruption import or_interrupted
 from cmscale.cli.models import load_model
 from cmscale.cli.options import (
     ConfigOption,
@@ -17,13 +17,11 @@ from cmscale.cli.options import (
     WeightsOption,
 )
 from cmscale.cli.request_options import command_for
-from cmscale.commands.ending import INTERRUPTED
 from cmscale.commands.parser import Output
 from cmscale.commands.use import USED, Given
 from cmscale.config.requests import EvaluateRequest, SearchTimesRequest
 from cmscale.io.place import Place
 
-T = TypeVar("T")
 app = typer.Typer()
 console = Console(stderr=True)
 
@@ -51,14 +49,6 @@ def search_times(request: SearchTimesRequest) -> None:
     from cmscale.evaluation.search_times import run
 
     print(or_interrupted(run(request)))
-
-
-def or_interrupted(result: T | None) -> T:
-    """The result; ends the command if a signal interrupted."""
-    if result is None:
-        print("interrupted; the same command continues", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED)
-    return result
 
 
 @command(app, "consistency-error")

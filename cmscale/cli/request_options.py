@@ -9,10 +9,10 @@ import typer
 from cmscale.cli.command import GIVEN
 from cmscale.commands.use import Given
 from cmscale.config.request_fields import Option, options_of
-from cmscale.config.requests import MeasuringRequest, request_from
+from cmscale.config.source_request import SourceRequest, request_from
 from cmscale.runs.choices import check_request
 
-R = TypeVar("R", bound=MeasuringRequest)
+R = TypeVar("R", bound=SourceRequest)
 
 
 def command_for(request: type[R]) -> Callable[[Callable[[R], None]], Callable[..., None]]:
@@ -51,7 +51,8 @@ def _parameter(option: Option) -> inspect.Parameter:
         shown["metavar"] = option.metavar
     if option.minimum is not None:
         shown["min"] = option.minimum
-    info = typer.Option(option.flag, **shown) if option.flag else typer.Argument(**shown)
+    flag = f"{option.flag}/--no-{option.flag.removeprefix('--')}" if option.negatable else option.flag
+    info = typer.Option(flag, **shown) if flag else typer.Argument(**shown)
     marks = (info, option.use) if option.output is None else (info, option.use, option.output)
     default = None if option.is_list else option.default
     return inspect.Parameter(

@@ -102,6 +102,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def _called(action: argparse.Action) -> str:
     """What a user calls an option or argument: `--batch-size`, `KEY=VALUE`."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return action.option_strings[0]
     return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
 
 

@@ -39,6 +39,8 @@ THIS_MACHINE = "this machine"
 
 AS_UINT8 = "samples written as uint8"
 AS_FLOAT32 = "raw samples"
+AS_NPZ = "samples in an .npz"
+AS_FILES = "samples in PNG files"
 
 NEW_RUN = "a new run"
 RUN_IN_RUNS_DIR = "a run in --runs-dir"

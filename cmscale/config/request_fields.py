@@ -23,6 +23,7 @@ def option(
     flag: str = "",
     output: Output | None = None,
     is_positional: bool = False,
+    negatable: bool = False,
     **constraints: Any,
 ) -> Any:
     """A field with what its option shows. A field of type `Place` is a local path or URL.
@@ -32,8 +33,10 @@ def option(
         flag: The option's name, where it is not the field's.
         output: For a file that is written.
         is_positional: Whether it is an argument without a flag.
+        negatable: Whether a switch has an opposite: `--clip` and `--no-clip`.
     """
     extra = {"use": use, "metavar": metavar, "flag": flag, "output": output, "is_positional": is_positional}
+    extra["negatable"] = negatable
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
@@ -51,6 +54,7 @@ class Option:
         choices: The values allowed; empty if there is no list.
         default: `...` for an argument that must be given.
         output: For a file that is written.
+        negatable: Whether a switch has an opposite, `--no-clip`.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Option:
     help: str
     metavar: str
     output: Output | None
+    negatable: bool
 
     @property
     def is_path(self) -> bool:
@@ -91,6 +96,7 @@ def options_of(request: type[BaseModel]) -> Iterator[Option]:
             help=field.description or "",
             metavar=extra["metavar"],
             output=extra["output"],
+            negatable=extra["negatable"],
         )
 
 

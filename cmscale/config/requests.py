@@ -1,49 +1,29 @@
 """Defines what the evaluation commands can be asked: one model per command.
 
 The flags of `launchers/evaluate.py`, the options of `cmscale evaluate` and `cmscale search-times`, and the JSON of an
-evaluation job all follow from these models (`options_of`), so that an option exists once. The fields that are set are
-the options that were given: `refuse_unused` refuses those that have no effect.
+evaluation job all follow from these models: see `cmscale.config.source_request`.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from cmscale.commands.parser import Output
-from cmscale.commands.situation import GIVEN_CONFIG, MODELS, RUN, WITH_WEIGHTS_TO_CHOOSE, WITHOUT_CONFIG, overriding
-from cmscale.commands.use import USED, Given, Use
+from cmscale.commands.situation import MODELS, RUN, WITH_WEIGHTS_TO_CHOOSE
+from cmscale.commands.use import USED, Use
 from cmscale.config.averages import length_of
+from cmscale.config.draw_request import Format, format_of
 from cmscale.config.evaluate import Evaluate
 from cmscale.config.features import feature_networks, known_network
 from cmscale.config.models import Config
-from cmscale.config.request_fields import option, options_of
+from cmscale.config.request_fields import option
 from cmscale.config.sampling_times import check_range, check_steps, is_file, parse_counts, parse_step, parse_times
+from cmscale.config.source_request import SourceRequest
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
-R = TypeVar("R", bound="MeasuringRequest")
 
-
-class MeasuringRequest(BaseModel):
+class MeasuringRequest(SourceRequest):
     """Which network is measured, and against what. None leaves a value to the config of the source."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: Place = option(
-        ...,
-        "A run, a checkpoint, an exported file or an OpenAI .pt; a local path or s3://.",
-        use=USED,
-        metavar="SOURCE",
-        is_positional=True,
-    )
-    overrides: list[str] = option(
-        [],
-        "Values of --config to replace.",
-        use=Use(overriding=(GIVEN_CONFIG,)),
-        metavar="[KEY=VALUE]...",
-        is_positional=True,
-    )
     reference: Place | None = option(
         None,
         "A prepared data set, a folder of images, or a statistics file. Default: the config's, else its data.",
@@ -79,10 +59,6 @@ class MeasuringRequest(BaseModel):
         use=Use(features=("dinov2 features",), excludes=("features_weights",)),
         metavar="PATH[#sha256=HEX]",
     )
-    config: Place | None = option(
-        None, "Config of a SOURCE that has none (OpenAI .pt, ...).", use=Use(source=WITHOUT_CONFIG), metavar="CONFIG"
-    )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto uses CUDA if there is a device.", use=USED)
     force: bool = option(False, "Measure anew what has been measured already, and replace the result.", use=USED)
 
     @field_validator("features")
@@ -106,23 +82,6 @@ class MeasuringRequest(BaseModel):
         }
         self.refuse_unused(features=f"{self.features or configured.features} features")
         return configured.replaced(given)
-
-    def refuse_unused(self, **situation: str) -> None:
-        """Refuses options that were given and have no effect.
-
-        Args:
-            situation: See `cmscale.commands.use`: `source` (the kind of SOURCE), `features`.
-
-        Raises:
-            UserError: the first such option, and where it would be used.
-        """
-        options = {option.name: option for option in options_of(type(self))}
-        flags = {name: option.flag or option.metavar for name, option in options.items()}
-        if self.overrides:
-            flags["overrides"] = self.overrides[0]
-        given = [name for name in options if name in self.model_fields_set and getattr(self, name) not in (None, [])]
-        uses = {name: option.use for name, option in options.items()}
-        Given(uses, flags, given).refuse_unused(**situation, overriding=overriding(self.config, self.overrides))
 
 
 class EvaluateRequest(MeasuringRequest):
@@ -168,6 +127,17 @@ class EvaluateRequest(MeasuringRequest):
         metavar="0,latest",
         flag="checkpoint",
     )
+    keep_samples: Place | None = option(
+        None,
+        "Keep the samples that are measured: FILE.npz, or a folder; several sets get a folder each in it.",
+        use=Use(source=MODELS),
+        metavar="PLACE",
+    )
+    format: Format | None = option(
+        None,
+        "Of the samples that are kept: npz, png or tar (PNG files in tars of 512). Default: by their place.",
+        use=Use(needs=("keep_samples",)),
+    )
     run_dir: str | None = Field(None, description="Where a source that is no run keeps its results.")
 
     @field_validator("steps")
@@ -201,12 +171,31 @@ class EvaluateRequest(MeasuringRequest):
         """The names of the weights to evaluate; None is the first EMA."""
         return (None,) if self.weights is None else tuple(name.strip() for name in self.weights.split(","))
 
-    def refuse_several_in_one_file(self) -> None:
-        """Raises UserError if `out` names one file for several evaluations."""
+    @property
+    def num_evaluations(self) -> int:
         steps = 1 if self.steps is None else len(self.steps.split(","))
-        count = len(self.steps_asked) * len(self.weights_asked) * steps
+        return len(self.steps_asked) * len(self.weights_asked) * steps
+
+    @property
+    def kept_format(self) -> Format:
+        """The format of the samples that are kept.
+
+        Raises:
+            UserError: it contradicts the name of their place.
+        """
+        assert self.keep_samples is not None
+        return format_of(self.keep_samples, self.format, option="--keep-samples")
+
+    def refuse_several_in_one_file(self) -> None:
+        """Raises UserError if `out` names one file for several evaluations, or `keep_samples` for several sets."""
+        count = self.num_evaluations
         if self.out is not None and count > 1:
             raise UserError(f"--out {self.out}: one file can't hold {count} evaluations; ask for one")
+        sets = count * self.seeds
+        if self.keep_samples is not None and self.kept_format == "npz" and sets > 1:
+            raise UserError(
+                f"--keep-samples {self.keep_samples}: one file can't hold {sets} sets of samples; name a folder"
+            )
 
     def check_fits(self, config: Config) -> None:
         """Checks names of weights, and times, before anything is measured.
@@ -256,19 +245,3 @@ class SearchTimesRequest(MeasuringRequest):
     def _one_step(cls, text: str) -> str:
         parse_step(text)
         return text
-
-
-def request_from(model: type[R], values: Mapping[str, Any]) -> R:
-    """The request with these values, which are the options that were given.
-
-    Raises:
-        UserError: a value is not allowed; the line begins with its option.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        first: Any = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        flag = next((option.flag for option in options_of(model) if option.name == name), "") or name
-        why = first["ctx"]["error"] if first["type"] == "value_error" else f"got {first['input']!r}; {first['msg']}"
-        raise UserError(f"{flag}: {why}") from None

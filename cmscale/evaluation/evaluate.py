@@ -4,36 +4,34 @@ An evaluation that was killed or preempted continues where it stopped, on any nu
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cmscale.commands import situation
-from cmscale.config import Config, MethodSection
-from cmscale.config.requests import EvaluateRequest, request_from
+from cmscale.config import MethodSection
+from cmscale.config.requests import EvaluateRequest
 from cmscale.config.sampling_times import parse_counts
 from cmscale.config.site import use_site
-from cmscale.consistency.sampler import num_evaluations
+from cmscale.config.source_request import request_from
 from cmscale.distributed import collectives
 from cmscale.distributed import world as worlds
 from cmscale.distributed.world import World
 from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
 from cmscale.evaluation.finished_samples import evaluate_images
+from cmscale.evaluation.kept import KeptSets, nfe_of
 from cmscale.evaluation.outcome import known_result, make_result, print_result, summary, write_result
 from cmscale.evaluation.progress import Progress
 from cmscale.evaluation.session import (
     TIMEOUT_MINUTES,
     EvaluationSession,
     describe_step,
-    sampling_protocol,
     with_classes,
     work_folder,
 )
-from cmscale.generation.draw import SampleRequest, used_sigmas
+from cmscale.generation.draw import SampleRequest, protocol_of, used_sigmas
 from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
@@ -133,8 +131,10 @@ def _evaluate_one(
     progress = Progress.of(request, work_folder(source, request.run_dir))
     title = describe_step(source)
 
+    kept = KeptSets(request, source, session, draw)
+
     def is_known() -> bool:
-        if known_result(out, key=key, progress=progress, title=title) is not None:
+        if known_result(out, key=key, progress=progress, title=title, lacks=kept.differ) is not None:
             return True
         out.check_output()
         return False
@@ -146,14 +146,15 @@ def _evaluate_one(
     for seed in range(request.seeds):
         one = replace(draw, seed=seed)
         label = f"{title} seed {seed}"
-        found = session.measure_samples(source, denoise, one, work_dir=progress.folder, label=label)
+        with kept.opened(seed) as making:
+            found = session.measure_samples(source, denoise, one, work_dir=progress.folder, label=label, kept=making)
         if found is None:
             return None
         measured.append(found)
     seconds = time.monotonic() - started
 
     def write() -> None:
-        result = _result(source, session, draw, measured, key=key, seconds=seconds)
+        result = _result(source, session, draw, measured, key=key, seconds=seconds, kept=kept.records())
         write_result(result, out)
         progress.finish(key)
         print_result(result, title=title)
@@ -172,6 +173,7 @@ def _result(
     *,
     key: str,
     seconds: float,
+    kept: Sequence[dict[str, Any]],
 ) -> EvaluationResult:
     reference, data, size = session.reference, dataset_of(source), source.config.model.image_size
     assert reference is not None, "rank 0 has the reference"
@@ -185,13 +187,14 @@ def _result(
         seconds=seconds,
         protocol={
             "source": source.origin,
-            **sampling_protocol(source, with_classes(source, draw)),
+            **protocol_of(source, with_classes(source, draw)),
             "data": data and {"fingerprint": data.fingerprint, **made},
         },
         comparison=reference.mismatches(preprocess=preprocess, encoding=encoding, exif=exif, size=(size, size)),
         step=source.step,
         weights=source.weights_name,
-        nfe=_nfe(source.config, draw),
+        nfe=nfe_of(source.config, draw),
+        kept_samples=tuple(kept),
         times=None if draw.sigmas is None else tuple(draw.sigmas.tolist()),
     )
 
@@ -208,7 +211,7 @@ def _result_path(
     file = RunDir(home).evaluation(
         step=source.step,
         weights=source.weights_name,
-        nfe=_nfe(source.config, draw),
+        nfe=nfe_of(source.config, draw),
         times=() if draw.sigmas is None else draw.sigmas.tolist(),
         features=session.extractor.label,
         num_samples=draw.num,
@@ -217,9 +220,3 @@ def _result_path(
         key=key,
     )
     return Place(file)
-
-
-def _nfe(config: Config, draw: SampleRequest) -> int:
-    steps = draw.steps if draw.sigmas is None else int(torch.count_nonzero(draw.sigmas))
-    default = config.method.default_sampling_steps
-    return num_evaluations(config.method, steps or default, draw.sampler)

@@ -8,11 +8,13 @@ from cmscale.config import Evaluate
 from cmscale.config.requests import EvaluateRequest
 from cmscale.distributed.world import World
 from cmscale.engine.preemption import Preemption
+from cmscale.evaluation.image_set import ImageSet
 from cmscale.evaluation.measure import image_blocks, measure
 from cmscale.evaluation.outcome import known_result, make_result, print_result, write_result
 from cmscale.evaluation.progress import Progress, existing
-from cmscale.evaluation.sample_files import ImageSet, PixelHash, open_images
+from cmscale.evaluation.sample_files import open_images
 from cmscale.evaluation.session import EvaluationSession
+from cmscale.generation.pixel_hash import PixelHash
 from cmscale.io.place import Place
 from cmscale.runs.folder import finished_samples_evaluation
 from cmscale.runs.results import EvaluationResult, hash_of

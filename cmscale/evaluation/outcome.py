@@ -1,7 +1,7 @@
 """Makes the document of an evaluation from what was measured, writes it, and prints it with its warnings."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,24 @@ def summary(result: EvaluationResult) -> str:
     return f"{', '.join(parts)} ({result.num_samples} samples{nfe})"
 
 
-def known_result(out: str | Path, *, key: str, progress: Progress, title: str = "") -> EvaluationResult | None:
+def known_result(
+    out: str | Path,
+    *,
+    key: str,
+    progress: Progress,
+    title: str = "",
+    lacks: Callable[[EvaluationResult], bool] = lambda _: False,
+) -> EvaluationResult | None:
     """The result at `out`, if it is a measurement of the same that counts for the request; it is printed.
+
+    Args:
+        lacks: Whether it lacks something that is asked for, so that it is measured anew.
 
     Raises:
         UserError: another result or something else is there, and the request is not to replace it.
     """
     found = existing(EvaluationResult, out)
-    if found is None or (found.key == key and not progress.counts(key)):
+    if found is None or (found.key == key and (lacks(found) or not progress.counts(key))):
         return None
     if found.key != key:
         if progress.is_anew:

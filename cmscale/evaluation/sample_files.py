@@ -1,8 +1,6 @@
 """Reads finished samples: an `.npz` with `arr_0` (the input of ADM's evaluator), or a folder of images."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,32 +9,15 @@ from torch import Tensor
 
 from cmscale.errors import UserError
 from cmscale.evaluation.image_folder import ImageFolder
+from cmscale.evaluation.image_set import ImageSet
 from cmscale.evaluation.npz import npz_header, npz_rows
+from cmscale.evaluation.tars import holds_tars, open_tars
 from cmscale.io.fetch import local_file
 from cmscale.io.place import Place
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images of one size. `read()` yields `count` uint8 arrays [H, W, 3] in order, with one in memory.
-
-    `notes()` gives what a result should say about them, one line each, once they have been read.
-
-    Attributes:
-        encoding: How their files encode them, several kinds joined by `, `; None for arrays, which are not encoded.
-    """
-
-    name: str
-    count: int
-    height: int
-    width: int
-    read: Callable[[], Iterator[np.ndarray]]
-    notes: Callable[[], list[str]] = list
-    encoding: str | None = None
-
-
 def open_images(path: str | Path) -> ImageSet:
-    """Opens an `.npz`, or a folder of images and its subfolders (in the order of their paths).
+    """Opens an `.npz`, or a folder: of images, also in subfolders (in the order of their paths), or of our tars.
 
     Raises:
         UserError: no such file, no images, or another type or shape.
@@ -46,7 +27,7 @@ def open_images(path: str | Path) -> ImageSet:
         raise UserError(f"{place}: a folder of images must be on this machine's file systems; give an .npz, or copy it")
     path = local_file(place) if place.is_remote else Path(place)
     if path.is_dir():
-        return _open_folder(path)
+        return open_tars(path) if holds_tars(path) else _open_folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder of images")
     if path.suffix.lower() != ".npz":
@@ -76,31 +57,6 @@ def batches(images: Iterable[np.ndarray], size: int) -> Iterator[Tensor]:
             waiting = []
     if waiting:
         yield _stack(waiting)
-
-
-class PixelHash:
-    """The SHA-256 of images in order: of their pixels, and of their size unless they are square."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._is_begun = False
-
-    def add(self, images: np.ndarray) -> None:
-        """Adds uint8 images [..., 3, H, W]."""
-        height, width = images.shape[-2:]
-        if not self._is_begun and height != width:
-            self._digest.update(f"{height} x {width}".encode())
-        self._is_begun = True
-        self._digest.update(np.ascontiguousarray(images).data)
-
-    def passing(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """The images [H, W, 3], each added when it is taken."""
-        for image in images:
-            self.add(image.transpose(2, 0, 1))
-            yield image
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
 
 
 def _stack(images: list[np.ndarray]) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 
 from cmscale import __version__
 from cmscale.commands.counting import Counting, counted
-from cmscale.config import Evaluate, Model
-from cmscale.config.added import added_at_older_value
+from cmscale.config import Evaluate
 from cmscale.config.requests import MeasuringRequest
 from cmscale.consistency.solver import Denoise
 from cmscale.data import read_images
@@ -18,13 +17,14 @@ from cmscale.distributed import collectives
 from cmscale.distributed.world import World
 from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
-from cmscale.evaluation.blocks import BlockStore
+from cmscale.evaluation.blocks import BLOCK, BlockStore
 from cmscale.evaluation.features.extractor import FeatureExtractor, build_features
 from cmscale.evaluation.manifold import DENSITY_K, Manifold
 from cmscale.evaluation.measure import measure_distributions, measure_neighbours
 from cmscale.evaluation.reference.reference import Reference, reference_from_images
 from cmscale.evaluation.reference.registry import is_reference_file, read_reference
-from cmscale.generation.draw import SampleRequest, draw_batch, used_sigmas
+from cmscale.generation.draw import SampleRequest, draw_batch, machine_of, protocol_of
+from cmscale.generation.sample_set import Making
 from cmscale.io.fetch import cache_folder, local_file
 from cmscale.io.image_tensors import to_uint8
 from cmscale.io.place import Place
@@ -91,12 +91,22 @@ class EvaluationSession:
         collectives.on_main(lambda: reference and reference.refuse_other_size((size, size), of="the model"))
 
     def measure_samples(
-        self, source: Source, denoise: Denoise, draw: SampleRequest, *, work_dir: Path, label: str
+        self,
+        source: Source,
+        denoise: Denoise,
+        draw: SampleRequest,
+        *,
+        work_dir: Path,
+        label: str,
+        kept: Making | None = None,
     ) -> dict[str, float] | None:
         """All metrics of the samples that `draw` describes, on every rank. Collective.
 
         Blocks or metrics that an interrupted call stored in `work_dir` are reused, if they were measured of the same
         samples against the same reference, with the same torch on the same kind of device.
+
+        Args:
+            kept: The set that keeps the samples, which are measured and kept together.
 
         Returns:
             None if a preemption interrupted; the finished blocks are kept.
@@ -104,10 +114,13 @@ class EvaluationSession:
         draw = with_classes(source, draw)
         identity = {**self.identity(source, draw), **self.machine(), "seed": draw.seed}
         store = BlockStore(work_dir, identity=identity, num_samples=draw.num)
+        keeps = kept if kept is not None and kept.known is None else None
         known = collectives.from_main(collectives.on_main(store.metrics))
-        if known is not None:
+        if known is not None and keeps is None:
             return known
         todo = collectives.from_main(collectives.on_main(store.missing))
+        if keeps is not None:
+            todo = sorted({*todo, *keeps.missing()}, key=lambda block: block.start)
         mine = todo[self.world.rank :: self.world.num_ranks]
         stored = draw.num - sum(map(len, todo))
         counting = Counting(label, total=draw.num, done=stored, unit="samples", active=self.world.is_main)
@@ -115,17 +128,22 @@ class EvaluationSession:
             for block in mine:
                 if self.preemption.flagged:
                     break
-                store.commit(block, self.extractor(draw_block(source, denoise, draw, block, device=self.world.device)))
+                images = draw_block(source, denoise, draw, block, device=self.world.device)
+                if keeps is not None:
+                    keeps.commit(block, np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy()))
+                store.commit(block, self.extractor(images))
                 counting.advance(len(block) * self.world.num_ranks)
         if self.preemption.requested():
             return None
+        if keeps is not None:
+            keeps.finish({"source": source.origin, **kept_protocol(source, draw)})
         return self._measured(store)
 
     def identity(self, source: Source, draw: SampleRequest) -> dict[str, Any]:
         """What determines the metrics of the samples that `draw` describes, except their number and seeds."""
         draw = with_classes(source, draw)
         return {
-            **sampling_protocol(source, draw),
+            **protocol_of(source, draw),
             **self.features_protocol(),
             "reference_sha256": self.reference_sha256,
         }
@@ -179,6 +197,18 @@ def with_classes(source: Source, draw: SampleRequest) -> SampleRequest:
     return draw if source.config.model.num_classes is None else replace(draw, classes="random")
 
 
+def kept_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
+    """What determines the samples that an evaluation draws."""
+    return {
+        "step": source.step,
+        "weights": source.weights_name,
+        **protocol_of(source, with_classes(source, draw)),
+        "seed": draw.seed,
+        "num_samples": draw.num,
+        "batch_size": f"of evaluations: {block_batch_size(source)} in blocks of {BLOCK}",
+    }
+
+
 def shared_manifold(reference: Reference | None, extractor: FeatureExtractor, world: World) -> Manifold | None:
     """Rank 0's reference for nearest neighbours, on every rank; None if it has too few features. Collective."""
     subset = None if reference is None else reference.subset
@@ -195,13 +225,18 @@ def draw_block(
     The batch size follows from the image size and the block alone: a convolution's rounding may depend on its batch,
     and a result must depend neither on the memory of a machine nor on the number of ranks.
     """
-    size = max(1, _PIXELS_PER_PASS // source.config.model.image_size**2)
+    size = block_batch_size(source)
     return torch.cat(
         [
             to_uint8(draw_batch(source, denoise, draw, indices=block[at : at + size], device=device))
             for at in range(0, len(block), size)
         ]
     )
+
+
+def block_batch_size(source: Source) -> int:
+    """Samples of a block that are drawn at once."""
+    return max(1, _PIXELS_PER_PASS // source.config.model.image_size**2)
 
 
 def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
@@ -236,35 +271,9 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
     )
 
 
-def sampling_protocol(source: Source, draw: SampleRequest) -> dict[str, Any]:
-    """What determines a sample, except its seed."""
-    sampler = source.config.method.facts.sampler
-    return {
-        "weights_sha256": source.fingerprint,
-        "model": _network(source.config.model),
-        "sampler": draw.sampler if sampler == "ode" else sampler,
-        "sigmas": used_sigmas(source, draw).tolist(),
-        "clip": draw.clip,
-        "quantisation": "truncated to uint8",
-        **({} if source.config.model.num_classes is None else {"classes": "random"}),
-    }
-
-
-def _network(model: Model) -> dict[str, Any]:
-    """The settings of the network that a sample may depend on, without keys that older results do not have."""
-    values = model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"})
-    older = added_at_older_value("model", values)
-    return {key: value for key, value in values.items() if key not in older}
-
-
 def machine_protocol(world: World) -> dict[str, Any]:
-    """Torch and the device, which change a result by rounding."""
-    cuda = world.device.type == "cuda"
-    return {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
-        "num_ranks": world.num_ranks,
-    }
+    """Torch and the device, which change a result by rounding, and the number of ranks."""
+    return {**machine_of(world.device), "num_ranks": world.num_ranks}
 
 
 def work_folder(source: Source, run_dir: str | None) -> Path:

@@ -1,10 +1,9 @@
-"""Draws samples from a source in batches, and writes them as files that the ADM evaluator reads.
+"""Draws samples from a source in batches.
 
 The noise and class of sample i depend on (seed, i) alone. Its pixels depend by rounding on the batch in which it is
 drawn, as libraries choose their kernels by its size: a truncated pixel may differ by one of 255 levels.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cmscale.commands import situation
-from cmscale.config import MethodSection
+from cmscale.config import MethodSection, Model
+from cmscale.config.added import added_at_older_value
+from cmscale.config.draw_request import check_classes
 from cmscale.config.sampling_times import check_descending, check_range, is_file, parse_times
 from cmscale.consistency.sampler import Sampler, default_sigmas, num_evaluations, sample
 from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
-from cmscale.io import image_tensors
 from cmscale.io.fetch import local_file
 from cmscale.io.place import Place
 from cmscale.io.reading import reading
@@ -77,17 +76,13 @@ def draw_samples(
     *,
     device: torch.device,
     denoise: Denoise | None = None,
-    advance: Callable[[float], None] | None = None,
 ) -> torch.Tensor:
     """Draws all samples of a request, float32 [num, 3, H, W] on the CPU.
 
     Args:
         denoise: The source's network on the device, if it is there already.
-        advance: Called after each evaluation of the network with the part of the samples that it has made.
     """
     denoise = denoise or source.denoiser(device)
-    if advance is not None:
-        denoise = _advancing(denoise, advance, evaluations=evaluations_of(source, request))
     samples = []
     for start in range(0, request.num, request.batch_size):
         indices = range(start, min(start + request.batch_size, request.num))
@@ -101,13 +96,15 @@ def evaluations_of(source: Source, request: SampleRequest) -> int:
     return num_evaluations(source.config.method, steps, request.sampler)
 
 
-def _advancing(denoise: Denoise, advance: Callable[[float], None], *, evaluations: int) -> Denoise:
-    def advancing(x: torch.Tensor, sigma: torch.Tensor, **keywords: Any) -> torch.Tensor:
+def advancing(denoise: Denoise, advance: Callable[[float], None], *, evaluations: int) -> Denoise:
+    """The denoiser, which calls `advance` with the part of the samples that each of its evaluations has made."""
+
+    def counted(x: torch.Tensor, sigma: torch.Tensor, **keywords: Any) -> torch.Tensor:
         found = denoise(x, sigma, **keywords)
         advance(len(x) / evaluations)
         return found
 
-    return advancing
+    return counted
 
 
 def draw_batch(
@@ -139,61 +136,42 @@ def class_labels(source: Source, request: SampleRequest, *, indices: Sequence[in
     Raises:
         UserError: classes are given to an unconditional network, are missing, or do not exist.
     """
-    count, classes = source.config.model.num_classes, request.classes
-    if count is None:
-        if classes is not None:
-            raise UserError(f"--classes: {source.origin} is unconditional (model.num_classes is not set); leave it out")
+    classes = request.classes
+    check_classes(classes, source.config, origin=source.origin)
+    count = source.config.model.num_classes
+    if count is None or classes is None:
         return None
-    if classes is None:
-        raise UserError(
-            f"{source.origin}: is class-conditional; give --classes random, or numbers from 0 to {count - 1}"
-        )
     if classes == "random":
         drawn = [torch.randint(count, (), generator=generator(request.seed, i, "class")) for i in indices]
         return torch.stack(drawn)
-    if max(classes) >= count:
-        raise UserError(f"--classes: {max(classes)} is not a class of {source.origin}; choose from 0 to {count - 1}")
     return torch.tensor([classes[i % len(classes)] for i in indices])
 
 
-def parse_classes(text: str | None) -> tuple[int, ...] | Literal["random"] | None:
-    """Parses `--classes 1,2` or `--classes random`."""
-    if text is None:
-        return None
-    if text == "random":
-        return "random"
-    if not all(part.isdecimal() and len(part) < 10 for part in text.split(",")):
-        raise UserError(f"--classes: got {text!r}; write random, or whole numbers such as 1,2")
-    return tuple(int(part) for part in text.split(","))
-
-
-def write_samples(images: torch.Tensor, out: Place, *, raw: bool, grid: Place | None) -> None:
-    """Writes images as the array `arr_0` of an `.npz` file: uint8 NHWC, or with `raw` float32 NCHW.
-
-    Args:
-        grid: A PNG file for a grid of the first 256 images.
-    """
-    pixels = image_tensors.to_uint8(images)
-    array = images.numpy() if raw else pixels.permute(0, 2, 3, 1).numpy()
-    buffer = io.BytesIO()
-    np.savez(buffer, arr_0=array)
-    out.write(buffer.getvalue())
-    if grid is not None:
-        grid.write(image_tensors.png_bytes(image_tensors.grid(pixels[:256])))
-
-
-def situation_of(source: Source, request: SampleRequest) -> dict[str, str]:
-    """What the source and the request decide about the use of options: see `cmscale.commands.use`."""
-    family = source.config.method.facts.sampler
-    times = used_sigmas(source, request)
-    between_steps = family == "multistep" and len(times) > 1
-    ancestral = family == "ode" and request.sampler == "ancestral" and len(times) > 2
-    draws = request.noise is None or request.classes == "random" or between_steps or ancestral
+def protocol_of(source: Source, draw: SampleRequest) -> dict[str, Any]:
+    """What determines a sample, except its seed and the size of its batch."""
+    sampler = source.config.method.facts.sampler
     return {
-        "model": situation.MODEL_OF_SAMPLER[family],
-        "classes": situation.UNCONDITIONAL if source.config.model.num_classes is None else situation.CONDITIONAL,
-        "randomness": situation.DRAWN if draws else situation.ALL_GIVEN,
+        "weights_sha256": source.fingerprint,
+        "model": _network(source.config.model),
+        "sampler": draw.sampler if sampler == "ode" else sampler,
+        "sigmas": used_sigmas(source, draw).tolist(),
+        "clip": draw.clip,
+        "quantisation": "truncated to uint8",
+        **({} if draw.classes is None else {"classes": draw.classes}),
     }
+
+
+def _network(model: Model) -> dict[str, Any]:
+    """The settings of the network that a sample may depend on, without keys that older results do not have."""
+    values = model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"})
+    older = added_at_older_value("model", values)
+    return {key: value for key, value in values.items() if key not in older}
+
+
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """Torch and the device, which change a result by rounding."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"torch": torch.__version__, "device": name}
 
 
 def used_sigmas(source: Source, request: SampleRequest) -> torch.Tensor:
@@ -220,15 +198,15 @@ def _read_noise(place: Place, *, shape: tuple[int, ...]) -> torch.Tensor:
     except UserError as error:
         raise UserError(f"--noise {error}") from None
     with reading(f"--noise {place}", "an .npy file of numbers", advice="write it with numpy.save"):
-        noise = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that claims too much reads nothing
+        noise = np.load(path, mmap_mode="c", allow_pickle=False)  # mapped: only what is used is in memory
     if not isinstance(noise, np.ndarray):
         raise UserError(f"--noise {place}: holds several arrays (.npz); write one with numpy.save")
     if noise.shape != shape or noise.dtype != np.float32:
         held = f"{str(noise.dtype)[:40]} {list(noise.shape)[:8]}"
         raise UserError(f"--noise {place}: holds {held}; give float32 {list(shape)}")
-    if not np.isfinite(noise).all():
+    if not all(np.isfinite(one).all() for one in noise):
         raise UserError(f"--noise {place}: holds NaN or infinity; write finite numbers")
-    return torch.from_numpy(np.array(noise))
+    return torch.from_numpy(noise)
 
 
 def read_times(text: str, method: MethodSection) -> torch.Tensor:

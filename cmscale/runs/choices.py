@@ -10,9 +10,11 @@ from pathlib import Path
 from cmscale.commands import situation
 from cmscale.config import Config, MethodSection, read_config
 from cmscale.config.averages import length_of
+from cmscale.config.draw_request import DrawRequest
 from cmscale.config.requests import EvaluateRequest, MeasuringRequest, SearchTimesRequest
 from cmscale.config.sampling_times import check_range, is_file, parse_step, parse_times
 from cmscale.config.site import read_site
+from cmscale.config.source_request import SourceRequest
 from cmscale.config.sources import names_file, refuse_hub_name
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
@@ -22,6 +24,7 @@ from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.configs import config_of
 from cmscale.runs.manifests import read_document
 from cmscale.runs.results import TimeSearch
+from cmscale.runs.sample_sets import place_of_seed, set_place
 from cmscale.runs.source_kind import kind_of_source
 
 _NO_WEIGHTS = {b"<": "is a web page, not weights", b"version https://": "is a pointer of Git LFS, not weights"}
@@ -95,32 +98,33 @@ def check_times(times: str, method: MethodSection) -> None:
     Raises:
         UserError: there is no such file, its search is not finished, or a time is outside the range.
     """
-    label = f"--sampling-times {times}"
-    if not is_file(times):
-        check_range(_times(times), method, label=label)
-        return
-    found = read_document(TimeSearch, local_file(times).read_bytes(), origin=times)
-    if not found.times:
-        raise UserError(f"{label}: the search is not finished; let cmscale search-times finish")
-    check_range(found.times, method, label=label)
+    check_range(_times(times), method, label=f"--sampling-times {times}")
 
 
 def _times(text: str) -> tuple[float, ...]:
+    if is_file(text):
+        found = read_document(TimeSearch, local_file(text).read_bytes(), origin=text)
+        if not found.times:
+            raise UserError(f"--sampling-times {text}: the search is not finished; let cmscale search-times finish")
+        return found.times
     try:
         return parse_times(text)
     except ValueError as error:
         raise UserError(f"--sampling-times: {error}") from None
 
 
-def check_request(request: MeasuringRequest) -> Config | None:
-    """Checks a request for an evaluation or a search, as far as that is possible without torch.
+def check_request(request: SourceRequest) -> Config | None:
+    """Checks a request for samples, an evaluation or a search, as far as that is possible without torch.
 
     Returns:
         The source's config, as `check_model` does.
 
     Raises:
-        UserError: what the evaluation itself would find later.
+        UserError: what the work itself would find later.
     """
+    if isinstance(request, DrawRequest):
+        return _check_draw(request)
+    assert isinstance(request, MeasuringRequest)
     if not (request.source.is_remote and names_file(request.source)):
         kind = kind_of_source(request.source)
         request.refuse_unused(source=kind)
@@ -135,6 +139,10 @@ def check_request(request: MeasuringRequest) -> Config | None:
     config = check_model(
         request.source, steps=steps, weights=weights, config=request.config, overrides=request.overrides
     )
+    if isinstance(request, EvaluateRequest):
+        request.refuse_several_in_one_file()
+        if request.keep_samples is not None:
+            set_place(request.keep_samples, request.kept_format).check("--keep-samples")
     if config is None:
         return None
     if isinstance(request, EvaluateRequest):
@@ -148,6 +156,48 @@ def check_request(request: MeasuringRequest) -> Config | None:
     if settings.reference is not None and settings.reference.lower().endswith(".npz"):
         check_reference(settings.reference, key=_named(request, "reference"))
     return config
+
+
+def _check_draw(request: DrawRequest) -> Config | None:
+    if not (request.source.is_remote and names_file(request.source)):
+        kind = kind_of_source(request.source)
+        if kind == situation.SAMPLES:
+            raise UserError(f"{request.source}: finished samples; give the model that draws them")
+        request.refuse_unused(source=kind)
+    format, written = request.format_asked(), situation.AS_FLOAT32 if request.raw else situation.AS_UINT8
+    request.refuse_unused(
+        format=situation.AS_NPZ if format == "npz" else situation.AS_FILES,
+        written=written,
+    )
+    for seed in range(request.seed, request.seed + request.seeds):
+        set_place(place_of_seed(request.out, seed, request.seeds), format).check("--out")
+    if request.noise is not None and not request.noise.is_remote and not Path(request.noise).is_file():
+        raise UserError(f"--noise {request.noise}: no such file")
+    config = check_model(
+        request.source,
+        steps=(parse_step(request.step),),
+        weights=(request.weights,),
+        config=request.config,
+        overrides=request.overrides,
+    )
+    if config is not None:
+        check_drawn_by(request, config)
+    return config
+
+
+def check_drawn_by(request: DrawRequest, config: Config) -> None:
+    """Checks what is asked of a model of this config: times, steps, classes, and options that need another one.
+
+    Raises:
+        UserError: the model has no such times or classes, or an option has no effect on it.
+    """
+    if request.times is not None:
+        check_times(request.times, config.method)
+        num_times = sum(time > 0 for time in _times(request.times))
+    else:
+        num_times = request.steps or config.method.default_sampling_steps
+    request.refuse_unused(**request.situation(config, num_times=num_times))
+    request.check_fits(config)
 
 
 def _named(request: MeasuringRequest, key: str) -> str:

@@ -39,9 +39,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def is_of_evaluation(event: str) -> bool:
-    """Whether an event is an evaluation's: those run next to the training and say nothing about its end."""
-    return event == "evaluated" or event.startswith("evaluation_")
+def is_beside_training(event: str) -> bool:
+    """Whether an event is an evaluation's, or of samples: those jobs say nothing about the end of the training."""
+    return event == "evaluated" or event.startswith(("evaluation_", "sampling_"))
 
 
 _STATES = {"not_exported": "finished, not exported"}
@@ -52,7 +52,7 @@ def state_of(events: Iterable[dict[str, Any]]) -> str:
     last = ""
     for record in events:
         event = str(record.get("event", ""))
-        if not (is_of_evaluation(event) or event.startswith(("export", "storage_")) or event == "superseded"):
+        if not (is_beside_training(event) or event.startswith(("export", "storage_")) or event == "superseded"):
             last = event
     return _STATES.get(last, last) or "never started"
 

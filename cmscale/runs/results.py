@@ -29,7 +29,14 @@ class Metric(Document):
         return cls(mean=statistics.fmean(values), std=spread, values=tuple(values))
 
 
-_ADDED = ("names", "settings", "samples", "date", "key")  # results of older versions lack them; left out where empty
+_ADDED = (
+    "names",
+    "settings",
+    "samples",
+    "kept_samples",
+    "date",
+    "key",
+)  # results of older versions lack them; left out where empty
 
 
 class EvaluationResult(Document):
@@ -55,6 +62,7 @@ class EvaluationResult(Document):
         names: Names of the metrics over these features, by key: `KID-EfficientNet` is no KID.
         settings: Parameters of the metrics by key, such as `k` of precision, and the subsets of KID.
         samples: Of finished samples: name, hash of the pixels, size, encoding.
+        kept_samples: Of samples that were kept: seed, place, and hash of the pixels of each set.
         date: When the result was written, UTC.
         key: Hash of all that determines the numbers; two results with one key are measurements of the same.
     """
@@ -76,6 +84,7 @@ class EvaluationResult(Document):
     names: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     samples: dict[str, Any] | None = None
+    kept_samples: tuple[dict[str, Any], ...] = ()
     date: str | None = None
     key: str | None = None
 

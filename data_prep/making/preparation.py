@@ -25,6 +25,7 @@ from cmscale.runs.manifests import (
     read_dataset_manifest,
     read_document,
 )
+from cmscale.runs.ownership import Ownership, owning
 from data_prep.making.documents import (
     PLAN,
     PREPARATION,
@@ -34,7 +35,6 @@ from data_prep.making.documents import (
     document_of,
     manifest_of,
 )
-from data_prep.making.owner import Ownership, owning
 from data_prep.making.shards import DatasetSettings, ShardRecord, build_shard, deliver
 from data_prep.making.unchanged import changed_shards
 from data_prep.sources import ImageSource, SourceReader

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from the checkout
 
 import harness
+import numpy as np
 import torch
 from harness import Row
 from train_step import SMALL
@@ -25,7 +26,8 @@ from cmscale.consistency.sampler import sample
 from cmscale.distributed.world import choose_device
 from cmscale.engine.settings import COMPUTE_DTYPES
 from cmscale.errors import UserError
-from cmscale.generation.draw import write_samples
+from cmscale.generation.sample_set import as_array, write_grid
+from cmscale.generation.set_files import write_npz
 from cmscale.io.place import Place
 from cmscale.model.precondition import denoiser_for
 from cmscale.model.unet import build_unet
@@ -58,8 +60,10 @@ def main() -> int:
     def whole(steps: int, folder: Path) -> None:
         draw = partial(sample, config.method, denoise, seed=0, steps=steps, shape=(3, side, side), device=device)
         with torch.no_grad():
-            images = torch.cat([draw(indices=indices).cpu() for indices in batches])
-        write_samples(images, Place(str(folder / "samples.npz")), raw=False, grid=Place(str(folder / "grid.png")))
+            images = np.concatenate([as_array(draw(indices=indices), raw=False) for indices in batches])
+        out = Place(str(folder / "samples.npz"))
+        write_npz(out, images, count=len(images), shape=images.shape[1:], dtype="uint8", key="bench")
+        write_grid(images[:256], Place(str(folder / "grid.png")))
 
     def bare(steps: int) -> None:
         with torch.inference_mode():

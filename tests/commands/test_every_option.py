@@ -37,12 +37,12 @@ from cmscale.consistency.grid import off_grid_times
 from cmscale.interop import write_diffusers, write_openai, write_safetensors
 from cmscale.model.unet import build_unet
 from data_prep import demo, prepare, reference, verify
-from launchers import evaluate, submit, worker
+from launchers import evaluate, sample, submit, worker
 from launchers.clusters import CLUSTERS
 from launchers.clusters.local import LocalMachine
 from launchers.jobs import JobSpec
 
-SCRIPTS = {"submit": submit, "evaluate-job": evaluate, "prepare": prepare, "verify-set": verify}
+SCRIPTS = {"submit": submit, "evaluate-job": evaluate, "sample-job": sample, "prepare": prepare, "verify-set": verify}
 SCRIPTS |= {"reference": reference, "demo": demo, "worker": worker}
 
 

@@ -15,9 +15,9 @@ from cmscale.io.process import CHECKOUT
 from cmscale.io.protocol import StorageAway
 from cmscale.io.s3 import S3Storage
 from cmscale.io.storage import open_storage
-from data_prep.making import owner
+from cmscale.runs import ownership as owner
+from cmscale.runs.ownership import Owner, TakenOver, owning
 from data_prep.making.documents import PLAN
-from data_prep.making.owner import Owner, TakenOver, owning
 from data_prep.making.preparation import Preparation
 
 FOLDER = ".progress"
@@ -163,7 +163,7 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once(s3: str) -> None:
     code = """
         import os, sys
         from cmscale.io.storage import open_storage
-        from data_prep.making.owner import owning
+        from cmscale.runs.ownership import owning
         with owning(open_storage(sys.argv[1]), ".progress", what="x"):
             os._exit(1)
     """

@@ -32,9 +32,11 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
     "sample": {
         "source": None,
         "out": None,
-        "num": ("--samples", "3"),
+        "format": ("--format", "tar", "--out", "{out}/tars"),
+        "samples": ("--samples", "3"),
         "steps": ("--steps", "2"),
         "seed": ("--seed", "1"),
+        "seeds": ("--seeds", "2"),
         "grid": ("--grid", "{out}/grid.png"),
         "noise": ("--noise", "{in}/noise.npy"),
         "times": ("--sampling-times", "70"),
@@ -85,6 +87,8 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "seeds": ("--seeds", "2"),
         "weights": ("--weights", "master"),
         "checkpoints": ("--checkpoint", "3"),
+        "keep_samples": ("--keep-samples", "{out}/kept"),
+        "format": ("--format", "tar"),
     },
     "consistency-error": {
         "source": None,
@@ -181,6 +185,17 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "dry_run": ("--dry-run",),
         "wait": ("--wait",),
     },
+    "sample-job": {
+        "nodes": ("--nodes", "2"),
+        "gpus_per_node": ("--gpus-per-node", "2"),
+        "cluster": None,
+        "partition": ("--partition", "gpu"),
+        "time": ("--time", "30"),
+        "name": ("--name", "another"),
+        "runs_dir": ("--runs-dir", "{out}/elsewhere"),
+        "dry_run": ("--dry-run",),
+        "wait": ("--wait",),
+    },
     "prepare": {
         "source": None,
         "format": ("--format", "webdataset"),
@@ -227,6 +242,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
 }
 VALUES["evaluate-job"] |= {name: value for name, value in VALUES["evaluate"].items() if name != "out"}
 VALUES["evaluate-job"] |= {"out": ("--out", "{out}/result.json"), "config": ("--config", "{in}/other.yaml")}
+VALUES["sample-job"] |= VALUES["sample"]
 _OF_A_SEARCH = SearchTimesRequest.model_fields
 VALUES["search-times"] = {name: value for name, value in VALUES["evaluate"].items() if name in _OF_A_SEARCH}
 VALUES["search-times"] |= {"steps": ("--steps", "3"), "seed": ("--seed", "1"), "step": ("--checkpoint", "3")}
@@ -271,28 +287,28 @@ SCENES = [
         "with all noise given",
         "sample",
         ("{in}/cm.safetensors", *_SAMPLE, "--noise", "{in}/noise.npy"),
-        _ONLY_CM | _EXPORTED | {"seed", "num"},  # another number does not fit the noise
+        _ONLY_CM | _EXPORTED | {"seed", "seeds", "samples"},  # another number does not fit the noise
         values={"noise": ("--noise", "{in}/other_noise.npy")},
     ),
     Scene(
         "with the start noise given",
         "sample",
         ("{in}/cm.safetensors", *_SAMPLE, "--noise", "{in}/noise.npy", "--sampling-times", "80,3"),
-        _ONLY_CM | _EXPORTED | {"num", "steps"},
+        _ONLY_CM | _EXPORTED | {"samples", "steps"},
         values={"noise": ("--noise", "{in}/other_noise.npy")},
     ),
     Scene(
         "of a conditional model",
         "sample",
         ("{in}/conditional.safetensors", "--classes", "0", "--raw", *_SAMPLE),
-        _EXPORTED | {"sampler", "clip"},
+        _EXPORTED | {"sampler", "clip", "format"},
         values={"raw": ("--no-raw",)},
     ),
     Scene(
         "as raw samples",
         "sample",
         ("{in}/cm.safetensors", "--raw", *_SAMPLE),
-        _ONLY_CM | _EXPORTED | {"clip"},
+        _ONLY_CM | _EXPORTED | {"clip", "format"},
         values={"raw": ("--no-raw",)},
     ),
     *(
@@ -318,19 +334,25 @@ SCENES = [
         "of a run",
         "evaluate",
         ("{in}/run", *_EVALUATE),
+        OF_A_BARE_FILE | {"inception_weights", "dinov2_weights", "format"},
+    ),
+    Scene(
+        "that keeps its samples",
+        "evaluate",
+        ("{in}/run", *_EVALUATE, "--keep-samples", "{out}/pictures"),
         OF_A_BARE_FILE | {"inception_weights", "dinov2_weights"},
     ),
     Scene(
         "of an exported file",
         "evaluate",
         ("{in}/cm.safetensors", *_EVALUATE, "--features", "dinov2"),
-        _EXPORTED | {"inception_weights"},
+        _EXPORTED | {"inception_weights", "format"},
     ),
     Scene(
         "of finished samples",
         "evaluate",
         ("{in}/samples.npz", *_EVALUATE[2:]),
-        _EXPORTED | {"samples", "steps", "times", "seeds", "dinov2_weights"},
+        _EXPORTED | {"samples", "steps", "times", "seeds", "dinov2_weights", "keep_samples", "format"},
         values={"features": ("--features", "efficientnet")},
     ),
     Scene(
@@ -396,13 +418,26 @@ SCENES = [
         "of a run",
         "evaluate-job",
         (*_LOCAL, "{in}/run"),
-        OF_A_BARE_FILE | {"nodes", "partition", "name", "runs_dir", "inception_weights", "dinov2_weights"},
+        OF_A_BARE_FILE | {"nodes", "partition", "name", "runs_dir", "inception_weights", "dinov2_weights", "format"},
     ),
     Scene(
         "of an OpenAI file",
         "evaluate-job",
         (*_LOCAL, "--name", "n", "--runs-dir", "{out}/runs", "{in}/cm.pt", "--config", "{in}/config.yaml"),
-        OF_A_RUN | {"nodes", "partition", "inception_weights", "dinov2_weights"},
+        OF_A_RUN | {"nodes", "partition", "inception_weights", "dinov2_weights", "format"},
+    ),
+    Scene(
+        "of a run",
+        "sample-job",
+        (*_LOCAL, "{in}/run", *_SAMPLE),
+        OF_A_BARE_FILE | _ONLY_CM | {"nodes", "partition", "name", "runs_dir"},
+    ),
+    Scene(
+        "of an exported diffusion model",
+        "sample-job",
+        (*_LOCAL, "--name", "n", "--runs-dir", "{out}/runs", "{in}/edm.safetensors", *_SAMPLE),
+        _EXPORTED | {"nodes", "partition", "classes"},
+        values={"times": ("--sampling-times", "70,3")},
     ),
     Scene(
         "of a folder",

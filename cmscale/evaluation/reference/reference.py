@@ -13,8 +13,9 @@ from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
 from cmscale.evaluation.features.extractor import FeatureExtractor
 from cmscale.evaluation.manifold import DENSITY_K, Manifold
-from cmscale.evaluation.sample_files import PixelHash, batches
+from cmscale.evaluation.sample_files import batches
 from cmscale.evaluation.statistics import Moments, Sums, checked_moments, total
+from cmscale.generation.pixel_hash import PixelHash
 from cmscale.io.fetch import file_sha256
 from cmscale.io.reading import reading
 

@@ -1,4 +1,4 @@
-"""Lets one command at a time work on a preparation in a storage that has no locks: by signs of life that it writes.
+"""Lets one command at a time work in a folder of a storage that has no locks: by signs of life that it writes.
 
 Owners are numbered objects, each created where none was. The owner with the highest number works; it changes its object
 every few seconds. Whoever sees an owner's object unchanged for `SILENT_SECONDS` creates the next number. Only one can,
@@ -33,7 +33,7 @@ class TakenOver(UserError):
 
 
 class Owner(Document):
-    """A command that works, or worked, on a preparation.
+    """A command that works, or worked, in a folder.
 
     Attributes:
         beat: Counts signs of life.
@@ -51,7 +51,7 @@ class Owner(Document):
 
 @contextmanager
 def owning(storage: Storage, folder: str, *, what: str) -> Iterator["Ownership"]:
-    """Owns the preparation whose progress is in `folder` of a storage while the block runs.
+    """Owns the work whose progress is in `folder` of a storage while the block runs.
 
     A dead owner is taken over: at once if its machine and process number show that it is dead, else after
     `SILENT_SECONDS`.

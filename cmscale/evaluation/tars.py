@@ -1,0 +1,71 @@
+"""Reads finished samples from the tars that `cmscale sample --format tar` writes, in their order."""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cmscale.errors import UserError
+from cmscale.evaluation.image_set import ImageSet
+from cmscale.io.pictures import BadImage, decode_picture
+from cmscale.io.reading import check_regular, reading
+from cmscale.runs.manifests import read_document
+from cmscale.runs.sample_sets import RECORD, SampleSet
+
+_LARGEST_BYTES = 1 << 28  # of one image's file
+
+
+def holds_tars(folder: Path) -> bool:
+    """Whether a folder is a finished set of tars."""
+    record = folder / RECORD
+    return record.is_file() and _record(record).format == "tar"
+
+
+def open_tars(folder: Path) -> ImageSet:
+    """Opens a finished set of tars.
+
+    Raises:
+        UserError: its record is damaged.
+    """
+    record = _record(folder / RECORD)
+    size = record.image_size
+    return ImageSet(str(folder), record.count, size, size, lambda: _read(folder, record), encoding="png")
+
+
+def _record(path: Path) -> SampleSet:
+    return read_document(SampleSet, path.read_bytes(), origin=str(path))
+
+
+def _read(folder: Path, record: SampleSet) -> Iterator[np.ndarray]:
+    count = 0
+    for path in sorted(folder.glob("samples-*.tar")):
+        for data in _members(path):
+            try:
+                pixels = decode_picture(data, exif="ignore").pixels
+            except BadImage as error:
+                raise UserError(
+                    f"{path}: holds an image that can't be read ({error}); draw the samples again"
+                ) from None
+            if pixels.shape[:2] != (record.image_size, record.image_size):
+                raise UserError(f"{path}: holds an image of another size than {RECORD} says; draw the samples again")
+            count += 1
+            yield pixels
+    if count != record.count:
+        raise UserError(f"{folder}: holds {count} samples, {RECORD} says {record.count}; draw the samples again")
+
+
+def _members(path: Path) -> Iterator[bytes]:
+    with reading(path, "a tar of samples", advice="draw the samples again"):
+        tar = tarfile.open(check_regular(path), "r:")  # noqa: SIM115
+    with tar:
+        while True:
+            with reading(path, "a tar of samples", advice="draw the samples again"):
+                member = tar.next()
+                if member is None:
+                    return
+                file = tar.extractfile(member)
+                if file is None or member.size > _LARGEST_BYTES:
+                    raise ValueError("a member that is no image")
+                data = file.read()
+            yield data
