@@ -21,6 +21,7 @@ from cmscale.runs.manifests import Document
 RECORD = "samples.json"
 BEGUN = "begun.json"
 OWNERS = "owners"
+_OF_FILES = (".png", ".jpg", ".jpeg", ".webp", ".npy", ".tar", ".zip", ".json", ".pt", ".safetensors")
 TAR_SAMPLES = 512
 """Samples in a tar: at 256 px some 50 MB, which are made in memory."""
 
@@ -103,6 +104,8 @@ class SetPlace:
                 self.place.check_output(".npz")
                 return
             storage, name = open_parent(self.place)
+            if name.lower().endswith(_OF_FILES):
+                raise UserError(f"{self.place}: the file's name must end in .npz, or name a folder for PNG files")
             path = storage.local_path(name)
             if path is not None:
                 with explained(path):

@@ -17,10 +17,10 @@ import json, sys
 sys.modules["torch"] = None  # an import of it fails
 from cmscale.cli.app import run
 from cmscale.commands.ending import guarded
-from launchers import evaluate, submit
+from launchers import evaluate, sample, submit
 for line in json.loads(sys.argv[1]):
     program, *words = line
-    main = {"cmscale": run, "submit": submit.main, "evaluate": evaluate.main}[program]
+    main = {"cmscale": run, "submit": submit.main, "evaluate": evaluate.main, "sample": sample.main}[program]
     print(guarded(main, words, label=" ".join(line)), flush=True)
 """
 LINES = [
@@ -47,6 +47,7 @@ LINES = [
     ["submit", "run/config.yaml", "train.sed=1"],
     ["evaluate", "nowhere"],
     ["evaluate", "run", "--weights", "ema_0.7"],
+    ["sample", "run", "--out", "x.npz", "--sampling-times", "500"],
 ]
 
 

@@ -64,12 +64,12 @@ def test_several_sets_get_folders_and_a_set_that_is_gone_is_drawn_again(trained:
     [
         (["--keep-samples", "x.npz", "--seeds", "2"], "--keep-samples x.npz: one file can't hold 2 sets of samples"),
         (["--keep-samples", "x.npz", "--format", "png"], "--format png: --keep-samples x.npz is a file"),
-        (["--keep-samples", "r.txt"], "--keep-samples r.txt: is a file; name a folder, or a file that ends in .npz"),
+        (["--keep-samples", "r.bin"], "--keep-samples r.bin: is a file; name a folder, or a file that ends in .npz"),
         (["--keep-samples", "full"], "full: is not empty"),
     ],
 )
 def test_a_place_that_can_not_keep_them_is_refused(words: list[str], line: str, trained: Path, monkeypatch, capsys):
-    Path("r.txt").touch()
+    Path("r.bin").touch()
     Path("full").mkdir()
     Path("full/file").touch()
     assert run(monkeypatch, "evaluate", trained, *words) == 2

@@ -36,7 +36,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     (tmp_path / "runs" / "one" / "config.yaml").write_text(CONFIG.format(data="data"))
-    (tmp_path / "photo.png").touch()
+    (tmp_path / "photo").touch()
     return launched
 
 
@@ -57,7 +57,8 @@ def test_a_job_in_the_runs_folder_gets_the_request_with_absolute_places(asked: l
     ("arguments", "words"),
     [
         (["runs/one"], "--out"),
-        (["runs/one", "--out", "photo.png"], "photo.png: is a file; name a folder"),
+        (["runs/one", "--out", "x.png"], "x.png: the file's name must end in .npz, or name a folder"),
+        (["runs/one", "--out", "photo"], "photo: is a file; name a folder"),
         (["runs/one", "--out", "x.npz", "--format", "tar"], "--format tar: --out"),
         (["runs/one", "--out", "x.npz", "--checkpoint", "4"], "no checkpoint of step 4"),
         (["runs/one", "--out", "x.npz", "--weights", "ema_0.1"], "--weights ema_0.1: no such weights"),
