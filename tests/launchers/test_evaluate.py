@@ -79,13 +79,14 @@ def test_the_jobs_argument_is_the_request(asked: list, monkeypatch):
 def test_every_option_of_the_request_reaches_the_job(asked: list, monkeypatch, tmp_path: Path):
     (tmp_path / "there").write_bytes(b"PK\x03\x04")
     values = {"steps": "3", "times": "80,2", "weights": "master", "checkpoints": "3", "features": "efficientnet"}
+    values |= {"keep_samples": "kept", "format": "tar"}
     for option in options_of(EvaluateRequest):
         if not option.flag or option.name in ("config", "device"):
             continue
         path = "there.json" if option.output else "there"
         value = values.get(option.name, path if option.is_path else "3")
         words = [option.flag] if option.kind is bool else [option.flag, value]
-        beside = ["--features", "dinov2"] if option.name == "dinov2_weights" else []
+        beside = {"dinov2_weights": ["--features", "dinov2"], "format": ["--keep-samples", "kept"]}.get(option.name, [])
         assert run(monkeypatch, "runs/one", *words, *beside, "--device", "cpu") == 0, option.name
         expected = str(tmp_path / value) if option.is_path and option.name != "times" else value
         expected = "True" if option.kind is bool else expected

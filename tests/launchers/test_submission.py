@@ -9,7 +9,7 @@ from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines
 from launchers.decide import decide
-from launchers.jobs import EVALUATE, TRAIN, WORKERS, load_worker
+from launchers.jobs import EVALUATE, SAMPLE, TRAIN, WORKERS, load_worker
 from launchers.judge import Attempt, RankEnd
 from launchers.submission import JobRecord, Submission, newest_step, submissions_of
 
@@ -45,7 +45,7 @@ def test_jobs_that_older_versions_wrote_are_readable(stored: dict, worker: str, 
     submission.folder.mkdir(parents=True)
     submission.job_file.write_text(json.dumps(stored))
     assert submission.read_job() == JobRecord(worker, (), "17")
-    assert submission.is_evaluation == (worker == EVALUATE)
+    assert (submission.beside == "evaluation") == (worker == EVALUATE)
     assert submissions_of(submission.run) == [submission]
 
 
@@ -56,11 +56,11 @@ def test_a_missing_or_damaged_job_is_named(text: str | None, submission: Submiss
         submission.job_file.write_text(text)
     with pytest.raises(UserError, match=r"submissions/one/job\.json: missing or damaged"):
         submission.read_job()
-    assert not submission.is_evaluation
+    assert submission.beside is None
 
 
 def test_every_worker_of_the_table_exists() -> None:
-    assert set(WORKERS) == {TRAIN, EVALUATE}
+    assert set(WORKERS) == {TRAIN, EVALUATE, SAMPLE}
     assert all(callable(load_worker(worker)) for worker in WORKERS)
     assert load_worker("json:dumps") is json.dumps
 

@@ -69,7 +69,8 @@ def events() -> set[str]:
             found = ast.walk(ast.Tuple(sources_of_events(node)))
             constants = {str(part.value) for part in found if isinstance(part, ast.Constant)}
             names |= {name for name in constants if re.fullmatch("[a-z]+(_[a-z]+)*", name)}
-    return names | {f"evaluation_{name}" for name in names}  # launchers.submission adds the prefix
+    prefixes = ("", "evaluation_", "sampling_")  # launchers.submission adds them
+    return {f"{prefix}{name}" for prefix in prefixes for name in names}
 
 
 def quotes() -> Iterator[str]:
