@@ -17,6 +17,7 @@ from cmscale.runs.source_kind import kind_of_source
 from launchers.clusters import CLUSTERS
 from launchers.command_line import as_table, describe_placement, runs_dir
 from launchers.jobs import JobSpec
+from launchers.placement import Device
 from launchers.run_folders import new_run, run_named
 from launchers.where import Where, decide_where, describe_origins
 
@@ -39,7 +40,7 @@ class SourceJob:
         self._flags = flags
         self._origins: dict[str, str] = {}
         self.config, self.run = _where(flags, given, launch, self._origins, verb=verb)
-        self.device: str = flags.device or (self.config.engine.device if self.config else "auto")
+        self.device: Device = flags.device or (self.config.engine.device if self.config else "auto")
         if self.config is None:
             self._settings = read_launch_settings(launch, self._origins)
         else:

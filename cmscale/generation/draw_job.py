@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cmscale.commands.counting import Counting
-from cmscale.config.draw_request import DrawRequest
+from cmscale.config.draw_request import DrawRequest, Format
 from cmscale.config.site import use_site
 from cmscale.config.source_request import request_from
 from cmscale.consistency.solver import Denoise
@@ -82,7 +82,7 @@ class _Work:
 
     def __init__(self, request: DrawRequest, world: World, preemption: Preemption) -> None:
         self._request, self._world, self._preemption = request, world, preemption
-        self._format = request.format_asked()
+        self._format: Format = request.format_asked()
         self._source = load_source(
             request.source,
             weights=request.weights,
