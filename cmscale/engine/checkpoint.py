@@ -277,8 +277,10 @@ class Checkpoints:
 
     def _must_be_newest(self) -> None:
         newest = read_generation(self._run)
-        if newest != self._generation:
+        if newest > self._generation:
             raise Fenced(f"start {newest} of the run has taken over from start {self._generation}; nothing committed")
+        if newest < self._generation:  # a node that has lost the shared folder sees an empty one
+            raise OSError(f"{self._run.root}: shows no start {self._generation}, which is this one; is it mounted?")
 
     def _newer_start(self) -> Fenced | None:
         """The error by which this start ends if there is a newer one; None also if storage does not tell."""

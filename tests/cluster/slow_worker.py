@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.engine import checkpoint
+from cmscale.engine.preemption import Preemption
 from cmscale.io.process import EARLY_SIGNAL
 from cmscale.runs.folder import RunDir
 from cmscale.training import assemble, loop
@@ -24,8 +25,7 @@ def stay(run_dir: str, places: list[int]) -> str:
     run, last = RunDir(Path(run_dir)), os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
     number = len(list(run.root.glob("staying-*")))  # only one rank writes these files
     to_come = list(places[number:]) if last else []
-    install, installed = loop.Preemption.install, []
-    loop.Preemption.install = lambda: installed.append(install()) or installed[0]
+    installed = noted_preemption()
 
     def wait_here(asked: Callable[[], bool]) -> None:
         to_come.pop(0)
@@ -42,13 +42,13 @@ def stay(run_dir: str, places: list[int]) -> str:
 
 
 def pause(run_dir: str, places: list[int]) -> str:
-    """Trains; rank 0 waits before the step after each of `places` until there is a file `go-on-STEP`."""
-    run = RunDir(Path(run_dir))
+    """Trains; rank 0 waits before the step after each of `places` until there is a file `go-on-STEP`, or it must leave."""
+    run, installed = RunDir(Path(run_dir)), noted_preemption()
 
     def wait_here(step: int) -> None:
         until = time.monotonic() + 200
         (run.root / f"paused-{step}").touch()
-        while not (run.root / f"go-on-{step}").exists() and time.monotonic() < until:
+        while not (run.root / f"go-on-{step}").exists() and not installed[0].flagged and time.monotonic() < until:
             time.sleep(0.05)
 
     if os.environ["RANK"] == "0":
@@ -111,6 +111,13 @@ def save_slowly_once(run_dir: str) -> str:
     checkpoint.save_file = save_file
     before_every_step(lambda step: time.sleep(0.1))
     return loop.main(run_dir)
+
+
+def noted_preemption() -> list[Preemption]:
+    """A list that gets the loop's record of requests to leave."""
+    install, installed = loop.Preemption.install, []
+    loop.Preemption.install = lambda: installed.append(install()) or installed[0]
+    return installed
 
 
 def before_every_step(action: Callable[[int], None]) -> None:

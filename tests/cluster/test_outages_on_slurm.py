@@ -1,8 +1,11 @@
 """Storage that goes away under jobs of a real Slurm: whenever and however, the run ends as if nothing had happened.
 
-The object store speaks http, or https with a certificate of a private authority.
+The object store speaks http, or https with a certificate of a private authority. The run's folder is on a small disk
+that fills up, or that one node loses.
 """
 
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,6 +191,54 @@ def test_a_store_away_for_longer_than_its_patience_uses_up_no_restart(
     train(run, restart=Restart(signal_seconds=5, backoff_seconds=1, max_restarts=0))
     wait_until(lambda: attempts(run) == ["fault", "fault"], seconds=300)
     store.back()
+    assert wait(run) == 0
+    assert set(attempts(run)[:-1]) == {"fault"}
+    assert attempts(run)[-1] == "finished"
+    assert_equal(run, golden)
+
+
+def go_on(run: RunDir, step: int) -> None:
+    (run.root / f"go-on-{step}").touch()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_while_a_checkpoint_is_due_costs_that_checkpoint_alone(
+    small: Path, data: Path, golden: RunDir
+) -> None:
+    run = make_run(small / "run", data, *IN_ORDER)
+    submit_training(run, "pause", [4, 7])
+    wait_until(lambda: (run.root / "paused-4").exists(), seconds=300)
+    one = sum(path.stat().st_size for path in run.checkpoint(3).glob("rank-*"))
+    filling = small / "filling"
+    filling.write_bytes(bytes(shutil.disk_usage(small).free - one // 2))
+    go_on(run, 4)
+    wait_until(lambda: (run.root / "paused-7").exists(), seconds=300)
+    filling.unlink()
+    preempt(nodes=2)
+    assert wait(run) == 0
+    assert attempts(run) == ["preempted", "finished"]
+    assert logged(run) == list(range(1, STEPS + 1))
+    (failed,) = [event for event in read_lines(run.events) if event["event"] == "checkpoint_failed"]
+    assert failed["step"] == 6
+    assert "no space left" in failed["why"]
+    assert_equal(run, golden)
+
+
+@pytest.mark.slow
+def test_a_node_that_loses_the_shared_folder_for_a_while_ends_its_start_and_the_next_goes_on(
+    small: Path, data: Path, golden: RunDir
+) -> None:
+    run = make_run(small / "run", data, *IN_ORDER)
+    submit_training(run, "pause", [4])
+    wait_until(lambda: (run.root / "paused-4").exists(), seconds=300)
+    node = (small.parent / "slurmd-node2.pid").read_text().strip()
+    inside = ["nsenter", f"--target={node}", "--mount"]
+    subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", small], check=True)
+    try:
+        go_on(run, 4)
+        wait_until(lambda: "fault" in attempts(run), seconds=300)
+    finally:
+        subprocess.run([*inside, "umount", small], check=True)
     assert wait(run) == 0
     assert set(attempts(run)[:-1]) == {"fault"}
     assert attempts(run)[-1] == "finished"
