@@ -26,7 +26,7 @@ from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.copies import exported_run, pending_exports, wanted_copies
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_name
 from cmscale.runs.history import HistoryCopy
-from cmscale.runs.homes import WentElsewhere, must_be_home
+from cmscale.runs.homes import WentElsewhere, must_be_home, token_of
 from cmscale.runs.log import write_event
 
 __all__ = [
@@ -112,6 +112,7 @@ class Exporter:
         self._export_to = export_to
         self._history = HistoryCopy(run)
         self.went_elsewhere = ""
+        self._token = ""
         self._settings = settings or Checkpoint()
         self._retry_seconds = retry_seconds
         self._waiting = set(committed_steps(run))
@@ -187,7 +188,7 @@ class Exporter:
         """Copies all that waits. Returns the first error; a checkpoint that can't be copied holds up no other."""
         try:
             storage = exported_run(self._run, self._export_to)
-            must_be_home(storage, self._run)
+            self._home(storage)
             if not self._scanned:
                 storage.abort_uploads(lambda key: key.startswith("checkpoints/"))
                 self._there = set(committed_steps(storage))
@@ -199,7 +200,7 @@ class Exporter:
         first = None
         for step in sorted(self.waiting()):
             try:
-                must_be_home(storage, self._run)
+                self._home(storage)
                 self._history.update(storage)
                 self._copy(step, storage)
             except Exception as error:
@@ -229,7 +230,7 @@ class Exporter:
         try:
             if not (folder / CHECKPOINT_MANIFEST).exists():
                 event, why = "export_dropped", "removed here before it could be copied"
-            elif not export_checkpoint(folder, target, home=lambda: must_be_home(exported, self._run)):
+            elif not export_checkpoint(folder, target, home=lambda: self._home(exported)):
                 event, why = "export_refused", "another checkpoint of this step is there already; it was not changed"
         except DamagedHere as error:  # it stays so
             event, why = "export_failed", str(error)
@@ -239,6 +240,11 @@ class Exporter:
         if not why:
             self._there.add(step)
         self._event(event, step=step, why=why, seconds=round(time.monotonic() - began, 3))
+
+    def _home(self, exported: Storage) -> int:
+        """As `must_be_home`, by the token that the folder had first: one that is lost and replaced has another."""
+        self._token = self._token or token_of(self._run)
+        return must_be_home(exported, self._run, token=self._token)
 
     def _is_copied(self, folder: Path, target: Storage) -> bool:
         """Whether `target` has a checkpoint of these very files."""

@@ -98,15 +98,18 @@ def claim(exported: Storage, run: RunDir, *, step: int, token: str | None = None
         number += 1
 
 
-def must_be_home(exported: Storage, run: RunDir, *, step: int = 0) -> int:
+def must_be_home(exported: Storage, run: RunDir, *, step: int = 0, token: str | None = None) -> int:
     """The number of a run's folder, which is the newest home of its exports; if there is none, it becomes that.
+
+    Args:
+        token: That of the folder, if it is known; the folder itself may have been lost since.
 
     Raises:
         WentElsewhere: the run was continued in another folder.
     """
-    token, known = token_of(run), homes(exported)
+    token, known = token or token_of(run), homes(exported)
     if not known:
-        claim(exported, run, step=step)
+        claim(exported, run, step=step, token=token)
         known = homes(exported)
     if not known:
         return 0  # none of the records can be read

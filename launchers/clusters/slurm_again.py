@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from cmscale.errors import UserError
 from cmscale.io import slurm
 from cmscale.io.durable import replace_durably
 from launchers.decide import spare_bad_nodes
@@ -136,7 +137,10 @@ def _submit(
         return Again("submitted again"), ""
     except slurm.Refused as error:
         return None, str(error)
-    submission.replace_job_id(job_id)
+    try:
+        submission.replace_job_id(job_id)
+    except UserError as error:  # a full disk: the job goes on all the same
+        print(error, file=sys.stderr, flush=True)
     without = f", without {', '.join(excluded)}" if excluded else ""
     how = f"submitted again as job {job_id} in {delay_seconds} s{without}"
     print(how, flush=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never
 
+from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from launchers.clusters.slurm_again import REQUEUED, Again, requeue, submit_again, waits_within
 from launchers.decide import Decision, decide
@@ -35,7 +36,14 @@ _OUT_OF_MEMORY = re.compile(r"Out Of Memory|[Ee]xceeded (job |step )?memory limi
 def main(arguments: list[str]) -> int:
     """Judges the start that ended, and does what follows. Returns the exit status of the Slurm job."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script: it records what it did first
-    flags = _parser().parse_args(arguments)
+    try:
+        return _end_start(_parser().parse_args(arguments))
+    except UserError as error:  # a full disk: what can't be recorded is not started again
+        print(f"error: {error}; then continue with --resume", file=sys.stderr, flush=True)
+        return 1
+
+
+def _end_start(flags: argparse.Namespace) -> int:
     submission, job_id = Submission(RunDir(flags.run), flags.submission), os.environ["SLURM_JOB_ID"]
     facts = _job_facts(job_id)
     if superseded(facts):

@@ -42,7 +42,7 @@ def stay(run_dir: str, places: list[int]) -> str:
 
 
 def pause(run_dir: str, places: list[int]) -> str:
-    """Trains; rank 0 waits before the step after each of `places` until there is a file `go-on-STEP`, or it must leave."""
+    """Trains; rank 0 waits before the step after each of `places` for a file `go-on-STEP`, or until it must leave."""
     run, installed = RunDir(Path(run_dir)), noted_preemption()
 
     def wait_here(step: int) -> None:

@@ -169,6 +169,16 @@ def test_a_copy_that_is_under_way_when_the_run_goes_elsewhere_is_not_committed(
         export_pending(here, f"{s3}/runs")  # as `cmscale export` does
 
 
+def test_a_folder_that_is_lost_and_replaced_by_an_empty_one_did_not_go_elsewhere(here: RunDir, s3: str) -> None:
+    exporter = Exporter(here, f"{s3}/runs", retry_seconds=0.01)
+    assert exporter.close(patience=60) == set()
+    here.root.rename(here.root.with_name("lost"))
+    here.root.mkdir()
+    assert exporter._home(exported(s3)) == 1
+    with pytest.raises(UserError, match="goes on elsewhere"):
+        must_be_home(exported(s3), here)  # to a new start it is another folder
+
+
 def test_a_copy_committed_in_the_moment_of_the_takeover_gives_way_to_the_new_home(
     here: RunDir, s3: str, tmp_path: Path
 ) -> None:

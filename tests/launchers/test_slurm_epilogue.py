@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cmscale.errors import NoSpace
 from cmscale.io.slurm import without_fulfilled_dependency
 from cmscale.runs.folder import RunDir
 from cmscale.runs.generations import claim_next
@@ -485,6 +486,26 @@ def test_variables_of_this_job_do_not_reach_the_next(
     assert epilogue(submission, status=1) == 1
     names = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
     assert {name for name in names if name.startswith(("SLURM_", "SBATCH_"))} == {"SLURM_CONF"}
+
+
+def test_a_disk_that_is_full_in_the_end_is_one_line_and_no_start_is_hidden(
+    commands: FakeSlurm, submission: Submission, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise NoSpace("attempts.jsonl: no space left on the device; free some or write elsewhere")
+
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Submission, "replace_job_id", full)
+        assert epilogue(submission, status=1) == 1
+    assert "submitted again as job 8" in capsys.readouterr().out
+    assert events(submission) == ["requeued"]
+    monkeypatch.setattr(Submission, "record", full)
+    assert epilogue(submission, "8.0", status=1) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: attempts.jsonl: no space left on the device")
+    assert said.endswith("; then continue with --resume")
+    assert len(commands.calls("sbatch")) == 1  # restarts that are not counted would have no end
 
 
 def test_an_earlier_start_on_a_lost_node_writes_nothing(

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from fault_proxy import FaultProxy
 from launch_fixtures import CONFIG as TINY
 from launch_fixtures import dataset
+from outages import SHORT, upload_set
 from small_runs import CONFIG, make_data
 
 from cmscale.config import read_config
@@ -39,6 +42,31 @@ def test_torchrun_trains_a_run_on_two_processes(tmp_path: Path) -> None:
     manifest = json.loads((run.checkpoint(2) / "manifest.json").read_text())
     assert manifest["num_ranks"] == 2
     assert not run.launcher_sign.exists()
+
+
+@pytest.mark.slow
+def test_the_other_ranks_wait_with_rank_0_while_storage_does_not_answer_it(
+    s3_server: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """For longer than a collective may take: rank 0 alone looks at the inputs, before the ranks train."""
+    config, data = tmp_path / "config.yaml", upload_set(make_data(tmp_path), s3_server, bucket="data-of-torchrun")
+    config.write_text(CONFIG.replace("DATA", data))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(CHECKOUT / "launchers" / "worker.py"), "--name", "a", "--runs-dir", str(tmp_path), str(config)]
+    command += ["train.total_steps=2", f"data.cache_dir={tmp_path / 'cache'}", *SHORT]
+    away = proxy.add("away", match="GET .*manifest", times=1)
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        until = time.monotonic() + 300
+        while not away.used:
+            assert job.poll() is None, job.communicate()[0]
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        time.sleep(30)
+        assert not (tmp_path / "a").exists()
+        proxy.back()
+        printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, printed
+    assert [record["step"] for record in read_lines(RunDir(tmp_path / "a").metrics)] == [1, 2]
 
 
 def test_the_same_command_continues_a_run_and_another_config_is_refused(tmp_path: Path) -> None:
