@@ -103,7 +103,12 @@ class SlurmCluster:
         submission = Submission(job.run, job.submission)
         submission.write_job(job.worker, job.arguments, code=job.code)
         replace_durably(submission.script, script_text(job).encode())
-        job_id = slurm.submit(submission.script)
+        try:
+            job_id = slurm.submit(submission.script)
+        except slurm.Refused as error:
+            if job.placement.partition and "partition" in str(error).lower():
+                raise slurm.Refused(f"{error}; --partition names another than {job.placement.partition}") from None
+            raise
         submission.replace_job_id(job_id)
         print(f"job {job_id} submitted; log: {job.run.logs}/{job_id}_0_log.out", flush=True)
         return wait_for_end(submission) if wait else 0

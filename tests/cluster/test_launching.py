@@ -191,7 +191,9 @@ def test_job_that_slurm_refuses_is_one_line(slurm: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
     run.logs.mkdir(parents=True)
     job = JobSpec("cluster_worker:main", (), run, placement(partition="nowhere"))
-    with pytest.raises(UserError, match=r"Slurm refuses the job: sbatch: error: .*partition"):
+    with pytest.raises(
+        UserError, match=r"Slurm refuses the job: sbatch: error: .*partition.*; --partition names another"
+    ):
         SlurmCluster().run(job, wait=False)
 
 
