@@ -76,9 +76,13 @@ class LPIPS(nn.Module):
         for conv, weight, bias in zip(self.convolutions, weights, biases, strict=True):
             conv.load_state_dict({"weight": weight, "bias": bias})
 
+    @property
+    def _compute_type(self) -> torch.dtype:
+        return self.get_parameter("convolutions.0.weight").dtype
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         with without_autocast(a.device):
-            if self.convolutions[0].weight.dtype == torch.float16:
+            if self._compute_type == torch.float16:
                 return _ScaledBackward.apply(a, b, self._distance)  # pyright: ignore[reportReturnType]
             return self._distance(a, b)
 
@@ -96,7 +100,7 @@ class LPIPS(nn.Module):
         if self.resize:
             x = F.interpolate(x, size=224, mode="bilinear")
         x = (x - self.get_buffer("mean")) / self.get_buffer("std")
-        x = x.to(self.convolutions[0].weight.dtype)
+        x = x.to(self._compute_type)
         found: list[Tensor] = []
         convolutions = iter(self.convolutions)
         for index, widths in enumerate(WIDTHS):
