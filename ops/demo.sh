@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the whole pipeline at 16 px: photographs, shards on S3, a teacher, its distillation, consistency training,
-# evaluation, export, an edited image, a report. `--long` trains for half an hour instead of minutes.
+# evaluation, export, samples, edits, a report. `--long` trains for half an hour instead of minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -82,11 +82,14 @@ cmscale sample "$runs/cd" --samples 64 --out "$runs/samples.npz" --grid "$runs/s
 cmscale export "$runs/cd" --format safetensors --to "$bucket/exports/cd.safetensors"
 python data_prep/demo.py --picture "$runs/photograph.png"
 cmscale edit inpaint "$bucket/exports/cd.safetensors" "$runs/photograph.png" --out "$runs/inpainted.png"
+python ops/demo_pictures.py "$runs"
 cmscale report "$runs/cd" --beside "$runs/edm" --beside "$runs/ct"
 
 say "scores before and after training (FD-EfficientNet, lower is better)"
 learned=0
 python ops/demo_summary.py "$runs" "$length" || learned=$?
-echo "report:   $PWD/$runs/cd/report/index.html"
+echo "learned:  $PWD/$runs/learned.png"
+echo "edits:    $PWD/$runs/edits.png"
 echo "samples:  $PWD/$runs/samples.png"
+echo "report:   $PWD/$runs/cd/report/index.html"
 exit "$learned"

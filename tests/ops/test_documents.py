@@ -66,6 +66,18 @@ def test_the_readme_quotes_every_command() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_to_a_file_of_the_checkout_leads_somewhere(document: Path) -> None:
+    linked = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
+    assert [target for target in linked if not (document.parent / target).exists()] == []
+
+
+def test_the_pictures_of_the_documents_are_small() -> None:
+    pictures = list((CHECKOUT / "ops" / "pictures").glob("*.png"))
+    assert pictures
+    assert [path.name for path in pictures if path.stat().st_size > 250_000] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_quoted_config_key_exists(document: Path) -> None:
     sections = "|".join(sorted({key.split(".")[0] for key in known_keys()}))
     quoted = re.findall(rf"`({sections})\.([a-z_0-9]+)", document.read_text())
