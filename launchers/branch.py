@@ -1,7 +1,8 @@
 """Makes a run that goes on from a checkpoint of another with other values: `submit.py --branch RUN[@STEP] key=value`.
 
 The new run gets a copy of the checkpoint: weights, moments, target, averages and cursor are as they were, and nothing
-that happens to its parent later concerns it. The parent is only read.
+that happens to its parent later concerns it. It gets the snapshots of averages by a power function up to there, too:
+such an average goes back to step 0. The parent is only read.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from cmscale.io.fetch import file_sha256
 from cmscale.io.place import Place
 from cmscale.io.protocol import Storage
 from cmscale.io.storage import open_storage
-from cmscale.runs.checkpoint_copy import NotIntact, copy_files, intact_manifest
+from cmscale.runs.checkpoint_copy import NotIntact, copy_files, copy_snapshots, intact_manifest
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_name
 from cmscale.runs.lineage import Lineage
@@ -183,6 +184,9 @@ def _copy(parent: Parent, step: int, staged: RunDir, config: Config, data: Datas
     _check(parent, manifest, config, data)
     size = sum(part.file.size for part in manifest.parts)
     print(f"copying the checkpoint of step {step} from {parent.storage.url}: {size / 2**30:.2f} GiB", flush=True)
+    if config.ema.lengths:
+        for each, why in copy_snapshots(parent.storage, staged, until=step).items():
+            print(f"note: the snapshot of step {each} of {parent.named} is not taken: {why}", file=sys.stderr)
     digest = hashlib.sha256(source.read(CHECKPOINT_MANIFEST)).hexdigest()
     manifest = copy_files(source, folder, manifest)
     averages = new_averages(manifest, config)

@@ -16,7 +16,7 @@ from cmscale.io.durable import replace_durably, sync_folder
 from cmscale.io.place import Place
 from cmscale.io.protocol import Storage
 from cmscale.io.storage import open_storage
-from cmscale.runs.checkpoint_copy import NotIntact, copy_checkpoint, intact_manifest
+from cmscale.runs.checkpoint_copy import NotIntact, copy_checkpoint, copy_snapshots, intact_manifest
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.copies import exported_run
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, EXPORTED_HOMES, RunDir, step_name
@@ -151,7 +151,10 @@ def _record(exports: Exports, run: RunDir, code: Code, step: int) -> None:
 
 
 def _take_over(exports: Exports, run: RunDir) -> int:
-    """Fetches the newest intact checkpoint and claims the run; one that came meanwhile is fetched, too."""
+    """Fetches the newest intact checkpoint and claims the run; one that came meanwhile is fetched, too.
+
+    So are the snapshots of averages up to it, without which `cmscale ema` could compute no averages.
+    """
     steps = _newest_first(exports.storage)
     step, damaged = _fetch_first(exports.storage, run, steps)
     if step is None:
@@ -162,7 +165,10 @@ def _take_over(exports: Exports, run: RunDir) -> int:
     later, more = _fetch_first(exports.storage, run, came)
     for each in damaged | more:
         _retire(exports.storage, each)
-    return step if later is None else later
+    step = step if later is None else later
+    for each, why in copy_snapshots(exports.storage, run, until=step).items():
+        print(f"note: the snapshot of step {each} is not taken: {why}", file=sys.stderr)
+    return step
 
 
 def _fetch_first(storage: Storage, run: RunDir, steps: list[int]) -> tuple[int | None, dict[int, str]]:

@@ -21,7 +21,7 @@ from cmscale.config.cautions import cautions
 from cmscale.config.site import LaunchSettings, unused_variables
 from cmscale.io.durable import replace_durably
 from cmscale.io.slurm import Refused
-from cmscale.runs.copies import exported_run, pending_exports
+from cmscale.runs.copies import exported_run, pending_copies
 from cmscale.runs.folder import RunDir
 from cmscale.runs.homes import must_be_home
 from cmscale.runs.snapshot import Code, read_code, take_snapshot
@@ -216,7 +216,7 @@ def describe_code(code: Code, run: RunDir) -> str:
 def copies_missing(run: RunDir, config: Config) -> bool:
     """Whether checkpoints of a run are not exported yet: another start then copies them, and trains no more."""
     export_to = config.checkpoint.export_to
-    return export_to is not None and bool(pending_exports(run, export_to, config.checkpoint))
+    return export_to is not None and bool(pending_copies(run, export_to, config.checkpoint))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def export(
         try:
             finish_copies(
                 source.local("a run whose checkpoints are uploaded"),
-                lambda step: print(f"step {step}: uploaded", flush=True),
+                lambda copied: print(f"step {copied}: uploaded", flush=True),
             )
         except NotExported as error:
             print(error, file=sys.stderr)

@@ -17,7 +17,8 @@ from cmscale.io.fetch import file_sha256
 from cmscale.io.local import LocalStorage
 from cmscale.io.protocol import ArrivedChanged
 from cmscale.io.storage import Storage, local_copy
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, copied_file, original_file
+from cmscale.runs.checkpoint_copy import same_contents
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, copied_file
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, read_checkpoint_manifest
 
 TRIES = 3  # uploads of one file before its checkpoint waits for the next round
@@ -88,25 +89,6 @@ def copy_manifest(manifest: CheckpointManifest) -> CheckpointManifest:
         for part in manifest.parts
     )
     return manifest.model_copy(update={"parts": parts})
-
-
-def same_contents(first: bytes, second: bytes) -> bool:
-    """Whether two manifests are of the same state and files, by whatever start or release they were written."""
-    if first == second:
-        return True
-    try:
-        one, other = (_contents(read_checkpoint_manifest(raw, origin="manifest")) for raw in (first, second))
-    except UserError:
-        return False
-    return one == other
-
-
-def _contents(manifest: CheckpointManifest) -> tuple[object, ...]:
-    parts = [
-        (original_file(part.file.name), part.file.size, part.file.sha256, part.segments) for part in manifest.parts
-    ]
-    layout = (manifest.parameters, manifest.zero_stage, manifest.part_size)
-    return (manifest.state, manifest.quantities, layout, parts, manifest.scalars)
 
 
 def _upload_checked(path: Path, target: Storage, entry: FileEntry, present: int | None) -> None:

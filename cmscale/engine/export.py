@@ -1,98 +1,38 @@
-"""Copies the checkpoints of a run to `checkpoint.export_to` while it trains, and removes old copies there."""
+"""Copies what a run saves to `checkpoint.export_to` while it trains, and removes old copies there."""
 
 import contextlib
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from cmscale.config.sections import Checkpoint
 from cmscale.engine.checkpoint_reader import read_manifest
 from cmscale.engine.copying import (
-    TRIES,
     DamagedHere,
     DamagedUpload,
     copy_manifest,
     export_checkpoint,
     remove_copy,
-    same_contents,
 )
-from cmscale.errors import NotExported, UserError
+from cmscale.engine.pending_export import named
+from cmscale.errors import UserError
 from cmscale.io.durable import NO_SPACE
 from cmscale.io.local import LocalStorage
 from cmscale.io.patience import is_waiting
 from cmscale.io.storage import Storage
-from cmscale.runs.checkpoints import committed_steps
-from cmscale.runs.copies import exported_run, pending_exports, wanted_copies
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_name
+from cmscale.runs.checkpoint_copy import same_contents
+from cmscale.runs.copies import Copied, committed, exported_run, wanted_copies
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from cmscale.runs.history import HistoryCopy
 from cmscale.runs.homes import WentElsewhere, must_be_home, token_of
 from cmscale.runs.log import write_event
-
-__all__ = [
-    "TRIES",
-    "DamagedUpload",
-    "Exporter",
-    "export_checkpoint",
-    "export_pending",
-    "exported_run",
-    "pending_exports",
-]
 
 CLOSING_RETRY_SECONDS = 5.0  # between tries while a run that has ended waits for its copies
 REFUSED_SECONDS = 20.0  # for which it tries what was refused: a missing bucket, credentials that have expired
 
 
-def export_pending(
-    run: RunDir,
-    export_to: str,
-    settings: Checkpoint | None = None,
-    *,
-    copied: Callable[[int], None] = lambda _: None,
-) -> list[int]:
-    """Copies what earlier starts left. Returns the steps copied.
-
-    Args:
-        copied: Is called with each of them.
-
-    Raises:
-        ConnectionError: the storage does not answer.
-        WentElsewhere: the run was continued in another folder.
-        NotExported: some could not be copied; the others are.
-    """
-    storage = exported_run(run, export_to)
-    done: list[int] = []
-    failed: dict[int, str] = {}
-    must_be_home(storage, run)
-    for step in pending_exports(run, export_to, settings):
-        try:
-            if export_checkpoint(run.checkpoint(step), copy_of(storage, step), home=lambda: must_be_home(storage, run)):
-                done.append(step)
-                copied(step)
-            else:
-                failed[step] = "another checkpoint of this step is there already; it was not changed"
-        except (ConnectionError, WentElsewhere):
-            raise
-        except (UserError, DamagedUpload, OSError) as error:
-            failed[step] = str(error)
-    if failed:
-        raise NotExported(f"step {_steps(failed)} is not in {export_to}: {next(iter(failed.values()))}")
-    return done
-
-
-def copy_of(exported: Storage, step: int) -> Storage:
-    """The storage of one copy."""
-    return exported.sub(f"checkpoints/{step_name(step)}")
-
-
-def _steps(steps: "set[int] | dict[int, str]") -> str:
-    """`1, 2, 3, 4, 5 and 7 more`, for messages."""
-    named = ", ".join(map(str, sorted(steps)[:5]))
-    return named + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
-
-
 class Exporter:
-    """Copies checkpoints in a thread of its own. A failure is said, recorded and tried again, and never raised.
+    """Copies checkpoints and snapshots in a thread of its own. A failure is said and tried again, and never raised.
 
     It first ends the unfinished uploads of a killed start, and copies what earlier starts left. One per run, on rank 0.
     The run's history is copied before each checkpoint, so that another folder can continue the run from its exports.
@@ -115,9 +55,9 @@ class Exporter:
         self._token = ""
         self._settings = settings or Checkpoint()
         self._retry_seconds = retry_seconds
-        self._waiting = set(committed_steps(run))
-        self._there: set[int] = set()
-        self._lost: set[int] = set()
+        self._waiting = committed(run)
+        self._there: set[Copied] = set()
+        self._lost: set[Copied] = set()
         self._said: dict[str, None] = {}  # problems, in the order in which they came
         self._closing = False
         self._patience: float | None = None  # of `finish`
@@ -129,14 +69,20 @@ class Exporter:
         self._thread.start()
 
     def offer(self, step: int) -> None:
-        """Queues a committed checkpoint."""
+        """Queues a committed checkpoint, and the snapshot that was committed with it."""
+        new = {Copied(step)}
+        if (self._run.snapshot(step) / CHECKPOINT_MANIFEST).is_file():
+            new.add(Copied(step, is_checkpoint=False))
         with self._changed:
-            self._waiting.add(step)
-            self._lost.discard(step)
+            self._waiting |= new
+            self._lost -= new
             self._changed.notify_all()
 
     def waiting(self) -> set[int]:
         """The steps not copied yet."""
+        return {each.step for each in self._left()}
+
+    def _left(self) -> set[Copied]:
         with self._changed:
             return set(self._waiting)
 
@@ -160,15 +106,16 @@ class Exporter:
             self._patience = patience
             self._progressed = time.monotonic()
         while self._thread.is_alive():
-            before = self.waiting()
-            if self.close(patience) == before:
+            before = self._left()
+            self.close(patience)
+            if self._left() == before:
                 break
         with self._changed:
             missing = self._waiting | self._lost
             if not missing:
                 return ""
             unsaid = "the storage does not answer" if is_waiting() else "copying takes too long"
-            return f"step {_steps(missing)} is not in {self._export_to}: {next(reversed(self._said), unsaid)}"
+            return f"step {named(missing)} is not in {self._export_to}: {next(reversed(self._said), unsaid)}"
 
     def _work(self) -> None:
         while True:
@@ -190,23 +137,23 @@ class Exporter:
             storage = exported_run(self._run, self._export_to)
             self._home(storage)
             if not self._scanned:
-                storage.abort_uploads(lambda key: key.startswith("checkpoints/"))
-                self._there = set(committed_steps(storage))
+                storage.abort_uploads(lambda key: key.startswith(("checkpoints/", "snapshots/")))
+                self._there = committed(storage)
                 self._scanned = True
         except Exception as error:
             if isinstance(error, WentElsewhere):
                 self.went_elsewhere = str(error)
             return self._failed(-1, error)
         first = None
-        for step in sorted(self.waiting()):
+        for each in sorted(self._left()):
             try:
                 self._home(storage)
                 self._history.update(storage)
-                self._copy(step, storage)
+                self._copy(each, storage)
             except Exception as error:
                 if isinstance(error, WentElsewhere):
                     self.went_elsewhere = str(error)
-                self._failed(step, error, say=first is None)
+                self._failed(each.step, error, say=first is None)
                 first = first or error
                 if isinstance(error, ConnectionError):  # it would answer about the others neither
                     break
@@ -217,13 +164,13 @@ class Exporter:
             self._prune(storage)
         return first
 
-    def _copy(self, step: int, exported: Storage) -> None:
-        if step not in wanted_copies({*self._there, *self.waiting()}, self._settings):
-            self._forget(step)  # it would only be removed again
+    def _copy(self, each: Copied, exported: Storage) -> None:
+        if each not in wanted_copies({*self._there, *self._left()}, self._settings):
+            self._forget(each)  # it would only be removed again
             return
-        folder, target = self._run.checkpoint(step), copy_of(exported, step)
-        if step in self._there and self._is_copied(folder, target):
-            self._forget(step)
+        folder, target = self._run.root / each.key, exported.sub(each.key)
+        if each in self._there and self._is_copied(folder, target):
+            self._forget(each)
             return
         began = time.monotonic()
         event, why = "exported", ""
@@ -231,15 +178,16 @@ class Exporter:
             if not (folder / CHECKPOINT_MANIFEST).exists():
                 event, why = "export_dropped", "removed here before it could be copied"
             elif not export_checkpoint(folder, target, home=lambda: self._home(exported)):
-                event, why = "export_refused", "another checkpoint of this step is there already; it was not changed"
+                event, why = "export_refused", "another of this step is there already; it was not changed"
         except DamagedHere as error:  # it stays so
             event, why = "export_failed", str(error)
         if why:
-            self._say(f"step {step}: {why}")
-        self._forget(step, lost=bool(why))
+            self._say(f"step {each}: {why}")
+        self._forget(each, lost=bool(why))
         if not why:
-            self._there.add(step)
-        self._event(event, step=step, why=why, seconds=round(time.monotonic() - began, 3))
+            self._there.add(each)
+        seconds = round(time.monotonic() - began, 3)
+        self._event(event, step=each.step, why=why, seconds=seconds, folder=each.key)
 
     def _home(self, exported: Storage) -> int:
         """As `must_be_home`, by the token that the folder had first: one that is lost and replaced has another."""
@@ -256,15 +204,15 @@ class Exporter:
 
     def _prune(self, storage: Storage) -> None:
         """Removes the copies that are to stay no longer."""
-        for step in sorted(self._there - wanted_copies(self._there, self._settings)):
+        for each in sorted(self._there - wanted_copies(self._there, self._settings)):
             try:
-                remove_copy(copy_of(storage, step))
+                remove_copy(storage.sub(each.key))
             except UserError as error:  # not allowed: nobody will change that soon
                 self._prunes = False
                 self._print(f"old copies stay in {self._export_to}: {error}")
                 return
-            self._there.discard(step)
-            self._event("export_pruned", step=step)
+            self._there.discard(each)
+            self._event("export_pruned", step=each.step)
 
     def _failed(self, step: int, error: Exception, *, say: bool = True) -> Exception:
         """Records an error, and prints it unless the same round has printed one."""
@@ -273,7 +221,7 @@ class Exporter:
         self._event("export_failed", step=step, why=f"{type(error).__name__}: {error}")
         return error
 
-    def _event(self, event: str, *, step: int, why: str = "", **more: float) -> None:
+    def _event(self, event: str, *, step: int, why: str = "", **more: float | str) -> None:
         with contextlib.suppress(OSError, UserError):  # the log may be on the disk that failed
             write_event(self._run, event, step=step, rank=0, why=why, **more)
 
@@ -287,12 +235,12 @@ class Exporter:
         with contextlib.suppress(OSError):  # the job's log may be on a full disk, too
             print(line, flush=True)
 
-    def _forget(self, step: int, *, lost: bool = False) -> None:
+    def _forget(self, each: Copied, *, lost: bool = False) -> None:
         with self._changed:
-            self._waiting.discard(step)
+            self._waiting.discard(each)
             self._progressed = time.monotonic()
             if lost:
-                self._lost.add(step)
+                self._lost.add(each)
 
     def _pause(self, error: Exception) -> bool:
         """Waits before the next try. Returns whether to give up, as the run is ending."""

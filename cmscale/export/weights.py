@@ -6,12 +6,13 @@ from typing import assert_never
 
 from cmscale.commands.parser import Output, check_output
 from cmscale.config import Config, read_config
-from cmscale.engine.export import export_pending
+from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import Format, model_card, unlike_openai
 from cmscale.interop import refuse_inexpressible, write_diffusers, write_openai, write_safetensors
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
+from cmscale.runs.copies import Copied
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.source import Source, dataset_of
@@ -85,11 +86,11 @@ def check_target(format: Format, to: Place) -> None:
             assert_never(format)
 
 
-def finish_copies(folder: Path, copied: Callable[[int], None] = lambda _: None) -> list[int]:
-    """Copies the checkpoints of a run that its `checkpoint.export_to` lacks. Returns their steps.
+def finish_copies(folder: Path, copied: Callable[[Copied], None] = lambda _: None) -> list[Copied]:
+    """Copies the checkpoints and snapshots of a run that its `checkpoint.export_to` lacks. Returns them.
 
     Args:
-        copied: Is called with each step as soon as its copy is complete.
+        copied: Is called with each as soon as its copy is complete.
 
     Raises:
         UserError: The folder is not a run's, or the run has no `checkpoint.export_to`.

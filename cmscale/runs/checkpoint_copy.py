@@ -1,17 +1,19 @@
-"""Copies a checkpoint from another run or storage into a local folder: every file is compared with its hash."""
+"""Copies checkpoints and snapshots from another run or storage into a local folder: each file's hash is compared."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from cmscale.errors import UserError
-from cmscale.io.durable import explained, replace_durably
+from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.fetch import file_sha256
+from cmscale.io.local import LocalStorage
 from cmscale.io.protocol import Storage
-from cmscale.runs.checkpoints import read_manifest
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, rank_file
+from cmscale.runs.checkpoints import committed_steps, read_manifest
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, original_file, rank_file, step_name
 from cmscale.runs.manifest_checks import manifest_problems
-from cmscale.runs.manifests import CheckpointManifest, FileEntry
+from cmscale.runs.manifests import CheckpointManifest, FileEntry, read_checkpoint_manifest
 
 _AT_ONCE = 8  # files; one alone does not fill a parallel file system's or an object store's bandwidth
 
@@ -64,6 +66,59 @@ def copy_checkpoint(source: Storage, folder: Path) -> CheckpointManifest:
     manifest = copy_files(source, folder, intact_manifest(source))
     replace_durably(folder / CHECKPOINT_MANIFEST, manifest.to_bytes())
     return manifest
+
+
+def copy_snapshots(source: Storage, run: RunDir, *, until: int) -> dict[int, str]:
+    """Copies a run's snapshots of averages up to a step, but for those that are in the folder already.
+
+    Returns:
+        Why some were left out, by step: those that are not what was written.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    left_out: dict[int, str] = {}
+    for step in committed_steps(source, within="snapshots"):
+        there, final = source.sub(f"snapshots/{step_name(step)}"), run.snapshot(step)
+        if step > until or _is_same(there, LocalStorage(final)):
+            continue
+        staged = final.with_name(f".{final.name}.start-0.save-0")
+        shutil.rmtree(staged, ignore_errors=True)
+        try:
+            copy_checkpoint(there, staged)
+        except NotIntact as error:
+            left_out[step] = str(error)
+            shutil.rmtree(staged, ignore_errors=True)
+            continue
+        if final.exists():
+            shutil.rmtree(final)
+        staged.rename(final)
+        sync_folder(final.parent)
+    return left_out
+
+
+def _is_same(one: Storage, other: Storage) -> bool:
+    first, second = one.read_if_present(CHECKPOINT_MANIFEST), other.read_if_present(CHECKPOINT_MANIFEST)
+    return first is not None and second is not None and same_contents(first, second)
+
+
+def same_contents(first: bytes, second: bytes) -> bool:
+    """Whether two manifests are of the same state and files, by whatever start or release they were written."""
+    if first == second:
+        return True
+    try:
+        one, other = (_contents(read_checkpoint_manifest(raw, origin="manifest")) for raw in (first, second))
+    except UserError:
+        return False
+    return one == other
+
+
+def _contents(manifest: CheckpointManifest) -> tuple[object, ...]:
+    parts = [
+        (original_file(part.file.name), part.file.size, part.file.sha256, part.segments) for part in manifest.parts
+    ]
+    layout = (manifest.parameters, manifest.zero_stage, manifest.part_size)
+    return (manifest.state, manifest.quantities, layout, parts, manifest.scalars)
 
 
 def _copy(source: Storage, folder: Path, entry: FileEntry, name: str) -> FileEntry:

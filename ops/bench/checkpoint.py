@@ -27,7 +27,7 @@ from train_step import alone, make_step
 from cmscale.config import dump_config, parse_config
 from cmscale.engine.checkpoint import Checkpoints, claim_generation
 from cmscale.engine.checkpoint_reader import FlatReader, read_manifest
-from cmscale.engine.export import export_checkpoint
+from cmscale.engine.copying import export_checkpoint
 from cmscale.io.local import LocalStorage
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir

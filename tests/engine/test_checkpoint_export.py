@@ -15,13 +15,16 @@ from cmscale.distributed.world import World
 from cmscale.engine import export
 from cmscale.engine.checkpoint import Checkpoints, claim_generation
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
-from cmscale.engine.export import DamagedUpload, Exporter, export_checkpoint, export_pending, pending_exports
+from cmscale.engine.copying import DamagedUpload, export_checkpoint
+from cmscale.engine.export import Exporter
+from cmscale.engine.pending_export import export_pending
 from cmscale.errors import NotExported, UserError
 from cmscale.export.weights import finish_copies
 from cmscale.io.fetch import file_sha256
 from cmscale.io.local import LocalStorage
 from cmscale.io.s3 import S3Storage
 from cmscale.io.storage import open_storage
+from cmscale.runs.copies import Copied, exported_run, pending_copies
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines
 from cmscale.runs.manifests import TrainState
@@ -49,13 +52,13 @@ def events(run: RunDir) -> list[tuple[str, int]]:
 
 
 def test_a_copy_on_s3_has_the_same_layout_and_reads_as_the_original(run: RunDir, s3: str) -> None:
-    assert export_pending(run, s3) == [10, 20]
+    assert export_pending(run, s3) == [Copied(10), Copied(20)]
     copies = list_checkpoints(f"{s3}/run")
     assert [copy.step for copy in copies] == [10, 20]
     assert verify_checkpoint(copies[-1].url) == []
     here, there = read_weights(run.checkpoint(20), "ema_0.9"), read_weights(copies[-1].url, "ema_0.9")
     assert all((here[name] == there[name]).all() for name in here)
-    assert pending_exports(run, s3) == []
+    assert pending_copies(run, s3) == []
 
 
 def test_what_an_earlier_start_left_is_copied_by_the_next_and_new_saves_follow(run: RunDir, s3: str) -> None:
@@ -77,8 +80,8 @@ def test_storage_that_fails_is_logged_tried_again_and_left_for_the_next_start(
         exporter = Exporter(run, str(tmp_path / "copies"), retry_seconds=0.01)
         assert exporter.close(patience=60) == {10, 20}
     assert events(run)[0] == ("export_failed", 10)
-    assert pending_exports(run, str(tmp_path / "copies")) == [10, 20]
-    assert export_pending(run, str(tmp_path / "copies")) == [10, 20]
+    assert pending_copies(run, str(tmp_path / "copies")) == [Copied(10), Copied(20)]
+    assert export_pending(run, str(tmp_path / "copies")) == [Copied(10), Copied(20)]
 
 
 def test_a_body_that_is_corrupted_on_the_way_is_caught_and_no_manifest_follows(
@@ -132,7 +135,7 @@ def test_a_checkpoint_without_a_manifest_is_not_copied(run: RunDir, tmp_path: Pa
 
 
 def test_uploads_that_a_killed_exporter_left_are_ended(run: RunDir, s3: str) -> None:
-    storage = export.exported_run(run, s3)
+    storage = exported_run(run, s3)
     assert isinstance(storage, S3Storage)
     storage.client.create_multipart_upload(Bucket=storage.bucket, Key=f"{storage.prefix}/checkpoints/part")
     storage.client.create_multipart_upload(Bucket=storage.bucket, Key="another/run")
@@ -152,7 +155,7 @@ def test_a_checkpoint_removed_before_its_copy_is_recorded_as_dropped(run: RunDir
 def test_the_export_command_finishes_the_copies_of_a_run(run: RunDir, tmp_path: Path) -> None:
     copies = tmp_path / "copies"
     run.config.write_text(dump_config(flat_config(f"checkpoint.export_to={copies}")))
-    assert finish_copies(run.root) == [10, 20]
+    assert finish_copies(run.root) == [Copied(10), Copied(20)]
     assert verify_checkpoint(copies / "run" / "checkpoints" / "step-000000020") == []
     assert finish_copies(run.root) == []
     run.config.write_text(dump_config(flat_config()))
@@ -177,7 +180,7 @@ def test_a_place_that_refuses_is_said_once_and_in_the_end_with_the_steps(
     assert capsys.readouterr().out.count("checkpoints are not exported to") == 1
     copies.unlink()
     assert Exporter(run, str(copies)).finish(patience=60) == ""
-    assert pending_exports(run, str(copies)) == []
+    assert pending_copies(run, str(copies)) == []
 
 
 def test_storage_that_is_away_when_the_run_ends_is_asked_again_and_then_named(
@@ -338,7 +341,7 @@ def test_old_copies_are_removed_and_not_made_again(run: RunDir, s3: str) -> None
     assert exporter.finish(patience=60) == ""
     assert [copy.step for copy in list_checkpoints(f"{s3}/run")] == [30, 40, 50]
     assert not [name for name in names(f"{s3}/run") if "000010" in name or "000020" in name]
-    assert pending_exports(run, s3, kept) == []
+    assert pending_copies(run, s3, kept) == []
     exporter = Exporter(run, s3, settings=kept)
     assert exporter.finish(patience=60) == ""
     assert [event for event in events(run) if event[0] == "exported"].count(("exported", 10)) <= 1

@@ -14,7 +14,7 @@ from memory_storage import MemoryStorage
 from cmscale.distributed.world import World
 from cmscale.engine.checkpoint import Checkpoints, claim_generation
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
-from cmscale.engine.export import Exporter, pending_exports
+from cmscale.engine.export import Exporter
 from cmscale.errors import UserError
 from cmscale.interop.files import located, readable, writable
 from cmscale.io import storage
@@ -22,6 +22,7 @@ from cmscale.io.fetch import file_sha256, local_file
 from cmscale.io.process import CHECKOUT
 from cmscale.io.storage import open_storage
 from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.copies import pending_copies
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import TrainState
 from data_prep import verify
@@ -48,7 +49,7 @@ def test_checkpoints_are_exported_listed_verified_and_read(tmp_path: Path) -> No
     assert exporter.close(patience=60) == set()
     copy = "memory://bucket/runs/run"
     assert committed_steps(copy) == committed_steps(run) == [10, 20]
-    assert pending_exports(run, "memory://bucket/runs") == []
+    assert pending_copies(run, "memory://bucket/runs") == []
     listed = list_checkpoints(copy)[-1]
     assert listed.url == f"{copy}/checkpoints/step-000000020"
     assert verify_checkpoint(listed.url) == []

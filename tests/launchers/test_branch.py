@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_fixtures import TEXT, write_checkpoint
+from evaluation_fixtures import TEXT, write_checkpoint, write_snapshot
 from launch_fixtures import dataset
 from safetensors.torch import load_file
 
 from cmscale.config import Config, dump_config, parse_config, read_config, trajectory
+from cmscale.engine.checkpoint_reader import verify_checkpoint
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
 from cmscale.io.slurm import Refused
@@ -91,6 +92,26 @@ def test_a_branch_holds_a_copy_of_the_newest_checkpoint_under_its_own_config(par
         "placement.json",
         "provenance.json",
     ]
+
+
+def test_a_branch_gets_the_snapshots_of_averages_up_to_its_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("ema.lengths=[0.05,0.1]", "ema.snapshot_every=1", "checkpoint.every_steps=1")
+    parent = write_parent(tmp_path / "runs" / "parent", dataset(tmp_path / "data"), "ct", "distance: l2", *overrides)
+    config = read_config(parent.config, resolved=True)
+    for step in (1, 2, 3, 7):
+        write_snapshot(parent, config, step=step)
+    (parent.snapshot(2) / rank_file(0, 1)).write_bytes(b"damaged")
+    new = branch(parent, "ema.lengths=[0.1]", at="@3")
+    assert committed_steps(new, within="snapshots") == [1, 3]
+    assert "note: the snapshot of step 2 of parent@3 is not taken" in capsys.readouterr().err
+    for step in (1, 3):
+        assert verify_checkpoint(new.snapshot(step)) == []
+        for name in (rank_file(0, 1), "manifest.json"):
+            assert (new.snapshot(step) / name).read_bytes() == (parent.snapshot(step) / name).read_bytes()
+    other = branch(parent, "ema.lengths=[]", "ema.snapshot_every=0", name="other", at="@3")
+    assert not other.snapshots.exists()
 
 
 @pytest.mark.parametrize(

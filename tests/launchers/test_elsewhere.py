@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_fixtures import TEXT, write_checkpoint
+from evaluation_fixtures import TEXT, write_checkpoint, write_snapshot
 from launch_fixtures import dataset
 
 from cmscale.config import dump_config, parse_config, read_config
 from cmscale.engine import copying
 from cmscale.engine.checkpoint import Checkpoints, Fenced
-from cmscale.engine.export import Exporter, export_checkpoint, export_pending
+from cmscale.engine.checkpoint_reader import verify_checkpoint
+from cmscale.engine.copying import export_checkpoint
+from cmscale.engine.export import Exporter
+from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.io.storage import Storage, open_storage
 from cmscale.runs.checkpoints import committed_steps, read_manifest
@@ -107,6 +110,31 @@ def test_an_incomplete_newest_export_is_passed_over_and_can_be_exported_again(
     there = resume(f"{s3}/runs/one", tmp_path / "there")
     assert committed_steps(there) == [3]
     assert committed_steps(exported(s3)) == [3]
+
+
+def test_the_snapshots_of_averages_up_to_the_checkpoint_come_along(
+    here: RunDir, s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"checkpoint.export_to={s3}/runs", "ema.lengths=[0.05,0.1]"]
+    config = parse_config(here.config.read_text(), overrides)
+    for step in (1, 2, 7, 8):
+        write_snapshot(here, config, step=step)
+    assert Exporter(here, f"{s3}/runs").finish(patience=60) == ""
+    part = next(entry.key for entry in exported(s3).list("snapshots/step-000000002/rank"))
+    exported(s3).write(part, b"damaged")
+    there = resume(f"{s3}/runs/one", tmp_path / "there")
+    assert committed_steps(there, within="snapshots") == [1, 7]
+    assert "note: the snapshot of step 2 is not taken" in capsys.readouterr().err
+    for step in (1, 7):
+        assert verify_checkpoint(there.snapshot(step)) == []
+    assert (there.snapshot(7) / rank_file(0, 1)).read_bytes() == (here.snapshot(7) / rank_file(0, 1)).read_bytes()
+    exported(s3).write(part, (here.snapshot(2) / rank_file(0, 1)).read_bytes())
+    (there.snapshot(7) / "manifest.json").unlink()  # as if it had been lost since
+    claim(exported(s3), here, step=7)
+    kept = (there.snapshot(1) / rank_file(0, 1)).stat().st_ino
+    resume(f"{s3}/runs/one", tmp_path / "there")
+    assert committed_steps(there, within="snapshots") == [1, 2, 7]
+    assert (there.snapshot(1) / rank_file(0, 1)).stat().st_ino == kept
 
 
 def test_where_nothing_is_one_line_says_so(s3: str, tmp_path: Path) -> None:

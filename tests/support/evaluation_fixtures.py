@@ -1,6 +1,7 @@
 """Writes a tiny data set and a run with a checkpoint in training's format, without DeepSpeed."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,13 +94,30 @@ def write_checkpoint(
     scalars: dict[str, float] | None = None,
 ) -> None:
     """Writes a checkpoint of one rank."""
+    names = ("master", *config.ema.names, *config.ema.power_names)
+    _write(run.checkpoint(step), names, config, step=step, data_fingerprint=data_fingerprint, scalars=scalars or {})
+
+
+def write_snapshot(run: RunDir, config: Config, *, step: int) -> None:
+    """Writes a snapshot of the averages by a power function."""
+    _write(run.snapshot(step), config.ema.power_names, config, step=step, data_fingerprint="data", scalars={})
+
+
+def _write(
+    folder: Path,
+    names: Sequence[str],
+    config: Config,
+    *,
+    step: int,
+    data_fingerprint: str,
+    scalars: dict[str, float],
+) -> None:
     with torch.device("meta"):
         parameters = number_parameters(build_unet(config.model))
     total = count_elements(parameters)
     source = torch.Generator().manual_seed(step)
-    names = ("master", *config.ema.names, *config.ema.power_names)
     quantities = {name: 0.05 * torch.randn(total, generator=source) for name in names}
-    path = run.checkpoint(step) / rank_file(0, 1)
+    path = folder / rank_file(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(quantities, path)
     data = path.read_bytes()
@@ -113,11 +131,11 @@ def write_checkpoint(
         config=config.model_dump(mode="json"),
         trajectory=trajectory(config),
         data_fingerprint=data_fingerprint,
-        scalars=scalars or {},
+        scalars=scalars,
         quantities=tuple(quantities),
         parameters=parameters,
         num_elements=total,
         part_size=total,
         parts=(RankPart(file=entry),),
     )
-    (run.checkpoint(step) / "manifest.json").write_bytes(manifest.to_bytes())
+    (folder / "manifest.json").write_bytes(manifest.to_bytes())
