@@ -34,8 +34,8 @@ class EMA(Section):
     )
     snapshot_every: NonNegative = operational(
         0,
-        "Steps between snapshots of these averages, which are kept beside the checkpoints (4 bytes per parameter and "
-        "average); a multiple of checkpoint.every_steps. 0: none.",
+        "Steps between snapshots of these averages, which are kept beside the checkpoints and in checkpoint.export_to "
+        "(4 bytes per parameter and average); a multiple of checkpoint.every_steps. 0: none.",
         unit="steps",
         source="a choice of each run",
     )

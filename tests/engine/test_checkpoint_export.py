@@ -289,10 +289,10 @@ def test_a_checkpoint_that_is_damaged_here_holds_up_no_other_and_is_named(
     assert missing.startswith(f"step 10 is not in {tmp_path / 'copies'}: step 10: {damaged}")
     assert [copy.step for copy in list_checkpoints(tmp_path / "copies" / "run")] == [20]
     shutil.rmtree(tmp_path / "copies")
-    done: list[int] = []
+    done: list[Copied] = []
     with pytest.raises(NotExported, match=rf"step 10 is not in {tmp_path}/copies: {damaged}"):
         export_pending(run, str(tmp_path / "copies"), copied=done.append)
-    assert done == [20]
+    assert done == [Copied(20)]
 
 
 def test_a_disk_that_is_full_for_a_while_ends_neither_the_thread_nor_the_copies(

@@ -1,5 +1,6 @@
 """Snapshots of averages by a power function are copied like checkpoints, before them, and are never removed."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cmscale.engine.checkpoint_reader import list_checkpoints, verify_checkpoint
 from cmscale.engine.export import Exporter
 from cmscale.engine.pending_export import export_pending
 from cmscale.engine.power_averages import reconstructed
-from cmscale.errors import NotExported
+from cmscale.errors import NotExported, UserError
 from cmscale.io.s3 import S3Storage
 from cmscale.runs.copies import Copied, pending_copies
 from cmscale.runs.folder import RunDir, rank_file
@@ -21,6 +22,7 @@ from cmscale.runs.log import read_lines
 from cmscale.runs.manifests import TrainState
 
 LENGTHS = (0.1, 0.2)
+FLIPS = 200  # 400 were tried once
 OVERRIDES = ("ema.lengths=[0.1,0.2]", "checkpoint.every_steps=1", "ema.snapshot_every=1", "checkpoint.keep_last=2")
 
 
@@ -44,9 +46,9 @@ def train(run: RunDir, *steps: int, exporter: Exporter | None = None, overrides:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run of 10 steps: with all snapshots, and the checkpoints of the last two."""
+    """A run of 5 steps: with all snapshots, and the checkpoints of the last two."""
     run = RunDir(tmp_path / "runs" / "run")
-    train(run, *range(1, 11))
+    train(run, *range(1, 6))
     return run
 
 
@@ -55,16 +57,16 @@ def steps_of(url: str | Path, within: str) -> list[int]:
 
 
 def test_averages_of_any_length_are_computed_from_the_copies_alone(run: RunDir, s3: str) -> None:
-    expected = [*map(snapshot, range(1, 9)), snapshot(9), Copied(9), snapshot(10), Copied(10)]
+    expected = [*map(snapshot, range(1, 5)), Copied(4), snapshot(5), Copied(5)]
     assert pending_copies(run, s3) == expected
     assert export_pending(run, s3) == expected
     assert pending_copies(run, s3) == []
     copies = f"{s3}/run"
-    assert steps_of(copies, "snapshots") == list(range(1, 11))
+    assert steps_of(copies, "snapshots") == list(range(1, 6))
     for each in list_checkpoints(copies, within="snapshots"):
         assert verify_checkpoint(each.url) == []
     for length in (0.12, 0.15):
-        assert torch.equal(reconstructed(copies, length, step=10), reconstructed(str(run.root), length, step=10))
+        assert torch.equal(reconstructed(copies, length, step=5), reconstructed(str(run.root), length, step=5))
 
 
 def test_an_exporter_copies_a_snapshot_before_its_checkpoint_and_removes_none(
@@ -80,13 +82,13 @@ def test_an_exporter_copies_a_snapshot_before_its_checkpoint_and_removes_none(
     monkeypatch.setattr(S3Storage, "write_if_absent", record)
     settings = flat_config(*OVERRIDES, "checkpoint.export_keep_last=1").checkpoint
     exporter = Exporter(run, s3, settings=settings)
-    train(run, 11, 12, exporter=exporter)
+    train(run, 6, 7, exporter=exporter)
     assert exporter.finish(patience=60) == ""
-    assert steps_of(f"{s3}/run", "checkpoints") == [12]
-    assert steps_of(f"{s3}/run", "snapshots") == list(range(1, 13))
+    assert steps_of(f"{s3}/run", "checkpoints") == [7]
+    assert steps_of(f"{s3}/run", "snapshots") == list(range(1, 8))
     manifests = [url for url in made if url.endswith("manifest.json")]
-    assert manifests[-1].endswith("checkpoints/step-000000012/manifest.json")
-    assert manifests.index(f"{s3}/run/snapshots/step-000000012/manifest.json") < len(manifests) - 1
+    assert manifests[-1].endswith("checkpoints/step-000000007/manifest.json")
+    assert manifests.index(f"{s3}/run/snapshots/step-000000007/manifest.json") < len(manifests) - 1
     exported = [event.get("folder") for event in read_lines(run.events) if event["event"] == "exported"]
     assert "snapshots/step-000000001" in exported
     made.clear()
@@ -101,17 +103,36 @@ def test_a_snapshot_that_is_damaged_here_is_named_in_the_end_and_holds_up_nothin
     said = exporter.finish(patience=60)
     assert said.startswith(f"step 3 (its snapshot) is not in {s3}: ")
     assert "SHA-256 differs" in said
-    assert steps_of(f"{s3}/run", "snapshots") == [1, 2, *range(4, 11)]
-    assert steps_of(f"{s3}/run", "checkpoints") == [9, 10]
+    assert steps_of(f"{s3}/run", "snapshots") == [1, 2, 4, 5]
+    assert steps_of(f"{s3}/run", "checkpoints") == [4, 5]
     with pytest.raises(NotExported, match=r"step 3 \(its snapshot\) is not in"):
         export_pending(run, s3)
+
+
+def test_every_single_flipped_bit_of_a_snapshots_manifest_is_found_before_an_average_is_computed(run: RunDir) -> None:
+    path = run.snapshot(3) / "manifest.json"
+    intact = path.read_bytes()
+    missed = []
+    for bit in random.Random(0).sample(range(8 * len(intact)), FLIPS):
+        flipped = bytearray(intact)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            reconstructed(str(run.root), 0.12, step=5)
+        except UserError as error:
+            found = f"{path}: " in str(error)
+        else:
+            found = False
+        if not found or not verify_checkpoint(run.snapshot(3)):
+            missed.append(bit)
+    assert missed == []
 
 
 def test_storage_that_fails_for_a_snapshot_is_tried_again(run: RunDir, s3: str, monkeypatch) -> None:
     upload, failures = S3Storage.upload, [ConnectionError("the S3 server does not answer")]
 
     def fail_once(storage: S3Storage, key: str, path: Path) -> None:
-        if "snapshots/step-000000010" in storage.url and failures:
+        if "snapshots/step-000000005" in storage.url and failures:
             raise failures.pop()
         upload(storage, key, path)
 
@@ -119,4 +140,4 @@ def test_storage_that_fails_for_a_snapshot_is_tried_again(run: RunDir, s3: str, 
     exporter = Exporter(run, s3, retry_seconds=0.01)
     assert exporter.finish(patience=60) == ""
     assert failures == []
-    assert steps_of(f"{s3}/run", "snapshots") == list(range(1, 11))
+    assert steps_of(f"{s3}/run", "snapshots") == list(range(1, 6))
