@@ -78,6 +78,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
+def add_config(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Adds what a benchmark of a config takes; `default` says what it measures without one.
+
+    `parse` sets `config` to a file or None, and `overrides` to a list.
+    """
+    parser.add_argument("config", nargs="?", type=Path, help=f"a config file (default: {default})")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line. A file to compare with is read before any work.
 
@@ -87,6 +97,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     given = parser.parse_intermixed_args()
     if given.rounds < 1:
         raise UserError(f"--rounds {given.rounds}: give at least 1")
+    if getattr(given, "config", None) is not None and "=" in str(given.config):  # the first override, without a file
+        given.config, given.overrides = None, [str(given.config), *given.overrides]
     given.earlier = read_earlier(given.against) if given.against is not None else {}
     return given
 

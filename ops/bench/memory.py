@@ -58,10 +58,8 @@ STEPS = 7  # RAdam needs all its temporaries from the sixth step on
 
 def main() -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("config", nargs="?", type=Path, help="a config file (default: small networks)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    harness.add_config(parser, default="small networks")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--cases", help="of the small networks, these alone: names with ; between them")
     parser.add_argument("--measure", nargs=2, metavar=("CONFIG", "OUT"), help=argparse.SUPPRESS)
     given = harness.parse(parser)
@@ -91,15 +89,12 @@ def main() -> int:
 
 
 def _cases(given: argparse.Namespace) -> dict[str, Config]:
-    overrides = list(given.overrides)
-    if given.config is not None and "=" not in str(given.config):
-        return {given.config.stem: read_config(given.config, overrides)}
     if given.config is not None:
-        overrides.insert(0, str(given.config))
+        return {given.config.stem: read_config(given.config, given.overrides)}
     names = list(CASES) if given.cases is None else given.cases.split(";")
     if unknown := set(names) - CASES.keys():
         raise UserError(f"--cases {'; '.join(unknown)}: unknown; there are {'; '.join(CASES)}")
-    return {name: parse_config(ACTIVATIONS, [*CASES[name], *overrides]) for name in names}
+    return {name: parse_config(ACTIVATIONS, [*CASES[name], *given.overrides]) for name in names}
 
 
 def _peak(config: Config, *, ranks: int, device: str) -> float:

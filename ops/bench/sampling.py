@@ -37,19 +37,14 @@ STEPS = (1, 2)
 
 def main() -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("config", nargs="?", type=Path, help="a config file (default: a small network)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    harness.add_config(parser, default="a small network")
     parser.add_argument("--num", type=int, default=16, help="samples per round (default: 16)")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU (default: 1)")
     given = harness.parse(parser)
     if given.num % given.batch_size or given.num < 1:
         raise UserError(f"--num {given.num}: must be a multiple of --batch-size {given.batch_size}")
-    device, overrides = choose_device(given.device), list(given.overrides)
-    if given.config is not None and "=" in str(given.config):
-        overrides.insert(0, str(given.config))
-        given.config = None
+    device, overrides = choose_device(given.device), given.overrides
     config = parse_config(SMALL, overrides) if given.config is None else read_config(given.config, overrides)
     network = build_unet(config.model).to(device=device, dtype=COMPUTE_DTYPES[config.engine.precision]).eval()
     denoise, side = denoiser_for(config.method, network), config.model.image_size

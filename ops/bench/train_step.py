@@ -164,17 +164,13 @@ def profile(step: Step, device: torch.device, path: Path) -> None:
 
 def main() -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("config", nargs="?", type=Path, help="a config file (default: a small network)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    harness.add_config(parser, default="a small network")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU (default: 1)")
     parser.add_argument("--original", type=Path, metavar="DIR", help="a checkout of the released code")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="also write a trace of one step")
     given = harness.parse(parser)
-    overrides = given.overrides
-    if given.config is not None and "=" in str(given.config):
-        given.config, overrides = None, [str(given.config), *overrides]
     with alone(given.device, given.threads) as world, tempfile.TemporaryDirectory() as folder:
+        overrides = given.overrides
         config = parse_config(SMALL, overrides) if given.config is None else read_config(given.config, overrides)
         config = random_vgg(config, Path(folder))
         return measure(given, config, world)
