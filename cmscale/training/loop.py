@@ -8,8 +8,9 @@ from cmscale.data import open_samples
 from cmscale.distributed import world as worlds
 from cmscale.distributed.collectives import together
 from cmscale.distributed.world import World
-from cmscale.engine.checkpoint import Checkpoints, Fenced, claim_generation
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.export import Exporter
+from cmscale.engine.fence import Fenced, claim_generation
 from cmscale.engine.preemption import Preemption
 from cmscale.engine.resume import newest, restore
 from cmscale.engine.watchdog import Watchdog

@@ -25,9 +25,10 @@ from s3 import s3_server
 from train_step import alone, make_step
 
 from cmscale.config import dump_config, parse_config
-from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import FlatReader, read_manifest
 from cmscale.engine.copying import export_checkpoint
+from cmscale.engine.fence import claim_generation
 from cmscale.io.local import LocalStorage
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir

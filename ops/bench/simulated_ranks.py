@@ -19,9 +19,10 @@ from cmscale.config import Config, parse_config, trajectory
 from cmscale.data.order import Order, epoch_order
 from cmscale.distributed.noticeboard import NoticeBoard
 from cmscale.distributed.world import World
-from cmscale.engine import checkpoint, resume
-from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine import resume, staged
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import FlatReader
+from cmscale.engine.fence import claim_generation
 from cmscale.engine.flat_space import count_elements, flat_part_size
 from cmscale.io.local import LocalStorage
 from cmscale.io.protocol import Entry
@@ -186,11 +187,11 @@ class SimulatedRanks:
         apart = self._run.root / "apart"
 
         def again() -> None:
-            checkpoint.remove(self._newest)
+            staged.remove(self._newest)
             self._stage(NUM_CHECKPOINTS - 1)
 
         return {
-            "save: a rank's own part": (lambda: checkpoint.write_part(apart, self._world, self._own),),
+            "save: a rank's own part": (lambda: staged.write_part(apart, self._world, self._own),),
             "save: rank 0's commit": (self._commit, again),
         }
 
@@ -235,7 +236,7 @@ class SimulatedRanks:
             path = self._staged.folder / rank_file(rank, self.ranks)
             data, digest = self._bytes_of(self._partition.length(rank))
             path.write_bytes(data)
-            checkpoint.record(
+            staged.record(
                 self._board, self._staged.folder, rank, FileEntry(name=path.name, size=len(data), sha256=digest)
             )
 
@@ -245,11 +246,12 @@ class SimulatedRanks:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "part"
                 save_file({name: torch.zeros(length) for name in QUANTITIES}, path)
-                self._known[length] = path.read_bytes(), checkpoint.file_sha256(path)
+                self._known[length] = path.read_bytes(), staged.file_sha256(path)
         return self._known[length]
 
     def _commit(self) -> None:
-        self._writer._commit(self._staged, self._writer._await_parts(self._staged.folder))
+        parts = self._writer._await_parts(self._staged.folder)
+        self._staged.commit(parts, fence=self._writer._fence.must_be_newest)
 
     def _restore(self, manifest: CheckpointManifest) -> None:
         read = FlatReader(self._newest, manifest)

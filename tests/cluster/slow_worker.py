@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cmscale.engine import checkpoint
+from cmscale.engine import staged
 from cmscale.engine.preemption import Preemption
 from cmscale.io.process import EARLY_SIGNAL
 from cmscale.runs.folder import RunDir
+from cmscale.runs.generations import read_generation
 from cmscale.training import assemble, loop
 
 AT_THE_START = -1
@@ -61,7 +62,7 @@ def eat_all_memory(run_dir: str, starts: int) -> str:
     run, last = RunDir(Path(run_dir)), os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
 
     def eat(step: int) -> None:
-        if step == 4 and last and checkpoint.read_generation(run) <= starts:
+        if step == 4 and last and read_generation(run) <= starts:
             eaten = bytearray(b"x") * (3 * 2**30)
             time.sleep(60)
             assert eaten
@@ -91,7 +92,7 @@ def wait_for_another_start(run_dir: str) -> str:
     until = time.monotonic() + 200
 
     def wait(step: int) -> None:
-        while step == 4 and checkpoint.read_generation(run) == 1 and time.monotonic() < until:
+        while step == 4 and read_generation(run) == 1 and time.monotonic() < until:
             time.sleep(0.05)
 
     before_every_step(wait)
@@ -100,7 +101,7 @@ def wait_for_another_start(run_dir: str) -> str:
 
 def save_slowly_once(run_dir: str) -> str:
     """Trains; in the first start the save of step 5 takes longer than any grace."""
-    marker, write = Path(run_dir) / "slow", checkpoint.save_file
+    marker, write = Path(run_dir) / "slow", staged.save_file
 
     def save_file(tensors: Any, path: Path) -> None:
         write(tensors, path)
@@ -108,7 +109,7 @@ def save_slowly_once(run_dir: str) -> str:
             marker.touch()
             time.sleep(120)
 
-    checkpoint.save_file = save_file
+    staged.save_file = save_file
     before_every_step(lambda step: time.sleep(0.1))
     return loop.main(run_dir)
 

@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from cmscale.distributed.collectives import barrier
 from cmscale.distributed.world import World
-from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import read_weights
 from cmscale.engine.engine import Engine, NonFiniteLoss
+from cmscale.engine.fence import claim_generation
 from cmscale.engine.resume import newest, restore
 from cmscale.model.unet import build_unet
 from cmscale.runs.folder import RunDir

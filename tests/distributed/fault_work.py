@@ -17,7 +17,7 @@ import torch
 
 from cmscale.distributed import collectives
 from cmscale.distributed import world as worlds
-from cmscale.engine import checkpoint
+from cmscale.engine import staged
 from cmscale.runs.folder import RunDir
 from cmscale.training import assemble, loop
 
@@ -100,7 +100,7 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def signals_during_a_save() -> Any:
     """Sends both signals twice on each rank while the second checkpoint is written."""
-    write, saves = checkpoint.save_file, []
+    write, saves = staged.save_file, []
 
     def interrupted(*arguments: Any, **more: Any) -> None:
         saves.append(1)
@@ -108,7 +108,7 @@ def signals_during_a_save() -> Any:
             os.kill(os.getpid(), number)
         write(*arguments, **more)
 
-    return patched(checkpoint, "save_file", interrupted)
+    return patched(staged, "save_file", interrupted)
 
 
 def signals_to_data_workers() -> Any:
@@ -165,14 +165,14 @@ def fp16_on_this_cpu() -> Any:
 
 def no_space_for_step_6() -> Any:
     """Simulates a full disk on rank 1 for the third checkpoint."""
-    write = checkpoint.save_file
+    write = staged.save_file
 
     def full(tensors: Any, path: Path) -> None:
         if "step-000000006" in str(path) and os.environ["RANK"] == "1":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(tensors, path)
 
-    return patched(checkpoint, "save_file", full)
+    return patched(staged, "save_file", full)
 
 
 def damage(whole: Path, copy: Path) -> None:

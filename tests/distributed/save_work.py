@@ -15,7 +15,8 @@ from torch.distributed import FileStore
 
 from cmscale.distributed.noticeboard import NoticeBoard
 from cmscale.distributed.world import World
-from cmscale.engine import checkpoint
+from cmscale.engine import checkpoint, staged
+from cmscale.engine.fence import claim_generation
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import TrainState
 
@@ -33,11 +34,11 @@ def after(action: Callable[..., Any]) -> Callable[..., Any]:
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "before the file": lambda: setattr(checkpoint, "save_file", die),
+    "before the file": lambda: setattr(staged, "save_file", die),
     "before the record": lambda: setattr(checkpoint, "record", die),
     "after the record": lambda: setattr(checkpoint, "record", after(checkpoint.record)),
-    "before the manifest": lambda: setattr(checkpoint, "write_manifest", die),
-    "after the manifest": lambda: setattr(checkpoint, "write_manifest", after(checkpoint.write_manifest)),
+    "before the manifest": lambda: setattr(staged, "write_manifest", die),
+    "after the manifest": lambda: setattr(staged, "write_manifest", after(staged.write_manifest)),
     "after the rename": lambda: setattr(Path, "rename", after(Path.rename)),
     "before removal": lambda: setattr(shutil, "rmtree", die),
 }
@@ -55,7 +56,7 @@ def save_at_every_point(folder: str) -> None:
     """For every case, saves step 10 of a run; then two ranks save step 20, and one is killed at the case's point."""
     for dying_rank, point in CASES:
         run = run_of(folder, dying_rank, point)
-        generation = checkpoint.claim_generation(run)
+        generation = claim_generation(run)
         save(run, World(), generation, step=10)
         ranks = [_forked(run, world, generation, point if world.rank == dying_rank else None) for world in ranks_of(2)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]

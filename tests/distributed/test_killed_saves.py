@@ -6,8 +6,9 @@ from ranks import run_ranks
 from save_work import CASES, StandIn, flat_config, run_of
 
 from cmscale.distributed.world import World
-from cmscale.engine import checkpoint, resume
+from cmscale.engine import resume
 from cmscale.engine.checkpoint_reader import verify_checkpoint
+from cmscale.engine.fence import claim_generation
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("rank", "point"), CASES)
 def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(runs: str, rank: int, point: str) -> None:
     run = run_of(runs, rank, point)
-    checkpoint.claim_generation(run)
+    claim_generation(run)
     assert all(verify_checkpoint(folder) == [] for folder in run.checkpoints.iterdir())
     found = resume.newest(run, flat_config(), World(), data_fingerprint="data")
     assert found is not None

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 
 from cmscale.config import Config, Wandb
 from cmscale.distributed.world import World
-from cmscale.engine import checkpoint, resume
-from cmscale.engine.checkpoint import Checkpoints, Fenced, claim_generation
+from cmscale.engine import fence, resume, staged
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_manifest, read_weights, verify_checkpoint
+from cmscale.engine.fence import Fenced, claim_generation
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
 from cmscale.runs.checkpoints import committed_steps
@@ -293,7 +294,7 @@ def test_an_older_start_that_waits_for_its_ranks_ends_as_soon_as_a_newer_one_exi
 def test_a_start_learns_between_saves_that_another_took_over_and_ends(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(fence, "LOOK_SECONDS", 0.0)
     old = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
     assert not old.overtaken()
     old.end_if_overtaken()
@@ -370,7 +371,7 @@ def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_one(
     save(run, 10)
     writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "save_file", no_space)
+        broken.setattr(staged, "save_file", no_space)
         writer.save(TrainState(step=20, cursor=160), StandIn(0, 1, seed=20))  # pyright: ignore[reportArgumentType]
         assert writer.close() is False
     (event,) = events(run, "checkpoint_failed")
@@ -386,7 +387,7 @@ def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_one(
 def test_a_failed_save_stops_training_where_the_config_says_so(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     config = flat_config("checkpoint.stop_on_failure=true")
     writer = Checkpoints(run, config, World(), generation=claim_generation(run), data_fingerprint="data")
-    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    monkeypatch.setattr(staged, "save_file", no_space)
     writer.save(TrainState(step=20, cursor=160), StandIn(0, 1))  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"no space left .*--resume"):  # which no restart would mend
         writer.save(TrainState(step=30, cursor=240), StandIn(0, 1))  # pyright: ignore[reportArgumentType]
@@ -403,7 +404,7 @@ def test_the_failure_of_one_rank_keeps_rank_0_from_committing(run: RunDir, monke
             no_space()
         save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", fails_on_rank_1)
+    monkeypatch.setattr(staged, "save_file", fails_on_rank_1)
     for rank, writer in enumerate(writers):
         writer.save(TrainState(step=10, cursor=80), StandIn(rank, 2))  # pyright: ignore[reportArgumentType]
     for writer in writers:
@@ -444,6 +445,6 @@ def test_a_link_among_the_checkpoints_is_removed_and_what_it_names_stays(run: Ru
     save(run, 10)
     link = run.checkpoints / "link"
     link.symlink_to(run.checkpoint(10))
-    checkpoint.remove(link)
+    staged.remove(link)
     assert not link.is_symlink()
     verify_checkpoint(LocalStorage(run.checkpoint(10)))

@@ -13,10 +13,11 @@ from outages import pass_time, use_patience
 from cmscale.config import dump_config
 from cmscale.distributed.world import World
 from cmscale.engine import export
-from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
 from cmscale.engine.copying import DamagedUpload, export_checkpoint
 from cmscale.engine.export import Exporter
+from cmscale.engine.fence import claim_generation
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import NotExported, UserError
 from cmscale.export.weights import finish_copies

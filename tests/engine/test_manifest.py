@@ -9,8 +9,9 @@ from flat_state import StandIn, as_version, flat_config, parameters_of, ranks_of
 
 from cmscale.distributed.world import World
 from cmscale.engine import resume
-from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import read_manifest, verify_checkpoint
+from cmscale.engine.fence import claim_generation
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
 from cmscale.runs.folder import RunDir

@@ -9,8 +9,9 @@ from flat_state import StandIn, flat_config, ranks_of
 from cmscale.config import Config
 from cmscale.config.averages import LONGEST, SHORTEST, length_of, power_exponent, power_name, power_rate
 from cmscale.config.schedules import ScheduleValues
-from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import list_checkpoints, verify_checkpoint
+from cmscale.engine.fence import claim_generation
 from cmscale.engine.power_averages import Profile, combination, error_of, inner_product, kept_averages, reconstructed
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir

@@ -9,9 +9,10 @@ from flat_state import StandIn, flat_config
 
 from cmscale.config.schedules import ScheduleValues
 from cmscale.distributed.world import World
-from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import list_checkpoints, verify_checkpoint
 from cmscale.engine.export import Exporter
+from cmscale.engine.fence import claim_generation
 from cmscale.engine.pending_export import export_pending
 from cmscale.engine.power_averages import reconstructed
 from cmscale.errors import NotExported, UserError

@@ -10,10 +10,11 @@ from launch_fixtures import dataset
 
 from cmscale.config import dump_config, parse_config, read_config
 from cmscale.engine import copying
-from cmscale.engine.checkpoint import Checkpoints, Fenced
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import verify_checkpoint
 from cmscale.engine.copying import export_checkpoint
 from cmscale.engine.export import Exporter
+from cmscale.engine.fence import Fenced
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.io.storage import Storage, open_storage
