@@ -57,6 +57,8 @@ def local_file(url: str) -> Path:
     with download_lock(f"files/{target.name}.lock"):
         if not (target.is_file() and recorded.is_file() and recorded.read_text() == file_sha256(target)):
             storage.download(key, target)
+            if expected is not None and file_sha256(target) != expected.lower():  # perhaps changed on the way
+                storage.download(key, target)
             replace_durably(recorded, file_sha256(target).encode())
         try:
             _check(target, expected, url=plain)

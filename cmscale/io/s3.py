@@ -1,7 +1,9 @@
 """Stores objects in an S3 bucket, by boto3."""
 
 import contextlib
+import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +13,17 @@ from cmscale.errors import UserError
 from cmscale.io import s3_upload
 from cmscale.io.durable import explained
 from cmscale.io.patience import patiently
-from cmscale.io.protocol import Entry, StorageAway
+from cmscale.io.protocol import ArrivedChanged, Entry, StorageAway
 from cmscale.io.s3_client import make_client
-from cmscale.io.s3_errors import NoSuchUpload, Unsupported, code_of, explained_by_s3
+from cmscale.io.s3_errors import (
+    LONGEST_ERROR_DOCUMENT,
+    ClockSkew,
+    NoSuchUpload,
+    Unsupported,
+    code_of,
+    explained_by_s3,
+    refuse_error_document,
+)
 from cmscale.io.s3_upload import md5, upload_in_parts
 from cmscale.io.settings import storage_settings
 
@@ -21,6 +31,9 @@ T = TypeVar("T")
 
 _EXISTS = ("PreconditionFailed", "412")
 _IN_ONE_PART = 2  # times the size of a part
+_READS = 4  # of one object whose body does not fit its ETag
+_MD5 = re.compile("[0-9a-f]{32}")
+_answered: set[str] = set()  # buckets of which this process has had an answer
 
 
 class S3Storage:
@@ -64,13 +77,34 @@ class S3Storage:
         """Sends a request; a patient one until the storage answers it."""
 
         def once() -> T:
-            with explained_by_s3(self.url, self.join(key)):
-                return call(self.client)
+            try:
+                with explained_by_s3(self.url, self.join(key)):
+                    found = call(self.client)
+            except ClockSkew as error:
+                if self.bucket not in _answered:  # the clock was wrong from the start
+                    raise
+                raise StorageAway(str(error)) from error
+            _answered.add(self.bucket)
+            return found
 
         return patiently(once) if patient else once()
 
     def read(self, key: str) -> bytes:
-        return self._ask(key, lambda client: client.get_object(**self._at(key))["Body"].read())
+        before: bytes | None = None
+        for _ in range(_READS):
+            body, tag = self._ask(key, lambda client: self._get(client, key))
+            # An ETag is the MD5 of most objects. Where it is not, two bodies that are equal show that nothing changed.
+            if not _MD5.fullmatch(tag) or body == before or hashlib.md5(body, usedforsecurity=False).hexdigest() == tag:
+                return body
+            before = body
+        raise ArrivedChanged(f"{self.join(key)}: arrived changed, each of {_READS} times otherwise")
+
+    def _get(self, client: Any, key: str) -> tuple[bytes, str]:
+        """An object's body and its ETag."""
+        answer = client.get_object(**self._at(key))
+        body = answer["Body"].read()
+        refuse_error_document(body, self.join(key))
+        return body, answer.get("ETag", "").strip('"')
 
     def read_if_present(self, key: str) -> bytes | None:
         try:
@@ -101,7 +135,7 @@ class S3Storage:
             if code_of(error) not in _EXISTS:
                 raise
             try:
-                return client.get_object(**self._at(key))["Body"].read() == data  # what a lost first attempt wrote
+                return self._get(client, key)[0] == data  # what a lost first attempt wrote
             except ClientError as absent:
                 if code_of(absent) not in ("NoSuchKey", "404"):
                     raise
@@ -124,11 +158,16 @@ class S3Storage:
     def download(self, key: str, path: Path) -> None:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # boto3 renames when complete
-            self._ask(
-                key,
-                lambda client: client.download_file(self.bucket, self._key(key), str(path), ExtraArgs=_payer()),
-            )
+            self._ask(key, lambda client: self._download(client, key, path))
+
+    def _download(self, client: Any, key: str, path: Path) -> None:
+        client.download_file(self.bucket, self._key(key), str(path), ExtraArgs=_payer())  # it renames when complete
+        if path.stat().st_size <= LONGEST_ERROR_DOCUMENT:
+            try:
+                refuse_error_document(path.read_bytes(), self.join(key))
+            except StorageAway:
+                path.unlink()
+                raise
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for page in self._pages(prefix):

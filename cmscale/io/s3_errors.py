@@ -29,11 +29,18 @@ _FULL = {"QuotaExceeded", "InsufficientStorage", "InsufficientCapacity", "XMinio
 _CHANGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "ContentSHA256Mismatch"}
 _UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
 
+LONGEST_ERROR_DOCUMENT = 16_384  # bytes
+_ERROR_DOCUMENT = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<Error>\s*<Code>([^<]*)</Code>")
+
 SIGN_IN = "renew them (`aws sso login`, or a new AWS_SESSION_TOKEN with its keys), then run the same command again"
 
 
 class Unsupported(UserError):
     """Raised when a store does not carry out a kind of request at all."""
+
+
+class ClockSkew(UserError):
+    """Raised when a server refuses requests because of this machine's clock."""
 
 
 class NoSuchUpload(ConnectionError):
@@ -72,6 +79,15 @@ def explained_by_s3(url: str, place: str) -> Iterator[None]:
     except ValueError as error:
         advice = "; check AWS_ENDPOINT_URL" if "endpoint" in str(error).lower() else ""
         raise UserError(f"{url}: {error}{advice}") from None
+
+
+def refuse_error_document(body: bytes, place: str) -> None:
+    """Raises StorageAway for an object that is S3's description of an error, which some servers send with status 200.
+
+    botocore looks at all answers but those whose body is an object.
+    """
+    if len(body) <= LONGEST_ERROR_DOCUMENT and (found := _ERROR_DOCUMENT.match(body)):
+        raise StorageAway(f"{place}: S3 answered 200 with the error {found[1].decode(errors='replace')}")
 
 
 def _raise_tls_error(error: Exception, url: str) -> NoReturn:
@@ -132,6 +148,10 @@ def _raise_client_error(error: Any, url: str, place: str) -> NoReturn:
         raise Unsupported(f"{place}: the store does not carry out {error.operation_name} ({code or status})") from None
     if code in _AWAY or status == 429 or (status is not None and status >= 500):
         raise StorageAway(f"{place}: S3 answered {code}: {error}") from error
+    if code == "RequestTimeTooSkewed":
+        raise ClockSkew(
+            f"{place}: this machine's clock differs from the server's by too much ({code}); set it (chronyd, ntpd)"
+        ) from None
     if advice := _advice(error, code):
         raise UserError(f"{place}: {advice}") from None
     raise ConnectionError(f"{place}: S3 answered {code} to {error.operation_name}: {said}") from error
@@ -152,10 +172,6 @@ def _advice(error: Any, code: str) -> str:
         )
     if code in _EXPIRED:
         return f"the S3 credentials have expired or are no longer valid ({code}); {SIGN_IN}"
-    if code == "RequestTimeTooSkewed":
-        return (
-            "this machine's clock differs from the server's by too much (RequestTimeTooSkewed); set it (chronyd, ntpd)"
-        )
     if code in _OTHER_REGION:
         region = _region_in(error)
         return f"the bucket is in another region ({code}); set AWS_DEFAULT_REGION{f'={region}' if region else ' to it'}"

@@ -15,6 +15,7 @@ from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, original_file, rank
 from cmscale.runs.manifest_checks import manifest_problems
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, read_checkpoint_manifest
 
+_TRIES = 2  # of a file that differs: it may have been changed on the way
 _AT_ONCE = 8  # files; one alone does not fill a parallel file system's or an object store's bandwidth
 
 
@@ -123,10 +124,11 @@ def _contents(manifest: CheckpointManifest) -> tuple[object, ...]:
 
 def _copy(source: Storage, folder: Path, entry: FileEntry, name: str) -> FileEntry:
     path = folder / name
-    try:
-        source.download(entry.name, path)
-    except FileNotFoundError:
-        raise NotIntact(f"{source.join(entry.name)}: is missing") from None
-    if path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
-        raise NotIntact(f"{source.join(entry.name)}: its contents are not what was written (SHA-256 differs)")
-    return entry.model_copy(update={"name": name})
+    for _ in range(_TRIES):
+        try:
+            source.download(entry.name, path)
+        except FileNotFoundError:
+            raise NotIntact(f"{source.join(entry.name)}: is missing") from None
+        if path.stat().st_size == entry.size and file_sha256(path) == entry.sha256:
+            return entry.model_copy(update={"name": name})
+    raise NotIntact(f"{source.join(entry.name)}: its contents are not what was written (SHA-256 differs)")

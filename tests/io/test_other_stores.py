@@ -95,7 +95,6 @@ ANSWERS = {
     "403 SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY",
     "400 ExpiredToken": "aws sso login",
     "400 InvalidToken": "AWS_SESSION_TOKEN",
-    "403 RequestTimeTooSkewed": "clock",
     "301 PermanentRedirect": "AWS_DEFAULT_REGION",
     "400 AuthorizationHeaderMalformed": "AWS_DEFAULT_REGION",
     "404 NoSuchBucket": "AWS_ENDPOINT_URL",

@@ -30,6 +30,8 @@ FAULTS = {
     "stall": "does not answer until the proxy ends",
     "slow": "sends the body in small pieces with pauses",
     "truncate": "announces the whole body, sends half of it and closes",
+    "cut": "announces half of the body and sends that",
+    "error as object": "answers 200 with the description of an error as the body",
     "corrupt": "flips a bit in the middle of the body",
     "corrupt upload": "flips a bit in the middle of the request's body",
 }
@@ -200,6 +202,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         kept = [(k, v) for k, v in response.getheaders() if k.lower() not in ("transfer-encoding", "connection")]
+        if fault == "cut":
+            content = content[: len(content) // 2]
+        if fault == "error as object":
+            content = b"<?xml version='1.0'?>\n<Error><Code>InternalError</Code><Message>by rule</Message></Error>"
         self._answer(response.status, kept, content, fault=fault)
 
     def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, *, fault: str = "") -> None:
