@@ -12,9 +12,10 @@ from flat_state import StandIn, flat_config
 from outages import pass_time
 
 from cmscale.distributed.world import World
-from cmscale.engine.checkpoint import Checkpoints, claim_generation
+from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import list_checkpoints, read_weights, verify_checkpoint
 from cmscale.engine.export import Exporter
+from cmscale.engine.fence import claim_generation
 from cmscale.errors import UserError
 from cmscale.io import s3_upload
 from cmscale.io.fetch import file_sha256, local_file
