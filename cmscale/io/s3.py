@@ -187,6 +187,8 @@ class S3Storage:
             yield page
             if not page.get("IsTruncated"):
                 return
+            if not page.get("NextContinuationToken"):
+                raise UserError(f"{self.url}: the store's listing has more, and does not say how to ask for it")
             at["ContinuationToken"] = page["NextContinuationToken"]
 
     def _relative(self, key: str) -> str:
