@@ -53,7 +53,7 @@ def record_start(run: RunDir, code: Code, folder: Path, *, lineage: Lineage | No
 
 def read_starts(run: RunDir) -> list[dict[str, Any]]:
     """The recorded starts, oldest first. A damaged file is kept under another name, and counts as none."""
-    return list(_read(run).get("starts", ()))
+    return [start for start in _read(run).get("starts", ()) if isinstance(start, dict)]
 
 
 def _read(run: RunDir) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+from pydantic import PositiveInt
 
 from cmscale.commands.situation import SLURM, THIS_MACHINE
 from cmscale.commands.use import Given
@@ -14,8 +16,8 @@ from cmscale.config.site import LaunchSettings, read_site
 from cmscale.config.slurm import parse_gpus, parse_minutes
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
-from cmscale.io.json_text import parse_json
 from cmscale.runs.folder import RunDir
+from cmscale.runs.manifests import Document, read_document
 from launchers.clusters import CLUSTERS, place
 from launchers.clusters.local import LocalMachine
 from launchers.placement import Device, Placement, PlacementRequest
@@ -23,25 +25,31 @@ from launchers.placement import Device, Placement, PlacementRequest
 DEFAULT, FLAG = "default", "flag"
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(Document):
     """The file `placement.json` of a run: where its newest job was sent, for `--resume`."""
 
     cluster: str
-    nodes: int
+    nodes: PositiveInt
     gpus_per_node: int | str
     partition: str | None
-    minutes: int | None
-    evaluate_every: int | None = None
+    minutes: PositiveInt | None
+    evaluate_every: PositiveInt | None = None
 
     @classmethod
     def of(cls, placement: Placement, *, evaluate_every: int | None) -> "Recorded":
         count = placement.ranks_per_node
         gpus = f"{placement.gpu_type}:{count}" if placement.gpu_type else count
-        return cls(placement.cluster, placement.nodes, gpus, placement.partition, placement.minutes, evaluate_every)
+        return cls(
+            cluster=placement.cluster,
+            nodes=placement.nodes,
+            gpus_per_node=gpus,
+            partition=placement.partition,
+            minutes=placement.minutes,
+            evaluate_every=evaluate_every,
+        )
 
     def write(self, run: RunDir) -> None:
-        replace_durably(run.placement, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        replace_durably(run.placement, self.to_bytes())
 
 
 def read_recorded(run: RunDir) -> Recorded | None:
@@ -51,11 +59,11 @@ def read_recorded(run: RunDir) -> Recorded | None:
         UserError: the file is damaged.
     """
     try:
-        found = Recorded(**parse_json(run.placement.read_text()))
+        found = read_document(Recorded, run.placement.read_bytes(), origin="placement")
         parse_gpus(found.gpus_per_node)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{run.placement}: damaged ({error}); delete it, and give --nodes, --gpus-per-node, --partition and --time"
         ) from None

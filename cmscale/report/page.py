@@ -75,9 +75,26 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
         "paper": PAPER,
         "events": _events(facts),
         "timeline": _timeline(facts),
-        "starts": [start for start in facts.provenance.get("starts", []) if isinstance(start, dict)],
+        "starts": _starts(facts),
         "made": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _starts(facts: RunFacts) -> list[dict[str, Any]]:
+    """What is shown of each start; of what a damaged file has in its place, nothing."""
+    starts = facts.provenance.get("starts")
+    shown = []
+    for start in starts if isinstance(starts, list) else ():
+        if isinstance(start, dict):
+            command, packages = start.get("command"), start.get("packages")
+            shown.append(
+                {
+                    **{name: str(start.get(name) or "") for name in ("time", "host", "git", "python")},
+                    "command": list(map(str, command)) if isinstance(command, list) else [],
+                    "packages": packages if isinstance(packages, dict) else {},
+                }
+            )
+    return shown
 
 
 def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:

@@ -427,11 +427,11 @@ def test_a_node_that_has_lost_the_shared_folder_does_not_take_that_for_a_newer_s
     writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
     run.generations.rename(run.generations.with_name("elsewhere"))
     run.generation.unlink()
-    writer._looked -= 60  # it looks every ten seconds
+    writer._fence._looked -= 60  # it looks every ten seconds
     assert not writer.overtaken()
     writer.end_if_overtaken()
     with pytest.raises(OSError, match="shows no start 1, which is this one; is it mounted"):
-        writer._must_be_newest()
+        writer._fence.must_be_newest()
 
 
 def test_a_damaged_generation_file_is_one_clear_line(run: RunDir) -> None:

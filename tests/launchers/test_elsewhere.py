@@ -172,7 +172,7 @@ def test_the_folder_before_exports_nothing_more_and_its_start_ends(here: RunDir,
     from cmscale.distributed.world import World
 
     writer = Checkpoints(here, config, World(), generation=0, data_fingerprint="", exporter=exporter)
-    writer._looked -= 60  # it looks every ten seconds
+    writer._fence._looked -= 60  # it looks every ten seconds
     assert writer.overtaken()
     with pytest.raises(Fenced, match=r"goes on elsewhere, in .*there/one"):
         writer.end_if_overtaken()

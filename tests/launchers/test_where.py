@@ -108,9 +108,14 @@ class TestResume:
         assert run(monkeypatch, "--resume", "a") == 0
         assert "note: run a does not record where it ran" in capsys.readouterr().err
         assert slurm.jobs[1].placement.num_ranks == 1
-        placement.write_text('{"cluster": "slu')
-        assert run(monkeypatch, "--resume", "a") == 2
-        assert "placement.json: damaged" in capsys.readouterr().err
+        good = (
+            '{"cluster": "slurm", "nodes": 1, "gpus_per_node": 1, "partition": null, "minutes": 6, "evaluate_every": 5}'
+        )
+        other = (("1,", "-1,"), ("6,", "[],"), ("5}", '"x"}'))
+        for text in (good[:14], "[" * 10_000, *(good.replace(*each) for each in other)):
+            placement.write_text(text)
+            assert run(monkeypatch, "--resume", "a") == 2
+            assert "placement.json: damaged" in capsys.readouterr().err
 
     def test_taking_over_needs_a_run(self, slurm, monkeypatch, capsys) -> None:
         assert run(monkeypatch, "--take-over", "tiny.yaml") == 2

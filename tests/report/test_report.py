@@ -1,5 +1,6 @@
 """The report shows what a run has, is one self-contained file, and calls no other score FID."""
 
+import json
 import re
 import subprocess
 import sys
@@ -307,3 +308,14 @@ def test_a_damaged_grid_of_samples_is_named_and_the_page_is_made(run: RunDir) ->
     (run.samples / "step-000000042.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     page = build_report(run).read_text()
     assert "step-000000042.png: the grid of samples can&#39;t be read (damaged png" in page
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [3, [3], [{"packages": True, "command": 7, "git": 5, "time": []}], [{}], {"x": 1}],
+    ids=["a number", "a list of numbers", "other kinds of values", "nothing", "an object"],
+)
+def test_damaged_records_of_starts_are_left_out(tmp_path, starts: object) -> None:
+    run = write_run(tmp_path / "run")
+    run.provenance.write_text(json.dumps({"starts": starts}))
+    assert build_report(run).read_text().startswith("<!doctype html>")
