@@ -300,6 +300,7 @@ def test_a_start_learns_between_saves_that_another_took_over_and_ends(
     old.end_if_overtaken()
     claim_generation(run)
     assert old.overtaken()
+    assert old.close() is False
     with pytest.raises(Fenced, match="start 2 of the run has taken over from start 1"):
         old.end_if_overtaken()
     with pytest.raises(Fenced):
