@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PARTS = ("attention", "tests", "step", "memory", "sampling")
+PARTS = ("attention", "tests", "step", "compile", "memory", "sampling")
 NARROW = ["model.image_size=16", "model.channels=32", "model.channel_multipliers=[1,2]", "model.head_channels=32"]
 NARROW += ["model.num_res_blocks=1", "model.attention_resolutions=[8]", "train.micro_batch_size=2"]
 ATTENTION = """
@@ -71,6 +71,13 @@ def checks(out: Path, *, dry_run: bool, original: Path | None) -> Iterator[Check
     result = out / "sampling.json"
     command = [python, str(bench / "sampling.py"), str(config), *narrow, "--device", device, *rounds]
     yield Check("sampling", "sampling", [*command, "--json", str(result)], 90, result)
+    # The step again, changed: beside the part `step` in one run they show what each change gives.
+    changes = {"step, compiled": ["model.compile=blocks"]}
+    changes["step, LPIPS in fp16"] = ["method.lpips_precision=fp16"]
+    for name, more in changes.items():
+        result = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        command = [python, str(bench / "train_step.py"), str(config), *whole, *more, "train.global_batch_size=8"]
+        yield Check("compile", name, [*command, "--device", device, *rounds, "--json", str(result)], 300, result)
 
 
 def main() -> int:

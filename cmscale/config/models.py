@@ -82,6 +82,11 @@ class Config(Section):
             raise ValueError(
                 f"engine.zero_stage: 3 can't be combined with the forward-mode derivatives of method.kind {kind}; use 2"
             )
+        if self.model.compile != "off" and self.method.needs_forward_mode:
+            raise ValueError(
+                f"model.compile: {self.model.compile} can't be combined with the forward-mode derivatives of "
+                f"method.kind {kind}; use off, or method.tangent central_differences"
+            )
         return self
 
     @classmethod

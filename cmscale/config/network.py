@@ -1,6 +1,6 @@
 """Defines the config section of the network, the ADM UNet."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -79,6 +79,13 @@ class Model(Section):
         "Whether the backward pass computes blocks again rather than keep what they computed: less memory, slower.",
     )
 
+    compile: Literal["off", "blocks"] = operational(
+        "off",
+        "Whether training computes residual and attention blocks with code that torch.compile makes for them, which "
+        "takes minutes in the first step on a GPU. Samples and evaluations are computed without it. Refused with the "
+        "forward-mode derivatives of sct and scd.",
+    )
+
     @model_validator(mode="after")
     def _divisible(self) -> "Model":
         levels = len(self.channel_multipliers)
@@ -105,3 +112,9 @@ class Model(Section):
                     "choose a divisor"
                 )
         return self
+
+    def described(self) -> dict[str, Any]:
+        """The values, as JSON, on which what the network computes depends beyond rounding."""
+        extras = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
+        hows = {name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("operational")}
+        return self.model_dump(mode="json", exclude=hows)

@@ -16,6 +16,7 @@ from cmscale.engine import settings
 from cmscale.engine.flat_space import count_elements, number_parameters
 from cmscale.errors import UserError
 from cmscale.io.packages import TESTED, check_tested, private
+from cmscale.model.blocks import Block
 
 
 def import_deepspeed(config: Config, world: World) -> Any:
@@ -55,6 +56,9 @@ def wrap(
         optimizer: None for a network that is evaluated only.
     """
     size: dict[str, Any] = {"num_elements": count_elements(number_parameters(module)), "device": world.device}
+    if config.model.compile != "off" and config.engine.zero_stage == 3:
+        # Weights are gathered once for each block, before its compiled code, not by hooks on the layers within it.
+        private(deepspeed.utils, "set_z3_leaf_modules", package="deepspeed")(module, [Block], raise_if_not_found=False)
     if optimizer is None:
         options = settings.frozen_settings(config, **size)
     else:

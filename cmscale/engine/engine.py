@@ -1,5 +1,6 @@
 """Runs training steps on DeepSpeed: the student, its target and teacher, and the guard against bad gradients."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from cmscale.engine.float32_values import GatheredFloat32Values, copied_values
 from cmscale.engine.frozen import FrozenNetwork, Network, PartitionedNetwork
 from cmscale.engine.optimizer import GuardedStep, build_optimizer
 from cmscale.engine.shards import FlatShards, Read
+from cmscale.model.compiled import uncompiled
 from cmscale.runs.partition import Partition, own_range
 
 _ALIGNMENT = 2  # elements per rank; DeepSpeed's own in stages 1 and 2
@@ -202,8 +204,9 @@ class Engine:
         self._show(flat)
         del flat
         self._wrapped.eval()
+        compiles = self._config.model.compile != "off"
         try:
-            with torch.no_grad():
+            with torch.no_grad(), uncompiled() if compiles else contextlib.nullcontext():
                 yield self._wrapped
         finally:
             self._wrapped.train()

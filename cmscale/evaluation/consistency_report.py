@@ -64,7 +64,7 @@ def measure_consistency_error(
         "step": source.step,
         "weights": source.weights_name,
         "weights_sha256": source.fingerprint,
-        "model": source.config.model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"}),
+        "model": source.config.model.described(),
         "data_fingerprint": manifest.fingerprint,
         "teacher_sha256": followed.sha256,
         "num_samples": num,

@@ -163,7 +163,7 @@ def protocol_of(source: Source, draw: SampleRequest) -> dict[str, Any]:
 
 def _network(model: Model) -> dict[str, Any]:
     """The settings of the network that a sample may depend on, without keys that older results do not have."""
-    values = model.model_dump(mode="json", exclude={"attention", "activation_checkpointing"})
+    values = model.described()
     older = added_at_older_value("model", values)
     return {key: value for key, value in values.items() if key not in older}
 

@@ -64,7 +64,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, kind: Kind = "auto") ->
         UserError: see `choose_attention`.
     """
     chosen = choose_attention(kind, query.device)
-    if forward_ad.unpack_dual(query).tangent is not None:  # the fast kernels have no forward-mode derivative
+    # The fast kernels have no forward-mode derivative. Compiled code is never differentiated that way.
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(query).tangent is not None:
         chosen = "reference"
     if chosen == "xformers":
         return xformers_ops().memory_efficient_attention(query, key, value)

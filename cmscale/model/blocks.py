@@ -50,23 +50,51 @@ def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) ->
     checkpointing repeats the mask. The released code restores the CPU generator instead, which has no effect on CUDA.
 
     Raises:
+        ValueError: see `mask`.
+    """
+    return dropped(x, rate, keep=mask(x.shape, rate, keys=keys, layer=layer, device=x.device))
+
+
+def mask(shape: Sequence[int], rate: float, *, keys: Sequence[int], layer: int, device: torch.device) -> Tensor:
+    """Which elements of `shape` [B, ...] stay: a function of (keys[i], layer) and the device type for sample i.
+
+    Raises:
         ValueError: the number of keys is not the batch size.
     """
-    if len(keys) != len(x):
-        raise ValueError(f"dropout_keys: {len(keys)} keys for a batch of {len(x)}; give one per sample")
-    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    if not x.is_meta:  # there, where shapes alone are computed, are no generators
-        source = torch.Generator(device=x.device)
+    if len(keys) != shape[0]:
+        raise ValueError(f"dropout_keys: {len(keys)} keys for a batch of {shape[0]}; give one per sample")
+    keep = torch.empty(shape, dtype=torch.bool, device=device)
+    if not keep.is_meta:  # there, where shapes alone are computed, are no generators
+        source = torch.Generator(device=device)
         for row, sample_key in zip(keep, keys, strict=True):
             source.manual_seed(key(sample_key, layer))
-            torch.ge(torch.rand(row.shape, generator=source, device=x.device), rate, out=row)
+            torch.ge(torch.rand(row.shape, generator=source, device=device), rate, out=row)
+    return keep
+
+
+def dropped(x: Tensor, rate: float, *, keep: Tensor) -> Tensor:
+    """x / (1 - rate) where `keep` is true, else 0."""
     return torch.where(keep, x / (1 - rate), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-class _Checkpointed(nn.Module):
-    """A block that the backward pass computes again if `activation_checkpointing` is set."""
+class Block(nn.Module):
+    """A block that the backward pass computes again if `activation_checkpointing` is set.
+
+    Subclasses compute in `_body`, which a compiled function of the same arguments may replace: it takes tensors or
+    None, draws no random numbers, and has no branch on anything that changes from step to step.
+    """
 
     activation_checkpointing: bool
+    _compiled: Callable[..., Tensor] | None = None
+
+    def use_compiled(self, body: Callable[..., Tensor]) -> None:
+        """Computes with `body(block, ...)` in place of `_body`."""
+        self._compiled = body
+
+    def _computed(self, *inputs: Tensor | None) -> Tensor:
+        if self._compiled is not None:
+            return self._compiled(self, *inputs)
+        return self._body(*inputs)  # type: ignore[operator]
 
     def _run(self, function: Callable[..., Tensor], *inputs: object) -> Tensor:
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
@@ -109,7 +137,7 @@ def halve(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2)
 
 
-class ResBlock(_Checkpointed):
+class ResBlock(Block):
     """Residual block: twice norm, SiLU and convolution, with the time embedding added in between.
 
     Args:
@@ -156,6 +184,24 @@ class ResBlock(_Checkpointed):
         return self._run(self._forward, x, embedding, dropout_keys)
 
     def _forward(self, x: Tensor, embedding: Tensor, dropout_keys: DropoutKeys) -> Tensor:
+        keep = None
+        if self.dropout > 0 and self.training and dropout_keys is not None:
+            keep = self._mask(x, dropout_keys)  # not by compiled code: it draws random numbers
+        return self._computed(x, embedding, keep)
+
+    def _mask(self, x: Tensor, keys: Sequence[int]) -> Tensor:
+        """Which elements before the last convolution stay."""
+        height, width = x.shape[2:]
+        if self.resample is double:
+            height, width = 2 * height, 2 * width
+        elif self.resample is halve:
+            height, width = height // 2, width // 2
+        conv = self.out_layers[-1]
+        assert isinstance(conv, nn.Conv2d)
+        shape = (len(x), conv.in_channels, height, width)
+        return mask(shape, self.dropout, keys=keys, layer=self.layer, device=x.device)
+
+    def _body(self, x: Tensor, embedding: Tensor, keep: Tensor | None) -> Tensor:
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
         if self.resample is not None:
@@ -169,12 +215,12 @@ class ResBlock(_Checkpointed):
         else:
             h = norm(h + embedded)
         h = activation(h)
-        if self.training and self.dropout > 0 and dropout_keys is not None:
-            h = keyed_dropout(h, self.dropout, keys=dropout_keys, layer=self.layer)
+        if keep is not None:
+            h = dropped(h, self.dropout, keep=keep)
         return self.skip_connection(x) + conv(h)
 
 
-class AttentionBlock(_Checkpointed):
+class AttentionBlock(Block):
     """Self-attention over all positions, with a residual connection."""
 
     def __init__(
@@ -199,6 +245,9 @@ class AttentionBlock(_Checkpointed):
         return self._run(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        return self._computed(x)
+
+    def _body(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2)
         query, key_, value = split_qkv(qkv, num_heads=self.num_heads, layout=self.layout)
         h = attend(query, key_, value, kind=self.kind)  # [B, S, heads, dim]

@@ -24,6 +24,7 @@ from cmscale.engine.settings import COMPUTE_DTYPES
 from cmscale.errors import UserError
 from cmscale.io.fetch import download_lock, local_file
 from cmscale.model.attention_choice import Choice, choose
+from cmscale.model.compiled import check_compiler, compile_blocks
 from cmscale.model.denoiser import EDMDenoiser
 from cmscale.model.precondition import denoiser_for, teacher_denoiser_for
 from cmscale.model.trigflow import TrigFlow
@@ -95,7 +96,7 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
     facts, starts_from_teacher = method.facts, method.teacher_choice is not None
     needs_teacher = facts.follows_teacher or (starts_from_teacher and fresh)
     teacher = together(lambda: load_teacher(config)) if needs_teacher else None
-    build_network = network_builder(config)
+    build_network = in_training(config, world, network_builder(config))
     start = None
     if fresh and (first := together(lambda: first_weights(config, teacher))) is not None:
         start = {**build_network().state_dict(), **first}  # they have none for the learned weighting
@@ -103,7 +104,9 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
     networks = Networks(
         student=denoiser_for(method, engine.network),
         target=None if engine.target is None else denoiser_for(method, engine.target),
-        teacher=build_teacher(config, engine, teacher) if facts.follows_teacher and teacher is not None else None,
+        teacher=build_teacher(config, engine, teacher, world=world)
+        if facts.follows_teacher and teacher is not None
+        else None,
     )
     measurements = Measurements()
     loss = build_loss(method, load_distance(config, world), measure=measurements.add)
@@ -126,6 +129,24 @@ def network_builder(config: Config) -> Callable[[], UNet]:
     """Returns new networks as a run trains them, with their initial weights."""
     build = build_weighted_unet if config.method.facts.learns_weighting else build_unet
     return partial(build, config.model, seed=config.train.seed)
+
+
+def in_training(config: Config, world: World, build: Callable[[], UNet]) -> Callable[[], UNet]:
+    """Returns new networks that compute as `model.compile` says. Elsewhere networks run without compiled code.
+
+    Raises:
+        UserError: nothing can be compiled here.
+    """
+    if config.model.compile == "off":
+        return build
+    check_compiler(world.device)
+
+    def compiled() -> UNet:
+        network = build()
+        compile_blocks(network)
+        return network
+
+    return compiled
 
 
 def flat_space(config: Config) -> tuple[Parameter, ...]:
@@ -154,9 +175,11 @@ def check_same_teacher(config: Config, first: str | None, current: str | None) -
     return first or current
 
 
-def build_teacher(config: Config, engine: Engine, weights: dict[str, torch.Tensor]) -> EDMDenoiser | TrigFlow:
+def build_teacher(
+    config: Config, engine: Engine, weights: dict[str, torch.Tensor], *, world: World
+) -> EDMDenoiser | TrigFlow:
     """The frozen diffusion model that a distillation follows, as the loss evaluates it."""
-    raw = engine.add_frozen("teacher", weights, partial(build_unet, config.model))
+    raw = engine.add_frozen("teacher", weights, in_training(config, world, partial(build_unet, config.model)))
     return teacher_denoiser_for(config.method, raw)
 
 

@@ -66,6 +66,14 @@ def test_a_mistake_is_one_line_that_names_key_value_and_cure(override: str, part
         assert part in message
 
 
+@pytest.mark.parametrize("method", ["{kind: sct}", "{kind: scd, teacher: t, tangent: jvp}"])
+def test_compiled_blocks_are_refused_where_a_loss_takes_forward_mode_derivatives(method: str) -> None:
+    text = TEXT.replace("{kind: ct}", method)
+    with pytest.raises(UserError, match=r"model.compile: blocks can't .*method.kind s\w\w; use off, or method.tangent"):
+        parse_config(text, ["model.compile=blocks"])
+    parse_config(text, ["model.compile=blocks", "method.tangent=central_differences"])
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from small import SmallNetwork, images, joined, micro_losses, small_config, trai
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from cmscale.config import Config
 from cmscale.distributed.collectives import barrier
 from cmscale.distributed.world import World
 from cmscale.engine.checkpoint import Checkpoints
@@ -20,6 +22,7 @@ from cmscale.engine.checkpoint_reader import read_weights
 from cmscale.engine.engine import Engine, NonFiniteLoss
 from cmscale.engine.fence import claim_generation
 from cmscale.engine.resume import newest, restore
+from cmscale.model.compiled import compile_blocks
 from cmscale.model.unet import build_unet
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import TrainState
@@ -188,6 +191,58 @@ def unet_losses() -> None:
             found[f"{stage} {recomputes}"] = results
             engine.close()
     print(json.dumps(found))
+
+
+def compiled_losses() -> None:
+    """Two steps of the UNet with compiled blocks and without, per ZeRO stage, and one that goes on with the other."""
+    world = joined()
+
+    def builder(config: Config) -> Callable[[], nn.Module]:
+        def build() -> nn.Module:
+            network = build_unet(config.model)
+            if config.model.compile == "blocks":
+                compile_blocks(network, backend="aot_eager")
+            return network
+
+        return build
+
+    def steps(engine: Engine, numbers: range) -> list[list[float]]:
+        found = []
+        for number in numbers:
+            result = engine.step([partial(compiled_loss, engine, clean) for clean in own_images(number, world)], 1e-3)
+            engine.shards.update(values_at(number))
+            found.append([result.loss, result.grad_norm])
+        return found
+
+    found = {}
+    for stage, recomputes in ((0, "false"), (2, "true"), (3, "true")):
+        keys = [f"engine.zero_stage={stage}", f"model.activation_checkpointing={recomputes}", "model.dropout=0.1"]
+        plain, compiled = small_config(*keys), small_config(*keys, "model.compile=blocks")
+        engines = [Engine(config, world, builder(config), has_target=True) for config in (plain, compiled)]
+        found[f"{stage} {recomputes}"] = steps(engines[0], range(3))
+        found[f"{stage} {recomputes} compiled"] = steps(engines[1], range(2)) + steps(engines[1], range(2, 3))
+        flats = {name: engines[1].shards.full(name) for name in engines[1].shards.quantities}
+        scalars = engines[1].scalars()
+        engines[0].restore(lambda name, start, length: flats[name][start : start + length], scalars)  # noqa: B023
+        found[f"{stage} {recomputes}, gone on"] = steps(engines[0], range(3, 4))
+        found[f"{stage} {recomputes} compiled, gone on"] = steps(engines[1], range(3, 4))
+        with engines[1].showing("ema_0.9") as network, torch.no_grad():
+            network(torch.zeros(5, 3, 8, 8), torch.ones(5))  # a batch size that nothing is compiled for
+        for engine in engines:
+            engine.close()
+    print(json.dumps({"losses": found, "breaks": len(torch._dynamo.utils.counters["graph_break"])}))
+
+
+def own_images(step: int, world: World) -> tuple[torch.Tensor, ...]:
+    return images(step).chunk(world.num_ranks)[world.rank].split(2)
+
+
+def compiled_loss(engine: Engine, clean: torch.Tensor) -> torch.Tensor:
+    """Student against target, with dropout."""
+    sigma, keys = torch.full((2,), 0.5), tuple(int(1e6 * float(image.abs().sum())) for image in clean)
+    assert engine.target is not None
+    goal = engine.target(clean, sigma, dropout_keys=keys)
+    return ((engine.network(clean + 0.1, sigma, dropout_keys=keys) - goal - clean) ** 2).mean()
 
 
 def float32_values() -> None:

@@ -34,6 +34,16 @@ def test_the_real_network_trains_alike_in_every_stage_with_and_without_recompute
     assert_near(found, dict.fromkeys(found, found["0 false"]), relative=1e-5)
 
 
+@pytest.mark.long
+def test_compiled_blocks_train_alike_in_every_stage_and_runs_go_on_with_and_without() -> None:
+    found = agreed(run_ranks(2, "engine_work:compiled_losses"))
+    losses = found["losses"]
+    assert found["breaks"] == 0
+    for end in ("", ", gone on"):
+        plain = {key: losses[f"{key}{end}"] for key in ("0 false", "2 true", "3 true")}
+        assert_near({key: losses[f"{key} compiled{end}"] for key in plain}, plain, relative=1e-5)
+
+
 def test_layers_that_compute_in_float32_have_the_masters_values_in_every_stage() -> None:
     assert agreed(run_ranks(2, "engine_work:float32_values")) == "ok"
 
