@@ -12,8 +12,9 @@ from cmscale.config.keys import written
 from cmscale.evaluation.metrics.frechet import FID
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.io.place import Place
-from cmscale.report.facts import RunFacts, read_facts
-from cmscale.report.plots import Curve, training_curves
+from cmscale.report.facts import RunFacts, read_several
+from cmscale.report.measured import decimated
+from cmscale.report.plots import banded, training_curves
 from cmscale.report.quality import quality_panels
 from cmscale.runs.comparison import describe_basis, groups_of, once_each
 from cmscale.runs.configs import config_of
@@ -73,26 +74,16 @@ def compare_runs(runs: Sequence[RunDir]) -> Comparison:
     Raises:
         UserError: a folder is no run, or its config can't be read.
     """
-    facts = tuple(read_facts(run) for run in runs)
-    curves = {key: tuple(_points(each, key) for each in facts) for key, _, _ in CURVES}
+    facts = tuple(read_several(runs))
+    names = tuple(each.name for each in facts)
+    curves = {key: tuple(each.measured.of(key).points() for each in facts) for key, _, _ in CURVES}
     return Comparison(
-        names=_names(runs),
+        names=names,
         differences=tuple(compared([config_of(Place(run.root)) for run in runs])),
         curves={key: points for key, points in curves.items() if any(points)},
-        scores=tuple(_scores(facts, _names(runs))),
+        scores=tuple(_scores(facts, names)),
         facts=facts,
     )
-
-
-def _names(runs: Sequence[RunDir]) -> tuple[str, ...]:
-    """The runs' names; their paths, where two have one name."""
-    names = [run.name for run in runs]
-    return tuple(name if names.count(name) == 1 else str(run.root) for name, run in zip(names, runs, strict=True))
-
-
-def _points(facts: RunFacts, key: str) -> list[tuple[int, float]]:
-    found = [(record["step"], record.get(key)) for record in facts.metrics]
-    return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def _scores(facts: Sequence[RunFacts], names: Sequence[str]) -> list[Score]:
@@ -163,16 +154,8 @@ def page(comparison: Comparison) -> bytes:
     """The comparison as a self-contained HTML page."""
     curves = []
     for key, title, log in CURVES:
-        series = comparison.curves.get(key, ())
-        drawn = (
-            [
-                Curve(name, *map(list, zip(*points, strict=True)))
-                for name, points in zip(comparison.names, series, strict=True)
-                if points
-            ]
-            if series
-            else []
-        )
+        of_runs = [(facts.name, facts.measured.of(key)) for facts in comparison.facts]
+        drawn = [banded(name, decimated(series)) for name, series in of_runs if len(series)]
         if drawn:
             curves.append((title, training_curves(drawn, name=title, log=log)))
     environment = Environment(

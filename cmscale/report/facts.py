@@ -1,7 +1,8 @@
 """Reads what the page shows from a run's folder; any part of it may be missing."""
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
 from cmscale.io.reading import read_regular
+from cmscale.report.measured import Measured, read_measured
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.lineage import Lineage, read_lineage
-from cmscale.runs.log import latest_metrics, read_lines
+from cmscale.runs.log import read_lines
+from cmscale.runs.overview import how_it_stands
 from cmscale.runs.results import EvaluationResult, read_evaluations
 
 _ENDINGS = {
@@ -29,29 +32,33 @@ class RunFacts:
 
     Attributes:
         config: The resolved config as nested dictionaries; `config_text` is the text of the file.
-        metrics: metrics.jsonl, the last record of each step, by step.
+        measured: metrics.jsonl by column.
         events: events.jsonl in the order written.
         evaluations: By step, weights and network evaluations; `unreadable` has one line per file that is not valid.
         grids: (step, file) of the sample grids, by step.
+        placement: Where the newest job of the run was sent.
         lineage: The checkpoint of another run that the run began with; None if it is no branch.
         consistency: The results of `cmscale consistency-error`, by step; of one step by number of images, then by date.
+        shown_name: What tells the run apart from others that are shown with it; empty: its own name.
     """
 
     run: RunDir
     config: dict[str, Any]
     config_text: str
-    metrics: list[dict[str, Any]]
+    measured: Measured
     events: list[dict[str, Any]]
     evaluations: list[EvaluationResult]
     unreadable: list[str]
     grids: list[tuple[int, Path]]
     provenance: dict[str, Any]
+    placement: dict[str, Any]
     lineage: Lineage | None
     consistency: list[dict[str, Any]]
+    shown_name: str = ""
 
     @property
     def name(self) -> str:
-        return self.run.name
+        return self.shown_name or self.run.name
 
     def setting(self, key: str, default: Any = None) -> Any:
         """The config's value at a dotted key."""
@@ -70,8 +77,8 @@ class RunFacts:
     @property
     def step(self) -> int:
         """The last step that metrics or events mention."""
-        steps = [record["step"] for record in self.metrics[-1:]] + [event.get("step", 0) for event in self.events]
-        return max(steps, default=0)
+        steps = [step for event in self.events if type(step := event.get("step")) is int]
+        return max([self.measured.last_step or 0, *steps])
 
     @property
     def total_steps(self) -> int:
@@ -85,7 +92,27 @@ class RunFacts:
                 return _ENDINGS[name]
             if name in ("start", "resumed", "requeued", "checkpoint", "recovered"):
                 return "running"
-        return "running" if self.metrics else "not started"
+        return "running" if self.measured.records else "not started"
+
+    def state(self) -> tuple[str, str]:
+        """How the run stands now, and how that is known: `status`, or `stale` or `queued` in place of it."""
+        status = self.status
+        if status not in ("running", "failed", "preempted"):
+            return status, "events.jsonl"
+        state, known_by = how_it_stands(self.run, self.events)
+        return ("failed" if state == "fault" else state), known_by
+
+
+def read_several(runs: Sequence[RunDir]) -> list[RunFacts]:
+    """The facts of runs that are shown together: their paths stand for names that two of them share.
+
+    Raises:
+        UserError: a folder does not exist.
+    """
+    names = [run.name for run in runs]
+    return [
+        replace(read_facts(run), shown_name=run.name if names.count(run.name) == 1 else str(run.root)) for run in runs
+    ]
 
 
 def read_facts(run: RunDir) -> RunFacts:
@@ -101,19 +128,20 @@ def read_facts(run: RunDir) -> RunFacts:
     with contextlib.suppress(UserError):
         config = parse_yaml(text, origin=str(run.config))
     evaluations, unreadable = read_evaluations(run)
-    provenance = _json(run.provenance) if run.provenance.exists() else {}
+    provenance, placement = (_json(path) if path.exists() else {} for path in (run.provenance, run.placement))
     consistency = [(path, _json(path)) for path in sorted(run.consistency_errors.glob("step-*.json"))]
     unreadable += [f"{path.name}: not the errors of a step" for path, found in consistency if not _is_of_step(found)]
     return RunFacts(
         run=run,
         config=config if isinstance(config, dict) else {},
         config_text=text,
-        metrics=latest_metrics(run),
+        measured=read_measured(run),
         events=list(read_lines(run.events)),
         evaluations=evaluations,
         unreadable=unreadable,
         grids=[(step_of(path.stem), path) for path in sorted(run.samples.glob(f"step-{'[0-9]' * 9}.png"))],
         provenance=provenance if isinstance(provenance, dict) else {},
+        placement=placement if isinstance(placement, dict) else {},
         lineage=read_lineage(run),
         consistency=sorted(
             (found for _, found in consistency if _is_of_step(found)),
@@ -123,7 +151,14 @@ def read_facts(run: RunDir) -> RunFacts:
 
 
 def _is_of_step(found: Any) -> bool:
-    return isinstance(found, dict) and all(isinstance(found.get(key), int) for key in ("step", "num_samples"))
+    """Whether a document has what is drawn of a consistency error."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), int) for key in ("step", "num_samples")):
+        return False
+    times, neighbours, to_start = (found.get(key) for key in ("times", "neighbours", "to_start"))
+    if not (isinstance(times, list) and isinstance(neighbours, list) and isinstance(to_start, list)):
+        return False
+    are_numbers = all(type(each) in (int, float) for each in (*times, *neighbours, *to_start))
+    return are_numbers and len(times) == len(to_start) == len(neighbours) + 1 > 1 and "weights" in found
 
 
 def _json(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """Published results that the report shows for comparison: Consistency Models (arXiv 2303.01469), LSUN 256 px."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -34,3 +35,26 @@ PAPER: dict[str, tuple[Published, ...]] = {
         Published("EDM teacher", 79, 6.69, 0.70, 0.43),
     ),
 }
+
+_TITLES = {"cd": "CD", "ct": "CT", "edm": "EDM teacher", "pd": "PD"}
+_SAMPLES = 50_000
+
+
+def published_for(*, kind: str, size: object, data: str, score_name: str, num_samples: int) -> tuple[Published, ...]:
+    """The paper's rows that a result may be held against: of its method, on its data, measured alike.
+
+    Args:
+        data: What names the data: its path, and the name of the reference.
+    """
+    if size != 256 or score_name != "FID" or num_samples != _SAMPLES:
+        return ()
+    words = re.split(r"[^a-z]+", data.lower())
+    named = [name for name in PAPER if {_category(name), f"{_category(name)}s"} & {*words}]
+    if len(named) != 1:
+        return ()
+    return tuple(row for row in PAPER[named[0]] if row.method == _TITLES.get(kind))
+
+
+def _category(name: str) -> str:
+    """`bedroom` of `LSUN Bedroom 256`."""
+    return name.split()[1].lower()

@@ -1,5 +1,6 @@
 """Draws the report's curves with matplotlib, as inline SVG that takes the page's text colour, light or dark."""
 
+import html
 import io
 import re
 from collections.abc import Sequence
@@ -12,10 +13,13 @@ import matplotlib.ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cmscale.report.measured import Band
+
 INK = "#010203"  # placeholder for the page's text colour; replaced by `currentColor`
 ACCENT = "#2f6fdb"
 SECOND = "#d9722b"
 COLOURS = (ACCENT, SECOND, "#2a9d76", "#9a5fc4", "#c2456b", "#7f8a99")
+_DASHES = ((5, 3), (1, 2), (6, 2, 1, 2), (10, 3))
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -36,57 +40,61 @@ _SETTINGS: Any = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "text.parse_math": False,  # a run may be called `a$b$`
 }
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A labelled curve; `errors` are standard deviations, drawn as bars unless all are 0."""
+    """A labelled curve.
+
+    Attributes:
+        errors: Standard deviations, drawn as bars unless all are 0.
+        low, high: The range of the values that each point stands for, drawn as a band.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     errors: Sequence[float] | None = None
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
-def training_curve(
-    x: Sequence[float], y: Sequence[float], *, name: str, log: bool = False, smooth: bool = False
-) -> str:
-    """A quantity against the training step; if smoothed, the raw values are a faint line behind it."""
+def banded(label: str, band: Band) -> Curve:
+    """The curve of a quantity of metrics.jsonl; with a band, if its points stand for several values."""
+    if not band.is_joined:
+        return Curve(label, band.steps.tolist(), band.mean.tolist())
+    return Curve(label, band.steps.tolist(), band.mean.tolist(), low=band.low.tolist(), high=band.high.tolist())
+
+
+def training_curves(curves: Sequence[Curve], *, name: str, log: bool = False, smooth: bool = True) -> str:
+    """Quantities against the training step: each with its band, or as a smoothed line before its faint raw values."""
     with mpl.rc_context(_SETTINGS):
-        figure, axes = _panel(4.6, 2.3)
-        if smooth and len(y) > 20:
-            axes.plot(x, y, color=ACCENT, linewidth=0.7, alpha=0.3)
-            axes.plot(x, _smoothed(y), color=ACCENT, linewidth=1.6)
-        else:
-            axes.plot(x, y, color=ACCENT, linewidth=1.6, marker="o" if len(x) < 3 else None, markersize=4)
-        if log and 0 < min(y) < max(y) / 5:
-            _log_scale(axes, min(y), max(y))
-        else:
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")
-            if min(y) == max(y):
-                axes.set_ylim(0, 2 * y[0] or 1)
-        axes.set_xlabel("step")
-        _thousands(axes)
-        return _svg(figure, name)
-
-
-def training_curves(curves: Sequence[Curve], *, name: str, log: bool = False) -> str:
-    """Several smoothed quantities against the training step."""
-    with mpl.rc_context(_SETTINGS):
-        figure, axes = _panel(4.6, 2.7)
+        figure, axes = _panel(4.6, 2.5)
         for curve, colour in zip(curves, cycle(COLOURS), strict=False):
             marker = "o" if len(curve.x) < 3 else None
-            shown = _smoothed(curve.y) if len(curve.y) > 20 else curve.y
-            axes.plot(curve.x, shown, label=curve.label, color=colour, linewidth=1.4, marker=marker, markersize=4)
-        low, high = (each(value for curve in curves for value in curve.y) for each in (min, max))
+            shown = curve.y
+            if curve.low is not None and curve.high is not None:
+                axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.22, linewidth=0)
+            elif smooth and len(curve.y) > 20:
+                axes.plot(curve.x, curve.y, color=colour, linewidth=0.7, alpha=0.3)
+                shown = _smoothed(curve.y)
+            axes.plot(
+                curve.x, shown, label=_shown(curve.label), color=colour, linewidth=1.5, marker=marker, markersize=4
+            )
+        low = min(min(curve.low or curve.y) for curve in curves)
+        high = max(max(curve.high or curve.y) for curve in curves)
         if log and 0 < low < high / 5:
             _log_scale(axes, low, high)
         else:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")
+            if low == high:
+                axes.set_ylim(0, 2 * low or 1)
         axes.set_xlabel("step")
         _thousands(axes)
-        axes.legend(loc="best")
+        if len(curves) > 1:
+            axes.legend(loc="best")
         return _svg(figure, name)
 
 
@@ -106,11 +114,13 @@ def steps_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seq
         return _svg(figure, name)
 
 
-def progress_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
-    """A score against the training step, with error bars."""
+def progress_curve(
+    curves: Sequence[Curve], *, name: str, y_label: str, levels: Sequence[tuple[str, float]] = ()
+) -> str:
+    """A score against the training step, with error bars; `levels` as in `steps_curve`."""
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
-        _draw(axes, curves)
+        _draw(axes, curves, levels)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("training step")
         axes.set_ylabel(y_label)
@@ -124,7 +134,7 @@ def time_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
         for curve, colour in zip(curves, cycle(COLOURS), strict=False):
-            axes.plot(curve.x, curve.y, label=curve.label, color=colour, linewidth=1.6)
+            axes.plot(curve.x, curve.y, label=_shown(curve.label), color=colour, linewidth=1.6)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("time t")
@@ -150,6 +160,11 @@ def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seque
         return _svg(figure, name)
 
 
+def _shown(label: str) -> str:
+    """A label as matplotlib shows it: it leaves out those that begin with an underscore."""
+    return f" {label}" if label.startswith("_") else label
+
+
 def _panel(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
@@ -162,9 +177,9 @@ def _draw(axes: Axes, curves: Sequence[Curve], levels: Sequence[tuple[str, float
     for curve, colour in zip(curves, cycle(COLOURS), strict=False):
         bars = curve.errors if curve.errors and any(curve.errors) else None
         style = {"color": colour, "linewidth": 1.6, "marker": "o", "markersize": 4.5, "capsize": 3}
-        axes.errorbar(curve.x, curve.y, yerr=bars, label=curve.label, **style)
-    for label, value in levels:
-        axes.axhline(value, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.55, label=label)
+        axes.errorbar(curve.x, curve.y, yerr=bars, label=_shown(curve.label), **style)
+    for (label, value), dashes in zip(levels, cycle(_DASHES), strict=False):
+        axes.axhline(value, color=INK, linewidth=0.9, linestyle=(0, dashes), alpha=0.6, label=_shown(label))
 
 
 def _log_scale(axes: Axes, low: float, high: float) -> None:
@@ -201,6 +216,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{name}"', text, count=1)
+    described = f'role="img" aria-label="{html.escape(name)}"'
+    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: described, text, count=1)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # matplotlib uses the same group names in every figure
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)

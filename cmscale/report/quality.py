@@ -10,6 +10,7 @@ from typing import Any
 
 from cmscale.config.averages import length_of
 from cmscale.report.facts import RunFacts
+from cmscale.report.paper import published_for
 from cmscale.report.plots import Curve, ema_curve, progress_curve, steps_curve
 from cmscale.runs.comparison import basis_of, best_of, describe_basis, groups_of, once_each
 from cmscale.runs.results import EvaluationResult, Metric
@@ -60,6 +61,7 @@ def _against_steps(runs: Sequence[RunFacts], group: list[EvaluationResult], numb
                 curves.append(_curve(f"{owner.name}, {weights}, searched times", points))
     if not any(len(curve.x) > 1 for curve in curves):
         return None
+    levels += _published(runs[0], group)
     return steps_curve(curves, name=f"{name} against steps, group {number}", y_label=name, levels=levels)
 
 
@@ -71,7 +73,22 @@ def _over_training(owner: RunFacts, group: list[EvaluationResult], number: int) 
         for nfe, same in _grouped(plain, lambda each: each.nfe or 0):
             if len(same) > 1:
                 curves.append(_curve(f"{weights}, {nfe} NFE", [(each.step, each.fid) for each in same]))
-    return progress_curve(curves, name=f"{name} over training, group {number}", y_label=name) if curves else None
+    if not curves:
+        return None
+    levels = _published(owner, group)
+    return progress_curve(curves, name=f"{name} over training, group {number}", y_label=name, levels=levels)
+
+
+def _published(owner: RunFacts, group: list[EvaluationResult]) -> list[Level]:
+    """The paper's numbers, where data, method and measurement are the same."""
+    rows = published_for(
+        kind=str(owner.setting("method.kind", "")),
+        size=owner.setting("model.image_size"),
+        data=f"{owner.setting('data.path', '')} {group[0].reference.get('name') or ''}",
+        score_name=group[0].score_name,
+        num_samples=group[0].num_samples,
+    )
+    return [(f"{row.method} in the paper, {row.nfe} NFE", row.fid) for row in rows]
 
 
 def _against_ema(owner: RunFacts, group: list[EvaluationResult], number: int) -> str | None:

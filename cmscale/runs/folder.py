@@ -147,6 +147,21 @@ class RunDir:
         return self.samples / f"{step_name(step)}.png"
 
     @property
+    def real_images(self) -> Path:
+        """A grid of training images, to see samples beside."""
+        return self.samples / "real.png"
+
+    @property
+    def teacher_samples(self) -> Path:
+        """A grid of the teacher's samples, if somebody drew one."""
+        return self.samples / "teacher.png"
+
+    @property
+    def edits(self) -> Path:
+        """Pictures that the report shows as edits made with the run's network."""
+        return self.root / "edits"
+
+    @property
     def evaluations(self) -> Path:
         return self.root / "evaluations"
 

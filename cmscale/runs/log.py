@@ -33,10 +33,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file of JSON lines, none if there is no such file; what a crash left of a line is skipped."""
     if not path.is_file():
         return
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):  # also where zeros or other bytes are that no one wrote
-            if isinstance(record := parse_json(line), dict):
-                yield record
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):  # also where zeros or other bytes are that no one wrote
+                if isinstance(record := parse_json(line), dict):
+                    yield record
 
 
 def is_beside_training(event: str) -> bool:

@@ -9,7 +9,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,11 @@ def overview(run: RunDir, *, now: float | None = None) -> Overview:
         branch_of=str(lineage) if (lineage := read_lineage(run)) else None,
         problems=tuple(problems),
     )
+
+
+def how_it_stands(run: RunDir, events: Iterable[dict[str, Any]]) -> tuple[str, str]:
+    """The state of a run, as in `Overview`, and how it is known."""
+    return _state(run, state_of(events), _quiet_seconds(run, time.time()))
 
 
 def _settings(run: RunDir, problems: list[str]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from run_folder import write_run
+from run_folder import write_evaluation, write_run
 
+from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.report import build_report
 from cmscale.runs.folder import RunDir
+from cmscale.runs.log import append_line
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -67,13 +69,79 @@ def test_dark_mode_has_light_ink_on_dark_paper(run, tmp_path) -> None:
     assert (pixels[:150].min(axis=2) > 200).sum() > 300  # the title
 
 
-def test_nothing_is_wider_than_the_window(run, tmp_path) -> None:
-    page = build_report(run)
+def _probed(page: Path, script: str) -> str:
+    """The title that a script gives the page; the page's own policy would not let it run."""
     probe = page.with_name("probe.html")
-    script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
-    probe.write_text(page.read_text().replace("</body>", script))
-    for width in (1200, 600):
-        dom = _chromium(tmp_path / "profile", f"--window-size={width},900", "--dump-dom", probe.as_uri())
-        found = re.search(r"<title>(\d+) of (\d+)</title>", dom)
+    text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text())
+    probe.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+    return probe.as_uri()
+
+
+WIDTHS = """
+const tables = [...document.querySelectorAll(".wide")].filter((each) => each.scrollWidth > each.clientWidth);
+document.title = document.documentElement.scrollWidth + " of " + innerWidth + ", cut " + tables.length;
+"""
+
+
+def test_nothing_is_wider_than_the_window_and_no_table_is_cut_off(run, tmp_path) -> None:
+    metrics = {metric.name: 0.125 for metric in all_metrics() if metric.name != "fid"}
+    teacher = write_run(tmp_path / "a_teacher", kind="edm", nfes=(79,))
+    for nfe in (1, 2):
+        write_evaluation(run, step=200, nfe=nfe, values=(9.0, 10.0), metrics=metrics, warnings=("w" * 300,))
+    page = build_report(run, siblings=[teacher])
+    for width in (1280, 520):  # headless windows are no narrower; the frame below is
+        dom = _chromium(tmp_path / "profile", f"--window-size={width},900", "--dump-dom", _probed(page, WIDTHS))
+        found = re.search(r"<title>(\d+) of (\d+), cut (\d+)</title>", dom)
         assert found is not None
         assert int(found[1]) <= int(found[2])
+        assert found[3] == "0"
+    frame = page.with_name("frame.html")
+    inside = "onload=\"document.title = this.contentDocument.title + ', framed'\""
+    frame.write_text(f'<title></title><iframe src="probe.html" width="390" height="900" {inside}></iframe>')
+    dom = _chromium(tmp_path / "profile", "--allow-file-access-from-files", "--dump-dom", frame.as_uri())
+    found = re.search(r"<title>(\d+) of (\d+), cut (\d+), framed</title>", dom)
+    assert found is not None
+    assert (int(found[1]) <= int(found[2]) == 390, found[3]) == (True, "0")
+
+
+SAVING = """
+const saved = [];
+const create = URL.createObjectURL;
+let last;
+URL.createObjectURL = (blob) => { last = blob; return create(blob); };
+HTMLAnchorElement.prototype.click = function () { saved.push(`${this.download}:${last.type}:${last.size > 500}`); };
+const slider = document.querySelector("#grids input");
+const shown = () => [...document.querySelectorAll("#grids figure")].findIndex((each) => !each.hidden);
+const places = [shown()];
+slider.value = 1;
+slider.oninput();
+places.push(shown());
+const buttons = document.querySelectorAll("#training .card:first-of-type button, #evaluations p button");
+buttons.forEach((each) => each.click());
+setInterval(() => { document.title = `${places} | ${saved.sort().join(" ")}`; }, 50);
+"""
+
+
+def test_the_slider_shows_one_grid_and_the_buttons_save_files(run, tmp_path) -> None:
+    address = _probed(build_report(run), SAVING)
+    dom = _chromium(tmp_path / "profile", "--virtual-time-budget=20000", "--dump-dom", address)
+    found = re.search(r"<title>([^<]*)</title>", dom)
+    assert found is not None
+    assert found[1].split(" | ") == [
+        "2,1",
+        "a_run-Loss.csv:text/csv:true a_run-Loss.png:image/png:true "
+        "a_run-evaluations.csv:text/csv:true a_run-evaluations.json:application/json:true",
+    ]
+
+
+def test_names_from_elsewhere_are_text(tmp_path) -> None:
+    hostile = "<img src=x onerror=alert(1)>\"'$\\alpha$_&amp;"
+    run = write_run(tmp_path / hostile.replace("/", "∕"))
+    other = write_run(tmp_path / f"_{hostile}".replace("/", "∕"))
+    append_line(run.events, {"time": 1.79e9, "event": hostile, "step": 1, "rank": 0, "why": "</script><script>"})
+    write_evaluation(run, step=200, nfe=1, values=(1.0,), weights=hostile, reference_name=hostile, warnings=(hostile,))
+    page = build_report(run, siblings=[other])
+    dom = _chromium(tmp_path / "profile", "--dump-dom", _probed(page, "document.title = document.images.length"))
+    assert "<title>4</title>" in dom  # its grids, and the first again
+    assert page.read_text().count("<script") == 2
+    assert page.read_text().count("</script") == 2

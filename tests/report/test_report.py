@@ -1,5 +1,7 @@
 """The report shows what a run has, is one self-contained file, and calls no other score FID."""
 
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -42,9 +44,11 @@ def test_a_whole_run_is_shown(run) -> None:
         "node1",
     ):
         assert shown in page
-    for title in ("Loss", "Learning rate", "Discretisation N(k)", "Gradient norm", "Images per second"):
+    for title in ("Loss", "Discretisation N(k)"):
         assert f"<h3>{title}</h3>" in page
-    assert page.count("data:image/png;base64,") == 3
+    folded = "Learning rate 0.0001, Target network&#39;s EMA μ(k) 0.95, Gradient norm 1, Images per second 210."
+    assert f"Constant: {folded}" in page
+    assert page.count("data:image/png;base64,") == 3 + 1  # the first grid again, beside the slider
     assert "FD-EfficientNet against the number of sampling steps" in page
     assert "FD-EfficientNet over training" in page
 
@@ -58,16 +62,25 @@ def test_what_was_logged_by_quartile_of_the_noise_is_plotted(tmp_path) -> None:
     page = _page(run)
     for title in ("Loss", "Norm of the tangent g", r"Learned weighting w\(t\)"):
         assert len(re.findall(rf"<h3>{title} by quartile of the noise</h3>", page)) == 1
-    assert page.count("1, least noise") == 3
+    assert len(re.findall(">1, least noise<", page)) == 3
 
 
 def test_the_page_loads_nothing_from_elsewhere(run) -> None:
     page = _page(run)
-    loads = re.findall(r"(?:src|href)=\"([^\"]*)\"", page) + re.findall(r"url\(([^)]*)\)", page)
-    assert loads
-    assert all(link.startswith(("data:", "#")) for link in loads)
-    assert "<script" not in page
+    loaded = re.findall(r"src=\"([^\"]*)\"", page) + re.findall(r"url\(([^)]*)\)", page)
+    assert loaded
+    assert all(link.startswith(("data:", "#")) for link in loaded)
+    links = re.findall(r"<a href=\"([^\"]*)\"", page)
+    assert links
+    assert all((run.report.parent / link).is_file() for link in links)  # also where the page is opened as a file
     assert "@import" not in page
+    assert re.findall(r"<script[^>]*>", page) == ['<script type="application/json" id="numbers">', "<script>"]
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy is not None
+    program = page[page.rindex("<script>") + len("<script>") : page.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
+    assert "default-src 'none'" in policy[1]
+    assert f"script-src 'sha256-{digest}'" in policy[1]  # nothing else that is in the page runs
 
 
 def test_values_have_error_bars_where_there_were_several_sets(run) -> None:
@@ -75,6 +88,11 @@ def test_values_have_error_bars_where_there_were_several_sets(run) -> None:
     page = _page(run)
     assert re.search(r"<strong>21\.00</strong><small>± 1\.41</small>", page)
     assert re.search(r"<strong>123\.00</strong><small></small>", page)
+
+
+def _numbers(page: str) -> dict:
+    """What the page's buttons save."""
+    return json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])
 
 
 def _best(page: str) -> dict[str, tuple[str, str]]:
@@ -115,7 +133,7 @@ def test_curves_join_only_results_that_may_be_compared_and_say_which(run) -> Non
             "500 samples against crops",
             "500 samples against crops",
         ]
-    assert '<td class="reference">crops (4567)</td>' in page
+    assert '<td class="text" data-label="reference">crops (4567)</td>' in page
     assert "20 samples against" not in page  # one point is no curve
     ids = re.findall(r' id="([^"]*)"', page)
     assert len(ids) == len(set(ids))
@@ -170,7 +188,7 @@ def test_every_metric_is_a_column_and_only_metrics_that_were_measured(run) -> No
     headers = re.findall(r'<th class="n">([^<]*)</th>', page)
     titles = [metric.title_over("FD-EfficientNet") for metric in all_metrics() if metric.name != "fid"]
     assert headers[headers.index("FD-EfficientNet") + 1 :][: len(titles)] == titles
-    assert page.count('<td class="n">0.125<small></small></td>') == 5  # KID and those of nearest neighbours
+    assert len(re.findall(">0.125<small></small></td>", page)) == 5  # KID and those of nearest neighbours
 
 
 @pytest.mark.parametrize("kind", METHODS_BY_KIND)
@@ -232,7 +250,7 @@ def test_equal_warnings_are_one_line_that_names_the_evaluations(run) -> None:
 def test_the_papers_numbers_are_shown_for_comparison(run) -> None:
     page = _page(run)
     for number in ("7.80", "5.22", "3.57", "11.00", "20.70"):
-        assert f'<td class="n">{number}</td>' in page
+        assert f'<td class="n" data-label="FID">{number}</td>' in page
 
 
 def test_quality_against_the_emas_rate_where_there_are_several(run) -> None:
@@ -257,7 +275,9 @@ def test_siblings_share_tables_and_curves(run, tmp_path) -> None:
     teacher = write_run(tmp_path / "my_teacher", kind="edm", nfes=(79,))
     page = _page(run, siblings=[teacher])
     assert "my_teacher, 79 NFE" in page
-    assert "<td>my_teacher</td>" in page
+    assert '<td class="text" data-label="run">my_teacher</td>' in page
+    loss = _numbers(page)["curves"]["Loss"].splitlines()
+    assert {line.split(",")[0] for line in loss[1:]} == {"my_run", "my_teacher"}
 
 
 def test_a_run_that_has_nothing_yet_has_a_page(tmp_path) -> None:
@@ -294,8 +314,8 @@ def test_an_evaluation_that_is_not_valid_is_named(run) -> None:
 def test_a_large_grid_is_scaled_down(run) -> None:
     Image.effect_noise((2048, 2048), 80).save(run.sample_grid(200))
     page = _page(run)
-    assert "data:image/jpeg;base64," in page
-    assert len(page) < 2_000_000
+    assert "data:image/webp;base64," in page
+    assert len(page) < 3_000_000
 
 
 def test_no_such_run_is_a_line(tmp_path) -> None:

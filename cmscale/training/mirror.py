@@ -1,0 +1,208 @@
+"""Follows a run's folder and sends what is new to another program, which can never stop or slow the training.
+
+A mirror reads what training and evaluations have written, in a thread of its own, and keeps a mark of what it has sent.
+So a resumed run goes on where its last start was: replayed steps are sent once, steps only ever rise, and what a start
+could not send is sent by the next.
+"""
+
+import contextlib
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from cmscale.errors import UserError
+from cmscale.io.durable import replace_durably
+from cmscale.io.json_text import parse_json
+from cmscale.runs.folder import RunDir, step_of
+from cmscale.runs.log import write_event
+from cmscale.runs.results import EvaluationResult, read_evaluation_files
+
+_LOOK_SECONDS = 15.0
+"""Between two looks for evaluations, which other jobs write."""
+
+
+class Sink(Protocol):
+    """Where a mirror sends to. Every method may raise anything."""
+
+    def record(self, step: int, numbers: dict[str, float]) -> None:
+        """The metrics of a step; steps rise."""
+        ...
+
+    def grid(self, step: int, path: Path) -> None:
+        """A grid of samples."""
+        ...
+
+    def evaluation(self, result: EvaluationResult) -> None:
+        """A result of a network at a step, which may be an earlier one."""
+        ...
+
+    def flush(self) -> None:
+        """Is called when all that is new was sent."""
+        ...
+
+    def close(self) -> None:
+        """Ends the connection."""
+        ...
+
+
+@dataclass
+class Mark:
+    """What was sent.
+
+    Attributes:
+        step: The last step whose metrics were sent.
+        row: A number that a sink may count its entries with.
+        grid: The last step whose grid was sent.
+        evaluations: Names of the results' files.
+    """
+
+    step: int = -1
+    row: int = -1
+    grid: int = -1
+    evaluations: list[str] = field(default_factory=list)
+
+
+class Follower:
+    """Yields what is new in a run's folder.
+
+    Args:
+        name: Of the mirror: its mark is kept in the run's logs under this name; empty: it begins anew each time.
+    """
+
+    def __init__(self, run: RunDir, name: str) -> None:
+        self._run = run
+        self._file = run.mirror_mark(name) if name else None
+        self._position = 0  # in metrics.jsonl
+        self._kept = ""
+        self.mark = self._read()
+
+    def records(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """The metrics of steps above all that were sent."""
+        with contextlib.suppress(FileNotFoundError), self._run.metrics.open("rb") as file:
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):  # it is being written
+                    return
+                self._position += len(line)
+                with contextlib.suppress(ValueError):
+                    record = parse_json(line)
+                    if isinstance(record, dict) and type(step := record.get("step")) is int and step > self.mark.step:
+                        yield step, numbers_of(record)
+                        self.mark.step = step
+
+    def grids(self) -> Iterator[tuple[int, Path]]:
+        for path in sorted(self._run.samples.glob(f"step-{'[0-9]' * 9}.png")):
+            if (step := step_of(path.stem)) > self.mark.grid:
+                yield step, path
+                self.mark.grid = step
+
+    def evaluations(self) -> Iterator[EvaluationResult]:
+        for path, result in read_evaluation_files(self._run, without=set(self.mark.evaluations)):
+            if result is not None and result.step is not None:
+                yield result
+            self.mark.evaluations.append(path.name)
+
+    def keep(self) -> None:
+        """Writes down what was sent."""
+        text = json.dumps(asdict(self.mark))
+        if self._file is not None and text != self._kept:
+            replace_durably(self._file, text.encode())
+            self._kept = text
+
+    def _read(self) -> Mark:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if self._file is not None:
+                return Mark(**parse_json(self._file.read_bytes()))
+        return Mark()
+
+
+def mark_all_as_sent(run: RunDir, name: str) -> None:
+    """Writes the mark of a mirror that was sent what the run's folder has."""
+    follower = Follower(run, name)
+    for _ in (*follower.records(), *follower.grids(), *follower.evaluations()):
+        pass
+    follower.mark.row = follower.mark.step
+    with contextlib.suppress(OSError, UserError):
+        follower.keep()
+
+
+def numbers_of(record: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record, without its step."""
+    return {
+        name: value
+        for name, value in record.items()
+        if name != "step" and type(value) in (int, float) and math.isfinite(value)
+    }
+
+
+class Mirror:
+    """Sends a run to a sink in a thread of its own; the first failure ends it, with an event and a line in the log.
+
+    Attributes:
+        failure: Why it has ended early; empty if it has not.
+    """
+
+    def __init__(self, run: RunDir, name: str, open_sink: Callable[[Mark], Sink | None], *, keeps_mark: bool = True):
+        self.name = name
+        self.failure = ""
+        self._run = run
+        self._open = open_sink
+        self._keeps_mark = keeps_mark
+        self._news = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name=f"{name}-mirror", daemon=True)
+        self._thread.start()
+
+    def look(self) -> None:
+        """Tells the mirror that something was written."""
+        self._news.set()
+
+    def close(self, patience: float = 10.0) -> None:
+        """Lets the mirror send what is left, without waiting longer than `patience` seconds."""
+        self._closing = True
+        self._news.set()
+        self._thread.join(patience)
+
+    def _work(self) -> None:
+        try:
+            follower = Follower(self._run, self.name if self._keeps_mark else "")
+            sink = self._open(follower.mark)
+            while sink is not None:
+                self._news.wait(_LOOK_SECONDS)
+                is_last = self._closing  # before the look, so that nothing written by then is missed
+                self._news.clear()
+                self._send(follower, sink)
+                if is_last:
+                    sink.close()
+                    follower.keep()
+                    return
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            print(f"{self.name}: no more is sent, training goes on ({self.failure})", flush=True)
+            with contextlib.suppress(OSError, UserError):
+                write_event(self._run, f"{self.name}_failed", step=-1, rank=0, why=self.failure)
+
+    def _send(self, follower: Follower, sink: Sink) -> None:
+        """Sends what is new; what was sent before a failure is not sent again."""
+        try:
+            for step, numbers in follower.records():
+                sink.record(step, numbers)
+            for step, path in follower.grids():
+                sink.grid(step, path)
+            for result in follower.evaluations():
+                sink.evaluation(result)
+            sink.flush()
+        finally:
+            follower.keep()
+
+
+def evaluation_names(result: EvaluationResult) -> dict[str, float]:
+    """The means of an evaluation by a name that tells apart weights, sampling, features and number of samples."""
+    how = f"{result.weights}/nfe{result.nfe}{'-searched' if result.times else ''}/n{result.num_samples}"
+    reference = str(result.reference.get("sha256") or "")[:8]
+    titles = {name: result.names.get(name, result.score_name if name == "fid" else name) for name in result.metrics}
+    return {f"evaluation/{titles[name]}/{how}/ref{reference}": each.mean for name, each in result.metrics.items()}
