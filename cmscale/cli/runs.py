@@ -26,14 +26,30 @@ app = typer.Typer()
 def report(
     run: Annotated[Place, typer.Argument(help="The run's folder."), USED],
     beside: Annotated[list[Place] | None, typer.Option(help="Another run to show too; may be repeated."), USED] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the page in place of writing it, renewed while the run lives."), USED
+    ] = False,
+    host: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Where to serve. Elsewhere than on the loopback others can read it."),
+        Use(needs=("serve",)),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where to serve; 0: a free port."), Use(needs=("serve",))
+    ] = 0,
 ) -> None:
-    """Builds the page report/index.html of a run."""
+    """Builds the page report/index.html of a run, or serves it until Ctrl-C."""
     from cmscale.runs.folder import RunDir
 
     shown, *others = [RunDir(place.local("a run that is shown")) for place in (run, *(beside or []))]
     for each in (shown, *others):
         if not each.config.is_file():
             raise UserError(f"{each.root}: not a run (no config.yaml)")
+    if serve:
+        from cmscale.report import serve as serving
+
+        serving.serve(shown, siblings=others, host=host, port=port)
+        return
     from cmscale.report import build_report
 
     print(build_report(shown, siblings=others))

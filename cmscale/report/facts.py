@@ -115,8 +115,11 @@ def read_several(runs: Sequence[RunDir]) -> list[RunFacts]:
     ]
 
 
-def read_facts(run: RunDir) -> RunFacts:
+def read_facts(run: RunDir, *, with_metrics: bool = True) -> RunFacts:
     """Reads a run's folder.
+
+    Args:
+        with_metrics: Whether metrics.jsonl is read, which may be long.
 
     Raises:
         UserError: The folder does not exist.
@@ -135,7 +138,7 @@ def read_facts(run: RunDir) -> RunFacts:
         run=run,
         config=config if isinstance(config, dict) else {},
         config_text=text,
-        measured=read_measured(run),
+        measured=read_measured(run) if with_metrics else Measured(),
         events=list(read_lines(run.events)),
         evaluations=evaluations,
         unreadable=unreadable,

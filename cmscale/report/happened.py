@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cmscale.runs.log import is_of_evaluation
+from cmscale.runs.log import is_beside_training
 
 _MOST_ROWS = 150
 _MOST_REASONS = 3  # of a row
@@ -132,7 +132,7 @@ def stretches(events: Sequence[dict[str, Any]], *, last_sign: float | None = Non
     for record in events:
         event = str(record.get("event", ""))
         moment = as_number(record.get("time"))
-        if moment is None or is_of_evaluation(event):
+        if moment is None or is_beside_training(event):
             continue
         if event in _STARTS:
             if began is not None:

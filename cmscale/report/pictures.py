@@ -19,7 +19,7 @@ from cmscale.io.reading import read_regular
 from cmscale.report.facts import RunFacts
 from cmscale.runs.folder import RunDir, step_of
 
-WIDTH = 520
+WIDTH = 540
 """Of a picture on the page, in CSS pixels. It holds up to twice as many pixels, for dense screens."""
 _MOST_GRIDS = 24
 _MOST_EDITS = 12

@@ -53,7 +53,8 @@ def state_of(events: Iterable[dict[str, Any]]) -> str:
     last = ""
     for record in events:
         event = str(record.get("event", ""))
-        if not (is_beside_training(event) or event.startswith(("export", "storage_")) or event == "superseded"):
+        is_copy = event.startswith(("export", "storage_")) or event.endswith("_failed")  # mirrors: wandb_failed
+        if not (is_beside_training(event) or is_copy or event == "superseded"):
             last = event
     return _STATES.get(last, last) or "never started"
 

@@ -25,7 +25,7 @@ from cmscale.training.consistency_probe import Probe
 from cmscale.training.feed import Feed
 from cmscale.training.profiling import Profiler
 from cmscale.training.run_log import RunLog
-from cmscale.training.sample_grid import save_sample_grid
+from cmscale.training.sample_grid import Grids
 from cmscale.training.stragglers import Stragglers
 from cmscale.training.usage import Usage
 
@@ -101,6 +101,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
     bad_steps = BadSteps(config, run, world)
     stragglers = Stragglers(run, world, every=config.train.log_every)
     profiler = Profiler(config, run, world)
+    grids = Grids(config, run, world, engine)
     log.started(state, attention=parts.attention)
     if found is None:  # a rollback needs a checkpoint
         checkpoints.save(state, engine)
@@ -108,6 +109,7 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
         checkpoints.end_if_overtaken()
         if not saved:
             raise checkpoints.failed("the first checkpoint was not written")
+    grids.begin(fresh=found is None)
 
     feed = Feed(batches, run, world, preemption=preemption, watchdog=watchdog)
     while state.step < config.train.total_steps:
@@ -136,8 +138,8 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
             found = newest(run, config, world, data_fingerprint=data)
             assert found is not None, "the first checkpoint is written before the first step"
             state = TrainState(step=restore(found, engine).step, cursor=cursor)
-        if result.applied and schedules.is_due(state.step, config.train.sample_every, config.train.total_steps):
-            save_sample_grid(config, run, world, engine, step=state.step)
+        if result.applied:
+            grids.after(state.step, batch)
         checkpoints.maybe_save(state, engine)
         if checkpoints.overtaken():
             preemption.ask("a newer start of the run")

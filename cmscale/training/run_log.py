@@ -45,7 +45,7 @@ class RunLog:
         if lineage is not None and lineage.step == state.step:
             why = f"branch of {lineage}"
         chosen = f"{attention.kind}: {attention.why}"
-        self._event("resumed" if state.step else "start", state, why=why, attention=chosen)
+        self._event("resumed" if state.step else "start", state, why=why, attention=chosen, ranks=self._world.num_ranks)
 
     def stepped(
         self,
@@ -115,7 +115,7 @@ class RunLog:
                 self._replaced.add(name)
                 write_event(self._run, event, step=state.step, rank=self._world.rank, why=f"{name}: {found[name]}")
 
-    def _event(self, event: str, state: TrainState, *, why: str = "", **more: str) -> None:
+    def _event(self, event: str, state: TrainState, *, why: str = "", **more: object) -> None:
         if not self._world.is_main:
             return
         try:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from run_folder import write_evaluation, write_run
 
 from cmscale.evaluation.metrics.registry import all_metrics
-from cmscale.report import build_report
+from cmscale.report import build_report, serve
+from cmscale.report.serve import ServedReport, server_of
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line
 
@@ -145,3 +147,30 @@ def test_names_from_elsewhere_are_text(tmp_path) -> None:
     assert "<title>4</title>" in dom  # its grids, and the first again
     assert page.read_text().count("<script") == 2
     assert page.read_text().count("</script") == 2
+
+
+class Growing(ServedReport):
+    """A report whose run writes an event as soon as an open page has asked for its version."""
+
+    asked = 0
+
+    def current(self) -> tuple[str, bytes]:
+        self.asked += 1
+        if self.asked == 2:
+            append_line(RunDir(self.root).events, {"time": 1.8e9, "event": "fault", "step": 1, "rank": 0, "why": "new"})
+        return super().current()
+
+
+def test_an_open_page_is_renewed_when_the_run_writes(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(serve, "_PAUSE", 0)
+    with server_of(Growing(run, ()), host="127.0.0.1", port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = serve.address_of(server, "127.0.0.1")
+            dom = _chromium(tmp_path / "profile", "--virtual-time-budget=30000", "--dump-dom", url)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "<div>new</div>" in dom
+    assert 'class="status failed"' in dom

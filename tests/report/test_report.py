@@ -180,12 +180,12 @@ def _measured(value: float) -> EvaluationResult:
 
 
 def test_every_metric_is_a_column_and_only_metrics_that_were_measured(run) -> None:
-    headers = re.findall(r'<th class="n">([^<]*)</th>', _page(run))
+    headers = re.findall(r'<th class="n(?: metric)?">([^<]*)</th>', _page(run))
     assert headers[headers.index("seeds") + 1 :][:2] == ["FD-EfficientNet", "precision-EfficientNet"]
     metrics = {metric.name: 0.125 for metric in all_metrics() if metric.name != "fid"}
     write_evaluation(run, step=200, nfe=1, values=(20.0,), metrics=metrics)
     page = _page(run)
-    headers = re.findall(r'<th class="n">([^<]*)</th>', page)
+    headers = re.findall(r'<th class="n(?: metric)?">([^<]*)</th>', page)
     titles = [metric.title_over("FD-EfficientNet") for metric in all_metrics() if metric.name != "fid"]
     assert headers[headers.index("FD-EfficientNet") + 1 :][: len(titles)] == titles
     assert len(re.findall(">0.125<small></small></td>", page)) == 5  # KID and those of nearest neighbours
@@ -226,12 +226,12 @@ def test_a_distance_over_other_features_is_never_called_fid(run) -> None:
     both = _page(run)
     shown = both[both.index('id="evaluations"') : both.index("Published results")]
     tables = re.findall(r"<thead>.*?</table>", shown, re.DOTALL)
-    (fid,) = (table for table in tables if '<th class="n">FID</th>' in table)
-    (other,) = (table for table in tables if '<th class="n">FD-EfficientNet</th>' in table)
+    (fid,) = (table for table in tables if '<th class="n metric">FID</th>' in table)
+    (other,) = (table for table in tables if '<th class="n metric">FD-EfficientNet</th>' in table)
     assert "7.80" in fid
     assert "7.80" not in other
-    assert '<th class="n">precision</th>' in fid
-    assert '<th class="n">precision-EfficientNet</th>' in other
+    assert '<th class="n metric">precision</th>' in fid
+    assert '<th class="n metric">precision-EfficientNet</th>' in other
 
 
 def test_equal_warnings_are_one_line_that_names_the_evaluations(run) -> None:
