@@ -10,6 +10,7 @@ from cmscale.config import Config, Evaluate, read_config
 from cmscale.config.agreement import check_openai_teacher, check_openai_weights, check_teacher, check_weights
 from cmscale.config.sources import is_openai, names_file, refuse_hub_name
 from cmscale.errors import UserError
+from cmscale.io.packages import require
 from cmscale.io.place import Place, split_hash
 from cmscale.io.probe import DELETE, probe
 from cmscale.io.storage import open_parent, open_storage
@@ -33,6 +34,8 @@ def check_inputs(config: Config, *, begins: bool = True) -> DatasetManifest:
     Raises:
         UserError: something is missing or does not fit; one line.
     """
+    if config.tensorboard.enabled:
+        require("tensorboard", key="tensorboard.enabled")
     manifest = check_dataset(config.data.path, image_size=config.model.image_size)
     if begins or config.method.facts.follows_teacher:
         check_teacher_of(config)

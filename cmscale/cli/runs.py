@@ -1,4 +1,4 @@
-"""Commands that show runs: `runs`, `compare`, `report`."""
+"""Commands that show runs: `runs`, `compare`, `report`, `mirror`."""
 
 import dataclasses
 import json
@@ -53,6 +53,40 @@ def report(
     from cmscale.report import build_report
 
     print(build_report(shown, siblings=others))
+
+
+@command(app)
+def mirror(
+    run: Annotated[Place, typer.Argument(help="The run's folder."), USED],
+) -> None:
+    """Sends what wandb, TensorBoard and Prometheus lack of a run: scores measured after its end, what had failed.
+
+    Its config says where to; mirrors that have all get nothing twice. While a run trains it does so itself.
+    """
+    from cmscale.config import read_config
+    from cmscale.io.packages import require
+    from cmscale.runs.folder import RunDir
+    from cmscale.runs.log import read_lines
+    from cmscale.runs.overview import how_it_stands
+
+    folder = RunDir(run.local("a run that is sent"))
+    if not folder.config.is_file():
+        raise UserError(f"{run}: not a run (no config.yaml)")
+    config = read_config(folder.config, resolved=True)
+    if config.tensorboard.enabled:
+        require("tensorboard", key="tensorboard.enabled")
+    state, known_by = how_it_stands(folder, read_lines(folder.events))
+    if state == "running":
+        raise UserError(f"{run}: is running ({known_by}), and sends by itself")
+    from cmscale.training.metrics_log import send
+
+    outcome = send(folder, config)
+    for name, failure in outcome.items():
+        print(f"{name}: {failure or 'has all'}")
+    if not outcome:
+        print("no mirror: wandb.mode is off, tensorboard.enabled and prometheus.enabled are false")
+    if any(outcome.values()):
+        raise typer.Exit(1)
 
 
 @command(app)

@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 from cmscale.cli.finding import Finding
 from cmscale.config.site import read_site
@@ -14,6 +13,7 @@ from cmscale.errors import UserError
 from cmscale.io.place import Place
 from cmscale.io.probe import probe
 from cmscale.io.storage import open_storage
+from cmscale.io.wandb_login import find_login
 
 _ANSWER_SECONDS = 5.0  # of a command of Slurm, or of a server
 
@@ -55,11 +55,13 @@ def _said(*command: str) -> str | None:
 
 def wandb() -> Iterator[Finding]:
     """Whether there is a key, and a server that answers."""
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].partition("/")[0]
+    login = find_login()
+    host = login.host
     name, _, port = host.partition(":")
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and name in netrc.read_text(errors="replace"))
-    if not has_key:
+    if login.mode in ("offline", "disabled"):
+        yield Finding("wandb", "ok", f"{login.mode}, as WANDB_MODE or `wandb {login.mode}` say")
+        return
+    if not login.has_key:
         yield Finding("wandb", "ok", "no key: runs log offline; `wandb login` makes one")
         return
     try:

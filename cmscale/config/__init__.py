@@ -7,7 +7,7 @@ from cmscale.config.methods import CD, CT, ECT, EDM, ICT, MCD, PD, SCD, SCT, TCM
 from cmscale.config.models import Config, accumulation_steps, differences, leaves, trajectory, unequal
 from cmscale.config.network import NOISE_EMBEDDING_SCALE, Model
 from cmscale.config.schema import json_schema
-from cmscale.config.sections import Data, Optimizer, Restart, Sampling, Wandb
+from cmscale.config.sections import Data, Optimizer, Prometheus, Restart, Sampling, Tensorboard, Wandb
 from cmscale.config.slurm import Slurm
 from cmscale.config.yaml_text import parse_yaml
 
@@ -30,9 +30,11 @@ __all__ = [
     "MethodSection",
     "Model",
     "Optimizer",
+    "Prometheus",
     "Restart",
     "Sampling",
     "Slurm",
+    "Tensorboard",
     "Wandb",
     "accumulation_steps",
     "differences",

@@ -15,7 +15,18 @@ from cmscale.config.methods import Method
 from cmscale.config.network import Model
 from cmscale.config.renamed import with_current_names
 from cmscale.config.section import Section
-from cmscale.config.sections import Checkpoint, Data, Engine, Optimizer, Restart, Sampling, Train, Wandb
+from cmscale.config.sections import (
+    Checkpoint,
+    Data,
+    Engine,
+    Optimizer,
+    Prometheus,
+    Restart,
+    Sampling,
+    Tensorboard,
+    Train,
+    Wandb,
+)
 from cmscale.config.slurm import Slurm
 from cmscale.config.storage import StorageKeys
 from cmscale.errors import UserError
@@ -36,6 +47,8 @@ class Config(Section):
     sampling: Sampling = Sampling()
     evaluate: Evaluate = Evaluate()
     wandb: Wandb = Wandb()
+    tensorboard: Tensorboard = Tensorboard()
+    prometheus: Prometheus = Prometheus()
     restart: Restart = Restart()
     slurm: Slurm = Slurm()
     storage: StorageKeys = StorageKeys()

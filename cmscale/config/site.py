@@ -20,7 +20,7 @@ from cmscale.config.files import validated
 from cmscale.config.layers import Layer
 from cmscale.config.mistakes import Mistake, explain, refusal, unknown
 from cmscale.config.section import Section
-from cmscale.config.sections import Checkpoint, Data, Engine, Restart, Wandb
+from cmscale.config.sections import Checkpoint, Data, Engine, Prometheus, Restart, Tensorboard, Wandb
 from cmscale.config.slurm import Slurm, Text
 from cmscale.config.storage import StorageKeys
 from cmscale.config.yaml_text import parse_sections, place, read_yaml_text
@@ -34,6 +34,8 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoint": Checkpoint,
     "evaluate": Evaluate,
     "wandb": Wandb,
+    "tensorboard": Tensorboard,
+    "prometheus": Prometheus,
     "storage": StorageKeys,
 }
 """Sections whose keys a site may set, as far as they do not change the losses; `data.path` is a run's own."""

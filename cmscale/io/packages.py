@@ -1,6 +1,7 @@
 """Guards the use of other packages' private parts: a renamed one is an error that names the versions, never a guess."""
 
 import importlib.metadata
+import importlib.util
 import warnings
 from functools import cache
 from typing import Any
@@ -24,6 +25,16 @@ def check_tested(package: str) -> None:
             f"{package} {found} is installed, tested is {TESTED[package]}: its private parts may have changed",
             stacklevel=2,
         )
+
+
+def require(name: str, *, key: str) -> None:
+    """Refuses a config that needs a package which is not installed.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{key}: the package {name} is not installed here; pip install {name}, or leave the key out")
 
 
 def private(owner: Any, attribute: str, *, package: str) -> Any:

@@ -112,6 +112,20 @@ class RunDir:
         return self.root / "wandb_id"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files for TensorBoard."""
+        return self.root / "tensorboard"
+
+    @property
+    def prometheus(self) -> Path:
+        """The newest numbers, for Prometheus."""
+        return self.root / "metrics.prom"
+
+    def mirror_mark(self, name: str) -> Path:
+        """What a mirror of the run has been sent."""
+        return self.logs / f"mirrored-{_plain(name)}.json"
+
+    @property
     def generation(self) -> Path:
         """The number of starts of the run; only its newest start may commit checkpoints."""
         return self.root / "generation.json"

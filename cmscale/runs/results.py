@@ -4,7 +4,8 @@ import datetime
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -119,12 +120,30 @@ def read_evaluations(run: RunDir) -> tuple[list[EvaluationResult], list[str]]:
     They are sorted by step, weights and NFE; of several of those, by the number of samples, the largest first.
     """
     found, unreadable = [], []
-    for path in sorted(run.evaluations.glob("*.json")):
-        try:
-            found.append(read_document(EvaluationResult, read_regular(path), origin=path.name))
-        except UserError as error:
-            unreadable.append(str(error))
+    for _, result in read_evaluation_files(run, unreadable=unreadable):
+        if result is not None:
+            found.append(result)
     return sorted(found, key=_place), unreadable
+
+
+def read_evaluation_files(
+    run: RunDir, *, without: Container[str] = (), unreadable: list[str] | None = None
+) -> Iterator[tuple[Path, EvaluationResult | None]]:
+    """The files of a run's evaluations and what they hold; None for one that is not readable.
+
+    Args:
+        without: Names of files that are left out.
+        unreadable: Takes one line per file that is not readable.
+    """
+    for path in sorted(run.evaluations.glob("*.json")):
+        if path.name in without:
+            continue
+        try:
+            yield path, read_document(EvaluationResult, read_regular(path), origin=path.name)
+        except UserError as error:
+            if unreadable is not None:
+                unreadable.append(str(error))
+            yield path, None
 
 
 def _place(result: EvaluationResult) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from cmscale.engine.preemption import Preemption
 from cmscale.engine.resume import newest, restore
 from cmscale.engine.watchdog import Watchdog
 from cmscale.errors import NotExported, UserError
+from cmscale.io.packages import require
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState
@@ -47,6 +48,8 @@ def main(run_dir: str, fresh: bool = False) -> str:
     run = RunDir(Path(run_dir))
     config = read_config(run.config, resolved=True)
     config.storage.apply()
+    if config.tensorboard.enabled:
+        require("tensorboard", key="tensorboard.enabled")
     preemption = Preemption.install()
     world = worlds.detect(config.engine.device, option="engine.device=")
     try:

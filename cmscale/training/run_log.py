@@ -16,8 +16,8 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState
+from cmscale.training.metrics_log import MetricsLog
 from cmscale.training.usage import Usage
-from cmscale.training.wandb_mirror import MetricsLog
 
 
 class RunLog:
@@ -29,7 +29,14 @@ class RunLog:
         self._world = world
         self._batches = batches
         self._usage = usage
-        self._metrics = MetricsLog(run, config.wandb, config=config.model_dump(mode="json"), active=world.is_main)
+        self._metrics = MetricsLog(
+            run,
+            config.wandb,
+            config=config.model_dump(mode="json"),
+            active=world.is_main,
+            tensorboard=config.tensorboard,
+            prometheus=config.prometheus,
+        )
         self._since = time.perf_counter()
         self._cursor = 0
         self._replaced: set[str] = set()

@@ -26,7 +26,7 @@ from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, read_lines
 from cmscale.runs.manifests import TrainState
-from cmscale.training.wandb_mirror import MetricsLog
+from cmscale.training.metrics_log import MetricsLog
 
 
 @pytest.fixture

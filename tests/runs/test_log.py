@@ -16,7 +16,8 @@ from cmscale.engine import watch
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, latest_metrics, read_lines, write_event
-from cmscale.training.wandb_mirror import MetricsLog, WandbMirror
+from cmscale.training.metrics_log import MetricsLog
+from cmscale.training.wandb_mirror import WandbMirror
 from launchers.judge import Attempt
 from launchers.submission import Submission
 

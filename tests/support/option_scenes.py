@@ -142,6 +142,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "restart_seconds": ("--restart-seconds", "90"),
         "as_json": ("--json",),
     },
+    "mirror": {"run": None},
     "report": {
         "run": None,
         "beside": ("--beside", "{in}/shown_too"),

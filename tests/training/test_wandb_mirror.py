@@ -1,16 +1,21 @@
-"""Tests that training survives failures of wandb in the middle and at the end of a run."""
+"""Tests that wandb gets all of a run once, in rising steps, and that training survives every failure of wandb."""
 
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
+from run_folder import write_evaluation
 
 from cmscale.config import Wandb
+from cmscale.io.wandb_login import find_login
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import read_lines
-from cmscale.training.wandb_mirror import MetricsLog, WandbMirror
+from cmscale.runs.log import append_line, read_lines
+from cmscale.training import wandb_mirror
+from cmscale.training.metrics_log import MetricsLog
+from cmscale.training.wandb_mirror import WandbMirror
 
 
 class Server:
@@ -19,17 +24,21 @@ class Server:
     def __init__(self, *, breaks_at: int = 10**9, hangs_at_the_end: bool = False) -> None:
         self.breaks_at = breaks_at
         self.hangs_at_the_end = hangs_at_the_end
-        self.steps: list[int] = []
+        self.entries: list[tuple[int, dict[str, Any]]] = []
         self.reached = threading.Event()
         self.released = threading.Event()
+
+    @property
+    def steps(self) -> list[int]:
+        return [entry["step"] for _, entry in self.entries]
 
     def define_metric(self, *_: object, **__: object) -> None:
         pass
 
-    def log(self, record: dict) -> None:
-        if record["step"] >= self.breaks_at:
+    def log(self, entry: dict[str, Any], *, step: int) -> None:
+        if entry["step"] >= self.breaks_at:
             raise ConnectionError("wandb went away")
-        self.steps.append(record["step"])
+        self.entries.append((step, entry))
 
     def finish(self) -> None:
         self.reached.set()
@@ -37,32 +46,146 @@ class Server:
             self.released.wait(60)
 
 
-def log_to(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> MetricsLog:
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.samples.mkdir(parents=True)
+    return run
+
+
+def start(server: Server, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> MetricsLog:
     monkeypatch.setattr(wandb, "init", lambda **_: server)
-    return MetricsLog(RunDir(folder), Wandb(mode="offline"), config={}, active=True)
+    monkeypatch.setattr(wandb, "Image", lambda path, caption: f"{Path(path).name}: {caption}")
+    return MetricsLog(run, Wandb(mode="offline"), config={}, active=True)
 
 
-def test_wandb_that_goes_away_in_the_middle_costs_nothing_but_its_own_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def close(log: MetricsLog) -> None:
+    """Closes a log with all the patience that a busy machine needs."""
+    for mirror in log._mirrors:
+        mirror.close(patience=300)
+
+
+def test_wandb_that_goes_away_in_the_middle_costs_nothing_but_its_own_steps(run, monkeypatch, capfd) -> None:
     server = Server(breaks_at=3)
-    log = log_to(server, tmp_path, monkeypatch)
+    log = start(server, run, monkeypatch)
     for step in range(1, 6):
         log.write({"step": step})
-    log.close()
+    close(log)
     assert server.steps == [1, 2]
-    assert [record["step"] for record in read_lines(RunDir(tmp_path).metrics)] == [1, 2, 3, 4, 5]
-    assert [record["event"] for record in read_lines(RunDir(tmp_path).events)] == ["wandb_failed"]
+    assert [record["step"] for record in read_lines(run.metrics)] == [1, 2, 3, 4, 5]
+    assert [record["event"] for record in read_lines(run.events)] == ["wandb_failed"]
+    assert "wandb: no more is sent, training goes on (ConnectionError: wandb went away)" in capfd.readouterr().out
+    again = Server()
+    log = start(again, run, monkeypatch)
+    log.write({"step": 6})
+    close(log)
+    assert again.steps == [3, 4, 5, 6]  # the next start sends what this one could not
 
 
-def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replayed_steps_are_sent_once_and_entries_are_numbered_on(run, monkeypatch) -> None:
+    servers = []
+    for steps in ([10, 20, 30], [20, 30, 40], [50]):
+        servers.append(Server())
+        log = start(servers[-1], run, monkeypatch)
+        for step in steps:
+            log.write({"step": step, "loss": 1.0 / step, "loss_q1": None, "loss_q2": float("nan")})
+        close(log)
+    assert [server.steps for server in servers] == [[10, 20, 30], [40], [50]]
+    assert servers[0].entries[0] == (10, {"step": 10, "loss": 0.1})
+    rows = [row for server in servers for row, _ in server.entries]
+    assert rows == sorted(set(rows))
+
+
+def test_grids_and_evaluations_are_sent_once_whoever_wrote_them(run, monkeypatch) -> None:
+    server = Server()
+    log = start(server, run, monkeypatch)
+    log.write({"step": 100})
+    run.sample_grid(100).write_bytes(b"png")
+    write_evaluation(run, step=50, nfe=2, values=(3.0, 5.0))
+    (run.evaluations / "damaged.json").write_text("{")
+    close(log)
+    second = Server()
+    log = start(second, run, monkeypatch)
+    write_evaluation(run, step=100, nfe=1, values=(2.0,))
+    close(log)
+    assert {"step": 100, "samples": "step-000000100.png: step 100"} in [entry for _, entry in server.entries]
+    name = "evaluation/FD-EfficientNet/ema_0.999/nfe2/n500/ref0123"
+    assert [entry[name] for _, entry in server.entries if name in entry] == [4.0]
+    ((row, entry),) = second.entries
+    assert (entry["step"], entry[name.replace("nfe2", "nfe1")]) == (100, 2.0)
+    assert row > max(row for row, _ in server.entries)
+
+
+def test_what_an_earlier_release_sent_is_not_sent_again(run, monkeypatch) -> None:
+    for step in (1, 2):
+        append_line(run.metrics, {"step": step})
+    run.wandb_id.write_text("an id")
+    server = Server()
+    log = start(server, run, monkeypatch)
+    log.write({"step": 3})
+    close(log)
+    assert server.steps == [3]
+
+
+def test_wandb_that_hangs_at_the_end_is_left_behind(run, monkeypatch) -> None:
     server = Server(hangs_at_the_end=True)
     monkeypatch.setattr(wandb, "init", lambda **_: server)
-    mirror = WandbMirror(RunDir(tmp_path), Wandb(mode="offline"), config={})
-    mirror.write({"step": 1})
+    mirror = WandbMirror(run, Wandb(mode="offline"), config={})
+    append_line(run.metrics, {"step": 1})
     began = time.monotonic()
     mirror.close(patience=0.2)
     assert time.monotonic() - began < 30
-    assert server.reached.wait(30)
+    assert server.reached.wait(60)
     assert server.steps == [1]
     server.released.set()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home, without variables of wandb."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("API_KEY", "BASE_URL", "MODE", "CONFIG_DIR", "DIR", "IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
+    return tmp_path
+
+
+def mode(choice: Any = "auto") -> str:
+    return wandb_mirror._mode(Wandb(mode=choice))
+
+
+@pytest.mark.parametrize("host", [None, "https://api.wandb.ai", "https://wandb.example.org:8443"])
+def test_a_login_is_found_wherever_wandb_writes_it(home: Path, monkeypatch, host: str | None) -> None:
+    from wandb.sdk.lib import urls, wbauth
+
+    assert mode() == "offline"
+    if host is not None and host != urls.DEFAULT_BASE_URL:
+        monkeypatch.setenv("WANDB_BASE_URL", host)
+    wbauth.write_netrc_auth(host=host or urls.DEFAULT_BASE_URL, api_key="k" * 40)
+    assert mode() == "online"
+    assert find_login().host in (host or urls.DEFAULT_BASE_URL)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://another.example.org")
+    assert mode() == "offline"  # a key of another server
+
+
+def test_the_users_choice_of_a_mode_counts_where_the_config_makes_none(home: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert mode() == "online"
+    (home / "wandb").mkdir()
+    (home / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert mode() == "offline"
+    for given, found in (("disabled", "disabled"), ("dryrun", "offline"), ("online", "online")):
+        monkeypatch.setenv("WANDB_MODE", given)
+        assert mode() == found
+    assert mode("offline") == "offline"
+
+
+def test_a_user_who_has_disabled_wandb_gets_no_folder_of_it(run, home, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log = MetricsLog(run, Wandb(), config={}, active=True)
+    log.write({"step": 1})
+    close(log)
+    assert not (run.root / "wandb").exists()
+    assert not run.wandb_id.exists()
+    assert not run.events.exists()
