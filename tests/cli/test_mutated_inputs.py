@@ -28,7 +28,7 @@ import pytest
 import torch
 from data_fixtures import encoded, smooth_image, write_lmdb
 from edm_pickles import adm_unet, preconditioned, write_pickle
-from evaluation_fixtures import build_cheap_features, write_dataset, write_trained_run
+from evaluation_fixtures import build_cheap_features, write_dataset, write_snapshot, write_trained_run
 from mutations import mutated, replaced
 from PIL import Image
 from run_folder import write_evaluation
@@ -89,6 +89,7 @@ def build_inputs(root: Path) -> list[Input]:
     return [
         *_weights(root, run.root, config_file),
         *_runs(run.root, config_file),
+        _snapshots(root / "averages" / "run", data),
         *_evaluations(root, run.root),
         *_pictures(root, run.root),
         *_data(root, data, run.root),
@@ -196,6 +197,20 @@ def _runs(run: Path, config_file: Path) -> list[Input]:
             [("resume", run, "OUT"), ("cmscale", "verify", run)],
         ),
     ]
+
+
+def _snapshots(folder: Path, data: Path) -> Input:
+    """A run that keeps snapshots of averages, as if ZeRO-3 had written them."""
+    run = write_trained_run(folder, data=data, overrides=("ema.lengths=[0.1,0.2]",))
+    for step in (3, 7):
+        write_snapshot(run, read_config(run.config, resolved=True), step=step, zero_stage=3)
+    commands = [
+        ("cmscale", "ema", folder),
+        ("cmscale", "ema", folder, "--length", 0.1, "--to", "OUT/x.safetensors"),
+        ("cmscale", "verify", folder),
+        ("resume", folder, "OUT"),
+    ]
+    return Input("snapshot", [path for path in run.snapshots.rglob("*") if path.is_file()], commands)
 
 
 def _evaluations(root: Path, run: Path) -> list[Input]:

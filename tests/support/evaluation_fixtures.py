@@ -98,9 +98,10 @@ def write_checkpoint(
     _write(run.checkpoint(step), names, config, step=step, data_fingerprint=data_fingerprint, scalars=scalars or {})
 
 
-def write_snapshot(run: RunDir, config: Config, *, step: int) -> None:
+def write_snapshot(run: RunDir, config: Config, *, step: int, zero_stage: int = 0) -> None:
     """Writes a snapshot of the averages by a power function."""
-    _write(run.snapshot(step), config.ema.power_names, config, step=step, data_fingerprint="data", scalars={})
+    names, folder = config.ema.power_names, run.snapshot(step)
+    _write(folder, names, config, step=step, data_fingerprint="data", scalars={}, zero_stage=zero_stage)
 
 
 def _write(
@@ -111,6 +112,7 @@ def _write(
     step: int,
     data_fingerprint: str,
     scalars: dict[str, float],
+    zero_stage: int = 0,
 ) -> None:
     with torch.device("meta"):
         parameters = number_parameters(build_unet(config.model))
@@ -126,7 +128,7 @@ def _write(
         state=TrainState(step=step, cursor=8 * step),
         generation=1,
         num_ranks=1,
-        zero_stage=0,
+        zero_stage=zero_stage,
         config_fingerprint=config.fingerprint(),
         config=config.model_dump(mode="json"),
         trajectory=trajectory(config),
