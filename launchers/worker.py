@@ -10,14 +10,8 @@ Exit status: 0 if training has finished, or if a newer start of the run has take
 the rank was asked to stop (SIGTERM) and saved: start the command again to continue; 1 after a fault.
 """
 
-import argparse
-import os
 import sys
-import traceback
-from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a run from any folder
 
@@ -25,6 +19,13 @@ if __name__ == "__main__":
     from cmscale.commands.ending import end_early_interrupts
 
     end_early_interrupts()
+
+import argparse
+import os
+import traceback
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import NoReturn
 
 from cmscale.commands.ending import INTERRUPTED
 from cmscale.commands.parser import CommandParser

@@ -162,14 +162,30 @@ def job_states(job_id: str, clusters: str | None = None) -> set[str] | None:
     Raises:
         FileNotFoundError: there is no squeue on the PATH.
     """
-    command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id]
-    command += [f"--clusters={clusters}"] if clusters else []
-    # SQUEUE_PARTITION and the like would hide the job.
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    asked = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    asked = _squeue(job_id, clusters, "--states=all", "--format=%T")
     if asked.returncode == 0:
         return set(_STATE.findall(asked.stdout))  # with clusters there are lines such as `CLUSTER: c1`, too
     return set() if "Invalid job id" in asked.stderr else None
+
+
+def pending_reason(job_id: str, clusters: str | None = None) -> str:
+    """Why a job waits in the queue, in Slurm's words: `Priority`, `DependencyNeverSatisfied`."""
+    asked = _squeue(job_id, clusters, "--states=PENDING", "--format=%r")
+    lines = [line.strip() for line in asked.stdout.splitlines() if not line.startswith("CLUSTER:")]
+    return next(filter(None, lines), "Slurm gives no reason")
+
+
+def _squeue(job_id: str, clusters: str | None, *options: str) -> subprocess.CompletedProcess[str]:
+    """Asks about a job.
+
+    Raises:
+        FileNotFoundError: there is no squeue on the PATH.
+    """
+    command = ["squeue", "--noheader", *options, "--jobs", job_id]
+    command += [f"--clusters={clusters}"] if clusters else []
+    # SQUEUE_PARTITION and the like would hide the job.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
 
 
 def outside_of_jobs(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

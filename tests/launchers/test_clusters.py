@@ -15,6 +15,8 @@ from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from launchers import submit
 from launchers.clusters import CLUSTERS, place
+from launchers.clusters import slurm as slurm_cluster
+from launchers.clusters.slurm import wait_for_end
 from launchers.heartbeat import SILENT_SECONDS, machine_id
 from launchers.jobs import EVALUATE, TRAIN, JobSpec
 from launchers.run_folders import only_launcher
@@ -190,6 +192,54 @@ class TestRefusals:
         submission.job_file.write_text(json.dumps({"job_id": "7", "worker": "cmscale.train:main"}))
         with pytest.raises(UserError, match="job 7 of this run is RUNNING"), only_launcher(run, TRAIN):
             pytest.fail("started")
+
+
+class TestWaiting:
+    """What `--wait` sees from a login node."""
+
+    @pytest.fixture
+    def submission(self, tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch) -> Submission:
+        run = RunDir(tmp_path / "run")
+        run.logs.mkdir(parents=True)
+        submission = Submission(run, "one")
+        submission.write_job(TRAIN, (), job_id="7")
+        monkeypatch.setattr(slurm_cluster, "POLL_SECONDS", 0.0)
+        monkeypatch.setattr(slurm_cluster, "REASON_SECONDS", 0.0)
+        return submission
+
+    def test_a_job_that_waits_says_why(
+        self,
+        submission: Submission,
+        commands: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        finished = f'echo \'{{"ending": "finished", "why": "", "rank": 0}}\' >{submission.ending_file}'
+        looks = f"if [ -e two ]; then {finished}; elif [ -e one ]; then : >two; else : >one; fi"
+        monkeypatch.chdir(commands)
+        install(
+            commands, "squeue", f'case "$*" in *%T*) echo PENDING;; *) {looks}; echo DependencyNeverSatisfied;; esac'
+        )
+        assert wait_for_end(submission) == 0
+        assert capsys.readouterr().out.count("job 7 waits in the queue: DependencyNeverSatisfied\n") == 1
+
+    def test_a_job_that_failed_and_goes_on_as_another_is_followed_though_its_files_come_late(
+        self, submission: Submission, commands: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As NFS shows a file of another node."""
+        looks: list[int] = []
+
+        def listed(_: Path) -> list[str]:
+            looks.append(1)
+            if len(looks) == 5:
+                submission.replace_job_id("8")
+            return []
+
+        monkeypatch.setattr(slurm_cluster.os, "listdir", listed)
+        done = f'echo \'{{"ending": "finished", "why": "", "rank": 0}}\' >{submission.ending_file}; echo COMPLETED'
+        install(commands, "squeue", f'case "$*" in *"--jobs 7"*) echo FAILED;; *) {done};; esac')
+        assert wait_for_end(submission) == 0
+        assert len(looks) == 5
 
 
 @pytest.mark.usefixtures("toy")
