@@ -130,12 +130,16 @@ def test_preemption_while_ranks_are_starting_is_no_fault(slurm: Path, tmp_path: 
     assert "fault" not in attempts(run)
 
 
+@pytest.mark.timeout(600)  # each start of it may take a minute
 def test_time_limit_saves_and_requeues_and_repeats_no_step(slurm: Path, tmp_path: Path):
     run = RunDir(tmp_path / "run")
-    # Slurm's limits are whole minutes: the signal comes 50 s before the end of one.
-    submit(run, total_steps=150, how="slow", minutes=1, signal_seconds=50)
+    # Slurm's limits are whole minutes: the signal comes 50 s before the end of one, too short for 400 slow steps.
+    submit(run, total_steps=400, how="slow at first", minutes=1, signal_seconds=50)
+    wait_until(lambda: "requeued" in events(run), seconds=300)
+    # On a slow machine a start may be over before it has begun to step; one limit is enough here.
+    subprocess.run(["scontrol", "update", f"JobId={job_id(run)}", "TimeLimit=60"], check=True)
     assert wait(run) == 0
-    assert steps(run) == list(range(1, 151))
+    assert steps(run) == list(range(1, 401))
     assert set(attempts(run)[:-1]) == {"time_limit"}
     assert attempts(run)[-1] == "finished"
 
