@@ -26,8 +26,8 @@ def export(
     to: Annotated[
         Place | None,
         typer.Option(
-            help="Path or s3:// URL of the file (diffusers: of the folder). Without it, a run's checkpoints that its "
-            "checkpoint.export_to lacks are uploaded."
+            help="Path or s3:// URL of the file, or of a folder to publish (diffusers: always a folder; safetensors: a "
+            "name without an ending). Without it, a run's checkpoints that its checkpoint.export_to lacks are uploaded."
         ),
         USED,
     ] = None,
@@ -46,11 +46,17 @@ def export(
         typer.Option("--checkpoint", metavar="STEP", help="Step of a run's checkpoint, or `latest`."),
         Use(source=(RUN,), needs=("to",)),
     ] = "latest",
+    license: Annotated[
+        str,
+        typer.Option(metavar="ID", help="The licence in the model card, as Hugging Face's hub names it: apache-2.0."),
+        Use(needs=("to",)),
+    ] = "unknown",
     config: ConfigOption = None,
     overrides: OverridesArgument = None,
     given: Given = GIVEN,
 ) -> None:
     """Writes weights in a format of another project, or uploads the checkpoints that a run has not exported yet."""
+    from cmscale.export.metadata import check_license
     from cmscale.export.weights import check_target, export_weights, finish_copies
     from cmscale.source import checkpoint_step, load_source, model_kind
 
@@ -67,10 +73,11 @@ def export(
         return
     if to.is_same(source):
         raise UserError(f"--to {to}: is the source itself; name another place")
+    check_license(license)
     check_target(format, to)
     loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     with console.status(f"writing {to}"):
-        cautions = export_weights(loaded, format=format, to=to)
+        cautions = export_weights(loaded, format=format, to=to, license=license)
     print(to)
     for caution in cautions:
         print(f"caution: {caution}", file=sys.stderr, flush=True)

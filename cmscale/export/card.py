@@ -2,24 +2,22 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, assert_never
 
 import yaml
 
-from cmscale.config import Config, MethodSection, dump_config
-from cmscale.config.agreement import OPENAI
-from cmscale.consistency.sampler import default_sigmas
-from cmscale.errors import UserError
+from cmscale.config import Config, dump_config
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
-from cmscale.interop import parameter_shapes, pipeline_timesteps
+from cmscale.export.metadata import UNKNOWN, front_matter
+from cmscale.export.usage import WEIGHTS, Format, usage
+from cmscale.interop import parameter_shapes
 from cmscale.io.place import without_folders
 from cmscale.runs.comparison import RULE, basis_of, describe_basis, groups_of, once_each
 from cmscale.runs.manifests import DatasetManifest
 from cmscale.runs.results import EvaluationResult
 from cmscale.source import IMPORTED
 
-Format = Literal["safetensors", "openai", "diffusers"]
-
+SAMPLES = "samples.png"
+"""The grid of samples in an exported folder."""
 _SHOWN_TIMES = 8
 _PRECONDITIONING = {"kind", "sigma_data", "sigma_min", "sigma_max", "rho", "time_embedding", "teacher_time_embedding"}
 
@@ -33,6 +31,9 @@ def model_card(
     dataset: DatasetManifest | None = None,
     evaluations: Sequence[EvaluationResult] = (),
     format: Format = "safetensors",
+    license: str = UNKNOWN,
+    file: str = WEIGHTS,
+    has_samples: bool = False,
 ) -> str:
     """The card of the weights `weights_name` at `step`.
 
@@ -42,13 +43,20 @@ def model_card(
         dataset: The manifest of the training data, if it is available.
         evaluations: Results of `cmscale evaluate`; those of other steps or weights are left out.
         format: That of the weights: the card says how its project samples as cmscale does.
+        license: Its identifier on Hugging Face's hub, such as `apache-2.0`.
+        file: The name of the weights' file beside the card.
+        has_samples: Whether `samples.png`, a grid of samples, is beside the card.
 
     The card of imported weights says nothing about their training: their config only says how they are used here. Local
     paths are shortened to their last part.
     """
     is_imported = weights_name == IMPORTED
+    named = [each for each in evaluations if each.step == step and each.weights == weights_name]
+    mine = [each for each in named if _is_of(each, weights_sha256)]
+    title = f"{config.method.kind.upper()} at {config.model.image_size}x{config.model.image_size}"
     lines = [
-        *_heading(config),
+        *front_matter(title, config, mine, format=format, license=license),
+        *_heading(config, title, has_samples=has_samples),
         f"| Weights | {'imported from another project' if is_imported else weights_name} |",
         f"| Classes | {config.model.num_classes or 'none'} |",
         *([] if is_imported else _training_rows(config, step=step)),
@@ -56,9 +64,14 @@ def model_card(
         "",
         "## Quality",
         "",
-        *_quality_of(evaluations, step=step, weights_name=weights_name, weights_sha256=weights_sha256),
+        *_quality(mine),
+        *_left_out(len(named) - len(mine)),
         "",
-        *_use(format, config.method),
+        *usage(format, config.method, file=file),
+        "## Licence",
+        "",
+        *_licence(license),
+        "",
         "## Limits",
         "",
         "The model reproduces what its training data shows, including the gaps and biases of that data. Its samples",
@@ -74,22 +87,27 @@ def model_card(
     return "\n".join(lines)
 
 
-def _heading(config: Config) -> Iterator[str]:
-    """Everything to the first row of the table of facts."""
+def _heading(config: Config, title: str, *, has_samples: bool) -> Iterator[str]:
+    """Everything from the title to the first row of the table of facts."""
     model, method = config.model, config.method
     count = sum(math.prod(shape) for shape in parameter_shapes(model).values())
-    kind = "unconditional" if model.num_classes is None else "class-conditional"
     size = f"{model.image_size}x{model.image_size}"
-    yield "---"
-    yield f"tags: [image-generation, {kind}-image-generation, consistency-models]"
-    yield "---"
-    yield ""
-    yield f"# {method.kind.upper()} at {size}"
+    yield f"# {title}"
     yield ""
     yield f"This is {method.facts.description}: an ADM UNet of {count / 1e6:.1f} M parameters for {size} images."
     yield ""
+    if has_samples:
+        yield f"![Samples of these weights, from fixed seeds]({SAMPLES})"
+        yield ""
     yield "| | |"
     yield "|---|---|"
+
+
+def _licence(license: str) -> Iterator[str]:
+    if license == UNKNOWN:
+        yield "Not stated. Whoever publishes these weights states it in the field `license` at the top, and here."
+    else:
+        yield f"`{license}`"
 
 
 def _training_rows(config: Config, *, step: int) -> Iterator[str]:
@@ -120,77 +138,9 @@ def _is_of(evaluation: EvaluationResult, weights_sha256: str | None) -> bool:
     return None in (known, weights_sha256) or known == weights_sha256
 
 
-def _use(format: Format, method: MethodSection) -> Iterator[str]:
-    """How the project of a format samples as `cmscale sample` does."""
-    match format:
-        case "safetensors":
-            return
-        case "openai":
-            yield from _with_openai(method)
-        case "diffusers":
-            yield from _with_diffusers(method)
-        case _:
-            assert_never(format)
-
-
-def _with_openai(method: MethodSection) -> Iterator[str]:
-    """The arguments with which OpenAI's scripts compute the same function of the same weights."""
-    mode = "consistency_distillation" if method.facts.preconditioning == "consistency" else "edm"
-    yield "## Use with OpenAI's code"
-    yield ""
-    yield f"`--training_mode {mode} --sigma_min {method.sigma_min:g} --sigma_max {method.sigma_max:g}`"
-    yield ""
-    for caution in unlike_openai(method):
-        yield f"{caution}."
-        yield ""
-
-
-def unlike_openai(method: MethodSection) -> list[str]:
-    """What no argument of OpenAI's scripts sets as this method has it, one line each."""
-    return [
-        f"OpenAI's code takes {key} {theirs:g}, this model was trained with {ours:g}: as it is, that code computes "
-        f"another function of these weights; construct its KarrasDenoiser with {key}={ours:g}"
-        for key in ("sigma_data", "rho")
-        if (ours := getattr(method, key)) != (theirs := getattr(OPENAI, key))
-    ]
-
-
-def _with_diffusers(method: MethodSection) -> Iterator[str]:
-    """How diffusers' pipeline samples at the times that `cmscale sample` takes by default."""
-    yield "## Use with diffusers"
-    yield ""
-    yield "```python"
-    yield "pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(FOLDER)"
-    yield "images = pipeline(num_inference_steps=None, timesteps=TIMESTEPS).images"
-    yield "```"
-    yield ""
-    yield "From the same noise these timesteps give the images of `cmscale sample`:"
-    yield ""
-    for steps in (1, 2):
-        try:
-            sigmas = default_sigmas(method, steps).tolist()
-        except UserError:  # no second time is known for this range of noise
-            continue
-        timesteps, times = pipeline_timesteps(method, sigmas)
-        line = f"- `--steps {steps}`: `timesteps={timesteps}`"
-        if any(abs(time / sigma - 1) > 1e-6 for time, sigma in zip(times, sigmas, strict=True)):
-            given = ",".join(f"{time:.10g}" for time in times)
-            line += (
-                " is the nearest that the scheduler has; the same images come of "
-                f"`cmscale sample --sampling-times {given}`"
-            )
-        yield line
-    yield ""
-
-
-def _quality_of(
-    evaluations: Sequence[EvaluationResult], *, step: int, weights_name: str, weights_sha256: str | None
-) -> Iterator[str]:
-    """The quality of these weights, and how many results of others that had their name are left out."""
-    named = [each for each in evaluations if each.step == step and each.weights == weights_name]
-    mine = [each for each in named if _is_of(each, weights_sha256)]
-    yield from _quality(mine)
-    if others := len(named) - len(mine):
+def _left_out(others: int) -> Iterator[str]:
+    """How many results of other weights that had this name are not shown."""
+    if others:
         yield f"Left out: {_results(others)} of other weights that had this name."
         yield ""
 

@@ -8,7 +8,9 @@ from cmscale.commands.parser import Output, check_output
 from cmscale.config import Config, read_config
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
-from cmscale.export.card import Format, model_card, unlike_openai
+from cmscale.export.card import SAMPLES, model_card
+from cmscale.export.metadata import UNKNOWN
+from cmscale.export.usage import WEIGHTS, Format, unlike_openai
 from cmscale.interop import refuse_inexpressible, write_diffusers, write_openai, write_safetensors
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
@@ -17,17 +19,23 @@ from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.source import Source, dataset_of
 
+CARD = "README.md"
 
-def export_weights(source: Source, *, format: Format, to: Place) -> list[str]:
+
+def export_weights(source: Source, *, format: Format, to: Place, license: str = UNKNOWN) -> list[str]:
     """Writes the weights and a model card to a path or `s3://` URL. Returns cautions for users of that format.
 
-    `safetensors` and `openai` are one file, with the card next to it; `diffusers` is a folder that contains the card.
+    `diffusers` is a folder, `openai` a file with the card next to it, `safetensors` either, as `to` is named: a folder
+    has the layout of a repository on Hugging Face's hub, with the card as README.md, and a grid of samples if there is
+    one of these weights.
 
     Raises:
         UserError: The format cannot express the network, the file's name has another ending, the target cannot be
             written, or an evaluation of the run is not readable.
     """
     _refuse_inexpressible(source.config, format, to)
+    is_folder = format == "diffusers" or _is_folder(format, to)
+    samples = _samples_of(source) if is_folder else None
     card = model_card(
         source.config,
         step=source.step,
@@ -36,23 +44,40 @@ def export_weights(source: Source, *, format: Format, to: Place) -> list[str]:
         dataset=dataset_of(source),
         evaluations=_evaluations(source),
         format=format,
+        license=license,
+        file=WEIGHTS if is_folder else to.rpartition("/")[2],
+        has_samples=samples is not None,
     )
+    if samples is not None:
+        open_storage(to).write(SAMPLES, samples)
+    what = {"config": source.config, "step": source.step, "weights_name": source.weights_name}
     match format:
         case "safetensors":
-            write_safetensors(
-                to, source.weights, config=source.config, step=source.step, weights_name=source.weights_name
-            )
+            write_safetensors(Place(open_storage(to).join(WEIGHTS)) if is_folder else to, source.weights, **what)
         case "openai":
             write_openai(to, source.weights, model=source.config.model)
         case "diffusers":
-            write_diffusers(
-                to, source.weights, config=source.config, step=source.step, weights_name=source.weights_name, card=card
-            )
-            return []
+            write_diffusers(to, source.weights, **what, card=card)
         case _:
             assert_never(format)
-    Place(f"{to}.md").write(card.encode())
+    if format != "diffusers":
+        Place(open_storage(to).join(CARD) if is_folder else f"{to}.md").write(card.encode())
     return unlike_openai(source.config.method) if format == "openai" else []
+
+
+def _is_folder(format: Format, to: Place) -> bool:
+    """Whether a target of this format is a folder: one that exists, or a name without an ending."""
+    if format != "safetensors":
+        return format == "diffusers"
+    return to.endswith("/") or not Path(to.rpartition("/")[2]).suffix or (not to.is_remote and Path(to).is_dir())
+
+
+def _samples_of(source: Source) -> bytes | None:
+    """The grid that training drew with these weights: it draws with the first EMA."""
+    if source.run_dir is None or source.weights_name != source.config.ema.names[0]:
+        return None
+    grid = RunDir(source.run_dir).sample_grid(source.step)
+    return grid.read_bytes() if grid.is_file() else None
 
 
 def _refuse_inexpressible(config: Config, format: Format, to: Place) -> None:
@@ -70,20 +95,27 @@ def check_target(format: Format, to: Place) -> None:
         UserError: the file's name has another ending, or it may not be written.
     """
     match format:
+        case "safetensors" if _is_folder(format, to):
+            _check_folder(to, WEIGHTS)
         case "safetensors":
             check_output("--to", to, Output((".safetensors",)))
         case "openai":
             check_output("--to", to, Output((".pt",)))
         case "diffusers":
-            if not to.is_remote and Path(to).is_file():
-                raise UserError(f"--to {to}: is a file; a diffusers export is a folder")
-            storage = open_storage(to)
-            for name in ("config.yaml", CHECKPOINT_MANIFEST):  # with an index beside it, it would be no run any more
-                if storage.read_if_present(name) is not None:
-                    raise UserError(f"--to {to}: is a run, a checkpoint or a data set ({name}); name another folder")
-            storage.check_writable("model_index.json")
+            _check_folder(to, "model_index.json")
         case _:
             assert_never(format)
+
+
+def _check_folder(to: Place, first: str) -> None:
+    """Checks that a folder can take an export, whose file `first` is written there."""
+    if not to.is_remote and Path(to).is_file():
+        raise UserError(f"--to {to}: is a file; name a folder")
+    storage = open_storage(to)
+    for name in ("config.yaml", CHECKPOINT_MANIFEST):  # with an index beside it, it would be no run any more
+        if storage.read_if_present(name) is not None:
+            raise UserError(f"--to {to}: is a run, a checkpoint or a data set ({name}); name another folder")
+    storage.check_writable(first)
 
 
 def finish_copies(folder: Path, copied: Callable[[Copied], None] = lambda _: None) -> list[Copied]:

@@ -1,14 +1,24 @@
 """The model card describes the weights, their training and data, and their quality."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 from networks import random_weights, small_config, small_model
 
+import cmscale
 from cmscale.config import dump_config, parse_config
 from cmscale.config.methods import METHODS_BY_KIND
+from cmscale.errors import UserError
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.export.card import model_card
+from cmscale.export.metadata import check_license
+from cmscale.export.weights import check_target, export_weights
+from cmscale.io.place import Place
+from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import DatasetManifest
 from cmscale.runs.results import EvaluationResult, Metric
+from cmscale.source import Source
 
 CONFIG = small_config(small_model())
 
@@ -166,3 +176,86 @@ def test_the_card_of_an_openai_file_says_how_openais_code_computes_the_same() ->
     assert "OpenAI's code takes sigma_data 0.5, this model was trained with 0.25" in cards["other"]
     assert "--training_mode edm" in cards["edm"]
     assert "OpenAI" not in model_card(CONFIG, step=60, weights_name="m")
+
+
+def front_matter(card: str) -> dict:
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_hub_reads_licence_task_and_scores_from_the_head() -> None:
+    few = evaluation(fid=(99.0,)).model_copy(update={"num_samples": 20})
+    given = [evaluation(precision=(0.68,)), evaluation(nfe=2, fid=(5.22,)), evaluation(step=50), few]
+    card = model_card(CONFIG, step=60, weights_name="ema_0.999943", evaluations=given, license="apache-2.0")
+    found = front_matter(card)
+    assert found["license"] == "apache-2.0"
+    assert "## Licence\n\n`apache-2.0`\n" in card
+    assert (found["library_name"], found["pipeline_tag"]) == ("cmscale", "unconditional-image-generation")
+    assert {"consistency-models", "unconditional-image-generation", "ct"} <= set(found["tags"])
+    (model,) = found["model-index"]
+    assert model["name"] == "CT at 16x16"
+    of_many, of_few = model["results"]
+    assert of_many["dataset"] == {"type": "images", "name": "crops"}
+    scores = {metric["name"]: (metric["type"], metric["value"]) for metric in of_many["metrics"]}
+    assert scores == {
+        "FID (1 network evaluations, 50,000 samples against crops, features inception)": ("fid", 7.85),
+        "precision (1 network evaluations, 50,000 samples against crops, features inception)": ("precision", 0.68),
+        "FID (2 network evaluations, 50,000 samples against crops, features inception)": ("fid", 5.22),
+    }
+    assert "20 samples" in of_few["metrics"][0]["name"]
+
+
+def test_a_licence_that_nobody_stated_is_named_so() -> None:
+    card = model_card(CONFIG, step=60, weights_name="m", format="diffusers")
+    assert (front_matter(card)["license"], front_matter(card)["library_name"]) == ("unknown", "diffusers")
+    assert "model-index" not in front_matter(card)
+    assert "Not stated." in card
+    with pytest.raises(UserError, match="--license My own"):
+        check_license("My own")
+
+
+def test_usage_names_the_file_beside_the_card() -> None:
+    card = model_card(CONFIG, step=60, weights_name="m", file="cd.safetensors")
+    assert 'model = cmscale.load("cd.safetensors")' in card
+    assert "samples.png)" not in card
+    assert "](samples.png)" in model_card(CONFIG, step=60, weights_name="m", has_samples=True)
+
+
+def exported(to: Path, run: RunDir | None, *, format: str, weights_name: str = "ema_0.999943") -> None:
+    source = Source(
+        origin="a run",
+        config=CONFIG,
+        weights=random_weights(CONFIG.model),
+        weights_name=weights_name,
+        step=60,
+        run_dir=None if run is None else run.root,
+    )
+    target = Place(str(to))
+    check_target(format, target)  # pyright: ignore[reportArgumentType]
+    export_weights(source, format=format, to=target)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_folder_has_the_layout_of_a_repository_on_the_hub(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.samples.mkdir(parents=True)
+    run.sample_grid(60).write_bytes(b"the grid")
+    first = CONFIG.ema.names[0]
+    exported(tmp_path / "model", run, format="safetensors", weights_name=first)
+    folder = tmp_path / "model"
+    assert {path.name for path in folder.iterdir()} == {"README.md", "model.safetensors", "samples.png"}
+    assert (folder / "samples.png").read_bytes() == b"the grid"
+    card = (folder / "README.md").read_text()
+    assert "](samples.png)" in card
+    assert 'cmscale.load("model.safetensors")' in card
+    assert str(tmp_path) not in card
+    assert cmscale.load(folder / "model.safetensors").sample(1, steps=1)[0].size == (16, 16)
+    exported(tmp_path / "other", run, format="safetensors", weights_name="master")  # another network's grid
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"README.md", "model.safetensors"}
+    exported(tmp_path / "one.safetensors", run, format="safetensors", weights_name=first)
+    assert "](samples.png)" not in (tmp_path / "one.safetensors.md").read_text()
+    (tmp_path / "run2").mkdir()
+    (tmp_path / "run2" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="is a run, a checkpoint or a data set"):
+        exported(tmp_path / "run2", run, format="safetensors")
+    with pytest.raises(UserError, match="safetensors"):
+        exported(tmp_path / "model.bin", run, format="safetensors")

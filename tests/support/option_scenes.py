@@ -114,6 +114,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "step": ("--checkpoint", "3"),
         "config": ("--config", "{in}/other.yaml"),
         "overrides": ("method.sigma_max=40",),
+        "license": ("--license", "mit"),
     },
     "ema": {
         "run": None,

@@ -1,0 +1,69 @@
+"""Writes the head of a model card: the metadata that Hugging Face's hub reads."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from cmscale.config import Config
+from cmscale.errors import UserError
+from cmscale.evaluation.metrics.registry import all_metrics
+from cmscale.export.usage import Format
+from cmscale.runs.comparison import describe_basis, groups_of, once_each, reference_names
+from cmscale.runs.results import EvaluationResult
+
+UNKNOWN = "unknown"
+"""The hub's identifier for a licence that nobody has stated."""
+_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+def check_license(license: str) -> None:
+    """Refuses what is no identifier of a licence.
+
+    Raises:
+        UserError: it has other characters than the hub's identifiers.
+    """
+    if not _IDENTIFIER.fullmatch(license):
+        raise UserError(f"--license {license}: no identifier of Hugging Face's hub; such are apache-2.0, mit, other")
+
+
+def front_matter(
+    title: str, config: Config, evaluations: Sequence[EvaluationResult], *, format: Format, license: str
+) -> list[str]:
+    """The metadata as YAML between two lines of dashes: licence, library, task, tags, scores."""
+    kind = "unconditional" if config.model.num_classes is None else "class-conditional"
+    found: dict[str, Any] = {
+        "license": license,
+        "library_name": "diffusers" if format == "diffusers" else "cmscale",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["image-generation", f"{kind}-image-generation", "consistency-models", config.method.kind],
+    }
+    if results := _results(evaluations):
+        found["model-index"] = [{"name": title, "results": results}]
+    return ["---", yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+
+
+def _results(evaluations: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
+    """The scores of each reference, by groups that may be compared, as the hub's model index has them."""
+    return [
+        {
+            "task": {"type": "unconditional-image-generation"},
+            "dataset": {"type": "images", "name": reference_names(group)[0]},
+            "metrics": [metric for each in once_each(group) for metric in _metrics(each)],
+        }
+        for group in groups_of(evaluations)
+    ]
+
+
+def _metrics(result: EvaluationResult) -> list[dict[str, Any]]:
+    how = f"{result.nfe} network evaluations, {describe_basis(result)}, features {result.features}"
+    return [
+        {
+            "type": metric.name.replace("_", "-"),
+            "name": f"{metric.title_over(result.score_name)} ({how})",
+            "value": round(result.metrics[metric.name].mean, 6),
+        }
+        for metric in all_metrics()
+        if metric.name in result.metrics
+    ]
