@@ -90,6 +90,7 @@ def _scores(facts: RunFacts) -> list[Tile]:
     found = []
     for best in best_by_score(facts.evaluations):
         value, _ = FID.formatted(best.fid)
-        remark = f"step {best.step:,}, {best.nfe} NFE, {describe_basis(best)}" if best.step is not None else ""
-        found.append(Tile(f"best {best.score_name}", value, remark))
+        how = f", {best.nfe} NFE" if best.nfe else ""
+        remark = f"step {best.step:,}, {describe_basis(best)}" if best.step is not None else ""
+        found.append(Tile(f"best {best.score_name}{how}", value, remark))
     return found

@@ -94,6 +94,10 @@ def best_of(results: Sequence[EvaluationResult]) -> EvaluationResult:
 
 
 def best_by_score(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
-    """For each score name the best of its results, by name."""
-    names = sorted({each.score_name for each in results})
-    return [best_of([each for each in results if each.score_name == name]) for name in names]
+    """For each score name and number of network evaluations the best of the results that the rule compares."""
+    found = []
+    for name in sorted({each.score_name for each in results}):
+        group = groups_of(each for each in results if each.score_name == name)[0]
+        for nfe in sorted({each.nfe or 0 for each in group}):
+            found.append(best_of([each for each in group if (each.nfe or 0) == nfe]))
+    return found

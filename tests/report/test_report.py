@@ -104,7 +104,10 @@ def _best(page: str) -> dict[str, tuple[str, str]]:
 def test_the_best_tile_shows_the_best_evaluation(run) -> None:
     write_evaluation(run, step=150, nfe=2, values=(9.0,))
     write_evaluation(run, step=200, nfe=2, values=(12.0,))
-    assert _best(_page(run)) == {"best FD-EfficientNet": ("9.00", "step 150, 2 NFE, 500 samples against crops")}
+    assert _best(_page(run)) == {
+        "best FD-EfficientNet, 1 NFE": ("21.00", "step 200, 500 samples against crops"),
+        "best FD-EfficientNet, 2 NFE": ("9.00", "step 150, 500 samples against crops"),
+    }
 
 
 def test_only_evaluations_of_one_score_reference_and_sample_count_are_compared(run) -> None:
@@ -112,12 +115,15 @@ def test_only_evaluations_of_one_score_reference_and_sample_count_are_compared(r
     write_evaluation(run, step=160, nfe=2, values=(4.0,), num_samples=400)
     write_evaluation(run, step=170, nfe=2, values=(3.0,), features="inception")
     assert _best(_page(run)) == {
-        "best FD-EfficientNet": ("10.50", "step 200, 2 NFE, 500 samples against crops"),
-        "best FID": ("3.00", "step 170, 2 NFE, 500 samples against crops"),
+        "best FD-EfficientNet, 1 NFE": ("21.00", "step 200, 500 samples against crops"),
+        "best FD-EfficientNet, 2 NFE": ("10.50", "step 200, 500 samples against crops"),
+        "best FID, 2 NFE": ("3.00", "step 170, 500 samples against crops"),
     }
     write_evaluation(run, step=180, nfe=2, values=(30.0,), num_samples=50_000)
     write_evaluation(run, step=180, nfe=1, values=(40.0,), num_samples=50_000)
-    assert _best(_page(run))["best FD-EfficientNet"] == ("30.00", "step 180, 2 NFE, 50,000 samples against crops")
+    best = _best(_page(run))
+    assert best["best FD-EfficientNet, 2 NFE"] == ("30.00", "step 180, 50,000 samples against crops")
+    assert best["best FD-EfficientNet, 1 NFE"] == ("40.00", "step 180, 50,000 samples against crops")
 
 
 def test_curves_join_only_results_that_may_be_compared_and_say_which(run) -> None:
