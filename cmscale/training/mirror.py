@@ -102,7 +102,9 @@ class Follower:
 
     def evaluations(self) -> Iterator[EvaluationResult]:
         for path, result in read_evaluation_files(self._run, without=set(self.mark.evaluations)):
-            if result is not None and result.step is not None:
+            if result is None:  # it may be in the middle of being written; the next look reads it again
+                continue
+            if result.step is not None:
                 yield result
             self.mark.evaluations.append(path.name)
 

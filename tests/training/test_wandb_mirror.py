@@ -15,6 +15,7 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, read_lines
 from cmscale.training import wandb_mirror
 from cmscale.training.metrics_log import MetricsLog
+from cmscale.training.mirror import Follower
 from cmscale.training.wandb_mirror import WandbMirror
 
 
@@ -114,6 +115,18 @@ def test_grids_and_evaluations_are_sent_once_whoever_wrote_them(run, monkeypatch
     ((row, entry),) = second.entries
     assert (entry["step"], entry[name.replace("nfe2", "nfe1")]) == (100, 2.0)
     assert row > max(row for row, _ in server.entries)
+
+
+def test_an_evaluation_that_was_half_written_is_sent_when_it_is_whole(run) -> None:
+    write_evaluation(run, step=50, nfe=2, values=(3.0,))
+    (path,) = run.evaluations.glob("*.json")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    follower = Follower(run, "wandb")
+    assert list(follower.evaluations()) == []
+    path.write_bytes(whole)
+    assert [each.step for each in follower.evaluations()] == [50]
+    assert list(follower.evaluations()) == []
 
 
 def test_what_an_earlier_release_sent_is_not_sent_again(run, monkeypatch) -> None:
