@@ -201,8 +201,9 @@ def report(golden: RunDir, soak: Soak, *, steps: int, asked: int, outages: Outag
         print("  " + ", ".join(f"{name}: {count}" for name, count in sorted(counter.items())))
     if outages is not None:
         found += flaws_of_copies(f"s3://{BUCKET}/exports/{soak.run.name}", newest=steps)
-        lost = waits(soak.run)
-        print(f"outages: {len(outages.lengths)}, {sum(outages.lengths):.0f} s in all, met and waited for: {len(lost)}")
+        lost, lengths = waits(soak.run), outages.lengths
+        print(f"outages: {len(lengths)}, {sum(lengths):.0f} s in all")
+        print(f"  met and waited for: {len(lost)}, {sum(lost)} s")
     print(f"steps: {steps}, repeated: {sum(repeated)}, at most {max(repeated, default=0)} after one kill")
     rejected, unfinished = events["damaged_checkpoint"], events["unfinished_save"]
     print(f"checkpoints: {rejected} damaged, {unfinished} unfinished saves removed")
