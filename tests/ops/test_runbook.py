@@ -70,7 +70,8 @@ def events() -> set[str]:
             constants = {str(part.value) for part in found if isinstance(part, ast.Constant)}
             names |= {name for name in constants if re.fullmatch("[a-z]+(_[a-z]+)*", name)}
     prefixes = ("", "evaluation_", "sampling_")  # launchers.submission adds them
-    return {f"{prefix}{name}" for prefix in prefixes for name in names}
+    of_mirrors = {f"{mirror}_failed" for mirror in ("wandb", "tensorboard")}  # cmscale.training.mirror adds the name
+    return {f"{prefix}{name}" for prefix in prefixes for name in names} | of_mirrors
 
 
 def quotes() -> Iterator[str]:
