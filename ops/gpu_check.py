@@ -73,6 +73,8 @@ def checks(out: Path, *, dry_run: bool, original: Path | None) -> Iterator[Check
     yield Check("sampling", "sampling", [*command, "--json", str(result)], 90, result)
     # The step again, changed: beside the part `step` in one run they show what each change gives.
     changes = {"step, compiled": ["model.compile=blocks"]}
+    changes["step, channels last"] = ["model.memory_format=channels_last"]
+    changes["step, compiled, channels last"] = ["model.compile=blocks", "model.memory_format=channels_last"]
     changes["step, LPIPS in fp16"] = ["method.lpips_precision=fp16"]
     for name, more in changes.items():
         result = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"

@@ -86,6 +86,12 @@ class Model(Section):
         "forward-mode derivatives of sct and scd.",
     )
 
+    memory_format: Literal["contiguous", "channels_last"] = operational(
+        "contiguous",
+        "Order of the activations in memory. With channels_last the tensor cores of a GPU need no transposes around "
+        "convolutions in bf16 and fp16; parameters and checkpoints do not change.",
+    )
+
     @model_validator(mode="after")
     def _divisible(self) -> "Model":
         levels = len(self.channel_multipliers)

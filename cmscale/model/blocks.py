@@ -39,8 +39,17 @@ class GroupNorm(float32.Float32Layer, nn.GroupNorm):
         super().__init__(NORM_GROUPS, channels)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+            return self._channels_last(input)
         normal = F.group_norm(input.float(), self.num_groups, self.value("weight"), self.value("bias"), self.eps)
         return normal.to(input.dtype)
+
+    def _channels_last(self, input: Tensor) -> Tensor:
+        """The kernel for CUDA takes and returns channels first: the casts, which copy anyway, change the order."""
+        order = torch.contiguous_format if input.is_cuda else torch.channels_last
+        x = input.to(torch.float32, memory_format=order)
+        normal = F.group_norm(x, self.num_groups, self.value("weight"), self.value("bias"), self.eps)
+        return normal.to(input.dtype, memory_format=torch.channels_last)
 
 
 def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) -> Tensor:

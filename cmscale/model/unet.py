@@ -170,6 +170,8 @@ class UNet(nn.Module):
         elif labels is not None:
             raise UserError("labels were given, but model.num_classes is not set; leave them out")
         h = x.to(dtype)
+        if self.model.memory_format == "channels_last":
+            h = h.contiguous(memory_format=torch.channels_last)  # the layers keep it
         skips = []
         for stage in self.input_blocks:
             h = stage(h, embedding, dropout_keys)

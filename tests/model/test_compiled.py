@@ -65,7 +65,7 @@ def results(network: UNet, x: torch.Tensor, c_noise: torch.Tensor) -> tuple[torc
 @pytest.mark.parametrize(
     "changes",
     [
-        {"activation_checkpointing": True, "scale_shift_norm": True, "dropout": 0.3},
+        {"activation_checkpointing": True, "scale_shift_norm": True, "dropout": 0.3, "memory_format": "channels_last"},
         pytest.param({"channel_multipliers": (1, 2), "precision_layout": "uniform"}, marks=pytest.mark.slow),
     ],
     ids=["small", "two levels"],
