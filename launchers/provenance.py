@@ -3,7 +3,6 @@
 import datetime
 import getpass
 import importlib.metadata
-import json
 import os
 import re
 import socket
@@ -12,13 +11,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from cmscale.io.durable import replace_durably
-from cmscale.io.json_text import parse_json
-from cmscale.io.locks import hold
 from cmscale.io.process import CHECKOUT, node_name
 from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import BRANCH, Lineage
 from cmscale.runs.snapshot import CHANGES, Code
+from cmscale.runs.starts import change_record, read_starts
 
 
 def record_start(run: RunDir, code: Code, folder: Path, *, lineage: Lineage | None = None, **more: Any) -> None:
@@ -44,27 +41,8 @@ def record_start(run: RunDir, code: Code, folder: Path, *, lineage: Lineage | No
         "diff": str((folder / CHANGES).relative_to(run.root)) if inside and code.diff else None,
         "packages": package_versions(),
     }
-    with hold(run.logs / ".provenance.lock", timeout=60, what=f"{run.provenance}"):
-        document = _read(run)
-        document |= {} if lineage is None else {BRANCH: lineage.model_dump(mode="json")}
-        document["starts"] = [*document.get("starts", ()), start]
-        replace_durably(run.provenance, (json.dumps(document, indent=1) + "\n").encode())
-
-
-def read_starts(run: RunDir) -> list[dict[str, Any]]:
-    """The recorded starts, oldest first. A damaged file is kept under another name, and counts as none."""
-    return [start for start in _read(run).get("starts", ()) if isinstance(start, dict)]
-
-
-def _read(run: RunDir) -> dict[str, Any]:
-    try:
-        document = parse_json(run.provenance.read_text())
-        return {**document, "starts": list(document["starts"])}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError):
-        run.provenance.replace(run.provenance.with_suffix(".damaged.json"))
-        return {}
+    branch = {} if lineage is None else {BRANCH: lineage.model_dump(mode="json")}
+    change_record(run, lambda document: document | branch | {"starts": [*document.get("starts", ()), start]})
 
 
 def newest_code(run: RunDir) -> str | None:

@@ -32,10 +32,14 @@ REPEATS = 10
 
 @dataclass(frozen=True)
 class Choice:
-    """An implementation of attention, and why it was taken, in one line."""
+    """An implementation of attention, why it was taken, in one line, and the kernel behind it where that is known."""
 
     kind: Chosen
     why: str
+    kernel: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kernel or self.kind}: {self.why}"
 
 
 @dataclass(frozen=True)

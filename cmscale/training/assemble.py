@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from cmscale.engine.flat_space import number_parameters
 from cmscale.engine.settings import COMPUTE_DTYPES
 from cmscale.errors import UserError
 from cmscale.io.fetch import download_lock, local_file
-from cmscale.model.attention_choice import Choice, choose
+from cmscale.model.attention_choice import Choice, choose, kernel_name, largest_attention
 from cmscale.model.compiled import check_compiler, compile_blocks
 from cmscale.model.denoiser import EDMDenoiser
 from cmscale.model.precondition import denoiser_for, teacher_denoiser_for
@@ -117,7 +117,12 @@ def assemble(config: Config, world: World, *, fresh: bool) -> Parts:
 def chosen_attention(config: Config, world: World) -> Choice:
     """The implementation of attention that rank 0 finds to be right and fast, for all ranks. Collective."""
     dtype = COMPUTE_DTYPES[config.engine.precision]
-    return from_main(on_main(lambda: choose(config.model, world.device, dtype)))
+
+    def chosen() -> Choice:
+        choice = choose(config.model, world.device, dtype)
+        return replace(choice, kernel=kernel_name(choice, largest_attention(config.model), world.device, dtype))
+
+    return from_main(on_main(chosen))
 
 
 def first_weights(config: Config, teacher: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:

@@ -16,6 +16,7 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState
+from cmscale.runs.starts import add_to_newest_start
 from cmscale.training.metrics_log import MetricsLog
 from cmscale.training.usage import Usage
 
@@ -51,8 +52,14 @@ class RunLog:
         lineage = read_lineage(self._run) if self._world.is_main else None
         if lineage is not None and lineage.step == state.step:
             why = f"branch of {lineage}"
-        chosen = f"{attention.kind}: {attention.why}"
-        self._event("resumed" if state.step else "start", state, why=why, attention=chosen, ranks=self._world.num_ranks)
+        self._event(
+            "resumed" if state.step else "start", state, why=why, attention=str(attention), ranks=self._world.num_ranks
+        )
+        if self._world.is_main:
+            try:
+                add_to_newest_start(self._run, attention=str(attention))
+            except (OSError, UserError) as error:
+                print(f"the attention is not in {self._run.provenance.name}: {error}", flush=True)
 
     def stepped(
         self,

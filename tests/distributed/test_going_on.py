@@ -14,11 +14,11 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.homes import homes
 from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import latest_metrics
+from cmscale.runs.starts import read_starts
 from launchers import submit
 from launchers.clusters import CLUSTERS
 from launchers.clusters.local import LocalMachine
 from launchers.jobs import JobSpec
-from launchers.provenance import read_starts
 
 
 def train(run: RunDir) -> None:

@@ -15,6 +15,7 @@ from cmscale.config import dump_config, parse_config
 from cmscale.engine.checkpoint_reader import list_checkpoints
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import latest_metrics, read_lines
+from cmscale.runs.starts import read_starts
 from cmscale.source import load_source
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -70,6 +71,7 @@ def make_run(root: Path, data: Path, kind: str, *overrides: str, teacher: Path |
     root.mkdir(parents=True)
     run = RunDir(root)
     run.config.write_text(dump_config(config))
+    run.provenance.write_text('{"starts": [{"host": "one"}, {"host": "two"}]}')
     return run
 
 
@@ -116,7 +118,10 @@ def test_a_run_gives_the_recorded_losses(golden: Uninterrupted, kind: str) -> No
     assert losses(golden[kind]) == pytest.approx(json.loads(GOLDEN.read_text())[kind], rel=2e-5)
     assert golden[kind].sample_grid(STEPS).is_file()
     load_source(str(golden[kind].root)).denoiser(torch.device("cpu"))  # exactly the UNet's weights, for every method
-    assert [record["event"] for record in read_lines(golden[kind].events)][-1] == "finished"
+    events = list(read_lines(golden[kind].events))
+    assert events[-1]["event"] == "finished"
+    assert events[0]["attention"].startswith("sdpa: ")
+    assert read_starts(golden[kind]) == [{"host": "one"}, {"host": "two", "attention": events[0]["attention"]}]
     measured = {record["step"]: record.get("consistency_error") for record in latest_metrics(golden[kind])}
     snapshots = [listed.step for listed in list_checkpoints(golden[kind].root, within="snapshots")]
     assert snapshots == ([] if kind == "pd" else [3, 6, STEPS])

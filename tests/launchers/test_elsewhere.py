@@ -23,11 +23,11 @@ from cmscale.runs.folder import RunDir, rank_file, step_name
 from cmscale.runs.homes import claim, homes, must_be_home
 from cmscale.runs.log import append_line, read_lines
 from cmscale.runs.manifests import read_dataset_manifest
+from cmscale.runs.starts import read_starts
 from launchers import submit
 from launchers.clusters import CLUSTERS
 from launchers.clusters.local import LocalMachine
 from launchers.jobs import JobSpec
-from launchers.provenance import read_starts
 
 
 @pytest.fixture(autouse=True)

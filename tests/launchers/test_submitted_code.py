@@ -14,10 +14,11 @@ from launch_fixtures import CHECKOUT, placement
 from cmscale.io.process import CHECKOUT as RUNNING
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
+from cmscale.runs.starts import read_starts
 from launchers.clusters.slurm import script_text
 from launchers.evaluate_checkpoints import arguments_for
 from launchers.jobs import TRAIN, JobSpec
-from launchers.provenance import newest_code, read_starts, record_start
+from launchers.provenance import newest_code, record_start
 
 WORKER = """
 from pathlib import Path
