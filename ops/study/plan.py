@@ -131,6 +131,10 @@ class Study:
     ranks: int = 1
 
     @property
+    def micro_batch(self) -> int:
+        return self.settings.batch // self.ranks
+
+    @property
     def runs(self) -> Path:
         return self.out / "runs"
 
@@ -168,7 +172,7 @@ class Study:
         tree["train"] = {
             "total_steps": settings.steps,
             "global_batch_size": settings.batch,
-            "micro_batch_size": settings.batch // self.ranks,
+            "micro_batch_size": self.micro_batch,
             "seed": seed,
             "log_every": max(settings.steps // 24, 1),
             "sample_every": settings.steps_per_point,
@@ -223,7 +227,8 @@ class Study:
         where = ["--cluster", "local", "--gpus-per-node", self.ranks, "--runs-dir", self.runs]
         is_there = (run / "config.yaml").exists()  # else a start was killed while it made the folder
         config = self.out / "configs" / f"{run.name}.yaml"
-        what = ["--resume", run.name] if is_there else ["--name", run.name, config]
+        size = f"train.micro_batch_size={self.micro_batch}"  # ranks may be others than before
+        what = ["--resume", run.name, size] if is_there else ["--name", run.name, config]
         submit = _script("launchers/submit.py", *where, *what)
         needs = ("reference",) if recipe.after is None else ("reference", f"train {recipe.after}-{seed}")
         yield Command(trained, submit, run / "checkpoints", needs, leftover=None if is_there else run)

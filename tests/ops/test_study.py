@@ -105,7 +105,7 @@ def test_a_recipe_that_changed_since_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_folder_was_never_finished_begins_anew_and_another_goes_on(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
+    study = replace(study_in(tmp_path), ranks=2)
     root = study.run("ct", 0)
     (root / "logs").mkdir(parents=True)  # what a kill leaves of a run that is being made
 
@@ -115,7 +115,7 @@ def test_a_run_whose_folder_was_never_finished_begins_anew_and_another_goes_on(t
     assert "--name" in training().arguments
     assert training().leftover == root
     (root / "config.yaml").touch()
-    assert training().arguments[-2:] == ("--resume", "ct-0")
+    assert training().arguments[-3:] == ("--resume", "ct-0", "train.micro_batch_size=8")
     assert training().leftover is None
     command = replace(shell(tmp_path, "made", f"mkdir {tmp_path}/left"), leftover=tmp_path / "left")
     (tmp_path / "left" / "logs").mkdir(parents=True)
