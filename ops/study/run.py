@@ -1,6 +1,6 @@
 """Trains every method at 32 px on photographs from pip packages, on equal images, and writes a page of what they learn.
 
-    python ops/study/run.py --out runs/study                     # a night on two processors; again to go on
+    python ops/study/run.py --out runs/study --ranks 2           # a night on two processors; again to go on
     python ops/study/run.py --out runs/study --hours 1           # ends after an hour, with the page so far
     python ops/study/run.py --out runs/study --methods cd,scd --seeds 1 --images 6000 --batch 16
 
