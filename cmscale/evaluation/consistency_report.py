@@ -26,6 +26,15 @@ from cmscale.runs.results import hash_of, utc_now
 from cmscale.source import Source, load_source, load_teacher, weights_fingerprint
 
 
+@dataclass(frozen=True)
+class _Followed:
+    """What the trajectories follow: in words, the hash of a teacher's weights, and the teacher; None if straight."""
+
+    description: str
+    sha256: str | None = None
+    denoise: Denoise | None = None
+
+
 def measure_consistency_error(
     source: Source,
     *,
@@ -49,58 +58,76 @@ def measure_consistency_error(
         UserError: a source without a consistency function, no data, a run that is elsewhere and no `--out`, or another
             result is at `--out`.
     """
-    method, size = source.config.method, source.config.model.image_size
-    if not method.facts.is_consistency_model:
-        raise UserError(f"consistency-error: {source.origin} is of kind {method.kind}; a consistency model is needed")
-    if source.config.model.num_classes is not None:
-        raise UserError(f"consistency-error: {source.origin} is class-conditional, and data sets carry no classes")
+    _refuse(source)
     url = data or Place(source.config.data.path)
     manifest = read_dataset_manifest(open_storage(url))
     followed = _teacher(source, teacher, device=device)
     if num > manifest.count:
         print(f"warning: {url} holds {manifest.count} images, fewer than {num}: all are taken", file=sys.stderr)
     num = min(num, manifest.count)
-    identity = {
-        "step": source.step,
-        "weights": source.weights_name,
-        "weights_sha256": source.fingerprint,
-        "model": source.config.model.described(),
-        "data_fingerprint": manifest.fingerprint,
-        "teacher_sha256": followed.sha256,
-        "num_samples": num,
-        "seed": seed,
-        "cmscale": __version__,
-    }
+    identity = _identity(source, followed, data_fingerprint=manifest.fingerprint, num=num, seed=seed)
     key = hash_of(identity)
     path = _place(source, out, num_samples=num, seed=seed, key=key)
     result = _existing(path, key=key, force=force)
     if result is None:
         path.check_output()
         curve = error_curve(
-            method,
+            source.config.method,
             source.denoiser(device),
-            first_images(url, count=num, size=size),
+            first_images(url, count=num, size=source.config.model.image_size),
             indices=range(num),
             seed=seed,
             teacher=followed.denoise,
             batch_size=batch_size,
             device=device,
         )
-        result = {
-            "method": method.kind,
-            "data": url,
-            "trajectories": followed.description,
-            **identity,
-            "mean": curve.mean,
-            **asdict(curve),
-            "date": utc_now(),
-            "key": key,
-        }
+        result = _document(source, followed, curve, data=url, identity=identity, key=key)
         path.write(json.dumps(result, indent=1).encode())
     if plot is not None:
         curve = ErrorCurve(**{field.name: result[field.name] for field in fields(ErrorCurve)})
-        Place(plot).write(draw_curve(curve, title=f"{method.kind}, step {source.step}, {source.weights_name}"))
+        title = f"{source.config.method.kind}, step {source.step}, {source.weights_name}"
+        Place(plot).write(draw_curve(curve, title=title))
     return path
+
+
+def _refuse(source: Source) -> None:
+    """Raises UserError if the source has no consistency function of images alone."""
+    kind = source.config.method.kind
+    if not source.config.method.facts.is_consistency_model:
+        raise UserError(f"consistency-error: {source.origin} is of kind {kind}; a consistency model is needed")
+    if source.config.model.num_classes is not None:
+        raise UserError(f"consistency-error: {source.origin} is class-conditional, and data sets carry no classes")
+
+
+def _identity(source: Source, followed: _Followed, *, data_fingerprint: str, num: int, seed: int) -> dict[str, Any]:
+    """What determines the result."""
+    return {
+        "step": source.step,
+        "weights": source.weights_name,
+        "weights_sha256": source.fingerprint,
+        "model": source.config.model.described(),
+        "data_fingerprint": data_fingerprint,
+        "teacher_sha256": followed.sha256,
+        "num_samples": num,
+        "seed": seed,
+        "cmscale": __version__,
+    }
+
+
+def _document(
+    source: Source, followed: _Followed, curve: ErrorCurve, *, data: str, identity: dict[str, Any], key: str
+) -> dict[str, Any]:
+    """The content of the JSON file."""
+    return {
+        "method": source.config.method.kind,
+        "data": data,
+        "trajectories": followed.description,
+        **identity,
+        "mean": curve.mean,
+        **asdict(curve),
+        "date": utc_now(),
+        "key": key,
+    }
 
 
 def _existing(path: Place, *, key: str, force: bool) -> dict[str, Any] | None:
@@ -152,15 +179,6 @@ def _place(source: Source, out: Place | None, *, num_samples: int, seed: int, ke
         step=source.step, weights=source.weights_name, num_samples=num_samples, seed=seed, key=key
     )
     return Place(file)
-
-
-@dataclass(frozen=True)
-class _Followed:
-    """What the trajectories follow: in words, the hash of a teacher's weights, and the teacher; None if straight."""
-
-    description: str
-    sha256: str | None = None
-    denoise: Denoise | None = None
 
 
 def _teacher(source: Source, named: str | None, *, device: torch.device) -> _Followed:

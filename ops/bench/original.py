@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmscale.config import Config
+from cmscale.config import Config, Model
 from cmscale.errors import UserError
 
 
@@ -39,6 +39,25 @@ def rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
         return parts.permute(0, 4, 1, 2, 3)
     assert pattern == "b s h d -> b (h d) s", pattern
     return x.flatten(2).transpose(1, 2)
+
+
+def original_network(model: Model, *, half: bool = False) -> Any:
+    """The checkout's network of a config; the checkout must be on `sys.path`."""
+    from cm.script_util import create_model  # pyright: ignore[reportMissingImports]
+
+    return create_model(
+        image_size=model.image_size,
+        num_channels=model.channels,
+        num_res_blocks=model.num_res_blocks,
+        channel_mult=",".join(map(str, model.channel_multipliers)),
+        attention_resolutions=",".join(map(str, model.attention_resolutions)),
+        num_head_channels=model.head_channels,
+        use_scale_shift_norm=model.scale_shift_norm,
+        resblock_updown=model.resblock_updown,
+        dropout=model.dropout,
+        use_checkpoint=model.activation_checkpointing,
+        use_fp16=half,
+    )
 
 
 class OriginalStep:
@@ -86,22 +105,7 @@ class OriginalStep:
         self._rates = config.ema.rates
 
     def _build(self, config: Config, device: torch.device) -> Any:
-        from cm.script_util import create_model  # pyright: ignore[reportMissingImports]
-
-        model = config.model
-        return create_model(
-            image_size=model.image_size,
-            num_channels=model.channels,
-            num_res_blocks=model.num_res_blocks,
-            channel_mult=",".join(map(str, model.channel_multipliers)),
-            attention_resolutions=",".join(map(str, model.attention_resolutions)),
-            num_head_channels=model.head_channels,
-            use_scale_shift_norm=model.scale_shift_norm,
-            resblock_updown=model.resblock_updown,
-            dropout=model.dropout,
-            use_checkpoint=model.activation_checkpointing,
-            use_fp16=self._half,
-        ).to(device)
+        return original_network(config.model, half=self._half).to(device)
 
     def __call__(self, micro_batches: list[Tensor], *, num_scales: int) -> None:
         """One step on micro-batches [B, 3, H, W] in [-1, 1]."""

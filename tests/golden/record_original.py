@@ -24,26 +24,7 @@ from original_training import AVERAGE, BATCH, METHODS, MODEL, RATE, TOTAL_STEPS,
 from cmscale.config import CT  # noqa: E402
 from cmscale.consistency.grid import uniform_index  # noqa: E402
 from cmscale.rng import SampleRandomness  # noqa: E402
-
-
-class Attention(nn.Module):
-    """In place of flash-attn: softmax attention on qkv [B, S, 3, heads, dim]."""
-
-    def __init__(self, **options: object) -> None:
-        super().__init__()
-
-    def forward(self, qkv: Tensor, **options: object) -> tuple[Tensor, None]:
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
-        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-        return (scores.softmax(-1) @ value).transpose(1, 2), None
-
-
-def rearrange(x: Tensor, pattern: str, *, three: int = 3, h: int = 1) -> Tensor:
-    """In place of einops: the two patterns of the original's attention."""
-    if pattern == "b (three h d) s -> b s three h d":
-        return x.reshape(len(x), three, h, -1, x.shape[-1]).permute(0, 4, 1, 2, 3)
-    assert pattern == "b s h d -> b (h d) s"
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+from ops.bench.original import FlashAttention, original_network, rearrange  # noqa: E402
 
 
 def stand_in(name: str, **members: object) -> None:
@@ -63,17 +44,7 @@ def drawn(indices: Tensor):
 
 
 def network() -> nn.Module:
-    from cm.script_util import create_model
-
-    found = create_model(
-        image_size=MODEL.image_size,
-        num_channels=MODEL.channels,
-        num_res_blocks=MODEL.num_res_blocks,
-        channel_mult=",".join(map(str, MODEL.channel_multipliers)),
-        attention_resolutions=",".join(map(str, MODEL.attention_resolutions)),
-        num_head_channels=MODEL.head_channels,
-        resblock_updown=MODEL.resblock_updown,
-    )
+    found = original_network(MODEL)
     found.load_state_dict(first_weights())
     found.convert_to_fp16 = lambda: None  # the master weights of its 16-bit training, without the 16 bits
     return found
@@ -140,7 +111,7 @@ def main() -> None:
     stand_in("piq", LPIPS=None)
     stand_in("einops", rearrange=rearrange)
     stand_in("flash_attn")
-    stand_in("flash_attn.flash_attention", FlashAttention=Attention)
+    stand_in("flash_attn.flash_attention", FlashAttention=FlashAttention)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     found = {kind: recorded(kind) for kind in METHODS}
     (Path(__file__).parent / "original_losses.json").write_text(json.dumps(found, indent=1) + "\n")
