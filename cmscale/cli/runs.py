@@ -186,9 +186,12 @@ def compare(
     if len(runs) < 2:
         raise UserError(f"{runs[0]}: is one run; give two or more to compare")
     folders = [RunDir(place.local("a run that is compared")) for place in runs]
-    for each in folders:
+    seen: dict[Path, Place] = {}
+    for each, place in zip(folders, runs, strict=True):
         if not each.config.is_file():
             raise UserError(f"{each.root}: not a run (no config.yaml)")
+        if (first := seen.setdefault(each.root.resolve(), place)) is not place:
+            raise UserError(f"{place}: is the same run as {first}; name each run once")
     from cmscale.report import comparison
 
     found = comparison.compare_runs(folders)

@@ -13,6 +13,7 @@ from cmscale.evaluation.metrics.frechet import FID
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.io.place import Place
 from cmscale.report.facts import RunFacts, read_several
+from cmscale.report.grids_beside import GridRow, grid_rows
 from cmscale.report.measured import decimated
 from cmscale.report.plots import banded, training_curves
 from cmscale.report.quality import quality_panels
@@ -59,6 +60,7 @@ class Comparison:
     Attributes:
         curves: By quantity the values of each run, as (step, value) by step.
         scores: The results that are comparable, group by group, each group's best first.
+        grids: Sample grids side by side.
     """
 
     names: tuple[str, ...]
@@ -66,6 +68,7 @@ class Comparison:
     curves: dict[str, tuple[list[tuple[int, float]], ...]]
     scores: tuple[Score, ...]
     facts: tuple[RunFacts, ...]
+    grids: tuple[GridRow, ...] = ()
 
 
 def compare_runs(runs: Sequence[RunDir]) -> Comparison:
@@ -83,6 +86,7 @@ def compare_runs(runs: Sequence[RunDir]) -> Comparison:
         curves={key: points for key, points in curves.items() if any(points)},
         scores=tuple(_scores(facts, names)),
         facts=facts,
+        grids=grid_rows(runs, names),
     )
 
 

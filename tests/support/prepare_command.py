@@ -6,9 +6,11 @@ from data_prep import prepare
 
 
 def call(source: object, out: object, *more: str, format: str = "webdataset", size: int = 16) -> int:
-    """Prepares a data set with shards of 4 images. Returns the command's exit status."""
+    """Prepares a data set with shards of 4 images, unless `more` says otherwise. Returns the command's exit status."""
     arguments = ["--source", str(source), "--out", str(out), "--format", format, "--image-size", str(size)]
-    return prepare.main([*arguments, "--samples-per-shard", "4", "--workers", "1", *more])
+    for option, value in (("--samples-per-shard", "4"), ("--workers", "1")):
+        arguments += [] if option in more else [option, value]
+    return prepare.main([*arguments, *more])
 
 
 def refused(capsys: pytest.CaptureFixture[str], status: int, *, expected: int = 2) -> str:
