@@ -79,7 +79,7 @@ def checks(out: Path, *, dry_run: bool, original: Path | None) -> Iterator[Check
     for name, more in changes.items():
         result = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
         command = [python, str(bench / "train_step.py"), str(config), *whole, *more, "train.global_batch_size=8"]
-        yield Check("compile", name, [*command, "--device", device, *rounds, "--json", str(result)], 300, result)
+        yield Check("compile", name, [*command, "--device", device, *rounds, "--json", str(result)], 900 if dry_run else 300, result)
 
 
 def main() -> int:
