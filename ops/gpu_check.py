@@ -76,10 +76,11 @@ def checks(out: Path, *, dry_run: bool, original: Path | None) -> Iterator[Check
     changes["step, channels last"] = ["model.memory_format=channels_last"]
     changes["step, compiled, channels last"] = ["model.compile=blocks", "model.memory_format=channels_last"]
     changes["step, LPIPS in fp16"] = ["method.lpips_precision=fp16"]
+    compiling = 900 if dry_run else 300
     for name, more in changes.items():
         result = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
         command = [python, str(bench / "train_step.py"), str(config), *whole, *more, "train.global_batch_size=8"]
-        yield Check("compile", name, [*command, "--device", device, *rounds, "--json", str(result)], 900 if dry_run else 300, result)
+        yield Check("compile", name, [*command, "--device", device, *rounds, "--json", str(result)], compiling, result)
 
 
 def main() -> int:
