@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,21 +116,21 @@ def _with(model: Any, name: str, value: str | BaseModel) -> Any:
 
 
 def create_run(run: RunDir, config: Config, code: Code) -> None:
-    """Creates the folder with config.yaml, provenance.json and a copy of the code, or nothing.
+    """Creates the folder with config.yaml, provenance.json and a copy of the code, whole or not at all.
 
     Raises:
         UserError: the folder exists already, or cannot be written.
     """
     _refuse_existing(run)
-    with explained(run.root):
-        run.root.mkdir(parents=True)
+    staged = RunDir(run.root.with_name(f".{run.name}.unfinished-{secrets.token_hex(4)}"))
     try:
         with explained(run.root):
-            run.logs.mkdir()
-        replace_durably(run.config, dump_config(config).encode())
-        record_start(run, code, take_snapshot(code, run.code))
+            staged.logs.mkdir(parents=True)
+        record_start(staged, code, take_snapshot(code, staged.code))
+        replace_durably(staged.config, dump_config(config).encode())
+        _give_name(staged, run)
     except BaseException:
-        shutil.rmtree(run.root, ignore_errors=True)
+        shutil.rmtree(staged.root, ignore_errors=True)
         raise
 
 
@@ -151,13 +152,18 @@ def staged_run(run: RunDir) -> Iterator[RunDir]:
             with explained(staged.root):
                 staged.logs.mkdir(parents=True)
             yield staged
-            _refuse_existing(run)
-            with explained(run.root):
-                staged.root.rename(run.root)
-                sync_folder(run.root.parent)
+            _give_name(staged, run)
         except BaseException:
             shutil.rmtree(staged.root, ignore_errors=True)
             raise
+
+
+def _give_name(staged: RunDir, run: RunDir) -> None:
+    """Renames a folder that is whole. One that another command has made meanwhile is not replaced: it is not empty."""
+    _refuse_existing(run)
+    with explained(run.root):
+        staged.root.rename(run.root)
+        sync_folder(run.root.parent)
 
 
 def _refuse_existing(run: RunDir) -> None:

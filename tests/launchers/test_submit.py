@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,12 @@ from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code
-from launchers import submit
+from launchers import run_folders, submit
 from launchers.beginning import resumed_config
 from launchers.checks import check_export, check_inputs
 from launchers.clusters.local import LocalMachine
 from launchers.command_line import parse_time
-from launchers.run_folders import create_run, existing_run, new_run, only_launcher, with_absolute_paths
+from launchers.run_folders import create_run, existing_run, new_run, only_launcher, staged_run, with_absolute_paths
 
 
 def run_submit(*arguments: str, cwd: Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -169,6 +170,29 @@ def test_no_room_for_the_run_leaves_no_folder(tmp_path: Path, config_file: Path,
     with pytest.raises(UserError, match="no space"):
         create_run(run, read_config(config_file), read_code())
     assert not run.root.exists()
+
+
+def test_a_command_that_is_killed_while_it_makes_a_run_leaves_its_name_free(tmp_path: Path, config_file: Path):
+    run, config, code = new_run(name="one", runs_dir=Place(tmp_path), stem="x"), read_config(config_file), read_code()
+    child = os.fork()
+    if child == 0:
+        run_folders.replace_durably = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        create_run(run, config, code)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not run.root.exists()
+    create_run(run, config, code)
+    assert read_config(run.config) == config
+
+
+def test_of_two_commands_that_make_a_run_the_slower_one_is_refused(tmp_path: Path, config_file: Path):
+    run, config, code = new_run(name="one", runs_dir=Place(tmp_path), stem="x"), read_config(config_file), read_code()
+    slower = staged_run(run)
+    slower.__enter__().config.write_text("of the slower one")
+    create_run(run, config, code)
+    with pytest.raises(UserError, match="continue it with --resume one"):
+        slower.__exit__(None, None, None)
+    assert read_config(run.config) == config
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")] == []
 
 
 def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
