@@ -1,19 +1,23 @@
 """Multistep consistency distillation on Gaussian data, whose segments have closed forms, up to sigma 80."""
 
+import copy
 import itertools
 
 import pytest
 import torch
+import two_modes
 from gaussian import Gaussian
-from small_training import DIMENSION, Recipe, train
+from small_training import DIMENSION, BatchRandomness, Recipe, follow, train
 from torch import Tensor, nn
 
 from cmscale.config import MCD, schedules
 from cmscale.consistency import grid
 from cmscale.consistency.distance import l2
+from cmscale.consistency.grid import ode_sigmas
 from cmscale.consistency.losses import build_loss
 from cmscale.consistency.networks import Networks
-from cmscale.consistency.sampler import sample
+from cmscale.consistency.sampler import heun, sample
+from cmscale.model import denoiser_for
 from cmscale.model.blocks import timestep_embedding
 from cmscale.rng import SampleRandomness
 
@@ -108,3 +112,38 @@ def test_training_reaches_the_jumps_within_5_percent_up_to_80(segments: int):
     drawn = sample(method, network, seed=0, indices=range(4096), shape=(DIMENSION,), noise=noise, clip=False)
     errors["samples"] = error(drawn, data.solve(80.0 * noise, torch.full((4096,), 80.0), torch.zeros(4096)))
     assert max(errors.values()) < 0.05, errors
+
+
+def test_the_trajectories_of_two_modes_are_those_of_their_denoiser():
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    solved = heun(two_modes.denoise, noise, ode_sigmas(method_of(1), 400)).flatten()
+    start = 80.0 * noise.flatten()
+    torch.testing.assert_close(two_modes.exact(start, 80.0), solved, rtol=0, atol=1e-4)
+    halfway = two_modes.exact(start, 80.0, to=5.0)
+    torch.testing.assert_close(two_modes.exact(halfway, 5.0), two_modes.exact(start, 80.0), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("segments", [1, 4])
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_samples_of_two_modes_end_where_the_trajectory_does(segments: int):
+    """Within 10 % of the standard deviation of the data, with EDM's preconditioning as in a run."""
+    method = method_of(segments, solver="heun", teacher_steps=32, final_teacher_steps=64, annealing_steps=1000)
+    network, steps = two_modes.Raw(seed=0), 2500
+    student, mean = denoiser_for(method, network), copy.deepcopy(network)
+    optimizer = torch.optim.Adam(network.parameters())
+    for step in range(steps):
+        values = schedules.for_method(method, step, learning_rate=0.0, total_steps=steps)
+        random = BatchRandomness(step, tuple(range(64)), torch.device("cpu"))
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        optimizer.zero_grad()
+        networks = Networks(student, None, two_modes.denoise)
+        build_loss(method, l2)(networks, two_modes.draw(64, step), values, random).mean().backward()
+        optimizer.step()
+        follow(mean, network, 0.99)
+    noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    common = {"seed": 0, "indices": range(64), "shape": (1, 8, 8), "noise": noise, "clip": False}
+    with torch.no_grad():
+        found = sample(method, denoiser_for(method, mean), **common)
+    expected = two_modes.exact(80.0 * noise.flatten().double(), 80.0)
+    assert two_modes.relative(found, expected) < 0.1

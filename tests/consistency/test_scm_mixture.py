@@ -1,10 +1,7 @@
 """sCD and sCT learn the consistency function of two modes in one dimension up to sigma 80, from a trained teacher.
 
-An image holds 64 independent values with these two modes, and the network treats each value alone: 64 problems in one
-dimension at one time. With a single value, dividing the tangent by its norm would leave its sign, which is another
-method: of a random tangent, as in sCT, the sign's mean is zero at the median. The network's times pass the UNet's own
-sinusoids. In one dimension the probability flow keeps the quantile of each point, so that f(x, sigma) is the quantile
-function of the data at the quantile of x among data with noise.
+With a single value an image, dividing the tangent by its norm would leave its sign, which is another method: of a
+random tangent, as in sCT, the sign's mean is zero at the median.
 """
 
 import copy
@@ -14,7 +11,8 @@ from functools import cache
 import pytest
 import torch
 from small_training import BatchRandomness, follow
-from torch import Tensor, nn
+from torch import nn
+from two_modes import Raw, draw, noisy, relative
 
 from cmscale.config import EDM, SCD, SCT, Method, schedules
 from cmscale.consistency.distance import l2
@@ -24,57 +22,10 @@ from cmscale.consistency.networks import Networks
 from cmscale.consistency.sampler import heun
 from cmscale.consistency.solver import Denoise
 from cmscale.model import denoiser_for
-from cmscale.model.blocks import timestep_embedding
 from cmscale.model.precondition import teacher_denoiser_for
-from cmscale.model.weighting import Weighting
 
-MODE, SPREAD = 0.45, 0.22
-SIDE, WIDTH, BATCH = 8, 64, 64
+BATCH = 64
 SIGMAS = (0.2, 0.5, 2.0, 10.0, 80.0)
-
-
-def draw(count: int, seed: int) -> Tensor:
-    """Images whose values are from N(-MODE, SPREAD^2) or N(MODE, SPREAD^2), [count, 1, SIDE, SIDE]; sd is 0.5."""
-    source, shape = torch.Generator().manual_seed(seed), (count, 1, SIDE, SIDE)
-    signs = torch.randint(2, shape, generator=source) * 2 - 1
-    return MODE * signs + SPREAD * torch.randn(shape, generator=source)
-
-
-def quantile(x: Tensor, sigma: float) -> Tensor:
-    """The probability of values below x with noise of std sigma, float64."""
-    spread = (SPREAD**2 + sigma**2) ** 0.5
-    return (torch.special.ndtr((x + MODE) / spread) + torch.special.ndtr((x - MODE) / spread)) / 2
-
-
-def exact(x: Tensor, sigma: float) -> Tensor:
-    """f(x, sigma) of float64 values x, by interpolation in a table of quantiles."""
-    values = torch.linspace(-3, 3, 60001, dtype=torch.float64)
-    table, wanted = quantile(values, 0.0), quantile(x, sigma)
-    above = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
-    share = (wanted - table[above - 1]) / (table[above] - table[above - 1])
-    return values[above - 1] + share * (values[above] - values[above - 1])
-
-
-class Raw(nn.Module):
-    """A perceptron with residual connections on each value, which gets the time by the UNet's embedding."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Sequential(nn.Linear(64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU())
-        self.first, self.last = nn.Linear(1, WIDTH), nn.Linear(WIDTH, 1)
-        self.hidden = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.times = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.weighting = Weighting(SIDE * SIDE)
-        self.weighting.initialise()
-
-    def forward(self, x, c_noise, *, labels=None, dropout_keys=None, weight_time=None):
-        embedding = self.embed(timestep_embedding(c_noise, 64))[:, None]
-        h = self.first(2 * x.reshape(len(x), -1, 1))
-        for layer, time in zip(self.hidden, self.times, strict=True):
-            h = h + layer(nn.functional.silu(h + time(embedding)))
-        out = self.last(nn.functional.silu(h)).reshape(x.shape)
-        return out if weight_time is None else (out, self.weighting(weight_time))
 
 
 def trained(method: Method, network: nn.Module, networks: Networks, *, steps: int, rate: float, seed: int) -> nn.Module:
@@ -109,18 +60,6 @@ def student_of(kind: str, teacher: nn.Module, time_embedding: str, *, steps: int
     networks = Networks(denoiser_for(method, network), None, teacher_denoiser_for(method, teacher))
     mean = trained(method, network, networks, steps=steps, rate=1e-3, seed=10**7 * seed + 10**6)
     return denoiser_for(method, mean)
-
-
-def noisy(sigma: float) -> tuple[Tensor, Tensor]:
-    """Data with noise, and the exact f of it."""
-    noise = torch.randn(128, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
-    x = draw(128, seed=1) + sigma * noise
-    return x, exact(x.flatten().double(), sigma)
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Root mean square error, relative to the standard deviation of what is expected."""
-    return float((found.flatten().double() - expected).square().mean().sqrt() / expected.std())
 
 
 @torch.no_grad()
