@@ -90,11 +90,16 @@ def edit(
     given: Given = GIVEN,
 ) -> None:
     """Edits images with a consistency model (zero-shot; Song et al. 2023, algorithm 4)."""
-    from cmscale.distributed.world import choose_device
-    from cmscale.generation.edit_images import EditRequest, edit_images, result_paths
     from cmscale.io.fetch import local_file
 
     given.refuse_unused(task=task)
+    for text in images or []:  # before torch is imported, which takes seconds
+        if "=" not in text and not (place := Place(text)).is_remote:
+            local_file(place)
+
+    from cmscale.distributed.world import choose_device
+    from cmscale.generation.edit_images import EditRequest, edit_images, result_paths
+
     chosen = choose_device(device)
     overrides = [text for text in images or [] if "=" in text and not Path(text).exists()]
     if overrides and config is None:

@@ -32,6 +32,7 @@ LINES = [
     ["cmscale", "sample", "model.safetensors", "--out", "x.npz", "--checkpoint", "7"],
     ["cmscale", "sample", "model.safetensors", "--out", "x.npz", "--config", "config.yaml"],
     ["cmscale", "edit", "inpaint", "nowhere", "a.png"],
+    ["cmscale", "edit", "colorize", "run", "gone.png"],
     ["cmscale", "export", "run", "--to", "x.safetensors", "--weights", "ema_0.7"],
     ["cmscale", "evaluate", "run", "--weights", "ema_0.7"],
     ["cmscale", "evaluate", "run", "--checkpoint", "8"],
