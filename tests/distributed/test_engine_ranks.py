@@ -36,7 +36,7 @@ def test_the_real_network_trains_alike_in_every_stage_with_and_without_recompute
 
 @pytest.mark.long
 def test_compiled_blocks_train_alike_in_every_stage_and_runs_go_on_with_and_without() -> None:
-    found = agreed(run_ranks(2, "engine_work:compiled_losses"))
+    found = agreed(run_ranks(2, "engine_work:compiled_losses", timeout=550))
     losses = found["losses"]
     assert found["breaks"] == 0
     for end in ("", ", gone on"):
