@@ -149,7 +149,7 @@ def test_a_place_that_can_not_be_written_is_refused_before_anything_is_drawn(
         (["sample", model, "--out", "x.npz", "--grid", f"{s3}/"], "--grid"),
         (["edit", "colorize", model, "photo.png", "--out", "photo.png"], "would replace the image photo.png"),
         (["export", model, "--to", model], "is the source itself"),
-        (["export", model, "--to", "photo.png", "--format", "diffusers"], "is a file; a diffusers export is a folder"),
+        (["export", model, "--to", "photo.png", "--format", "diffusers"], "is a file; name a folder"),
         (["export", model, "--to", "run", "--format", "diffusers"], "is a run, a checkpoint or a data set"),
         (["evaluate", model, "--out", "result.txt"], "must end in .json"),
     ):
