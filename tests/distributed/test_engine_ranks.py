@@ -34,7 +34,7 @@ def test_the_real_network_trains_alike_in_every_stage_with_and_without_recompute
     assert_near(found, dict.fromkeys(found, found["0 false"]), relative=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_compiled_blocks_train_alike_in_every_stage_and_runs_go_on_with_and_without() -> None:
     found = agreed(run_ranks(2, "engine_work:compiled_losses", timeout=550))
     losses = found["losses"]
