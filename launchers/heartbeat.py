@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmscale.io.json_text import parse_json
+from cmscale.io.reading import read_regular
 from cmscale.runs.folder import RunDir
 
 BEAT_SECONDS = 10.0
@@ -68,7 +69,7 @@ def sign_from_elsewhere(run: RunDir) -> Sign | None:
     """The sign of a launcher that lives on another machine; None if there is none, or it is too old."""
     probe = run.launcher_sign.with_name(f".launcher-probe-{os.getpid()}")
     try:
-        given = parse_json(run.launcher_sign.read_text())
+        given = parse_json(read_regular(run.launcher_sign))
         probe.write_text("")
         age = probe.stat().st_mtime - run.launcher_sign.stat().st_mtime
         sign = Sign(str(given["host"]), int(given["process"]), str(given["machine"]), max(age, 0.0))

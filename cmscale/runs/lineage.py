@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from cmscale.io.json_text import parse_json
+from cmscale.io.reading import read_regular
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import Document, NonNegative
 
@@ -39,7 +40,7 @@ class Lineage(Document):
 def read_lineage(run: RunDir) -> Lineage | None:
     """Where a run branched off; None if it is no branch, or if that can't be read."""
     with contextlib.suppress(OSError, ValueError):
-        document = parse_json(run.provenance.read_text())
+        document = parse_json(read_regular(run.provenance))
         if isinstance(document, dict) and document.get(BRANCH) is not None:
             return Lineage.model_validate_json(json.dumps(document[BRANCH]))
     return None

@@ -18,7 +18,7 @@ from cmscale.commands.counting import in_words
 from cmscale.config import parse_yaml
 from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
-from cmscale.io.reading import read_small
+from cmscale.io.reading import read_regular, read_small
 from cmscale.io.slurm import ACTIVE_STATES, clusters_of, job_states
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.comparison import best_of, describe_basis
@@ -232,7 +232,7 @@ def _state(run: RunDir, last: str, quiet: float | None) -> tuple[str, str]:
 def _launcher(run: RunDir) -> _Life | None:
     """What the file says that a launcher touches while it lives."""
     try:
-        sign = parse_json(run.launcher_sign.read_text())
+        sign = parse_json(read_regular(run.launcher_sign))
         host, process = str(sign["host"]), int(sign["process"])
         age = max(time.time() - run.launcher_sign.stat().st_mtime, 0.0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -262,7 +262,7 @@ def _slurm_job(run: RunDir) -> _Life | None:
         if (job.parent / "ending.json").exists():
             continue
         try:
-            described = parse_json(job.read_text())
+            described = parse_json(read_regular(job))
             number = described["job_id"]
             if "evaluate" in str(described["worker"]) or not number:
                 continue

@@ -16,6 +16,7 @@ from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.json_text import parse_json
 from cmscale.io.process import CHECKOUT
+from cmscale.io.reading import read_regular
 
 ORIGIN = "origin.json"
 """In a copy: where the code came from, as `Code.origin` has it."""
@@ -74,7 +75,7 @@ def read_code(checkout: Path = CHECKOUT) -> Code:
         for path in _paths(checkout):
             files[path.relative_to(checkout).as_posix()] = path.read_bytes()
     try:
-        origin = parse_json((checkout / ORIGIN).read_text())
+        origin = parse_json(read_regular(checkout / ORIGIN))
         changes = (checkout / CHANGES).read_text()
         code = Code(checkout, files, origin["git"], changes, tuple(origin["untracked"]))
     except (OSError, ValueError, KeyError, TypeError):

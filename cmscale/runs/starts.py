@@ -7,6 +7,7 @@ from typing import Any
 from cmscale.io.durable import replace_durably
 from cmscale.io.json_text import parse_json
 from cmscale.io.locks import hold
+from cmscale.io.reading import read_regular
 from cmscale.runs.folder import RunDir
 
 Document = dict[str, Any]
@@ -48,7 +49,7 @@ def add_to_newest_start(run: RunDir, **facts: Any) -> None:
 
 def _read(run: RunDir) -> Document:
     try:
-        document = parse_json(run.provenance.read_text())
+        document = parse_json(read_regular(run.provenance))
         return {**document, "starts": list(document["starts"])}
     except FileNotFoundError:
         return {}
