@@ -51,6 +51,7 @@ class DrawRequest(SourceRequest):
         use=Use(randomness=(situation.DRAWN,)),
         metavar="N",
         ge=1,
+        le=10_000,
     )
     grid: Place | None = option(
         None,

@@ -11,9 +11,10 @@ from cmscale.errors import UserError
 from cmscale.evaluation.image_folder import ImageFolder
 from cmscale.evaluation.image_set import ImageSet
 from cmscale.evaluation.npz import npz_header, npz_rows
-from cmscale.evaluation.tars import holds_tars, open_tars
+from cmscale.evaluation.tars import drawn_set, open_tars
 from cmscale.io.fetch import local_file
 from cmscale.io.place import Place
+from cmscale.runs.sample_sets import RECORD
 
 
 def open_images(path: str | Path) -> ImageSet:
@@ -27,7 +28,7 @@ def open_images(path: str | Path) -> ImageSet:
         raise UserError(f"{place}: a folder of images must be on this machine's file systems; give an .npz, or copy it")
     path = local_file(place) if place.is_remote else Path(place)
     if path.is_dir():
-        return open_tars(path) if holds_tars(path) else _open_folder(path)
+        return _open_folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder of images")
     if path.suffix.lower() != ".npz":
@@ -64,6 +65,11 @@ def _stack(images: list[np.ndarray]) -> Tensor:
 
 
 def _open_folder(path: Path) -> ImageSet:
+    drawn = drawn_set(path)
+    if drawn is not None and drawn.format == "tar":
+        return open_tars(path, drawn)
     folder = ImageFolder(path)
+    if drawn is not None and folder.count != drawn.count:
+        raise UserError(f"{path}: holds {folder.count} images, its {RECORD} says {drawn.count}; draw the samples again")
     encoding = ", ".join(sorted(name.lower() for name in folder.formats))
     return ImageSet(str(path), folder.count, folder.height, folder.width, folder.read, folder.notes, encoding)

@@ -9,32 +9,31 @@ import numpy as np
 from cmscale.errors import UserError
 from cmscale.evaluation.image_set import ImageSet
 from cmscale.io.pictures import BadImage, decode_picture
-from cmscale.io.reading import check_regular, reading
+from cmscale.io.reading import check_regular, read_small, reading
 from cmscale.runs.manifests import read_document
-from cmscale.runs.sample_sets import RECORD, SampleSet
+from cmscale.runs.sample_sets import BEGUN, RECORD, SampleSet
 
 _LARGEST_BYTES = 1 << 28  # of one image's file
 
 
-def holds_tars(folder: Path) -> bool:
-    """Whether a folder is a finished set of tars."""
-    record = folder / RECORD
-    return record.is_file() and _record(record).format == "tar"
-
-
-def open_tars(folder: Path) -> ImageSet:
-    """Opens a finished set of tars.
+def drawn_set(folder: Path) -> SampleSet | None:
+    """The record of a set that `cmscale sample` has drawn in a folder; None if the folder is of somebody else.
 
     Raises:
-        UserError: its record is damaged.
+        UserError: the record is damaged, or the set is not finished.
     """
-    record = _record(folder / RECORD)
+    path = folder / RECORD
+    if path.is_file():
+        return read_document(SampleSet, read_small(path, what="a record of samples"), origin=str(path))
+    if Path(f"{folder}.parts", BEGUN).is_file():
+        raise UserError(f"{folder}: is not drawn to its end; the command that began it goes on if it is given again")
+    return None
+
+
+def open_tars(folder: Path, record: SampleSet) -> ImageSet:
+    """Opens a finished set of tars."""
     size = record.image_size
     return ImageSet(str(folder), record.count, size, size, lambda: _read(folder, record), encoding="png")
-
-
-def _record(path: Path) -> SampleSet:
-    return read_document(SampleSet, path.read_bytes(), origin=str(path))
 
 
 def _read(folder: Path, record: SampleSet) -> Iterator[np.ndarray]:

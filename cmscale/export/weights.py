@@ -11,7 +11,13 @@ from cmscale.errors import UserError
 from cmscale.export.card import SAMPLES, model_card
 from cmscale.export.metadata import UNKNOWN
 from cmscale.export.usage import WEIGHTS, Format, unlike_openai
-from cmscale.interop import refuse_inexpressible, write_diffusers, write_openai, write_safetensors
+from cmscale.interop import (
+    refuse_another_model,
+    refuse_inexpressible,
+    write_diffusers,
+    write_openai,
+    write_safetensors,
+)
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.copies import Copied
@@ -31,10 +37,12 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
 
     Raises:
         UserError: The format cannot express the network, the file's name has another ending, the target cannot be
-            written, or an evaluation of the run is not readable.
+            written or holds another model, or an evaluation of the run is not readable.
     """
     _refuse_inexpressible(source.config, format, to)
     is_folder = format == "diffusers" or _is_folder(format, to)
+    if is_folder and format == "safetensors":
+        refuse_another_model(open_storage(to), source.config, files=(WEIGHTS, CARD, SAMPLES), weights=WEIGHTS)
     samples = _samples_of(source) if is_folder else None
     card = model_card(
         source.config,
@@ -48,8 +56,6 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         file=WEIGHTS if is_folder else to.rpartition("/")[2],
         has_samples=samples is not None,
     )
-    if samples is not None:
-        open_storage(to).write(SAMPLES, samples)
     what = {"config": source.config, "step": source.step, "weights_name": source.weights_name}
     match format:
         case "safetensors":
@@ -60,6 +66,8 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
             write_diffusers(to, source.weights, **what, card=card)
         case _:
             assert_never(format)
+    if samples is not None:
+        open_storage(to).write(SAMPLES, samples)
     if format != "diffusers":
         Place(open_storage(to).join(CARD) if is_folder else f"{to}.md").write(card.encode())
     return unlike_openai(source.config.method) if format == "openai" else []

@@ -1,7 +1,7 @@
 """Reads and writes weights: OpenAI's `.pt`, diffusers' folder, safetensors with a config; reads NVlabs' `.pkl`."""
 
 from cmscale.interop.diffusers_config import pipeline_timesteps, refuse_inexpressible
-from cmscale.interop.diffusers_folder import holds_config, read_diffusers, write_diffusers
+from cmscale.interop.diffusers_folder import holds_config, read_diffusers, refuse_another_model, write_diffusers
 from cmscale.interop.names import parameter_shapes
 from cmscale.interop.nvlabs import EDMNetwork, read_nvlabs
 from cmscale.interop.openai_file import read_openai, write_openai
@@ -16,6 +16,7 @@ __all__ = [
     "read_nvlabs",
     "read_openai",
     "read_safetensors",
+    "refuse_another_model",
     "refuse_inexpressible",
     "write_diffusers",
     "write_openai",

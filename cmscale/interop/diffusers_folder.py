@@ -1,7 +1,7 @@
 """Reads and writes the folder of diffusers' ConsistencyModelPipeline, without importing diffusers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ UNET_VARIANTS = (
 """The files that may hold the network, the best first: full precision before half."""
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 CARD = "README.md"
+_FILES = (INDEX, UNET_CONFIG, *UNET_VARIANTS, SCHEDULER_CONFIG, CARD)
 
 
 def write_diffusers(
@@ -63,7 +64,7 @@ def write_diffusers(
     """
     storage = folder(target)
     refuse_inexpressible(config, storage.url)
-    _refuse_another_model(storage, config)
+    refuse_another_model(storage, config, files=_FILES, weights=UNET_WEIGHTS)
     state = strict_weights(weights, parameter_shapes(config.model), origin="the weights to write")
     renamed = to_diffusers(state, config.model)
     with writable(storage, UNET_WEIGHTS, size=sum(4 * tensor.numel() for tensor in renamed.values())) as path:
@@ -178,20 +179,33 @@ def from_diffusers(weights: Mapping[str, Tensor], model: Model) -> Weights:
     return renamed
 
 
-def _refuse_another_model(storage: Storage, config: Config) -> None:
-    """Refuses to write over a model that is not an earlier export of the same run."""
-    ours = (INDEX, UNET_CONFIG, *UNET_VARIANTS, SCHEDULER_CONFIG, CARD)
-    there = {entry.key for entry in storage.list() if entry.key in ours}
+def refuse_another_model(storage: Storage, config: Config, *, files: Collection[str], weights: str) -> None:
+    """Refuses to write over files that are not those of an earlier export of the same run.
+
+    Args:
+        files: Those that an export writes.
+        weights: The one of them whose metadata say what it is.
+
+    Raises:
+        UserError: some of the files are there, and are not of such an export.
+    """
+    there = {name for name in files if _has(storage, name)}
     if not there:
         return
-    if UNET_WEIGHTS in there:
-        with readable(storage, UNET_WEIGHTS) as path:
-            card = own_card(read_metadata(path, origin=storage.join(UNET_WEIGHTS)))
+    if weights in there:
+        with readable(storage, weights) as path:
+            card = own_card(read_metadata(path, origin=storage.join(weights)))
         if card is not None:
-            held = parse_config(card["config"], origin=f"config in {storage.join(UNET_WEIGHTS)}", resolved=True)
+            held = parse_config(card["config"], origin=f"config in {storage.join(weights)}", resolved=True)
             if held.fingerprint() == config.fingerprint():
                 return
     raise UserError(f"{storage.url}: holds another model ({min(there)}), which is not replaced; name another folder")
+
+
+def _has(storage: Storage, name: str) -> bool:
+    """Whether a file is there, without a walk through all others."""
+    path = storage.local_path(name)
+    return path.exists() if path is not None else any(entry.key == name for entry in storage.list(name))
 
 
 def _diffusers_shape(shape: tuple[int, ...], *, parts: int, pointwise: bool) -> tuple[int, ...]:

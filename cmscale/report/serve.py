@@ -123,10 +123,23 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        if self.only_here and not _is_loopback(urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""):
+        try:
+            asked = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+            path = unquote(urlsplit(self.path).path)
+        except ValueError:  # http://[
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return
+        if self.only_here and not _is_loopback(asked):
             self.send_error(HTTPStatus.FORBIDDEN, "not a name of this machine")  # a page elsewhere named itself so
             return
-        path = unquote(urlsplit(self.path).path)
+        try:
+            self._answer(path)
+        except UserError as error:  # the run is gone, or a document of it is damaged for a moment
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(error))
+        except ConnectionError:  # the reader has left
+            self.close_connection = True
+
+    def _answer(self, path: str) -> None:
         if path in ("/", "/report", "/report/"):
             self.send_response(HTTPStatus.FOUND)
             self.send_header("Location", _PAGE)

@@ -259,3 +259,19 @@ def test_a_folder_has_the_layout_of_a_repository_on_the_hub(tmp_path: Path) -> N
         exported(tmp_path / "run2", run, format="safetensors")
     with pytest.raises(UserError, match="safetensors"):
         exported(tmp_path / "model.bin", run, format="safetensors")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "diffusers"])
+def test_a_folder_with_somebodys_readme_is_left_as_it_is(format: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.samples.mkdir(parents=True)
+    run.sample_grid(60).write_bytes(b"the grid")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("# Somebody's")
+    with pytest.raises(UserError, match=r"holds another model \(README\.md\), which is not replaced"):
+        exported(project, run, format=format, weights_name=CONFIG.ema.names[0])
+    assert [(path.name, path.read_text()) for path in project.iterdir()] == [("README.md", "# Somebody's")]
+    for _ in range(2):  # the second replaces the first
+        exported(tmp_path / "model", run, format=format, weights_name=CONFIG.ema.names[0])
+    assert (tmp_path / "model" / "samples.png").exists()

@@ -9,7 +9,9 @@ import pytest
 
 from cmscale.distributed.world import World
 from cmscale.errors import UserError
+from cmscale.evaluation.sample_files import open_images
 from cmscale.generation.sample_set import Making, opened
+from cmscale.generation.set_files import sample_name, write_pictures
 from cmscale.io.place import Place
 from cmscale.runs.sample_sets import Format, place_of_seed, set_place, stored_parts
 
@@ -48,6 +50,21 @@ def test_an_interrupted_set_goes_on_with_what_is_missing(format: Format, tmp_pat
     assert not Path(f"{place}.parts").exists()
     with making(place, format=format) as each:
         assert each.known == record
+
+
+def test_pictures_that_are_not_all_there_are_not_measured(tmp_path: Path) -> None:
+    place = tmp_path / "x"
+    with making(place, format="png") as each:
+        draw(each)
+        write_pictures(each.place.folder, each._parts.rows, range(4), threads=1)  # and is killed
+    with pytest.raises(UserError, match="x: is not drawn to its end"):
+        open_images(place)
+    with making(place, format="png") as each:
+        each.finish({})
+    assert open_images(place).count == 10
+    (place / sample_name(3)).unlink()
+    with pytest.raises(UserError, match=r"holds 9 images, its samples\.json says 10; draw the samples again"):
+        open_images(place)
 
 
 def test_an_array_is_replaced_by_another_one_and_recognised_by_its_content(tmp_path: Path) -> None:

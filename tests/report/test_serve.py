@@ -73,6 +73,7 @@ def test_the_page_and_the_files_that_it_links_to_are_served(run, monkeypatch) ->
         ):
             assert answer(port, f"/{path}")[0] == 404, path
         assert answer(port, "/report/index.html", host="elsewhere.example")[0] == 403
+        assert answer(port, "/report/index.html", host="[")[0] == 400
         assert answer(port, "/report/index.html", host=f"localhost:{port}")[0] == 200
 
 
@@ -88,6 +89,18 @@ def test_a_newer_event_makes_a_newer_page_that_is_not_built_without_end(run, mon
     assert b"a new reason" in page
     append_line(run.events, {"time": 1.79e9 + 61, "event": "resumed", "step": 20, "rank": 0, "why": ""})
     assert report.current()[0] == second  # the last one took so long
+
+
+def test_a_page_that_can_not_be_built_is_an_answer(run, monkeypatch, capsys) -> None:
+    def refuse(*_: object, **__: object) -> bytes:
+        raise UserError("a_run: not a run <any more>")
+
+    monkeypatch.setattr(serve, "render_report", refuse)
+    with serving(run) as port:
+        status, content, _ = answer(port, "/report/index.html")
+    assert status == 500
+    assert b"a_run: not a run &lt;any more&gt;" in content
+    assert capsys.readouterr().err == ""
 
 
 def test_a_port_that_is_taken_is_a_line(run) -> None:
