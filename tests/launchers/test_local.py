@@ -217,6 +217,6 @@ class TestController:
         process, submission = self.start(tmp_path, *limits, heeds=heeds)
         wait_until(lambda: (tmp_path / "waiting").exists())
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=120)
         assert self.codes(submission) == [code]
         assert (tmp_path / "signal").exists() == heeds

@@ -38,6 +38,7 @@ class Counting:
 @pytest.fixture
 def backend() -> Iterator[Counting]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # other tests may have counted
     yield Counting()
     torch._dynamo.reset()
 

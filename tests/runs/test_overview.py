@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_a_state_is_known_by_the_launcher_where_there_is_one(tmp_path: Path) -> 
     assert overview(found).state == "stale"
     assert f"launcher {ended.pid} on {socket.gethostname()} has ended" in overview(found).known_by
     sign(found, 1, host="elsewhere", age=5)
-    assert "launcher 1 on elsewhere, alive 5 s ago" in overview(found).known_by
+    assert re.search("launcher 1 on elsewhere, alive [0-9]+ s ago", overview(found).known_by)
     sign(found, 1, host="elsewhere", age=7200)
     assert overview(found, now=time.time() + 7200).state == "stale"
     assert "launcher 1 on elsewhere has been silent for 2 h" in overview(found, now=time.time() + 7200).known_by

@@ -147,7 +147,7 @@ def test_wandb_that_hangs_at_the_end_is_left_behind(run, monkeypatch) -> None:
     append_line(run.metrics, {"step": 1})
     began = time.monotonic()
     mirror.close(patience=0.2)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     assert server.reached.wait(60)
     assert server.steps == [1]
     server.released.set()
