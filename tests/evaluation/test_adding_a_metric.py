@@ -85,8 +85,8 @@ def test_one_new_file_adds_a_metric_to_results_messages_report_and_card(
     folder = write_run(tmp_path / "run")
     (folder.evaluations / "step-000000060-master-nfe1.json").write_bytes(result.to_bytes())
     page = build_report(folder).read_text()
-    assert '<th class="n">mean shift-EfficientNet</th>' in page
-    assert f'<td class="n">{expected:.3f}<small></small></td>' in page
+    assert '<th class="n metric">mean shift-EfficientNet</th>' in page
+    assert f'<td class="n" data-label="mean shift-EfficientNet">{expected:.3f}<small></small></td>' in page
 
 
 METRIC = """
