@@ -6,6 +6,7 @@ in PLACE.parts; the record that describes it is written last: PLACE/samples.json
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -117,8 +118,13 @@ class SetPlace:
 
 
 def set_place(place: Place, format: Format) -> SetPlace:
-    """The place of a set; a folder's name may end with a slash."""
-    return SetPlace(place if format == "npz" else Place(place.rstrip("/") or "/"), format)
+    """The place of a set; a folder's name may end with a slash, or be `.`."""
+    if format == "npz":
+        return SetPlace(place, format)
+    named = Place(place.rstrip("/") or "/")
+    if not named.is_remote and named.rpartition("/")[2] in (".", ".."):
+        named = Place(Path(named).resolve())  # its parts lie beside it, under its own name
+    return SetPlace(named, format)
 
 
 def place_of_seed(place: Place, seed: int, seeds: int) -> Place:

@@ -16,6 +16,7 @@ from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST
 
 _INDEX = "model_index.json"
+_EXPORTED = "model.safetensors"
 _MOST_HEADER_BYTES = 100 << 20  # of a safetensors file, by its format's definition
 _FOLDERS_OF_A_RUN = ("checkpoints", "samples", "evaluations", "logs", "report")  # samples/ holds grids
 _KINDS = "a run, a checkpoint folder, a .safetensors file, a diffusers folder, or an OpenAI .pt"
@@ -74,6 +75,8 @@ def _kind_of_folder(storage: Storage, origin: str) -> str | None:
     if inside := sorted(child.name for child in folder.iterdir() if _is_run(child)):
         named = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
         raise UserError(f"{origin}: is a folder of runs ({named}); give one of them")
+    if (folder / _EXPORTED).is_file() and (folder / "README.md").is_file():
+        raise UserError(f"{origin}: is the folder of an export; give the weights in it, {folder / _EXPORTED}")
     return situation.SAMPLES if next(folder.iterdir(), None) else None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.config import Wandb
+from cmscale.io.durable import replace_durably
 from cmscale.io.wandb_login import find_login
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import EvaluationResult
@@ -90,6 +91,8 @@ def _mode(settings: Wandb) -> str:
 
 
 def _identity(run: RunDir) -> str:
-    if not run.wandb_id.exists():
-        run.wandb_id.write_text(secrets.token_hex(8))
-    return run.wandb_id.read_text().strip()
+    known = run.wandb_id.read_text().strip() if run.wandb_id.exists() else ""
+    if not known:  # none yet, or a file that a crash left empty
+        known = secrets.token_hex(8)
+        replace_durably(run.wandb_id, known.encode())
+    return known

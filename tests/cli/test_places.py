@@ -173,7 +173,8 @@ def test_a_source_that_is_none_is_refused_with_what_to_give(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("one/checkpoints/step-000000001/x", "one/samples/step-000000001.png", "x.npy", "x.png", "empty/.x"):
+    names = ["one/checkpoints/step-000000001/x", "one/samples/step-000000001.png", "x.npy", "x.png", "empty/.x"]
+    for name in (*names, "export/README.md", "export/samples.png", "export/model.safetensors"):
         (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs" / name).touch()
     (tmp_path / "runs" / "one" / "config.yaml").touch()
@@ -183,6 +184,7 @@ def test_a_source_that_is_none_is_refused_with_what_to_give(
         ("runs/one/samples", f"is a folder in the run {tmp_path}/runs/one; give the run"),
         ("runs/one/checkpoints/step-000000001", "is no complete checkpoint"),
         ("runs/one", "the run has no complete checkpoint yet"),
+        ("runs/export", "is the folder of an export; give the weights in it, runs/export/model.safetensors"),
         ("runs/x.npy", "numpy.savez(FILE, arr_0=...)"),
         ("runs/x.png", "finished samples are a folder of images"),
         ("someone/some-model", "download it first"),

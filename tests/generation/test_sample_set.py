@@ -138,3 +138,14 @@ def test_the_sets_of_several_seeds_have_places_of_their_own() -> None:
     assert place_of_seed(Place("a.b/x.npz"), 3, 2) == "a.b/x-seed3.npz"
     assert place_of_seed(Place("s3://b/grid.png"), 3, 2) == "s3://b/grid-seed3.png"
     assert place_of_seed(Place("a.b/set"), 3, 2) == "a.b/set/seed3"
+
+
+def test_a_set_may_be_drawn_into_the_folder_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    written(Path(), format="png")
+    for place in (".", "./"):
+        with making(place, format="png") as each:
+            assert each.known is not None
+    assert len(list((tmp_path / "here").glob("*.png"))) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]

@@ -140,6 +140,13 @@ def test_what_an_earlier_release_sent_is_not_sent_again(run, monkeypatch) -> Non
     assert server.steps == [3]
 
 
+def test_a_run_has_one_id_at_wandb_also_after_a_crash_that_left_none(run) -> None:
+    run.wandb_id.touch()
+    found = wandb_mirror._identity(run)
+    assert found
+    assert wandb_mirror._identity(run) == found == run.wandb_id.read_text()
+
+
 def test_wandb_that_hangs_at_the_end_is_left_behind(run, monkeypatch) -> None:
     server = Server(hangs_at_the_end=True)
     monkeypatch.setattr(wandb, "init", lambda **_: server)
