@@ -175,6 +175,8 @@ train: {total_steps: 100, global_batch_size: 8, micro_batch_size: 2}
 def _runs(run: Path, config_file: Path) -> list[Input]:
     del config_file
     files = [path for path in run.rglob("*") if path.is_file()]
+    other = run.with_name("other")
+    shutil.copytree(run, other)
     return [
         Input(
             "run",
@@ -182,7 +184,7 @@ def _runs(run: Path, config_file: Path) -> list[Input]:
             [
                 ("cmscale", "runs", run.parent),
                 ("cmscale", "report", run),
-                ("cmscale", "compare", run, run),
+                ("cmscale", "compare", run, other),
                 ("cmscale", "verify", run),
                 ("submit", "--resume", run, "--cluster", "local", "--dry-run"),
                 ("evaluate", "--cluster", "local", "--dry-run", run),

@@ -33,7 +33,8 @@ class BreakingWandb:
     def define_metric(self, *_: object, **__: object) -> None:
         pass
 
-    def log(self, record: dict[str, float]) -> None:
+    def log(self, record: dict[str, float], *, step: int) -> None:
+        assert step >= record["step"]
         if record["step"] >= self.breaks_at:
             raise ConnectionError("wandb went away")
 

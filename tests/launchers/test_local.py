@@ -28,10 +28,10 @@ def start_job(folder: Path, how: str, *, evaluation: bool = False) -> subprocess
         from launch_fixtures import placement
         from cmscale.config import Restart
         from cmscale.runs.folder import RunDir
-        from launchers import jobs
+        from launchers import jobs, submission
         from launchers.clusters import CLUSTERS
         if {evaluation}:
-            jobs.EVALUATE = "launch_fixtures:worker"
+            submission._BESIDE["launch_fixtures:worker"] = "evaluation"
         run = RunDir(Path({str(folder)!r}))
         run.logs.mkdir(parents=True)
         restart = Restart(signal_seconds=5, backoff_seconds=0)
