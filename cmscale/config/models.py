@@ -98,7 +98,7 @@ class Config(Section):
         if self.model.compile != "off" and self.method.needs_forward_mode:
             raise ValueError(
                 f"model.compile: {self.model.compile} can't be combined with the forward-mode derivatives of "
-                f"method.kind {kind}; use off, or method.tangent central_differences"
+                f"method.kind {kind}; use off, or method.tangent backward_differences"
             )
         return self
 

@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from cmscale.config import MethodSection
+from cmscale.config import SCD, SCT, MethodSection
 from cmscale.model.denoiser import ConsistencyDenoiser, EDMDenoiser, Raw
 from cmscale.model.trigflow import TrigFlow
 
@@ -18,8 +18,8 @@ def denoiser_for(method: MethodSection, raw: Raw) -> Denoiser:
         case "consistency":
             return ConsistencyDenoiser(raw, sigma_data=method.sigma_data, time=time, sigma_min=method.sigma_min)
         case "trigflow":
-            derivative = "jvp" if method.needs_forward_mode else "central_differences"
-            return TrigFlow(raw, sigma_data=method.sigma_data, time=time, derivative=derivative)
+            assert isinstance(method, SCT | SCD)
+            return TrigFlow(raw, sigma_data=method.sigma_data, time=time, derivative=method.derivative)
     assert_never(method.facts.preconditioning)
 
 

@@ -139,8 +139,9 @@ def test_the_real_network_is_differentiated_forward(variant: str, time):
         assert relative(value, flow.flow(x, t, dropout_keys=keys)) < 1e-12
 
 
-def test_a_point_derivative_in_time_is_ripple_where_the_embedding_is_fast_and_right_where_it_is_slow():
-    """The UNet with its own embedding, to sigma 80: dF/d ln(sigma) with x at rest, at a point and over +-0.1."""
+@pytest.mark.parametrize("differences", ["central_differences", "backward_differences"])
+def test_a_point_derivative_in_time_is_ripple_where_the_embedding_is_fast_and_right_where_it_is_slow(differences):
+    """The UNet with its own embedding, to sigma 80: dF/d ln(sigma) with x at rest, at a point and by differences."""
     model = small_model()
     network = UNet(model).requires_grad_(False)
     network.load_state_dict(random_weights(model))
@@ -152,9 +153,36 @@ def test_a_point_derivative_in_time_is_ripple_where_the_embedding_is_fast_and_ri
         _, rate = flow.flow_and_rate(x, t, torch.zeros_like(x))
         return rate.flatten(1).norm(dim=1)
 
-    slow, fast = (size(time, "jvp") / size(time, "central_differences") for time in ("angle", "log_sigma"))
+    slow, fast = (size(time, "jvp") / size(time, differences) for time in ("angle", "log_sigma"))
     assert (slow - 1).abs().max() < 0.05, slow
     assert fast.min() > 3, fast
+
+
+class Ripple(torch.nn.Module):
+    """A raw network of time alone: -(cos, sin)(k ln sigma), so that F is (cos, sin)."""
+
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, x, c_noise, *, labels=None, dropout_keys=None):
+        phase = self.k * c_noise / 250
+        return -torch.stack([phase.cos(), phase.sin()], dim=1)[..., None, None].expand_as(x)
+
+
+@pytest.mark.parametrize("k", [0.5, 5.0, 20.0, 40.0, 125.0, 250.0])
+def test_backward_differences_damp_a_ripple_that_central_ones_let_stand(k: float):
+    """<F, dF/du> of F = (cos, sin)(k u): (1 - cos(k h))^2 / h, h = 0.1, and 0; the derivative's is 0."""
+    t, x = angles(16), torch.zeros(16, 2, 1, 1, dtype=torch.float64)
+
+    def growth(derivative) -> torch.Tensor:
+        flow = TrigFlow(Ripple(k), sigma_data=SD, time="log_sigma", derivative=derivative)
+        value, rate = flow.flow_and_rate(x, t, torch.zeros_like(x))
+        return (value * rate).flatten(1).sum(1)
+
+    expected = torch.full((16,), (1 - math.cos(0.1 * k)) ** 2 / 0.1, dtype=torch.float64)
+    torch.testing.assert_close(growth("backward_differences"), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(growth("central_differences"), torch.zeros_like(expected), rtol=0, atol=1e-9)
 
 
 def test_attention_takes_the_reference_where_it_is_differentiated_forward():
@@ -186,14 +214,22 @@ RANDOM = [SampleRandomness(seed, tuple(range(8)), torch.device("cpu")) for seed 
 @pytest.mark.parametrize("random", RANDOM)
 @pytest.mark.parametrize("step", [0, 2500, 20000])
 @pytest.mark.parametrize(
-    ("kind", "derivative"), [("sct", "jvp"), ("scd", "jvp"), ("sct", "central_differences"), ("scd", "auto")]
+    ("kind", "derivative"),
+    [
+        ("sct", "jvp"),
+        ("scd", "jvp"),
+        ("sct", "central_differences"),
+        ("sct", "backward_differences"),
+        ("scd", "central_differences"),
+        ("scd", "auto"),
+    ],
 )
 def test_the_loss_is_its_formula(kind: str, derivative: str, step: int, random: SampleRandomness):
     """Compares with float64 numpy, where dF/dt is a difference of the network's formula, small or as long as ours."""
     from scipy.stats import norm
 
     method = SCT(kind="sct", tangent=derivative) if kind == "sct" else SCD(kind="scd", teacher="t", tangent=derivative)
-    assert method.takes_central_differences == (derivative != "jvp")
+    assert method.derivative == ("backward_differences" if derivative == "auto" else derivative)
     student = Smooth(0.7)
     teacher = TrigFlow(Smooth(1.1), sigma_data=SD, time="log_sigma")
     clean = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(random.seed)) * 2 - 1
@@ -217,15 +253,17 @@ def test_the_loss_is_its_formula(kind: str, derivative: str, step: int, random: 
     cos, sin = expand(np.cos(t)), expand(np.sin(t))
     x = cos * x0 + sin * z
     slope = cos * z - sin * x0 if kind == "sct" else -SD * raw(1.1, x / SD, 250 * np.log(SD * np.tan(t)))
+
+    def along(distance: float) -> np.ndarray:
+        """F at ln(tan t) + distance, where x_0 = cos x - sin slope and z = sin x + cos slope are constant."""
+        time = np.arctan(np.tan(t) * np.exp(distance))
+        place = expand(np.cos(time)) * (cos * x - sin * slope) + expand(np.sin(time)) * (sin * x + cos * slope)
+        return student_flow(place, time)
+
     h = 1e-6 if derivative == "jvp" else 0.1
-    later, earlier = (np.arctan(np.tan(t) * np.exp(sign * h)) for sign in (1, -1))
-    ends = [
-        student_flow(
-            expand(np.cos(time)) * (cos * x - sin * slope) + expand(np.sin(time)) * (sin * x + cos * slope), time
-        )
-        for time in (later, earlier)
-    ]  # along the trajectory of constant x_0 = cos x - sin slope and z = sin x + cos slope
-    rate = (ends[0] - ends[1]) / (2 * h)  # cos sin dF/dt
+    rate = (along(h) - along(-h)) / (2 * h)  # cos sin dF/dt
+    if method.derivative == "backward_differences":
+        rate = (3 * along(0) - 4 * along(-h) + along(-2 * h)) / (2 * h)
     g = -(cos**2) * (SD * student_flow(x, t) - slope) - min(1, step / 10000) * (cos * sin * x + SD * rate)
     g = g / (np.sqrt((g**2).reshape(8, -1).sum(1)) + 0.1)[:, None, None, None]
     k = np.arange(1, 9) * (np.log(np.tan(t)) / 4)[:, None]

@@ -32,10 +32,10 @@ class ContinuousTime(SampledInOneStep):
         source="sCM, section 4.2",
     )
     tangent_norm_c: Positive = key(0.1, "c of the normalised tangent g / (||g|| + c).", source="sCM, section 4.2")
-    tangent: Literal["auto", "jvp", "central_differences"] = key(
+    tangent: Literal["auto", "jvp", "central_differences", "backward_differences"] = key(
         "auto",
-        "How the network is differentiated in time: by a forward-mode derivative (jvp), or by central differences "
-        "along the trajectory. auto: jvp if its time embedding gets the angle.",
+        "How the network is differentiated in time: by a forward-mode derivative (jvp), or by differences along the "
+        "trajectory. auto: jvp if its time embedding gets the angle, else backward_differences.",
         source="measurements: a derivative of 250 ln(sigma) does not train the network",
     )
     teacher_time_embedding: TimeEmbedding = key(
@@ -45,19 +45,20 @@ class ContinuousTime(SampledInOneStep):
     )
 
     @property
-    def takes_central_differences(self) -> bool:
-        """Whether dF/dt is a central difference along the trajectory, and not a forward-mode derivative.
+    def derivative(self) -> Literal["jvp", "central_differences", "backward_differences"]:
+        """How dF/dt is computed.
 
-        With `auto` it is one where the time embedding gets 250 ln(sigma): its sinusoids then turn 250 times as fast
-        as ln(sigma), so that the derivative at a point is dominated by their ripple and does not train the network.
+        With `auto` it is a difference where the time embedding gets 250 ln(sigma): its sinusoids then turn 250 times as
+        fast as ln(sigma), so that the derivative at a point is dominated by their ripple and does not train the
+        network. Of the differences it is the one that damps errors of short period; see `model.trigflow.STENCILS`.
         """
-        if self.tangent == "auto":
-            return not self.embeds_angle
-        return self.tangent == "central_differences"
+        if self.tangent != "auto":
+            return self.tangent
+        return "jvp" if self.embeds_angle else "backward_differences"
 
     @property
     def needs_forward_mode(self) -> bool:
-        return not self.takes_central_differences
+        return self.derivative == "jvp"
 
     @property
     def distance_settings(self) -> None:

@@ -33,4 +33,4 @@ class SCD(FollowsTeacher, ContinuousTime):
     @property
     def forward_passes(self) -> float:
         """As sCT, and the teacher."""
-        return 4 + (3 if self.takes_central_differences else 2)
+        return 4 + (2 if self.needs_forward_mode else 3)

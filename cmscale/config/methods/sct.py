@@ -52,4 +52,4 @@ class SCT(ContinuousTime):
     @property
     def forward_passes(self) -> float:
         """Student forward and backward, and without gradient F with its derivative (2), or F at three times (3)."""
-        return 3 + (3 if self.takes_central_differences else 2)
+        return 3 + (2 if self.needs_forward_mode else 3)
