@@ -1,7 +1,7 @@
 """The property that no file is trusted: whatever a user's file holds, a command works, or says in a line why not.
 
 Every kind of file that a command reads is damaged at random (`mutations`). The seed is printed; it is new for each run,
-except under ops/test.sh, which takes it from the code, so that the same code gives the same files.
+except under ops/test.sh without --all, which gives always the same one.
 More than half of the time the manifests beside it are made to agree (`settled`), as no hash protects from ill will.
 CMSCALE_MUTATION_SEED repeats a run, CMSCALE_MUTATIONS sets the number of damaged files.
 """
