@@ -24,11 +24,12 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 from typer.models import OptionInfo, ParameterInfo
 
 from cmscale.cli.early import check_early
 from cmscale.commands.parser import Output, check_output
-from cmscale.commands.use import Given, Use, refuse_empty
+from cmscale.commands.use import Given, Use, given_twice, refuse_empty, refuse_repeated_keys
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -56,6 +57,26 @@ class TableConsole(Console):
         raise BrokenPipeError
 
 
+class _OnceCommand(TyperCommand):
+    """A command that refuses an option that is given twice, where typer would take the last one."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        parser = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def once(args: list[str]) -> Any:
+            found = parse(args)
+            seen: set[str | None] = set()
+            for each in found[2]:  # the parameters in the order in which they were given
+                if each.param_type_name == "option" and not each.multiple and each.name in seen:
+                    raise given_twice(each.opts[-1])
+                seen.add(each.name)
+            return found
+
+        parser.parse_args = once
+        return parser
+
+
 @dataclass(frozen=True)
 class _Declared:
     """A parameter of a command: as typer shows it, and what it is."""
@@ -81,7 +102,7 @@ def command(app: typer.Typer, name: str | None = None, *, group: str = "") -> Ca
         COMMANDS[f"{group} {name or function.__name__}".strip()] = {
             each.parameter.name: each.use for each in _declared(function)
         }
-        app.command(name)(_with_checks(function))
+        app.command(name, cls=_OnceCommand)(_with_checks(function))
         return function
 
     return decorate
@@ -98,6 +119,7 @@ def _with_checks(function: Callable[..., None]) -> Callable[..., None]:
         for name in names:  # a message about one of many arguments names it
             if not declared[name].is_place:
                 refuse_empty(flags[name], values[name])
+            refuse_repeated_keys(values[name])
             if isinstance(values[name], list) and values[name] and not flags[name].startswith("-"):
                 flags[name] = str(values[name][0])
         given = Given({name: each.use for name, each in declared.items()}, flags, names)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cmscale import __version__
 from cmscale.commands.former import with_current_names
-from cmscale.commands.use import Given, Use, refuse_empty
+from cmscale.commands.use import Given, Use, given_twice, refuse_empty, refuse_repeated_keys
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -69,11 +69,11 @@ class CommandParser(argparse.ArgumentParser):
         """
         absent = object()  # a default, so that an option at its default value counts as given
         flags = {name: _called(action) for name, action in self._actions_of.items()}
-        values = argparse.Namespace(
-            **{name: absent for name, action in self._actions_of.items() if action.option_strings}
-        )
+        options = {name: flags[name] for name, action in self._actions_of.items() if action.option_strings}
+        once = _Once(options, absent)
         known = {flag for action in self._actions_of.values() for flag in action.option_strings}
-        self.parse_intermixed_args(with_current_names(arguments, known), values)
+        self.parse_intermixed_args(with_current_names(arguments, known), once)
+        values = argparse.Namespace(**{name: value for name, value in vars(once).items() if name[0] != "_"})
         names = []
         for name, action in self._actions_of.items():
             value = getattr(values, name)
@@ -82,6 +82,7 @@ class CommandParser(argparse.ArgumentParser):
             elif action.option_strings or value not in (None, []):
                 names.append(name)
                 refuse_empty(flags[name], value)
+                refuse_repeated_keys(value)
                 if isinstance(value, list):  # one of many arguments is named by itself
                     flags[name] = str(value[0])
         given = Given(self.uses, flags, names)
@@ -98,6 +99,27 @@ class CommandParser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         """Prints the help. argparse's own hides that nobody reads it."""
         print(message, end="", file=file, flush=True)
+
+
+class _Once(argparse.Namespace):
+    """Values of options that are each set once.
+
+    Args:
+        flags: What a user calls each option, by name.
+        absent: The value of one that has not been set.
+
+    Raises (when an option is set again):
+        UserError: it was given twice.
+    """
+
+    def __init__(self, flags: dict[str, str], absent: object) -> None:
+        self.__dict__.update(dict.fromkeys(flags, absent))
+        self.__dict__ |= {"_flags": flags, "_absent": absent}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in self._flags and self.__dict__[name] is not self._absent:
+            raise given_twice(self._flags[name])
+        super().__setattr__(name, value)
 
 
 def _called(action: argparse.Action) -> str:

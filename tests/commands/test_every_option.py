@@ -7,6 +7,7 @@ An option for which `VALUES` has no value fails the test: whoever adds an option
 """
 
 import io
+import itertools
 import json
 import re
 import sys
@@ -154,6 +155,36 @@ def test_an_option_has_an_effect_or_is_refused(
     assert not wrong
 
 
+@pytest.mark.parametrize("command", [name for name, values in VALUES.items() if any(values.values())])
+def test_an_option_that_is_given_twice_is_refused(
+    command: str, inputs: Path, launched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = next(scene for scene in SCENES if scene.command == command)
+    attempts, wrong = Attempts(scene, inputs, launched, tmp_path, monkeypatch), []
+    for option, words in VALUES[command].items():
+        if words is None or not (words[0].startswith("--") or "=" in words[0]) or option == "beside":
+            continue
+        found = attempts.outcome(*words[:2], *words[:2])
+        if found.status != 2 or not found.said.endswith("given twice; give it once\n") or found.files or found.jobs:
+            wrong.append(f"{option}: {found.status}, {found.said.strip()}")
+    assert not wrong
+
+
+def without(line: tuple[str, ...], more: tuple[str, ...]) -> list[str]:
+    """The words of a line without the options that are given in `more`, too."""
+    kept, skips = [], False
+    flags = {flag.replace("--no-", "--") for flag in more if flag.startswith("--")}
+    with_value = {flag for flag, value in itertools.pairwise((*more, "--")) if not value.startswith("--")}
+    for word in line:
+        if skips:
+            skips = False
+        elif word.startswith("--") and word.replace("--no-", "--") in flags:
+            skips = word in with_value
+        else:
+            kept.append(word)
+    return kept
+
+
 def make_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks are made once, grids have few times, features are a projection, pages are not drawn."""
     networks = cache(build_unet)
@@ -213,7 +244,7 @@ class Attempts:
                 (out / name / "config.yaml").write_text(parsed(self.inputs / "launch.yaml"))
         before = files_in(out)
         self.launched.clear()
-        words = [word.format(**{"in": self.inputs, "out": out}) for word in (*self.scene.line, *more)]
+        words = [word.format(**{"in": self.inputs, "out": out}) for word in (*without(self.scene.line, more), *more)]
         output, errors = io.StringIO(), io.StringIO()
         with redirect_stdout(output), redirect_stderr(errors):
             status = self.run(words)
