@@ -29,7 +29,7 @@ from typer.models import OptionInfo, ParameterInfo
 
 from cmscale.cli.early import check_early
 from cmscale.commands.parser import Output, check_output
-from cmscale.commands.use import Given, Use, given_twice, refuse_empty, refuse_repeated_keys
+from cmscale.commands.use import Given, Use, given_twice, refuse_empty
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -119,7 +119,6 @@ def _with_checks(function: Callable[..., None]) -> Callable[..., None]:
         for name in names:  # a message about one of many arguments names it
             if not declared[name].is_place:
                 refuse_empty(flags[name], values[name])
-            refuse_repeated_keys(values[name])
             if isinstance(values[name], list) and values[name] and not flags[name].startswith("-"):
                 flags[name] = str(values[name][0])
         given = Given({name: each.use for name, each in declared.items()}, flags, names)

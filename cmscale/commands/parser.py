@@ -7,7 +7,7 @@ from typing import Any
 
 from cmscale import __version__
 from cmscale.commands.former import with_current_names
-from cmscale.commands.use import Given, Use, given_twice, refuse_empty, refuse_repeated_keys
+from cmscale.commands.use import Given, Use, given_twice, refuse_empty
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -82,7 +82,6 @@ class CommandParser(argparse.ArgumentParser):
             elif action.option_strings or value not in (None, []):
                 names.append(name)
                 refuse_empty(flags[name], value)
-                refuse_repeated_keys(value)
                 if isinstance(value, list):  # one of many arguments is named by itself
                     flags[name] = str(value[0])
         given = Given(self.uses, flags, names)

@@ -60,23 +60,6 @@ def given_twice(flag: str) -> UserError:
     return UserError(f"{flag}: given twice; give it once")
 
 
-def refuse_repeated_keys(values: object) -> None:
-    """Refuses `key=value` words of which two set one key.
-
-    Args:
-        values: The words of an argument; anything but a list is none.
-
-    Raises:
-        UserError: the key that is set twice.
-    """
-    seen: set[str] = set()
-    for word in values if isinstance(values, list) else ():
-        key, equals, _ = str(word).partition("=")
-        if equals and key in seen:
-            raise given_twice(f"{key}=")
-        seen.add(key)
-
-
 class Given:
     """The options on a command line.
 
