@@ -15,10 +15,11 @@ the options that were given as `given`, if it asks for them, and calls `given.re
 import copy
 import functools
 import inspect
+import itertools
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -58,23 +59,39 @@ class TableConsole(Console):
 
 
 class _OnceCommand(TyperCommand):
-    """A command that refuses an option that is given twice, where typer would take the last one."""
+    """A command that refuses an option that is given twice, where typer would take the last one.
+
+    An option of several values (`list[...]`) may be repeated.
+    """
 
     def make_parser(self, ctx: Any) -> Any:
         parser = super().make_parser(ctx)
         parse = parser.parse_args
 
         def once(args: list[str]) -> Any:
+            words = list(args)  # parsing empties `args`
             found = parse(args)
             seen: set[str | None] = set()
             for each in found[2]:  # the parameters in the order in which they were given
-                if each.param_type_name == "option" and not each.multiple and each.name in seen:
-                    raise given_twice(each.opts[-1])
-                seen.add(each.name)
+                if each.param_type_name == "option" and not each.multiple and not each.is_eager:
+                    if each.name in seen:
+                        flag = "/".join((each.opts[-1], *each.secondary_opts))  # `--clip/--no-clip`
+                        raise given_twice(flag, [] if each.is_flag else _values_of(each.opts, words))
+                    seen.add(each.name)
             return found
 
         parser.parse_args = once
         return parser
+
+
+def _values_of(flags: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The values that a command line gives an option, in order."""
+    found = []
+    for word, following in itertools.pairwise((*words, "")):
+        name, equals, value = word.partition("=")
+        if name in flags:
+            found.append(value if equals else following)
+    return found
 
 
 @dataclass(frozen=True)

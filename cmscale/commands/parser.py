@@ -38,6 +38,7 @@ class CommandParser(argparse.ArgumentParser):
         self.uses: dict[str, Use] = {}
         self._outputs: dict[str, Output] = {}
         self._actions_of: dict[str, argparse.Action] = {}
+        self._texts: dict[str, list[list[str]]] = {}  # the values of each option as they were given, time by time
 
     def add(
         self, *names: str, use: Use, output: Output | None = None, group: Any = None, **how: Any
@@ -69,11 +70,17 @@ class CommandParser(argparse.ArgumentParser):
         """
         absent = object()  # a default, so that an option at its default value counts as given
         flags = {name: _called(action) for name, action in self._actions_of.items()}
-        options = {name: flags[name] for name, action in self._actions_of.items() if action.option_strings}
-        once = _Once(options, absent)
+        values = argparse.Namespace(
+            **{name: absent for name, action in self._actions_of.items() if action.option_strings}
+        )
         known = {flag for action in self._actions_of.values() for flag in action.option_strings}
-        self.parse_intermixed_args(with_current_names(arguments, known), once)
-        values = argparse.Namespace(**{name: value for name, value in vars(once).items() if name[0] != "_"})
+        self._texts.clear()
+        self.parse_intermixed_args(with_current_names(arguments, known), values)
+        for name, texts in self._texts.items():
+            if len(texts) > 1:
+                values = [text for words in texts for text in words]
+                both = "/".join(self._actions_of[name].option_strings)  # `--clip/--no-clip`
+                raise given_twice(flags[name] if values else both, values)
         names = []
         for name, action in self._actions_of.items():
             value = getattr(values, name)
@@ -95,30 +102,15 @@ class CommandParser(argparse.ArgumentParser):
         """Raises UserError."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Notes what is given for an option. argparse's own knows only the last."""
+        if action.dest in self._actions_of and action.option_strings:
+            self._texts.setdefault(action.dest, []).append(list(arg_strings))
+        return super()._get_values(action, arg_strings)
+
     def _print_message(self, message: str, file: Any = None) -> None:
         """Prints the help. argparse's own hides that nobody reads it."""
         print(message, end="", file=file, flush=True)
-
-
-class _Once(argparse.Namespace):
-    """Values of options that are each set once.
-
-    Args:
-        flags: What a user calls each option, by name.
-        absent: The value of one that has not been set.
-
-    Raises (when an option is set again):
-        UserError: it was given twice.
-    """
-
-    def __init__(self, flags: dict[str, str], absent: object) -> None:
-        self.__dict__.update(dict.fromkeys(flags, absent))
-        self.__dict__ |= {"_flags": flags, "_absent": absent}
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in self._flags and self.__dict__[name] is not self._absent:
-            raise given_twice(self._flags[name])
-        super().__setattr__(name, value)
 
 
 def _called(action: argparse.Action) -> str:

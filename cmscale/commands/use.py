@@ -11,7 +11,7 @@ A command states its situation as soon as it knows it: `given.refuse_unused(task
 the words of the messages. An option counts as given at its default value too, if it is on the command line.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cmscale.errors import UserError
 
@@ -55,9 +55,14 @@ def refuse_empty(flag: str, value: object) -> None:
         raise UserError(f"{flag}: got an empty text; give a value, or leave the option out")
 
 
-def given_twice(flag: str) -> UserError:
-    """The error of an option that is given twice, where only the last one would count."""
-    return UserError(f"{flag}: given twice; give it once")
+def given_twice(flag: str, values: Sequence[str] = ()) -> UserError:
+    """The error of an option that is given more than once: only one of its values could count.
+
+    Args:
+        values: What was given, in order; nothing for a switch.
+    """
+    told = "".join(f"{', as ' if not index else ' and as '}{value!r}" for index, value in enumerate(values[:2]))
+    return UserError(f"{flag}: given twice{told}; the last one does not override the others: give it once")
 
 
 class Given:
