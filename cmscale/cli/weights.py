@@ -12,6 +12,7 @@ from cmscale.cli.options import ConfigOption, JsonOption, OverridesArgument
 from cmscale.commands.situation import RUN, WITH_WEIGHTS_TO_CHOOSE, overriding
 from cmscale.commands.use import USED, Given, Use
 from cmscale.errors import NotExported, UserError
+from cmscale.export.target import check_license, check_target
 from cmscale.io.place import Place
 
 app = typer.Typer()
@@ -56,11 +57,17 @@ def export(
     given: Given = GIVEN,
 ) -> None:
     """Writes weights in a format of another project, or uploads the checkpoints that a run has not exported yet."""
-    from cmscale.export.metadata import check_license
-    from cmscale.export.weights import check_target, export_weights, finish_copies
+    given.refuse_unused(overriding=overriding(config, overrides or ()))
+    if to is not None:
+        if to.is_same(source):
+            raise UserError(f"--to {to}: is the source itself; name another place")
+        check_license(license)
+        check_target(format, to)
+
+    from cmscale.export.weights import export_weights, finish_copies
     from cmscale.source import checkpoint_step, load_source, model_kind
 
-    given.refuse_unused(source=model_kind(source), overriding=overriding(config, overrides or ()))
+    given.refuse_unused(source=model_kind(source))
     if to is None:
         try:
             finish_copies(
@@ -71,10 +78,6 @@ def export(
             print(error, file=sys.stderr)
             raise typer.Exit(1) from None
         return
-    if to.is_same(source):
-        raise UserError(f"--to {to}: is the source itself; name another place")
-    check_license(license)
-    check_target(format, to)
     loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     with console.status(f"writing {to}"):
         cautions = export_weights(loaded, format=format, to=to, license=license)
@@ -122,14 +125,17 @@ def ema(
     given: Given = GIVEN,
 ) -> None:
     """Writes an average of a run's weights of any length, computed afterwards; without options lists what it keeps."""
+    given.refuse_unused()
+    if to is not None:
+        check_target("safetensors", to)
+
     from cmscale.config.averages import power_name
     from cmscale.engine.power_averages import error_of, kept_averages
-    from cmscale.export.weights import check_target, export_weights
+    from cmscale.export.weights import export_weights
     from cmscale.io.storage import open_storage
     from cmscale.runs.folder import exported_weights
     from cmscale.source import checkpoint_step, load_source, newest_step
 
-    given.refuse_unused()
     at = checkpoint_step(step)
     at = newest_step(run) if at is None else at
     if length is None:
@@ -139,8 +145,9 @@ def ema(
         for trial in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25):
             print(f"{power_name(trial)} at step {at}: error {error_of(kept, trial, step=at):.2%}")
         return
-    to = to or Place(open_storage(run).join(exported_weights(at, power_name(length))))
-    check_target("safetensors", to)
+    if to is None:
+        to = Place(open_storage(run).join(exported_weights(at, power_name(length))))
+        check_target("safetensors", to)
     with console.status(f"writing {to}"):
         export_weights(load_source(run, weights=power_name(length), step=at), format="safetensors", to=to)
     print(to)

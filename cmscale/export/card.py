@@ -8,7 +8,8 @@ import yaml
 from cmscale.config import Config, dump_config
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
 from cmscale.export.metadata import UNKNOWN, front_matter
-from cmscale.export.usage import WEIGHTS, Format, usage
+from cmscale.export.target import WEIGHTS, Format
+from cmscale.export.usage import usage
 from cmscale.interop import parameter_shapes
 from cmscale.io.place import without_folders
 from cmscale.runs.comparison import RULE, basis_of, describe_basis, groups_of, once_each

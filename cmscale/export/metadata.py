@@ -1,31 +1,18 @@
 """Writes the head of a model card: the metadata that Hugging Face's hub reads."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from cmscale.config import Config
-from cmscale.errors import UserError
 from cmscale.evaluation.metrics.registry import all_metrics
-from cmscale.export.usage import Format
+from cmscale.export.target import Format
 from cmscale.runs.comparison import describe_basis, groups_of, once_each, reference_names
 from cmscale.runs.results import EvaluationResult
 
 UNKNOWN = "unknown"
 """The hub's identifier for a licence that nobody has stated."""
-_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-
-
-def check_license(license: str) -> None:
-    """Refuses what is no identifier of a licence.
-
-    Raises:
-        UserError: it has other characters than the hub's identifiers.
-    """
-    if not _IDENTIFIER.fullmatch(license):
-        raise UserError(f"--license {license}: no identifier of Hugging Face's hub; such are apache-2.0, mit, other")
 
 
 def front_matter(

@@ -1,17 +1,14 @@
 """Says in a model card how other programs sample as `cmscale sample` does."""
 
 from collections.abc import Iterator
-from typing import Literal, assert_never
+from typing import assert_never
 
 from cmscale.config import MethodSection
 from cmscale.config.agreement import OPENAI
 from cmscale.consistency.sampler import default_sigmas
 from cmscale.errors import UserError
+from cmscale.export.target import Format
 from cmscale.interop import pipeline_timesteps
-
-Format = Literal["safetensors", "openai", "diffusers"]
-WEIGHTS = "model.safetensors"
-"""The weights in an exported folder."""
 
 
 def usage(format: Format, method: MethodSection, *, file: str) -> Iterator[str]:

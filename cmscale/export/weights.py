@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import assert_never
 
-from cmscale.commands.parser import Output, check_output
 from cmscale.config import Config, read_config
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import SAMPLES, model_card
 from cmscale.export.metadata import UNKNOWN
-from cmscale.export.usage import WEIGHTS, Format, unlike_openai
+from cmscale.export.target import WEIGHTS, Format, is_folder_of
+from cmscale.export.usage import unlike_openai
 from cmscale.interop import (
     refuse_another_model,
     refuse_inexpressible,
@@ -21,7 +21,7 @@ from cmscale.interop import (
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.copies import Copied
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
+from cmscale.runs.folder import RunDir
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.source import Source, dataset_of
 
@@ -40,7 +40,7 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
             written or holds another model, or an evaluation of the run is not readable.
     """
     _refuse_inexpressible(source.config, format, to)
-    is_folder = format == "diffusers" or _is_folder(format, to)
+    is_folder = format == "diffusers" or is_folder_of(format, to)
     if is_folder and format == "safetensors":
         refuse_another_model(open_storage(to), source.config, files=(WEIGHTS, CARD, SAMPLES), weights=WEIGHTS)
     samples = _samples_of(source) if is_folder else None
@@ -73,13 +73,6 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
     return unlike_openai(source.config.method) if format == "openai" else []
 
 
-def _is_folder(format: Format, to: Place) -> bool:
-    """Whether a target of this format is a folder: one that exists, or a name without an ending."""
-    if format != "safetensors":
-        return format == "diffusers"
-    return to.endswith("/") or not Path(to.rpartition("/")[2]).suffix or (not to.is_remote and Path(to).is_dir())
-
-
 def _samples_of(source: Source) -> bytes | None:
     """The grid that training drew with these weights: it draws with the first EMA."""
     if source.run_dir is None or source.weights_name != source.config.ema.names[0]:
@@ -94,36 +87,6 @@ def _refuse_inexpressible(config: Config, format: Format, to: Place) -> None:
         refuse_inexpressible(config, to)
     if format == "openai" and config.method.embeds_angle:
         raise UserError(f"{to}: OpenAI's code can't compute this model's time embedding; use safetensors")
-
-
-def check_target(format: Format, to: Place) -> None:
-    """Checks, before weights are read, that an export can be written to `to`.
-
-    Raises:
-        UserError: the file's name has another ending, or it may not be written.
-    """
-    match format:
-        case "safetensors" if _is_folder(format, to):
-            _check_folder(to, WEIGHTS)
-        case "safetensors":
-            check_output("--to", to, Output((".safetensors",)))
-        case "openai":
-            check_output("--to", to, Output((".pt",)))
-        case "diffusers":
-            _check_folder(to, "model_index.json")
-        case _:
-            assert_never(format)
-
-
-def _check_folder(to: Place, first: str) -> None:
-    """Checks that a folder can take an export, whose file `first` is written there."""
-    if not to.is_remote and Path(to).is_file():
-        raise UserError(f"--to {to}: is a file; name a folder")
-    storage = open_storage(to)
-    for name in ("config.yaml", CHECKPOINT_MANIFEST):  # with an index beside it, it would be no run any more
-        if storage.read_if_present(name) is not None:
-            raise UserError(f"--to {to}: is a run, a checkpoint or a data set ({name}); name another folder")
-    storage.check_writable(first)
 
 
 def finish_copies(folder: Path, copied: Callable[[Copied], None] = lambda _: None) -> list[Copied]:

@@ -165,7 +165,13 @@ def test_an_option_that_is_given_twice_is_refused(
         if words is None or not words[0].startswith("--") or option == "beside":
             continue
         found = attempts.outcome(*words[:2], *words[:2])
-        if found.status != 2 or ": given twice" not in found.said or found.said.count("\n") != 1 or found.files or found.jobs:
+        if (
+            found.status != 2
+            or ": given twice" not in found.said
+            or found.said.count("\n") != 1
+            or found.files
+            or found.jobs
+        ):
             wrong.append(f"{option}: {found.status}, {found.said.strip()}")
     assert not wrong
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import pytest
 import typer
 
-from cmscale.cli.command import command
+from cmscale.cli.command import COMMANDS, command
 from cmscale.commands.parser import CommandParser, whole_number
 from cmscale.commands.use import USED, Given, Use
 from cmscale.errors import UserError
@@ -35,6 +35,11 @@ def test_an_option_counts_as_given_at_its_default_value_and_only_then() -> None:
         (["sea", "blue"], "blue: has no effect without --oil; leave it out"),
         (["sea", "--water", "-1"], "argument --water: got '-1'; it should be a whole number of at least 0"),
         (["sea", "--water", "٣"], "argument --water: got '٣'; it should be a whole number of at least 0"),
+        (
+            ["sea", "--water", "3", "--size=2", "--water=4"],
+            "--water: given twice, as '3' and as '4'; the last one does not override the others: give it once",
+        ),
+        (["sea", "--oil", "--oil"], "--oil: given twice; the last one does not override the others: give it once"),
         (["sea", "--sand"], "unrecognized arguments: --sand (see paint.py --help)"),
         ([], "the following arguments are required: picture"),
     ],
@@ -43,6 +48,46 @@ def test_a_mistake_is_one_line(arguments: list[str], line: str) -> None:
     with pytest.raises(UserError) as refused:
         a_parser().read(arguments)
     assert str(refused.value).startswith(line)
+
+
+def test_a_parser_reads_command_lines_one_after_the_other() -> None:
+    parser = a_parser()
+    assert [parser.read(["sea", "--water", text])[0].water for text in ("3", "4")] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--size", "3", "--size=4"], "--size: given twice, as '3' and as '4'; the last one does not override"),
+        (["--size=3", "--dry", "--size=3"], "--size: given twice, as '3' and as '3'; the last one does not override"),
+        (["--dry", "--no-dry"], "--dry/--no-dry: given twice; the last one does not override the others"),
+        (["--layer", "a", "--layer", "b", "x=1", "x=2", "--dry"], None),
+    ],
+)
+def test_an_option_of_a_command_is_given_once_unless_it_takes_several_values(
+    arguments: list[str], line: str | None
+) -> None:
+    app, seen = typer.Typer(), []
+
+    def paint(
+        words: Annotated[list[str] | None, typer.Argument(), USED] = None,
+        layer: Annotated[list[str] | None, typer.Option(help="May be repeated."), USED] = None,
+        size: Annotated[int, typer.Option(), USED] = 1,
+        dry: Annotated[bool, typer.Option("--dry/--no-dry"), USED] = False,
+    ) -> None:
+        seen.append((words, layer, size, dry))
+
+    command(app)(paint)
+    del COMMANDS["paint"]
+    program = typer.main.get_command(app)
+    if line is None:
+        program.main(arguments, standalone_mode=False)
+        assert seen == [(["x=1", "x=2"], ["a", "b"], 1, True)]
+        return
+    with pytest.raises(UserError) as refused:
+        program.main(arguments, standalone_mode=False)
+    assert str(refused.value).startswith(line)
+    assert not seen
 
 
 def test_a_rule_about_the_situation_is_checked_when_the_situation_is_known() -> None:

@@ -381,11 +381,10 @@ def test_no_evaluation_replaces_another_and_asked_again_it_is_returned(
     """Every option that changes the numbers makes a file of its own; `report` and `runs` choose the largest."""
     run.evaluations.mkdir(exist_ok=True)
     (run.evaluations / "step-000000007-ema_0.9-nfe1.json").write_text(json.dumps(OLD))  # as 0.1.0 named it
-    evaluate = ["evaluate", run.root, "--samples", 20, "--device", "cpu"]
+    evaluate = ["evaluate", run.root, "--device", "cpu"]
     write_checkpoint(run, read_config(run.config), step=9)
-    options = [
+    others: list[list[object]] = [
         [],
-        ["--samples", 40],
         ["--seeds", 2],
         ["--features", "inception"],
         ["--reference", other_reference(tmp_path)],
@@ -396,6 +395,7 @@ def test_no_evaluation_replaces_another_and_asked_again_it_is_returned(
         ["--sampling-times", "80,3.0000001"],
         ["--sampling-times", ",".join(str(80 - each / 2) for each in range(60))],  # more than fit a file's name
     ]
+    options = [["--samples", 40], *(["--samples", 20, *other] for other in others)]
     for number, option in enumerate(options, start=2):
         before = contents(run.evaluations)
         assert cmscale(monkeypatch, *evaluate, *option) == 0, option
@@ -528,7 +528,8 @@ def test_finished_samples_are_known_by_their_pixels_and_their_result_says_what_t
     before = path.read_bytes()
     assert cmscale(monkeypatch, "evaluate", "two/samples.npz", *common) == 0  # another file of that name
     assert cmscale(monkeypatch, *evaluate, "--features", "efficientnet") == 0
-    assert cmscale(monkeypatch, *evaluate, "--reference", other_reference(tmp_path)) == 0
+    other = ["--reference", other_reference(tmp_path), "--device", "cpu"]
+    assert cmscale(monkeypatch, "evaluate", "one/samples.npz", *other) == 0
     assert len(list(tmp_path.glob("*.json"))) == 4
     assert path.read_bytes() == before
     monkeypatch.setattr(finished_samples, "measure", None)
@@ -565,20 +566,25 @@ def test_searches_that_differ_have_files_of_their_own(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(search_times, "search", lambda score, *, steps, **_: score(tuple(range(steps))))
-    search = ["search-times", run.root, "--steps", 2, "--samples", 20, "--device", "cpu"]
+
+    def search(*more: str, **other: object) -> int:
+        options = {"steps": 2, "samples": 20, "device": "cpu", **other}
+        words = (word for name, value in options.items() for word in (f"--{name}", value))
+        return cmscale(monkeypatch, "search-times", run.root, *words, *more)
+
     folder = run.evaluations / "times"
-    others = (
-        [],
-        ["--samples", 21],
-        ["--seed", 1],
-        ["--features", "inception"],
-        ["--steps", 3],
-        ["--weights", "ema_0.5"],
-        ["--reference", other_reference(tmp_path)],
+    others: tuple[dict[str, object], ...] = (
+        {},
+        {"samples": 21},
+        {"seed": 1},
+        {"features": "inception"},
+        {"steps": 3},
+        {"weights": "ema_0.5"},
+        {"reference": other_reference(tmp_path)},
     )
     for number, other in enumerate(others, start=1):
         before = contents(folder)
-        assert cmscale(monkeypatch, *search, *other) == 0
+        assert search(**other) == 0
         after = contents(folder)
         assert len(after) == number, other
         assert before.items() <= after.items()
@@ -586,9 +592,9 @@ def test_searches_that_differ_have_files_of_their_own(
     out = tmp_path / "search.json"
     shutil.copy(path, out)
     capsys.readouterr()
-    assert cmscale(monkeypatch, *search, "--samples", 22, "--out", out) == 2
+    assert search(samples=22, out=out) == 2
     assert "holds another search" in capsys.readouterr().err
     assert out.read_bytes() == path.read_bytes()
-    assert cmscale(monkeypatch, *search, "--samples", 22, "--out", out, "--force") == 0
+    assert search("--force", samples=22, out=out) == 0
     assert read_document(TimeSearch, out.read_bytes(), origin="out").num_samples == 22
     assert not list(run.evaluation_progress.glob("anew-*"))

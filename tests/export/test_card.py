@@ -12,8 +12,8 @@ from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.export.card import model_card
-from cmscale.export.metadata import check_license
-from cmscale.export.weights import check_target, export_weights
+from cmscale.export.target import check_license, check_target
+from cmscale.export.weights import export_weights
 from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import DatasetManifest

@@ -1,0 +1,63 @@
+"""Checks what is asked of an export before torch is imported and weights are read: its place, its licence."""
+
+import re
+from pathlib import Path
+from typing import Literal, assert_never
+
+from cmscale.commands.parser import Output, check_output
+from cmscale.errors import UserError
+from cmscale.io.place import Place
+from cmscale.io.storage import open_storage
+from cmscale.runs.folder import CHECKPOINT_MANIFEST
+
+Format = Literal["safetensors", "openai", "diffusers"]
+WEIGHTS = "model.safetensors"
+"""The weights in an exported folder."""
+_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+def check_license(license: str) -> None:
+    """Refuses what is no identifier of a licence.
+
+    Raises:
+        UserError: it has other characters than the hub's identifiers.
+    """
+    if not _IDENTIFIER.fullmatch(license):
+        raise UserError(f"--license {license}: no identifier of Hugging Face's hub; such are apache-2.0, mit, other")
+
+
+def is_folder_of(format: Format, to: Place) -> bool:
+    """Whether a target of this format is a folder: one that exists, or a name without an ending."""
+    if format != "safetensors":
+        return format == "diffusers"
+    return to.endswith("/") or not Path(to.rpartition("/")[2]).suffix or (not to.is_remote and Path(to).is_dir())
+
+
+def check_target(format: Format, to: Place) -> None:
+    """Checks, before weights are read, that an export can be written to `to`.
+
+    Raises:
+        UserError: the file's name has another ending, or it may not be written.
+    """
+    match format:
+        case "safetensors" if is_folder_of(format, to):
+            _check_folder(to, WEIGHTS)
+        case "safetensors":
+            check_output("--to", to, Output((".safetensors",)))
+        case "openai":
+            check_output("--to", to, Output((".pt",)))
+        case "diffusers":
+            _check_folder(to, "model_index.json")
+        case _:
+            assert_never(format)
+
+
+def _check_folder(to: Place, first: str) -> None:
+    """Checks that a folder can take an export, whose file `first` is written there."""
+    if not to.is_remote and Path(to).is_file():
+        raise UserError(f"--to {to}: is a file; name a folder")
+    storage = open_storage(to)
+    for name in ("config.yaml", CHECKPOINT_MANIFEST):  # with an index beside it, it would be no run any more
+        if storage.read_if_present(name) is not None:
+            raise UserError(f"--to {to}: is a run, a checkpoint or a data set ({name}); name another folder")
+    storage.check_writable(first)
