@@ -65,7 +65,7 @@ class _OnceCommand(TyperCommand):
     """
 
     def make_parser(self, ctx: Any) -> Any:
-        parser = super().make_parser(ctx)
+        parser: Any = super().make_parser(ctx)
         parse = parser.parse_args
 
         def once(args: list[str]) -> Any:
