@@ -95,19 +95,23 @@ class FaultProxy:
     def __enter__(self) -> "FaultProxy":
         self._lock = threading.Lock()
         self.ended = threading.Event()
-        self.port = self._listen(0)
+        # Bound but not listening: it refuses connections, and keeps the port while the server is away.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self.port = self._reserved.getsockname()[1]
+        self._listen()
         self.url = f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
         return self
 
-    def _listen(self, port: int) -> int:
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"proxy": self}))
+    def _listen(self) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (_Handler,), {"proxy": self}))
         self._server.daemon_threads = True
         if self.certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate)
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self._server.server_port
 
     def away(self) -> None:
         """Ends the server: its port refuses connections, and those that are open are reset."""
@@ -119,7 +123,7 @@ class FaultProxy:
         """Starts the server again on the same port; does nothing if it is there."""
         with self._lock:
             if self.is_away:
-                self._listen(self.port)
+                self._listen()
                 self.is_away = False
 
     def __exit__(self, *_: object) -> None:
@@ -127,6 +131,7 @@ class FaultProxy:
         if not self.is_away:
             self._server.shutdown()
             self._server.server_close()
+        self._reserved.close()
 
     def fault_of(self, request: str) -> str:
         """The fault for this request, or an empty string; logs it."""
