@@ -4,6 +4,7 @@
 2, which list every piece. Neither keeps what it can compute: the pieces of thousands of ranks would fill gigabytes.
 """
 
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ class AnyPartition(Sequence[tuple[Segment, ...]]):
         """The number of elements that a rank holds."""
         return sum(segment.length for segment in self[rank])
 
+    @abstractmethod
     def find(self, start: int, length: int) -> Iterator[Stretch]:
         """Where flat[start : start + length] is, in its order."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
