@@ -36,7 +36,7 @@ from cmscale.model.unet import build_unet
 from cmscale.model.weighting import without_weighting
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name, step_of
 from cmscale.runs.manifests import CheckpointManifest, DatasetManifest, read_dataset_manifest
-from cmscale.runs.source_kind import kind_of_source
+from cmscale.runs.source_kind import file_of_weights, kind_of_source
 
 IMPORTED = "imported"
 """The name of weights that come from another project."""
@@ -128,13 +128,15 @@ def load_source(
         raise UserError(f"--config: {origin} has its own config; leave out --config and key=value")
     if config is not None:
         settings = read_config(config, list(overrides), beneath=[read_site().layer])
-        return Source(origin, settings, _read_foreign(origin, settings), IMPORTED, 0)
+        held = _read_foreign(file_of_weights(origin) if kind == situation.BARE else origin, settings)
+        return Source(origin, settings, held, IMPORTED, 0)
     if kind in (situation.OPENAI, situation.NVLABS, situation.BARE):
         raise UserError(f"{origin}: holds weights without a config; give --config CONFIG [key=value ...]")
     if kind in (situation.EXPORTED, situation.DIFFUSERS):
         is_folder = kind == situation.DIFFUSERS
-        state, card = read_diffusers(open_storage(origin)) if is_folder else read_safetensors(local_file(origin))
-        settings = parse_config(card["config"], origin=origin, resolved=True)
+        file = origin if is_folder else file_of_weights(origin)
+        state, card = read_diffusers(open_storage(file)) if is_folder else read_safetensors(local_file(file))
+        settings = parse_config(card["config"], origin=file, resolved=True)
         return Source(origin, settings, state, card["weights"], int(card["step"]))
     if kind == situation.CHECKPOINT:
         return _read_checkpoint(origin, weights=weights, run_dir=None)

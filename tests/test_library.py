@@ -82,6 +82,35 @@ def test_samples_are_those_of_the_command(
     assert times.dtype == torch.float32
 
 
+@pytest.mark.parametrize("format", ["safetensors", "diffusers"])
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_the_folder_of_an_export_is_a_model(
+    place: str, format: str, model: cmscale.Model, file: Path, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = f"{s3}/hub/{format}" if place == "s3" else str(tmp_path / "hub")
+    assert run(monkeypatch, "export", file, "--format", format, "--to", folder) == 0
+    exported = cmscale.load(folder, device="cpu")
+    assert repr(exported) == f"<cmscale.Model ct {model.image_size} px, ema_0.9 of step 7, {folder}>"
+    assert torch.equal(exported.sample(2, seed=3, tensors=True), model.sample(2, seed=3, tensors=True))
+    assert run(monkeypatch, "sample", folder, "--samples", 2, "--out", tmp_path / "x.npz") == 0
+    assert run(monkeypatch, "config", "diff", folder, file) == 0
+
+
+def test_a_folder_with_weights_of_another_project_asks_for_a_config(file: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from cmscale.config import dump_config
+
+    (tmp_path / "theirs").mkdir()
+    save_file(load_file(file), tmp_path / "theirs" / "model.safetensors")
+    with pytest.raises(cmscale.UserError, match="theirs: holds weights without a config; give --config"):
+        cmscale.load(tmp_path / "theirs")
+    model = cmscale.load(file, device="cpu")
+    (tmp_path / "c.yaml").write_text(dump_config(model.config))
+    imported = cmscale.load(tmp_path / "theirs", config=tmp_path / "c.yaml", device="cpu")
+    assert torch.equal(imported.sample(1, tensors=True), model.sample(1, tensors=True))
+
+
 @pytest.mark.parametrize("task", EDITS)
 def test_an_edit_of_a_file_an_image_and_a_tensor_is_that_of_the_command(
     task: str, model: cmscale.Model, file: Path, photograph: Path, hole: Path, tmp_path: Path,

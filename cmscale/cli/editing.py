@@ -15,6 +15,7 @@ from cmscale.commands.parser import Output
 from cmscale.commands.use import USED, Given, Use
 from cmscale.errors import UserError
 from cmscale.io.place import Place
+from cmscale.runs.folder import RunDir
 
 app = typer.Typer()
 console = Console(stderr=True)
@@ -40,6 +41,11 @@ StripOption = Annotated[
     typer.Option(help="Also write a PNG with each image, the task's input and the result."),
     Use(task=("inpaint", "colorize", "superres", "stroke", "denoise")),
     Output((".png",)),
+]
+InReportOption = Annotated[
+    bool,
+    typer.Option("--in-report", help="Also show it in the run's report: writes the strip to RUN/edits/."),
+    Use(source=(situation.RUN,)),
 ]
 MaskOption = Annotated[
     Place | None,
@@ -76,6 +82,7 @@ def edit(
     images: ImagesArgument = None,
     out: OutOption = Place("edit.png"),  # noqa: B008 (a constant)
     strip: StripOption = None,
+    in_report: InReportOption = False,
     mask: MaskOption = None,
     box: BoxOption = None,
     factor: FactorOption = 8,
@@ -96,6 +103,8 @@ def edit(
     for text in images or []:  # before torch is imported, which takes seconds
         if "=" not in text and not (place := Place(text)).is_remote:
             local_file(place)
+
+    run = RunDir(source.local("a run whose report shows edits")) if in_report else None
 
     from cmscale.distributed.world import choose_device
     from cmscale.generation.edit_images import EditRequest, edit_images, result_paths
@@ -122,9 +131,13 @@ def edit(
         count=count,
         seed=seed,
     )
+    shown = []
+    if run is not None:
+        shown.append(Place(run.edit(task, [path.stem for path in files], step=loaded.step)))
+        shown[0].check_output()
     with console.status(task):
-        paths = edit_images(loaded, request, out=out, strip=strip, device=chosen)
-    for path in paths:
+        paths = edit_images(loaded, request, out=out, strips=[*filter(None, [strip]), *shown], device=chosen)
+    for path in (*paths, *shown):
         print(path)
 
 

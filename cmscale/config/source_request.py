@@ -25,7 +25,7 @@ class SourceRequest(BaseModel):
 
     source: Place = option(
         ...,
-        "A run, a checkpoint, an exported file or an OpenAI .pt; a local path or s3://.",
+        "A run, a checkpoint, an exported file or folder, or an OpenAI .pt; a local path or s3://.",
         use=USED,
         metavar="SOURCE",
         is_positional=True,

@@ -8,13 +8,14 @@ import yaml
 from cmscale.config import Config, dump_config
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
 from cmscale.export.metadata import UNKNOWN, front_matter
-from cmscale.export.target import WEIGHTS, Format
+from cmscale.export.target import Format
 from cmscale.export.usage import usage
 from cmscale.interop import parameter_shapes
 from cmscale.io.place import without_folders
 from cmscale.runs.comparison import RULE, basis_of, describe_basis, groups_of, once_each
 from cmscale.runs.manifests import DatasetManifest
 from cmscale.runs.results import EvaluationResult
+from cmscale.runs.source_kind import EXPORTED_WEIGHTS
 from cmscale.source import IMPORTED
 
 SAMPLES = "samples.png"
@@ -33,7 +34,7 @@ def model_card(
     evaluations: Sequence[EvaluationResult] = (),
     format: Format = "safetensors",
     license: str = UNKNOWN,
-    file: str = WEIGHTS,
+    file: str = EXPORTED_WEIGHTS,
     has_samples: bool = False,
 ) -> str:
     """The card of the weights `weights_name` at `step`.

@@ -9,10 +9,9 @@ from cmscale.errors import UserError
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import CHECKPOINT_MANIFEST
+from cmscale.runs.source_kind import EXPORTED_WEIGHTS
 
 Format = Literal["safetensors", "openai", "diffusers"]
-WEIGHTS = "model.safetensors"
-"""The weights in an exported folder."""
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -41,7 +40,7 @@ def check_target(format: Format, to: Place) -> None:
     """
     match format:
         case "safetensors" if is_folder_of(format, to):
-            _check_folder(to, WEIGHTS)
+            _check_folder(to, EXPORTED_WEIGHTS)
         case "safetensors":
             check_output("--to", to, Output((".safetensors",)))
         case "openai":

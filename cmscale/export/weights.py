@@ -9,7 +9,7 @@ from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import SAMPLES, model_card
 from cmscale.export.metadata import UNKNOWN
-from cmscale.export.target import WEIGHTS, Format, is_folder_of
+from cmscale.export.target import Format, is_folder_of
 from cmscale.export.usage import unlike_openai
 from cmscale.interop import (
     refuse_another_model,
@@ -23,9 +23,8 @@ from cmscale.io.storage import open_storage
 from cmscale.runs.copies import Copied
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import EvaluationResult, read_evaluations
+from cmscale.runs.source_kind import CARD, EXPORTED_WEIGHTS
 from cmscale.source import Source, dataset_of
-
-CARD = "README.md"
 
 
 def export_weights(source: Source, *, format: Format, to: Place, license: str = UNKNOWN) -> list[str]:
@@ -42,7 +41,9 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
     _refuse_inexpressible(source.config, format, to)
     is_folder = format == "diffusers" or is_folder_of(format, to)
     if is_folder and format == "safetensors":
-        refuse_another_model(open_storage(to), source.config, files=(WEIGHTS, CARD, SAMPLES), weights=WEIGHTS)
+        refuse_another_model(
+            open_storage(to), source.config, files=(EXPORTED_WEIGHTS, CARD, SAMPLES), weights=EXPORTED_WEIGHTS
+        )
     samples = _samples_of(source) if is_folder else None
     card = model_card(
         source.config,
@@ -53,13 +54,15 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         evaluations=_evaluations(source),
         format=format,
         license=license,
-        file=WEIGHTS if is_folder else to.rpartition("/")[2],
+        file=EXPORTED_WEIGHTS if is_folder else to.rpartition("/")[2],
         has_samples=samples is not None,
     )
     what = {"config": source.config, "step": source.step, "weights_name": source.weights_name}
     match format:
         case "safetensors":
-            write_safetensors(Place(open_storage(to).join(WEIGHTS)) if is_folder else to, source.weights, **what)
+            write_safetensors(
+                Place(open_storage(to).join(EXPORTED_WEIGHTS)) if is_folder else to, source.weights, **what
+            )
         case "openai":
             write_openai(to, source.weights, model=source.config.model)
         case "diffusers":

@@ -1,6 +1,7 @@
 """Edits image files with a consistency model by one of the zero-shot tasks, and writes the results."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +29,15 @@ class EditRequest(TaskSettings):
 
 
 def edit_images(
-    source: Source, request: EditRequest, *, out: Place, strip: Place | None = None, device: torch.device
+    source: Source, request: EditRequest, *, out: Place, strips: Sequence[Place] = (), device: torch.device
 ) -> list[Place]:
     """Writes the result of each image as a PNG of the model's size, at `out`; see `result_paths`.
 
     The result of `interpolate` is one PNG with all its pictures in a row.
 
     Args:
-        strip: Also writes a PNG with a row per image: the image, the task's input, and the result, enlarged.
+        strips: Files that also get a PNG with a row per image: the image, the task's input, and the result, enlarged;
+            of `interpolate` its result.
 
     Returns:
         The files with results.
@@ -46,7 +48,9 @@ def edit_images(
     check_task(source, request)
     if request.task == "interpolate":
         tiles = _interpolate(source, request, device=device)
-        out.write(image_tensors.png_bytes(image_tensors.grid(tiles, columns=len(tiles))))
+        picture = image_tensors.png_bytes(image_tensors.grid(tiles, columns=len(tiles)))
+        for place in (out, *strips):
+            place.write(picture)
         return [out]
     if not request.images:
         raise UserError(f"edit {request.task}: got no image; give at least one image file")
@@ -58,8 +62,8 @@ def edit_images(
     paths = result_paths(out, len(results))
     for path, image in zip(paths, results, strict=True):
         path.write(image_tensors.png_bytes(image_tensors.picture(image)))
-    if strip is not None:
-        tiles = torch.stack([originals, image_tensors.to_uint8(task_input.cpu(), nearest=True), results], dim=1)
+    tiles = torch.stack([originals, image_tensors.to_uint8(task_input.cpu(), nearest=True), results], dim=1)
+    for strip in strips:
         strip.write(image_tensors.png_bytes(image_tensors.grid(tiles.flatten(0, 1), columns=3)))
     return paths
 

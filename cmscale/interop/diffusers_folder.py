@@ -25,7 +25,7 @@ from cmscale.interop.names import Weights, parameter_shapes, parameters, reorder
 from cmscale.interop.safetensors_file import describe, load_with_metadata, read_metadata
 from cmscale.interop.strict import strict_weights
 from cmscale.interop.torch_file import read_state_dict
-from cmscale.io.storage import Storage
+from cmscale.io.storage import Storage, has_object
 
 INDEX = "model_index.json"
 UNET_CONFIG = "unet/config.json"
@@ -189,7 +189,7 @@ def refuse_another_model(storage: Storage, config: Config, *, files: Collection[
     Raises:
         UserError: some of the files are there, and are not of such an export.
     """
-    there = {name for name in files if _has(storage, name)}
+    there = {name for name in files if has_object(storage, name)}
     if not there:
         return
     if weights in there:
@@ -200,12 +200,6 @@ def refuse_another_model(storage: Storage, config: Config, *, files: Collection[
             if held.fingerprint() == config.fingerprint():
                 return
     raise UserError(f"{storage.url}: holds another model ({min(there)}), which is not replaced; name another folder")
-
-
-def _has(storage: Storage, name: str) -> bool:
-    """Whether a file is there, without a walk through all others."""
-    path = storage.local_path(name)
-    return path.exists() if path is not None else any(entry.key == name for entry in storage.list(name))
 
 
 def _diffusers_shape(shape: tuple[int, ...], *, parts: int, pointwise: bool) -> tuple[int, ...]:

@@ -47,6 +47,12 @@ def open_parent(url: str | Path) -> tuple[Storage, str]:
     return open_storage(head or ("/" if str(url).startswith("/") else ".")), name
 
 
+def has_object(storage: Storage, key: str) -> bool:
+    """Whether an object is there, without a walk through all others."""
+    path = storage.local_path(key)
+    return path.is_file() if path is not None else any(entry.key == key for entry in storage.list(key))
+
+
 @contextmanager
 def local_copy(storage: Storage, key: str) -> Iterator[Path]:
     """A stored file as a local path: itself, or a copy that is removed afterwards. Raises FileNotFoundError."""

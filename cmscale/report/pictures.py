@@ -56,6 +56,8 @@ class Pictures:
         grids: Sample grids by step; where there are too many, at even distances, with the first and the last.
         count: How many grids the run has.
         beside: Training images, and the teacher's samples.
+        edits: Edits that were made with the run's network, the newest first.
+        num_edits: How many the run has.
         damaged: One line per file that can't be read.
     """
 
@@ -63,6 +65,7 @@ class Pictures:
     count: int
     beside: list[Shown]
     edits: list[Shown]
+    num_edits: int
     damaged: list[str]
 
 
@@ -93,12 +96,13 @@ def read_pictures(facts: RunFacts) -> Pictures:
         )
         if path.is_file() and (each := shown(path, caption))
     ]
-    edits = sorted(facts.run.edits.glob("*.png"))[:_MOST_EDITS]
+    edits = sorted(facts.run.edits.glob("*.png"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
     return Pictures(
         grids=grids,
         count=len(facts.grids),
         beside=beside,
-        edits=[each for path in edits if (each := shown(path, path.stem.replace("_", " ")))],
+        num_edits=len(edits),
+        edits=[each for path in edits[:_MOST_EDITS] if (each := shown(path, path.stem.replace("_", " ")))],
         damaged=damaged,
     )
 

@@ -1,6 +1,5 @@
 """Reads the config of anything that has one: a config file, a run, a checkpoint, an exported file, a model card."""
 
-import re
 from pathlib import Path
 
 from cmscale.commands import situation
@@ -14,10 +13,8 @@ from cmscale.io.storage import open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
 from cmscale.runs.manifests import read_checkpoint_manifest
-from cmscale.runs.source_kind import kind_of_source
+from cmscale.runs.source_kind import CARD, config_of_card, file_of_weights, kind_of_source
 
-_CARD = "README.md"
-_CONFIG_OF_CARD = re.compile(r"^## Config\n\n```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _OF_RUNS = ("provenance.json", "events.jsonl")  # beside a config.yaml that holds every value
 
 
@@ -42,9 +39,9 @@ def config_of(place: Place) -> Config:
         case situation.CHECKPOINT:
             return _of_checkpoint(place)
         case situation.EXPORTED:
-            return parse_config(_metadata(local_file(place), origin=place), origin=place, resolved=True)
-        case situation.DIFFUSERS if (card := storage.read_if_present(_CARD)) is not None:
-            return _of_card(card, origin=storage.join(_CARD))
+            return _of_exported(place)
+        case situation.DIFFUSERS if (card := storage.read_if_present(CARD)) is not None:
+            return _of_card(card, origin=storage.join(CARD))
         case _:
             raise UserError(f"{place}: {kind} holds no config; give a config file, a run or an exported file")
 
@@ -65,11 +62,21 @@ def _of_checkpoint(place: Place) -> Config:
     return parse_tree(manifest.config, origin=origin)
 
 
+def _of_exported(place: Place) -> Config:
+    """That of a file; of a folder in a storage the card's, as the weights there have gigabytes."""
+    storage, file = open_storage(place), file_of_weights(place)
+    if file != place and storage.local_path("") is None:
+        card = storage.read_if_present(CARD)
+        if card is not None and config_of_card(card) is not None:
+            return _of_card(card, origin=storage.join(CARD))
+    return parse_config(_metadata(local_file(file), origin=file), origin=file, resolved=True)
+
+
 def _of_card(text: bytes, *, origin: str) -> Config:
-    found = _CONFIG_OF_CARD.search(text.decode("utf-8", "replace").replace("\r\n", "\n"))
+    found = config_of_card(text)
     if found is None:
         raise UserError(f"{origin}: holds no config; give the model card of an export of cmscale")
-    return parse_config(found[1], origin=origin, resolved=True)
+    return parse_config(found, origin=origin, resolved=True)
 
 
 def _metadata(path: Path, *, origin: str) -> str:

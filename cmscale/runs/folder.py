@@ -175,6 +175,12 @@ class RunDir:
         """Pictures that the report shows as edits made with the run's network."""
         return self.root / "edits"
 
+    def edit(self, task: str, images: Sequence[str], *, step: int) -> Path:
+        """A picture of an edit of images with these names; the same edit at another seed replaces it."""
+        more = f"_and_{len(images) - 1}_more" if len(images) > 1 else ""
+        named = f"_{_plain(images[0])}{more}" if images else ""
+        return self.edits / f"{task}{named}_step_{step}.png"
+
     @property
     def evaluations(self) -> Path:
         return self.root / "evaluations"

@@ -11,15 +11,19 @@ from cmscale.io.image_files import image_suffixes
 from cmscale.io.json_text import parse_json
 from cmscale.io.place import Place
 from cmscale.io.protocol import Storage
-from cmscale.io.storage import open_storage
+from cmscale.io.storage import has_object, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST
 
 _INDEX = "model_index.json"
-_EXPORTED = "model.safetensors"
+EXPORTED_WEIGHTS = "model.safetensors"
+"""The weights in the folder of an export."""
+CARD = "README.md"
+"""The model card in the folder of an export."""
 _MOST_HEADER_BYTES = 100 << 20  # of a safetensors file, by its format's definition
+_CONFIG_OF_CARD = re.compile(r"^## Config\n\n```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FOLDERS_OF_A_RUN = ("checkpoints", "samples", "evaluations", "logs", "report")  # samples/ holds grids
-_KINDS = "a run, a checkpoint folder, a .safetensors file, a diffusers folder, or an OpenAI .pt"
+_KINDS = "a run, a checkpoint folder, a .safetensors file or its folder, a diffusers folder, or an OpenAI .pt"
 _ADVICE = {
     ".npy": "write finished samples as uint8 [N, H, W, 3] with numpy.savez(FILE, arr_0=...)",
     ".yaml": "a config holds no weights; give the run's folder",
@@ -64,6 +68,8 @@ def _kind_of_folder(storage: Storage, origin: str) -> str | None:
         return situation.CHECKPOINT
     if storage.read_if_present("config.yaml") is not None or committed_steps(storage):
         return situation.RUN
+    if has_object(storage, EXPORTED_WEIGHTS):
+        return situation.EXPORTED if _is_exported(storage) else situation.BARE
     folder = storage.local_path("")
     if folder is None or not folder.is_dir():
         return None
@@ -75,9 +81,26 @@ def _kind_of_folder(storage: Storage, origin: str) -> str | None:
     if inside := sorted(child.name for child in folder.iterdir() if _is_run(child)):
         named = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
         raise UserError(f"{origin}: is a folder of runs ({named}); give one of them")
-    if (folder / _EXPORTED).is_file() and (folder / "README.md").is_file():
-        raise UserError(f"{origin}: is the folder of an export; give the weights in it, {folder / _EXPORTED}")
     return situation.SAMPLES if next(folder.iterdir(), None) else None
+
+
+def file_of_weights(origin: str) -> Place:
+    """The safetensors file of a SOURCE that is one (EXPORTED, BARE): itself, or the one in the folder of an export."""
+    place = Place(origin)
+    return place if is_safetensors(place) else Place(open_storage(place).join(EXPORTED_WEIGHTS))
+
+
+def config_of_card(text: bytes) -> str | None:
+    """The config, as YAML, in a model card that cmscale wrote; None in another."""
+    found = _CONFIG_OF_CARD.search(text.decode("utf-8", "replace").replace("\r\n", "\n"))
+    return None if found is None else found[1]
+
+
+def _is_exported(storage: Storage) -> bool:
+    """Whether cmscale wrote the weights in a folder. Its card says so too: weights of gigabytes are not fetched."""
+    if storage.local_path("") is None and config_of_card(storage.read_if_present(CARD) or b"") is not None:
+        return True
+    return _has_config(local_file(storage.join(EXPORTED_WEIGHTS)))
 
 
 def _advice(suffix: str) -> str:

@@ -15,6 +15,8 @@ from cmscale.config import Config, parse_config
 from cmscale.config.methods import Method
 from cmscale.interop import read_openai, read_safetensors, write_openai, write_safetensors
 from cmscale.model.unet import build_unet
+from cmscale.report.facts import read_facts
+from cmscale.report.pictures import read_pictures
 
 TEXT = """
 method: {kind: ct, distance: l2}
@@ -188,6 +190,23 @@ def test_every_edit_writes_its_result_alone_and_a_strip_if_asked(
         outside[4:12, 4:12] = False
         assert np.array_equal(result[outside], pixels[outside])  # kept pixels are kept exactly
         assert not np.array_equal(result[~outside], pixels[~outside])
+
+
+def test_the_report_of_a_run_shows_the_edits_that_were_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = write_trained_run(tmp_path / "run", data=tmp_path / "nowhere")
+    for name in ("a b.png", "c.png"):
+        Image.new("RGB", (8, 8), "teal").save(tmp_path / name)
+    out, images = ("--out", tmp_path / "out.png"), (tmp_path / "a b.png", tmp_path / "c.png")
+    assert run(monkeypatch, "edit", "stroke", made.root, *images, *out, "--in-report") == 0
+    assert capsys.readouterr().out.splitlines()[2] == str(made.edits / "stroke_a_b_and_1_more_step_7.png")
+    assert run(monkeypatch, "edit", "interpolate", made.root, *out, "--in-report") == 0
+    assert (made.edits / "interpolate_step_7.png").read_bytes() == (tmp_path / "out.png").read_bytes()
+    shown = read_pictures(read_facts(made))
+    assert [each.caption for each in shown.edits] == ["interpolate step 7", "stroke a b and 1 more step 7"]
+    assert run(monkeypatch, "edit", "stroke", "s3://bucket/run", images[0], *out, "--in-report") == 2
+    assert run(monkeypatch, "edit", "stroke", made.checkpoint(7), images[0], *out, "--in-report") == 2
 
 
 def test_a_small_picture_keeps_its_pixels_and_each_image_gets_a_result(

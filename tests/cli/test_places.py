@@ -184,7 +184,7 @@ def test_a_source_that_is_none_is_refused_with_what_to_give(
         ("runs/one/samples", f"is a folder in the run {tmp_path}/runs/one; give the run"),
         ("runs/one/checkpoints/step-000000001", "is no complete checkpoint"),
         ("runs/one", "the run has no complete checkpoint yet"),
-        ("runs/export", "is the folder of an export; give the weights in it, runs/export/model.safetensors"),
+        ("runs/export", "runs/export/model.safetensors: damaged, or not a safetensors file"),
         ("runs/x.npy", "numpy.savez(FILE, arr_0=...)"),
         ("runs/x.png", "finished samples are a folder of images"),
         ("someone/some-model", "download it first"),

@@ -57,6 +57,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "images": None,
         "out": ("--out", "{out}/other.png"),
         "strip": ("--strip", "{out}/strip.png"),
+        "in_report": ("--in-report",),
         "mask": ("--mask", "{in}/mask.png"),
         "box": ("--box", "0,0,2,2"),
         "factor": ("--factor", "2"),
@@ -328,7 +329,9 @@ SCENES = [
                 *(part for part in _IMAGE if task != "interpolate" or "images" not in part),
                 *(("--steps", "4") if "steps" in used else ()),
             ),
-            (_TASK_OPTIONS - used) | {"weights", "step", "config"} | ({"strip"} if task == "interpolate" else set()),
+            (_TASK_OPTIONS - used)
+            | {"weights", "step", "config", "in_report"}
+            | ({"strip"} if task == "interpolate" else set()),
         )
         for task, used in _USED_BY_TASK.items()
     ),
