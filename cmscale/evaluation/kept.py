@@ -17,9 +17,8 @@ from cmscale.generation.draw import SampleRequest
 from cmscale.generation.sample_set import Making, opened
 from cmscale.io.place import Place
 from cmscale.runs.folder import step_name
-from cmscale.runs.manifests import read_document
 from cmscale.runs.results import EvaluationResult, hash_of
-from cmscale.runs.sample_sets import SampleSet, SetPlace, set_place
+from cmscale.runs.sample_sets import SetPlace, read_record, set_place
 from cmscale.source import Source
 
 
@@ -62,7 +61,7 @@ class KeptSets:
         for seed in range(self._request.seeds):
             place = self._place(seed)
             if (raw := place.record.read_if_present()) is not None:
-                record = read_document(SampleSet, raw, origin=place.record)
+                record = read_record(raw, origin=place.record)
                 found.append({"seed": seed, "place": place.place, "sha256": record.sha256})
         return found
 

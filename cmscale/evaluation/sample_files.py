@@ -11,7 +11,7 @@ from cmscale.errors import UserError
 from cmscale.evaluation.image_folder import ImageFolder
 from cmscale.evaluation.image_set import ImageSet
 from cmscale.evaluation.npz import npz_header, npz_rows
-from cmscale.evaluation.tars import drawn_set, open_tars
+from cmscale.evaluation.tars import check_sets_below, drawn_set, open_tars
 from cmscale.io.fetch import local_file
 from cmscale.io.place import Place
 from cmscale.runs.sample_sets import RECORD
@@ -68,6 +68,8 @@ def _open_folder(path: Path) -> ImageSet:
     drawn = drawn_set(path)
     if drawn is not None and drawn.format == "tar":
         return open_tars(path, drawn)
+    if drawn is None:
+        check_sets_below(path)
     folder = ImageFolder(path)
     if drawn is not None and folder.count != drawn.count:
         raise UserError(f"{path}: holds {folder.count} images, its {RECORD} says {drawn.count}; draw the samples again")

@@ -10,8 +10,7 @@ from cmscale.errors import UserError
 from cmscale.evaluation.image_set import ImageSet
 from cmscale.io.pictures import BadImage, decode_picture
 from cmscale.io.reading import check_regular, read_small, reading
-from cmscale.runs.manifests import read_document
-from cmscale.runs.sample_sets import BEGUN, RECORD, SampleSet
+from cmscale.runs.sample_sets import BEGUN, RECORD, SampleSet, read_record
 
 _LARGEST_BYTES = 1 << 28  # of one image's file
 
@@ -24,10 +23,25 @@ def drawn_set(folder: Path) -> SampleSet | None:
     """
     path = folder / RECORD
     if path.is_file():
-        return read_document(SampleSet, read_small(path, what="a record of samples"), origin=str(path))
+        return read_record(read_small(path, what="a record of samples"), origin=str(path))
     if Path(f"{folder}.parts", BEGUN).is_file():
         raise UserError(f"{folder}: is not drawn to its end; the command that began it goes on if it is given again")
     return None
+
+
+def check_sets_below(folder: Path) -> None:
+    """Checks that sets in subfolders, such as those of several seeds, are whole.
+
+    Raises:
+        UserError: one is damaged, not finished, or holds another number of files than its record says.
+    """
+    begun = {Path(str(each.parent).removesuffix(".parts")) for each in folder.rglob(f"*.parts/{BEGUN}")}
+    for each in sorted(begun | {record.parent for record in folder.rglob(f"*/{RECORD}")}):
+        drawn = drawn_set(each)
+        if drawn is None or drawn.format != "png":
+            continue
+        if (count := sum(1 for _ in each.rglob("*.png"))) != drawn.count:
+            raise UserError(f"{each}: holds {count} images, its {RECORD} says {drawn.count}; draw the samples again")
 
 
 def open_tars(folder: Path, record: SampleSet) -> ImageSet:

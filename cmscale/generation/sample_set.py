@@ -27,10 +27,9 @@ from cmscale.generation.set_files import npz_key, tars, threads_of, write_npz, w
 from cmscale.io import image_tensors
 from cmscale.io.place import Place
 from cmscale.io.storage import open_parent
-from cmscale.runs.manifests import read_document
 from cmscale.runs.ownership import Ownership, owning
 from cmscale.runs.results import utc_now
-from cmscale.runs.sample_sets import BEGUN, OWNERS, Begun, SampleSet, SetPlace
+from cmscale.runs.sample_sets import BEGUN, OWNERS, Begun, SampleSet, SetPlace, read_begun, read_record
 
 GRID_IMAGES = 256
 
@@ -84,7 +83,7 @@ class Making:
         raw = self.place.record.read_if_present()
         if raw is None:
             return None
-        found = read_document(SampleSet, raw, origin=self.place.record)
+        found = read_record(raw, origin=self.place.record)
         if found.key != self._key:
             if self.place.is_file:
                 return None  # an array is replaced by the new one, whole
@@ -103,7 +102,7 @@ class Making:
             if not self.place.is_file and next(iter(self.place.folder.list()), None) is not None:
                 raise UserError(f"{self.place.place}: is not empty; give another place, or empty it")
             return None
-        begun = read_document(Begun, raw, origin=storage.join(BEGUN))
+        begun = read_begun(raw, origin=storage.join(BEGUN))
         if begun.key != self._key:
             raise UserError(
                 f"{storage.url}: parts of other samples, which another command began; let it finish, remove the "

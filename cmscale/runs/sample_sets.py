@@ -17,7 +17,7 @@ from cmscale.io.durable import explained
 from cmscale.io.place import Place
 from cmscale.io.protocol import Storage
 from cmscale.io.storage import open_parent, open_storage
-from cmscale.runs.manifests import Document
+from cmscale.runs.manifests import D, Document, read_document
 
 RECORD = "samples.json"
 BEGUN = "begun.json"
@@ -135,6 +135,31 @@ def place_of_seed(place: Place, seed: int, seeds: int) -> Place:
     if dot and "/" not in ending and ending.lower() in ("npz", "png"):
         return Place(f"{head}-seed{seed}.{ending}")
     return Place(f"{place.rstrip('/')}/seed{seed}")
+
+
+def read_record(raw: bytes, *, origin: str) -> SampleSet:
+    """The record of a set.
+
+    Raises:
+        UserError: it is damaged, or of another program.
+    """
+    return _read(SampleSet, raw, origin, what="the record of a set of samples")
+
+
+def read_begun(raw: bytes, *, origin: str) -> Begun:
+    """What the parts of an unfinished set are of.
+
+    Raises:
+        UserError: it is damaged, or of another program.
+    """
+    return _read(Begun, raw, origin, what="what parts of samples are of")
+
+
+def _read(kind: type[D], raw: bytes, origin: str, *, what: str) -> D:
+    try:
+        return read_document(kind, raw, origin=origin)
+    except UserError as error:
+        raise UserError(f"{error}; it should say {what}: if it is damaged or of another program, remove it") from None
 
 
 def part_name(start: int) -> str:

@@ -184,7 +184,8 @@ class Mirror:
                     return
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
-            print(f"{self.name}: no more is sent, training goes on ({self.failure})", flush=True)
+            later = f"the run's next start or `cmscale mirror {self._run.root}` sends the rest"
+            print(f"{self.name}: no more is sent ({self.failure}); {later}", flush=True)
             with contextlib.suppress(OSError, UserError):
                 write_event(self._run, f"{self.name}_failed", step=-1, rank=0, why=self.failure)
 

@@ -67,6 +67,34 @@ def test_pictures_that_are_not_all_there_are_not_measured(tmp_path: Path) -> Non
         open_images(place)
 
 
+def test_a_folder_of_several_seeds_is_measured_when_all_are_whole(tmp_path: Path) -> None:
+    written(tmp_path / "seed0", format="png")
+    with making(tmp_path / "seed1", format="png") as each:
+        draw(each, parts=1)
+        with pytest.raises(UserError, match="seed1: is not drawn to its end"):
+            open_images(tmp_path)
+        draw(each)
+        each.finish({})
+    assert open_images(tmp_path).count == 20
+    (tmp_path / "seed0" / sample_name(3)).unlink()
+    with pytest.raises(UserError, match=r"seed0: holds 9 images, its samples\.json says 10"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["npz", "png"])
+def test_a_record_that_is_none_may_be_removed(format: Format, tmp_path: Path) -> None:
+    place = tmp_path / ("x.npz" if format == "npz" else "x")
+    written(place, format=format)
+    record = set_place(Place(str(place)), format).record
+    Path(record).write_text('{"samples": [{"filepath": "a.png"}]}')
+    words = rf"{record}: not a valid .*: if it is damaged or of another program, remove it"
+    with pytest.raises(UserError, match=words), making(place, format=format):
+        pass
+    if format == "png":
+        with pytest.raises(UserError, match=words):
+            open_images(place)
+
+
 def test_an_array_is_replaced_by_another_one_and_recognised_by_its_content(tmp_path: Path) -> None:
     place = tmp_path / "x.npz"
     written(place)
