@@ -15,6 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
+from cmscale.commands.ending import guarded, leave
+from cmscale.commands.parser import CommandParser
+from cmscale.commands.use import USED
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 PARTS = ("attention", "tests", "step", "compile", "memory", "sampling")
 NARROW = ["model.image_size=16", "model.channels=32", "model.channel_multipliers=[1,2]", "model.head_channels=32"]
@@ -83,14 +89,23 @@ def checks(out: Path, *, dry_run: bool, original: Path | None) -> Iterator[Check
         yield Check("compile", name, [*command, "--device", device, *rounds, "--json", str(result)], compiling, result)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="ops/gpu_check.sh", description=__doc__)
-    parser.add_argument("--only", action="append", choices=PARTS, help="run this part alone; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder of the results")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with a narrowed network")
-    parser.add_argument("--original", type=Path, metavar="DIR", help="a checkout of the released code, for the step")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default: 9)")
-    given = parser.parse_args()
+def parts(text: str) -> list[str]:
+    """The parts of a list with commas, for argparse."""
+    named = text.split(",")
+    if unknown := [name for name in named if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"got {unknown[0]!r}; parts are {', '.join(PARTS)}")
+    return named
+
+
+def main(arguments: list[str]) -> int:
+    parser = CommandParser(prog="ops/gpu_check.sh", description=__doc__)
+    parser.add("--only", use=USED, type=parts, metavar="A,B", help=f"these parts alone, of {', '.join(PARTS)}")
+    parser.add("--out", use=USED, type=Path, default=Path("gpu_check"), help="folder of the results")
+    parser.add("--dry-run", use=USED, action="store_true", help="on the CPU, with a narrowed network")
+    original = "a checkout of the released code, for the step"
+    parser.add("--original", use=USED, type=Path, metavar="DIR", help=original)
+    parser.add("--minutes", use=USED, type=float, default=9.0, help="for everything together (default: 9)")
+    given, _ = parser.read(arguments)
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * given.minutes
@@ -155,4 +170,4 @@ def table(document: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(guarded(main))

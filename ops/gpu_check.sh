@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests that need a GPU, and the benchmarks on the LSUN network, on a machine with one CUDA device and no network.
-#   bash ops/gpu_check.sh [--wheels DIR] [--only tests|step|memory|sampling|attention]... [--out DIR] [--original DIR] [--dry-run]
+#   bash ops/gpu_check.sh [--wheels DIR] [--only attention,tests,step,compile,memory,sampling] [--out DIR] [--original DIR] [--dry-run]
 # The machine's own Python (PYTHON, default python3) and its PyTorch are used and left as they are: what is missing is
 # installed from --wheels (made by ops/gpu_wheels.sh) into a folder of its own. At most 9 minutes.
 # --dry-run does the same on a CPU with a narrowed network.

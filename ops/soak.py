@@ -3,7 +3,6 @@
 With --outages its data and the copies of its checkpoints are in an object store that goes away meanwhile.
 """
 
-import argparse
 import collections
 import contextlib
 import random
@@ -26,6 +25,9 @@ from soak_findings import differences, flaws_of_copies, left_in_shared_memory, o
 from soak_processes import NUM_RANKS, PATIENCE, Stuck, family, kill, log_of, ranks_of, start, wait_for
 from soak_store import BUCKET, Outages, store
 
+from cmscale.commands.ending import guarded, leave
+from cmscale.commands.parser import CommandParser, whole_number
+from cmscale.commands.use import USED
 from cmscale.errors import UserError
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
@@ -214,19 +216,17 @@ def report(golden: RunDir, soak: Soak, *, steps: int, asked: int, outages: Outag
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="soak.py", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="seed for moments and victims (default: 0)")
-    parser.add_argument(
-        "--folder", type=Path, help="a new folder, which is kept (default: a temporary one, kept only after a failure)"
-    )
-    parser.add_argument(
-        "--outages", action="store_true", help="data and copies are in a store that goes away meanwhile"
-    )
-    flags = parser.parse_args(arguments)
+    parser = CommandParser(prog="soak.py", description=__doc__)
+    kills = "number of kills (default: 50)"
+    parser.add("--kills", use=USED, type=whole_number(1), default=50, metavar="N", help=kills)
+    parser.add("--seed", use=USED, type=whole_number(0), default=0, help="seed for moments and victims (default: 0)")
+    folder = "a new folder, which is kept (default: a temporary one, kept only after a failure)"
+    parser.add("--folder", use=USED, type=Path, help=folder)
+    away = "data and copies are in a store that goes away meanwhile"
+    parser.add("--outages", use=USED, action="store_true", help=away)
+    flags, _ = parser.read(arguments)
     if flags.folder is not None and flags.folder.exists():
-        print(f"error: --folder {flags.folder}: exists; name a new one", file=sys.stderr)
-        return 2
+        raise UserError(f"--folder {flags.folder}: exists; name a new one")
     root = flags.folder or Path(tempfile.mkdtemp(prefix="cmscale-soak-"))
     root.mkdir(parents=True, exist_ok=True)
     steps = 2 * EVERY * (flags.kills + 1)
@@ -271,4 +271,4 @@ def compare(root: Path, config: Path, *, kills: int, seed: int, steps: int, outa
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(guarded(main))

@@ -24,6 +24,7 @@ from harness import Row
 from s3 import s3_server
 from train_step import alone, make_step
 
+from cmscale.commands.use import USED
 from cmscale.config import dump_config, parse_config
 from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.checkpoint_reader import FlatReader, read_manifest
@@ -130,10 +131,10 @@ class CheckpointBenchmark:
 
 def main() -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: the temporary folder)")
-    parser.add_argument("--to", metavar="s3://...", help="where they are uploaded to")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add("overrides", use=USED, nargs="*", metavar="key=value")
+    parser.add("--folder", use=USED, type=Path, help="where checkpoints are written (default: the temporary folder)")
+    parser.add("--to", use=USED, metavar="s3://...", help="where they are uploaded to")
+    parser.add("--device", use=USED, choices=("auto", "cpu", "cuda"), default="auto")
     given = harness.parse(parser)
     with ExitStack() as stack:
         world = stack.enter_context(alone(given.device, 1))

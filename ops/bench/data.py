@@ -34,6 +34,7 @@ from s3 import s3_server
 from torch.utils.data import DataLoader, Dataset
 from webdataset.compat import WebDataset
 
+from cmscale.commands.use import USED
 from cmscale.config import Data
 from cmscale.data import Batches, open_batches
 from cmscale.data.samples import Samples
@@ -278,8 +279,8 @@ def measured(benchmark: DataBenchmark, rounds: int) -> dict[str, list[float]]:
 
 def main() -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("--source", help="source of images, as for prepare.py (default: generated)")
-    parser.add_argument("--images", type=int, default=512, help="images per round (default: 512)")
+    parser.add("--source", use=USED, help="source of images, as for prepare.py (default: generated)")
+    parser.add("--images", use=USED, type=int, default=512, help="images per round (default: 512)")
     given = harness.parse(parser)
     with ExitStack() as stack:
         stack.enter_context(harness.threads(1))

@@ -7,7 +7,6 @@ Rates are images per CPU second of this process, which does not depend on the ma
 were, of the same images: 0 for an encoding without loss.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -22,6 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cmscale.commands.ending import guarded, leave
+from cmscale.commands.parser import CommandParser, whole_number
+from cmscale.commands.use import USED
 from cmscale.data.decode import decode, decode_into
 from cmscale.evaluation.features.extractor import build_features
 from cmscale.evaluation.metrics.frechet import frechet_distance
@@ -56,14 +58,15 @@ def rates(encoded: Sequence[bytes], *, size: int, rounds: int) -> float:
     return statistics.median(found)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Runs the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="source of images, as for prepare.py")
-    parser.add_argument("--images", type=int, default=1000, help="number of images (default: 1000)")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the images (default: 256)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of the rate of decoding (default: 3)")
-    given = parser.parse_args()
+    parser = CommandParser(prog="encodings.py", description=__doc__)
+    number = whole_number(1)
+    parser.add("--source", use=USED, required=True, help="source of images, as for prepare.py")
+    parser.add("--images", use=USED, type=number, default=1000, help="number of images (default: 1000)")
+    parser.add("--image-size", use=USED, type=number, default=256, help="side of the images (default: 256)")
+    parser.add("--rounds", use=USED, type=number, default=3, help="measurements of the rate of decoding (default: 3)")
+    given, _ = parser.read(arguments)
     torch.set_num_threads(1)
     size = given.image_size
     loaded = list(islice(images_of(given.source, size=size), given.images))
@@ -98,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(guarded(main))

@@ -29,6 +29,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from cmscale.commands.use import USED
 from cmscale.evaluation.features.extractor import CHUNK_SIZE, build_features
 from cmscale.evaluation.features.inception import FIDInception
 from cmscale.evaluation.manifold import Manifold, compare
@@ -41,12 +42,11 @@ Action = Callable[[], object]
 
 
 def main() -> int:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--full", action="store_true", help="the sizes of a real evaluation; minutes on a CPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory", nargs=2, type=int, metavar=("N", "M"), help=argparse.SUPPRESS)
-    parser.set_defaults(rounds=3)
+    parser = harness.parser(__doc__, rounds=3)
+    parser.add("--full", use=USED, action="store_true", help="the sizes of a real evaluation; minutes on a CPU")
+    parser.add("--device", use=USED, choices=("cpu", "cuda"), default="cpu")
+    parser.add("--threads", use=USED, type=int, default=1)
+    parser.add("--memory", use=USED, nargs=2, type=int, metavar=("N", "M"), help=argparse.SUPPRESS)
     given = harness.parse(parser)
     with harness.threads(given.threads):
         if given.memory:

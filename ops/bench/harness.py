@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cmscale.commands.ending import guarded
+from cmscale.commands.parser import CommandParser, whole_number
+from cmscale.commands.use import USED
 from cmscale.errors import UserError
 
 Action = Callable[[], float]
@@ -69,34 +71,33 @@ class Row:
         return low, high
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(description: str | None, *, rounds: int = 5) -> CommandParser:
     """A parser with the options of every benchmark."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
-    found.add_argument("--json", type=Path, metavar="FILE", help="also write the results to a JSON file")
-    found.add_argument("--against", type=Path, metavar="FILE", help="an earlier JSON to compare with")
+    found = CommandParser(prog=Path(sys.argv[0]).name, description=description)
+    about = f"number of rounds (default: {rounds})"
+    found.add("--rounds", use=USED, type=whole_number(1), default=rounds, help=about)
+    found.add("--json", use=USED, type=Path, metavar="FILE", help="also write the results to a JSON file")
+    found.add("--against", use=USED, type=Path, metavar="FILE", help="an earlier JSON to compare with")
     return found
 
 
-def add_config(parser: argparse.ArgumentParser, *, default: str) -> None:
+def add_config(parser: CommandParser, *, default: str) -> None:
     """Adds what a benchmark of a config takes; `default` says what it measures without one.
 
     `parse` sets `config` to a file or None, and `overrides` to a list.
     """
-    parser.add_argument("config", nargs="?", type=Path, help=f"a config file (default: {default})")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add("config", use=USED, nargs="?", type=Path, help=f"a config file (default: {default})")
+    parser.add("overrides", use=USED, nargs="*", metavar="key=value")
+    parser.add("--device", use=USED, choices=("auto", "cpu", "cuda"), default="auto")
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse(parser: CommandParser) -> argparse.Namespace:
     """The command line. A file to compare with is read before any work.
 
     Raises:
-        UserError: no rounds, or no such file.
+        UserError: a mistake in the command line, or no such file.
     """
-    given = parser.parse_intermixed_args()
-    if given.rounds < 1:
-        raise UserError(f"--rounds {given.rounds}: give at least 1")
+    given, _ = parser.read(sys.argv[1:])
     if getattr(given, "config", None) is not None and "=" in str(given.config):  # the first override, without a file
         given.config, given.overrides = None, [str(given.config), *given.overrides]
     given.earlier = read_earlier(given.against) if given.against is not None else {}

@@ -25,6 +25,7 @@ import harness
 import torch
 from harness import Row
 
+from cmscale.commands.use import USED
 from cmscale.config import Config, dump_config, parse_config, read_config
 from cmscale.distributed import world as worlds
 from cmscale.errors import UserError
@@ -59,9 +60,9 @@ STEPS = 7  # RAdam needs all its temporaries from the sixth step on
 def main() -> int:
     parser = harness.parser(__doc__)
     harness.add_config(parser, default="small networks")
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--cases", help="of the small networks, these alone: names with ; between them")
-    parser.add_argument("--measure", nargs=2, metavar=("CONFIG", "OUT"), help=argparse.SUPPRESS)
+    parser.add("--ranks", use=USED, type=int, default=1)
+    parser.add("--cases", use=USED, help="of the small networks, these alone: names with ; between them")
+    parser.add("--measure", use=USED, nargs=2, metavar=("CONFIG", "OUT"), help=argparse.SUPPRESS)
     given = harness.parse(parser)
     if given.measure:
         return measure(Path(given.measure[0]), Path(given.measure[1]))

@@ -21,6 +21,7 @@ import torch
 from harness import Row
 from train_step import SMALL
 
+from cmscale.commands.use import USED
 from cmscale.config import parse_config, read_config
 from cmscale.consistency.sampler import sample
 from cmscale.distributed.world import choose_device
@@ -38,17 +39,17 @@ STEPS = (1, 2)
 def main() -> int:
     parser = harness.parser(__doc__)
     harness.add_config(parser, default="a small network")
-    parser.add_argument("--num", type=int, default=16, help="samples per round (default: 16)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU (default: 1)")
+    parser.add("--samples", use=USED, type=int, default=16, help="samples per round (default: 16)")
+    parser.add("--batch-size", use=USED, type=int, default=8)
+    parser.add("--threads", use=USED, type=int, default=1, help="threads on a CPU (default: 1)")
     given = harness.parse(parser)
-    if given.num % given.batch_size or given.num < 1:
-        raise UserError(f"--num {given.num}: must be a multiple of --batch-size {given.batch_size}")
+    if given.samples % given.batch_size or given.samples < 1:
+        raise UserError(f"--num {given.samples}: must be a multiple of --batch-size {given.batch_size}")
     device, overrides = choose_device(given.device), given.overrides
     config = parse_config(SMALL, overrides) if given.config is None else read_config(given.config, overrides)
     network = build_unet(config.model).to(device=device, dtype=COMPUTE_DTYPES[config.engine.precision]).eval()
     denoise, side = denoiser_for(config.method, network), config.model.image_size
-    batches = [range(start, start + given.batch_size) for start in range(0, given.num, given.batch_size)]
+    batches = [range(start, start + given.batch_size) for start in range(0, given.samples, given.batch_size)]
     noise, sigma = torch.randn(given.batch_size, 3, side, side, device=device), torch.ones(given.batch_size)
     sigma = sigma.to(device)
 
@@ -74,13 +75,13 @@ def main() -> int:
         load = os.getloadavg()[0]
         found = harness.interleaved(actions, rounds=given.rounds)
     unit, kind = "images/s", "cpu" if device.type == "cpu" else "wall"
-    rates = {name: [given.num / value for value in values] for name, values in found.items()}
+    rates = {name: [given.samples / value for value in values] for name, values in found.items()}
     rows = []
     for steps in STEPS:
         name = f"{steps} step{'s' * (steps > 1)}"
         rows.append(Row(name, unit, rates[name], f"bare network, {steps}", 0.9, kind))
         rows.append(Row(f"bare network, {steps}", unit, rates[f"bare network, {steps}"], clock=kind))
-    facts = {"precision": config.engine.precision, "image_size": side, "num": given.num, "batch": given.batch_size}
+    facts = {"precision": config.engine.precision, "image_size": side, "num": given.samples, "batch": given.batch_size}
     return harness.report(given, rows, facts=facts, load=load)
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 import harness
 from harness import Row
 
+from cmscale.commands.use import USED
 from cmscale.config import parse_config
 from cmscale.errors import UserError
 from cmscale.interop import write_safetensors
@@ -39,10 +40,10 @@ ema: {{rates: [0.9]}}
 
 def main() -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("--samples", default="64,512", help="numbers of samples (default: 64,512)")
-    parser.add_argument("--channels", type=int, default=32)
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add("--samples", use=USED, default="64,512", help="numbers of samples (default: 64,512)")
+    parser.add("--channels", use=USED, type=int, default=32)
+    parser.add("--image-size", use=USED, type=int, default=256)
+    parser.add("--batch-size", use=USED, type=int, default=16)
     given = harness.parse(parser)
     try:
         counts = [int(part) for part in given.samples.split(",")]

@@ -26,12 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from simulated_ranks import Operations, SimulatedRanks
 
+from cmscale.commands.use import USED
+
 
 def main() -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("--ranks", type=numbers, default=(2, 16, 128, 1024, 4096), help="numbers of simulated ranks")
-    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=2)
-    parser.add_argument("--gloo", type=numbers, default=(), help="numbers of real ranks; none by default")
+    parser.add("--ranks", use=USED, type=numbers, default=(2, 16, 128, 1024, 4096), help="numbers of simulated ranks")
+    parser.add("--zero-stage", use=USED, type=int, choices=(0, 1, 2, 3), default=2)
+    parser.add("--gloo", use=USED, type=numbers, default=(), help="numbers of real ranks; none by default")
     given = harness.parse(parser)
     load, operations = os.getloadavg()[0], Operations()
     rows: list[Row] = []

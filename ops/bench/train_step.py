@@ -25,6 +25,7 @@ import harness
 import torch
 from harness import Row
 
+from cmscale.commands.use import USED
 from cmscale.config import Config, parse_config, read_config, schedules
 from cmscale.consistency.distance import lpips_network
 from cmscale.data import Batch
@@ -165,9 +166,9 @@ def profile(step: Step, device: torch.device, path: Path) -> None:
 def main() -> int:
     parser = harness.parser(__doc__)
     harness.add_config(parser, default="a small network")
-    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU (default: 1)")
-    parser.add_argument("--original", type=Path, metavar="DIR", help="a checkout of the released code")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="also write a trace of one step")
+    parser.add("--threads", use=USED, type=int, default=1, help="threads on a CPU (default: 1)")
+    parser.add("--original", use=USED, type=Path, metavar="DIR", help="a checkout of the released code")
+    parser.add("--profile", use=USED, type=Path, metavar="FILE", help="also write a trace of one step")
     given = harness.parse(parser)
     with alone(given.device, given.threads) as world, tempfile.TemporaryDirectory() as folder:
         overrides = given.overrides
