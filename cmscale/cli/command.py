@@ -40,6 +40,8 @@ GIVEN: Any = None
 COMMANDS: dict[str, dict[str, Use]] = {}
 """The options of every command, by its name, and where each is used."""
 
+_WIDTH_OF_FILES = 250
+"""Of the lines in a pipe or file."""
 _METAVARS = {Place: "PATH", int: "N", float: "X", str: "TEXT"}
 _ON_THE_COMMAND_LINE = ("COMMANDLINE", "ENVIRONMENT")
 
@@ -51,7 +53,7 @@ class TableConsole(Console):
     """
 
     def __init__(self) -> None:
-        super().__init__(markup=False, width=None if sys.stdout.isatty() else 250)
+        super().__init__(markup=False, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
 
     def on_broken_pipe(self) -> None:
         """Leaves the ending to `guarded`."""

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.live import Live
 from rich.table import Table
 
 from cmscale.cli.command import TableConsole, command
@@ -20,6 +21,22 @@ from cmscale.errors import UserError
 from cmscale.io.place import Place
 
 app = typer.Typer()
+_FACTS = (
+    "run",
+    "method",
+    "state",
+    "known by",
+    "age",
+    "step",
+    "of",
+    "rate",
+    "left",
+    "loss",
+    "best score",
+    "branch of",
+)
+_LONG = ("known by", "best score", "branch of")
+_WIDE = 180  # columns of a terminal that has room for all facts in a row
 
 
 @command(app)
@@ -115,45 +132,39 @@ def runs(
         return
     console = TableConsole()
     if watch is None:
-        console.print(_table(folder))
+        _print_runs(folder, console)
         return
-    with Live(_table(folder), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(watch)
-            live.update(_table(folder), refresh=True)
+    while True:
+        console.clear()  # on a terminal; elsewhere one table follows the other
+        console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S}, {folder}, every {watch:g} s")
+        _print_runs(folder, console)
+        sys.stdout.flush()
+        time.sleep(watch)
 
 
-def _table(folder: Path) -> Table:
+def _print_runs(folder: Path, console: TableConsole) -> None:
+    """Prints a row for each run; on a narrow terminal what is long in a line of its own below."""
     from cmscale.runs.overview import overview, runs_in
 
-    names = (
-        "run",
-        "method",
-        "state",
-        "known by",
-        "age",
-        "step",
-        "of",
-        "rate",
-        "left",
-        "loss",
-        "best score",
-        "branch of",
-    )
+    rows = [_facts(overview(run)) for run in runs_in(folder)]
+    names = [name for name in _FACTS if console.width >= _WIDE or name not in _LONG]
     table = Table(*names, box=None)
-    for run in runs_in(folder):
-        table.add_row(*_row(overview(run)))
-    return table
+    for facts in rows:
+        table.add_row(*(facts[name] for name in names))
+    console.print(table)
+    for facts in rows if len(names) < len(_FACTS) else ():
+        said = [facts["known by"], facts["best score"], f"branch of {facts['branch of']}" if facts["branch of"] else ""]
+        console.print(f"{facts['run']}: {'; '.join(filter(None, said))}")
 
 
-def _row(found: Any) -> list[str]:
+def _facts(found: Any) -> dict[str, str]:
     score = ""
     if found.best is not None:
         best = found.best
         score = f"{best.name} {best.value:.2f} (step {best.step}, {best.nfe} NFE, {best.basis})"
     problems = f"{len(found.problems)} unreadable: {found.problems[0]}" if found.problems else ""
     rate = f"{found.images_per_second:.4g} images/s" if found.images_per_second else ""
-    return [
+    values = (
         found.name,
         found.method or "?",
         found.state,
@@ -166,7 +177,8 @@ def _row(found: Any) -> list[str]:
         "" if found.loss is None else f"{found.loss:.4g}",
         "; ".join(filter(None, [score, problems])),
         found.branch_of or "",
-    ]
+    )
+    return dict(zip(_FACTS, values, strict=True))
 
 
 @command(app)

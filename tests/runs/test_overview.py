@@ -148,7 +148,17 @@ def test_watching_prints_again(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(time, "sleep", sleep)
     assert run(monkeypatch, "runs", tmp_path, "--watch", 3) == 130
     assert slept == [3, 3]
-    assert "good" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(" good ") == 2
+
+
+def test_a_narrow_terminal_has_whole_words(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_run(tmp_path / "good")
+    monkeypatch.setattr("cmscale.cli.command._WIDTH_OF_FILES", 80)
+    assert run(monkeypatch, "runs", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert re.search(r"good +ct +finished .* 200", said)
+    assert re.search(r"good: events.jsonl; FD-EfficientNet", said)
 
 
 def test_compared_metrics_carry_the_name_of_their_features(tmp_path: Path, monkeypatch, capsys) -> None:
