@@ -1,7 +1,7 @@
 """Shows what `cmscale doctor` finds, on this machine or on the nodes of a Slurm job."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -9,10 +9,11 @@ from rich.table import Table
 from cmscale.cli.command import TableConsole
 from cmscale.cli.finding import Finding
 from cmscale.cli.machine import findings
-from cmscale.cli.nodes import differing, doctor_of_nodes, report_node
+from cmscale.cli.nodes import differing, doctor_of_nodes, report_node, unmeasured
 from cmscale.cli.services import storage
 from cmscale.io.place import Place
 
+_NAMED = 4  # nodes in a row
 __all__ = ["found_here", "report_node", "show", "show_nodes"]
 
 
@@ -33,6 +34,22 @@ def show(found: Sequence[Finding], *, as_json: bool) -> bool:
     return any(each.state == "failure" for each in found)
 
 
+def _print_alike(nodes: Mapping[str, Sequence[Finding]], different: Sequence[str]) -> None:
+    """Prints a row for each thing, and the nodes on which it was found so."""
+    alike: dict[tuple[str, str, str], list[tuple[str, Finding]]] = {}
+    for node, found in nodes.items():
+        for each in found:
+            if each.state != "ok" or each.what in different:
+                alike.setdefault((each.what, each.state, unmeasured(each.found, node)), []).append((node, each))
+    table = Table("", "nodes", "what", "found", "what to do", box=None)
+    for (what, state, _), there in sorted(alike.items(), key=lambda item: item[0][0]):
+        names = [node for node, _ in there]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        shown = "all" if len(names) == len(nodes) else ", ".join(names[:_NAMED]) + more
+        table.add_row(state, shown, what, there[0][1].found, there[0][1].remedy)
+    TableConsole().print(table)
+
+
 def show_nodes(count: int, place: Place | None, runs_dir: Path, *, as_json: bool) -> bool:
     """Tries nodes; prints what is no `ok` anywhere, and in what nodes differ. Returns whether something fails."""
     nodes = doctor_of_nodes(count, runs_dir=str(runs_dir.absolute()), place=None if place is None else place.absolute())
@@ -41,12 +58,7 @@ def show_nodes(count: int, place: Place | None, runs_dir: Path, *, as_json: bool
         shown = {node: [vars(each) for each in found] for node, found in nodes.items()}
         print(json.dumps({"nodes": shown, "differing": different}, indent=1))
     else:
-        table = Table("", "node", "what", "found", "what to do", box=None)
-        for node, found in nodes.items():
-            for each in found:
-                if each.state != "ok" or each.what in different:
-                    table.add_row(each.state, node, each.what, each.found, each.remedy)
-        TableConsole().print(table)
+        _print_alike(nodes, different)
         names = ", ".join(different)
         print(f"{len(nodes)} nodes; {f'they differ in: {names}' if different else 'they do not differ'}")
     return any(each.state == "failure" for found in nodes.values() for each in found)

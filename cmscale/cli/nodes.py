@@ -1,29 +1,31 @@
 """Runs `cmscale doctor` on the nodes of a Slurm job, and shows in what they differ."""
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cmscale.cli.finding import Finding
 from cmscale.config.site import read_launch_settings
 from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
+from cmscale.io.process import node_name
 from cmscale.io.slurm import outside_of_jobs
 
 _SIGN = "doctor-of-node "
+_MEASURED = re.compile(r"[\d.]+ (?:ms\b|[KMGT]i?B free)")
 
 
 def report_node(found: Sequence[Finding]) -> None:
     """Prints what a node found, for `doctor_of_nodes`."""
-    import socket
-
-    print(_SIGN + json.dumps({"node": socket.gethostname(), "findings": [vars(each) for each in found]}), flush=True)
+    print(_SIGN + json.dumps({"node": node_name(), "findings": [vars(each) for each in found]}), flush=True)
 
 
 def doctor_of_nodes(count: int, *, runs_dir: str, place: str | None = None) -> dict[str, list[Finding]]:
-    """The findings of each of several nodes.
+    """The findings of each of several nodes. What srun says, such as that its job waits, is shown at once.
 
     Raises:
         UserError: there is no srun, or it refuses the job.
@@ -45,29 +47,59 @@ def doctor_of_nodes(count: int, *, runs_dir: str, place: str | None = None) -> d
         *settings.srun_args,
         *own,
     ]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, env=outside_of_jobs())
-    except FileNotFoundError:
-        raise UserError("--nodes: no srun on the PATH; run this on a login node of the cluster") from None
+    output, errors = _said(command)
     found = {}
-    for line in ran.stdout.splitlines():
+    for line in output:
         if line.startswith(_SIGN):
             told: dict[str, Any] = parse_json(line.removeprefix(_SIGN))
             found[told["node"]] = [Finding(**each) for each in told["findings"]]
     if len(found) < count:
-        last = (ran.stderr.strip().splitlines() or ["srun said nothing"])[-1]
-        raise UserError(f"--nodes {count}: {len(found)} of {count} nodes answered: {last}")
+        names = f" ({', '.join(sorted(found))})" if found else ""
+        last = (errors or ["srun said nothing"])[-1]
+        raise UserError(f"--nodes {count}: {len(found)} of {count} nodes answered{names}: {last}")
     return found
 
 
+def _said(command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The lines of a command's stdout and stderr; the latter are also printed as they come.
+
+    Raises:
+        UserError: there is no such program.
+    """
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=outside_of_jobs()
+        )
+    except FileNotFoundError:
+        raise UserError("--nodes: no srun on the PATH; run this on a login node of the cluster") from None
+    errors: list[str] = []
+
+    def show(lines: Iterable[str]) -> None:
+        for line in filter(None, map(str.rstrip, lines)):
+            errors.append(line)
+            print(line, file=sys.stderr, flush=True)
+
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        showing = threading.Thread(target=show, args=(process.stderr,), daemon=True)
+        showing.start()
+        output = process.stdout.read().splitlines()
+        showing.join()
+    return output, errors
+
+
 def differing(nodes: Mapping[str, Sequence[Finding]]) -> list[str]:
-    """The things that were not found alike on all nodes, but for room and names, which always differ."""
-    found: dict[str, set[tuple[str, str]]] = {}
+    """The things that were not found alike on all nodes, but for room, times and names, which always differ."""
+    found: dict[str, dict[str, list[tuple[str, str]]]] = {}
     for node, each_found in nodes.items():
         for each in each_found:
-            same = each.found.replace(node, "NODE") if "free" not in each.found else ""
-            found.setdefault(each.what, set()).add((each.state, same))
-    counts = {
-        what: sum(any(each.what == what for each in each_found) for each_found in nodes.values()) for what in found
-    }
-    return [what for what, states in found.items() if len(states) > 1 or counts[what] < len(nodes)]
+            found.setdefault(each.what, {}).setdefault(node, []).append((each.state, unmeasured(each.found, node)))
+    return [
+        what for what, of_nodes in found.items() if len({*map(tuple, (of_nodes.get(node, ()) for node in nodes))}) > 1
+    ]
+
+
+def unmeasured(found: str, node: str) -> str:
+    """What was found without the node's name and what is never measured twice alike."""
+    return _MEASURED.sub("", found.replace(node, "NODE"))

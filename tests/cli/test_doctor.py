@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import socket
 import stat
 import sys
@@ -131,7 +132,9 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pyte
     assert any(each.what == "processors" for each in found)
 
 
-def test_nodes_are_asked_by_srun_and_compared(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_are_asked_by_srun_and_compared(
+    bin_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("CMSCALE_SITE", "")
     torches = {"n1": "2.14.1", "n2": "2.13.0"}
     lines = []
@@ -139,7 +142,10 @@ def test_nodes_are_asked_by_srun_and_compared(bin_folder: Path, monkeypatch: pyt
         findings = [
             Finding("torch", "ok", version),
             Finding("python", "ok", f"3.11 on {node}"),
-            Finding("disk", "ok", f"{len(node)} GB free"),
+            Finding("disk", "ok", f"/tmp: {1 + len(lines)} GB free"),
+            Finding("wandb", "ok", "0.31"),
+            Finding("wandb", "ok", "no key"),
+            Finding("attention", "ok", f"sdpa 0.{len(lines)} ms"),
         ]
         lines.append(nodes._SIGN + json.dumps({"node": node, "findings": [vars(each) for each in findings]}))
     (bin_folder / "answers").write_text("noise\n" + "\n".join(lines))
@@ -149,8 +155,10 @@ def test_nodes_are_asked_by_srun_and_compared(bin_folder: Path, monkeypatch: pyt
     assert nodes.differing(found) == ["torch"]
     asked = (bin_folder / "asked").read_text()
     assert f"--nodes=2 --ntasks=2 --ntasks-per-node=1 --mem=0 {sys.executable} -m cmscale.cli doctor --of-node" in asked
-    with pytest.raises(UserError, match=r"--nodes 3: 2 of 3 nodes answered"):
+    program(bin_folder, "srun", f"echo 'srun: error: n3: gone' >&2; cat {bin_folder}/answers")
+    with pytest.raises(UserError, match=r"--nodes 3: 2 of 3 nodes answered \(n1, n2\): srun: error: n3: gone"):
         nodes.doctor_of_nodes(3, runs_dir="runs")
+    assert "srun: error: n3: gone" in capfd.readouterr().err
     (bin_folder / "srun").unlink()
     monkeypatch.setenv("PATH", str(bin_folder))
     with pytest.raises(UserError, match="no srun on the PATH"):
@@ -175,14 +183,25 @@ def test_the_command_shows_what_to_do_and_fails_if_something_does(monkeypatch, c
 
 
 def test_nodes_that_differ_are_shown(monkeypatch, capsys) -> None:
+    low = "/tmp: 30 GB free"
     told = {
-        "n1": [Finding("torch", "ok", "2.14"), Finding("GPUs", "ok", "8")],
-        "n2": [Finding("torch", "ok", "2.13"), Finding("GPUs", "ok", "8")],
+        "n1": [
+            Finding("torch", "ok", "2.14"),
+            Finding("GPUs", "ok", "8"),
+            Finding("folder", "warning", low, "make room"),
+        ],
+        "n2": [
+            Finding("torch", "ok", "2.13"),
+            Finding("GPUs", "ok", "8"),
+            Finding("folder", "warning", low, "make room"),
+        ],
     }
     monkeypatch.setattr("cmscale.cli.diagnosis.doctor_of_nodes", lambda count, **more: told)
     assert run(monkeypatch, "doctor", "--nodes", 2) == 0
     shown = capsys.readouterr().out
     assert "they differ in: torch" in shown
     assert "GPUs" not in shown
+    assert re.search(r"warning +all +folder +/tmp: 30 GB free", shown)
+    assert re.search(r"ok +n2 +torch +2.13", shown)
     assert run(monkeypatch, "doctor", "--nodes", 2, "--json") == 0
     assert json.loads(capsys.readouterr().out)["differing"] == ["torch"]
