@@ -35,7 +35,7 @@ def tiles(facts: RunFacts, *, state: str) -> list[Tile]:
         found.append(Tile("loss", f"{recent:.4g}", f"from {loss.values[0]:.4g}"))
     rate = measured.of("images_per_second")
     if (median := rate.recent(len(rate) or 1)) is not None:
-        found.append(Tile("images per second", f"{median:,.4g}", "median"))
+        found.append(Tile("images per second", _plain(median), "median"))
     found += _time(facts, state=state)
     if (memory := measured.of("peak_memory_gib")) and len(memory):
         found.append(Tile("peak memory", f"{memory.values.max():.3g} GiB", "of rank 0"))
@@ -57,7 +57,7 @@ def _time(facts: RunFacts, *, state: str) -> list[Tile]:
         found.append(Tile("time left", in_words(left * batch / rate), "at the rate of the last records"))
     name = "device-hours" if _is_on_cpu(facts) else "GPU-hours"
     if (hours := device_hours(facts, work)) is not None:
-        found.append(Tile(name, f"{hours:,.4g}", "time at work × ranks"))
+        found.append(Tile(name, _plain(hours), "time at work × ranks"))
     return found
 
 
@@ -71,6 +71,11 @@ def device_hours(facts: RunFacts, work: list[Stretch]) -> float | None:
             return None
         hours += each.seconds * count / 3600
     return hours if work else None
+
+
+def _plain(value: float) -> str:
+    """A quantity with at least three digits and no exponent: 0.0123, 12.3, 103,812."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _is_on_cpu(facts: RunFacts) -> bool:

@@ -20,6 +20,8 @@ ACCENT = "#2f6fdb"
 SECOND = "#d9722b"
 COLOURS = (ACCENT, SECOND, "#2a9d76", "#9a5fc4", "#c2456b", "#7f8a99")
 _DASHES = ((5, 3), (1, 2), (6, 2, 1, 2), (10, 3))
+_LETTERS = 66  # of a legend that fit beside each other
+_LINE = 0.17  # inches
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -94,7 +96,7 @@ def training_curves(curves: Sequence[Curve], *, name: str, log: bool = False, sm
         axes.set_xlabel("step")
         _thousands(axes)
         if len(curves) > 1:
-            axes.legend(loc="best")
+            _legend(figure, axes)
         return _svg(figure, name)
 
 
@@ -110,7 +112,7 @@ def steps_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seq
         axes.set_ylim(bottom=0)
         axes.set_xlabel("network evaluations per sample")
         axes.set_ylabel(y_label)
-        axes.legend(loc="upper right")
+        _legend(figure, axes)
         return _svg(figure, name)
 
 
@@ -125,7 +127,7 @@ def progress_curve(
         axes.set_xlabel("training step")
         axes.set_ylabel(y_label)
         _thousands(axes)
-        axes.legend(loc="upper right")
+        _legend(figure, axes)
         return _svg(figure, name)
 
 
@@ -139,7 +141,7 @@ def time_curve(curves: Sequence[Curve], *, name: str, y_label: str) -> str:
         axes.set_yscale("log")
         axes.set_xlabel("time t")
         axes.set_ylabel(y_label)
-        axes.legend(loc="best")
+        _legend(figure, axes)
         return _svg(figure, name)
 
 
@@ -156,8 +158,23 @@ def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seque
         axes.set_ylim(bottom=0)
         axes.set_xlabel("averaged steps (standard deviation)")
         axes.set_ylabel(y_label)
-        axes.legend(loc="best")
+        _legend(figure, axes)
         return _svg(figure, name)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Names the curves above the axes, where no curve can run through the names; the figure grows by these lines."""
+    handles, labels = axes.get_legend_handles_labels()
+    rows = next(rows for rows in range(1, len(labels) + 1) if rows == len(labels) or _width(labels, rows) <= _LETTERS)
+    columns = -(-len(labels) // rows)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.2, borderaxespad=0.0)
+    figure.set_figheight(figure.get_figheight() + _LINE * rows)
+
+
+def _width(labels: Sequence[str], rows: int) -> int:
+    """Letters of the widest lines of a legend's columns, with room for the samples of lines."""
+    columns = (labels[start : start + rows] for start in range(0, len(labels), rows))
+    return sum(max(map(len, column)) + 6 for column in columns)
 
 
 def _shown(label: str) -> str:

@@ -29,7 +29,7 @@ def quality_panels(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
         name = group[0].score_name
         for title, plot in (
             (f"{name} against the number of sampling steps", _against_steps(runs, group, number)),
-            (f"{name} over training", _over_training(runs[0], group, number)),
+            (f"{name} over training", _over_training(runs, group, number)),
             (f"{name} against the EMA's length", _against_ema(runs[0], group, number)),
         ):
             if plot is not None:
@@ -65,17 +65,21 @@ def _against_steps(runs: Sequence[RunFacts], group: list[EvaluationResult], numb
     return steps_curve(curves, name=f"{name} against steps, group {number}", y_label=name, levels=levels)
 
 
-def _over_training(owner: RunFacts, group: list[EvaluationResult], number: int) -> str | None:
+def _over_training(runs: Sequence[RunFacts], group: list[EvaluationResult], number: int) -> str | None:
+    """The score of each kind of weights and sampling that was measured at several steps."""
     name = group[0].score_name
     curves = []
-    for weights, mine in _grouped(_evaluations(owner, group), lambda each: each.weights or ""):
-        plain = [each for each in mine if each.times is None]
-        for nfe, same in _grouped(plain, lambda each: each.nfe or 0):
-            if len(same) > 1:
-                curves.append(_curve(f"{weights}, {nfe} NFE", [(each.step, each.fid) for each in same]))
+    for owner in runs:
+        of_run = f"{owner.name}, " if len(runs) > 1 else ""
+        for weights, mine in _grouped(_evaluations(owner, group), lambda each: each.weights or ""):
+            plain = [each for each in mine if each.times is None]
+            for nfe, same in _grouped(plain, lambda each: each.nfe or 0):
+                if len(same) > 1:
+                    points = [(each.step, each.fid) for each in same]
+                    curves.append(_curve(f"{of_run}{weights}, {nfe} NFE", points))
     if not curves:
         return None
-    levels = _published(owner, group)
+    levels = _published(runs[0], group)
     return progress_curve(curves, name=f"{name} over training, group {number}", y_label=name, levels=levels)
 
 
