@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
     except typer.Exit as ended:
         return ended.exit_code
     except typer.TyperException as error:
-        text = error.format_message()
+        text = error.format_message().replace("Value error, ", "")
         if not arguments:  # the help was printed
             return 2
         if arguments[0] in _OF_LAUNCHERS:

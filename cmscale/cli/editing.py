@@ -98,8 +98,13 @@ def edit(
 ) -> None:
     """Edits images with a consistency model (zero-shot; Song et al. 2023, algorithm 4)."""
     from cmscale.io.fetch import local_file
+    from cmscale.runs.choices import check_consistency_model
 
     given.refuse_unused(task=task)
+    overrides = [text for text in images or [] if "=" in text and not Path(text).exists()]
+    check_consistency_model(source, what="edit", config=config, overrides=overrides)
+    if len(overrides) == len(images or []) and task != "interpolate":
+        raise UserError(f"edit {task}: got no image; give at least one image file")
     for text in images or []:  # before torch is imported, which takes seconds
         if "=" not in text and not (place := Place(text)).is_remote:
             local_file(place)
@@ -110,7 +115,6 @@ def edit(
     from cmscale.generation.edit_images import EditRequest, edit_images, result_paths
 
     chosen = choose_device(device)
-    overrides = [text for text in images or [] if "=" in text and not Path(text).exists()]
     if overrides and config is None:
         raise UserError(
             f"{overrides[0]}: is no file, and has no effect on {situation.OWN_CONFIG}, only on {situation.GIVEN_CONFIG}"

@@ -81,6 +81,10 @@ def consistency_error(
     given: Given = GIVEN,
 ) -> None:
     """Measures how much a consistency model varies along held-out trajectories, at 100 times unused in training."""
+    from cmscale.runs.choices import check_consistency_model
+
+    check_consistency_model(source, what="consistency-error", config=config, overrides=overrides or ())
+
     from cmscale.distributed.world import choose_device
     from cmscale.evaluation.consistency_report import measure_consistency_error
 

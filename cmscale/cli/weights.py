@@ -16,6 +16,7 @@ from cmscale.export.target import check_license, check_target
 from cmscale.io.place import Place
 
 app = typer.Typer()
+_TRIED_LENGTHS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25)
 console = Console(stderr=True)
 
 
@@ -122,6 +123,7 @@ def ema(
     step: Annotated[
         str, typer.Option("--checkpoint", metavar="STEP", help="Step of a run's checkpoint, or `latest`."), USED
     ] = "latest",
+    as_json: Annotated[bool, typer.Option("--json", help="List as JSON."), Use(excludes=("length",))] = False,
     given: Given = GIVEN,
 ) -> None:
     """Writes an average of a run's weights of any length, computed afterwards; without options lists what it keeps."""
@@ -130,6 +132,10 @@ def ema(
         check_target("safetensors", to)
 
     from cmscale.config.averages import power_name
+    from cmscale.runs.choices import check_power_averages
+
+    check_power_averages(run)
+
     from cmscale.engine.power_averages import error_of, kept_averages
     from cmscale.export.weights import export_weights
     from cmscale.io.storage import open_storage
@@ -140,10 +146,15 @@ def ema(
     at = newest_step(run) if at is None else at
     if length is None:
         kept = kept_averages(run, step=at)
+        errors = {power_name(trial): error_of(kept, trial, step=at) for trial in _TRIED_LENGTHS}
+        if as_json:
+            listed = [{"step": each.profile.step, "name": each.name} for each in kept]
+            print(json.dumps({"step": at, "kept": listed, "errors": errors}, indent=1))
+            return
         for each in kept:
             print(f"step {each.profile.step}: {each.name}")
-        for trial in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25):
-            print(f"{power_name(trial)} at step {at}: error {error_of(kept, trial, step=at):.2%}")
+        for name, error in errors.items():
+            print(f"{name} at step {at}: error {error:.2%}")
         return
     if to is None:
         to = Place(open_storage(run).join(exported_weights(at, power_name(length))))
@@ -159,8 +170,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Checks all files of all checkpoints and snapshots, without a GPU. Exits with 1 if one is damaged."""
-    from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, verify_checkpoint
     from cmscale.io.storage import open_storage
+    from cmscale.runs.checkpoints import committed_steps
     from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
     from cmscale.runs.manifest_checks import NOT_SEALED
     from cmscale.runs.source_kind import is_data_set
@@ -168,14 +179,17 @@ def verify(
     manifest = open_storage(run).read_if_present(CHECKPOINT_MANIFEST)
     if manifest is not None and is_data_set(manifest):
         raise UserError(f"{run}: is a prepared data set; verify it with data_prep/verify.py")
+    if manifest is None and not any(committed_steps(run, within=folder) for folder in ("checkpoints", "snapshots")):
+        raise UserError(f"{run}: holds no checkpoint; give a run or a checkpoint folder")
+
+    from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, verify_checkpoint
+
     if manifest is not None:
         found: dict[str, str] = {run: run}
     else:
         found = {step_name(listed.step): listed.url for listed in list_checkpoints(run)}
         snapshots = list_checkpoints(run, within="snapshots")
         found |= {f"snapshots/{step_name(listed.step)}": listed.url for listed in snapshots}
-    if not found:
-        raise UserError(f"{run}: holds no checkpoint; give a run or a checkpoint folder")
     all_problems: dict[str, list[str]] = {}
     for name, checkpoint in found.items():
         all_problems[name] = problems = verify_checkpoint(checkpoint)

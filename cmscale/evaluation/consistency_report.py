@@ -20,6 +20,7 @@ from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.model.precondition import teacher_denoiser_for
 from cmscale.model.unet import build_unet
+from cmscale.runs.choices import refuse_other_models
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import read_dataset_manifest
 from cmscale.runs.results import hash_of, utc_now
@@ -58,7 +59,7 @@ def measure_consistency_error(
         UserError: a source without a consistency function, no data, a run that is elsewhere and no `--out`, or another
             result is at `--out`.
     """
-    _refuse(source)
+    refuse_other_models(source.config, origin=source.origin, what="consistency-error")
     url = data or Place(source.config.data.path)
     manifest = read_dataset_manifest(open_storage(url))
     followed = _teacher(source, teacher, device=device)
@@ -88,15 +89,6 @@ def measure_consistency_error(
         title = f"{source.config.method.kind}, step {source.step}, {source.weights_name}"
         Place(plot).write(draw_curve(curve, title=title))
     return path
-
-
-def _refuse(source: Source) -> None:
-    """Raises UserError if the source has no consistency function of images alone."""
-    kind = source.config.method.kind
-    if not source.config.method.facts.is_consistency_model:
-        raise UserError(f"consistency-error: {source.origin} is of kind {kind}; a consistency model is needed")
-    if source.config.model.num_classes is not None:
-        raise UserError(f"consistency-error: {source.origin} is class-conditional, and data sets carry no classes")
 
 
 def _identity(source: Source, followed: _Followed, *, data_fingerprint: str, num: int, seed: int) -> dict[str, Any]:

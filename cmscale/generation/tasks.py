@@ -11,6 +11,7 @@ from cmscale.consistency import zero_shot
 from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
 from cmscale.rng import normal_like_samples
+from cmscale.runs.choices import refuse_other_models
 from cmscale.source import Source
 
 Task = Literal["inpaint", "colorize", "superres", "stroke", "interpolate", "denoise"]
@@ -43,10 +44,7 @@ def check_task(source: Source, settings: TaskSettings) -> None:
         UserError: it is no unconditional consistency model, or a setting is outside of its range.
     """
     method, size = source.config.method, source.config.model.image_size
-    if not method.facts.is_consistency_model:
-        raise UserError(f"edit: {source.origin} is a diffusion model ({method.kind}); give a consistency model")
-    if source.config.model.num_classes is not None:
-        raise UserError(f"edit: {source.origin} is class-conditional; give an unconditional model")
+    refuse_other_models(source.config, origin=source.origin, what="edit")
     if settings.task == "denoise":
         check_range((settings.sigma,), method, label=f"--sigma {settings.sigma}")
     if settings.task == "superres" and (settings.factor < 2 or size % settings.factor):

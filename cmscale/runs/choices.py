@@ -69,6 +69,40 @@ def check_model(
     return found
 
 
+def check_consistency_model(
+    source: str, *, what: str, config: str | None = None, overrides: Sequence[str] = ()
+) -> None:
+    """Checks, where the source's config can be read here, that it is an unconditional consistency model.
+
+    Args:
+        what: What needs one, for the message: `edit`.
+
+    Raises:
+        UserError: it is another model.
+    """
+    if Place(source).is_remote:
+        return
+    found = check_model(source, config=config, overrides=overrides)
+    if found is not None:
+        refuse_other_models(found, origin=source, what=what)
+
+
+def refuse_other_models(config: Config, *, origin: str, what: str) -> None:
+    """Raises UserError if a config is not that of an unconditional consistency model; see `check_consistency_model`."""
+    if not config.method.facts.is_consistency_model:
+        found = situation.MODEL_OF_SAMPLER[config.method.facts.sampler]
+        raise UserError(f"{what}: {origin} is {found} ({config.method.kind}); give a consistency model")
+    if config.model.num_classes is not None:
+        raise UserError(f"{what}: {origin} is class-conditional; give an unconditional model")
+
+
+def check_power_averages(run: str) -> None:
+    """Raises UserError if a run that can be read here keeps no averages by a power function."""
+    config = None if Place(run).is_remote else check_model(run)
+    if config is not None and not config.ema.lengths:
+        raise UserError(f"{run}: keeps no averages to compute others from; a run with ema.lengths does")
+
+
 def _run_of(checkpoint: str) -> str:
     """The run that a checkpoint lies in; the checkpoint itself if it lies in none on this machine."""
     root = Path(checkpoint).absolute().parent.parent

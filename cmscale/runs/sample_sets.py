@@ -22,7 +22,8 @@ from cmscale.runs.manifests import D, Document, read_document
 RECORD = "samples.json"
 BEGUN = "begun.json"
 OWNERS = "owners"
-_OF_FILES = (".png", ".jpg", ".jpeg", ".webp", ".npy", ".tar", ".zip", ".json", ".pt", ".safetensors")
+_OF_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf", ".npy", ".tar", ".gz", ".tgz")
+_OF_FILES += (".zip", ".json", ".pt", ".pth", ".pkl", ".safetensors", ".mp4")
 TAR_SAMPLES = 512
 """Samples in a tar: at 256 px some 50 MB, which are made in memory."""
 

@@ -17,10 +17,12 @@ import json, sys
 sys.modules["torch"] = None  # an import of it fails
 from cmscale.cli.app import run
 from cmscale.commands.ending import guarded
+from data_prep import prepare, verify
 from launchers import evaluate, sample, submit
 for line in json.loads(sys.argv[1]):
     program, *words = line
-    main = {"cmscale": run, "submit": submit.main, "evaluate": evaluate.main, "sample": sample.main}[program]
+    scripts = {"submit": submit, "evaluate": evaluate, "sample": sample, "prepare": prepare, "verify": verify}
+    main = run if program == "cmscale" else getattr(scripts[program], "run", scripts[program].main)
     print(guarded(main, words, label=" ".join(line)), flush=True)
 """
 LINES = [
@@ -33,18 +35,24 @@ LINES = [
     ["cmscale", "sample", "model.safetensors", "--out", "x.npz", "--config", "config.yaml"],
     ["cmscale", "edit", "inpaint", "nowhere", "a.png"],
     ["cmscale", "edit", "colorize", "run", "gone.png"],
+    ["cmscale", "edit", "colorize", "run"],
+    ["cmscale", "edit", "interpolate", "teacher"],
+    ["cmscale", "sample", "run", "--out", "x.gif"],
     ["cmscale", "export", "run", "--to", "x.safetensors", "--weights", "ema_0.7"],
     ["cmscale", "export", "run", "--to", "x.xyz"],
     ["cmscale", "export", "run", "--to", "x.safetensors", "--format", "openai"],
     ["cmscale", "export", "run", "--to", "x.safetensors", "--license", "My own"],
     ["cmscale", "import", "model.safetensors", "--to", "x.pt"],
     ["cmscale", "ema", "run", "--length", "0.05", "--to", "x.xyz"],
+    ["cmscale", "ema", "run", "--length", "0.05"],
+    ["cmscale", "verify", "nowhere"],
     ["cmscale", "evaluate", "run", "--weights", "ema_0.7"],
     ["cmscale", "evaluate", "run", "--checkpoint", "8"],
     ["cmscale", "evaluate", "nowhere"],
     ["cmscale", "evaluate", "run", "--features-weights", "gone.pth"],
     ["cmscale", "search-times", "run", "--checkpoint", "8"],
     ["cmscale", "consistency-error", "nowhere"],
+    ["cmscale", "consistency-error", "teacher"],
     ["cmscale", "estimate", "absent.yaml"],
     ["cmscale", "report", "nowhere"],
     ["cmscale", "runs", "nowhere"],
@@ -54,11 +62,15 @@ LINES = [
     ["evaluate", "nowhere"],
     ["evaluate", "run", "--weights", "ema_0.7"],
     ["sample", "run", "--out", "x.npz", "--sampling-times", "500"],
+    ["prepare", "--source", "folder:nowhere", "--format", "mds", "--out", "x"],
+    ["prepare", "--source", "folder:run", "--format", "xyz", "--out", "x"],
+    ["verify", "nowhere"],
 ]
 
 
 def test_mistakes_are_found_without_torch(tmp_path: Path) -> None:
     run = write_trained_run(tmp_path / "run", data=tmp_path / "data")
+    write_trained_run(tmp_path / "teacher", data=tmp_path / "data", kind="edm", method="sigma_data: 0.5")
     config = read_config(run.config)
     write_safetensors(
         tmp_path / "model.safetensors",

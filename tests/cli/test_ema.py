@@ -1,5 +1,6 @@
 """`cmscale ema`: averages by a power function of any length, from a run that keeps some."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def test_an_average_of_another_length_is_written_into_the_run_and_listed(
     listed = capsys.readouterr().out.splitlines()
     assert listed[:4] == [f"step {step}: power_{length}" for step in (3, 7) for length in (0.05, 0.1)]
     assert "power_0.05 at step 7: error 0.00%" in listed
+    assert run_command(monkeypatch, "ema", run.root, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["step"], told["kept"][0], len(told["errors"])) == (7, {"step": 3, "name": "power_0.05"}, 7)
     assert run_command(monkeypatch, "ema", run.root, "--length", 0.07) == 0
     written = run.root / "exports" / "step-000000007-power_0.07.safetensors"
     assert capsys.readouterr().out == f"{written}\n"

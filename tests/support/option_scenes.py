@@ -120,6 +120,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
     "ema": {
         "run": None,
         "length": ("--length", "0.08"),
+        "as_json": ("--json",),
         "to": ("--to", "{out}/other.safetensors"),
         "step": ("--checkpoint", "3"),
     },
@@ -382,7 +383,8 @@ SCENES = [
     Scene("of an exported file", "consistency-error", ("{in}/cm.safetensors", *_CURVE), _EXPORTED),
     Scene("a run", "export", ("{in}/run", "--to", "{out}/m.safetensors"), OF_A_BARE_FILE),
     Scene("an exported file", "export", ("{in}/cm.safetensors", "--to", "{out}/m.safetensors"), _EXPORTED),
-    Scene("a run", "ema", ("{in}/averaged", "--length", "0.07", "--to", "{out}/m.safetensors")),
+    Scene("a run", "ema", ("{in}/averaged", "--length", "0.07", "--to", "{out}/m.safetensors"), frozenset({"as_json"})),
+    Scene("what a run keeps", "ema", ("{in}/averaged",), frozenset({"to"})),
     Scene(
         "an OpenAI file",
         "import",
