@@ -113,7 +113,8 @@ def main(arguments: list[str]) -> int:
     for check in checks(out, dry_run=given.dry_run, original=given.original):
         if given.only and check.part not in given.only:
             continue
-        found = run(check, seconds=min(check.seconds, deadline - time.monotonic()))
+        patience = 10 if given.dry_run else 1  # a CPU is slower, and may have other work
+        found = run(check, seconds=min(patience * check.seconds, deadline - time.monotonic()))
         document["checks"][check.name] = found
         print(f"== {check.name}: {found['status']}, {found['seconds']} s\n{found['output']}", flush=True)
         (out / "gpu_check.json").write_text(json.dumps(document, indent=1) + "\n")
