@@ -215,7 +215,8 @@ def report(golden: RunDir, soak: Soak, *, steps: int, asked: int, outages: Outag
     return 1 if found or len(soak.kills) < asked else 0
 
 
-def main(arguments: list[str]) -> int:
+def command_parser() -> CommandParser:
+    """The command line."""
     parser = CommandParser(prog="soak.py", description=__doc__)
     kills = "number of kills (default: 50)"
     parser.add("--kills", use=USED, type=whole_number(1), default=50, metavar="N", help=kills)
@@ -224,7 +225,11 @@ def main(arguments: list[str]) -> int:
     parser.add("--folder", use=USED, type=Path, help=folder)
     away = "data and copies are in a store that goes away meanwhile"
     parser.add("--outages", use=USED, action="store_true", help=away)
-    flags, _ = parser.read(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    flags, _ = command_parser().read(arguments)
     if flags.folder is not None and flags.folder.exists():
         raise UserError(f"--folder {flags.folder}: exists; name a new one")
     root = flags.folder or Path(tempfile.mkdtemp(prefix="cmscale-soak-"))

@@ -3,16 +3,19 @@
 import importlib
 import io
 import re
+import shlex
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from option_scenes import SCENES
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from cmscale.cli.app import app
-from cmscale.config import known_keys
+from cmscale.config import known_keys, read_config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [CHECKOUT / "README.md", *sorted((CHECKOUT / "ops").glob("*.md")), CHECKOUT / "ops/study/README.md"]
@@ -49,6 +52,55 @@ def help_of(name: str) -> str:
 @pytest.mark.parametrize(("name", "flag"), sorted(set().union(*map(commands, DOCUMENTS))))
 def test_every_option_of_a_quoted_command_exists(name: str, flag: str) -> None:
     assert re.search(rf"{flag}\b", help_of(name)), f"{name} has no {flag}"
+
+
+def lines_of(document: Path) -> list[list[str]]:
+    """The words of the command lines in a document's code blocks; of torchrun's, those of the script that it starts."""
+    found = []
+    for line in document.read_text().replace("\\\n", " ").splitlines():
+        if re.match(r"\s+(?:python \S+\.py|cmscale|torchrun) ", line) and "..." not in line.partition("#")[0]:
+            words = shlex.split(line, comments=True)
+            if words[0] == "torchrun":
+                words = ["python", *words[next(place for place, word in enumerate(words) if word.endswith(".py")) :]]
+            found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_quoted_command_line_is_understood(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmscale.commands.parser.check_output", lambda *_: None)  # the places are not there
+    monkeypatch.chdir(CHECKOUT)
+    program: Any = get_command(app)
+    for words in lines_of(document):
+        if words[0] == "cmscale":
+            command, rest = program, words[1:]
+            while hasattr(command, "commands"):
+                command, rest = command.commands[rest[0]], rest[1:]
+            command.make_context(words[1], list(rest))
+        elif "--format lines" not in " ".join(words):  # of the guide that adds this format
+            module = importlib.import_module(words[1].removesuffix(".py").replace("/", ".").removeprefix("ops."))
+            module.command_parser().read(words[2:])
+        overrides = [word for word in words[2:] if re.match(r"[a-z_]+\.[a-z_.]+=", word)]
+        for config in (word for word in words[2:] if word.startswith("configs/")):
+            read_config(config, overrides)
+
+
+def test_every_quoted_command_is_executed_by_a_test() -> None:
+    """The scenes of `tests/commands/test_every_option.py` execute commands; the others have tests of their own."""
+    scenes = {"launchers/submit.py": "submit", "launchers/evaluate.py": "evaluate-job"}
+    scenes |= {"launchers/sample.py": "sample-job", "data_prep/reference.py": "reference"}
+    scenes |= {"data_prep/prepare.py": "prepare", "data_prep/verify.py": "verify-set"}
+    tested = {"ops/soak.py": "distributed/test_soak.py", "ops/study/run.py": "ops/test_study.py"}
+    tested |= {"launchers/worker.py": "launchers/test_worker.py"}
+    executed = {scene.command for scene in SCENES}
+    for words in (each for document in DOCUMENTS for each in lines_of(document)):
+        if words[1] in tested:
+            assert (CHECKOUT / "tests" / tested[words[1]]).is_file()
+        elif words[0] == "python":
+            assert scenes[words[1]] in executed
+        else:
+            named = (words[1], " ".join(words[1:3]))
+            assert executed & {*named} or words[1] == "config", words
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
