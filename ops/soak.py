@@ -222,7 +222,7 @@ def command_parser() -> CommandParser:
     parser.add("--kills", use=USED, type=whole_number(1), default=50, metavar="N", help=kills)
     parser.add("--seed", use=USED, type=whole_number(0), default=0, help="seed for moments and victims (default: 0)")
     folder = "a new folder, which is kept (default: a temporary one, kept only after a failure)"
-    parser.add("--folder", use=USED, type=Path, help=folder)
+    parser.add("--out", use=USED, type=Path, help=folder)
     away = "data and copies are in a store that goes away meanwhile"
     parser.add("--outages", use=USED, action="store_true", help=away)
     return parser
@@ -230,9 +230,9 @@ def command_parser() -> CommandParser:
 
 def main(arguments: list[str]) -> int:
     flags, _ = command_parser().read(arguments)
-    if flags.folder is not None and flags.folder.exists():
-        raise UserError(f"--folder {flags.folder}: exists; name a new one")
-    root = flags.folder or Path(tempfile.mkdtemp(prefix="cmscale-soak-"))
+    if flags.out is not None and flags.out.exists():
+        raise UserError(f"--out {flags.out}: exists; name a new one")
+    root = flags.out or Path(tempfile.mkdtemp(prefix="cmscale-soak-"))
     root.mkdir(parents=True, exist_ok=True)
     steps = 2 * EVERY * (flags.kills + 1)
     config = prepared(root, steps=steps)
@@ -247,7 +247,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if status == 0 and flags.folder is None:
+    if status == 0 and flags.out is None:
         shutil.rmtree(root)
     else:
         print(f"runs: {root}")

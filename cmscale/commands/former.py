@@ -14,6 +14,8 @@ FORMER = {
     "--num": "--samples",
     "--count": "--samples",
     "--limit": "--samples",
+    "--images": "--samples",
+    "--folder": "--out",
     "--step": "--checkpoint",
     "--times": "--sampling-times",
     "--weights": "--features-weights",

@@ -1,6 +1,6 @@
 """Measures checkpoints: by how much a save delays training, uploads, and what a restart reads.
 
-    python ops/bench/checkpoint.py [key=value ...] [--rounds 5] [--folder DIR] [--device auto|cpu|cuda]
+    python ops/bench/checkpoint.py [key=value ...] [--rounds 5] [--out DIR] [--device auto|cpu|cuda]
                                    [--json FILE] [--against FILE]
 
 A save copies the state and returns; a synchronous save also waits until the checkpoint is committed. Uploads go to
@@ -132,13 +132,13 @@ class CheckpointBenchmark:
 def main() -> int:
     parser = harness.parser(__doc__)
     parser.add("overrides", use=USED, nargs="*", metavar="key=value")
-    parser.add("--folder", use=USED, type=Path, help="where checkpoints are written (default: the temporary folder)")
+    parser.add("--out", use=USED, type=Path, help="where checkpoints are written (default: the temporary folder)")
     parser.add("--to", use=USED, metavar="s3://...", help="where they are uploaded to")
     parser.add("--device", use=USED, choices=("auto", "cpu", "cuda"), default="auto")
     given = harness.parse(parser)
     with ExitStack() as stack:
         world = stack.enter_context(alone(given.device, 1))
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=given.folder))) / "run"
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=given.out))) / "run"
         root.mkdir()
         target = given.to or stack.enter_context(s3_server())
         world = replace(world)

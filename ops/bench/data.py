@@ -1,6 +1,6 @@
 """Measures the speed of data loading: this package, a plain PIL loader, mosaicml-streaming, webdataset, bare decoding.
 
-    python ops/bench/data.py [--source lsun:DIR|folder:DIR|...] [--images 512] [--rounds 5] [--json FILE]
+    python ops/bench/data.py [--source lsun:DIR|folder:DIR|...] [--samples 512] [--rounds 5] [--json FILE]
                              [--against FILE]
 
 `cpu` rows count the CPU seconds of this process, which do not depend on the machine's other load. `wall` rows
@@ -280,14 +280,14 @@ def measured(benchmark: DataBenchmark, rounds: int) -> dict[str, list[float]]:
 def main() -> int:
     parser = harness.parser(__doc__)
     parser.add("--source", use=USED, help="source of images, as for prepare.py (default: generated)")
-    parser.add("--images", use=USED, type=int, default=512, help="images per round (default: 512)")
+    parser.add("--samples", use=USED, type=int, default=512, help="images per round (default: 512)")
     given = harness.parse(parser)
     with ExitStack() as stack:
         stack.enter_context(harness.threads(1))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cmscale-bench-"))
         s3 = stack.enter_context(s3_server())
-        source = given.source or generated_images(Path(folder) / "generated", given.images)
-        built = DataBenchmark(Path(folder), source=source, images=given.images, s3=s3)
+        source = given.source or generated_images(Path(folder) / "generated", given.samples)
+        built = DataBenchmark(Path(folder), source=source, images=given.samples, s3=s3)
         benchmark = stack.enter_context(built)
         load = os.getloadavg()[0]
         rates = measured(benchmark, given.rounds)
@@ -296,7 +296,7 @@ def main() -> int:
         Row(name, "images/s", rates[name], baseline, wanted, clock) for name, (baseline, clock, wanted) in ROWS.items()
     ]
     print(f"memory over an epoch: {memory['early_mib']:.0f} MiB early, at most {memory['most_mib']:.0f} MiB")
-    return harness.report(given, rows, facts={"images": given.images, "memory": memory}, load=load)
+    return harness.report(given, rows, facts={"images": given.samples, "memory": memory}, load=load)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compares the encodings of data sets: bytes, speed of encoding and decoding, and what a lossy one changes.
 
-    python ops/bench/encodings.py --source lsun:DIR|folder:DIR|... [--images 1000] [--image-size 256]
+    python ops/bench/encodings.py --source lsun:DIR|folder:DIR|... [--samples 1000] [--image-size 256]
 
 Rates are images per CPU second of this process, which does not depend on the machine's other load: medians of
 `--rounds`. The Frechet distance is that of EfficientNet's features between the images as they are stored and as they
@@ -63,13 +63,13 @@ def main(arguments: list[str]) -> int:
     parser = CommandParser(prog="encodings.py", description=__doc__)
     number = whole_number(1)
     parser.add("--source", use=USED, required=True, help="source of images, as for prepare.py")
-    parser.add("--images", use=USED, type=number, default=1000, help="number of images (default: 1000)")
+    parser.add("--samples", use=USED, type=number, default=1000, help="number of images (default: 1000)")
     parser.add("--image-size", use=USED, type=number, default=256, help="side of the images (default: 256)")
     parser.add("--rounds", use=USED, type=number, default=3, help="measurements of the rate of decoding (default: 3)")
     given, _ = parser.read(arguments)
     torch.set_num_threads(1)
     size = given.image_size
-    loaded = list(islice(images_of(given.source, size=size), given.images))
+    loaded = list(islice(images_of(given.source, size=size), given.samples))
     originals = [image for _, image in loaded]
     extractor = build_features("efficientnet")
 

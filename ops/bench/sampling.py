@@ -44,7 +44,7 @@ def main() -> int:
     parser.add("--threads", use=USED, type=int, default=1, help="threads on a CPU (default: 1)")
     given = harness.parse(parser)
     if given.samples % given.batch_size or given.samples < 1:
-        raise UserError(f"--num {given.samples}: must be a multiple of --batch-size {given.batch_size}")
+        raise UserError(f"--samples {given.samples}: must be a multiple of --batch-size {given.batch_size}")
     device, overrides = choose_device(given.device), given.overrides
     config = parse_config(SMALL, overrides) if given.config is None else read_config(given.config, overrides)
     network = build_unet(config.model).to(device=device, dtype=COMPUTE_DTYPES[config.engine.precision]).eval()

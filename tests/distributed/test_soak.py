@@ -13,7 +13,7 @@ SOAK = Path(__file__).parents[2] / "ops" / "soak.py"
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--outages",)])
 def test_three_kills_change_no_loss_and_no_weight_and_leave_no_process(tmp_path: Path, more: tuple[str, ...]) -> None:
-    command = [sys.executable, str(SOAK), "--kills", "3", "--seed", "3", "--folder", str(tmp_path / "soak"), *more]
+    command = [sys.executable, str(SOAK), "--kills", "3", "--seed", "3", "--out", str(tmp_path / "soak"), *more]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=560)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "kills: 3 of 3" in ran.stdout
