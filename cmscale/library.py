@@ -3,18 +3,16 @@
 Images come in as files, PIL images or tensors, and go out as PIL images, or as tensors on request.
 """
 
-import io
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from cmscale.commands.situation import WITHOUT_ANY_CONFIG
 from cmscale.config import Config
 from cmscale.config.sampling_times import check_descending, check_range
 from cmscale.consistency.sampler import Sampler
@@ -22,20 +20,11 @@ from cmscale.consistency.solver import Denoise
 from cmscale.distributed.world import choose_device
 from cmscale.errors import UserError
 from cmscale.generation.draw import SampleRequest, draw_samples
-from cmscale.generation.edit_inputs import Mask, fit, fit_mask, fit_small, mask_of, read_mask, read_picture
+from cmscale.generation.given_images import File, Images, OneImage, as_pil, inputs_of, several
 from cmscale.generation.tasks import TaskSettings, add_noise, apply_task, check_task, interpolated
 from cmscale.io import image_tensors
-from cmscale.io.fetch import local_file
-from cmscale.io.pictures import BadImage, Picture, decode_picture
+from cmscale.runs.source_kind import kind_of_source
 from cmscale.source import Source, load_source
-
-File = str | os.PathLike[str]
-OneImage = File | Image.Image | Tensor
-"""A file (also s3://), a PIL image, or a float tensor [3, H, W] in [-1, 1] of the model's size."""
-Images = OneImage | Sequence[OneImage]
-"""One image or several; a tensor [N, 3, H, W] is several."""
-
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 def load(
@@ -62,6 +51,8 @@ def load(
     """
     chosen = choose_device(device)
     origin = os.fspath(source)
+    if config is None and kind_of_source(origin) in WITHOUT_ANY_CONFIG:
+        raise UserError(f"{origin}: holds weights without a config; give config=..., such as a file of configs/")
     settings = None if config is None else os.fspath(config)
     return Model(
         load_source(origin, weights=weights, step=step, config=settings, overrides=list(overrides)), device=chosen
@@ -112,6 +103,36 @@ class Model:
         """
         return self._source.denoiser(self.device)
 
+    @overload
+    def sample(
+        self,
+        num: int = 1,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        times: Sequence[float] | None = None,
+        classes: Sequence[int] | Literal["random"] | None = None,
+        sampler: Sampler | None = None,
+        clip: bool = True,
+        batch_size: int = 64,
+        tensors: Literal[False] = False,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def sample(
+        self,
+        num: int = 1,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        times: Sequence[float] | None = None,
+        classes: Sequence[int] | Literal["random"] | None = None,
+        sampler: Sampler | None = None,
+        clip: bool = True,
+        batch_size: int = 64,
+        tensors: Literal[True],
+    ) -> Tensor: ...
+
     def sample(
         self,
         num: int = 1,
@@ -124,7 +145,7 @@ class Model:
         clip: bool = True,
         batch_size: int = 64,
         tensors: bool = False,
-    ) -> Any:
+    ) -> list[Image.Image] | Tensor:
         """Draws samples: those of `cmscale sample`, up to the rounding of several threads on a CPU.
 
         Args:
@@ -163,7 +184,7 @@ class Model:
             classes=classes if classes is None or isinstance(classes, str) else tuple(classes),
         )
         images = draw_samples(self._source, request, device=self.device, denoise=self.denoiser)
-        return images if tensors else _as_pil(image_tensors.to_uint8(images))
+        return images if tensors else as_pil(image_tensors.to_uint8(images))
 
     def inpaint(self, image: Images, mask: Any, *, steps: int = 40, seed: int = 0, tensors: bool = False) -> Any:
         """Fills the missing pixels of images; all others stay as they are.
@@ -205,6 +226,28 @@ class Model:
         settings = TaskSettings(task="denoise", sigma=sigma, seed=seed or 0)
         return self._edit(settings, image, tensors=tensors, noisy=seed is None)
 
+    @overload
+    def interpolate(
+        self,
+        first: OneImage | None = None,
+        second: OneImage | None = None,
+        *,
+        count: int = 8,
+        seed: int = 0,
+        tensors: Literal[False] = False,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def interpolate(
+        self,
+        first: OneImage | None = None,
+        second: OneImage | None = None,
+        *,
+        count: int = 8,
+        seed: int = 0,
+        tensors: Literal[True],
+    ) -> Tensor: ...
+
     def interpolate(
         self,
         first: OneImage | None = None,
@@ -213,7 +256,7 @@ class Model:
         count: int = 8,
         seed: int = 0,
         tensors: bool = False,
-    ) -> Any:
+    ) -> list[Image.Image] | Tensor:
         """`count` images from one image to another, or between two samples of the seed if none are given."""
         settings = TaskSettings(task="interpolate", count=count, seed=seed)
         self._check(settings)
@@ -221,9 +264,10 @@ class Model:
             raise UserError("interpolate: got one image; give two, or none and a seed")
         ends = None
         if first is not None and second is not None:
-            ends, _, _ = self._inputs(settings, [first, second], mask=None)
+            ends, _, _ = inputs_of(settings, [first, second], mask=None, shape=self._source.image_shape)
+            ends = ends.to(self.device)
         images = interpolated(self._source, self.denoiser, settings, ends=ends, device=self.device).cpu().clamp(-1, 1)
-        return images if tensors else _as_pil(image_tensors.to_uint8(images))
+        return images if tensors else as_pil(image_tensors.to_uint8(images))
 
     def _times(self, times: Sequence[float]) -> Tensor:
         values = tuple(float(time) for time in times)
@@ -246,80 +290,14 @@ class Model:
         self, settings: TaskSettings, given: Images, *, mask: Any = None, tensors: bool, noisy: bool = True
     ) -> Any:
         self._check(settings)
-        several = _several(given)
-        images, missing, is_single = self._inputs(settings, [given] if several is None else several, mask=mask)
+        sequence = several(given)
+        images, missing, is_single = inputs_of(
+            settings, [given] if sequence is None else sequence, mask=mask, shape=self._source.image_shape
+        )
+        images = images.to(self.device)
         if settings.task == "denoise" and not noisy:
             images = add_noise(images, settings)
         _, result = apply_task(self._source, self.denoiser, settings, images, missing)
         result = result.cpu()
-        edited: Any = result if tensors else _as_pil(image_tensors.to_uint8(result, nearest=True))
-        return edited[0] if several is None and is_single else edited
-
-    def _inputs(self, settings: TaskSettings, given: Sequence[Any], *, mask: Any) -> tuple[Tensor, Tensor | None, bool]:
-        """The images [N, 3, H, W] on the device, the missing pixels of `inpaint`, and whether it is one image."""
-        size, is_single, images, sizes = self.image_size, True, [], []
-        for number, each in enumerate(given):
-            name = Path(os.fspath(each) if isinstance(each, (str, os.PathLike)) else f"image {number}")
-            if isinstance(each, Tensor):
-                is_single = each.ndim == 3
-                images.append(self._checked(each if each.ndim == 4 else each[None], name))
-                sizes.append((name, (size, size)))
-                continue
-            pixels = _picture(each, name).pixels
-            sizes.append((name, (pixels.shape[0], pixels.shape[1])))
-            if settings.task == "superres":
-                fitted = fit_small(pixels, size=size, factor=settings.factor, path=name)
-            else:
-                fitted = fit(pixels, size=size)
-            images.append(image_tensors.from_uint8(fitted[None]))
-        if not images:
-            raise UserError(f"{settings.task}: got no image; give at least one")
-        missing = None
-        if settings.task == "inpaint":
-            missing = fit_mask(_mask(mask), size=size, pictures=sizes, path=Path("mask"))
-        return torch.cat(images).to(self.device), missing, is_single
-
-    def _checked(self, images: Tensor, name: Path) -> Tensor:
-        shape = self._source.image_shape
-        if images.ndim != 4 or tuple(images.shape[1:]) != shape or not images.is_floating_point():
-            raise UserError(
-                f"{name}: a tensor {images.dtype} {list(images.shape)}; give float {list(shape)} in [-1, 1]"
-            )
-        if not bool(torch.isfinite(images).all()):
-            raise UserError(f"{name}: holds NaN or infinity; give finite numbers")
-        return images.to(torch.float32)
-
-
-def _several(given: Images) -> list[Any] | None:
-    """The images of a sequence; None if one image, or one tensor, is given."""
-    if isinstance(given, (str, os.PathLike, Image.Image, Tensor)):
-        return None
-    return list(given)
-
-
-def _picture(given: Any, name: Path) -> Picture:
-    if isinstance(given, (str, os.PathLike)):
-        return read_picture(local_file(os.fspath(given)))
-    if not isinstance(given, Image.Image):
-        raise UserError(f"{name}: is {type(given).__name__}; give a file, a PIL image or a tensor")
-    buffer = io.BytesIO()  # written and read again, so that a PIL image and its file give the same pixels
-    given.save(buffer, "PNG" if given.mode in _PNG_MODES else "TIFF", exif=given.getexif())
-    try:
-        return decode_picture(buffer.getvalue(), exif="apply")
-    except BadImage as error:
-        raise UserError(f"{name}: not an image that can be used ({error})") from None
-
-
-def _mask(given: Any) -> Mask:
-    if isinstance(given, (str, os.PathLike)):
-        return read_mask(local_file(os.fspath(given)))
-    if isinstance(given, Image.Image):
-        return mask_of(_picture(given, Path("mask")), path=Path("mask"))
-    array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
-    if array.dtype != bool or array.ndim != 2:
-        raise UserError(f"mask: {array.dtype} {list(array.shape)}; give a file, a PIL image, or a bool array [H, W]")
-    return Mask(array)
-
-
-def _as_pil(images: Tensor) -> list[Image.Image]:
-    return [image_tensors.picture(image) for image in images]
+        edited: Any = result if tensors else as_pil(image_tensors.to_uint8(result, nearest=True))
+        return edited[0] if sequence is None and is_single else edited

@@ -130,7 +130,7 @@ def load_source(
         settings = read_config(config, list(overrides), beneath=[read_site().layer])
         held = _read_foreign(file_of_weights(origin) if kind == situation.BARE else origin, settings)
         return Source(origin, settings, held, IMPORTED, 0)
-    if kind in (situation.OPENAI, situation.NVLABS, situation.BARE):
+    if kind in situation.WITHOUT_ANY_CONFIG:
         raise UserError(f"{origin}: holds weights without a config; give --config CONFIG [key=value ...]")
     if kind in (situation.EXPORTED, situation.DIFFUSERS):
         is_folder = kind == situation.DIFFUSERS

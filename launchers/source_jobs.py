@@ -101,7 +101,7 @@ def _where(
     stem = flags.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
     run = new_run(name=flags.name, runs_dir=runs_dir(flags), stem=f"{verb}-{stem}")
     if not flags.config:
-        if kind in (situation.OPENAI, situation.NVLABS, situation.BARE):
+        if kind in situation.WITHOUT_ANY_CONFIG:
             raise UserError(f"{flags.source}: holds weights without a config; give --config CONFIG [key=value ...]")
         return None, run
     return read_config(flags.config, [*flags.overrides, *launch], beneath=site_layers(), origins=origins), run

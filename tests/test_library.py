@@ -103,7 +103,7 @@ def test_a_folder_with_weights_of_another_project_asks_for_a_config(file: Path, 
 
     (tmp_path / "theirs").mkdir()
     save_file(load_file(file), tmp_path / "theirs" / "model.safetensors")
-    with pytest.raises(cmscale.UserError, match="theirs: holds weights without a config; give --config"):
+    with pytest.raises(cmscale.UserError, match="theirs: holds weights without a config; give config="):
         cmscale.load(tmp_path / "theirs")
     model = cmscale.load(file, device="cpu")
     (tmp_path / "c.yaml").write_text(dump_config(model.config))

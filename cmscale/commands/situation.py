@@ -19,6 +19,7 @@ SAMPLES = "finished samples"
 
 MODELS = (RUN, CHECKPOINT, EXPORTED, DIFFUSERS, OPENAI, NVLABS, BARE)
 WITH_WEIGHTS_TO_CHOOSE = (RUN, CHECKPOINT)
+WITHOUT_ANY_CONFIG = (OPENAI, NVLABS, BARE)
 WITHOUT_CONFIG = (OPENAI, NVLABS, DIFFUSERS, BARE)
 """A diffusers folder that cmscale wrote has a config, and is refused another one when it is read."""
 

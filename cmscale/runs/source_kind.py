@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 
 from cmscale.commands import situation
-from cmscale.config.sources import is_npz, is_nvlabs, is_openai, is_safetensors, own_card
+from cmscale.config.sources import is_npz, is_nvlabs, is_openai, is_safetensors, names_file, own_card
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
 from cmscale.io.image_files import image_suffixes
 from cmscale.io.json_text import parse_json
-from cmscale.io.place import Place
+from cmscale.io.place import Place, split_hash
 from cmscale.io.protocol import Storage
 from cmscale.io.storage import has_object, open_storage
 from cmscale.runs.checkpoints import committed_steps
@@ -41,6 +41,8 @@ def kind_of_source(origin: str) -> str:
         UserError: nothing is there, or something that is no SOURCE; the line says what to give in its place.
     """
     place = Place(origin)
+    if names_file(place) and not place.is_remote and not Path(split_hash(place)[0]).exists():
+        raise UserError(f"{origin}: no such file; give {_KINDS}")
     if is_openai(place):
         return situation.OPENAI
     if is_nvlabs(place):

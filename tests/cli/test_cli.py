@@ -89,7 +89,7 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
         (["sample", "MODEL", "--out", "x.npz", "--sampling-times", "1,2"], "--sampling-times: got '1,2'"),
         (["sample", "MODEL", "--out", "x.npz", "--noise", "no.npy"], "--noise no.npy: no such file"),
         (["sample", "MODEL", "--out", "x.npz", "--config", "c.yaml"], "--config: has no effect on an exported file"),
-        (["sample", "weights.pt", "--out", "x.npz"], "give --config"),
+        (["sample", "weights.pt", "--out", "x.npz"], "weights.pt: no such file"),
         (["edit", "inpaint", "MODEL", "absent.png"], "absent.png: no such file"),
         (["edit", "superres", "MODEL"], "give at least one image"),
         (["edit", "interpolate", "MODEL", "one.png"], "one.png: no such file"),
