@@ -22,6 +22,27 @@ COMPLETE = "_CMSCALE_COMPLETE"
 _TRAINS = "training starts with `python launchers/submit.py CONFIG` in the checkout (-h shows its options)"
 _PREPARES = "data are prepared with `python data_prep/prepare.py` in the checkout (-h shows its options)"
 _OF_LAUNCHERS = {"train": _TRAINS, "submit": _TRAINS, "resume": _TRAINS, "prepare": _PREPARES}
+_SUMMARIES = {
+    "completion": "Prints the completion script of a shell.",
+    "sample": "Draws samples to an .npz, PNG files or tars.",
+    "edit": "Inpaints, colours, enlarges, ... images.",
+    "evaluate": "Measures FID, IS, KID, precision, recall and more.",
+    "search-times": "Finds the noise levels of sampling in several steps.",
+    "consistency-error": "Measures how consistent a model is along trajectories.",
+    "export": "Writes weights for other programs, or to publish.",
+    "import": "Converts other projects' weights to safetensors.",
+    "ema": "Computes an average of a run's weights of any length.",
+    "verify": "Checks the files of a run's checkpoints.",
+    "report": "Builds or serves the page of a run.",
+    "mirror": "Sends what wandb, TensorBoard, Prometheus lack.",
+    "runs": "Lists runs: state, step, time left, best score.",
+    "compare": "Compares scores, curves and configs of runs.",
+    "schema": "Prints the JSON Schema of configs, for editors.",
+    "config": "Explains keys of configs, compares configs.",
+    "doctor": "Tries what this machine, or a job's nodes, offer.",
+    "estimate": "Counts memory, time, price and storage of a config.",
+}
+"""What each command does, in a line of a terminal of 80 columns."""
 HELP = "The `cmscale` command. A user's mistake is one line and exit status 2; a fault exits with 1."
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,6 +114,8 @@ def _program() -> Any:
     """The application as a click command. `app()` would print usage errors in boxes and end the process by itself."""
     program = typer.main.get_command(app)
     _without_types(program)
+    for name, summary in _SUMMARIES.items():
+        program.commands[name].short_help = summary
     return program
 
 

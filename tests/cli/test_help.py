@@ -82,6 +82,15 @@ def test_former_names_are_read_with_a_notice(capsys) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_the_list_of_commands_fits_a_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, "-h") == 0
+    listed = capsys.readouterr().out.partition("Commands:")[2].partition("Training:")[0].strip().splitlines()
+    program: Any = get_command(app)
+    assert [line.split()[0] for line in listed] == list(program.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
 def test_no_command_has_an_option_of_a_former_name() -> None:
     options: dict[str, set[str]] = {}
     for words in commands(get_command(app)):
