@@ -8,6 +8,7 @@ import numpy as np
 
 from cmscale.errors import UserError
 from cmscale.evaluation.image_set import ImageSet
+from cmscale.io.json_text import parse_json
 from cmscale.io.pictures import BadImage, decode_picture
 from cmscale.io.reading import check_regular, read_small, reading
 from cmscale.runs.sample_sets import BEGUN, RECORD, SampleSet, read_record
@@ -23,10 +24,21 @@ def drawn_set(folder: Path) -> SampleSet | None:
     """
     path = folder / RECORD
     if path.is_file():
-        return read_record(read_small(path, what="a record of samples"), origin=str(path))
+        raw = read_small(path, what="a record of samples")
+        if not _is_of_another_program(raw):
+            return read_record(raw, origin=str(path))
     if Path(f"{folder}.parts", BEGUN).is_file():
         raise UserError(f"{folder}: is not drawn to its end; the command that began it goes on if it is given again")
     return None
+
+
+def _is_of_another_program(raw: bytes) -> bool:
+    """Whether a file of a record's name is sound JSON that says something else: other programs use the name, too."""
+    try:
+        found = parse_json(raw)
+    except ValueError:
+        return False
+    return not isinstance(found, dict) or "sha256" not in found
 
 
 def check_sets_below(folder: Path) -> None:

@@ -82,17 +82,21 @@ def test_a_folder_of_several_seeds_is_measured_when_all_are_whole(tmp_path: Path
 
 
 @pytest.mark.parametrize("format", ["npz", "png"])
-def test_a_record_that_is_none_may_be_removed(format: Format, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"samples": [{"filepath": "a.png"}]}', '{"sha256": "'])
+def test_a_record_that_is_none_may_be_removed(content: str, format: Format, tmp_path: Path) -> None:
     place = tmp_path / ("x.npz" if format == "npz" else "x")
     written(place, format=format)
     record = set_place(Place(str(place)), format).record
-    Path(record).write_text('{"samples": [{"filepath": "a.png"}]}')
+    Path(record).write_text(content)
     words = rf"{record}: not a valid .*: if it is damaged or of another program, remove it"
     with pytest.raises(UserError, match=words), making(place, format=format):
         pass
-    if format == "png":
-        with pytest.raises(UserError, match=words):
-            open_images(place)
+    if format == "png" and content.startswith('{"sha256"'):
+        for folder in (place, tmp_path):
+            with pytest.raises(UserError, match=words):
+                open_images(folder)
+    elif format == "png":
+        assert open_images(place).count == 10  # a folder of images beside which another program wrote
 
 
 def test_an_array_is_replaced_by_another_one_and_recognised_by_its_content(tmp_path: Path) -> None:
