@@ -102,6 +102,10 @@ def edit(
 
     given.refuse_unused(task=task)
     overrides = [text for text in images or [] if "=" in text and not Path(text).exists()]
+    if overrides and config is None:
+        raise UserError(
+            f"{overrides[0]}: is no file, and has no effect on {situation.OWN_CONFIG}, only on {situation.GIVEN_CONFIG}"
+        )
     check_consistency_model(source, what="edit", config=config, overrides=overrides)
     if len(overrides) == len(images or []) and task != "interpolate":
         raise UserError(f"edit {task}: got no image; give at least one image file")
@@ -115,10 +119,6 @@ def edit(
     from cmscale.generation.edit_images import EditRequest, edit_images, result_paths
 
     chosen = choose_device(device)
-    if overrides and config is None:
-        raise UserError(
-            f"{overrides[0]}: is no file, and has no effect on {situation.OWN_CONFIG}, only on {situation.GIVEN_CONFIG}"
-        )
     named = [Place(text) for text in images or [] if text not in overrides]
     outputs = result_paths(out, 1 if task == "interpolate" else len(named))
     _check_outputs(outputs, strip, inputs=(*named, *filter(None, [mask])))
