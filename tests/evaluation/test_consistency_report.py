@@ -139,7 +139,7 @@ def test_asked_again_a_result_is_returned_and_with_force_measured_anew(data, tmp
 
 def test_what_has_no_consistency_function_and_what_is_not_there_are_one_line(data, tmp_path, monkeypatch, capsys):
     for arguments, message in (
-        ([saved(tmp_path, "{kind: edm}", data), "--out", tmp_path / "e.json"], "is of kind edm; a consistency model"),
+        ([saved(tmp_path, "{kind: edm}", data), "--out", tmp_path / "e.json"], "is a diffusion model (edm)"),
         ([saved(tmp_path, "{kind: ict}", data)], "not a run on this machine; say where the result goes with --out"),
         ([saved(tmp_path, "{kind: ict}", data), "--data", tmp_path / "no", "--out", tmp_path / "e.json"], "no"),
     ):
