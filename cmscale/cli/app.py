@@ -112,7 +112,7 @@ def run(arguments: list[str]) -> int:
 @cache
 def _program() -> Any:
     """The application as a click command. `app()` would print usage errors in boxes and end the process by itself."""
-    program = typer.main.get_command(app)
+    program: Any = typer.main.get_command(app)
     _without_types(program)
     for name, summary in _SUMMARIES.items():
         program.commands[name].short_help = summary
