@@ -1,4 +1,4 @@
-"""Writes a small LMDB in LSUN's format from crops of a photograph that a Python package ships."""
+"""Writes a small LMDB in LSUN's format from crops of photographs that Python packages ship."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -29,7 +29,10 @@ from cmscale.io.place import Place
 
 @dataclass(frozen=True)
 class View:
-    """Square crops of one photograph: ranges of their centres and sides in pixels, drawn from uniformly."""
+    """Square crops of one photograph: ranges of their centres and sides in pixels, drawn from uniformly.
+
+    The photograph is named as in scikit-image, or by its file in scikit-learn.
+    """
 
     photograph: str
     left: tuple[int, int]
@@ -38,15 +41,17 @@ class View:
 
 
 VIEWS = {
-    "cat": View("chelsea", left=(210, 254), top=(135, 165), side=(220, 290)),
-    "astronaut": View("astronaut", left=(196, 256), top=(95, 145), side=(150, 230)),
-    "coffee": View("coffee", left=(260, 340), top=(180, 220), side=(280, 390)),
-    "flower": View("flower.jpg", left=(290, 370), top=(180, 220), side=(300, 420)),
+    "cat": View("chelsea", left=(212, 232), top=(138, 152), side=(240, 280)),
+    "astronaut": View("astronaut", left=(212, 230), top=(112, 128), side=(180, 215)),
+    "coffee": View("coffee", left=(295, 325), top=(185, 210), side=(330, 380)),
+    "flower": View("flower.jpg", left=(315, 345), top=(190, 212), side=(320, 370)),
+    "temple": View("china.jpg", left=(198, 226), top=(192, 212), side=(335, 385)),
+    "retina": View("retina", left=(685, 725), top=(685, 725), side=(1300, 1411)),
 }
 
 
 def photograph(name: str) -> Image.Image:
-    """Loads a photograph from scikit-image or, if its name ends in `.jpg`, from scikit-learn."""
+    """Loads the photograph of a view from the package that ships it."""
     try:
         if name.endswith(".jpg"):
             from sklearn.datasets import load_sample_image
@@ -70,6 +75,13 @@ def crops(view: View, *, count: int, side: int, seed: int) -> Iterator[Image.Ima
         yield image.crop((x, y, x + size, y + size)).resize((side, side), Image.Resampling.BOX)
 
 
+def in_turn(views: Iterable[View], *, count: int, side: int, seed: int) -> Iterator[Image.Image]:
+    """Yields `count` crops, the next one always of the next view; equal seeds give equal crops."""
+    sources = [crops(view, count=count, side=side, seed=seed + number) for number, view in enumerate(views)]
+    for number in range(count):
+        yield next(sources[number % len(sources)])
+
+
 def write_lmdb(folder: Path, images: Iterator[Image.Image]) -> int:
     """Writes images in LSUN's format: 40 hexadecimal characters as key, WebP as value. Returns their number."""
     if folder.exists() and any(folder.iterdir()):
@@ -91,7 +103,9 @@ def command_parser() -> CommandParser:
     parser = CommandParser(prog="demo.py", description=__doc__)
     parser.add("folder", use=USED, type=Place, nargs="?", help="folder of the new LMDB, for example demo_train_lmdb")
     parser.add("--picture", use=USED, output=Output((".png",)), help="write one crop as a PNG, to try editing on")
-    parser.add("--view", use=USED, choices=sorted(VIEWS), default="flower", help="photograph (default: flower)")
+    parser.add(
+        "--view", use=USED, choices=sorted(VIEWS), help="crops of this photograph alone (default: of all in turn)"
+    )
     parser.add(
         "--samples",
         dest="count",
@@ -110,7 +124,8 @@ def run(arguments: list[str]) -> None:
     options, _ = command_parser().read(arguments)
     if options.folder is None and options.picture is None:
         raise UserError("nothing to write; give the folder of a new LMDB, or --picture FILE.png")
-    images = crops(VIEWS[options.view], count=options.count + 1, side=options.side, seed=options.seed)
+    views = VIEWS.values() if options.view is None else [VIEWS[options.view]]
+    images = in_turn(views, count=options.count + 1, side=options.side, seed=options.seed)
     if options.picture is not None:
         buffer = io.BytesIO()
         next(images).save(buffer, "PNG")

@@ -80,7 +80,7 @@ train ct webdataset
 say "samples, export, editing, report"
 cmscale sample "$runs/cd" --samples 64 --out "$runs/samples.npz" --grid "$runs/samples.png"
 cmscale export "$runs/cd" --format safetensors --to "$bucket/exports/cd.safetensors"
-python data_prep/demo.py --picture "$runs/photograph.png"
+python data_prep/demo.py --seed 1 --picture "$runs/photograph.png"
 cmscale edit inpaint "$bucket/exports/cd.safetensors" "$runs/photograph.png" --out "$runs/inpainted.png"
 python ops/demo_pictures.py "$runs"
 cmscale report "$runs/cd" --beside "$runs/edm" --beside "$runs/ct"

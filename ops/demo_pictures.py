@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import cmscale
-from data_prep.demo import VIEWS, crops
+from data_prep.demo import VIEWS, in_turn
 
 COLUMNS = 12
 TILE, GAP, LABEL = 96, 4, 170  # px
@@ -24,7 +24,7 @@ Row = tuple[str, Sequence[Image.Image]]
 def main(runs: Path) -> None:
     """Writes both pictures into the folder that holds the runs `edm`, `cd` and `ct`."""
     student = cmscale.load(runs / "cd")
-    photographs = list(crops(VIEWS["flower"], count=COLUMNS, side=student.image_size, seed=HELD_OUT))
+    photographs = list(in_turn(VIEWS.values(), count=COLUMNS, side=student.image_size, seed=HELD_OUT))
     sheet(learned(runs, student, photographs)).save(runs / "learned.png", optimize=True)
     sheet(edited(student, photographs[: COLUMNS // 3])).save(runs / "edits.png", optimize=True)
 

@@ -24,9 +24,15 @@ from cmscale.model import denoiser_for
 from cmscale.model.precondition import teacher_denoiser_for
 from cmscale.model.weighting import build_weighted_unet
 from cmscale.rng import SampleRandomness
-from data_prep.demo import VIEWS, crops
+from data_prep.demo import View, crops
 
 BATCH, DIRECTIONS, SAMPLES = 32, 64, 2048
+VIEWS = (
+    View("chelsea", left=(210, 254), top=(135, 165), side=(220, 290)),
+    View("astronaut", left=(196, 256), top=(95, 145), side=(150, 230)),
+    View("coffee", left=(260, 340), top=(180, 220), side=(280, 390)),
+    View("flower.jpg", left=(290, 370), top=(180, 220), side=(300, 420)),
+)
 NOISE = {"p_mean": -0.8, "p_std": 1.6}
 MODEL = Model(
     image_size=16,
@@ -41,7 +47,7 @@ MODEL = Model(
 @cache
 def photographs() -> Tensor:
     """4,000 crops of four photographs, [4000, 3, 16, 16] in [-1, 1], shuffled."""
-    found = [np.asarray(crop) for view in VIEWS.values() for crop in crops(view, count=1000, side=16, seed=0)]
+    found = [np.asarray(crop) for view in VIEWS for crop in crops(view, count=1000, side=16, seed=0)]
     pixels = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))]
 

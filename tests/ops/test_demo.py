@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
-from demo_pictures import COLUMNS, GAP, HELD_OUT, LABEL, TILE
+from demo_pictures import COLUMNS, GAP, LABEL, TILE
 from demo_pictures import main as draw_pictures
 from demo_summary import EXPECTED
 from demo_summary import main as summary
@@ -15,19 +16,21 @@ from run_folder import write_evaluation
 
 from cmscale.config import Config
 from cmscale.runs.folder import RunDir
-from data_prep.demo import VIEWS, crops
+from data_prep.demo import VIEWS, in_turn
+from data_prep.demo import main as demo_data
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LEARNED = {"edm": (300.0, 60.0), "cd": (200.0, 70.0), "ct": (300.0, 90.0)}
 """FD-EfficientNet at the start and at the end of each run, well within what is expected."""
 
 
-def write_scores(runs: Path, scores: dict[str, tuple[float, float]]) -> None:
+def write_scores(runs: Path, scores: dict[str, tuple[float, float]], *, coverage: float = 0.5) -> None:
     for kind, values in scores.items():
         run = RunDir(runs / kind)
         run.evaluations.mkdir(parents=True)
         for step, value in zip((0, 500), values, strict=True):
-            write_evaluation(run, step=step, nfe=1, values=(value,))
+            reached = {"recall": coverage, "coverage": coverage} if step else {"recall": 0.0, "coverage": 0.0}
+            write_evaluation(run, step=step, nfe=1, values=(value,), metrics=reached)
 
 
 @pytest.mark.parametrize("length", list(EXPECTED))
@@ -44,9 +47,25 @@ def test_a_run_that_learned_too_little_fails_the_demo(length: str, kind: str, tm
     assert summary(tmp_path, length) == 1
 
 
+def test_samples_that_reach_no_photograph_fail_the_demo(tmp_path: Path) -> None:
+    write_scores(tmp_path, LEARNED, coverage=0.0)
+    assert summary(tmp_path, "short") == 1
+
+
+def test_the_data_hold_every_photograph_equally_often(tmp_path: Path) -> None:
+    number = 2 * len(VIEWS)
+    assert demo_data([str(tmp_path / "set"), "--samples", str(number), "--side", "16"]) == 0
+    with lmdb.open(str(tmp_path / "set"), readonly=True) as database:
+        assert database.stat()["entries"] == number
+    crops = [np.asarray(image, dtype=float) for image in in_turn(VIEWS.values(), count=number, side=16, seed=0)]
+    for first, image in enumerate(crops[: len(VIEWS)]):
+        others = [np.abs(image - other).mean() for other in crops[len(VIEWS) :]]
+        assert np.argmin(others) == first
+
+
 def test_the_photographs_that_are_shown_are_no_training_data() -> None:
-    shown, *_ = crops(VIEWS["flower"], count=1, side=16, seed=HELD_OUT)
-    trained = [image.tobytes() for image in crops(VIEWS["flower"], count=300, side=16, seed=0)]
+    shown, *_ = in_turn(VIEWS.values(), count=1, side=32, seed=1)
+    trained = [image.tobytes() for image in in_turn(VIEWS.values(), count=80, side=32, seed=0)]
     assert shown.tobytes() not in trained
 
 
@@ -87,7 +106,7 @@ def tiles(path: Path) -> np.ndarray:
 def test_the_picture_of_what_was_learned_has_a_different_row_for_each_model(drawn: Path) -> None:
     rows = tiles(drawn / "learned.png")
     assert rows.shape[:2] == (6, COLUMNS)
-    photographs = [np.asarray(image) for image in crops(VIEWS["flower"], count=COLUMNS, side=8, seed=HELD_OUT)]
+    photographs = [np.asarray(image) for image in in_turn(VIEWS.values(), count=COLUMNS, side=8, seed=1)]
     np.testing.assert_array_equal(rows[0, :, :: TILE // 8, :: TILE // 8], photographs)
     assert len({row.tobytes() for row in rows}) == 6
 

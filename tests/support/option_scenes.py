@@ -244,7 +244,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
     "demo": {
         "folder": ("{out}/lmdb",),
         "picture": ("--picture", "{out}/picture.png"),
-        "view": ("--view", "cat"),
+        "view": ("--view", "flower"),
         "count": ("--samples", "2"),
         "side": ("--side", "8"),
         "seed": ("--seed", "1"),
