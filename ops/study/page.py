@@ -18,7 +18,7 @@ from cmscale.io.durable import replace_durably
 
 COLOURS = ("#2f6fdb", "#d9722b", "#2a9d76", "#9a5fc4", "#c2456b", "#7f8a99", "#b08900", "#1b9aaa", "#6b4f3a", "#111111")
 MARKERS = "osD^vPX*<>"
-TILE, TILES = 32, 16  # pixels and number of the samples of one method
+TILE, TILES = 64, 16  # pixels and number of the samples of one method
 GAP = 2  # pixels between the tiles of a training's grid
 HEADINGS = {1: "one step", 2: "two steps"}
 

@@ -30,12 +30,14 @@ class Settings:
         batch: Images of one step.
         pictures: Training pictures.
         samples: Samples of each evaluation.
+        image_size: Side of the pictures, px.
     """
 
     images: int = 60000
     batch: int = 32
     pictures: int = 4000
     samples: int = 1000
+    image_size: int = 32
     device: str = "cpu"
 
     @property
@@ -164,6 +166,7 @@ class Study:
             tree["method"][key] = round(share * settings.steps)
         if recipe.after is not None:
             tree["method"]["teacher"] = str(self.run(recipe.after, seed))
+        tree["model"]["image_size"] = settings.image_size
         tree["data"]["path"] = str(self.data)
         tree["engine"]["device"] = settings.device
         tree["evaluate"] |= {"reference": str(self.reference), "num_samples": settings.samples}
@@ -205,9 +208,10 @@ class Study:
         """All commands: the data first, then every method with the first seed, with the second, and so on."""
         pictures, device = self.out / "pictures", self.settings.device
         script = "ops/study/pictures.py"
-        counts = [str(self.settings.pictures), str(self.settings.samples)]
-        yield Command("pictures", _script(script, pictures, *counts), pictures)
-        prepare = ["--source", f"folder:{pictures / 'train'}", "--format", "mds", "--image-size", "32"]
+        side = self.settings.image_size
+        counts = [self.settings.pictures, self.settings.samples]
+        yield Command("pictures", _script(script, pictures, *counts, side), pictures)
+        prepare = ["--source", f"folder:{pictures / 'train'}", "--format", "mds", "--image-size", str(side)]
         prepare += ["--encoding", "png", "--workers", "1", "--out", str(self.data)]
         yield Command("data", _script("data_prep/prepare.py", *prepare), self.data, ("pictures",))
         measure = ["--features", "efficientnet", "--device", device]

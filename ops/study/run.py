@@ -1,8 +1,9 @@
-"""Trains every method at 32 px on photographs from pip packages, on equal images, and writes a page of what they learn.
+"""Trains every method on small photographs from pip packages, on equal images, and writes a page of what they learn.
 
     python ops/study/run.py --out runs/study --ranks 2           # a night on two processors; again to go on
     python ops/study/run.py --out runs/study --hours 1           # ends after an hour, with the page so far
     python ops/study/run.py --out runs/study --methods cd,scd --seeds 1 --images 6000 --batch 16
+    python ops/study/run.py --out runs/study --image-size 16 --images 12000 --batch 16
 
 The data, the trainings and the evaluations are made by the public commands. Every method comes with the first seed
 before any comes with the second. Killed at any moment, the same command goes on where it was.
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 def _asked(flags: argparse.Namespace, out: Path) -> tuple[Study, list[str], int]:
     """The study, the recipes to run, and the number of seeds. Only a study that runs writes down what was asked."""
-    given = {name: getattr(flags, name) for name in ("images", "batch", "pictures", "samples", "device")}
+    given = {name: getattr(flags, name) for name in ("images", "batch", "pictures", "samples", "image_size", "device")}
     kept = read_asked(out, given, {"methods": flags.methods, "seeds": flags.seeds})
     if flags.page_only and not kept.is_there:
         raise UserError(f"--page-only: there is no study in {out}")
@@ -105,6 +106,7 @@ def command_parser() -> CommandParser:
         "batch": f"images of a step ({default.batch}; {kept})",
         "pictures": f"training pictures ({default.pictures}; {kept})",
         "samples": f"samples of each evaluation ({default.samples}; {kept})",
+        "image-size": f"side of the pictures, px ({default.image_size}; {kept})",
     }.items():
         parser.add(f"--{name}", use=USED, type=whole_number(2 if name == "samples" else 1), metavar="N", help=about)
     parser.add("--device", use=USED, choices=("cpu", "cuda"), help=f"device ({default.device}; {kept})")

@@ -233,12 +233,12 @@ def test_a_killed_start_ends_its_command_in_order_and_the_next_start_waits_for_t
 
 def test_pictures_are_whole_and_the_held_out_ones_are_others(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
-    pictures.main(folder, 9, 5)
+    pictures.main(folder, 9, 5, 24)
     train, held_out = (sorted((folder / name).iterdir()) for name in ("train", "held_out"))
     assert [path.name for path in train] == [f"{number:06d}.png" for number in range(9)]
     assert len(held_out) == 5
     assert len({path.read_bytes() for path in [*train, *held_out]}) == 14
-    assert {Image.open(path).size for path in [*train, *held_out]} == {(32, 32)}
+    assert {Image.open(path).size for path in [*train, *held_out]} == {(24, 24)}
 
 
 def measured(study: Study, recipe: Recipe, seed: int, *, factor: float) -> None:
