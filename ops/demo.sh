@@ -61,7 +61,7 @@ for format in mds webdataset; do
   python data_prep/prepare.py --source "lsun:$runs/demo_train_lmdb" --format $format --image-size 16 --encoding png \
     --out "$bucket/$format" --workers 2
 done
-python data_prep/reference.py "$bucket/webdataset" --out "$runs/reference.npz" --features efficientnet --samples 600
+python data_prep/reference.py "$bucket/webdataset" --out "$runs/reference.npz" --features efficientnet --samples 150
 
 train() { # kind format [key=value ...]
   local kind=$1 format=$2
