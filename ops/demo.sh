@@ -47,9 +47,9 @@ local=(--cluster local --gpus-per-node 2 --runs-dir "$runs")
 declare -A longer=()
 if [ "$length" = long ]; then
   longer=(
-    [edm]="train.total_steps=2500 train.sample_every=500"
-    [cd]="train.total_steps=2000 train.sample_every=500"
-    [ct]="train.total_steps=3500 train.sample_every=500"
+    [edm]="train.total_steps=5000 train.sample_every=1000"
+    [cd]="train.total_steps=4000 train.sample_every=1000"
+    [ct]="train.total_steps=7000 train.sample_every=1000"
   )
 fi
 
