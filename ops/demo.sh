@@ -82,6 +82,7 @@ cmscale sample "$runs/cd" --samples 64 --out "$runs/samples.npz" --grid "$runs/s
 cmscale export "$runs/cd" --format safetensors --to "$bucket/exports/cd.safetensors"
 python data_prep/demo.py --seed 1 --picture "$runs/photograph.png"
 cmscale edit inpaint "$bucket/exports/cd.safetensors" "$runs/photograph.png" --out "$runs/inpainted.png"
+cmscale edit colorize "$runs/cd" "$runs/photograph.png" --out "$runs/colorized.png" --in-report
 python ops/demo_pictures.py "$runs"
 cmscale report "$runs/cd" --beside "$runs/edm" --beside "$runs/ct"
 
