@@ -91,7 +91,8 @@ def prepare(
             except TakenOver:
                 raise  # what is there is another command's
             except UserError:
-                preparation.abandon()
+                if not records:
+                    preparation.abandon()
                 raise
     finally:
         preparation.read.close()

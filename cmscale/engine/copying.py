@@ -118,7 +118,12 @@ def _is_there(target: Storage, name: str, entry: FileEntry) -> bool:
 
 
 def remove_copy(target: Storage) -> None:
-    """Removes a copy: its manifest first, so that nobody takes the rest for a checkpoint."""
+    """Removes a copy: its manifest first, so that nobody takes the rest for a checkpoint.
+
+    The files are those that are listed and those of the manifest: some stores list a file only a while after it came.
+    """
+    names = set()
+    with contextlib.suppress(UserError):  # it may be damaged
+        names = {part.file.name for part in read_manifest(target).parts}
     target.delete(CHECKPOINT_MANIFEST)
-    for entry in list(target.list()):
-        target.delete(entry.key)
+    target.delete_all(sorted(names | {entry.key for entry in target.list()}))

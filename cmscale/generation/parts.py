@@ -76,7 +76,6 @@ class Parts:
             shutil.rmtree(folder, ignore_errors=True)
             return
         try:
-            for entry in list(self._storage.list()):
-                self._storage.delete(entry.key)
+            self._storage.delete_all([entry.key for entry in self._storage.list()])
         except UserError as error:
             print(f"note: what is no longer needed stays in {self._storage.url} ({error})", file=sys.stderr)

@@ -117,8 +117,7 @@ class Making:
             return
         if begun is not None:
             print(f"{self.place.place}: begun on another kind of machine; drawn anew", file=sys.stderr, flush=True)
-            for entry in list(storage.list("part-")):
-                storage.delete(entry.key)
+            storage.delete_all([entry.key for entry in storage.list("part-")])
         storage.write(BEGUN, Begun(key=self._key, machine=self._machine).to_bytes())
 
     def missing(self) -> list[range]:

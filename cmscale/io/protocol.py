@@ -1,6 +1,6 @@
 """Defines what a storage is: a folder of objects, on this machine or elsewhere."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -79,6 +79,14 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None:
         """Removes an object; a missing one is no error."""
+        ...
+
+    def delete_all(self, keys: Iterable[str]) -> None:
+        """Removes objects, with as few requests as the storage needs; missing ones are no error.
+
+        Raises:
+            UserError: some may not be removed; others may be gone.
+        """
         ...
 
     def sub(self, prefix: str) -> "Storage":

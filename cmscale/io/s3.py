@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +15,9 @@ from cmscale.io.durable import explained
 from cmscale.io.patience import patiently
 from cmscale.io.protocol import ArrivedChanged, Entry, StorageAway
 from cmscale.io.s3_client import make_client
+from cmscale.io.s3_delete import delete_in_batches
+from cmscale.io.s3_download import download_in_parts
 from cmscale.io.s3_errors import (
-    LONGEST_ERROR_DOCUMENT,
     ClockSkew,
     NoSuchUpload,
     Unsupported,
@@ -158,16 +159,7 @@ class S3Storage:
     def download(self, key: str, path: Path) -> None:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._ask(key, lambda client: self._download(client, key, path))
-
-    def _download(self, client: Any, key: str, path: Path) -> None:
-        client.download_file(self.bucket, self._key(key), str(path), ExtraArgs=_payer())  # it renames when complete
-        if path.stat().st_size <= LONGEST_ERROR_DOCUMENT:
-            try:
-                refuse_error_document(path.read_bytes(), self.join(key))
-            except StorageAway:
-                path.unlink()
-                raise
+            download_in_parts(self._ask, key, path, **self._at(key))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for page in self._pages(prefix):
@@ -197,6 +189,11 @@ class S3Storage:
     def delete(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._ask(key, lambda client: client.delete_object(**self._at(key)))
+
+    def delete_all(self, keys: Iterable[str]) -> None:
+        at = {"Bucket": self.bucket, **_payer()}
+        for key in delete_in_batches(self._ask, keys, full=self._key, **at):
+            self.delete(key)
 
     def check_writable(self, key: str) -> None:
         """Begins a multipart upload and aborts it: that needs the permission to write, and no object appears."""

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.errors import UserError
+from cmscale.io.s3_delete import send_md5_with_batches
+from cmscale.io.s3_pace import keep_pace
 from cmscale.io.settings import storage_settings
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0  # without an answer, per attempt
@@ -45,7 +47,10 @@ def make_client() -> Any:
     core = get_session()
     core.register_component("data_loader", _service_models())
     _check_credentials(core)
-    return Session(botocore_session=core).client("s3", config=config, verify=_certificates())
+    client = Session(botocore_session=core).client("s3", config=config, verify=_certificates())
+    keep_pace(client)
+    send_md5_with_batches(client)
+    return client
 
 
 def _check_credentials(session: Any) -> None:

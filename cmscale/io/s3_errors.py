@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import NO_SPACE
 from cmscale.io.protocol import ArrivedChanged, StorageAway
+from cmscale.io.s3_pace import TooSlow
 
-_AWAY = {
+AWAY = {
     *("InternalError", "ServiceUnavailable", "SlowDown", "SlowDownRead", "SlowDownWrite", "RequestTimeout"),
     *("Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "OperationAborted"),
     *("ConditionalRequestConflict", "XMinioServerNotInitialized"),
@@ -65,7 +66,7 @@ def explained_by_s3(url: str, place: str) -> Iterator[None]:
     except boto.SSLError as error:
         _raise_tls_error(error, url)
     except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, RetriesExceededError) as error:
-        raise StorageAway(f"{url}: the S3 server does not answer, or not completely ({error})") from error
+        raise StorageAway(f"{url}: the S3 server {_what_it_does(error)}") from error
     except boto.FlexibleChecksumError as error:
         raise ArrivedChanged(f"{place}: arrived with a wrong checksum ({error})") from error
     except boto.ClientError as error:
@@ -79,6 +80,13 @@ def explained_by_s3(url: str, place: str) -> Iterator[None]:
     except ValueError as error:
         advice = "; check AWS_ENDPOINT_URL" if "endpoint" in str(error).lower() else ""
         raise UserError(f"{url}: {error}{advice}") from None
+
+
+def _what_it_does(error: Exception) -> str:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, TooSlow):
+        cause = cause.__cause__ or cause.__context__
+    return f"answers too slowly ({cause})" if cause else f"does not answer, or not completely ({error})"
 
 
 def refuse_error_document(body: bytes, place: str) -> None:
@@ -146,7 +154,7 @@ def _raise_client_error(error: Any, url: str, place: str) -> NoReturn:
         raise ArrivedChanged(f"{place}: arrived changed at the server ({code})") from error
     if code in _UNSUPPORTED or status in (501, 405):
         raise Unsupported(f"{place}: the store does not carry out {error.operation_name} ({code or status})") from None
-    if code in _AWAY or status == 429 or (status is not None and status >= 500):
+    if code in AWAY or status == 429 or (status is not None and status >= 500):
         raise StorageAway(f"{place}: S3 answered {code}: {error}") from error
     if code == "RequestTimeTooSkewed":
         raise ClockSkew(

@@ -9,7 +9,7 @@ from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.fetch import file_sha256
 from cmscale.io.local import LocalStorage
-from cmscale.io.protocol import Storage
+from cmscale.io.protocol import ArrivedChanged, Storage
 from cmscale.runs.checkpoints import committed_steps, read_manifest
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, original_file, rank_file, step_name
 from cmscale.runs.manifest_checks import manifest_problems
@@ -129,6 +129,8 @@ def _copy(source: Storage, folder: Path, entry: FileEntry, name: str) -> FileEnt
             source.download(entry.name, path)
         except FileNotFoundError:
             raise NotIntact(f"{source.join(entry.name)}: is missing") from None
+        except ArrivedChanged:
+            continue
         if path.stat().st_size == entry.size and file_sha256(path) == entry.sha256:
             return entry.model_copy(update={"name": name})
     raise NotIntact(f"{source.join(entry.name)}: its contents are not what was written (SHA-256 differs)")

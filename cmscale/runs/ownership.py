@@ -142,9 +142,14 @@ class Ownership:
         return f"{self._folder}/owner-{number:06d}.json"
 
     def _newest(self) -> int:
+        """The number of the newest owner; what a listing does not show yet is found by reading."""
         prefix = f"{self._folder}/"
         names = (entry.key.removeprefix(prefix) for entry in self._storage.list(f"{prefix}owner-"))
-        return max((int(found[1]) for name in names if (found := _NAME.fullmatch(name))), default=0)
+        number = max((int(found[1]) for name in names if (found := _NAME.fullmatch(name))), default=0)
+        number = max(number, self._number)
+        while self._storage.read_if_present(self._key(number + 1)) is not None:
+            number += 1
+        return number
 
     def _read(self, number: int) -> Owner | None:
         raw = self._storage.read_if_present(self._key(number))

@@ -199,10 +199,11 @@ class Preparation:
         sizes = {entry.key: entry.size for entry in self.storage.list()}
         numbers = [n for n in range(self.num_shards) if self.record_key(n) in sizes]
         with ThreadPoolExecutor(16) as threads:
-            texts = threads.map(lambda n: self.storage.read(self.record_key(n)), numbers)
+            texts = threads.map(lambda n: self.storage.read_if_present(self.record_key(n)), numbers)
             records = {
                 n: read_document(ShardRecord, text, origin=self.record_key(n))
                 for n, text in zip(numbers, texts, strict=True)
+                if text is not None  # a listing may still show what was deleted
             }
         return {
             n: record
@@ -274,7 +275,7 @@ class Preparation:
         shutil.rmtree(self.scratch, ignore_errors=True)
         progress = self.storage.local_path(PROGRESS)
         if progress is None:
-            self._delete(entry.key for entry in list(self.storage.list(f"{PROGRESS}/")))
+            self._delete([entry.key for entry in self.storage.list(f"{PROGRESS}/")])
             return
         shutil.rmtree(progress, ignore_errors=True)
         for name in (PREPARATION, DATASET_MANIFEST, self.format.index_name):
@@ -284,8 +285,7 @@ class Preparation:
     def _delete(self, keys: Iterable[str]) -> None:
         """Deletes objects that nobody needs, where that is allowed."""
         try:
-            for key in keys:
-                self.storage.delete(key)
+            self.storage.delete_all(keys)
         except UserError as error:
             print(f"note: what is no longer needed stays ({error})", file=sys.stderr)
 

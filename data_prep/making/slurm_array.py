@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -96,8 +96,7 @@ def make_with_array(
     """
     logs = _log_folder(preparation)
     if running is None:
-        for entry in list(preparation.storage.list(_REFUSED)):
-            preparation.storage.delete(entry.key)
+        preparation.storage.delete_all([entry.key for entry in preparation.storage.list(_REFUSED)])
         job_id = _submit(preparation, placement, max_bad=max_bad)
         array = ArrayRecord(job_id=job_id, clusters=_clusters(placement))
         preparation.storage.write(_ARRAY, array.to_bytes())
@@ -111,8 +110,8 @@ def make_with_array(
     except KeyboardInterrupt:
         subprocess.run(cancel_command(array.job_id, array.clusters), check=False)
         raise
-    for entry in preparation.storage.list(_REFUSED):
-        raise read_document(TaskRefusal, preparation.storage.read(entry.key), origin=entry.key).error()
+    for told in _refusals(preparation):
+        raise told.error()
     records = preparation.records()
     if len(records) < preparation.num_shards:
         missing = preparation.num_shards - len(records)
@@ -220,6 +219,13 @@ def _active(array: ArrayRecord) -> bool:
     return states is None or bool(states & ACTIVE_STATES)
 
 
+def _refusals(preparation: Preparation) -> Iterator[TaskRefusal]:
+    """What tasks have refused; a listing may still show what an earlier array did."""
+    for entry in preparation.storage.list(_REFUSED):
+        if (raw := preparation.storage.read_if_present(entry.key)) is not None:
+            yield read_document(TaskRefusal, raw, origin=entry.key)
+
+
 def _wait(preparation: Preparation, array: ArrayRecord, pause: Callable[[float], None] = time.sleep) -> None:
     """Waits until the array has ended, and cancels it if a task refuses; shows the images in finished shards."""
 
@@ -230,7 +236,7 @@ def _wait(preparation: Preparation, array: ArrayRecord, pause: Callable[[float],
 
     with ProgressCounter(total=preparation.plan.keys, done=finished()) as counter:
         while _active(array):
-            if next(iter(preparation.storage.list(_REFUSED)), None):
+            if next(_refusals(preparation), None):
                 subprocess.run(cancel_command(array.job_id, array.clusters), check=False)
                 while _active(array):
                     pause(POLL_SECONDS)

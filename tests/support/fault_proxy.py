@@ -29,6 +29,7 @@ FAULTS = {
     "reset after": "forwards the request, then resets the connection instead of answering",
     "stall": "does not answer until the proxy ends",
     "slow": "sends the body in small pieces with pauses",
+    "trickle": "sends the body byte by byte with pauses, until the client has gone",
     "truncate": "announces the whole body, sends half of it and closes",
     "cut": "announces half of the body and sends that",
     "error as object": "answers 200 with the description of an error as the body",
@@ -228,10 +229,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "truncate":
             content = content[: len(content) // 2]
             self.close_connection = True
-        if fault != "slow":
+        if fault not in ("slow", "trickle"):
             self.wfile.write(content)
             return
-        piece = max(1, len(content) // 10)
+        piece = max(1, len(content) // 10) if fault == "slow" else 1
         for at in range(0, len(content), piece):
             self.wfile.write(content[at : at + piece])
             self.proxy.ended.wait(_PAUSE_SECONDS)

@@ -1,6 +1,6 @@
 """A third kind of storage, in this process's memory: what a new one needs is this module and a line in SCHEMES."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -57,6 +57,10 @@ class MemoryStorage:
 
     def delete(self, key: str) -> None:
         _objects.pop(self.join(key), None)
+
+    def delete_all(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.delete(key)
 
     def sub(self, prefix: str) -> "MemoryStorage":
         return MemoryStorage(f"{self.prefix}/{prefix}".strip("/"))
