@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Denoise = Callable[..., Tensor]
@@ -9,6 +10,10 @@ Denoise = Callable[..., Tensor]
 
 Step = Callable[[Denoise, Tensor, Tensor, Tensor], Tensor]
 """(denoise, x at t, t [B], s [B]) -> x at s."""
+
+
+ADDIM_SHARE = 0.75
+"""Of the squared distance between clean images and their estimates, by which aDDIM corrects; Heek et al. 2024, A.1."""
 
 
 def expand_as(time: Tensor, x: Tensor) -> Tensor:
@@ -57,6 +62,22 @@ def heun_estimate(denoise: Denoise, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     first = evaluate(denoise, x, t)
     second = evaluate(denoise, toward(first, x, t, s), s)
     return first + expand_as(t / s / 2, x) * (second - first)
+
+
+def addim_estimate(denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, *, clean: Tensor) -> Tensor:
+    """The estimate towards which a straight line from t meets s where aDDIM ends; Heek et al. 2024, algorithm 3.
+
+    With D the estimate at t and e = (x - D)/t, DDIM ends at D + s e, whose norm is too small, as D is a mean. aDDIM
+    ends at D + s' e, s'^2 = s^2 + v (1 - s/t)^2, v = `ADDIM_SHARE` ||clean - D||^2 / ||e||^2. The line meets that point
+    on its way to D + v (1 - s/t) / (s + s') e, which is (s' - s) / (1 - s/t) e without the difference.
+    """
+    mean = evaluate(denoise, x, t)
+    noise = (x - mean) / expand_as(t, x)
+    length = noise.square().flatten(1).sum(1).clamp(min=torch.finfo(noise.dtype).tiny)
+    spread = ADDIM_SHARE * (clean - mean).square().flatten(1).sum(1) / length
+    elapsed, low = (1 - s / t).to(spread), s.to(spread)
+    factor = spread * elapsed / (low + (low**2 + spread * elapsed**2).sqrt())
+    return mean + expand_as(factor, x) * noise
 
 
 STEPS: dict[str, Step] = {"euler": euler_step, "heun": heun_step}

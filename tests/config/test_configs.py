@@ -125,6 +125,7 @@ def test_the_second_stage_of_truncated_training_follows_the_first():
 def test_multistep_distillation_has_its_papers_growing_steps_and_follows_the_same_teacher_as_cd():
     config, cd = (read_config(CHECKOUT / "configs" / f"lsun_bedroom_{name}.yaml") for name in ("mcd", "cd_l2"))
     expected = {"segments": 4, "teacher_steps": 64, "final_teacher_steps": 1280, "annealing_steps": 100_000}
+    expected |= {"solver": "addim", "distance": "pseudo_huber", "huber_c": 1e-4}
     assert config.method.model_dump().items() >= (expected | {"weighting": "edm", "teacher": cd.method.teacher}).items()
     assert (config.model, config.optimizer) == (cd.model, cd.optimizer)
     check_teacher(read_config(CHECKOUT / "configs" / "lsun_bedroom_edm.yaml"), config, origin="it")

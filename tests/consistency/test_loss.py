@@ -239,7 +239,9 @@ def test_tcm_loss(weighting: str, c: float, random: SampleRandomness):
     np.testing.assert_allclose(given.detach().numpy(), expected, rtol=2e-4)
 
 
-def segment_aim(student: Affine, teacher: Affine, noisy: np.ndarray, *, times: np.ndarray, solver: str) -> np.ndarray:
+def segment_aim(
+    student: Affine, teacher: Affine, noisy: np.ndarray, *, times: np.ndarray, solver: str, clean: np.ndarray
+) -> np.ndarray:
     """The inverse DDIM step from t to the end of the two jumps, as the paper has it; times are t, s and u [B]."""
     upper, lower, start = times
     slope = (noisy - teacher.in_numpy(noisy, upper)) / at(upper)
@@ -247,6 +249,14 @@ def segment_aim(student: Affine, teacher: Affine, noisy: np.ndarray, *, times: n
         ahead = noisy + at(lower - upper) * slope
         slope = (slope + (ahead - teacher.in_numpy(ahead, lower)) / at(lower)) / 2
     less_noisy = noisy + at(lower - upper) * slope
+    if solver == "addim":  # algorithm 3 with alpha = 1, sigma = t, and eta = 0.75
+        mean = teacher.in_numpy(noisy, upper)
+        count = mean[0].size
+        x_var = 0.75 * ((clean - mean) ** 2).reshape(len(mean), -1).sum(1) / count
+        z_var = (1 - lower / upper) ** 2 * x_var
+        noise = (noisy - mean) / at(upper)
+        norm = (noise**2).reshape(len(mean), -1).sum(1)
+        less_noisy = mean + at(np.sqrt(lower**2 + count / norm * z_var)) * noise
     own = student.in_numpy(less_noisy, lower)
     end = own + at(start / lower) * (less_noisy - own)
     return (end - at(start / upper) * noisy) / at(1 - start / upper)
@@ -260,15 +270,15 @@ def segment_times(uniform: np.ndarray, scales: int, segments: int) -> np.ndarray
 
 @pytest.mark.parametrize("random", RANDOM)
 @pytest.mark.parametrize(("segments", "scales"), [(1, 41), (4, 41), (8, 9)])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["addim", "euler", "heun"])
 def test_mcd_loss(solver: str, segments: int, scales: int, random: SampleRandomness):
     """With 8 segments of one step each the student's estimate does not matter: the target is the teacher's step."""
-    method = MCD(kind="mcd", teacher="t", segments=segments, solver=solver)  # pyright: ignore[reportArgumentType]
+    method = MCD(kind="mcd", teacher="t", segments=segments, solver=solver, distance="l2")  # pyright: ignore
     student, teacher = Affine(1), Affine(3)
     clean, uniform, x, z = setting(random)
     times = segment_times(uniform, scales, segments)
     noisy = x + at(times[0]) * z
-    aim = segment_aim(student, teacher, noisy, times=times, solver=solver)
+    aim = segment_aim(student, teacher, noisy, times=times, solver=solver, clean=x)
     expected = (1 / times[0] ** 2 + 1 / 0.5**2) * numpy_distance("l2", student.in_numpy(noisy, times[0]), aim)
     given = loss_of(method, Networks(student, None, teacher), clean, ScheduleValues(0, 1.0, num_scales=scales), random)
     np.testing.assert_allclose(given.detach().numpy(), expected, rtol=1e-4, atol=1e-7)
@@ -277,7 +287,8 @@ def test_mcd_loss(solver: str, segments: int, scales: int, random: SampleRandomn
 @pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
 def test_mcd_gradient_is_the_formulas(distance: str):
     """Against central differences of the float64 formula in each of the network's numbers."""
-    method = MCD(kind="mcd", teacher="t", segments=2, distance=distance, weighting="uniform")  # pyright: ignore
+    keys = {"solver": "euler", "distance": distance, "huber_c": None, "weighting": "uniform"}
+    method = MCD(kind="mcd", teacher="t", segments=2, **keys)  # pyright: ignore[reportArgumentType]
     student, teacher = Affine(1), Affine(3)
     clean, uniform, x, z = setting(RANDOM[3])
     loss_of(
@@ -285,7 +296,7 @@ def test_mcd_gradient_is_the_formulas(distance: str):
     ).mean().backward()
     times = segment_times(uniform, 41, 2)
     noisy = x + at(times[0]) * z
-    aim = segment_aim(student, teacher, noisy, times=times, solver="euler")
+    aim = segment_aim(student, teacher, noisy, times=times, solver="euler", clean=x)
 
     def value(matrix: np.ndarray) -> float:
         estimate = np.einsum("cd,bdhw->bchw", matrix, noisy) / (1 + at(times[0])) + np.sin(noisy)

@@ -48,7 +48,8 @@ METHODS = {
     "scd_differences": "{kind: scd, teacher: TEACHER, tangent_warmup_steps: 4}",
     "pd": "{kind: pd, teacher: TEACHER, start_scales: 4}",
     "tcm": "{kind: tcm, teacher: TEACHER}",
-    "mcd": "{kind: mcd, teacher: TEACHER, segments: 2, teacher_steps: 4, final_teacher_steps: 8, annealing_steps: 6}",
+    "mcd": "{kind: mcd, teacher: TEACHER, segments: 2, teacher_steps: 4, final_teacher_steps: 8, annealing_steps: 6, "
+    "solver: euler, distance: l2}",
 }
 NO_CONSISTENCY_FUNCTION = ("edm", "pd", "mcd")
 

@@ -15,8 +15,7 @@ from cmscale.config.methods.base import (
     MethodSchedule,
     SecondTime,
 )
-from cmscale.config.methods.cd import Solver
-from cmscale.config.methods.shared import ChosenDistance, FollowsTeacher, OnSigma, WithoutForwardMode
+from cmscale.config.methods.shared import ChosenDistance, FollowsTeacher, HuberC, OnSigma, WithoutForwardMode
 from cmscale.config.section import Count, NonNegative, key
 
 SOURCE = "Multistep Consistency Models"
@@ -61,12 +60,20 @@ class MCD(FollowsTeacher, ChosenDistance, OnSigma, WithoutForwardMode):
     annealing_steps: NonNegative = key(
         100_000, "Steps of training over which the teacher's steps grow.", unit="steps", source=SOURCE
     )
-    solver: Solver = key(
-        "euler",
-        "How the teacher steps from a time to the one below it; euler is DDIM.",
-        source=f"{SOURCE}; its correction of DDIM (aDDIM) is not here",
+    solver: Literal["addim", "euler", "heun"] = key(
+        "addim",
+        "How the teacher steps from a time to the one below it: euler is DDIM; addim is DDIM with as much more of the "
+        "estimated noise as is missing in the norm; heun takes two passes of the teacher.",
+        source=SOURCE,
     )
-    distance: DistanceName = key("l2", "Distance of the loss between two images, as for cd and ct.", source=SOURCE)
+    distance: DistanceName = key(
+        "pseudo_huber", "Distance of the loss between two images, as for cd and ct.", source=SOURCE
+    )
+    huber_c: HuberC = key(
+        1e-4,
+        "c of the pseudo-Huber distance; 0: the Euclidean distance. null: 0.00054 sqrt(D), with D values per image.",
+        source=f"{SOURCE}, A.1",
+    )
     weighting: Literal["edm", "uniform"] = key(
         "edm",
         "Factor of the loss at time t: 1 / t^2 + 1 / sigma_data^2, which is that of the diffusion model, or 1.",

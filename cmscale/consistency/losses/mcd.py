@@ -10,7 +10,7 @@ from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency import grid
 from cmscale.consistency.distance import Distance
 from cmscale.consistency.networks import Networks
-from cmscale.consistency.solver import ESTIMATES, evaluate, expand_as, toward
+from cmscale.consistency.solver import ESTIMATES, addim_estimate, evaluate, expand_as, toward
 from cmscale.rng import SampleRandomness
 
 
@@ -40,7 +40,10 @@ class MCDLoss:
         noisy = clean + expand_as(upper, clean) * random.noise(clean.shape[1:]).to(clean)
         keys = random.dropout_keys()
         with torch.no_grad():
-            followed = ESTIMATES[method.solver](networks.teacher, noisy, upper, lower)
+            if method.solver == "addim":
+                followed = addim_estimate(networks.teacher, noisy, upper, lower, clean=clean)
+            else:
+                followed = ESTIMATES[method.solver](networks.teacher, noisy, upper, lower)
             less_noisy = toward(followed, noisy, upper, lower)
             own = evaluate(networks.target_or_student, less_noisy, lower, dropout_keys=keys)
             share = expand_as(upper * (lower - start) / (lower * (upper - start)), clean)
