@@ -95,7 +95,8 @@ def judge(
             return _blamed("fault", report, step)
         # It was killed before it could report anything; errors of other ranks are consequences.
         message = f"rank {first_failure.rank} on {first_failure.node}: {first_failure.how}"
-        return Attempt("fault", message, step, first_failure.rank, first_failure.node)
+        is_one = not re.search(r"[\[,]", first_failure.node)  # srun names ranks that end alike together: n[1,3-5]
+        return Attempt("fault", message, step, first_failure.rank, first_failure.node if is_one else "")
     fault = _first(ends, "fault")
     if fault:
         return _blamed("fault", fault, step)

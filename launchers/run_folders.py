@@ -63,6 +63,8 @@ def _plain(path: Path, *, flag: str) -> Path:
         plain_text(str(path))
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from None
+    if ":" in str(path.absolute()):
+        raise UserError(f"{flag}: {path}: Python finds no code below a folder with a colon; take another one")
     return path
 
 

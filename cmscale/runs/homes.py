@@ -10,6 +10,7 @@ import datetime
 import json
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cmscale.errors import UserError
@@ -105,7 +106,7 @@ def must_be_home(exported: Storage, run: RunDir, *, step: int = 0, token: str | 
         token: That of the folder, if it is known; the folder itself may have been lost since.
 
     Raises:
-        WentElsewhere: the run was continued in another folder.
+        WentElsewhere: the run was continued in another folder, or this one is a copy of its folder.
     """
     token, known = token or token_of(run), homes(exported)
     if not known:
@@ -118,4 +119,20 @@ def must_be_home(exported: Storage, run: RunDir, *, step: int = 0, token: str | 
             f"{exported.url}: the run goes on elsewhere, in {known[-1]}; to bring it back here: "
             f"submit.py --resume {exported.url} --runs-dir {run.root.parent}"
         )
+    _refuse_copy(exported, run, known[-1])
     return known[-1].number
+
+
+def _refuse_copy(exported: Storage, run: RunDir, home: Home) -> None:
+    """Raises WentElsewhere if a home's folder is still there and is another one: both would export to one place.
+
+    A folder that was moved is its home; it is gone from where it was.
+    """
+    first, is_other = RunDir(Path(home.folder)), False
+    with contextlib.suppress(OSError, UserError):
+        is_other = token_of(first, make=False) == home.token and not first.root.samefile(run.root)
+    if is_other:
+        raise WentElsewhere(
+            f"{exported.url}: belongs to {first.root}, of which {run.root} is a copy; give the copy another name or "
+            "checkpoint.export_to, or go on there"
+        )

@@ -98,6 +98,8 @@ class SlurmCluster:
                 ) from None
             if states is None:
                 raise UserError(f"{silent} Slurm does not answer; try again later; {gone}")
+            if not states and (owner := _other_owner(submission)):  # PrivateData=jobs shows each user's own jobs alone
+                raise UserError(f"{silent} Slurm shows this user no such job, which is {owner}'s; {gone}")
             for state in sorted(states & slurm.ACTIVE_STATES):
                 cancel = " ".join(slurm.cancel_command(job_id, clusters))
                 raise UserError(f"{run.root}: job {job_id} of this run is {state}; end it first: {cancel}")
@@ -138,6 +140,10 @@ class _ScriptWriter(submitit.SlurmExecutor):
 
 def script_text(job: JobSpec) -> str:
     """The batch script of a job: its ranks under srun, then the epilogue, which decides what follows."""
+    if "%" in str(job.run.root):
+        raise UserError(
+            f"{job.run.root}: Slurm replaces what follows a % in the paths of logs; take a folder of runs without it"
+        )
     placement, restart, settings = job.placement, job.placement.restart, job.placement.slurm
     assert placement.minutes is not None
     submission = Submission(job.run, job.submission)
@@ -278,6 +284,17 @@ def _unfinished_job(submission: Submission, worker: str) -> str | None:
     except UserError:  # damaged: ranks refuse to start from it, too
         return None
     return None if record.worker != worker or submission.ending_file.exists() else record.job_id
+
+
+def _other_owner(submission: Submission) -> str:
+    """The user who submitted a job, if that is another one; else nothing."""
+    try:
+        status = submission.job_file.stat()
+        return "" if status.st_uid == os.getuid() else submission.job_file.owner()
+    except OSError:
+        return ""
+    except KeyError:  # a user whom this node does not know
+        return "another user"
 
 
 def master_port(job_id: str, restart: str) -> int:

@@ -204,7 +204,11 @@ def _job_facts(job_id: str) -> dict[str, str]:
     except OSError as error:
         print(f"{' '.join(command)}: {error}", file=sys.stderr, flush=True)
         return {}
-    return dict(part.split("=", 1) for part in shown.stdout.split() if "=" in part)
+    facts: dict[str, str] = {}
+    for part in shown.stdout.split():
+        name, _, value = part.partition("=")
+        facts.setdefault(name, value)  # a comment or a path with spaces, which come later, may hold anything
+    return facts
 
 
 if __name__ == "__main__":

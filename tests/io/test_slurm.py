@@ -123,6 +123,7 @@ def test_a_jobs_own_variables_do_not_reach_another_job() -> None:
 def test_the_submitting_shell_does_not_reach_the_job(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_a_job = ("SLURM_CPU_BIND", "SLURM_MEM_PER_CPU", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID", "SLURMD_NODENAME")
     of_ranks = ("RANK", "MASTER_ADDR", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SUBMITIT_LOCAL_NTASKS", "CMSCALE_START")
+    of_ranks += ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK")
     left_out = (*of_a_job, *of_ranks, "SBATCH_EXPORT", "SBATCH_PARTITION", "SRUN_CPUS_PER_TASK", "CUDA_VISIBLE_DEVICES")
     for name in left_out:
         monkeypatch.setenv(name, "1")

@@ -145,6 +145,18 @@ class TestRefusals:
         with only_launcher(run, TRAIN):
             pass
 
+    def test_a_job_of_another_user_that_slurm_does_not_show_may_be_alive(
+        self, run: RunDir, commands: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.submitted(run)
+        install(commands, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        refused = pytest.raises(UserError, match=r"job 7 .* shows this user no such job, .*'s; .* --take-over")
+        with refused, only_launcher(run, TRAIN):
+            pytest.fail("started")
+        with only_launcher(run, TRAIN, take_over=True):
+            pass
+
     def test_jobs_that_ended_or_evaluate_and_damaged_records_are_passed_over(self, run: RunDir, commands: Path) -> None:
         install(commands, "squeue", "echo RUNNING")
         submission = self.submitted(run, EVALUATE)

@@ -1,6 +1,7 @@
 """Runs continued from their exports: which checkpoint is taken, what comes with it, and which folder may go on."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cmscale.errors import UserError
 from cmscale.io.storage import Storage, open_storage
 from cmscale.runs.checkpoints import committed_steps, read_manifest
 from cmscale.runs.folder import RunDir, rank_file, step_name
-from cmscale.runs.homes import claim, homes, must_be_home
+from cmscale.runs.homes import WentElsewhere, claim, homes, must_be_home
 from cmscale.runs.log import append_line, read_lines
 from cmscale.runs.manifests import read_dataset_manifest
 from cmscale.runs.starts import read_starts
@@ -206,6 +207,21 @@ def test_a_folder_that_is_lost_and_replaced_by_an_empty_one_did_not_go_elsewhere
     assert exporter._home(exported(s3)) == 1
     with pytest.raises(UserError, match="goes on elsewhere"):
         must_be_home(exported(s3), here)  # to a new start it is another folder
+
+
+def test_a_copy_of_a_runs_folder_does_not_export_to_the_place_of_the_first_and_a_moved_one_does(
+    here: RunDir, s3: str, tmp_path: Path
+) -> None:
+    assert Exporter(here, f"{s3}/runs").close(patience=60) == set()
+    (tmp_path / "link").symlink_to(here.root.parent)
+    must_be_home(exported(s3), RunDir(tmp_path / "link" / "one"))
+    copy = RunDir(tmp_path / "copy" / "one")
+    shutil.copytree(here.root, copy.root)
+    with pytest.raises(WentElsewhere, match=r"belongs to .*, of which .*copy/one is a copy; give the copy"):
+        must_be_home(exported(s3), copy)
+    must_be_home(exported(s3), here)
+    here.root.rename(here.root.with_name("elsewhere"))
+    must_be_home(exported(s3), RunDir(here.root.with_name("elsewhere")))
 
 
 def test_a_copy_committed_in_the_moment_of_the_takeover_gives_way_to_the_new_home(

@@ -207,6 +207,10 @@ class TestScript:
         (ignores,) = (number for number, line in enumerate(lines) if line.startswith("trap '' TERM"))
         assert lines.index("status=$?") < ignores < len(lines) - 1
 
+    def test_a_folder_whose_name_slurm_would_change_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"100%j/run: Slurm replaces what follows a % in the paths of logs"):
+            self.script(tmp_path / "100%j" / "run")
+
     def test_each_start_has_a_name_of_its_own(self, tmp_path: Path) -> None:
         (line,) = re.findall(r"^start=.*$", self.script(tmp_path), re.MULTILINE)
         for restarts, name in (({}, "7.0"), ({"SLURM_RESTART_COUNT": "2"}, "7.2")):

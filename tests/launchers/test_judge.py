@@ -120,3 +120,11 @@ def test_a_rank_whose_storage_was_away_explains_what_the_others_report() -> None
         attempt = judge(ends, status=1, first_failure=failure, step=3, leaving=None)
         assert (attempt.ending, attempt.rank, attempt.node) == ("fault", 1, "b")
         assert "StorageAway" in attempt.message
+
+
+@pytest.mark.parametrize(("named", "node"), [("n7", "n7"), ("n[1,3-5]", ""), ("n1,gpu2", "")])
+def test_of_several_nodes_that_failed_alike_none_is_to_blame(named: str, node: str) -> None:
+    failure = RankFailure(1, named, "Killed")
+    attempt = judge([RankEnd(1, "n1", "running")], status=137, first_failure=failure, step=0, leaving=None)
+    assert (attempt.node, attempt.rank) == (node, 1)
+    assert f"on {named}: Killed" in attempt.message

@@ -16,6 +16,7 @@ from launchers.clusters import slurm_epilogue
 from launchers.clusters.slurm_again import waits_within
 from launchers.clusters.slurm_epilogue import (
     SLACK_SECONDS,
+    _job_facts,
     first_failure,
     leaving,
     parse_first_failure,
@@ -121,6 +122,15 @@ def test_ranks_that_end_near_the_time_limit_were_signalled_up_to_a_minute_early(
     minutes, seconds = divmod(3600 - left, 60)
     times = {"RunTime": f"00:{minutes:02}:{seconds:02}", "TimeLimit": "01:00:00", "EndTime": "2020-01-01T00:00:00"}
     assert leaving({"JobState": "RUNNING", "PreemptTime": "None", **times}, signal_seconds=120) == expected
+
+
+def test_what_a_user_writes_into_a_job_is_no_fact_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = FakeSlurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{commands.folder}:{os.environ['PATH']}")
+    said = "JobId=7 JobName=a JobState=RUNNING Restarts=0 RunTime=00:01:00 Comment=try JobState=TIMEOUT Restarts=9"
+    commands.answer("scontrol", f"echo '{said} WorkDir=/a'")
+    facts = _job_facts("7")
+    assert (facts["JobState"], facts["Restarts"], facts["WorkDir"]) == ("RUNNING", "0", "/a")
 
 
 def test_an_earlier_start_of_a_job_notices_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
