@@ -257,7 +257,11 @@ def _lives(process: int) -> bool:
 
 
 def _slurm_job(run: RunDir) -> _Life | None:
-    """What Slurm says about the newest job of the run that has not reported its end."""
+    """What Slurm says about the jobs of the run that have not reported their end: of one that is alive, if any is.
+
+    Their names have the time when they were submitted, by a clock that may have been set back since.
+    """
+    gone: _Life | None = None
     for job in sorted(run.logs.glob("submissions/*/job.json"), reverse=True):
         if (job.parent / "ending.json").exists():
             continue
@@ -270,13 +274,14 @@ def _slurm_job(run: RunDir) -> _Life | None:
         except (OSError, ValueError, KeyError, TypeError):  # FileNotFoundError: there is no squeue here
             continue
         if states is None:
-            return _Life(None, "", f"Slurm does not answer about job {number}")
+            return _Life(None, "", f"Slurm does not answer about job {number}")  # nor about another
         active = sorted(states & ACTIVE_STATES)
         if not active:
-            return _Life(False, "", f"Slurm has no job {number} any more")
+            gone = gone or _Life(False, "", f"Slurm has no job {number} any more")
+            continue
         state = "running" if "RUNNING" in active else "queued" if "PENDING" in active else active[0].lower()
         return _Life(True, state, f"Slurm job {number} is {active[0]}")
-    return None
+    return gone
 
 
 def _span(seconds: float | None) -> str:

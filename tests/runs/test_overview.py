@@ -95,6 +95,18 @@ def test_a_state_is_known_by_slurm(states, state: str, words: str, tmp_path: Pat
     assert words in seen.known_by
 
 
+def test_the_job_that_is_alive_counts_whatever_the_clock_said_when_it_was_submitted(
+    tmp_path: Path, monkeypatch
+) -> None:
+    found = working_run(tmp_path / "one")
+    for name, job_id in (("20261129-020000-b", "12"), ("20261129-010000-a", "13")):
+        job = found.logs / "submissions" / name / "job.json"
+        job.parent.mkdir(parents=True)
+        job.write_text(json.dumps({"worker": "train", "job_id": job_id}))
+    monkeypatch.setattr(module, "job_states", lambda job_id, clusters: {"RUNNING"} if job_id == "13" else set())
+    assert overview(found).known_by == "Slurm job 13 is RUNNING"
+
+
 @pytest.mark.parametrize(("event", "state"), [("finished", "finished"), ("preempted", "preempted"), ("fault", "fault")])
 def test_what_has_ended_is_known_by_its_events(event: str, state: str, tmp_path: Path) -> None:
     found = working_run(tmp_path / "one")
