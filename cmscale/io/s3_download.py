@@ -84,7 +84,7 @@ class _Parts:
         self._tag = tag
         count, head = 0, b""
         for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
-            os.pwrite(self._descriptor, chunk, offset + count)
+            self._write(chunk, offset + count)
             count += len(chunk)
             head = chunk if count == len(chunk) else head
         if count <= LONGEST_ERROR_DOCUMENT:
@@ -99,6 +99,12 @@ class _Parts:
         if int(first) != offset or count != int(last) + 1 - offset:
             raise ArrivedChanged(f"{self._key}: {count} bytes arrived at {offset}, where the server has {said}")
         return int(total)
+
+    def _write(self, chunk: bytes, at: int) -> None:
+        left = memoryview(chunk)
+        while left:  # a disk that fills up takes a part first
+            written = os.pwrite(self._descriptor, left, at)
+            left, at = left[written:], at + written
 
     def _ask(self, client: Any, offset: int) -> Any:
         from botocore.exceptions import ClientError
