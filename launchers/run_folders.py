@@ -54,7 +54,10 @@ def new_run(*, name: str | None, runs_dir: Place, stem: str) -> RunDir:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
         raise UserError(f"--name {name!r}: letters, digits, dot, dash, underscore and plus only")
     folder = runs_dir.local("the folder of runs")
-    return RunDir(_plain(folder, flag="--runs-dir").absolute() / name)
+    folder = _plain(folder, flag="--runs-dir").absolute()
+    if ":" in str(folder):
+        raise UserError(f"--runs-dir: {folder}: Python finds no code below a folder with a colon; take another one")
+    return RunDir(folder / name)
 
 
 def _plain(path: Path, *, flag: str) -> Path:
@@ -63,8 +66,6 @@ def _plain(path: Path, *, flag: str) -> Path:
         plain_text(str(path))
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from None
-    if ":" in str(path.absolute()):
-        raise UserError(f"{flag}: {path}: Python finds no code below a folder with a colon; take another one")
     return path
 
 

@@ -172,6 +172,11 @@ def test_no_room_for_the_run_leaves_no_folder(tmp_path: Path, config_file: Path,
     assert not run.root.exists()
 
 
+def test_a_folder_in_which_python_would_find_no_code_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--runs-dir: .*/a:b: Python finds no code below a folder with a colon"):
+        new_run(name="one", runs_dir=Place(tmp_path / "a:b"), stem="x")
+
+
 def test_a_command_that_is_killed_while_it_makes_a_run_leaves_its_name_free(tmp_path: Path, config_file: Path):
     run, config, code = new_run(name="one", runs_dir=Place(tmp_path), stem="x"), read_config(config_file), read_code()
     child = os.fork()
