@@ -25,6 +25,7 @@ BEAT_SECONDS = 10.0
 SILENT_SECONDS = 90.0
 """An owner whose object has not changed for so long is dead: three times the longest pause of a wait for storage."""
 
+_JOIN_SECONDS = 10.0  # for the last sign of life, which must not come after the end
 _NAME = re.compile(r"owner-(\d{6})\.json")
 
 
@@ -124,7 +125,7 @@ class Ownership:
         """Ends the signs of life."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(timeout=BEAT_SECONDS)
+            self._thread.join(timeout=_JOIN_SECONDS)
 
     def end(self) -> None:
         """Ends the signs of life, and shows the next command that it need not wait."""
