@@ -2,7 +2,7 @@
 # Runs all checks: set-up, lint, types, import contracts, tests.
 #   bash ops/test.sh            everything but the slow tests, at most 20 minutes on two processors
 #   bash ops/test.sh --quick    lint, types, contracts and unit tests, at most 4 minutes after the first set-up
-#   bash ops/test.sh --all      the slow tests too, at most 75 minutes
+#   bash ops/test.sh --all      the slow tests and the oldest packages too (ops/oldest.sh), at most 75 minutes
 # Other arguments go to pytest in place of the chosen tests: `bash ops/test.sh tests/io -k lock`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -74,4 +74,7 @@ status=0
 step python -m pytest -m "$marks" "${ranks[@]}" || status=$?
 wait "$beside" || status=$?
 cat "$log"
+if [ "$extent" = all ]; then
+  step bash ops/oldest.sh || status=$?
+fi
 exit "$status"

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import re
 import warnings
 from functools import cache
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from cmscale.errors import UserError
 
 # The versions that the private parts were read in and the tests ran with. pyproject.toml bounds the packages by them.
-TESTED = {"deepspeed": "0.19.8", "mosaicml-streaming": "0.13.0", "submitit": "1.5.4", "torch": "2.14.1"}
+TESTED = {"deepspeed": "0.19.8", "mosaicml-streaming": "0.13.0", "submitit": "1.5.4", "torch": "2.15.0"}
+OLDEST = {"torch": "2.9.0"}
+"""The oldest tested version, of the packages that serve in a range of versions up to the one in `TESTED`."""
 
 
 class UnsupportedVersion(UserError):
@@ -18,13 +21,20 @@ class UnsupportedVersion(UserError):
 
 @cache
 def check_tested(package: str) -> None:
-    """Warns, once per process, if the installed version of a package is of another series than the tested one."""
-    found = importlib.metadata.version(package)
-    if found.split(".")[:2] != TESTED[package].split(".")[:2]:
+    """Warns, once per process, if the installed version of a package is of another series than the tested ones."""
+    found, newest = importlib.metadata.version(package), TESTED[package]
+    oldest = OLDEST.get(package, newest)
+    if not _series(oldest) <= _series(found) <= _series(newest):
+        tested = f"tested are {oldest} to {newest}" if oldest != newest else f"tested is {newest}"
         warnings.warn(
-            f"{package} {found} is installed, tested is {TESTED[package]}: its private parts may have changed",
+            f"{package} {found} is installed, {tested}: its private parts may have changed",
             stacklevel=2,
         )
+
+
+def _series(version: str) -> list[int]:
+    """The first two numbers of a version: [2, 9] of `2.9.0+cu128`."""
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def require(name: str, *, key: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from cmscale.engine import wrappers
 from cmscale.engine.flat_space import number_parameters
-from cmscale.io.packages import TESTED, UnsupportedVersion, check_tested, private
+from cmscale.io.packages import OLDEST, TESTED, UnsupportedVersion, check_tested, private
 
 
 def fake(name: str, **attributes: Any) -> Any:
@@ -126,6 +126,20 @@ def test_an_untested_series_is_named_at_the_start(monkeypatch: pytest.MonkeyPatc
         check_tested("deepspeed")
     monkeypatch.undo()
     check_tested.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["2.8.1+cu128", "2.16.0a0+git1"])
+def test_a_torch_outside_the_tested_range_is_named(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda package: version)
+    with pytest.warns(UserWarning, match=rf"is installed, tested are {OLDEST['torch']} to {TESTED['torch']}"):
+        check_tested.__wrapped__("torch")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("version", ["2.9.0+cu128", "2.11.0+cu130", "2.15.3"])
+def test_every_torch_of_the_tested_range_serves_without_a_word(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda package: version)
+    check_tested.__wrapped__("torch")
 
 
 @pytest.mark.filterwarnings("error")
