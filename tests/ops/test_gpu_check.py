@@ -50,6 +50,16 @@ def test_a_check_that_fails_or_takes_too_long_is_reported_and_the_time_is_kept(t
     assert "result" not in gpu_check.run(check("true"), seconds=60)  # that of an earlier run does not count
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_only_files_with_tests_for_a_gpu_are_imported(dry_run: bool, tmp_path: Path) -> None:
+    (check,) = (each for each in gpu_check.checks(tmp_path, dry_run=dry_run, original=None) if each.part == "tests")
+    files = [Path(word) for word in check.command if word.endswith(".py")]
+    assert {"test_attention.py", "test_dropout.py"} <= {file.name for file in files}
+    assert all(gpu_check.CUDA in file.read_text() for file in files)
+    assert str(CHECKOUT / "tests") not in check.command
+    assert ("cuda" in check.command) is not dry_run
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [
