@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
+FEWEST_ATTEMPTS = 10
+"""A patience of a few minutes has shorter pauses: a storage that comes and goes is met while it is there."""
 LONGEST_ATTEMPT_SECONDS = 240.0
 """A storage's own attempt, with what its client repeats at once, ends within this time."""
 
@@ -33,8 +35,8 @@ _shared = mmap.mmap(-1, _record.size)
 def patiently(call: Callable[[], T]) -> T:
     """Calls until the storage answers.
 
-    The pauses double from half a second to half a minute; a random part of up to a half of each keeps many ranks from
-    asking at once. What is waited for is said on stderr at growing intervals.
+    The pauses double from half a second to half a minute, or to a tenth of a short patience; a random part of up to a
+    half of each keeps many ranks from asking at once. What is waited for is said on stderr at growing intervals.
 
     Raises:
         StorageAway: it has not answered for `storage.patience_minutes`; the message says so.
@@ -58,7 +60,7 @@ def patiently(call: Callable[[], T]) -> T:
                 raise StorageAway(waited) from error
             _mark(now + LONGEST_PAUSE_SECONDS + LONGEST_ATTEMPT_SECONDS)
             _report(error, now=now, waited=now - began, patience=patience)
-            time.sleep(min(left, pause_seconds(pauses)))
+            time.sleep(min(left, pause_seconds(pauses, patience=patience)))
             pauses += 1
         else:
             if began is not None:
@@ -66,9 +68,10 @@ def patiently(call: Callable[[], T]) -> T:
             return found
 
 
-def pause_seconds(number: int) -> float:
+def pause_seconds(number: int, *, patience: float) -> float:
     """The pause after the failed attempt `number`, counted from 0: between a half and the whole of its length."""
-    length = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(number, 30))
+    longest = min(LONGEST_PAUSE_SECONDS, max(FIRST_PAUSE_SECONDS, patience / FEWEST_ATTEMPTS))
+    length = min(longest, FIRST_PAUSE_SECONDS * 2.0 ** min(number, 30))
     return length * (0.5 + secrets.randbelow(1001) / 2000)
 
 

@@ -9,7 +9,7 @@ from outages import pass_time, use_patience
 
 from cmscale.config.storage import StorageKeys
 from cmscale.io import patience
-from cmscale.io.patience import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, is_waiting, patiently
+from cmscale.io.patience import FEWEST_ATTEMPTS, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, is_waiting, patiently
 from cmscale.io.protocol import ArrivedChanged, StorageAway
 from cmscale.io.settings import INTERACTIVE_MINUTES, storage_settings
 
@@ -24,15 +24,31 @@ def test_the_pauses_grow_and_fill_the_whole_patience(monkeypatch: pytest.MonkeyP
     StorageKeys(patience_minutes=30.0).apply(interactive=minutes < 30)
     with pytest.raises(StorageAway, match=rf"\(refused\); waited {minutes:g} minutes \(storage.patience_minutes\)$"):
         patiently(away)
-    lengths = [min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**n) for n in range(len(clock.waits))]
+    longest = min(LONGEST_PAUSE_SECONDS, 60 * minutes / FEWEST_ATTEMPTS)
+    lengths = [min(longest, FIRST_PAUSE_SECONDS * 2**n) for n in range(len(clock.waits))]
     assert all(length / 2 <= wait <= length for wait, length in zip(clock.waits[:-1], lengths[:-1], strict=True))
     assert clock.waits[-1] <= lengths[-1]  # the rest of the patience
     assert sum(clock.waits) == pytest.approx(60 * minutes, abs=1)
     assert not is_waiting()
 
 
+def test_a_short_patience_meets_a_storage_that_is_seldom_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every 15 s it is there for 6.5 s, which longer pauses pass by."""
+    clock = pass_time(monkeypatch)
+    use_patience(1)
+
+    def seldom_there() -> str:
+        if sum(clock.waits) % 15.0 < 8.5:
+            away()
+        return "bytes"
+
+    for _ in range(50):
+        clock.waits.clear()
+        assert patiently(seldom_there) == "bytes"
+
+
 def test_pauses_differ_between_ranks() -> None:
-    assert len({patience.pause_seconds(8) for _ in range(20)}) > 1
+    assert len({patience.pause_seconds(8, patience=1800.0) for _ in range(20)}) > 1
 
 
 def test_the_first_answer_ends_the_wait(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
