@@ -21,6 +21,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "model.noise_embedding_scale": {EVERY_METHOD: 1000.0},
     "model.dropout_resolutions": {EVERY_METHOD: None},
     "model.precision_layout": {EVERY_METHOD: "uniform"},
+    "train.random_numbers": {EVERY_METHOD: "torch"},
     "ema.lengths": {EVERY_METHOD: []},
     "optimizer.schedule": {EVERY_METHOD: "constant"},
     "optimizer.decay_reference": {EVERY_METHOD: None},

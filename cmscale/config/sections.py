@@ -170,6 +170,13 @@ class Train(Section):
         ..., "Images of one pass of one rank. It is limited by memory and does not change the losses.", unit="images"
     )
     seed: NonNegative = key(0, "Seed of weights, order of the data, noise, times and dropout.", source="arbitrary")
+    random_numbers: Literal["philox", "torch"] = key(
+        "philox",
+        "What draws noise, times and dropout: `philox`, for all images of a batch at once and with the same numbers on "
+        "a CPU and on CUDA; `torch`, as in runs of earlier releases, one of PyTorch's generators for each image and "
+        "layer, whose noise and dropout differ between a CPU and CUDA.",
+        source="fewer and larger kernels",
+    )
     init_from: str | None = operational(
         None,
         "A SOURCE whose weights are the first ones of the network and of all its averages: a run, a checkpoint, an "

@@ -11,10 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cmscale.model import float32
 from cmscale.model.attention import Kind, Layout, attend, split_qkv
-from cmscale.rng import key
+from cmscale.rng import DropoutKeys, PhiloxKeys, key
 
 NORM_GROUPS = 32
-DropoutKeys = Sequence[int] | None
 
 
 @functools.lru_cache(maxsize=16)
@@ -52,8 +51,8 @@ class GroupNorm(float32.Float32Layer, nn.GroupNorm):
         return normal.to(input.dtype, memory_format=torch.channels_last)
 
 
-def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) -> Tensor:
-    """Dropout on [B, ...], where the mask of sample i is a function of (keys[i], layer) and the device type.
+def keyed_dropout(x: Tensor, rate: float, *, keys: DropoutKeys, layer: int) -> Tensor:
+    """Dropout on [B, ...], where the mask of sample i is a function of its key and the layer; see `mask`.
 
     Two networks with the same keys therefore drop the same elements, in any batch and dtype, and activation
     checkpointing repeats the mask. The released code restores the CPU generator instead, which has no effect on CUDA.
@@ -64,14 +63,18 @@ def keyed_dropout(x: Tensor, rate: float, *, keys: Sequence[int], layer: int) ->
     return dropped(x, rate, keep=mask(x.shape, rate, keys=keys, layer=layer, device=x.device))
 
 
-def mask(shape: Sequence[int], rate: float, *, keys: Sequence[int], layer: int, device: torch.device) -> Tensor:
-    """Which elements of `shape` [B, ...] stay: a function of (keys[i], layer) and the device type for sample i.
+def mask(shape: Sequence[int], rate: float, *, keys: DropoutKeys, layer: int, device: torch.device) -> Tensor:
+    """Which elements of `shape` [B, ...] stay: for sample i a function of its key and the layer.
+
+    Keys that are numbers seed torch's generators, which differ between the types of devices.
 
     Raises:
         ValueError: the number of keys is not the batch size.
     """
     if len(keys) != shape[0]:
         raise ValueError(f"dropout_keys: {len(keys)} keys for a batch of {shape[0]}; give one per sample")
+    if isinstance(keys, PhiloxKeys):
+        return keys.kept(shape[1:], rate, layer=layer)
     keep = torch.empty(shape, dtype=torch.bool, device=device)
     if not keep.is_meta:  # there, where shapes alone are computed, are no generators
         source = torch.Generator(device=device)
@@ -189,16 +192,16 @@ class ResBlock(Block):
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor, dropout_keys: DropoutKeys = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, dropout_keys: DropoutKeys | None = None) -> Tensor:
         return self._run(self._forward, x, embedding, dropout_keys)
 
-    def _forward(self, x: Tensor, embedding: Tensor, dropout_keys: DropoutKeys) -> Tensor:
+    def _forward(self, x: Tensor, embedding: Tensor, dropout_keys: DropoutKeys | None) -> Tensor:
         keep = None
         if self.dropout > 0 and self.training and dropout_keys is not None:
             keep = self._mask(x, dropout_keys)  # not by compiled code: it draws random numbers
         return self._computed(x, embedding, keep)
 
-    def _mask(self, x: Tensor, keys: Sequence[int]) -> Tensor:
+    def _mask(self, x: Tensor, keys: DropoutKeys) -> Tensor:
         """Which elements before the last convolution stay."""
         height, width = x.shape[2:]
         if self.resample is double:
@@ -269,7 +272,7 @@ class Stage(nn.ModuleList):
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(blocks)
 
-    def forward(self, input: Tensor, embedding: Tensor, dropout_keys: DropoutKeys = None) -> Tensor:
+    def forward(self, input: Tensor, embedding: Tensor, dropout_keys: DropoutKeys | None = None) -> Tensor:
         for block in self:
             input = block(input, embedding, dropout_keys) if isinstance(block, ResBlock) else block(input)
         return input

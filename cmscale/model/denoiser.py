@@ -1,7 +1,7 @@
 """Preconditions a raw network into a denoiser or a consistency function of (x, sigma)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cmscale.config import NOISE_EMBEDDING_SCALE
+from cmscale.rng import DropoutKeys
 
 Raw = Callable[..., Tensor]
 
@@ -47,7 +48,7 @@ class _Preconditioned(ABC):
         sigma: Tensor,
         *,
         labels: Tensor | None = None,
-        dropout_keys: Sequence[int] | None = None,
+        dropout_keys: DropoutKeys | None = None,
     ) -> Tensor:
         """The function of the class for images x [B, C, H, W] with noise of std sigma [B]; [B, C, H, W] float32."""
         c_skip, c_out = self.coefficients(sigma)

@@ -6,7 +6,7 @@ f = cos(t) x_t - sin(t) sd F with F = -raw. The weights of an EDM model therefor
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cmscale.model.denoiser import Raw, Time, embedded_time
+from cmscale.rng import DropoutKeys
 
 Derivative = Literal["jvp", "central_differences", "backward_differences"]
 
@@ -55,7 +56,7 @@ class TrigFlow:
         sigma: Tensor,
         *,
         labels: Tensor | None = None,
-        dropout_keys: Sequence[int] | None = None,
+        dropout_keys: DropoutKeys | None = None,
     ) -> Tensor:
         """f for images x [B, C, H, W] with noise of std sigma [B]: cos(t) x_t - sin(t) sd F(x_t / sd, t), float32."""
         t = torch.atan(sigma.double() / self.sigma_data)
@@ -65,20 +66,18 @@ class TrigFlow:
         output = self.raw(x / self.sigma_data, time, labels=labels, dropout_keys=dropout_keys)
         return cos * x + sin * self.sigma_data * output
 
-    def flow(self, x: Tensor, t: Tensor, *, dropout_keys: Sequence[int] | None = None) -> Tensor:
+    def flow(self, x: Tensor, t: Tensor, *, dropout_keys: DropoutKeys | None = None) -> Tensor:
         """F(x, t), x = x_t / sd, t [B] in [0, pi/2]."""
         return -self.raw(x, self._embedded(t).to(x.dtype), dropout_keys=dropout_keys)
 
-    def weighted_flow(
-        self, x: Tensor, t: Tensor, *, dropout_keys: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def weighted_flow(self, x: Tensor, t: Tensor, *, dropout_keys: DropoutKeys | None = None) -> tuple[Tensor, Tensor]:
         """F(x, t) and the learned weighting w(t) [B]; the network must be a `WeightedUNet`."""
         output, weight = self.raw(x, self._embedded(t), dropout_keys=dropout_keys, weight_time=t)
         return -output, weight
 
     @torch.no_grad()
     def flow_and_rate(
-        self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: Sequence[int] | None = None
+        self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: DropoutKeys | None = None
     ) -> tuple[Tensor, Tensor]:
         """F(x, t) and cos(t) sin(t) dF/dt along the trajectory through x = x_t / sd with dx_t/dt = slope.
 
@@ -91,7 +90,7 @@ class TrigFlow:
         return self._by_differences(x, t, slope, dropout_keys=dropout_keys)
 
     def _by_differences(
-        self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: Sequence[int] | None
+        self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: DropoutKeys | None
     ) -> tuple[Tensor, Tensor]:
         """The differences of F(x_k, t_k) with tan(t_k) = tan(t) e^{kh}, as cos(t) sin(t) dt = d ln(tan t).
 
@@ -110,7 +109,7 @@ class TrigFlow:
         return value, difference / STEP
 
     def _by_forward_mode(
-        self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: Sequence[int] | None
+        self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: DropoutKeys | None
     ) -> tuple[Tensor, Tensor]:
         """The derivative at a point, in one pass.
 

@@ -13,7 +13,6 @@ from cmscale.model import float32
 from cmscale.model.blocks import (
     AttentionBlock,
     Downsample,
-    DropoutKeys,
     GroupNorm,
     ResBlock,
     Stage,
@@ -22,7 +21,7 @@ from cmscale.model.blocks import (
     halve,
     timestep_embedding,
 )
-from cmscale.rng import generator
+from cmscale.rng import DropoutKeys, generator
 
 
 class UNet(nn.Module):
@@ -143,7 +142,7 @@ class UNet(nn.Module):
         c_noise: Tensor,
         *,
         labels: Tensor | None = None,
-        dropout_keys: DropoutKeys = None,
+        dropout_keys: DropoutKeys | None = None,
     ) -> Tensor:
         """The raw output F(x, c_noise), [B, 3, H, W] float32.
 

@@ -30,7 +30,7 @@ from cmscale.model.precondition import denoiser_for, teacher_denoiser_for
 from cmscale.model.trigflow import TrigFlow
 from cmscale.model.unet import UNet, build_unet
 from cmscale.model.weighting import build_weighted_unet
-from cmscale.rng import SampleRandomness
+from cmscale.rng import SampleRandomness, sample_randomness
 from cmscale.runs.manifests import Parameter, TrainState
 from cmscale.source import load_first_weights, load_teacher, weights_fingerprint
 from cmscale.training.measurements import Measurements
@@ -63,9 +63,13 @@ class Parts:
     def micro_losses(self, batch: Batch, values: ScheduleValues) -> Iterator[Callable[[], torch.Tensor]]:
         """Yields a function per micro-batch that computes its mean loss."""
         images = to_device(batch, self.world.device)
-        size = self.config.train.micro_batch_size
-        random = SampleRandomness(self.config.train.seed, batch.positions, self.world.device)
-        for clean, numbers in zip(images.split(size), random.split(size), strict=True):
+        settings = self.config.train
+        random = sample_randomness(
+            settings.random_numbers, seed=settings.seed, positions=batch.positions, device=self.world.device
+        )
+        for clean, numbers in zip(
+            images.split(settings.micro_batch_size), random.split(settings.micro_batch_size), strict=True
+        ):
             yield partial(self._micro_loss, clean, values, numbers)
 
     def _micro_loss(self, clean: torch.Tensor, values: ScheduleValues, random: SampleRandomness) -> torch.Tensor:

@@ -33,7 +33,7 @@ from cmscale.distributed import world as worlds
 from cmscale.distributed.world import World
 from cmscale.engine.settings import COMPUTE_DTYPES
 from cmscale.model.unet import build_unet
-from cmscale.rng import SampleRandomness
+from cmscale.rng import sample_randomness
 from cmscale.training.assemble import Parts, assemble
 from cmscale.training.estimate import counts
 
@@ -111,8 +111,8 @@ def pieces(step: Step, device: torch.device, clock: Callable[[], float]) -> dict
 
     def draw() -> None:
         for number in range(micro):
-            positions = tuple(range(number * size, (number + 1) * size))
-            random = SampleRandomness(0, positions, device)
+            positions = range(number * size, (number + 1) * size)
+            random = sample_randomness(config.train.random_numbers, seed=0, positions=positions, device=device)
             random.noise((3, side, side))
             random.uniform()
 

@@ -26,7 +26,7 @@ from cmscale.engine.optimizer import build_optimizer
 from cmscale.engine.settings import COMPUTE_DTYPES
 from cmscale.model.precondition import denoiser_for, teacher_denoiser_for
 from cmscale.model.unet import build_unet
-from cmscale.rng import SampleRandomness
+from cmscale.rng import sample_randomness
 from cmscale.training.assemble import network_builder
 
 META = torch.device("meta")
@@ -167,7 +167,7 @@ def on_meta(config: Config, *, size: int, activation_checkpointing: bool) -> OnM
     values = schedules.at(config, config.train.total_steps - 1)
     side = config.model.image_size
     clean = torch.empty(size, 3, side, side, device=META)
-    random = SampleRandomness(config.train.seed, tuple(range(size)), META)
+    random = sample_randomness(config.train.random_numbers, seed=config.train.seed, positions=range(size), device=META)
     modules = [student, target, teacher, distance if isinstance(distance, nn.Module) else None]
 
     def compute() -> None:
