@@ -19,7 +19,7 @@ from cmscale.consistency.networks import Networks
 from cmscale.errors import UserError
 from cmscale.model import UNet, build_unet, denoiser_for
 from cmscale.model.compiled import check_compiler, compile_blocks, uncompiled
-from cmscale.rng import SampleRandomness
+from cmscale.rng import PhiloxKeys, PhiloxRandomness
 
 SMALL = {"image_size": 8, "channel_multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": (8,)}
 
@@ -58,7 +58,7 @@ def batch(size: int = 2, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 def results(network: UNet, x: torch.Tensor, c_noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and all gradients of its mean square."""
     network.zero_grad()
-    output = network(x, c_noise, dropout_keys=tuple(range(len(x))))
+    output = network(x, c_noise, dropout_keys=PhiloxKeys(3, tuple(range(len(x))), x.device))
     output.square().mean().backward()
     return output.detach(), torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
@@ -96,7 +96,7 @@ def test_nothing_is_compiled_again_when_schedules_times_or_modes_change(backend:
     clean, _ = batch()
 
     def step(number: int, num_scales: int) -> float:
-        random = SampleRandomness(number, (2 * number, 2 * number + 1), torch.device("cpu"))
+        random = PhiloxRandomness(number, (2 * number, 2 * number + 1), torch.device("cpu"))
         value = loss(networks, clean, ScheduleValues(number, 1.0, num_scales=num_scales, target_ema=0.9), random).mean()
         value.backward()
         return value.item()

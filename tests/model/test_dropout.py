@@ -1,13 +1,19 @@
 """Tests that keyed dropout depends only on sample and layer, and is repeated by activation checkpointing."""
 
+from functools import partial
+
 import pytest
 import torch
 from networks import random_weights, small_model
 
 from cmscale.model import UNet, build_unet
 from cmscale.model.blocks import ResBlock, keyed_dropout
+from cmscale.rng import PhiloxKeys
 
 KEYS = (11, 22, 33)
+EVERY_KIND = pytest.mark.parametrize(
+    "kind", [tuple, partial(PhiloxKeys, 7, device=torch.device("cpu"))], ids=["numbers", "philox"]
+)
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]),
@@ -26,47 +32,54 @@ def batch(size: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(size, 3, 16, 16, generator=source), torch.linspace(-500, 500, size)
 
 
+@pytest.mark.parametrize("philox", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_student_and_target_drop_the_same_elements(device):
+def test_student_and_target_drop_the_same_elements(device, philox):
     ones = torch.ones(3, 32, 8, 8, device=device)
-    student = keyed_dropout(ones, 0.3, keys=KEYS, layer=2)
-    target = keyed_dropout(7 * ones, 0.3, keys=KEYS, layer=2)
-    halved = keyed_dropout(ones.bfloat16(), 0.3, keys=KEYS, layer=2)
+    keys = PhiloxKeys(7, KEYS, torch.device(device)) if philox else KEYS
+    student = keyed_dropout(ones, 0.3, keys=keys, layer=2)
+    target = keyed_dropout(7 * ones, 0.3, keys=keys, layer=2)
+    halved = keyed_dropout(ones.bfloat16(), 0.3, keys=keys, layer=2)
     assert torch.equal(student == 0, target == 0)
     assert torch.equal(student == 0, halved == 0)
 
 
-def test_the_mask_of_a_sample_depends_on_its_key_and_layer_alone():
+@EVERY_KIND
+def test_the_mask_of_a_sample_depends_on_its_key_and_layer_alone(kind):
     ones = torch.ones(3, 32, 8, 8)
-    together = keyed_dropout(ones, 0.3, keys=KEYS, layer=2)
+    together = keyed_dropout(ones, 0.3, keys=kind(KEYS), layer=2)
     torch.manual_seed(99)
-    alone = keyed_dropout(ones[:1], 0.3, keys=KEYS[1:2], layer=2)
+    alone = keyed_dropout(ones[:1], 0.3, keys=kind(KEYS[1:2]), layer=2)
     assert torch.equal(together[1:2], alone)
     assert not torch.equal(together[0] == 0, together[1] == 0)
-    assert not torch.equal(together, keyed_dropout(ones, 0.3, keys=KEYS, layer=3))
+    assert not torch.equal(together, keyed_dropout(ones, 0.3, keys=kind(KEYS), layer=3))
 
 
-def test_dropout_keeps_the_mean_and_drops_at_its_rate():
+@EVERY_KIND
+def test_dropout_keeps_the_mean_and_drops_at_its_rate(kind):
     count = 3 * 32 * 64 * 64
-    dropped = keyed_dropout(torch.ones(3, 32, 64, 64), 0.3, keys=KEYS, layer=0)
+    dropped = keyed_dropout(torch.ones(3, 32, 64, 64), 0.3, keys=kind(KEYS), layer=0)
     rate = (dropped == 0).double().mean().item()
     assert abs(rate - 0.3) < 5 * (0.3 * 0.7 / count) ** 0.5
     assert torch.allclose(dropped[dropped != 0], torch.tensor(1 / 0.7))
 
 
-def test_keys_of_another_batch_size_are_refused():
+@EVERY_KIND
+def test_keys_of_another_batch_size_are_refused(kind):
     with pytest.raises(ValueError, match="2 keys for a batch of 3"):
-        keyed_dropout(torch.ones(3, 1), 0.3, keys=(1, 2), layer=0)
+        keyed_dropout(torch.ones(3, 1), 0.3, keys=kind((1, 2)), layer=0)
 
 
-def test_a_network_drops_by_key_in_training_and_never_without_keys_or_in_evaluation():
+@EVERY_KIND
+def test_a_network_drops_by_key_in_training_and_never_without_keys_or_in_evaluation(kind):
     network = network_with(dropout=0.5)
     x, c_noise = batch()
+    keys = kind(KEYS)
     with torch.no_grad():
-        dropped = network(x, c_noise, dropout_keys=KEYS)
-        again = network(x, c_noise, dropout_keys=KEYS)
+        dropped = network(x, c_noise, dropout_keys=keys)
+        again = network(x, c_noise, dropout_keys=keys)
         plain = network(x, c_noise)
-        evaluated = network.eval()(x, c_noise, dropout_keys=KEYS)
+        evaluated = network.eval()(x, c_noise, dropout_keys=keys)
     assert torch.equal(dropped, again)
     assert torch.equal(plain, evaluated)
     assert not torch.allclose(dropped, plain, atol=1e-2)
@@ -79,12 +92,13 @@ def test_every_residual_block_has_a_mask_of_its_own():
     assert len(layers) == 14  # 2 levels: 5 down, 2 in the middle, 7 up
 
 
-def test_activation_checkpointing_changes_no_bit_of_loss_and_gradients():
+@EVERY_KIND
+def test_activation_checkpointing_changes_no_bit_of_loss_and_gradients(kind):
     x, c_noise = batch()
     gradients = []
     for checkpointing in (False, True):
         network = network_with(dropout=0.5, activation_checkpointing=checkpointing)
-        loss = network(x, c_noise, dropout_keys=KEYS).square().mean()
+        loss = network(x, c_noise, dropout_keys=kind(KEYS)).square().mean()
         loss.backward()
         gradients.append([loss.detach(), *(parameter.grad for parameter in network.parameters())])
     assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*gradients, strict=True))
