@@ -4,8 +4,8 @@ import contextlib
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore
+import triton.language as tl  # pyright: ignore
 from torch import Tensor
 
 WIDTH = 512
