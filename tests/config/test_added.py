@@ -80,6 +80,7 @@ def test_new_runs_get_the_defaults_and_differ_from_older_ones_by_name():
     assert differences(without_added(trajectory(new), "scd"), trajectory(new)) == [
         "method.tangent: jvp -> auto",
         "model.precision_layout: uniform -> released",
+        "train.random_numbers: torch -> philox",
     ]
 
 

@@ -146,6 +146,7 @@ def test_everything_else_may_differ(parent: RunDir) -> None:
         "optimizer.weight_decay": 0.1,
         "train.seed": 3,
         "train.total_steps": 200,
+        "train.random_numbers": "torch",
         "method.s1": 20,
         "method.distance": "l1",
         "method.sigma_max": 40.0,
