@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmscale.rng import PhiloxKeys, PhiloxRandomness, philox
+from cmscale.rng import PhiloxRandomness, philox
 
 CPU = torch.device("cpu")
 KEY = 0x7EDCBA9876543210
@@ -194,25 +194,3 @@ def test_where_the_kernels_do_not_run_the_log_says_why_and_torch_draws(caplog: p
     with caplog.at_level(logging.WARNING):
         assert not philox._kernels_work.__wrapped__(CPU)
     assert "cpu draws random numbers without Triton's kernels (" in caplog.text
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-def test_cuda_draws_what_a_cpu_draws() -> None:
-    cuda, positions = torch.device("cuda"), at(0, 3, 2**40, 2**62 + 7)
-    assert philox._kernels_work(cuda)
-    for key, purpose in ((5, 0), (2**63 - 1, 1), (KEY, 2000)):
-        for shape in ((1,), (3, 7, 5), (3, 256, 256)):
-            expected = philox.kept(key, positions, purpose, shape, rate=0.3)
-            assert torch.equal(philox.kept(key, positions.to(cuda), purpose, shape, rate=0.3).cpu(), expected)
-            normal = philox.normal(key, positions, purpose, shape)
-            found = philox.normal(key, positions.to(cuda), purpose, shape).cpu()
-            np.testing.assert_array_max_ulp(found.numpy(), normal.numpy(), maxulp=1)
-            assert (found != normal).double().mean() < 1e-5
-        assert torch.equal(
-            philox.uniform(key, positions.to(cuda), purpose).cpu(), philox.uniform(key, positions, purpose)
-        )
-    words = philox.words_by_torch(KEY, positions, 0, range(300))
-    assert torch.equal(philox.words_by_torch(KEY, positions.to(cuda), 0, range(300)).cpu(), words)
-    keys = PhiloxKeys(KEY, (1, 2), cuda)
-    assert torch.equal(keys.kept((9,), 0.5, layer=1).cpu(), PhiloxKeys(KEY, (1, 2), CPU).kept((9,), 0.5, layer=1))
