@@ -16,8 +16,8 @@ _TIMES = (
     r"(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)",
     r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?",
 )
-_GPUS = re.compile(r"((?P<type>[A-Za-z0-9_.+-]*[A-Za-z][A-Za-z0-9_.+-]*):)?(?P<count>[1-9]\d{0,3})")
-_GPU_GRES = re.compile(r"(gres[/:])?gpu(:(?P<type>[^:,=()]*[^:,=()\d][^:,=()]*))?([:=](?P<count>\d+))?(\(.*\))?")
+_GPUS = re.compile(r"((?P<type>(?=[^A-Za-z:]*[A-Za-z])[A-Za-z0-9_.+-]+):)?(?P<count>[1-9]\d{0,3})")
+_GPU_GRES = re.compile(r"(gres[/:])?gpu(:(?P<type>(?=\d*[^:,=()\d])[^:,=()]+))?([:=](?P<count>\d+))?(\(.*\))?")
 
 MEMORY = frozenset({"mem_gb", "mem", "mem_per_gpu", "mem_per_cpu"})
 """Keys of which one at most applies."""

@@ -130,6 +130,14 @@ def test_gpus_and_times_are_read_as_slurm_writes_them() -> None:
         section(gres="gpu:4", gpus_per_node=8)
 
 
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "1" * 1_000_000 + ":", "x" * 1_000_000 + ":0"])
+def test_a_long_text_in_place_of_gpus_is_refused_without_trying_each_way_to_cut_it(text: str) -> None:
+    with pytest.raises(ValueError, match="write a number, or TYPE:NUMBER"):
+        parse_gpus(text)
+    settings = Slurm(gres=f"gpu:{text}:(")
+    assert settings.gpus_in_gres() is None
+
+
 def test_interpreters_are_words_of_a_shell() -> None:
     assert section().rank_interpreter("/own") == section().batch_interpreter("/own") == ["/own"]
     other = section(python="apptainer exec --nv 'my image.sif' python3")
