@@ -98,21 +98,10 @@ def edit(
 ) -> None:
     """Edits images with a consistency model (zero-shot; Song et al. 2023, algorithm 4)."""
     from cmscale.io.fetch import local_file
-    from cmscale.runs.choices import check_consistency_model
 
     given.refuse_unused(task=task)
-    overrides = [text for text in images or [] if "=" in text and not Path(text).exists()]
-    if overrides and config is None:
-        raise UserError(
-            f"{overrides[0]}: is no file, and has no effect on {situation.OWN_CONFIG}, only on {situation.GIVEN_CONFIG}"
-        )
-    check_consistency_model(source, what="edit", config=config, overrides=overrides)
-    if len(overrides) == len(images or []) and task != "interpolate":
-        raise UserError(f"edit {task}: got no image; give at least one image file")
-    for text in images or []:  # before torch is imported, which takes seconds
-        if "=" not in text and not (place := Place(text)).is_remote:
-            local_file(place)
-
+    overrides = _overrides(images or [], config)
+    _check_inputs(task, source, images or [], config=config, overrides=overrides)
     run = RunDir(source.local("a run whose report shows edits")) if in_report else None
 
     from cmscale.distributed.world import choose_device
@@ -143,6 +132,31 @@ def edit(
         paths = edit_images(loaded, request, out=out, strips=[*filter(None, [strip]), *shown], device=chosen)
     for path in (*paths, *shown):
         print(path)
+
+
+def _overrides(images: Sequence[str], config: str | None) -> list[str]:
+    """Those of the words that are no images. Raises UserError if there is no config that they could be for."""
+    found = [text for text in images if "=" in text and not Path(text).exists()]
+    if found and config is None:
+        raise UserError(
+            f"{found[0]}: is no file, and has no effect on {situation.OWN_CONFIG}, only on {situation.GIVEN_CONFIG}"
+        )
+    return found
+
+
+def _check_inputs(
+    task: str, source: Place, images: Sequence[str], *, config: str | None, overrides: Sequence[str]
+) -> None:
+    """Raises UserError for another model, or images that are not there, before torch is imported."""
+    from cmscale.io.fetch import local_file
+    from cmscale.runs.choices import check_consistency_model
+
+    check_consistency_model(source, what="edit", config=config, overrides=overrides)
+    if len(overrides) == len(images) and task != "interpolate":
+        raise UserError(f"edit {task}: got no image; give at least one image file")
+    for text in images:
+        if "=" not in text and not (place := Place(text)).is_remote:
+            local_file(place)
 
 
 def _check_outputs(outputs: Sequence[Place], strip: Place | None, *, inputs: Sequence[Place]) -> None:

@@ -1,5 +1,6 @@
 """Runs `cmscale doctor` on the nodes of a Slurm job, and shows in what they differ."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from cmscale.io.process import node_name
 from cmscale.io.slurm import outside_of_jobs
 
 _SIGN = "doctor-of-node "
+_END_SECONDS = 30.0  # for srun to end its job
 _MEASURED = re.compile(r"[\d.]+ (?:ms\b|[KMGT]i?B free)")
 
 
@@ -84,7 +86,13 @@ def _said(command: Sequence[str]) -> tuple[list[str], list[str]]:
         assert process.stderr is not None
         showing = threading.Thread(target=show, args=(process.stderr,), daemon=True)
         showing.start()
-        output = process.stdout.read().splitlines()
+        try:
+            output = process.stdout.read().splitlines()
+        except BaseException:  # Ctrl-C alone does not end a job that runs already
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
+            raise
         showing.join()
     return output, errors
 

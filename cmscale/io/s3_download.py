@@ -1,6 +1,8 @@
 """Downloads files from S3 in parts: each is asked for patiently by itself."""
 
 import os
+import secrets
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,10 @@ PART_BYTES = 8 << 20
 _THREADS = 10
 _TRIES = 4  # of an object that is replaced meanwhile, or of which parts arrive cut
 _CHUNK_BYTES = 1 << 20
+
+
+class GivenUp(Exception):
+    """Raised in the threads of a download of which another part has failed, or which was interrupted."""
 
 
 class Ask(Protocol):
@@ -32,7 +38,7 @@ def download_in_parts(ask: Ask, key: str, path: Path, **names: str) -> None:
         ArrivedChanged: each of several times a part is shorter than the server says, or the object is replaced.
         FileNotFoundError, UserError, ConnectionError, OSError: from the storage and the file.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # process ids of containers are alike
     try:
         for attempt in range(_TRIES):
             try:
@@ -59,6 +65,7 @@ def _download_once(ask: Ask, key: str, parts: "_Parts") -> None:
             for future in futures:
                 future.result()
         except BaseException:
+            parts.given_up.set()  # else one that waits for the storage would be waited for
             threads.shutdown(cancel_futures=True)
             raise
 
@@ -71,12 +78,14 @@ class _Parts:
         self._key = key
         self._names = names
         self._tag: str | None = None
+        self.given_up = threading.Event()
 
     def get(self, client: Any, offset: int) -> int:
         """Fetches the part at `offset`. Returns up to where the object is to be fetched in parts: its length.
 
         A server that knows no parts sends all at once.
         """
+        self._go_on()
         answer = self._ask(client, offset)
         tag = answer.get("ETag", "")
         if self._tag not in (None, tag):
@@ -84,6 +93,7 @@ class _Parts:
         self._tag = tag
         count, head = 0, b""
         for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
+            self._go_on()
             self._write(chunk, offset + count)
             count += len(chunk)
             head = chunk if count == len(chunk) else head
@@ -99,6 +109,10 @@ class _Parts:
         if int(first) != offset or count != int(last) + 1 - offset:
             raise ArrivedChanged(f"{self._key}: {count} bytes arrived at {offset}, where the server has {said}")
         return int(total)
+
+    def _go_on(self) -> None:
+        if self.given_up.is_set():
+            raise GivenUp
 
     def _write(self, chunk: bytes, at: int) -> None:
         left = memoryview(chunk)

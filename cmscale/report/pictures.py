@@ -96,7 +96,10 @@ def read_pictures(facts: RunFacts) -> Pictures:
         )
         if path.is_file() and (each := shown(path, caption))
     ]
-    edits = sorted(facts.run.edits.glob("*.png"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    edits = sorted(
+        (path for path in facts.run.edits.glob("*.png") if path.is_file()),
+        key=lambda path: (-path.stat().st_mtime_ns, path.name),
+    )
     return Pictures(
         grids=grids,
         count=len(facts.grids),

@@ -3,12 +3,16 @@
 import fcntl
 import json
 import re
+import signal
 import socket
 import stat
+import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -205,3 +209,23 @@ def test_nodes_that_differ_are_shown(monkeypatch, capsys) -> None:
     assert re.search(r"ok +n2 +torch +2.13", shown)
     assert run(monkeypatch, "doctor", "--nodes", 2, "--json") == 0
     assert json.loads(capsys.readouterr().out)["differing"] == ["torch"]
+
+
+def test_an_interrupt_ends_srun_and_with_it_its_job(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(bin_folder, "srun", "exec sleep 600")
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *command: Any, **how: Any) -> None:
+            super().__init__(*command, **how)
+            started.append(self)
+            assert self.stdout is not None
+            monkeypatch.setattr(self, "stdout", SimpleNamespace(read=interrupt, close=self.stdout.close))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nodes.doctor_of_nodes(2, runs_dir="runs")
+    assert [process.returncode for process in started] == [-signal.SIGTERM]

@@ -1,15 +1,19 @@
 """Files come from S3 in parts: each is asked for again by itself, and never are two objects mixed."""
 
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy
 from outages import pass_time
 
+from cmscale.errors import UserError
 from cmscale.io import s3_download
-from cmscale.io.protocol import ArrivedChanged
+from cmscale.io.protocol import ArrivedChanged, StorageAway
 from cmscale.io.s3 import S3Storage
 from cmscale.io.storage import open_storage
 
@@ -84,3 +88,35 @@ def test_a_server_that_knows_no_parts_sends_all_at_once(storage: S3Storage, tmp_
     get: Any = client.get_object
     monkeypatch.setattr(client, "get_object", lambda *, Range, **names: get(**names))
     assert downloaded(storage, tmp_path) == body(3 * PART)
+
+
+def test_a_part_that_waits_for_the_storage_gives_up_when_another_one_has_failed(
+    storage: S3Storage, tmp_path: Path
+) -> None:
+    is_away, given_up = threading.Event(), []
+
+    def get_object(Range: str) -> dict[str, Any]:
+        if Range == f"bytes=0-{PART - 1}":
+            parts = SimpleNamespace(iter_chunks=lambda _: [body(PART)])
+            return {"Body": parts, "ContentRange": f"bytes 0-{PART - 1}/{3 * PART}"}
+        if Range.startswith(f"bytes={PART}-"):
+            assert is_away.wait(60)
+            raise UserError("not allowed")
+        is_away.set()
+        raise StorageAway("away")
+
+    def ask(key: str, call: Callable[[Any], Any]) -> Any:
+        for _ in range(6000):
+            try:
+                return call(SimpleNamespace(get_object=get_object))
+            except StorageAway:
+                threading.Event().wait(0.01)
+            except s3_download.GivenUp:
+                given_up.append(key)
+                raise
+        raise AssertionError("waited to the end")
+
+    with pytest.raises(UserError, match="not allowed"):
+        s3_download.download_in_parts(ask, "a", tmp_path / "a")
+    assert given_up == ["a"]
+    assert list(tmp_path.iterdir()) == []
