@@ -126,6 +126,8 @@ class _Parts:
         try:
             return client.get_object(**self._names, Range=f"bytes={offset}-{offset + PART_BYTES - 1}")
         except ClientError as error:
-            if offset or code_of(error) not in ("InvalidRange", "416"):
+            if code_of(error) not in ("InvalidRange", "416"):
                 raise
+            if offset:
+                raise ArrivedChanged(f"{self._key}: was replaced by a shorter one while it was downloaded") from error
             return client.get_object(**self._names)  # an empty object has no part

@@ -1,5 +1,6 @@
 """Reads from an S3 server that misbehaves, over real sockets: retried with growing waits, then one line."""
 
+import time
 from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
@@ -63,13 +64,15 @@ def test_a_fault_that_stays_is_tried_again_with_growing_waits_and_then_one_line(
     waits.clear()
     samples = Samples(url, cache_dir=str(tmp_path))
     use_patience(1)
+    began = time.monotonic()
     with pytest.raises(ConnectionError) as caught:
         samples.read(13)
+    asking = time.monotonic() - began  # is part of the patience, too
     assert "\n" not in str(caught.value)
     assert url in str(caught.value)
     assert rule.used >= len(waits) >= 6
-    assert sum(waits) == pytest.approx(60, abs=2)  # once, not once for each attempt of the cache
-    assert all(wait >= 0.25 * 2**number for number, wait in enumerate(waits[:5]))
+    assert 60 - asking <= sum(waits) <= 62  # once, not once for each attempt of the cache
+    assert all(wait >= min(0.25 * 2**number, 3.0) for number, wait in enumerate(waits[:5]))
 
 
 def test_a_body_that_is_corrupt_each_time_is_refused_by_its_hash_or_replaced_within_the_budget(
