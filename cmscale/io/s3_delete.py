@@ -38,7 +38,7 @@ def delete_in_batches(ask: Ask, keys: Iterable[str], *, full: Callable[[str], st
         names: Arguments of every request: Bucket and the like.
 
     Raises:
-        UserError: the store says of objects that they can't be deleted, with status 200; the others are.
+        UserError: the store says of objects that they can't be deleted, with status 200; the others of its batches are.
         StorageAway: from the storage.
     """
     left, refused = list(keys), {}
