@@ -171,7 +171,7 @@ class Study:
         tree["engine"]["device"] = settings.device
         tree["evaluate"] |= {"reference": str(self.reference), "num_samples": settings.samples}
         tree["ema"] = {"rates": [average_for(settings.steps)]}
-        tree["checkpoint"] = {"every_steps": settings.steps_per_point, "keep_last": POINTS + 1}
+        tree["checkpoint"] = {"every_steps": settings.steps_per_point, "keep_last": 100}  # a stop adds one of its own
         tree["train"] = {
             "total_steps": settings.steps,
             "global_batch_size": settings.batch,
