@@ -22,14 +22,14 @@ def draw(count: int, seed: int) -> Tensor:
     return MODE * signs + SPREAD * torch.randn(shape, generator=source)
 
 
-def quantile(x: Tensor, sigma: float) -> Tensor:
-    """The probability of values below x with noise of std sigma, float64."""
+def quantile(x: Tensor, sigma: float | Tensor) -> Tensor:
+    """The probability of values below x with noise of std sigma (of all, or of each), float64."""
     spread = (SPREAD**2 + sigma**2) ** 0.5
     return (torch.special.ndtr((x + MODE) / spread) + torch.special.ndtr((x - MODE) / spread)) / 2
 
 
-def exact(x: Tensor, sigma: float, to: float = 0.0) -> Tensor:
-    """The point at noise `to` of the trajectory through float64 values x at sigma, by a table of quantiles."""
+def exact(x: Tensor, sigma: float | Tensor, to: float = 0.0) -> Tensor:
+    """The points at noise `to` of the trajectories through float64 values x at sigma, by a table of quantiles."""
     reach = 3 + 6 * to
     values = torch.linspace(-reach, reach, 60001, dtype=torch.float64)
     table, wanted = quantile(values, to), quantile(x, sigma)
