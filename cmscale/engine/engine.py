@@ -157,7 +157,8 @@ class Engine:
         scale = before["cur_scale"] if self._scaler is not None and self._config.engine.zero_stage == 0 else 1.0
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         count = 0
-        self._wrapped.train()
+        if not self._wrapped.module.training:  # setting it visits every layer
+            self._wrapped.train()
         self.clock.start()
         for compute in micro_losses:
             loss = compute()
@@ -169,7 +170,8 @@ class Engine:
                 # On the device, so that the host waits for nothing: a mean that is not finite makes the gradient NaN,
                 # on every rank once it is reduced, and DeepSpeed drops the whole step's gradients, in every stage.
                 loss = loss * torch.where(torch.isfinite(total), 1.0, math.nan)
-            self._wrapped.backward(loss * scale)
+            with self._unreduced():
+                self._wrapped.backward(loss * scale)
             self._wrapped.step()
         if count != self._accumulation:
             raise ValueError(f"a step takes {self._accumulation} micro-batches, got {count}")
@@ -311,6 +313,12 @@ class Engine:
         """Sets the values of the student's float32 layers from the masters. Collective."""
         if self._float32 is not None:
             self._float32.gather(self.shards.local("master"))
+
+    def _unreduced(self) -> contextlib.AbstractContextManager[None]:
+        """Leaves the gradients where one rank has all of them: DeepSpeed copies them to send them to nobody."""
+        if self._guard is not None and self._world.num_ranks == 1:
+            return self._wrapped.no_sync()
+        return contextlib.nullcontext()
 
     def _gather_losses(self, mean: torch.Tensor) -> list[float]:
         """Every rank's mean loss, by rank. The device has made the step by then. Collective."""

@@ -56,6 +56,9 @@ class FlatShards:
         size = sum(segment.length for segment in self.segments)
         names = (["target"] if has_target else []) + list(ema_rates) + list(self._power_exponents)
         self._followers = {name: torch.zeros(size, device=device) for name in names}
+        self._masters = [piece.views["master"] for piece in self._owned]
+        lengths = [piece.length for piece in self._owned]
+        self._views = {name: list(flat.split(lengths)) for name, flat in self._followers.items()} if lengths else {}
         self.reset_followers()
 
     @property
@@ -81,8 +84,8 @@ class FlatShards:
     @torch.no_grad()
     def reset_followers(self) -> None:
         """Sets the EMAs and the target to the masters, as at the start of training. Collective with a target."""
-        for name in self._followers if self._owned else ():
-            torch._foreach_copy_(self._views(name), self._masters())
+        for views in self._views.values():
+            torch._foreach_copy_(views, self._masters)
         self.publish_target()
 
     @torch.no_grad()
@@ -107,8 +110,8 @@ class FlatShards:
                 raise ValueError(f"step {values.step}: a run with a target network needs a target_ema")
             rates["target"] = values.target_ema
         for name, rate in rates.items():
-            if self._owned:
-                torch._foreach_lerp_(self._views(name), self._masters(), 1.0 - rate)
+            if name in self._views:
+                torch._foreach_lerp_(self._views[name], self._masters, 1.0 - rate)
         self.publish_target()
 
     def publish_target(self) -> None:
@@ -153,10 +156,3 @@ class FlatShards:
         for piece in self._held:
             piece.views["master"].copy_(flat[piece.start : piece.start + piece.length])
         self.reset_followers()
-
-    def _masters(self) -> list[torch.Tensor]:
-        return [piece.views["master"] for piece in self._owned]
-
-    def _views(self, name: str) -> list[torch.Tensor]:
-        flat = self._followers[name]
-        return list(flat.split([piece.length for piece in self._owned]))

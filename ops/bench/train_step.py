@@ -5,8 +5,9 @@
 
 Without a config it measures CT on a small network of 64 px. The step is that of `cmscale.training` on one rank: engine,
 loss, averages, random numbers; images come from memory. Its rate is the FLOP of the whole loss per second of the whole
-step. `--original` measures the step of the released code in the same rounds, from a checkout of it. On a CPU, seconds
-are CPU seconds of this process. LPIPS takes random weights.
+step. The framework's own overhead is the step of a tiny network less a plain PyTorch loop of the same, in each round.
+`--original` measures the step of the released code in the same rounds, from a checkout of it. On a CPU, seconds are CPU
+seconds of this process. LPIPS takes random weights.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import bare
 import harness
 import torch
 from harness import Row
+from plain_loop import PlainLoop
 
 from cmscale.commands.use import USED
 from cmscale.config import Config, parse_config, read_config, schedules
@@ -49,6 +51,7 @@ engine: {zero_stage: 0}
 """
 TINY = ["model.image_size=8", "model.channels=32", "model.channel_multipliers=[1]", "model.attention_resolutions=[]"]
 TINY += ["model.head_channels=32", "model.num_res_blocks=1"]
+TINY_STEPS = 10  # of a tiny network that are measured together
 WANTED = {"cpu": {"fp32": 0.88, "bf16": 0.75}, "cuda": {}}
 
 
@@ -134,6 +137,17 @@ def pieces(step: Step, device: torch.device, clock: Callable[[], float]) -> dict
     return {name: harness.seconds(action, clock) for name, action in actions.items()}
 
 
+def tiny_steps(step: Step, clock: Callable[[], float]) -> dict[str, harness.Action]:
+    """Seconds of a step of a tiny network, by the framework and as a plain loop."""
+    plain = PlainLoop(step.parts, step.batch)
+
+    def repeated(action: Callable[[], object]) -> harness.Action:
+        measured = harness.seconds(lambda: [action() for _ in range(TINY_STEPS)], clock)
+        return lambda: measured() / TINY_STEPS
+
+    return {"step of a tiny network": repeated(step), "plain loop of a tiny network": repeated(plain)}
+
+
 @contextlib.contextmanager
 def alone(device: str, threads: int) -> Iterator[World]:
     """One rank with its process group."""
@@ -188,7 +202,7 @@ def measure(given: Any, config: Config, world: World) -> int:
     actions["bare convolutions"] = lambda: bare.run(operations, device, clock)
     actions["dense product"] = lambda: bare.dense_product(device, dtype, seconds=clock)
     actions |= pieces(step, device, clock)
-    actions["step of a tiny network"] = harness.seconds(smallest, clock)
+    actions |= tiny_steps(smallest, clock)
     if given.original is not None:
         from original import OriginalStep
 
@@ -242,12 +256,16 @@ def rows_of(
     rows.append(Row("bare convolutions, seconds", "s", [micro * v for v in found["bare convolutions"]], clock=clock))
     for name in ("random numbers", "network, forward", "network, forward and backward", "averages and target"):
         rows.append(Row(name, "s", found[name], clock=clock))
-    rows.append(Row("step of a tiny network", "s", found["step of a tiny network"], wanted=0.005, clock=clock))
+    tiny_step, plain = found["step of a tiny network"], found["plain loop of a tiny network"]
+    rows.append(Row("step of a tiny network", "s", tiny_step, clock=clock))
+    rows.append(Row("plain loop of a tiny network", "s", plain, clock=clock))
+    overhead = [whole - bare for whole, bare in zip(tiny_step, plain, strict=True)]
+    rows.append(Row("overhead of a step", "s", overhead, wanted=0.005, clock=clock))
     return rows
 
 
 def tiny(config: Config) -> Config:
-    """A network so small that its step is the framework's own overhead."""
+    """A network so small that the framework's own overhead shows."""
     keys = [f"engine.precision={config.engine.precision}", f"engine.zero_stage={config.engine.zero_stage}"]
     return parse_config(SMALL, [*TINY, *keys])
 

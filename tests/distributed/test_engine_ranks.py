@@ -34,6 +34,13 @@ def test_the_real_network_trains_alike_in_every_stage_with_and_without_recompute
     assert_near(found, dict.fromkeys(found, found["0 false"]), relative=1e-5)
 
 
+@pytest.mark.long
+def test_on_one_rank_the_engine_computes_what_a_plain_loop_of_torch_computes() -> None:
+    found = agreed(run_ranks(1, "plain_work:compared"))
+    names = ["master", "target", "ema_0.9999", "ema_0.99994", "ema_0.999943"]
+    assert found == dict.fromkeys(["0 fp32", "2 fp32", "2 bf16"], dict.fromkeys(names, True))
+
+
 @pytest.mark.slow
 def test_compiled_blocks_train_alike_in_every_stage_and_runs_go_on_with_and_without() -> None:
     found = agreed(run_ranks(2, "engine_work:compiled_losses", timeout=550))
