@@ -95,6 +95,8 @@ class Config(Section):
             raise ValueError(
                 f"engine.zero_stage: 3 can't be combined with the forward-mode derivatives of method.kind {kind}; use 2"
             )
+        if self.engine.zero_stage == 3 and self.engine.parameters == "joined":
+            raise ValueError("engine.parameters: joined can't be combined with engine.zero_stage 3; use separate, or 2")
         if self.model.compile != "off" and self.method.needs_forward_mode:
             raise ValueError(
                 f"model.compile: {self.model.compile} can't be combined with the forward-mode derivatives of "

@@ -121,6 +121,12 @@ class Engine(Section):
         "What DeepSpeed ZeRO divides among the ranks: 1 the optimizer's state, 2 also gradients, 3 also weights. "
         "Losses differ by rounding alone; a run may be resumed at another stage.",
     )
+    parameters: Literal["separate", "joined"] = operational(
+        "separate",
+        "How DeepSpeed sees the weights: `separate`, as the layers have them; `joined`, as one tensor, whose gradient "
+        "it handles once, which shortens the step of a small network. Then all gradients are in memory at once and are "
+        "reduced after the backward pass, not during it; not with stage 3. Losses are the same.",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = key(
         "fp32",
         "Number format in which the network computes; weights, averages and the optimizer stay in fp32.",

@@ -24,6 +24,7 @@ from cmscale.engine.flat_space import (
 )
 from cmscale.engine.float32_values import GatheredFloat32Values, copied_values
 from cmscale.engine.frozen import FrozenNetwork, Network, PartitionedNetwork
+from cmscale.engine.one_tensor import OneTensor
 from cmscale.engine.optimizer import GuardedStep, build_optimizer
 from cmscale.engine.shards import FlatShards, Read
 from cmscale.model.compiled import uncompiled
@@ -95,17 +96,19 @@ class Engine:
         self._part_size = flat_part_size(
             count_elements(self.parameters), num_ranks=world.num_ranks, alignment=_ALIGNMENT
         )
+        self._partition = Partition(self.parameters, world.num_ranks, config.engine.zero_stage, self._part_size)
         start = flatten(dict(module.named_parameters()), self.parameters)
-        self._optimizer = build_optimizer(config.optimizer, module.parameters())
-        self._wrapped = backend.wrap(self._deepspeed, module, config, world, optimizer=self._optimizer)
+        self._float32 = self._gathered_values(module)
+        trained = OneTensor(module) if config.engine.parameters == "joined" else module
+        self._seen = number_parameters(trained)  # by DeepSpeed
+        self._optimizer = build_optimizer(config.optimizer, trained.parameters())
+        self._wrapped = backend.wrap(self._deepspeed, trained, config, world, optimizer=self._optimizer)
         self._wrapper = wrappers.wrapper_of(self._wrapped.optimizer, self._wrapped.module)
         self._scaler = self._wrapper.loss_scaler() if config.engine.precision == "fp16" else None
         self._guard = None
         if settings.is_plain(config):
             self._guard = GuardedStep(self._optimizer, clip=config.engine.gradient_clip)
         wrappers.prepare_moments(self._wrapper, self._optimizer)
-        self._partition = Partition(self.parameters, world.num_ranks, config.engine.zero_stage, self._part_size)
-        self._float32 = self._gathered_values(self._wrapped.module)
         self._target = self._build_frozen(build_network, start) if has_target else None
         self.shards = self._build_shards()
         self.shards.set_masters(start)
@@ -243,7 +246,7 @@ class Engine:
     @torch.no_grad()
     def _show(self, flat: torch.Tensor) -> None:
         """Writes the whole flat space into the student's working weights."""
-        self._wrapper.show(flat, self.parameters, rank=self._world.rank)
+        self._wrapper.show(flat, self._seen, rank=self._world.rank)
         if self._float32 is not None:
             self._float32.copy(flat)
         wrappers.settle(self._world.device)
@@ -274,9 +277,7 @@ class Engine:
         num_ranks, rank = self._world.num_ranks, self._world.rank
         return FlatShards(
             self.parameters,
-            wrappers.find_pieces(
-                self._wrapper, self._optimizer, parameters=self.parameters, rank=rank, num_ranks=num_ranks
-            ),
+            wrappers.find_pieces(self._wrapper, self._optimizer, parameters=self._seen, rank=rank, num_ranks=num_ranks),
             partition=self._partition,
             rank=rank,
             ema_rates=dict(zip(self._config.ema.names, self._config.ema.rates, strict=True)),

@@ -113,7 +113,7 @@ class Block(nn.Module):
             return function(*inputs)
         # Blocks use no global generator, so its state is not saved. ZeRO-3 needs the reentrant variant: the other one
         # recomputes inside a backward hook, after which DeepSpeed has released the weights that backward needs.
-        partitioned = hasattr(next(self.parameters()), "ds_tensor")
+        partitioned = hasattr(next(self.parameters(), None), "ds_tensor")
         return checkpoint(function, *inputs, use_reentrant=partitioned, preserve_rng_state=False)  # pyright: ignore
 
 

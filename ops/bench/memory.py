@@ -52,6 +52,7 @@ CASES: dict[str, list[str]] = {
     "states, ZeRO-2": STATES,
     "states, ZeRO-3": [*STATES, "engine.zero_stage=3"],
     "states, ZeRO-2, bf16": [*STATES, "engine.precision=bf16"],
+    "states, ZeRO-2, bf16, joined": [*STATES, "engine.precision=bf16", "engine.parameters=joined"],
     "states, ZeRO-0, bf16": [*STATES, "engine.zero_stage=0", "engine.precision=bf16"],
 }
 STEPS = 7  # RAdam needs all its temporaries from the sixth step on

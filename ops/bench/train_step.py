@@ -266,8 +266,9 @@ def rows_of(
 
 def tiny(config: Config) -> Config:
     """A network so small that the framework's own overhead shows."""
-    keys = [f"engine.precision={config.engine.precision}", f"engine.zero_stage={config.engine.zero_stage}"]
-    return parse_config(SMALL, [*TINY, *keys])
+    engine = config.engine
+    keys = [f"engine.precision={engine.precision}", f"engine.zero_stage={engine.zero_stage}"]
+    return parse_config(SMALL, [*TINY, *keys, f"engine.parameters={engine.parameters}"])
 
 
 if __name__ == "__main__":

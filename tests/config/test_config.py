@@ -66,6 +66,12 @@ def test_a_mistake_is_one_line_that_names_key_value_and_cure(override: str, part
         assert part in message
 
 
+def test_joined_parameters_are_refused_where_each_is_partitioned() -> None:
+    with pytest.raises(UserError, match=r"engine.parameters: joined can't .*engine.zero_stage 3; use separate, or 2"):
+        parse_config(TEXT, ["engine.parameters=joined", "engine.zero_stage=3"])
+    assert parse_config(TEXT, ["engine.parameters=joined"]).engine.zero_stage == 2
+
+
 @pytest.mark.parametrize("method", ["{kind: sct}", "{kind: scd, teacher: t, tangent: jvp}"])
 def test_compiled_blocks_are_refused_where_a_loss_takes_forward_mode_derivatives(method: str) -> None:
     text = TEXT.replace("{kind: ct}", method)

@@ -1,13 +1,17 @@
-"""Rank function that trains the engine beside the plain loop of `ops/bench`."""
+"""Rank functions that train the engine beside what must compute the same: a plain loop, parameters as one tensor."""
 
 import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from small import joined
+from engine_work import digest
+from small import joined, micro_losses, small_config, train
 
 from cmscale.config import parse_config
+from cmscale.engine.engine import Engine, NonFiniteLoss
+from cmscale.model.unet import build_unet
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "ops" / "bench"))
 
@@ -34,3 +38,37 @@ def compared() -> None:
         found[f"{stage} {precision}"] = equal
         step.parts.engine.close()
     print(json.dumps(found))
+
+
+def one_tensor() -> None:
+    """The UNet with its parameters separate and joined: the same bits while training, sampling, restored, after NaN."""
+    world = joined()
+    for stage, precision, recomputes in ((0, "fp32", "false"), (2, "bf16", "true")):
+        keys = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+        keys += [f"model.activation_checkpointing={recomputes}"]
+        engines = []
+        for parameters in ("separate", "joined"):
+            config = small_config(*keys, f"engine.parameters={parameters}")
+            engines.append(Engine(config, world, lambda: build_unet(config.model), has_target=True))  # noqa: B023
+        separate, one = engines
+        start = digest(separate)
+        first, second = (train(engine, world, range(2)) for engine in engines)
+        assert [result.loss for result in first] == [result.loss for result in second]
+        assert digest(one) == digest(separate) != start
+        shown = []
+        for engine in engines:
+            with engine.showing("ema_0.9") as network:
+                shown.append(network(torch.ones(1, 3, 8, 8), torch.ones(1)))
+        assert torch.equal(*shown)
+        with pytest.raises(NonFiniteLoss):
+            one.step(micro_losses(one, 2, world, spoil=lambda index: index == 0), 1e-2)
+        flats = {name: separate.shards.full(name) for name in separate.shards.quantities}
+        train(one, world, range(2, 3))  # away from the other
+        one.restore(lambda name, start, length: flats[name][start : start + length], separate.scalars())  # noqa: B023
+        for engine in engines:
+            train(engine, world, range(3, 4))
+        assert digest(one) == digest(separate)
+        assert len(list(one.network.module.parameters())) == 1
+        for engine in engines:
+            engine.close()
+    print(json.dumps("ok"))

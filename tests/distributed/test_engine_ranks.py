@@ -41,6 +41,11 @@ def test_on_one_rank_the_engine_computes_what_a_plain_loop_of_torch_computes() -
     assert found == dict.fromkeys(["0 fp32", "2 fp32", "2 bf16"], dict.fromkeys(names, True))
 
 
+@pytest.mark.long
+def test_parameters_joined_into_one_tensor_train_to_the_same_bits() -> None:
+    assert agreed(run_ranks(2, "plain_work:one_tensor")) == "ok"
+
+
 @pytest.mark.slow
 def test_compiled_blocks_train_alike_in_every_stage_and_runs_go_on_with_and_without() -> None:
     found = agreed(run_ranks(2, "engine_work:compiled_losses", timeout=550))

@@ -148,7 +148,7 @@ class Memory:
         """Bytes at the worst moment of a micro-batch, the reduction of gradients included."""
         key = size, activation_checkpointing
         if key not in self._peaks:
-            whole = self.config.engine.zero_stage == 0
+            whole = self.config.engine.zero_stage == 0 or self._joined
             reduce = counts.no_reduction if whole else _Bucket(self._bucket, self._low)
             self._peaks[key] = counts.micro_batch_peak(
                 self.config, size=size, activation_checkpointing=activation_checkpointing, reduce=reduce
@@ -177,6 +177,10 @@ class Memory:
         return self.config.engine.zero_stage == 0 and self.config.engine.precision == "fp32"
 
     @property
+    def _joined(self) -> bool:
+        return self.config.engine.parameters == "joined"
+
+    @property
     def _accumulates(self) -> bool:
         return accumulation_steps(self.config, num_ranks=self.num_ranks) > 1
 
@@ -195,13 +199,14 @@ class Memory:
 
     @property
     def _backward(self) -> float:
-        """What lives during all of backward: buckets, and of stage 3 the gathered weights."""
+        """What lives during all of backward: buckets, joined gradients, and of stage 3 the gathered weights."""
         stage, precision = self.config.engine.zero_stage, self.config.engine.precision
+        joined = self._low * self._count * (1 if stage == 0 else 2) if self._joined else 0.0  # the layers' own, and these
         if stage == 0:
-            return 0.0
+            return joined
         if stage < 3:
             again = 4 * self._count / self.num_ranks if stage == 2 and precision == "fp32" and self._accumulates else 0
-            return self._bucket * self._low * (2 if self.on_cuda else 1) + again
+            return self._bucket * self._low * (2 if self.on_cuda else 1) + again + joined
         return self._bucket * 4 + self._low * min(self._count, GATHERED)
 
     @cached_property
@@ -218,6 +223,9 @@ class Memory:
         return copies + counts.optimizer_peak(self.config, sizes, foreach=self.on_cuda)
 
     def _sizes(self) -> Iterator[int]:
+        if self._joined:
+            yield self._count
+            return
         with counts.META:
             yield from (parameter.numel() for parameter in counts.network_builder(self.config)().parameters())
 
