@@ -4,7 +4,7 @@ What DeepSpeed 0.19.8 holds was read in its sources: which copies each stage kee
 for a moment when it reduces gradients. `ops/bench/memory.py` measures a real step against these numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -148,12 +148,17 @@ class Memory:
         """Bytes at the worst moment of a micro-batch, the reduction of gradients included."""
         key = size, activation_checkpointing
         if key not in self._peaks:
-            whole = self.config.engine.zero_stage == 0 or self._joined
-            reduce = counts.no_reduction if whole else _Bucket(self._bucket, self._low)
+            reduce = self._reduction()
             self._peaks[key] = counts.micro_batch_peak(
                 self.config, size=size, activation_checkpointing=activation_checkpointing, reduce=reduce
             )
         return self._peaks[key]
+
+    def _reduction(self) -> Callable[[int], int]:
+        whole = self.config.engine.zero_stage == 0
+        if self._joined:
+            return _Joined(self._low, reduced=not whole)
+        return counts.no_reduction if whole else _Bucket(self._bucket, self._low)
 
     @cached_property
     def _count(self) -> int:
@@ -199,14 +204,13 @@ class Memory:
 
     @property
     def _backward(self) -> float:
-        """What lives during all of backward: buckets, joined gradients, and of stage 3 the gathered weights."""
+        """What lives during all of backward: buckets, and of stage 3 the gathered weights."""
         stage, precision = self.config.engine.zero_stage, self.config.engine.precision
-        joined = self._low * self._count * (1 if stage == 0 else 2) if self._joined else 0.0  # the layers' own, and these
         if stage == 0:
-            return joined
+            return 0.0
         if stage < 3:
             again = 4 * self._count / self.num_ranks if stage == 2 and precision == "fp32" and self._accumulates else 0
-            return self._bucket * self._low * (2 if self.on_cuda else 1) + again + joined
+            return self._bucket * self._low * (2 if self.on_cuda else 1) + again
         return self._bucket * 4 + self._low * min(self._count, GATHERED)
 
     @cached_property
@@ -249,4 +253,21 @@ class _Bucket:
             self._filled += numel
             return 0
         taken, self._filled = self._sent * self._filled, numel
+        return taken
+
+
+class _Joined:
+    """One tensor's gradient: those of the layers wait for each other, are joined, and then reduced as one bucket."""
+
+    def __init__(self, low: int, *, reduced: bool) -> None:
+        self._low = low
+        self._last = max(2 * low, low + (4 if low < 4 else 0)) if reduced else low  # what stays is counted elsewhere
+        self._kept = 0
+
+    def __call__(self, numel: int) -> int:
+        """Adds a gradient, or with 0 ends the micro-batch. Returns the bytes of the gradients, or of the end."""
+        if numel:
+            self._kept += numel
+            return self._low * self._kept
+        taken, self._kept = self._last * self._kept, 0
         return taken
