@@ -32,17 +32,16 @@ from cmscale.commands.parser import CommandParser, Output, check_output, whole_n
 from cmscale.commands.use import USED, Use
 from cmscale.config.features import feature_networks
 from cmscale.config.site import use_site
-from cmscale.data import read_images
-from cmscale.distributed.world import choose_device
 from cmscale.errors import UserError
-from cmscale.evaluation.features.extractor import build_features
-from cmscale.evaluation.reference.reference import SUBSET, reference_from_images, subset_indices
 from cmscale.evaluation.reference.registry import reference_writers
+from cmscale.evaluation.reference.subset import SUBSET, subset_indices
+from cmscale.io.driver import refuse_cuda_without_driver
 from cmscale.io.durable import explained
 from cmscale.io.fetch import local_file
 from cmscale.io.place import Place
 from cmscale.io.storage import open_parent, open_storage
 from cmscale.runs.manifests import read_dataset_manifest
+from cmscale.runs.named_files import check_weights_file
 
 
 def make_reference(
@@ -70,6 +69,16 @@ def make_reference(
     if writer.networks and features not in writer.networks:
         raise UserError(f"--format {format}: holds no {features} statistics; use --format adm")
     check_output("--out", out, Output((writer.suffix,)))
+    refuse_cuda_without_driver(device)
+    if weights is not None:
+        check_weights_file(weights, key="--features-weights")
+
+    from cmscale.distributed.world import (
+        choose_device,  # torch is imported here, once no mistake is left that needs none
+    )
+    from cmscale.evaluation.features.extractor import build_features
+    from cmscale.evaluation.reference.reference import reference_from_images
+
     extractor = build_features(
         features,
         weights=local_file(weights) if weights else None,
@@ -115,6 +124,8 @@ def _local_file_of(out: Place) -> Iterator[Path]:
 
 
 def _images(dataset: str, *, indices: list[int] | None = None, limit: int | None = None) -> Iterator[np.ndarray]:
+    from cmscale.data import read_images
+
     return (image for image, _ in read_images(dataset, indices=indices, limit=limit))
 
 

@@ -32,6 +32,7 @@ from cmscale.cli.early import check_early
 from cmscale.commands.parser import Output, check_output
 from cmscale.commands.use import Given, Use, given_twice, refuse_empty
 from cmscale.errors import UserError
+from cmscale.io.driver import refuse_cuda_without_driver
 from cmscale.io.place import Place
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -144,6 +145,7 @@ def _with_checks(function: Callable[..., None]) -> Callable[..., None]:
         given.refuse_unused()
         for name, each in declared.items():
             values[name] = _checked(each, values[name])
+        refuse_cuda_without_driver(values.get("device"))
         if "step" in values or "to" in values:
             check_early(values, given)
         function(**values, **({"given": given} if wants_given else {}))

@@ -97,25 +97,21 @@ def edit(
     given: Given = GIVEN,
 ) -> None:
     """Edits images with a consistency model (zero-shot; Song et al. 2023, algorithm 4)."""
+    from cmscale.generation.edit_request import EditRequest, read_inputs, result_paths
+    from cmscale.generation.task_settings import check_task
     from cmscale.io.fetch import local_file
+    from cmscale.runs.choices import check_consistency_model
 
     given.refuse_unused(task=task)
     overrides = _overrides(images or [], config)
-    _check_inputs(task, source, images or [], config=config, overrides=overrides)
-    run = RunDir(source.local("a run whose report shows edits")) if in_report else None
-
-    from cmscale.distributed.world import choose_device
-    from cmscale.generation.edit_images import EditRequest, edit_images, result_paths
-
-    chosen = choose_device(device)
+    known = check_consistency_model(source, what="edit", config=config, overrides=overrides)
     named = [Place(text) for text in images or [] if text not in overrides]
     outputs = result_paths(out, 1 if task == "interpolate" else len(named))
     _check_outputs(outputs, strip, inputs=(*named, *filter(None, [mask])))
-    files = tuple(local_file(place) for place in named)
-    loaded = load_model(source, given=given, weights=weights, step=step, config=config, overrides=overrides)
+    run = RunDir(source.local("a run whose report shows edits")) if in_report else None
     request = EditRequest(
         task=task,
-        images=files,
+        images=tuple(local_file(place) for place in named),
         mask=None if mask is None else local_file(mask),
         box=box,
         factor=factor,
@@ -124,12 +120,24 @@ def edit(
         count=count,
         seed=seed,
     )
+    request.check_number()
+    inputs = None
+    if known is not None:
+        check_task(known, request, origin=source)
+        inputs = read_inputs(request, size=known.model.image_size)
+
+    from cmscale.distributed.world import choose_device
+    from cmscale.generation.edit_images import edit_images
+
+    chosen = choose_device(device)
+    loaded = load_model(source, given=given, weights=weights, step=step, config=config, overrides=overrides)
+    inputs = inputs or read_inputs(request, size=loaded.config.model.image_size)
     shown = []
     if run is not None:
-        shown.append(Place(run.edit(task, [path.stem for path in files], step=loaded.step)))
+        shown.append(Place(run.edit(task, [path.stem for path in request.images], step=loaded.step)))
         shown[0].check_output()
     with console.status(task):
-        paths = edit_images(loaded, request, out=out, strips=[*filter(None, [strip]), *shown], device=chosen)
+        paths = edit_images(loaded, request, inputs, out=out, strips=[*filter(None, [strip]), *shown], device=chosen)
     for path in (*paths, *shown):
         print(path)
 
@@ -142,21 +150,6 @@ def _overrides(images: Sequence[str], config: str | None) -> list[str]:
             f"{found[0]}: is no file, and has no effect on {situation.OWN_CONFIG}, only on {situation.GIVEN_CONFIG}"
         )
     return found
-
-
-def _check_inputs(
-    task: str, source: Place, images: Sequence[str], *, config: str | None, overrides: Sequence[str]
-) -> None:
-    """Raises UserError for another model, or images that are not there, before torch is imported."""
-    from cmscale.io.fetch import local_file
-    from cmscale.runs.choices import check_consistency_model
-
-    check_consistency_model(source, what="edit", config=config, overrides=overrides)
-    if len(overrides) == len(images) and task != "interpolate":
-        raise UserError(f"edit {task}: got no image; give at least one image file")
-    for text in images:
-        if "=" not in text and not (place := Place(text)).is_remote:
-            local_file(place)
 
 
 def _check_outputs(outputs: Sequence[Place], strip: Place | None, *, inputs: Sequence[Place]) -> None:

@@ -81,9 +81,15 @@ def consistency_error(
     given: Given = GIVEN,
 ) -> None:
     """Measures how much a consistency model varies along held-out trajectories, at 100 times unused in training."""
-    from cmscale.runs.choices import check_consistency_model
+    from cmscale.io.storage import open_storage
+    from cmscale.runs.choices import check_consistency_model, check_followed
+    from cmscale.runs.manifests import read_dataset_manifest
 
-    check_consistency_model(source, what="consistency-error", config=config, overrides=overrides or ())
+    known = check_consistency_model(source, what="consistency-error", config=config, overrides=overrides or ())
+    if data is not None:
+        read_dataset_manifest(open_storage(data))
+    if teacher is not None and known is not None:
+        check_followed(teacher, known)
 
     from cmscale.distributed.world import choose_device
     from cmscale.evaluation.consistency_report import measure_consistency_error

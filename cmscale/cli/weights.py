@@ -12,7 +12,7 @@ from cmscale.cli.options import ConfigOption, JsonOption, OverridesArgument
 from cmscale.commands.situation import RUN, WITH_WEIGHTS_TO_CHOOSE, overriding
 from cmscale.commands.use import USED, Given, Use
 from cmscale.errors import NotExported, UserError
-from cmscale.export.target import check_license, check_target
+from cmscale.export.target import check_license, check_target, copy_settings
 from cmscale.io.place import Place
 
 app = typer.Typer()
@@ -64,6 +64,8 @@ def export(
             raise UserError(f"--to {to}: is the source itself; name another place")
         check_license(license)
         check_target(format, to)
+    else:
+        copy_settings(source.local("a run whose checkpoints are uploaded"))
 
     from cmscale.export.weights import export_weights, finish_copies
     from cmscale.source import checkpoint_step, load_source, model_kind
@@ -134,7 +136,7 @@ def ema(
     from cmscale.config.averages import power_name
     from cmscale.runs.choices import check_power_averages
 
-    check_power_averages(run)
+    check_power_averages(run, step=step, length=length)
 
     from cmscale.engine.power_averages import error_of, kept_averages
     from cmscale.export.weights import export_weights

@@ -10,7 +10,6 @@ import torch
 from matplotlib.figure import Figure
 
 from cmscale import __version__
-from cmscale.config.agreement import check_range
 from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
@@ -20,7 +19,7 @@ from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.model.precondition import teacher_denoiser_for
 from cmscale.model.unet import build_unet
-from cmscale.runs.choices import refuse_other_models
+from cmscale.runs.choices import refuse_followed, refuse_other_models
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import read_dataset_manifest
 from cmscale.runs.results import hash_of, utc_now
@@ -177,13 +176,7 @@ def _teacher(source: Source, named: str | None, *, device: torch.device) -> _Fol
     """The teacher that is named, else the source's own; straight trajectories if it has none."""
     if named is not None:
         teacher = load_source(named)
-        if not teacher.config.method.facts.can_teach:
-            raise UserError(f"--teacher {named}: is of kind {teacher.config.method.kind}; a diffusion model is needed")
-        if teacher.config.model.image_size != source.config.model.image_size:
-            raise UserError(f"--teacher {named}: its images are {teacher.config.model.image_size} px, not the source's")
-        if teacher.config.model.num_classes is not None:
-            raise UserError(f"--teacher {named}: is class-conditional, and data sets carry no classes; give another")
-        check_range(teacher.config.method, source.config.method, key="--teacher", origin=named)
+        refuse_followed(teacher.config, source.config, teacher=named)
         followed = teacher.denoiser(device)  # with the teacher's own sigma_data
         return _Followed(f"the ODE of {named}", weights_fingerprint(teacher.weights), followed)
     method = source.config.method

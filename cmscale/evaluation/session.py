@@ -31,9 +31,9 @@ from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir, step_name
 from cmscale.runs.manifests import DATASET_MANIFEST, read_dataset_manifest
+from cmscale.runs.named_files import refuse_too_many
 from cmscale.source import Source
 
-MAX_REFERENCE_IMAGES = 50_000  # measured in every evaluation; statistics of larger data sets are made once
 _PIXELS_PER_PASS = 1 << 20
 
 PROTOCOL = 1
@@ -255,11 +255,7 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
             raise UserError(f"reference {named}: is a run; give its data, a folder of images, or a statistics file")
         return read_reference(Place(named).local("a reference that is a folder of images"), extractor)
     manifest = read_dataset_manifest(storage)
-    if manifest.count > MAX_REFERENCE_IMAGES:
-        raise UserError(
-            f"{named}: {manifest.count} images are too many to measure in every evaluation; "
-            "make statistics once with data_prep/reference.py and give them as --reference"
-        )
+    refuse_too_many(manifest.count, named=named)
     return reference_from_images(
         counted((image for image, _ in read_images(named)), f"reference {named}", total=manifest.count),
         extractor,

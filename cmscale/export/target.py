@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from cmscale.commands.parser import Output, check_output
+from cmscale.config import read_config
+from cmscale.config.sections import Checkpoint
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
-from cmscale.runs.folder import CHECKPOINT_MANIFEST
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from cmscale.runs.source_kind import EXPORTED_WEIGHTS
 
 Format = Literal["safetensors", "openai", "diffusers"]
@@ -23,6 +25,23 @@ def check_license(license: str) -> None:
     """
     if not _IDENTIFIER.fullmatch(license):
         raise UserError(f"--license {license}: no identifier of Hugging Face's hub; such are apache-2.0, mit, other")
+
+
+def copy_settings(folder: Path) -> tuple[Checkpoint, str]:
+    """How and where a run copies its checkpoints.
+
+    Raises:
+        UserError: the folder is not a run's, or the run has no `checkpoint.export_to`.
+    """
+    config = RunDir(folder).config
+    if not config.is_file():
+        raise UserError(f"{folder}: not a run (it has no config.yaml); to export weights, give --to PATH")
+    settings = read_config(config, resolved=True).checkpoint
+    if settings.export_to is None:
+        raise UserError(
+            f"{folder}: checkpoint.export_to is not set, nothing to copy; to export weights, give --to PATH"
+        )
+    return settings, settings.export_to
 
 
 def is_folder_of(format: Format, to: Place) -> bool:

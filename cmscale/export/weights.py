@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import assert_never
 
-from cmscale.config import Config, read_config
+from cmscale.config import Config
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import SAMPLES, model_card
 from cmscale.export.metadata import UNKNOWN
-from cmscale.export.target import Format, is_folder_of
+from cmscale.export.target import Format, copy_settings, is_folder_of
 from cmscale.export.usage import unlike_openai
 from cmscale.interop import (
     refuse_another_model,
@@ -102,15 +102,8 @@ def finish_copies(folder: Path, copied: Callable[[Copied], None] = lambda _: Non
         UserError: The folder is not a run's, or the run has no `checkpoint.export_to`.
         NotExported: some could not be copied; all others are.
     """
-    run = RunDir(folder)
-    if not run.config.is_file():
-        raise UserError(f"{folder}: not a run (it has no config.yaml); to export weights, give --to PATH")
-    settings = read_config(run.config, resolved=True).checkpoint
-    if settings.export_to is None:
-        raise UserError(
-            f"{folder}: checkpoint.export_to is not set, nothing to copy; to export weights, give --to PATH"
-        )
-    return export_pending(RunDir(folder.absolute()), settings.export_to, settings, copied=copied)
+    settings, place = copy_settings(folder)
+    return export_pending(RunDir(folder.absolute()), place, settings, copied=copied)
 
 
 def _evaluations(source: Source) -> list[EvaluationResult]:

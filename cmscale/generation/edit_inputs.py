@@ -1,10 +1,9 @@
-"""Reads the pictures and the mask of an edit, and brings them to the size of the model."""
+"""Reads the pictures and the mask of an edit, and brings them to the size of the model. Nothing here needs torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from cmscale.errors import UserError
@@ -28,10 +27,10 @@ def read_picture(path: Path) -> Picture:
         raise UserError(f"{path}: not an image that can be read ({error})") from None
 
 
-def fit(pixels: np.ndarray, *, size: int) -> torch.Tensor:
+def fit(pixels: np.ndarray, *, size: int) -> np.ndarray:
     """Pixels [H, W, 3] as uint8 [3, size, size]: shorter side resized (BOX down, Lanczos up), centre cropped."""
     fitted = np.asarray(_fitted(Image.fromarray(np.ascontiguousarray(pixels)), size))
-    return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
+    return fitted.transpose(2, 0, 1).copy()
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:
@@ -44,7 +43,7 @@ def _fitted(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def fit_small(pixels: np.ndarray, *, size: int, factor: int, path: Path) -> torch.Tensor:
+def fit_small(pixels: np.ndarray, *, size: int, factor: int, path: Path) -> np.ndarray:
     """A picture for super-resolution as uint8 [3, size, size], of which the means of factor x factor patches are used.
 
     A picture of less than `size` pixels gives the patches themselves: it is reduced to size / factor pixels if it has
@@ -61,7 +60,7 @@ def fit_small(pixels: np.ndarray, *, size: int, factor: int, path: Path) -> torc
             f"{path}: its shorter side has {shorter} pixels; --factor {factor} makes {size} of {small}: give a larger "
             f"picture, or a larger --factor"
         )
-    return fit(pixels, size=small).repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return fit(pixels, size=small).repeat(factor, axis=-1).repeat(factor, axis=-2)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def mask_of(picture: Picture, *, path: Path) -> Mask:
     return Mask(~opaque, "transparent pixels are missing")
 
 
-def fit_mask(mask: Mask, *, size: int, pictures: list[tuple[Path, tuple[int, int]]], path: Path) -> torch.Tensor:
+def fit_mask(mask: Mask, *, size: int, pictures: list[tuple[Path, tuple[int, int]]], path: Path) -> np.ndarray:
     """The mask at the size of the model, bool [1, 1, size, size].
 
     A mask is drawn on the pictures, and is resized and cropped as they are: a pixel is missing if a part of it is. Or
@@ -131,7 +130,7 @@ def fit_mask(mask: Mask, *, size: int, pictures: list[tuple[Path, tuple[int, int
                     f"a mask of the picture's size, or of the model's, {size} x {size}"
                 )
     share = np.array(_fitted(Image.fromarray(mask.missing.astype(np.float32)), size))
-    missing = torch.from_numpy(share) > (1e-6 if min(height, width) >= size else 0.5)
+    missing = share > (1e-6 if min(height, width) >= size else 0.5)
     if not missing.any():
         raise UserError(f"--mask {path}: nothing is missing; paint the missing pixels white, or make them transparent")
     return missing[None, None]

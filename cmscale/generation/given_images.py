@@ -4,7 +4,6 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from cmscale.errors import UserError
 from cmscale.generation.edit_inputs import Mask, fit, fit_mask, fit_small, mask_of, read_mask, read_picture
-from cmscale.generation.tasks import TaskSettings
+from cmscale.generation.task_settings import TaskSettings
 from cmscale.io import image_tensors
 from cmscale.io.fetch import local_file
 from cmscale.io.pictures import BadImage, Picture, decode_picture
@@ -24,18 +23,21 @@ OneImage = File | Image.Image | Tensor
 Images = OneImage | Sequence[OneImage]
 """One image or several; a tensor [N, 3, H, W] is several."""
 
+Missing = File | Image.Image | Tensor | np.ndarray
+"""Missing pixels: a file or PIL image that is white or transparent there, or a bool array [H, W]."""
+
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
-def several(given: Images) -> list[Any] | None:
-    """The images of a sequence; None if one image, or one tensor, is given."""
+def several(given: Images) -> tuple[list[OneImage], bool]:
+    """The images that are given, and whether they are a sequence: not one image, or one tensor."""
     if isinstance(given, (str, os.PathLike, Image.Image, Tensor)):
-        return None
-    return list(given)
+        return [given], False
+    return list(given), True
 
 
 def inputs_of(
-    settings: TaskSettings, given: Sequence[Any], *, mask: Any, shape: tuple[int, int, int]
+    settings: TaskSettings, given: Sequence[OneImage], *, mask: Missing | None, shape: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor | None, bool]:
     """The images float [N, 3, H, W] of a task, the missing pixels of `inpaint`, and whether it is one image.
 
@@ -59,12 +61,12 @@ def inputs_of(
             fitted = fit_small(pixels, size=size, factor=settings.factor, path=name)
         else:
             fitted = fit(pixels, size=size)
-        images.append(image_tensors.from_uint8(fitted[None]))
+        images.append(image_tensors.from_uint8(torch.from_numpy(fitted)[None]))
     if not images:
         raise UserError(f"{settings.task}: got no image; give at least one")
     missing = None
     if settings.task == "inpaint":
-        missing = fit_mask(_mask(mask), size=size, pictures=sizes, path=Path("mask"))
+        missing = torch.from_numpy(fit_mask(_mask(mask), size=size, pictures=sizes, path=Path("mask")))
     return torch.cat(images), missing, is_single
 
 
@@ -76,7 +78,7 @@ def _checked(images: Tensor, name: Path, shape: tuple[int, int, int]) -> Tensor:
     return images.to(torch.float32)
 
 
-def _picture(given: Any, name: Path) -> Picture:
+def _picture(given: object, name: Path) -> Picture:
     """The pixels of a file or PIL image; those of an image that was read are those of its file."""
     if isinstance(given, (str, os.PathLike)):
         return read_picture(local_file(os.fspath(given)))
@@ -90,7 +92,7 @@ def _picture(given: Any, name: Path) -> Picture:
         raise UserError(f"{name}: not an image that can be used ({error})") from None
 
 
-def _mask(given: Any) -> Mask:
+def _mask(given: Missing | None) -> Mask:
     """The missing pixels in a file, a PIL image, or a bool array [H, W]."""
     if isinstance(given, (str, os.PathLike)):
         return read_mask(local_file(os.fspath(given)))

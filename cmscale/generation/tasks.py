@@ -1,54 +1,13 @@
 """Applies the zero-shot tasks of a consistency model to images that are in memory."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from cmscale.config.sampling_times import check_range
 from cmscale.consistency import zero_shot
 from cmscale.consistency.solver import Denoise
-from cmscale.errors import UserError
+from cmscale.generation.task_settings import TaskSettings
 from cmscale.rng import normal_like_samples
-from cmscale.runs.choices import refuse_other_models
 from cmscale.source import Source
-
-Task = Literal["inpaint", "colorize", "superres", "stroke", "interpolate", "denoise"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """The settings of a task; each task uses those that it needs.
-
-    Attributes:
-        factor: The patch size of `superres`, in pixels.
-        sigma: The standard deviation of the noise of `denoise`, for images in [-1, 1].
-        steps: Sampling steps of algorithm 4.
-        count: Number of images of `interpolate`.
-        seed: The noise of image i depends on (seed, i).
-    """
-
-    task: Task
-    factor: int = 8
-    sigma: float = 0.5
-    steps: int = 40
-    count: int = 8
-    seed: int = 0
-
-
-def check_task(source: Source, settings: TaskSettings) -> None:
-    """Checks that a source can do a task.
-
-    Raises:
-        UserError: it is no unconditional consistency model, or a setting is outside of its range.
-    """
-    method, size = source.config.method, source.config.model.image_size
-    refuse_other_models(source.config, origin=source.origin, what="edit")
-    if settings.task == "denoise":
-        check_range((settings.sigma,), method, label=f"--sigma {settings.sigma}")
-    if settings.task == "superres" and (settings.factor < 2 or size % settings.factor):
-        raise UserError(f"--factor: {settings.factor} does not divide the image size {size}; choose a divisor")
 
 
 def add_noise(images: Tensor, settings: TaskSettings) -> Tensor:

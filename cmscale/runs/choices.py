@@ -3,31 +3,30 @@
 Nothing here imports torch, so that a mistake is found in less than a second, and before a job waits in a queue.
 """
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from cmscale.commands import situation
-from cmscale.config import Config, MethodSection, read_config
-from cmscale.config.averages import length_of
+from cmscale.config import Config, Evaluate, MethodSection, agreement, read_config
+from cmscale.config.averages import LONGEST, SHORTEST, length_of
 from cmscale.config.draw_request import DrawRequest
 from cmscale.config.requests import EvaluateRequest, MeasuringRequest, SearchTimesRequest
 from cmscale.config.sampling_times import check_range, is_file, parse_step, parse_times
 from cmscale.config.site import read_site
 from cmscale.config.source_request import SourceRequest
-from cmscale.config.sources import names_file, refuse_hub_name
+from cmscale.config.sources import is_npz, names_file, refuse_hub_name
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
-from cmscale.io.place import Place, split_hash
+from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.configs import config_of
 from cmscale.runs.manifests import read_document
+from cmscale.runs.named_files import check_array_file, check_reference, check_weights_file
 from cmscale.runs.results import TimeSearch
 from cmscale.runs.sample_sets import place_of_seed, set_place
 from cmscale.runs.source_kind import kind_of_source
 
-_NO_WEIGHTS = {b"<": "is a web page, not weights", b"version https://": "is a pointer of Git LFS, not weights"}
 _WITH_CONFIG = (situation.RUN, situation.CHECKPOINT, situation.EXPORTED)
 
 
@@ -71,20 +70,24 @@ def check_model(
 
 def check_consistency_model(
     source: str, *, what: str, config: str | None = None, overrides: Sequence[str] = ()
-) -> None:
+) -> Config | None:
     """Checks, where the source's config can be read here, that it is an unconditional consistency model.
 
     Args:
         what: What needs one, for the message: `edit`.
 
+    Returns:
+        The source's config; None if only reading its weights can tell.
+
     Raises:
         UserError: it is another model.
     """
     if Place(source).is_remote:
-        return
+        return None
     found = check_model(source, config=config, overrides=overrides)
     if found is not None:
         refuse_other_models(found, origin=source, what=what)
+    return found
 
 
 def refuse_other_models(config: Config, *, origin: str, what: str) -> None:
@@ -96,11 +99,45 @@ def refuse_other_models(config: Config, *, origin: str, what: str) -> None:
         raise UserError(f"{what}: {origin} is class-conditional; give an unconditional model")
 
 
-def check_power_averages(run: str) -> None:
-    """Raises UserError if a run that can be read here keeps no averages by a power function."""
-    config = None if Place(run).is_remote else check_model(run)
+def check_power_averages(run: str, *, step: str, length: float | None) -> None:
+    """Checks that a run that can be read here keeps averages by a power function, from which others are computed.
+
+    Args:
+        step: Of the checkpoint; `latest` is the newest.
+        length: The average that is asked for, if one is.
+
+    Raises:
+        UserError: it keeps none, has no such checkpoint, or there is no average of that length.
+    """
+    try:
+        at = parse_step(step)
+    except ValueError as error:
+        raise UserError(f"--checkpoint: {error}") from None
+    if length is not None and not SHORTEST <= length <= LONGEST:
+        raise UserError(f"--length {length:g}: must be between {SHORTEST:g} and {LONGEST:g}")
+    config = None if Place(run).is_remote else check_model(run, steps=(at,))
+    if config is not None and kind_of_source(run) != situation.RUN:
+        raise UserError(f"{run}: is no run; give the run, as an average is computed from all its checkpoints")
     if config is not None and not config.ema.lengths:
         raise UserError(f"{run}: keeps no averages to compute others from; a run with ema.lengths does")
+
+
+def check_followed(teacher: str, follower: Config) -> None:
+    """Raises UserError if a model that can be read here is none whose ODE another can follow: `refuse_followed`."""
+    found = None if Place(teacher).is_remote else check_model(teacher)
+    if found is not None:
+        refuse_followed(found, follower, teacher=teacher)
+
+
+def refuse_followed(config: Config, follower: Config, *, teacher: str) -> None:
+    """Raises UserError if a config is not that of an unconditional diffusion model for the images of another's."""
+    if not config.method.facts.can_teach:
+        raise UserError(f"--teacher {teacher}: is of kind {config.method.kind}; a diffusion model is needed")
+    if config.model.image_size != follower.model.image_size:
+        raise UserError(f"--teacher {teacher}: its images are {config.model.image_size} px, not the source's")
+    if config.model.num_classes is not None:
+        raise UserError(f"--teacher {teacher}: is class-conditional, and data sets carry no classes; give another")
+    agreement.check_range(config.method, follower.method, key="--teacher", origin=teacher)
 
 
 def _run_of(checkpoint: str) -> str:
@@ -163,6 +200,7 @@ def check_request(request: SourceRequest) -> Config | None:
         kind = kind_of_source(request.source)
         request.refuse_unused(source=kind)
         if kind == situation.SAMPLES:
+            _check_measured_by(request, request.settings(Evaluate()), data=None)
             return None
     steps: Sequence[int | None] = (None,)
     weights: Sequence[str | None] = (None,)
@@ -170,6 +208,7 @@ def check_request(request: SourceRequest) -> Config | None:
         steps, weights = request.steps_asked, request.weights_asked
     if isinstance(request, SearchTimesRequest):
         steps, weights = (parse_step(request.step),), (request.weights,)
+    _check_has_place(request)
     config = check_model(
         request.source, steps=steps, weights=weights, config=request.config, overrides=request.overrides
     )
@@ -183,13 +222,32 @@ def check_request(request: SourceRequest) -> Config | None:
         request.check_fits(config)
         if request.times is not None:
             check_times(request.times, config.method)
-    settings = request.settings(config.evaluate)
+    _check_measured_by(request, request.settings(config.evaluate), data=config.data.path)
+    return config
+
+
+def _check_measured_by(request: MeasuringRequest, settings: Evaluate, *, data: str | None) -> None:
+    """Checks the features' weights and the reference, which is the data if none is named."""
     weights_key, file = settings.weights()
     if file is not None:
         check_weights_file(file, key=_named(request, weights_key))
-    if settings.reference is not None and settings.reference.lower().endswith(".npz"):
+    if settings.reference is not None:
         check_reference(settings.reference, key=_named(request, "reference"))
-    return config
+    elif data is not None:
+        check_reference(data, key="data.path", is_needed=False)
+    else:
+        raise UserError("evaluate: no reference; give --reference DATASET|FOLDER|FILE.npz")
+
+
+def _check_has_place(request: MeasuringRequest) -> None:
+    """Raises UserError if a result has no place: SOURCE is no run here, and no other is named."""
+    assert isinstance(request, EvaluateRequest | SearchTimesRequest)
+    if request.out is not None or getattr(request, "run_dir", None) is not None or is_npz(request.source):
+        return
+    kind = None if request.source.is_remote else kind_of_source(request.source)
+    is_in_run = kind == situation.CHECKPOINT and Path(request.source).absolute().parent.name == "checkpoints"
+    if kind != situation.RUN and not is_in_run:
+        raise UserError(f"{request.source}: not a run on this machine; give --out FILE.json for the result")
 
 
 def _check_draw(request: DrawRequest) -> Config | None:
@@ -207,6 +265,8 @@ def _check_draw(request: DrawRequest) -> Config | None:
         set_place(place_of_seed(request.out, seed, request.seeds), format).check("--out")
     if request.noise is not None and not request.noise.is_remote and not Path(request.noise).is_file():
         raise UserError(f"--noise {request.noise}: no such file")
+    if request.noise is not None and not request.noise.is_remote:
+        check_array_file(request.noise, key="--noise")
     config = check_model(
         request.source,
         steps=(parse_step(request.step),),
@@ -238,44 +298,3 @@ def _named(request: MeasuringRequest, key: str) -> str:
     """What names a file: the option, or the key of the config."""
     given = getattr(request, key, None) is not None
     return f"--{key.replace('_', '-')}" if given else f"evaluate.{key}"
-
-
-def check_weights_file(place: str, *, key: str) -> None:
-    """Checks that a local file is none of those that stand for weights by mistake; what it holds the worker checks.
-
-    Raises:
-        UserError: there is no such file, it is empty, a web page, or a pointer of Git LFS.
-    """
-    path = _local(place, key=key)
-    if path is None:
-        return
-    with path.open("rb") as file:
-        start = file.read(16)
-    found = next((what for sign, what in _NO_WEIGHTS.items() if start.startswith(sign)), None)
-    found = found if start else "is empty"
-    if found is not None:
-        raise UserError(f"{key}: {place}: {found}; copy it again, or give another")
-
-
-def check_reference(place: str, *, key: str) -> None:
-    """Raises UserError if a local `.npz` is damaged or holds neither statistics nor images."""
-    path = _local(place, key=key)
-    if path is None:
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError):
-        raise UserError(f"{key}: {place}: damaged, or not an .npz of plain arrays; give another") from None
-    if not names & {"arr_0", "mu"}:
-        raise UserError(f"{key}: {place}: holds {', '.join(sorted(names)[:5])}; give statistics or images")
-
-
-def _local(place: str, *, key: str) -> Path | None:
-    """The path of a file on this machine; None if it is in a storage, which is not fetched for a check."""
-    plain = Place(split_hash(place)[0])
-    if plain.is_remote:
-        return None
-    if not Path(plain).exists():
-        raise UserError(f"{key}: {plain}: no such file or folder")
-    return Path(plain) if Path(plain).is_file() else None

@@ -274,7 +274,7 @@ def test_what_lies_near_a_right_source_is_refused_by_its_own_name(
         (["verify", data], "is a prepared data set; verify it with data_prep/verify.py"),
         (["runs", trained], "is a run; give the folder that holds runs"),
         (["evaluate", model, "--reference", trained, "--out", tmp_path / "x.json"], "is a run; give its data"),
-        (["evaluate", model, "--reference", trained / "config.yaml", "--out", tmp_path / "x.json"], "unknown format"),
+        (["evaluate", model, "--reference", trained / "config.yaml", "--out", tmp_path / "x.json"], "no reference"),
     ):
         assert run(monkeypatch, *words) == 2
         told = capsys.readouterr().err

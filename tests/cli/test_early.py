@@ -1,11 +1,13 @@
 """A mistake of a user is found before torch is imported, which takes seconds."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from evaluation_fixtures import write_trained_run
+from evaluation_fixtures import write_dataset, write_trained_run
+from PIL import Image
 
 from cmscale.config import read_config
 from cmscale.interop import write_safetensors
@@ -17,11 +19,12 @@ import json, sys
 sys.modules["torch"] = None  # an import of it fails
 from cmscale.cli.app import run
 from cmscale.commands.ending import guarded
-from data_prep import prepare, verify
+from data_prep import prepare, reference, verify
 from launchers import evaluate, sample, submit
 for line in json.loads(sys.argv[1]):
     program, *words = line
     scripts = {"submit": submit, "evaluate": evaluate, "sample": sample, "prepare": prepare, "verify": verify}
+    scripts["reference"] = reference
     main = run if program == "cmscale" else getattr(scripts[program], "run", scripts[program].main)
     print(guarded(main, words, label=" ".join(line)), flush=True)
 """
@@ -37,6 +40,25 @@ LINES = [
     ["cmscale", "edit", "colorize", "run", "gone.png"],
     ["cmscale", "edit", "colorize", "run"],
     ["cmscale", "edit", "interpolate", "teacher"],
+    ["cmscale", "edit", "interpolate", "run", "photo.png"],
+    ["cmscale", "edit", "inpaint", "run", "photo.png", "--mask", "gone.png"],
+    ["cmscale", "edit", "inpaint", "run", "photo.png", "--mask", "photo.png"],
+    ["cmscale", "edit", "inpaint", "run", "photo.png", "--box", "0,0,99,99"],
+    ["cmscale", "edit", "superres", "run", "photo.png", "--factor", "3"],
+    ["cmscale", "edit", "denoise", "run", "photo.png", "--sigma", "400"],
+    ["cmscale", "edit", "denoise", "run", "run/config.yaml"],
+    ["cmscale", "edit", "denoise", "run", "photo.png", "--out", "photo.png"],
+    ["cmscale", "sample", "run", "--out", "x.npz", "--noise", "photo.png"],
+    ["cmscale", "export", "run"],
+    ["cmscale", "ema", "run", "--length", "7"],
+    ["cmscale", "consistency-error", "run", "--data", "nowhere"],
+    ["cmscale", "consistency-error", "run", "--teacher", "run"],
+    ["cmscale", "evaluate", "run", "--features-weights", "run/config.yaml"],
+    ["cmscale", "evaluate", "run", "--reference", "run"],
+    ["cmscale", "evaluate", "run", "--reference", "run/config.yaml"],
+    ["cmscale", "evaluate", "run", "--reference", "huge"],
+    ["cmscale", "evaluate", "model.safetensors", "--reference", "data"],
+    ["cmscale", "evaluate", "pictures"],
     ["cmscale", "sample", "run", "--out", "x.gif"],
     ["cmscale", "export", "run", "--to", "x.safetensors", "--weights", "ema_0.7"],
     ["cmscale", "export", "run", "--to", "x.xyz"],
@@ -65,12 +87,25 @@ LINES = [
     ["prepare", "--source", "folder:nowhere", "--format", "mds", "--out", "x"],
     ["prepare", "--source", "folder:run", "--format", "xyz", "--out", "x"],
     ["verify", "nowhere"],
+    ["reference", "nowhere", "--out", "x.npz"],
+    ["reference", "data", "--out", "x.txt"],
+    ["reference", "data", "--out", "x.npz", "--format", "xyz"],
+    ["reference", "data", "--out", "x.npz", "--format", "edm", "--features", "efficientnet"],
+    ["reference", "data", "--out", "x.npz", "--features-weights", "photo.png"],
 ]
 
 
 def test_mistakes_are_found_without_torch(tmp_path: Path) -> None:
+    prepared = write_dataset(tmp_path / "made")
     run = write_trained_run(tmp_path / "run", data=tmp_path / "data")
     write_trained_run(tmp_path / "teacher", data=tmp_path / "data", kind="edm", method="sigma_data: 0.5")
+    (tmp_path / "pictures").mkdir()
+    for name in ("photo.png", "pictures/one.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    for name in ("data", "huge"):
+        shutil.copytree(prepared, tmp_path / name)
+    manifest = tmp_path / "huge/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"count": 40', '"count": 50001'))
     config = read_config(run.config)
     write_safetensors(
         tmp_path / "model.safetensors",

@@ -436,7 +436,7 @@ def test_damaged_files_give_a_result_or_one_line(
     seed = int(os.environ.get("CMSCALE_MUTATION_SEED") or random.SystemRandom().randrange(2**32))
     print(f"CMSCALE_MUTATION_SEED={seed}")
     monkeypatch.setattr("cmscale.evaluation.session.build_features", build_cheap_features)
-    monkeypatch.setattr("data_prep.reference.build_features", build_cheap_features)
+    monkeypatch.setattr("cmscale.evaluation.features.extractor.build_features", build_cheap_features)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.chdir(tmp_path)
     signal.signal(signal.SIGALRM, _timed_out)
@@ -471,7 +471,7 @@ def test_damaged_files_give_a_result_or_one_line(
 def test_the_files_are_good_before_they_are_damaged(inputs: list[Input], tmp_path: Path, monkeypatch) -> None:
     """Otherwise the property would hold for a refusal of everything."""
     monkeypatch.setattr("cmscale.evaluation.session.build_features", build_cheap_features)
-    monkeypatch.setattr("data_prep.reference.build_features", build_cheap_features)
+    monkeypatch.setattr("cmscale.evaluation.features.extractor.build_features", build_cheap_features)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.chdir(tmp_path)
     for each in inputs:

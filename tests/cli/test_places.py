@@ -125,7 +125,7 @@ def test_reference_statistics_are_written_to_s3(
 ) -> None:
     data = write_dataset(tmp_path / "made", count=8)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reference, "build_features", build_cheap_features)
+    monkeypatch.setattr("cmscale.evaluation.features.extractor.build_features", build_cheap_features)
     assert reference.main([str(data), "--out", f"{s3}/stats/r.npz"]) == 0
     assert f"{s3}/stats/r.npz: 8 images of 8 px" in capsys.readouterr().out
     assert np.load(io.BytesIO(open_storage(s3).read("stats/r.npz")))["arr_0"].shape == (8, 8, 8, 3)

@@ -197,7 +197,7 @@ def make_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cmscale.source.build_unet", networks)
     monkeypatch.setattr(grid, "off_grid_times", lambda method, count: off_grid_times(method, min(count, 4)))
     monkeypatch.setattr(CT, "second_time", SecondTime(index=2, last=4))
-    for module in ("cmscale.evaluation.session", "data_prep.reference"):
+    for module in ("cmscale.evaluation.session", "cmscale.evaluation.features.extractor"):
         monkeypatch.setattr(f"{module}.build_features", cheap_features_that_know_their_weights)
     monkeypatch.setattr("data_prep.demo.photograph", photograph)
     blocks = "cmscale.training.estimate.counts"

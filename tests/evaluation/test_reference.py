@@ -153,7 +153,7 @@ def test_the_command_writes_edms_and_edm2s_formats(tmp_path, monkeypatch, capsys
     source = ["--source", f"folder:{tmp_path / 'images'}", "--format", "webdataset", "--image-size", "8"]
     dataset = str(tmp_path / "dataset")
     assert prepare([*source, "--encoding", "png", "--out", dataset]) == 0
-    monkeypatch.setattr("data_prep.reference.build_features", lambda *_, **__: EXTRACTOR)
+    monkeypatch.setattr("cmscale.evaluation.features.extractor.build_features", lambda *_, **__: EXTRACTOR)
     ((_, features),) = image_blocks(IMAGES[:12], EXTRACTOR)
     pooled = features["pooled"].astype("f8")
     for format, name in (("edm", "edm.npz"), ("edm2", "edm2.pkl")):
@@ -445,7 +445,7 @@ def test_a_format_in_a_new_file_is_read_and_written_by_the_commands(tmp_path, mo
     (tmp_path / "formats").mkdir()
     (tmp_path / "formats" / "plain.py").write_text(TOY)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / "formats")])
-    monkeypatch.setattr("data_prep.reference.build_features", lambda *_, **__: EXTRACTOR)
+    monkeypatch.setattr("cmscale.evaluation.features.extractor.build_features", lambda *_, **__: EXTRACTOR)
     dataset = write_dataset(tmp_path, count=12)
     out = tmp_path / "reference.json"
     try:

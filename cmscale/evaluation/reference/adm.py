@@ -7,17 +7,17 @@ This package writes more arrays, which ADM's evaluator ignores: `features_0` (po
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cmscale.errors import UserError
-from cmscale.evaluation.blocks import BLOCK
-from cmscale.evaluation.features.extractor import FeatureExtractor
 from cmscale.evaluation.npz import npz_arrays, npz_names
-from cmscale.evaluation.reference.reference import Reference, reference_from_arrays, text_of
 from cmscale.evaluation.reference.registry import ReferenceFormat, ReferenceWriter
-from cmscale.evaluation.sample_files import batches, open_images
+
+if TYPE_CHECKING:
+    from cmscale.evaluation.features.extractor import FeatureExtractor
+    from cmscale.evaluation.reference.reference import Reference
 
 _READ = frozenset(
     {"mu", "sigma", "mu_s", "sigma_s", "features_0", "features", "preprocess", "encoding", "exif"}
@@ -31,8 +31,12 @@ def _matches(path: Path) -> bool:
     return "mu" in names and names != {"mu", "sigma"}
 
 
-def _read(path: Path, extractor: FeatureExtractor) -> Reference:
+def _read(path: Path, extractor: "FeatureExtractor") -> "Reference":
     """Without `features_0`, the features of the images in `arr_0` are extracted."""
+    from cmscale.evaluation.blocks import BLOCK
+    from cmscale.evaluation.reference.reference import reference_from_arrays, text_of
+    from cmscale.evaluation.sample_files import batches, open_images
+
     names = npz_names(path)
     arrays: dict[str, Any] = dict(npz_arrays(path, names & _READ))
     images = open_images(path) if "arr_0" in names else None
@@ -49,7 +53,7 @@ def _read(path: Path, extractor: FeatureExtractor) -> Reference:
     return found
 
 
-def write_adm(path: Path, reference: Reference, images: Iterable[np.ndarray]) -> None:
+def write_adm(path: Path, reference: "Reference", images: Iterable[np.ndarray]) -> None:
     """Writes a reference with the images of its subset, uint8 [H, W, 3], in the subset's order."""
     arrays: dict[str, np.ndarray] = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
     if reference.spatial is not None:

@@ -2,23 +2,28 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cmscale.errors import UserError
-from cmscale.evaluation.features.extractor import FeatureExtractor
 from cmscale.evaluation.npz import npz_arrays, npz_names
-from cmscale.evaluation.reference.reference import Reference, reference_from_arrays
 from cmscale.evaluation.reference.registry import ReferenceFormat, ReferenceWriter
+
+if TYPE_CHECKING:
+    from cmscale.evaluation.features.extractor import FeatureExtractor
+    from cmscale.evaluation.reference.reference import Reference
 
 _ARRAYS = frozenset({"mu", "sigma"})
 
 
-def _read(path: Path, extractor: FeatureExtractor) -> Reference:
+def _read(path: Path, extractor: "FeatureExtractor") -> "Reference":
+    from cmscale.evaluation.reference.reference import reference_from_arrays
+
     return reference_from_arrays(path, npz_arrays(path, _ARRAYS), extractor)
 
 
-def write_edm(path: Path, reference: Reference, images: Iterable[np.ndarray] = ()) -> None:
+def write_edm(path: Path, reference: "Reference", images: Iterable[np.ndarray] = ()) -> None:
     """Writes the statistics without images, as EDM's `fid.py` reads them.
 
     Raises:

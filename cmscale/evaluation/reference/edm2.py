@@ -6,25 +6,29 @@
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cmscale.errors import UserError
-from cmscale.evaluation.features.extractor import FeatureExtractor
 from cmscale.evaluation.npz import MAX_ARRAY_BYTES
-from cmscale.evaluation.reference.reference import Reference, reference_from_arrays
 from cmscale.evaluation.reference.registry import ReferenceFormat, ReferenceWriter
 from cmscale.interop.pickled_arrays import array, names_array
 from cmscale.io.pickles import Call, Name, plain, read_pickle
 from cmscale.io.reading import reading
 
+if TYPE_CHECKING:
+    from cmscale.evaluation.features.extractor import FeatureExtractor
+    from cmscale.evaluation.reference.reference import Reference
+
 _KEYS = {"inception": "fid", "dinov2_vitl14": "fd_dinov2"}
 """Label of features -> key of their statistics."""
 
 
-def _read(path: Path, extractor: FeatureExtractor) -> Reference:
+def _read(path: Path, extractor: "FeatureExtractor") -> "Reference":
     """Reads the statistics of the extractor's features, of those that the file holds."""
+    from cmscale.evaluation.reference.reference import reference_from_arrays
+
     key = _KEYS.get(extractor.label)
     if key is None:
         raise UserError(
@@ -42,7 +46,7 @@ def _read(path: Path, extractor: FeatureExtractor) -> Reference:
     return reference_from_arrays(path, {**arrays, "features": extractor.label}, extractor)
 
 
-def write_edm2(path: Path, reference: Reference, images: Iterable[np.ndarray] = ()) -> None:
+def write_edm2(path: Path, reference: "Reference", images: Iterable[np.ndarray] = ()) -> None:
     """Writes the statistics without images, as EDM2's `calculate_metrics.py` reads them.
 
     A file of the same images keeps its statistics of other features: two runs write both of EDM2's metrics.

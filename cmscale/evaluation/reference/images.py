@@ -2,19 +2,24 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cmscale.evaluation.features.extractor import FeatureExtractor
 from cmscale.evaluation.npz import npz_names
-from cmscale.evaluation.reference.reference import Reference, reference_from_images
 from cmscale.evaluation.reference.registry import ReferenceFormat
-from cmscale.evaluation.sample_files import open_images
+
+if TYPE_CHECKING:
+    from cmscale.evaluation.features.extractor import FeatureExtractor
+    from cmscale.evaluation.reference.reference import Reference
 
 
 def _matches(path: Path) -> bool:
     return path.is_dir() or ("arr_0" in (names := npz_names(path)) and "mu" not in names)
 
 
-def _read(path: Path, extractor: FeatureExtractor) -> Reference:
+def _read(path: Path, extractor: "FeatureExtractor") -> "Reference":
+    from cmscale.evaluation.reference.reference import reference_from_images
+    from cmscale.evaluation.sample_files import open_images
+
     images = open_images(path)
     reference = reference_from_images(
         images.read(), extractor, name=str(path), count=images.count, encoding=images.encoding

@@ -13,14 +13,13 @@ from cmscale.errors import UserError
 from cmscale.evaluation.blocks import BLOCK
 from cmscale.evaluation.features.extractor import FeatureExtractor
 from cmscale.evaluation.manifold import DENSITY_K, Manifold
+from cmscale.evaluation.reference.subset import SUBSET, subset_indices
 from cmscale.evaluation.sample_files import batches
 from cmscale.evaluation.statistics import Moments, Sums, checked_moments, total
 from cmscale.generation.pixel_hash import PixelHash
 from cmscale.io.fetch import file_sha256
 from cmscale.io.reading import reading
 
-SUBSET = 10_000  # images kept for KID, precision and recall, as in ADM's references
-_SUBSET_SEED = 0
 _LONGEST_TEXT = 1000  # characters
 _MOST_IMAGES = 10**12
 
@@ -168,12 +167,6 @@ def reference_from_images(
         image_size=image_size,
         device=extractor.device,
     )
-
-
-def subset_indices(count: int, subset: int = SUBSET) -> np.ndarray:
-    """Indices of the images, of `count`, that a reference keeps: ascending, and the same for the same count."""
-    drawn = np.random.RandomState(_SUBSET_SEED).permutation(count)[:subset]
-    return np.sort(drawn)
 
 
 def reference_from_arrays(path: Path, arrays: Mapping[str, Any], extractor: FeatureExtractor) -> Reference:

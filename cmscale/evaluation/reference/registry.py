@@ -5,15 +5,18 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import cmscale.evaluation.reference as package
 from cmscale.errors import UserError
-from cmscale.evaluation.features.extractor import FeatureExtractor
-from cmscale.evaluation.reference.reference import Reference
 
-_COMMON = ("reference", "registry")
+if TYPE_CHECKING:
+    from cmscale.evaluation.features.extractor import FeatureExtractor
+    from cmscale.evaluation.reference.reference import Reference
+
+_COMMON = ("reference", "registry", "subset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class ReferenceWriter:
     suffix: str
     networks: tuple[str, ...] = ()
     keeps_images: bool = False
-    write: Callable[[Path, Reference, Iterable[np.ndarray]], None]
+    write: "Callable[[Path, Reference, Iterable[np.ndarray]], None]"
     check: Callable[[Path, str, int, str], None] = lambda *_: None
 
 
@@ -53,7 +56,7 @@ class ReferenceFormat:
     description: str
     suffixes: tuple[str, ...]
     matches: Callable[[Path], bool]
-    read: Callable[[Path, FeatureExtractor], Reference]
+    read: "Callable[[Path, FeatureExtractor], Reference]"
     writer: ReferenceWriter | None = None
 
 
@@ -87,7 +90,7 @@ def is_reference_file(name: str) -> bool:
     )
 
 
-def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
+def read_reference(path: str | Path, extractor: "FeatureExtractor") -> "Reference":
     """Reads a reference for an extractor's features.
 
     If a file holds images and not their features, the features are extracted here.
@@ -110,7 +113,7 @@ def read_reference(path: str | Path, extractor: FeatureExtractor) -> Reference:
     return found
 
 
-def _check(path: Path, found: Reference, extractor: FeatureExtractor) -> None:
+def _check(path: Path, found: "Reference", extractor: "FeatureExtractor") -> None:
     """Refuses statistics of other features, so that nothing is sampled in vain."""
     if found.features not in (None, extractor.label):
         raise UserError(f"reference {path}: holds {found.features} features, the evaluation uses {extractor.label}")

@@ -1,26 +1,32 @@
 """torch-fidelity's cached statistics: a `.pt` with `mu` and `sigma`, read without executing code in it."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cmscale.errors import UserError
-from cmscale.evaluation.features.extractor import FeatureExtractor
 from cmscale.evaluation.npz import MAX_ARRAY_BYTES
-from cmscale.evaluation.reference.reference import Reference, reference_from_arrays
 from cmscale.evaluation.reference.registry import ReferenceFormat
 from cmscale.interop.pickled_arrays import array, names_array
-from cmscale.interop.torch_file import TorchFile, names_tensor, open_torch
 from cmscale.io.pickles import plain
 from cmscale.io.reading import reading
 
+if TYPE_CHECKING:
+    from cmscale.evaluation.features.extractor import FeatureExtractor
+    from cmscale.evaluation.reference.reference import Reference
+    from cmscale.interop.torch_file import TorchFile
 
-def _read(path: Path, extractor: FeatureExtractor) -> Reference:
+
+def _read(path: Path, extractor: "FeatureExtractor") -> "Reference":
+    from cmscale.evaluation.reference.reference import reference_from_arrays
+
     return reference_from_arrays(path, _load(path), extractor)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
+    from cmscale.interop.torch_file import names_tensor, open_torch
+
     with (
         reading(f"reference {path}", "torch-fidelity's statistics"),
         open_torch(path, allows=lambda name: names_tensor(name) or names_array(name)) as file,
@@ -31,7 +37,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         return {key: _numbers(path, file, found[key]) for key in ("mu", "sigma") if key in found}
 
 
-def _numbers(path: Path, file: TorchFile, value: Any) -> np.ndarray:
+def _numbers(path: Path, file: "TorchFile", value: Any) -> np.ndarray:
     """An array of numpy's or torch's."""
     tensor = file.tensor(value)
     if tensor is None:

@@ -1,0 +1,238 @@
+"""Edits images with a model that Python programs have loaded: the methods of `cmscale.Model` that take images.
+
+The result follows the images: one file or PIL image gives a PIL image, several give a list, and `tensors=True` gives a
+tensor. A tensor may be one image [3, H, W] or several [N, 3, H, W].
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cmscale.config import Config
+from cmscale.consistency.solver import Denoise
+from cmscale.errors import UserError
+from cmscale.generation.given_images import File, Images, Missing, OneImage, as_pil, inputs_of, several
+from cmscale.generation.task_settings import TaskSettings, check_task
+from cmscale.generation.tasks import add_noise, apply_task, interpolated
+from cmscale.io import image_tensors
+from cmscale.source import Source
+
+Picture = File | Image.Image
+Pictures = Image.Image | list[Image.Image]
+
+
+class Editor:
+    """A model with the zero-shot tasks of an unconditional consistency model."""
+
+    def __init__(self, source: Source, *, device: torch.device) -> None:
+        self._source = source
+        self.device = device
+
+    @property
+    def config(self) -> Config:
+        return self._source.config
+
+    @cached_property
+    def denoiser(self) -> Denoise:
+        """The denoiser D(x, sigma): images [B, 3, H, W] with noise of std sigma [B] -> clean images.
+
+        For a consistency model it is the consistency function f.
+        """
+        return self._source.denoiser(self.device)
+
+    @overload
+    def inpaint(
+        self, image: Picture, mask: Missing, *, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+    ) -> Image.Image: ...
+    @overload
+    def inpaint(
+        self,
+        image: Sequence[OneImage],
+        mask: Missing,
+        *,
+        steps: int = 40,
+        seed: int = 0,
+        tensors: Literal[False] = False,
+    ) -> list[Image.Image]: ...
+    @overload
+    def inpaint(
+        self, image: Tensor, mask: Missing, *, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+    ) -> Pictures: ...
+    @overload
+    def inpaint(
+        self, image: Images, mask: Missing, *, steps: int = 40, seed: int = 0, tensors: Literal[True]
+    ) -> Tensor: ...
+    def inpaint(
+        self, image: Images, mask: Missing, *, steps: int = 40, seed: int = 0, tensors: bool = False
+    ) -> Pictures | Tensor:
+        """Fills the missing pixels of images; all others stay as they are.
+
+        Args:
+            mask: What is missing: a file or PIL image that is white or transparent there, or a bool array [H, W] that
+                is true there; of the size of the images or of the model.
+            steps: Number of times of the grid (Consistency Models, algorithm 4).
+            tensors: Return float tensors in place of PIL images; one tensor [3, H, W] for one image.
+
+        Raises:
+            UserError: an image or the mask can't be used, or the model is no unconditional consistency model.
+        """
+        settings = TaskSettings(task="inpaint", steps=steps, seed=seed)
+        return self._edit(settings, image, mask=mask, tensors=tensors)
+
+    @overload
+    def colorize(
+        self, image: Picture, *, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+    ) -> Image.Image: ...
+    @overload
+    def colorize(
+        self, image: Sequence[OneImage], *, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+    ) -> list[Image.Image]: ...
+    @overload
+    def colorize(
+        self, image: Tensor, *, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+    ) -> Pictures: ...
+    @overload
+    def colorize(self, image: Images, *, steps: int = 40, seed: int = 0, tensors: Literal[True]) -> Tensor: ...
+    def colorize(self, image: Images, *, steps: int = 40, seed: int = 0, tensors: bool = False) -> Pictures | Tensor:
+        """Colours images, of which only the luminance is used; it stays the same. See `inpaint` for the rest."""
+        return self._edit(TaskSettings(task="colorize", steps=steps, seed=seed), image, tensors=tensors)
+
+    @overload
+    def superres(
+        self, image: Picture, *, factor: int = 8, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+    ) -> Image.Image: ...
+    @overload
+    def superres(
+        self,
+        image: Sequence[OneImage],
+        *,
+        factor: int = 8,
+        steps: int = 40,
+        seed: int = 0,
+        tensors: Literal[False] = False,
+    ) -> list[Image.Image]: ...
+    @overload
+    def superres(
+        self, image: Tensor, *, factor: int = 8, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+    ) -> Pictures: ...
+    @overload
+    def superres(
+        self, image: Images, *, factor: int = 8, steps: int = 40, seed: int = 0, tensors: Literal[True]
+    ) -> Tensor: ...
+    def superres(
+        self, image: Images, *, factor: int = 8, steps: int = 40, seed: int = 0, tensors: bool = False
+    ) -> Pictures | Tensor:
+        """Adds detail to images, of which only the means of factor x factor pixels are used; they stay the same.
+
+        An image that is smaller than the model's gives these means itself. See `inpaint` for the rest.
+        """
+        settings = TaskSettings(task="superres", factor=factor, steps=steps, seed=seed)
+        return self._edit(settings, image, tensors=tensors)
+
+    @overload
+    def stroke(self, image: Picture, *, seed: int = 0, tensors: Literal[False] = False) -> Image.Image: ...
+    @overload
+    def stroke(
+        self, image: Sequence[OneImage], *, seed: int = 0, tensors: Literal[False] = False
+    ) -> list[Image.Image]: ...
+    @overload
+    def stroke(self, image: Tensor, *, seed: int = 0, tensors: Literal[False] = False) -> Pictures: ...
+    @overload
+    def stroke(self, image: Images, *, seed: int = 0, tensors: Literal[True]) -> Tensor: ...
+    def stroke(self, image: Images, *, seed: int = 0, tensors: bool = False) -> Pictures | Tensor:
+        """Turns stroke paintings into photographs (SDEdit). See `inpaint` for the rest."""
+        return self._edit(TaskSettings(task="stroke", seed=seed), image, tensors=tensors)
+
+    @overload
+    def denoise(
+        self, image: Picture, *, sigma: float, seed: int | None = None, tensors: Literal[False] = False
+    ) -> Image.Image: ...
+    @overload
+    def denoise(
+        self, image: Sequence[OneImage], *, sigma: float, seed: int | None = None, tensors: Literal[False] = False
+    ) -> list[Image.Image]: ...
+    @overload
+    def denoise(
+        self, image: Tensor, *, sigma: float, seed: int | None = None, tensors: Literal[False] = False
+    ) -> Pictures: ...
+    @overload
+    def denoise(self, image: Images, *, sigma: float, seed: int | None = None, tensors: Literal[True]) -> Tensor: ...
+    def denoise(
+        self, image: Images, *, sigma: float, seed: int | None = None, tensors: bool = False
+    ) -> Pictures | Tensor:
+        """Removes Gaussian noise of standard deviation `sigma`, for values in [-1, 1], from images.
+
+        Args:
+            seed: Adds the noise of this seed first, as `cmscale edit denoise` does; None: the images are noisy.
+        """
+        settings = TaskSettings(task="denoise", sigma=sigma, seed=seed or 0)
+        return self._edit(settings, image, tensors=tensors, noisy=seed is None)
+
+    @overload
+    def interpolate(
+        self,
+        first: OneImage | None = None,
+        second: OneImage | None = None,
+        *,
+        count: int = 8,
+        seed: int = 0,
+        tensors: Literal[False] = False,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def interpolate(
+        self,
+        first: OneImage | None = None,
+        second: OneImage | None = None,
+        *,
+        count: int = 8,
+        seed: int = 0,
+        tensors: Literal[True],
+    ) -> Tensor: ...
+
+    def interpolate(
+        self,
+        first: OneImage | None = None,
+        second: OneImage | None = None,
+        *,
+        count: int = 8,
+        seed: int = 0,
+        tensors: bool = False,
+    ) -> list[Image.Image] | Tensor:
+        """`count` images from one image to another, or between two samples of the seed if none are given."""
+        settings = TaskSettings(task="interpolate", count=count, seed=seed)
+        self._check(settings)
+        if (first is None) != (second is None):
+            raise UserError("interpolate: got one image; give two, or none and a seed")
+        ends = None
+        if first is not None and second is not None:
+            ends, _, _ = inputs_of(settings, [first, second], mask=None, shape=self._source.image_shape)
+            ends = ends.to(self.device)
+        images = interpolated(self._source, self.denoiser, settings, ends=ends, device=self.device).cpu().clamp(-1, 1)
+        return images if tensors else as_pil(image_tensors.to_uint8(images))
+
+    def _check(self, settings: TaskSettings) -> None:
+        check_task(self.config, settings, origin=self._source.origin)
+        if settings.steps < 2 or settings.count < 2 or settings.seed < 0:
+            raise UserError(
+                f"{settings.task}: got steps {settings.steps}, count {settings.count}, seed {settings.seed}; steps and "
+                f"count are at least 2, the seed at least 0"
+            )
+
+    def _edit(
+        self, settings: TaskSettings, given: Images, *, mask: Missing | None = None, tensors: bool, noisy: bool = True
+    ) -> Pictures | Tensor:
+        self._check(settings)
+        pictures, is_sequence = several(given)
+        images, missing, is_single = inputs_of(settings, pictures, mask=mask, shape=self._source.image_shape)
+        images = images.to(self.device)
+        if settings.task == "denoise" and not noisy:
+            images = add_noise(images, settings)
+        _, result = apply_task(self._source, self.denoiser, settings, images, missing)
+        result = result.cpu()
+        edited = result if tensors else as_pil(image_tensors.to_uint8(result, nearest=True))
+        return edited[0] if is_single and not is_sequence else edited
