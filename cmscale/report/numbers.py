@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from cmscale.commands.counting import in_words
 from cmscale.evaluation.metrics.frechet import FID
 from cmscale.report.facts import RunFacts
-from cmscale.report.happened import Stretch, stretches
+from cmscale.report.happened import Stretch, as_number, stretches
 from cmscale.runs.comparison import best_by_score, describe_basis
+from cmscale.runs.log import is_beside_training
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,23 @@ def _is_on_cpu(facts: RunFacts) -> bool:
 
 
 def last_sign(facts: RunFacts) -> float | None:
-    """When the run's metrics were written last."""
+    """When the run took the last step that it recorded; None if no event says when an earlier one was.
+
+    Records state how long their steps took, events when they were. The age of the file alone would count the time until
+    a run was copied; it is never earlier than the last record, and so bounds what was recorded twice after a fault.
+    """
+    last = next((each for each in reversed(facts.events) if not is_beside_training(str(each.get("event", "")))), {})
+    moment, step = as_number(last.get("time")), last.get("step")
+    if moment is None or type(step) is not int:
+        return None
+    seconds, before = 0.0, 0
+    for at, took in facts.measured.of("seconds").points():
+        if at > step:
+            seconds += took * (at - max(before, step)) / (at - before)
+        before = at
     with contextlib.suppress(OSError):
-        return facts.run.metrics.stat().st_mtime
-    return None
+        return min(moment + seconds, facts.run.metrics.stat().st_mtime)
+    return moment
 
 
 def _scores(facts: RunFacts) -> list[Tile]:

@@ -16,6 +16,7 @@ from cmscale.report import build_report
 from cmscale.report.facts import read_facts
 from cmscale.report.happened import EventRow, grouped, stretches, timeline
 from cmscale.report.measured import Series, decimated, read_measured
+from cmscale.report.numbers import last_sign
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, read_lines
 
@@ -141,6 +142,19 @@ def test_a_start_that_never_said_how_it_ended_counts_until_its_last_sign() -> No
     ]
     found = stretches(events, last_sign=930.0)
     assert [(each.seconds, each.ranks) for each in found] == [(60.0, 2), (30.0, 4)]
+
+
+def test_the_time_at_work_of_a_copy_ends_with_the_last_recorded_step(tmp_path) -> None:
+    run = write_run(tmp_path / "a_run")
+    began = {"time": 1.79e9, "event": "start", "step": 0, "rank": 0, "ranks": 2}
+    saved = {"time": 1.79e9 + 50, "event": "checkpoint", "step": 15}
+    measured = {"time": 1.79e9 + 5e5, "event": "evaluated", "step": 15}
+    run.events.write_text("".join(json.dumps(each) + "\n" for each in (began, saved, measured)))
+    run.metrics.write_text("".join(json.dumps({"step": step, "seconds": 30.0}) + "\n" for step in (10, 20, 30)))
+    os.utime(run.metrics, (1.79e9 + 9e5, 1.79e9 + 9e5))  # as a copy has it
+    assert last_sign(read_facts(run)) == 1.79e9 + 50 + 15 + 30
+    os.utime(run.metrics, (1.79e9 + 60, 1.79e9 + 60))  # steps 20 and 30 are of a start before
+    assert last_sign(read_facts(run)) == 1.79e9 + 60
 
 
 def test_decimation_keeps_extremes_and_means() -> None:
