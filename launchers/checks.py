@@ -18,6 +18,7 @@ from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.choices import check_weights_name
 from cmscale.runs.configs import config_of
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
+from cmscale.runs.named_files import check_reference, check_weights_file
 from cmscale.runs.source_kind import kind_of_source
 
 
@@ -43,6 +44,7 @@ def check_inputs(config: Config, *, begins: bool = True) -> DatasetManifest:
         check_first_weights(config)
     if weights := getattr(config.method, "lpips_weights", None):
         check_exists(weights, key="method.lpips_weights")
+        check_weights_file(weights, key="method.lpips_weights")
     if config.train.consistency_error_every and (url := config.train.consistency_error_data):
         check_dataset(url, image_size=config.model.image_size, key="train.consistency_error_data")
     return manifest
@@ -121,11 +123,14 @@ def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None
     for key, used in ((weights_key, weights), ("reference", settings.reference)):
         if used and not options[key]:
             check_exists(used, key=f"evaluate.{key}")
+            check = check_reference if key == "reference" else check_weights_file
+            check(used, key=f"evaluate.{key}")
     for key in files:
         if given := options[key]:
             check_exists(given, key=f"--{key.replace('_', '-')}")
     if config and not settings.reference:
         check_dataset(config.data.path, image_size=config.model.image_size)
+        check_reference(config.data.path, key="data.path")
 
 
 def check_export(export_to: str, name: str, *, is_new: bool, prunes: bool = False) -> None:
@@ -179,10 +184,10 @@ def check_dataset(url: str, *, image_size: int, key: str = "data.path") -> Datas
 
 
 def check_source(url: str, *, key: str) -> None:
-    """Checks that a run, a checkpoint folder or a file exists; the worker checks its contents.
+    """Checks that a run, a checkpoint folder or a file of weights exists; the worker checks its contents.
 
     Raises:
-        UserError: there is nothing, or a run without a checkpoint.
+        UserError: there is nothing, a run without a checkpoint, or something else.
     """
     if is_remote(url):
         check_exists(url, key=key)
@@ -192,6 +197,12 @@ def check_source(url: str, *, key: str) -> None:
         raise UserError(f"{key}: {url}: no such file or folder")
     if path.is_dir() and (path / "config.yaml").exists() and not committed_steps(path):
         raise UserError(f"{key}: run {url} has no complete checkpoint yet")
+    try:
+        kind = kind_of_source(url)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    if kind == situation.SAMPLES:
+        raise UserError(f"{key}: {url}: finished samples or other files, no model; give a run or exported weights")
 
 
 def check_exists(url: str, *, key: str) -> None:

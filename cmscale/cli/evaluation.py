@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from cmscale.cli.command import GIVEN, command
 from cmscale.cli.interruption import or_interrupted
@@ -23,7 +22,6 @@ from cmscale.config.requests import EvaluateRequest, SearchTimesRequest
 from cmscale.io.place import Place
 
 app = typer.Typer()
-console = Console(stderr=True)
 
 
 @command(app)
@@ -96,17 +94,16 @@ def consistency_error(
 
     chosen = choose_device(device)
     loaded = load_model(source, given=given, weights=weights, step=step, config=config, overrides=overrides)
-    with console.status("following trajectories"):
-        path = measure_consistency_error(
-            loaded,
-            data=data,
-            num=num,
-            seed=seed,
-            teacher=teacher,
-            out=out,
-            plot=plot,
-            batch_size=batch_size,
-            device=chosen,
-            force=force,
-        )
+    path = measure_consistency_error(
+        loaded,
+        data=data,
+        num=num,
+        seed=seed,
+        teacher=teacher,
+        out=out,
+        plot=plot,
+        batch_size=batch_size,
+        device=chosen,
+        force=force,
+    )
     print(path)

@@ -65,7 +65,7 @@ class Counting:
         elif self._clock() >= self._next:
             self._next = self._clock() + EVERY_SECONDS
             self._has_said = True
-            self._say(f"{self._what}: {self._count()}, {self._rate()}, {self._left()}")
+            self._say(f"{self._what}: {self._count()}", self._rate(), self._left())
 
     def __enter__(self) -> "Counting":
         stream = sys.stderr if self._stream is None else self._stream
@@ -82,7 +82,7 @@ class Counting:
             self._bar.update(self._task, left=f"in {in_words(self._clock() - self._began)}", rate=self._rate())
             self._bar.stop()
         elif self._has_said and kind is None:
-            self._say(f"{self._what}: {self._count()} in {in_words(self._clock() - self._began)}, {self._rate()}")
+            self._say(f"{self._what}: {self._count()} in {in_words(self._clock() - self._began)}", self._rate())
 
     def _count(self) -> str:
         return f"{int(min(self._done, self._total))} of {self._total} {self._unit}"
@@ -92,8 +92,12 @@ class Counting:
         return (self._done - self._before) / seconds if seconds > 0 else 0.0
 
     def _rate(self) -> str:
+        """The rate; empty if nothing is done yet, of which none follows."""
         rate = self._per_second()
-        return f"{rate:.3g}/s" if rate >= 0.1 or rate == 0 else f"{60 * rate:.3g}/min"
+        for unit, seconds in (("s", 1), ("min", 60), ("h", 3600)):
+            if rate * seconds >= 0.1:
+                return f"{rate * seconds:.3g}/{unit}"
+        return ""
 
     def _left(self) -> str:
         rate = self._per_second()
@@ -101,10 +105,10 @@ class Counting:
             return "time left unknown"
         return f"{in_words(max(self._total - self._done, 0) / rate)} left"
 
-    def _say(self, line: str) -> None:
+    def _say(self, *parts: str) -> None:
         stream = sys.stderr if self._stream is None else self._stream
         if stream is not None:
-            print(line, file=stream, flush=True)
+            print(", ".join(filter(None, parts)), file=stream, flush=True)
 
 
 def counted(items: Iterable[T], what: str, *, total: int, unit: str = "images", active: bool = True) -> Iterator[T]:

@@ -10,6 +10,9 @@ from cmscale.config import MethodSection
 from cmscale.consistency import grid
 from cmscale.consistency.solver import Denoise, evaluate, expand_as, heun_step
 
+TIMES = 100
+"""On a trajectory."""
+
 
 @dataclass(frozen=True)
 class ConsistencyError:
@@ -34,7 +37,7 @@ def consistency_error(
     *,
     noise: Tensor,
     teacher: Denoise | None = None,
-    count: int = 100,
+    count: int = TIMES,
 ) -> ConsistencyError:
     """||f(x_t, t) - f(x_s, s)|| / sqrt(D) along `count` times of each sample's trajectory.
 

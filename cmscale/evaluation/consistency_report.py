@@ -10,10 +10,13 @@ import torch
 from matplotlib.figure import Figure
 
 from cmscale import __version__
+from cmscale.commands.counting import Counting
 from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
+from cmscale.consistency.consistency_error import TIMES
 from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
+from cmscale.generation.draw import advancing
 from cmscale.io.json_text import parse_json
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
@@ -71,16 +74,19 @@ def measure_consistency_error(
     result = _existing(path, key=key, force=force)
     if result is None:
         path.check_output()
-        curve = error_curve(
-            source.config.method,
-            source.denoiser(device),
-            first_images(url, count=num, size=source.config.model.image_size),
-            indices=range(num),
-            seed=seed,
-            teacher=followed.denoise,
-            batch_size=batch_size,
-            device=device,
-        )
+        clean = first_images(url, count=num, size=source.config.model.image_size)
+        with Counting("following trajectories", total=num) as counting:
+            curve = error_curve(
+                source.config.method,
+                advancing(source.denoiser(device), counting.advance, evaluations=TIMES),
+                clean,
+                indices=range(num),
+                seed=seed,
+                teacher=followed.denoise,
+                batch_size=batch_size,
+                device=device,
+            )
+            counting.set(num)
         result = _document(source, followed, curve, data=url, identity=identity, key=key)
         path.write(json.dumps(result, indent=1).encode())
     if plot is not None:

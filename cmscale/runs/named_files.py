@@ -102,7 +102,7 @@ def refuse_too_many(count: int, *, named: str) -> None:
     if count > MAX_REFERENCE_IMAGES:
         raise UserError(
             f"{named}: {count} images are too many to measure in every evaluation; make statistics once with "
-            "data_prep/reference.py and give them as --reference"
+            "data_prep/reference.py and give them as --reference, or evaluate.reference"
         )
 
 

@@ -50,9 +50,23 @@ def test_what_is_short_is_silent_and_what_was_done_before_does_not_count_for_the
     assert lines[0] == "sampling: 910 of 1000 samples, 1/s, 1 min 30 s left"
 
 
-def test_slow_work_is_counted_by_the_minute() -> None:
+def test_slow_work_is_counted_by_the_minute_or_hour() -> None:
     lines = counted_to(Clock(), io.StringIO(), steps=1, seconds=1000.0)
     assert lines[0] == "sampling: 10 of 1000 samples, 0.6/min, 1 d 3 h left"
+    assert counted_to(Clock(), io.StringIO(), steps=1, seconds=36000.0)[1] == (
+        "sampling: 10 of 1000 samples in 10 h, 1/h"
+    )
+
+
+def test_no_rate_is_stated_before_anything_is_done() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with Counting("sampling", total=1000, unit="samples", stream=stream, clock=clock) as counting:
+        clock.now += 11.0
+        counting.set(0)
+    assert stream.getvalue().splitlines() == [
+        "sampling: 0 of 1000 samples, time left unknown",
+        "sampling: 0 of 1000 samples in 11 s",
+    ]
 
 
 def test_a_terminal_gets_a_bar_that_ends_with_the_rate_of_the_whole_work() -> None:

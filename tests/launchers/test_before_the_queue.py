@@ -1,5 +1,6 @@
 """What a worker would refuse is refused before a job is queued, and leaves no run behind."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def submitted(*arguments: object) -> int:
     return guarded(submit.main, ["--cluster", "local", "--name", "new", *map(str, arguments)])
 
 
+EVALUATING = ("--evaluate-every", "10", "checkpoint.every_steps=10")
 STUDENT = CONFIG.replace("kind: edm", "{{kind: cd, distance: l2, teacher: '{teacher}'{more}}}").replace(
     "method:\n  {", "method: {"
 )
@@ -109,6 +111,33 @@ def test_an_exported_teacher_and_a_run_are_checked_by_their_configs(more: str, w
         student = write_student(teacher, more=more)
         assert submitted(student, *[f"model.{key}={value}" for key, value in overrides_of(model).items()]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train.init_from=ct.yaml"], "train.init_from: .*ct.yaml: no SOURCE; a config holds no weights"),
+        (["train.init_from=data"], "train.init_from: .*data: is a prepared data set, not a model"),
+        (["train.init_from=other"], "train.init_from: .*other: finished samples or other files, no model"),
+        (["method.distance=lpips", "method.lpips_weights=ct.yaml"], "lpips_weights: .*ct.yaml: is no file of weights"),
+        ([*EVALUATING, "evaluate.features_weights=ct.yaml"], "features_weights: .*ct.yaml: is no file of weights"),
+        ([*EVALUATING, "evaluate.reference=ct.yaml"], "evaluate.reference: .*ct.yaml: no reference; give a data set"),
+        (EVALUATING, "data.path: .*data: 10 images are too many to measure in every evaluation"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_by_its_name(
+    arguments: list[str], words: str, queued, capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmscale.runs.named_files.MAX_REFERENCE_IMAGES", 9)
+    (tmp_path / "ct.yaml").write_text(CONFIG.format(data="data").replace("kind: edm", "kind: ct"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("no model")
+    assert submitted("ct.yaml", *arguments) == 2
+    said = capsys.readouterr().err
+    assert re.search(words, said), said
+    assert said.count("\n") == 1
+    assert not queued
+    assert not (tmp_path / "runs").exists()
 
 
 def overrides_of(model) -> dict[str, object]:
