@@ -17,7 +17,7 @@ import cmscale.evaluation.metrics as package
 from cmscale.evaluation.features.extractor import build_features
 from cmscale.evaluation.measure import image_blocks, left_out, measure
 from cmscale.evaluation.metrics.registry import all_metrics
-from cmscale.evaluation.reference.images import reference_from_images
+from cmscale.evaluation.reference.reference import reference_from_images
 from cmscale.export.card import model_card
 from cmscale.io.process import CHECKOUT
 from cmscale.report import build_report
