@@ -44,7 +44,7 @@ def check_inputs(config: Config, *, begins: bool = True) -> DatasetManifest:
         check_first_weights(config)
     if weights := getattr(config.method, "lpips_weights", None):
         check_exists(weights, key="method.lpips_weights")
-        check_weights_file(weights, key="method.lpips_weights")
+        check_weights_file(weights, key="method.lpips_weights", safetensors=True)
     if config.train.consistency_error_every and (url := config.train.consistency_error_data):
         check_dataset(url, image_size=config.model.image_size, key="train.consistency_error_data")
     return manifest

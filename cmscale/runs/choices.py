@@ -115,7 +115,7 @@ def check_power_averages(run: str, *, step: str, length: float | None) -> None:
         raise UserError(f"--checkpoint: {error}") from None
     if length is not None and not SHORTEST <= length <= LONGEST:
         raise UserError(f"--length {length:g}: must be between {SHORTEST:g} and {LONGEST:g}")
-    config = None if Place(run).is_remote else check_model(run, steps=(at,))
+    config = None if Place(run).is_remote else check_model(run, steps=(None if length is None else at,))
     if config is not None and kind_of_source(run) != situation.RUN:
         raise UserError(f"{run}: is no run; give the run, as an average is computed from all its checkpoints")
     if config is not None and not config.ema.lengths:

@@ -19,11 +19,15 @@ _NO_WEIGHTS = {b"<": "is a web page, not weights", b"version https://": "is a po
 _WEIGHTS = (b"PK", b"\x80")
 """How the files begin that `torch.load` reads: an archive, or a pickle of older versions."""
 _ARRAY = b"\x93NUMPY"
-_NO_REFERENCES = (".yaml", ".yml", ".json", ".txt", ".md", ".csv", ".npy", ".safetensors", ".zip", ".tar", ".mdb")
+_NO_REFERENCES = (".yaml", ".yml", ".safetensors", ".mdb")
+"""Suffixes that no format of references has, whoever adds one."""
 
 
-def check_weights_file(place: str, *, key: str) -> None:
+def check_weights_file(place: str, *, key: str, safetensors: bool = False) -> None:
     """Checks that a local file is one that torch has saved, by its first bytes; what it holds the worker checks.
+
+    Args:
+        safetensors: Whether a `.safetensors` will do, too.
 
     Raises:
         UserError: there is no such file, it is empty, a web page, a pointer of Git LFS, or something else.
@@ -34,8 +38,9 @@ def check_weights_file(place: str, *, key: str) -> None:
     start = _first_bytes(path, key=key)
     found = next((what for sign, what in _NO_WEIGHTS.items() if start.startswith(sign)), None)
     found = found if start else "is empty"
-    if found is None and not start.startswith(_WEIGHTS):
-        found = "is no file of weights (.pth, .pt)"
+    is_safetensors = safetensors and path.suffix.lower() == ".safetensors" and start[8:9] == b"{"
+    if found is None and not is_safetensors and not start.startswith(_WEIGHTS):
+        found = f"is no file of weights ({'.pth, .pt, .safetensors' if safetensors else '.pth, .pt'})"
     if found is not None:
         raise UserError(f"{key}: {place}: {found}; copy it again, or give another")
 
@@ -65,17 +70,16 @@ def check_reference(place: str, *, key: str, is_needed: bool = True) -> None:
         return
     path = _local(place, key=key)
     if path is None:
-        _check_reference_folder(Place(place), key=key)
+        plain = Place(split_hash(place)[0])
+        if not (plain.is_remote and Path(plain).suffix):  # a file is not fetched
+            _check_reference_folder(plain, key=key)
         return
     if path.suffix.lower() in _NO_REFERENCES or path.suffix.lower() in image_suffixes():
         raise UserError(f"{key}: {place}: no reference; give a data set, a folder of images, or an .npz of statistics")
     if path.suffix.lower() != ".npz":
         return  # the other formats are known to the worker
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError):
-        raise UserError(f"{key}: {place}: damaged, or not an .npz of plain arrays; give another") from None
+    with reading(f"{key}: {place}", "an .npz of plain arrays", advice="give another"), zipfile.ZipFile(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
     if not names & {"arr_0", "mu"}:
         raise UserError(f"{key}: {place}: holds {', '.join(sorted(names)[:5])}; give statistics or images")
 

@@ -27,6 +27,7 @@ from cmscale.evaluation.sample_files import open_images
 from cmscale.evaluation.session import load_reference
 from cmscale.evaluation.statistics import Moments
 from cmscale.runs.manifests import read_document
+from cmscale.runs.named_files import check_reference
 from cmscale.runs.results import EvaluationResult, Metric, combine
 from data_prep.prepare import main as prepare
 from data_prep.reference import main as command
@@ -451,6 +452,7 @@ def test_a_format_in_a_new_file_is_read_and_written_by_the_commands(tmp_path, mo
     try:
         assert command([str(dataset), "--out", str(out), "--format", "plain", "--device", "cpu"]) == 0
         assert capsys.readouterr().out.endswith("12 images of 8 px, inception\n")
+        check_reference(str(out), key="--reference")
         assert load_reference(str(out), EXTRACTOR).pooled.width == 16
         (tmp_path / "formats" / "empty.py").write_text("")
         with pytest.raises(TypeError, match=r"reference\.empty: defines no FORMAT"):
