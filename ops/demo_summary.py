@@ -10,7 +10,7 @@ from cmscale.runs.comparison import groups_of, once_each
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import read_evaluations
 
-EXPECTED = {"short": {"edm": 1 / 3, "cd": 0.7, "ct": 0.7}, "long": {"edm": 0.25, "cd": 0.6, "ct": 0.6}}
+EXPECTED = {"short": {"edm": 1 / 3, "cd": 0.7, "ct": 0.7}, "long": {"edm": 1 / 3, "cd": 0.7, "ct": 0.7}}
 """By demo and method: the largest fraction of the initial FD-EfficientNet that may be left at the end."""
 SHARES = ("recall", "coverage")
 REACHED = {"edm": ("recall", "coverage"), "cd": ("coverage",), "ct": ("coverage",)}

@@ -125,8 +125,8 @@ class Engine(Section):
         "separate",
         "How DeepSpeed sees the weights: `separate`, as the layers have them; `joined`, as one tensor, whose gradient "
         "it handles once, which shortens the step of a small network. Then all gradients are in memory at once and are "
-        "reduced after the backward pass, not during it; not with stage 3. Losses are the same, but at stage 0 the norm "
-        "of gradients, and what is clipped by it, differ by rounding.",
+        "reduced after the backward pass, not during it; not with stage 3. Losses are the same, but at stage 0 the "
+        "norm of gradients, and what is clipped by it, differ by rounding.",
     )
     precision: Literal["fp32", "bf16", "fp16"] = key(
         "fp32",
