@@ -26,7 +26,6 @@ from itertools import islice
 
 import numpy as np
 
-from cmscale.commands.counting import counted
 from cmscale.commands.ending import guarded, leave
 from cmscale.commands.parser import CommandParser, Output, check_output, whole_number
 from cmscale.commands.use import USED, Use
@@ -35,13 +34,15 @@ from cmscale.config.site import use_site
 from cmscale.errors import UserError
 from cmscale.evaluation.reference.registry import reference_writers
 from cmscale.evaluation.reference.subset import SUBSET, subset_indices
+from cmscale.io import traffic
+from cmscale.io.counting import counted
 from cmscale.io.driver import refuse_cuda_without_driver
 from cmscale.io.durable import explained
 from cmscale.io.fetch import local_file
 from cmscale.io.place import Place
 from cmscale.io.storage import open_parent, open_storage
 from cmscale.runs.manifests import read_dataset_manifest
-from cmscale.runs.named_files import check_weights_file
+from cmscale.runs.named_files import check_own_weights, check_weights_file
 
 
 def make_reference(
@@ -72,6 +73,8 @@ def make_reference(
     refuse_cuda_without_driver(device)
     if weights is not None:
         check_weights_file(weights, key="--features-weights")
+    else:
+        check_own_weights(features)
 
     from cmscale.distributed.world import (
         choose_device,  # torch is imported here, once no mistake is left that needs none
@@ -100,7 +103,8 @@ def make_reference(
         )
         kept = subset_indices(count, subset).tolist() if writer.keeps_images else []
         with explained(path):
-            writer.write(path, reference, _images(dataset, indices=kept))
+            images = counted(_images(dataset, indices=kept), "keeping", total=len(kept))
+            writer.write(path, reference, images)
     written = f"{out}: {count} images of {manifest.image_size} px, {extractor.label}"
     return f"{written}, {len(kept)} kept as arr_0" if writer.keeps_images else written
 
@@ -120,7 +124,8 @@ def _local_file_of(out: Place) -> Iterator[Path]:
         with suppress(FileNotFoundError):  # some formats add to what is there
             storage.download(key, copy)
         yield copy
-        storage.upload(key, copy)
+        with traffic.showing(f"uploading {out}", copy.stat().st_size):
+            storage.upload(key, copy)
 
 
 def _images(dataset: str, *, indices: list[int] | None = None, limit: int | None = None) -> Iterator[np.ndarray]:

@@ -13,12 +13,13 @@ from cmscale.errors import UserError
 from cmscale.io.packages import require
 from cmscale.io.place import Place, split_hash
 from cmscale.io.probe import DELETE, probe
+from cmscale.io.published import VGG16, published_file
 from cmscale.io.storage import open_parent, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.choices import check_weights_name
 from cmscale.runs.configs import config_of
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
-from cmscale.runs.named_files import check_reference, check_weights_file
+from cmscale.runs.named_files import check_own_weights, check_reference, check_weights_file
 from cmscale.runs.source_kind import kind_of_source
 
 
@@ -131,6 +132,22 @@ def check_evaluation(config: Config | None, *, asked: Mapping[str, Any]) -> None
     if config and not settings.reference:
         check_dataset(config.data.path, image_size=config.model.image_size)
         check_reference(config.data.path, key="data.path")
+
+
+def fetch_published(config: Config, *, evaluates: bool) -> None:
+    """Fetches published weights that the job would fetch, if they are not here: its nodes may have no internet.
+
+    Args:
+        evaluates: Whether checkpoints are evaluated during training.
+
+    Raises:
+        UserError: they can't be fetched, or a feature network has none.
+    """
+    distance = config.method.distance_settings
+    if distance is not None and distance.name == "lpips" and distance.lpips_weights is None:
+        published_file(VGG16)
+    if evaluates and config.evaluate.weights()[1] is None:
+        check_own_weights(config.evaluate.features)
 
 
 def check_export(export_to: str, name: str, *, is_new: bool, prunes: bool = False) -> None:

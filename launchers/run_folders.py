@@ -37,8 +37,13 @@ _PATHS = (
     "evaluate.dinov2_weights",
     "evaluate.reference",
     "storage.ca_bundle",
+    "prometheus.folder",
 )
-_LOCAL = {"data.cache_dir": "the cache of a node", "storage.ca_bundle": "a file of certificates"}
+_LOCAL = {
+    "data.cache_dir": "the cache of a node",
+    "storage.ca_bundle": "a file of certificates",
+    "prometheus.folder": "the collector's folder",
+}
 
 
 def new_run(*, name: str | None, runs_dir: Place, stem: str) -> RunDir:

@@ -50,16 +50,17 @@ class SourceJob:
         )
 
     def plan(self, worker: str, request: SourceRequest) -> JobSpec:
-        """Prints the plan of a job that does what is asked for. Nothing is created."""
+        """The job that does what is asked for. Nothing is created or printed: what is refused has no plan."""
         asked = request.model_dump(mode="json", exclude_unset=True)
         rows = {name: str(value) for name, value in asked.items() if value not in (None, [], False)}
         placement = self._placed.placement
-        print(as_table({**describe_placement(placement), **rows}), flush=True)
+        self._plan = as_table({**describe_placement(placement), **rows})
         self._code = read_code()
         return JobSpec(worker, (asked,), self.run, placement, code=self.run.code / self._code.name)
 
     def show(self, job: JobSpec) -> int:
-        """Prints what `--dry-run` shows besides the plan. Returns the exit status."""
+        """Prints what `--dry-run` shows. Returns the exit status."""
+        print(self._plan, flush=True)
         values = {key: value for key, value, _ in leaves(self._settings)}
         file = self._flags.config or (str(self.run.config) if self.config else "")
         print("\n" + describe_origins(self._placed, self._origins, values, file=file))
@@ -68,7 +69,8 @@ class SourceJob:
         return 0
 
     def start(self, job: JobSpec) -> int:
-        """Submits or runs a job. Returns its exit status, 0 once submitted."""
+        """Prints the plan, and submits or runs a job. Returns its exit status, 0 once submitted."""
+        print(self._plan, flush=True)
         with explained(self.run.root):
             self.run.logs.mkdir(parents=True, exist_ok=True)
         take_snapshot(self._code, self.run.code)

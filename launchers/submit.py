@@ -26,7 +26,7 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.homes import must_be_home
 from cmscale.runs.snapshot import Code, read_code, take_snapshot
 from launchers.beginning import Beginning, beginning
-from launchers.checks import check_evaluation, check_export, check_inputs
+from launchers.checks import check_evaluation, check_export, check_inputs, fetch_published
 from launchers.clusters import CLUSTERS
 from launchers.command_line import add_cluster_flags, describe_training, guarded
 from launchers.evaluate_checkpoints import arguments_for, with_kept_checkpoints
@@ -63,13 +63,15 @@ def main(arguments: list[str]) -> int:
         evaluations = arguments_for(run, where.placement, every)
     code = read_code()
     job = JobSpec(TRAIN, (str(run.root), flags.fresh), run, where.placement, evaluations, code=run.code / code.name)
-    _describe(flags, begun, config, where, every, code=code, origins=origins)
+    plan = describe_training(where.placement, config, root=run.root, code=describe_code(code, run))
     if flags.dry_run:
+        _describe(plan, flags, begun, config, where, every, origins=origins)
         if preview := CLUSTERS[where.placement.cluster].preview(job):
             print("\n" + preview)
         return 0
     config.storage.apply(interactive=True)
     if begun.exported_step >= config.train.total_steps:
+        print(plan, flush=True)
         return _say_finished(run, begun.exported_step, config, at=f"{begun.exports}/{run.name}")
     begins = flags.fresh or begun.begins
     data = check_inputs(config, begins=begins)
@@ -82,6 +84,8 @@ def main(arguments: list[str]) -> int:
         check_export(config.checkpoint.export_to, run.name, is_new=begun.exports_anew(config), prunes=prunes)
         if begun.is_there:
             must_be_home(exported_run(run, config.checkpoint.export_to), run)
+    fetch_published(config, evaluates=every is not None)
+    _describe(plan, flags, begun, config, where, every, origins=origins)
     if begun.make is not None:
         begun.make(config, code, data)
     return _launch(flags, begun, config, job, every=every, code=code)
@@ -118,18 +122,18 @@ def _say_finished(run: RunDir, step: int, config: Config, *, at: str) -> int:
 
 
 def _describe(
+    plan: str,
     flags: argparse.Namespace,
     begun: Beginning,
     config: Config,
     where: Where,
     every: int | None,
     *,
-    code: Code,
     origins: dict[str, str],
 ) -> None:
-    """Prints the plan, where its values come from, notes and cautions."""
+    """Prints the plan, where its values come from, notes and cautions, once nothing is left to refuse."""
     run, placement = begun.run, where.placement
-    print(describe_training(placement, config, root=run.root, code=describe_code(code, run)), flush=True)
+    print(plan, flush=True)
     if flags.dry_run or flags.resume or flags.branch:
         rows = where if every is None else where.with_row("evaluate every", str(every), _origin_of_every(flags))
         values = {key: value for key, value, _ in leaves(config)}

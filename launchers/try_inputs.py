@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cmscale.config import Config, dump_config
@@ -9,6 +10,7 @@ from cmscale.config.sources import names_file
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
+_LONG_SECONDS: float | None = 10.0
 _LABEL = "inputs: "
 _UNKNOWN = "note: teacher, first weights and LPIPS's weights were not tried here: "
 
@@ -25,13 +27,25 @@ def try_inputs(config: Config, *, on_this_cpu: bool) -> None:
     if not _must_be_tried(config, on_this_cpu=on_this_cpu):
         return
     command = [sys.executable, "-m", "cmscale.training.inputs", *(["cpu"] if on_this_cpu else [])]
-    ran = subprocess.run(command, input=dump_config(config), capture_output=True, text=True, check=False)
-    lines = [line.removeprefix(_LABEL) for line in ran.stderr.splitlines() if line.startswith(_LABEL)]
-    if ran.returncode == 2 and lines:
+    status, errors = _ran(command, dump_config(config))
+    lines = [line.removeprefix(_LABEL) for line in errors.splitlines() if line.startswith(_LABEL)]
+    if status == 2 and lines:
         raise UserError(*lines)
-    if ran.returncode:  # no torch on a login node, for example: the worker will tell
-        last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
+    if status:  # no torch on a login node, for example: the worker will tell
+        last = (errors.strip().splitlines() or [f"exit status {status}"])[-1]
         print(f"{_UNKNOWN}{last}", file=sys.stderr, flush=True)
+
+
+def _ran(command: Sequence[str], given: str) -> tuple[int, str]:
+    """The exit status and the errors of a command; what takes long is said."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True) as process:
+        try:
+            _, errors = process.communicate(given, timeout=_LONG_SECONDS)
+        except subprocess.TimeoutExpired:
+            print("reading the teacher, first weights and LPIPS's weights", file=sys.stderr, flush=True)
+            _, errors = process.communicate()
+    return process.returncode, errors
 
 
 def _must_be_tried(config: Config, *, on_this_cpu: bool) -> bool:

@@ -10,6 +10,7 @@ from fault_proxy import FaultProxy
 from hypothesis import settings
 
 from cmscale.io import patience
+from cmscale.io.published import INCEPTION, VGG16, hub_checkpoints
 from cmscale.io.settings import StorageSettings, use_settings
 
 settings.register_profile("steady", deadline=None, derandomize=True)  # machines differ in speed
@@ -21,6 +22,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Fetched files go to a folder of the test session, never to the user's cache."""
     os.environ["CMSCALE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def published_weights_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Files with the names of published weights are in torch hub's cache: no test asks the internet for them."""
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
+    hub_checkpoints().mkdir(parents=True)
+    for published in (INCEPTION, VGG16):
+        (hub_checkpoints() / published.name).write_bytes(b"not the weights")
 
 
 @pytest.fixture(autouse=True)
@@ -88,4 +98,5 @@ def sets(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 @pytest.fixture(autouse=True)
 def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine anything may take the seconds after which a log gets a line."""
-    monkeypatch.setattr("cmscale.commands.counting.FIRST_SECONDS", float("inf"))
+    monkeypatch.setattr("cmscale.io.counting.FIRST_SECONDS", float("inf"))
+    monkeypatch.setattr("launchers.try_inputs._LONG_SECONDS", None)

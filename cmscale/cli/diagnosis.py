@@ -17,9 +17,13 @@ _NAMED = 4  # nodes in a row
 __all__ = ["found_here", "report_node", "show", "show_nodes"]
 
 
-def found_here(place: Place | None, runs_dir: Path) -> list[Finding]:
-    """What this machine offers, and whether the storage `place` (by default the site's) works."""
-    return [*findings(runs_dir), *storage(place)]
+def found_here(place: Place | None, runs_dir: Path, *, is_of_many: bool = False) -> list[Finding]:
+    """What this machine offers, and whether the storage `place` (by default the site's) works.
+
+    Args:
+        is_of_many: Whether it is one of the nodes of a job, which do not show how far they are.
+    """
+    return [*findings(runs_dir, counts=not is_of_many), *storage(place)]
 
 
 def show(found: Sequence[Finding], *, as_json: bool) -> bool:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from cmscale.cli.command import GIVEN, command
 from cmscale.cli.models import load_model
@@ -13,12 +12,12 @@ from cmscale.cli.options import ConfigOption, DeviceOption, SourceArgument, Step
 from cmscale.commands import situation
 from cmscale.commands.parser import Output
 from cmscale.commands.use import USED, Given, Use
+from cmscale.config.methods.base import MOST_STEPS
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
 
 app = typer.Typer()
-console = Console(stderr=True)
 
 ImagesArgument = Annotated[
     list[str] | None,
@@ -63,7 +62,7 @@ SigmaOption = Annotated[
 ]
 StepsOption = Annotated[
     int,
-    typer.Option(min=2, help="inpaint, colorize, superres: number of times in the grid."),
+    typer.Option(min=2, max=MOST_STEPS, help="inpaint, colorize, superres: number of times in the grid."),
     Use(task=("inpaint", "colorize", "superres")),
 ]
 CountOption = Annotated[
@@ -136,8 +135,7 @@ def edit(
     if run is not None:
         shown.append(Place(run.edit(task, [path.stem for path in request.images], step=loaded.step)))
         shown[0].check_output()
-    with console.status(task):
-        paths = edit_images(loaded, request, inputs, out=out, strips=[*filter(None, [strip]), *shown], device=chosen)
+    paths = edit_images(loaded, request, inputs, out=out, strips=[*filter(None, [strip]), *shown], device=chosen)
     for path in (*paths, *shown):
         print(path)
 

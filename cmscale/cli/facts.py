@@ -49,7 +49,7 @@ def doctor(
 
     folder = runs_dir.local("the folder of runs")
     if of_node:
-        diagnosis.report_node(diagnosis.found_here(place, folder))
+        diagnosis.report_node(diagnosis.found_here(place, folder, is_of_many=True))
         return
     if nodes is None:
         found = diagnosis.found_here(place, folder)

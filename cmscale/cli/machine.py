@@ -16,7 +16,9 @@ from typing import Any
 
 from cmscale.cli import services
 from cmscale.cli.finding import Finding, State
+from cmscale.io.counting import counted
 from cmscale.io.fetch import cache_folder
+from cmscale.io.published import INCEPTION, VGG16, hub_checkpoints
 
 PACKAGES = (
     "torch",
@@ -31,15 +33,15 @@ PACKAGES = (
 )
 GB = 10**9
 _LEAST_FILES = 4096  # open ones, of a rank with its workers and shards
-_WEIGHTS = {
-    "weights of FID's Inception": ("weights-inception-2015-12-05-6726825d.pth", "evaluate.inception_weights"),
-    "weights of LPIPS's VGG": ("vgg16-397923af.pth", "method.lpips_weights"),
-}
-"""File in torch hub's cache, and the key that names another place."""
+_WEIGHTS = {"weights of FID's Inception": INCEPTION, "weights of LPIPS's VGG": VGG16}
 
 
-def findings(runs_dir: Path) -> Iterator[Finding]:
-    """Tries everything, one thing after the other. A check that fails in an unexpected way is a failure."""
+def findings(runs_dir: Path, *, counts: bool = True) -> Iterator[Finding]:
+    """Tries everything, one thing after the other. A check that fails in an unexpected way is a failure.
+
+    Args:
+        counts: Whether it is shown how much is tried, as some things take a minute to fail.
+    """
     checks: list[Callable[[], Iterator[Finding]]] = [
         packages,
         devices,
@@ -56,7 +58,7 @@ def findings(runs_dir: Path) -> Iterator[Finding]:
         services.slurm,
         services.wandb,
     ]
-    for check in checks:
+    for check in counted(checks, "trying this machine", total=len(checks), unit="checks", active=counts):
         try:
             yield from check()
         except Exception as error:
@@ -238,13 +240,11 @@ def locks(runs_dir: Path) -> Iterator[Finding]:
 
 def weights() -> Iterator[Finding]:
     """Whether weight files are here, which compute nodes often can't download."""
-    import torch
-
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    for what, (name, key) in _WEIGHTS.items():
-        path = folder / name
+    folder = hub_checkpoints()
+    for what, wanted in _WEIGHTS.items():
+        path = folder / wanted.name
         if path.is_file() and path.stat().st_size:
             yield Finding(what, "ok", str(path))
         else:
-            remedy = f"it is downloaded at first use; on nodes without internet set {key} to a file or s3://"
+            remedy = f"it is downloaded at first use; on nodes without internet set {wanted.key} to a file or s3://"
             yield Finding(what, "warning", f"not in {folder}", remedy)

@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cmscale.cli.finding import Finding
 from cmscale.config.site import read_launch_settings
 from cmscale.errors import UserError
+from cmscale.io.counting import Counting
 from cmscale.io.json_text import parse_json
 from cmscale.io.process import node_name
 from cmscale.io.slurm import outside_of_jobs
@@ -49,12 +50,18 @@ def doctor_of_nodes(count: int, *, runs_dir: str, place: str | None = None) -> d
         *settings.srun_args,
         *own,
     ]
-    output, errors = _said(command)
-    found = {}
-    for line in output:
-        if line.startswith(_SIGN):
-            told: dict[str, Any] = parse_json(line.removeprefix(_SIGN))
-            found[told["node"]] = [Finding(**each) for each in told["findings"]]
+    found: dict[str, list[Finding]] = {}
+
+    print(f"trying {count} nodes as soon as the job starts", file=sys.stderr, flush=True)
+    with Counting("trying nodes", total=count, unit="nodes") as counting:
+
+        def take(line: str) -> None:
+            if line.startswith(_SIGN):
+                told: dict[str, Any] = parse_json(line.removeprefix(_SIGN))
+                found[told["node"]] = [Finding(**each) for each in told["findings"]]
+                counting.set(len(found))
+
+        errors = _said(command, take)
     if len(found) < count:
         names = f" ({', '.join(sorted(found))})" if found else ""
         last = (errors or ["srun said nothing"])[-1]
@@ -62,8 +69,11 @@ def doctor_of_nodes(count: int, *, runs_dir: str, place: str | None = None) -> d
     return found
 
 
-def _said(command: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The lines of a command's stdout and stderr; the latter are also printed as they come.
+def _said(command: Sequence[str], take: Callable[[str], None]) -> list[str]:
+    """The lines of a command's stderr, which are also printed as they come.
+
+    Args:
+        take: Gets each line of its stdout as it comes.
 
     Raises:
         UserError: there is no such program.
@@ -87,14 +97,15 @@ def _said(command: Sequence[str]) -> tuple[list[str], list[str]]:
         showing = threading.Thread(target=show, args=(process.stderr,), daemon=True)
         showing.start()
         try:
-            output = process.stdout.read().splitlines()
+            for line in process.stdout:
+                take(line.rstrip("\n"))
         except BaseException:  # Ctrl-C alone does not end a job that runs already
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_SECONDS)
             raise
         showing.join()
-    return output, errors
+    return errors
 
 
 def differing(nodes: Mapping[str, Sequence[Finding]]) -> list[str]:

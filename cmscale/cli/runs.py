@@ -14,10 +14,10 @@ from rich.table import Table
 from cmscale.cli.command import TableConsole, command
 from cmscale.cli.configs import print_differences
 from cmscale.cli.options import JsonOption
-from cmscale.commands.counting import in_words
 from cmscale.commands.parser import Output
 from cmscale.commands.use import USED, Use
 from cmscale.errors import UserError
+from cmscale.io.counting import in_words
 from cmscale.io.place import Place
 
 app = typer.Typer()

@@ -5,7 +5,6 @@ import sys
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from cmscale.cli.command import GIVEN, command
 from cmscale.cli.options import ConfigOption, JsonOption, OverridesArgument
@@ -17,7 +16,6 @@ from cmscale.io.place import Place
 
 app = typer.Typer()
 _TRIED_LENGTHS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25)
-console = Console(stderr=True)
 
 
 @command(app)
@@ -82,8 +80,7 @@ def export(
             raise typer.Exit(1) from None
         return
     loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
-    with console.status(f"writing {to}"):
-        cautions = export_weights(loaded, format=format, to=to, license=license)
+    cautions = export_weights(loaded, format=format, to=to, license=license)
     print(to)
     for caution in cautions:
         print(f"caution: {caution}", file=sys.stderr, flush=True)
@@ -161,8 +158,7 @@ def ema(
     if to is None:
         to = Place(open_storage(run).join(exported_weights(at, power_name(length))))
         check_target("safetensors", to)
-    with console.status(f"writing {to}"):
-        export_weights(load_source(run, weights=power_name(length), step=at), format="safetensors", to=to)
+    export_weights(load_source(run, weights=power_name(length), step=at), format="safetensors", to=to)
     print(to)
 
 
@@ -184,7 +180,8 @@ def verify(
     if manifest is None and not any(committed_steps(run, within=folder) for folder in ("checkpoints", "snapshots")):
         raise UserError(f"{run}: holds no checkpoint; give a run or a checkpoint folder")
 
-    from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, verify_checkpoint
+    from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, size_of, verify_checkpoint
+    from cmscale.io import traffic
 
     if manifest is not None:
         found: dict[str, str] = {run: run}
@@ -193,11 +190,12 @@ def verify(
         snapshots = list_checkpoints(run, within="snapshots")
         found |= {f"snapshots/{step_name(listed.step)}": listed.url for listed in snapshots}
     all_problems: dict[str, list[str]] = {}
-    for name, checkpoint in found.items():
-        all_problems[name] = problems = verify_checkpoint(checkpoint)
-        if not as_json:
-            notice = "" if problems or is_sealed(checkpoint) else f" ({NOT_SEALED})"
-            print(f"{name}: {'; '.join(problems) if problems else 'good'}{notice}", flush=True)
+    with traffic.showing(f"checking {run}", sum(map(size_of, found.values()))):
+        for name, checkpoint in found.items():
+            all_problems[name] = problems = verify_checkpoint(checkpoint)
+            if not as_json:
+                notice = "" if problems or is_sealed(checkpoint) else f" ({NOT_SEALED})"
+                print(f"{name}: {'; '.join(problems) if problems else 'good'}{notice}", flush=True)
     if as_json:
         print(json.dumps(all_problems, indent=1))
     if any(all_problems.values()):

@@ -1,5 +1,7 @@
 """Defines what the commands that draw samples can be asked: `cmscale sample` and `launchers/sample.py`."""
 
+import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import field_validator
@@ -7,6 +9,7 @@ from pydantic import field_validator
 from cmscale.commands import situation
 from cmscale.commands.parser import Output
 from cmscale.commands.use import USED, Use
+from cmscale.config.methods.base import MOST_STEPS
 from cmscale.config.models import Config
 from cmscale.config.request_fields import option
 from cmscale.config.sampling_times import check_steps, is_file, parse_step, parse_times
@@ -36,6 +39,7 @@ class DrawRequest(SourceRequest):
         use=Use(excludes=("times",)),
         metavar="N",
         ge=1,
+        le=MOST_STEPS,
     )
     times: Place | None = option(
         None,
@@ -166,12 +170,23 @@ def format_of(place: Place, named: Format | None, *, option: str) -> Format:
         UserError: the two contradict each other.
     """
     is_file_of_arrays = place.lower().endswith(".npz")
+    if named is None and not is_file_of_arrays and _is_of_unknown_format(place):
+        raise UserError(
+            f"{option} {place}: the file's name must end in .npz, or name a folder for PNG files; a folder of this "
+            f"name is {place.rpartition('/')[2]}/"
+        )
     if named is not None and is_file_of_arrays != (named == "npz"):
         raise UserError(
             f"--format {named}: {option} {place} is {'a file' if is_file_of_arrays else 'a folder'}; "
             f"{'name a folder' if is_file_of_arrays else 'name a file that ends in .npz'}, or leave --format out"
         )
     return named or ("npz" if is_file_of_arrays else "png")
+
+
+def _is_of_unknown_format(place: Place) -> bool:
+    """Whether a name has the ending of a file, though not of one that is written: `a.foo`, and not `ema_0.9999`."""
+    ending = re.search(r"[^./]\.([A-Za-z][A-Za-z0-9]{0,11})$", place)
+    return ending is not None and (place.is_remote or not Path(place).is_dir())
 
 
 def parse_classes(text: str | None) -> tuple[int, ...] | Literal["random"] | None:

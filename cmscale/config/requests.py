@@ -13,6 +13,7 @@ from cmscale.config.averages import length_of
 from cmscale.config.draw_request import Format, format_of
 from cmscale.config.evaluate import Evaluate
 from cmscale.config.features import feature_networks, known_network
+from cmscale.config.methods.base import MOST_STEPS
 from cmscale.config.models import Config
 from cmscale.config.request_fields import option
 from cmscale.config.sampling_times import check_range, check_steps, is_file, parse_counts, parse_step, parse_times
@@ -144,7 +145,7 @@ class EvaluateRequest(MeasuringRequest):
     @classmethod
     def _counts(cls, text: str | None) -> str | None:
         if text is not None:
-            parse_counts(text, least=1)
+            parse_counts(text)
         return text
 
     @field_validator("times")
@@ -213,7 +214,7 @@ class EvaluateRequest(MeasuringRequest):
         if self.times is not None and not is_file(self.times):
             check_range(parse_times(self.times), config.method, label=f"--sampling-times {self.times}")
         own = config.sampling.times
-        for steps in () if self.steps is None else parse_counts(self.steps, least=1):
+        for steps in () if self.steps is None else parse_counts(self.steps):
             if own is None or len(own) != steps:
                 check_steps(config.method, steps)
 
@@ -221,7 +222,9 @@ class EvaluateRequest(MeasuringRequest):
 class SearchTimesRequest(MeasuringRequest):
     """Whose sampling times to search, and how."""
 
-    steps: int = option(2, "Number of sampling times; the first is sigma_max.", use=USED, metavar="N", ge=2)
+    steps: int = option(
+        2, "Number of sampling times; the first is sigma_max.", use=USED, metavar="N", ge=2, le=MOST_STEPS
+    )
     seed: int = option(0, "Seed of the samples of every trial.", use=USED, metavar="N", ge=0)
     out: Place | None = option(
         None,

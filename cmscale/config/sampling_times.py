@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from cmscale.config.methods.base import MethodSection
+from cmscale.config.methods.base import MOST_STEPS, MethodSection
 from cmscale.errors import UserError
 
 _LONGEST_STEP = 15  # digits: more are no step, and would be slow to convert
@@ -65,6 +65,10 @@ def check_steps(method: MethodSection, steps: int) -> None:
     Raises:
         UserError: it was trained for another number, or two steps have no second time in its range of noise.
     """
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"--steps: got {steps}; give at most {MOST_STEPS}, as each step evaluates the network for all images"
+        )
     only = method.only_sampling_steps
     if only is not None and steps != only:
         raise UserError(f"--steps: got {steps}, but the model was trained to be sampled in {only}; leave it out")
@@ -77,12 +81,15 @@ def check_steps(method: MethodSection, steps: int) -> None:
         )
 
 
-def parse_counts(text: str, *, least: int) -> tuple[int, ...]:
-    """Whole numbers such as `1,2`. Raises ValueError."""
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Numbers of sampling steps such as `1,2`. Raises ValueError."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() and int(part) >= least for part in parts):
-        raise ValueError(f"got {text!r}; write whole numbers of at least {least}, such as 1,2")
-    return tuple(map(int, parts))
+    if not all(part.isascii() and part.isdecimal() and len(part) <= _LONGEST_STEP and int(part) >= 1 for part in parts):
+        raise ValueError(f"got {text!r}; write whole numbers of at least 1, such as 1,2")
+    counts = tuple(map(int, parts))
+    if max(counts) > MOST_STEPS:
+        raise ValueError(f"got {max(counts)} steps; at most {MOST_STEPS}, as each evaluates the network for all images")
+    return counts
 
 
 def parse_step(text: str) -> int | None:

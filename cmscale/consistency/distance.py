@@ -12,6 +12,7 @@ from torch import Tensor
 from cmscale.config import MethodSection
 from cmscale.config.methods.base import DistanceSettings
 from cmscale.consistency import lpips
+from cmscale.io.published import VGG16, published_file
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(a, b), both [B, C, H, W] in [-1, 1] -> [B]."""
@@ -57,7 +58,7 @@ def build_distance(
 
     Args:
         lpips_weights: File with VGG16's weights for LPIPS; None downloads them to torch hub's cache if they are not
-            there (see `lpips.download_vgg`, for one rank per node at a time).
+            there.
 
     Raises:
         UserError: the weights for LPIPS are missing or are not VGG16's.
@@ -68,7 +69,7 @@ def build_distance(
     match settings.name:
         case "lpips":
             network = lpips_network(settings, image_size)
-            network.load_features(lpips_weights if lpips_weights is not None else lpips.download_vgg())
+            network.load_features(lpips_weights if lpips_weights is not None else published_file(VGG16))
             return network.to(device)
         case "l1":
             return l1

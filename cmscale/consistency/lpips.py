@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -148,28 +147,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
-
-
-def download_vgg() -> Path:
-    """Downloads torchvision's VGG16 into torch hub's cache if it is not there; call it on one rank at a time.
-
-    Raises:
-        UserError: the download fails.
-    """
-    from torchvision.models import VGG16_Weights
-
-    url = VGG16_Weights.IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = path.stem.rpartition("-")[2]
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
-        except (URLError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"VGG16 for LPIPS can't be downloaded from {url} ({error}); set method.lpips_weights to a copy of it"
-            ) from None
-    return path
 
 
 def _unit(features: Tensor) -> Tensor:

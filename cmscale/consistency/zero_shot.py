@@ -20,6 +20,8 @@ from cmscale.rng import normal_like_samples
 
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 STROKE_SIGMAS = (5.38, 2.24)
+FINDING_ITERATIONS = 200
+"""Steps of Adam by which `find_noise` finds the noise of an image."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def find_noise(
     start: Tensor,
     *,
     sigma_max: float,
-    iterations: int = 200,
+    iterations: int = FINDING_ITERATIONS,
     rate: float = 0.05,
 ) -> Tensor:
     """Unit-variance noise z for which f(T z, T) approximates `image`, found by Adam on the square error from `start`.

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cmscale.errors import UserError
+from cmscale.io import traffic
 from cmscale.io.fetch import file_sha256, local_file
 from cmscale.io.reading import reading, reason
 from cmscale.io.storage import Storage, local_copy, open_storage
@@ -43,6 +44,18 @@ def is_sealed(url: str | Path) -> bool:
     return read_manifest(open_storage(url)).is_sealed
 
 
+def size_of(url: str | Path) -> int:
+    """The bytes of a checkpoint's files; 0 if its manifest can't be read."""
+    try:
+        return _size(read_manifest(open_storage(url)))
+    except UserError:
+        return 0
+
+
+def _size(manifest: CheckpointManifest) -> int:
+    return sum(part.file.size for part in manifest.parts)
+
+
 def verify_checkpoint(url: str | Path) -> list[str]:
     """What is wrong with a checkpoint: one line per problem, with the file; an empty list if it is intact."""
     storage = open_storage(url)
@@ -51,7 +64,8 @@ def verify_checkpoint(url: str | Path) -> list[str]:
     except UserError as error:
         return [str(error)]
     problems = manifest_problems(manifest, origin=storage.url)
-    return problems + parts_problems(storage, manifest, range(len(manifest.parts)))
+    with traffic.showing(f"checking {storage.url}", _size(manifest)):
+        return problems + parts_problems(storage, manifest, range(len(manifest.parts)))
 
 
 def parts_problems(storage: Storage, manifest: CheckpointManifest, ranks: Iterable[int]) -> list[str]:
@@ -70,7 +84,7 @@ def _part_problems(storage: Storage, manifest: CheckpointManifest, part: RankPar
         with local_copy(storage, part.file.name) as path:
             if path.stat().st_size != part.file.size:
                 return [f"{where}: has {path.stat().st_size} bytes, the manifest says {part.file.size}"]
-            if file_sha256(path) != part.file.sha256:
+            if file_sha256(path, shown=storage.local_path("") is not None) != part.file.sha256:
                 return [f"{where}: its contents are not what was written (SHA-256 differs)"]
             with safe_open(path, framework="pt") as file:
                 held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -109,10 +123,15 @@ def read_flat(url: str | Path, quantity: str) -> torch.Tensor:
     manifest = read_manifest(storage)
     if quantity not in manifest.quantities:
         raise UserError(f"{storage.url}: holds no {quantity!r}, only {', '.join(manifest.quantities)}")
-    is_local = storage.local_path("") is not None
-    problems = verify_checkpoint(url) if is_local else manifest_problems(manifest, origin=storage.url)
-    if problems:
-        raise UserError(problems[0])
+    with traffic.showing(f"reading {storage.url}", _size(manifest)):
+        is_local = storage.local_path("") is not None
+        problems = verify_checkpoint(url) if is_local else manifest_problems(manifest, origin=storage.url)
+        if problems:
+            raise UserError(problems[0])
+        return _read_flat(storage, manifest, quantity)
+
+
+def _read_flat(storage: Storage, manifest: CheckpointManifest, quantity: str) -> torch.Tensor:
     flat = torch.empty(manifest.num_elements)
     for part, segments in zip(manifest.parts, partition_of(manifest), strict=True):
         path = storage.local_path(part.file.name)

@@ -1,10 +1,12 @@
 """Copies to `checkpoint.export_to` what earlier starts of a run left, for the command `cmscale export`."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from cmscale.config.sections import Checkpoint
 from cmscale.engine.copying import DamagedUpload, export_checkpoint
 from cmscale.errors import NotExported, UserError
+from cmscale.io import traffic
 from cmscale.runs.copies import Copied, exported_run, pending_copies
 from cmscale.runs.folder import RunDir
 from cmscale.runs.homes import WentElsewhere, must_be_home
@@ -34,8 +36,11 @@ def export_pending(
     failed: dict[Copied, str] = {}
     must_be_home(storage, run)
     for each in pending_copies(run, export_to, settings):
+        folder = run.root / each.key
         try:
-            if export_checkpoint(run.root / each.key, storage.sub(each.key), home=lambda: must_be_home(storage, run)):
+            with traffic.showing(f"uploading {folder.name} and reading it back", 2 * _size_of(folder)):
+                is_there = export_checkpoint(folder, storage.sub(each.key), home=lambda: must_be_home(storage, run))
+            if is_there:
                 done.append(each)
                 copied(each)
             else:
@@ -47,6 +52,10 @@ def export_pending(
     if failed:
         raise NotExported(f"step {named(failed)} is not in {export_to}: {next(iter(failed.values()))}")
     return done
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def named(copies: Iterable[Copied]) -> str:

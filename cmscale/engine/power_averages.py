@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from cmscale.config.averages import LONGEST, SHORTEST, length_of, power_exponent, power_name
-from cmscale.engine.checkpoint_reader import list_checkpoints, read_flat, read_manifest
+from cmscale.engine.checkpoint_reader import list_checkpoints, read_flat, read_manifest, size_of
 from cmscale.errors import UserError
+from cmscale.io import traffic
 from cmscale.io.storage import open_storage
 
 TOLERATED = 0.1
@@ -100,8 +101,10 @@ def reconstructed(run: str, length: float, *, step: int) -> torch.Tensor:
             f"{distance:.0%}; give a length nearer to theirs, or train with a smaller ema.snapshot_every"
         )
     total: torch.Tensor | None = None
-    for each, coefficient in zip(kept, coefficients, strict=True):
-        part = float(coefficient) * read_flat(each.url, each.name).double()
-        total = part if total is None else total.add_(part)
+    sizes = {each.url: size_of(each.url) for each in kept}
+    with traffic.showing(f"reading {len(kept)} averages", sum(sizes[each.url] for each in kept)):
+        for each, coefficient in zip(kept, coefficients, strict=True):
+            part = float(coefficient) * read_flat(each.url, each.name).double()
+            total = part if total is None else total.add_(part)
     assert total is not None
     return total.float()

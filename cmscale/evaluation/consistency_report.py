@@ -10,13 +10,13 @@ import torch
 from matplotlib.figure import Figure
 
 from cmscale import __version__
-from cmscale.commands.counting import Counting
 from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.consistency_error import TIMES
 from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
 from cmscale.generation.draw import advancing
+from cmscale.io.counting import Counting
 from cmscale.io.json_text import parse_json
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage

@@ -44,7 +44,7 @@ def draws_of(request: EvaluateRequest, method: MethodSection, *, num: int) -> li
     """The samplings that a request asks for, with seed 0: one per number of steps, or one at the given times."""
     if request.times is not None:
         return [SampleRequest(num=num).with_files(noise=None, times=request.times, shape=(), method=method)]
-    steps = [None] if request.steps is None else parse_counts(request.steps, least=1)
+    steps = [None] if request.steps is None else parse_counts(request.steps)
     return [SampleRequest(num=num, steps=each) for each in steps]
 
 

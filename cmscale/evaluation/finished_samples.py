@@ -3,7 +3,6 @@
 import time
 from pathlib import Path
 
-from cmscale.commands.counting import counted
 from cmscale.config import Evaluate
 from cmscale.config.requests import EvaluateRequest
 from cmscale.distributed.world import World
@@ -15,6 +14,7 @@ from cmscale.evaluation.progress import Progress, existing
 from cmscale.evaluation.sample_files import open_images
 from cmscale.evaluation.session import EvaluationSession
 from cmscale.generation.pixel_hash import PixelHash
+from cmscale.io.counting import counted
 from cmscale.io.place import Place
 from cmscale.runs.folder import finished_samples_evaluation
 from cmscale.runs.results import EvaluationResult, hash_of
@@ -89,7 +89,8 @@ class _Place:
         if not is_there:
             return None
         pixels = PixelHash()
-        for _ in pixels.passing(self._images.read()):
+        images = counted(self._images.read(), "comparing with the earlier result", total=self._images.count)
+        for _ in pixels.passing(images):
             pass
         sha256 = pixels.hexdigest()
         out, progress = self.of(sha256), Progress.of(self._request, Path())

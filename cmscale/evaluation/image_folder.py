@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cmscale.errors import UserError
+from cmscale.io.counting import counted
 from cmscale.io.image_files import image_suffixes, list_files, printable
 from cmscale.io.pictures import BadImage, decode_picture, read_header
 
@@ -43,7 +44,7 @@ class ImageFolder:
     def _one_size(self) -> tuple[int, int]:
         """The height and width of all images, by their headers: a stray one is found before the others are measured."""
         size = None
-        for name in self._names:
+        for name in counted(self._names, f"{self._path}: reading sizes", total=self.count):
             with self._explained(name):
                 header = read_header(self._path / name)
             self.formats[header.format] += 1

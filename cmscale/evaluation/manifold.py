@@ -9,6 +9,7 @@ The blocks depend on the numbers of features only and are distributed over the r
 counts and flags, so every number of ranks gives the same bits.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -20,6 +21,7 @@ from torch import Tensor
 from cmscale.distributed import collectives
 from cmscale.distributed.world import World
 from cmscale.evaluation.metrics.neighbours import DENSITY_K, K
+from cmscale.io.counting import counted
 
 _SLACK = 4  # neighbours beyond the k-th whose distances are computed exactly
 _ROUNDING = 128 * torch.finfo(torch.float32).eps  # generous: it only selects what is computed twice
@@ -68,7 +70,7 @@ class Manifold:
         wanted = min(DENSITY_K + 1 + _SLACK, len(points))
         mine = _of_rank(_row_blocks(len(points), len(points)), self.world)
         found = [torch.empty(0, 2, dtype=torch.float64, device=points.device)]
-        for rows in mine:
+        for rows in _counted(mine, self.world):
             near = _squared_distances(points[rows], norms[rows], points, norms).topk(wanted, largest=False).indices
             own = torch.arange(rows.start, rows.stop, device=near.device)[:, None].expand_as(near)
             exact = _exact(self.features, own.flatten(), self.features, near.flatten()).view_as(near)
@@ -135,7 +137,7 @@ def _count(samples: Manifold, reference: Manifold) -> _Counts:
     precise = dense = 0
     recalled = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     covered = torch.zeros_like(recalled)
-    for rows in _of_rank(_row_blocks(len(samples), len(y)), samples.world):
+    for rows in _counted(_of_rank(_row_blocks(len(samples), len(y)), samples.world), samples.world):
         x, x_norms = _centred(samples.features[rows], centre)
         distances = _squared_distances(x, x_norms, y, y_norms)
         block = _Block(distances, samples.features[rows], reference.features, float(x_norms.max() + y_norms.max()))
@@ -218,6 +220,11 @@ def _row_blocks(rows: int, columns: int) -> list[slice]:
 def _of_rank(blocks: list[slice], world: World) -> list[slice]:
     """This rank's blocks."""
     return blocks[world.rank :: world.num_ranks]
+
+
+def _counted(mine: list[slice], world: World) -> Iterator[slice]:
+    """This rank's blocks, of which the first rank shows how many are done: on a CPU they take minutes."""
+    return counted(mine, "nearest neighbours", total=len(mine), unit="blocks", active=world.is_main)
 
 
 def _gathered(mine: T, world: World) -> list[T]:

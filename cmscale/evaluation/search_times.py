@@ -25,8 +25,9 @@ from cmscale.evaluation.session import (
     describe_step,
     work_folder,
 )
-from cmscale.evaluation.ternary_search import Indices, search
+from cmscale.evaluation.ternary_search import Indices, most_trials, search
 from cmscale.generation.draw import SampleRequest
+from cmscale.io.counting import Counting
 from cmscale.io.durable import replace_durably
 from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
@@ -100,6 +101,13 @@ class Trials:
         )
         self._written_to = self._progress.folder / f"search-{key}" if self._progress.is_anew else self.path
         self._take_up(collectives.from_main(collectives.on_main(self._earlier)))
+        self._counting = Counting(  # of which lines alone are shown: each trial has a bar
+            "search",
+            total=most_trials(steps=request.steps, last=self._last, start=self._start),
+            done=len(self.document.trials),
+            unit="trials at most",
+            active=session.world.is_main,
+        )
 
     def find(self) -> Path:
         """Runs the search to its end. Collective.
@@ -153,6 +161,7 @@ class Trials:
         self._write(trials=(*self.document.trials, trial))
         if self._session.world.is_main:
             print(f"times {_listed(sigmas.tolist())}: {self.document.score_name} {trial.score:.4g}", flush=True)
+        self._counting.advance()
         return trial.score
 
     def _earlier(self) -> TimeSearch | None:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from cmscale import __version__
-from cmscale.commands.counting import Counting, counted
 from cmscale.config import Evaluate
 from cmscale.config.requests import MeasuringRequest
 from cmscale.consistency.solver import Denoise
@@ -23,8 +22,9 @@ from cmscale.evaluation.manifold import DENSITY_K, Manifold
 from cmscale.evaluation.measure import measure_distributions, measure_neighbours
 from cmscale.evaluation.reference.reference import Reference, reference_from_images
 from cmscale.evaluation.reference.registry import is_reference_file, read_reference
-from cmscale.generation.draw import SampleRequest, draw_batch, machine_of, protocol_of
+from cmscale.generation.draw import SampleRequest, advancing, draw_batch, evaluations_of, machine_of, protocol_of
 from cmscale.generation.sample_set import Making
+from cmscale.io.counting import Counting, counted
 from cmscale.io.fetch import cache_folder, local_file
 from cmscale.io.image_tensors import to_uint8
 from cmscale.io.place import Place
@@ -122,17 +122,23 @@ class EvaluationSession:
         if keeps is not None:
             todo = sorted({*todo, *keeps.missing()}, key=lambda block: block.start)
         mine = todo[self.world.rank :: self.world.num_ranks]
-        stored = draw.num - sum(map(len, todo))
-        counting = Counting(label, total=draw.num, done=stored, unit="samples", active=self.world.is_main)
+        done, num_ranks = draw.num - sum(map(len, todo)), self.world.num_ranks
+        counting = Counting(label, total=draw.num, done=done, unit="samples", active=self.world.is_main)
         with counting:  # what all ranks have drawn follows from rank 0's, as their shares are equal
+            drawing = advancing(
+                denoise,
+                lambda count: counting.advance(count * num_ranks),
+                evaluations=evaluations_of(source, draw),
+            )
             for block in mine:
                 if self.preemption.flagged:
                     break
-                images = draw_block(source, denoise, draw, block, device=self.world.device)
+                images = draw_block(source, drawing, draw, block, device=self.world.device)
                 if keeps is not None:
                     keeps.commit(block, np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy()))
                 store.commit(block, self.extractor(images))
-                counting.advance(len(block) * self.world.num_ranks)
+                done += len(block) * num_ranks
+                counting.set(done)
         if self.preemption.requested():
             return None
         if keeps is not None:

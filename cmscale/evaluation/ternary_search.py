@@ -31,6 +31,27 @@ def search(objective: Objective, *, steps: int, last: int, start: Indices = ()) 
     return chosen
 
 
+def most_trials(*, steps: int, last: int, start: Indices = ()) -> int:
+    """How many scores `search` asks for at most, if the score is unimodal in each time."""
+    total = 0
+    for number in range(1, steps):
+        low, high = number, last - (steps - number)
+        first = start[number] if number < len(start) else (low + high) // 2
+        total += max(_trials_until(best, low, high, min(max(first, low), high)) for best in range(low, high + 1))
+    return total
+
+
+def _trials_until(best: int, low: int, high: int, first: int) -> int:
+    tried = set[int]()
+
+    def score(index: int) -> float:
+        tried.add(index)
+        return abs(index - best)
+
+    minimum(score, low, high, first=first)
+    return len(tried)
+
+
 def minimum(score: Callable[[int], float], low: int, high: int, *, first: int) -> int:
     """The integer in [low, high] where a unimodal score is least: from `first`, strides double until the score
     rises on both sides; what lies between is thirded. Of all that were tried the best is returned, so that noise

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import yaml
 
-from cmscale.config import Config, dump_config
+from cmscale.config import Config
+from cmscale.config.published import dump_published
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
 from cmscale.export.metadata import UNKNOWN, front_matter
 from cmscale.export.target import Format
@@ -68,7 +69,6 @@ def model_card(
         "",
         *_quality(mine),
         *_left_out(len(named) - len(mine)),
-        "",
         *usage(format, config.method, file=file),
         "## Licence",
         "",
@@ -130,7 +130,7 @@ def _data_rows(dataset: DatasetManifest) -> Iterator[str]:
 def _shown_config(config: Config, *, is_imported: bool) -> str:
     """The config as YAML; of imported weights only what describes the network and its preconditioning."""
     if not is_imported:
-        return dump_config(config)
+        return dump_published(config)
     shown = config.model_dump(mode="json", include={"method": _PRECONDITIONING, "model": True})
     return yaml.safe_dump(shown, sort_keys=False)
 
@@ -151,6 +151,7 @@ def _quality(evaluations: Sequence[EvaluationResult]) -> Iterator[str]:
     """A table per score and reference of the results with the most samples, and the number of those left out."""
     if not evaluations:
         yield "Not evaluated."
+        yield ""
         return
     shown: dict[tuple[str, str, str], list[EvaluationResult]] = {}
     for group in groups_of(evaluations):

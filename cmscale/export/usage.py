@@ -1,6 +1,7 @@
 """Says in a model card how other programs sample as `cmscale sample` does."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import assert_never
 
 from cmscale.config import MethodSection
@@ -64,21 +65,20 @@ def unlike_openai(method: MethodSection) -> list[str]:
 
 def _with_diffusers(method: MethodSection) -> Iterator[str]:
     """How diffusers' pipeline samples at the times that `cmscale sample` takes by default."""
+    found = _timesteps(method)
     yield "## Use with diffusers"
     yield ""
     yield "```python"
-    yield "pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(FOLDER)"
-    yield "images = pipeline(num_inference_steps=None, timesteps=TIMESTEPS).images"
+    yield "import diffusers"
+    yield ""
+    yield 'pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(".")  # this folder, or its name on the hub'
+    for timesteps, _, _ in list(found.values())[:1]:
+        yield f"pictures = pipeline(batch_size=4, num_inference_steps=None, timesteps={timesteps}).images"
     yield "```"
     yield ""
     yield "From the same noise these timesteps give the images of `cmscale sample`:"
     yield ""
-    for steps in (1, 2):
-        try:
-            sigmas = default_sigmas(method, steps).tolist()
-        except UserError:  # no second time is known for this range of noise
-            continue
-        timesteps, times = pipeline_timesteps(method, sigmas)
+    for steps, (timesteps, times, sigmas) in found.items():
         line = f"- `--steps {steps}`: `timesteps={timesteps}`"
         if any(abs(time / sigma - 1) > 1e-6 for time, sigma in zip(times, sigmas, strict=True)):
             given = ",".join(f"{time:.10g}" for time in times)
@@ -88,3 +88,13 @@ def _with_diffusers(method: MethodSection) -> Iterator[str]:
             )
         yield line
     yield ""
+
+
+def _timesteps(method: MethodSection) -> dict[int, tuple[list[int], list[float], list[float]]]:
+    """By number of steps the scheduler's timesteps, the times that they stand for, and those of `cmscale sample`."""
+    found = {}
+    for steps in (1, 2):
+        with suppress(UserError):  # no second time is known for this range of noise
+            sigmas = default_sigmas(method, steps).tolist()
+            found[steps] = (*pipeline_timesteps(method, sigmas), sigmas)
+    return found

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmscale.commands.counting import Counting
 from cmscale.config.draw_request import DrawRequest, Format
 from cmscale.config.site import use_site
 from cmscale.config.source_request import request_from
@@ -30,6 +29,7 @@ from cmscale.generation.draw import (
     protocol_of,
 )
 from cmscale.generation.sample_set import GRID_IMAGES, Making, as_array, opened, write_grid
+from cmscale.io.counting import Counting
 from cmscale.io.fetch import file_sha256, local_file
 from cmscale.io.place import Place
 from cmscale.runs.choices import check_drawn_by

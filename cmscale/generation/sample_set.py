@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmscale.commands.counting import Counting
 from cmscale.distributed import collectives
 from cmscale.distributed.world import World
 from cmscale.errors import UserError
@@ -25,6 +24,7 @@ from cmscale.generation.parts import Parts
 from cmscale.generation.pixel_hash import PixelHash
 from cmscale.generation.set_files import npz_key, tars, threads_of, write_npz, write_pictures, write_tar
 from cmscale.io import image_tensors
+from cmscale.io.counting import Counting
 from cmscale.io.place import Place
 from cmscale.io.storage import open_parent
 from cmscale.runs.ownership import Ownership, owning

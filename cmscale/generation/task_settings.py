@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cmscale.config import Config
+from cmscale.config.methods.base import MOST_STEPS
 from cmscale.config.sampling_times import check_range
 from cmscale.errors import UserError
 from cmscale.runs.choices import refuse_other_models
@@ -42,6 +43,8 @@ def check_task(config: Config, settings: TaskSettings, *, origin: str) -> None:
     """
     refuse_other_models(config, origin=origin, what="edit")
     size = config.model.image_size
+    if settings.steps > MOST_STEPS:
+        raise UserError(f"--steps: got {settings.steps}; give at most {MOST_STEPS}, as each evaluates the network")
     if settings.task == "denoise":
         check_range((settings.sigma,), config.method, label=f"--sigma {settings.sigma}")
     if settings.task == "superres" and (settings.factor < 2 or size % settings.factor):

@@ -52,6 +52,23 @@ def apply_task(
     raise AssertionError(settings.task)
 
 
+def evaluations_of_task(settings: TaskSettings, *, of_pictures: bool) -> int:
+    """How often a task evaluates the network.
+
+    Args:
+        of_pictures: Whether there are pictures; `interpolate` finds the noise of each pair.
+    """
+    match settings.task:
+        case "stroke":
+            return len(zero_shot.STROKE_SIGMAS)
+        case "denoise":
+            return 1
+        case "interpolate":
+            return 1 + (zero_shot.FINDING_ITERATIONS if of_pictures else 0)
+        case _:
+            return settings.steps - 1  # at the grid's last time f is the identity
+
+
 def interpolated(
     source: Source, denoise: Denoise, settings: TaskSettings, *, ends: Tensor | None, device: torch.device
 ) -> Tensor:

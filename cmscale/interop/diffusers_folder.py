@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmscale.config import Config, MethodSection, Model, parse_config
+from cmscale.config.published import published
 from cmscale.config.sources import own_card
 from cmscale.errors import UserError
 from cmscale.interop.diffusers_config import (
@@ -197,7 +198,7 @@ def refuse_another_model(storage: Storage, config: Config, *, files: Collection[
             card = own_card(read_metadata(path, origin=storage.join(weights)))
         if card is not None:
             held = parse_config(card["config"], origin=f"config in {storage.join(weights)}", resolved=True)
-            if held.fingerprint() == config.fingerprint():
+            if held.fingerprint() in (config.fingerprint(), published(config).fingerprint()):
                 return
     raise UserError(f"{storage.url}: holds another model ({min(there)}), which is not replaced; name another folder")
 

@@ -8,7 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cmscale.errors import NoSpace, UserError
+from cmscale.io import traffic
 from cmscale.io.durable import explained, follow_umask, sync_folder
+from cmscale.io.protocol import Entry
 from cmscale.io.storage import Storage, local_copy, open_parent, open_storage
 
 
@@ -30,12 +32,19 @@ def readable(storage: Storage, key: str) -> Iterator[Path]:
         UserError: there is no such object.
     """
     with ExitStack() as stack:
+        size = next((entry.size for entry in _entries(storage, key) if entry.key == key), 0)
         try:
-            path = stack.enter_context(local_copy(storage, key))
+            with traffic.showing(f"downloading {storage.join(key)}", size):
+                path = stack.enter_context(local_copy(storage, key))
         except FileNotFoundError:
             what = "object" if storage.local_path(key) is None else "file"
             raise UserError(f"{storage.join(key)}: no such {what}") from None
         yield path
+
+
+def _entries(storage: Storage, key: str) -> Iterator[Entry]:
+    """What a storage lists of a key, but for a local file, which is not downloaded."""
+    return storage.list(key) if storage.local_path(key) is None else iter(())
 
 
 @contextmanager
@@ -60,9 +69,11 @@ def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
                 needed = f"{size / 2**30:.2f} GiB are needed, {free / 2**30:.2f} are free"
                 raise NoSpace(f"{parent or tempfile.gettempdir()}: not enough space for {key} ({needed})")
             path = Path(temporary) / "weights"
-            yield path
+            with traffic.showing(f"writing {key}", size), traffic.watching(Path(temporary)):
+                yield path
             if target is None:
-                storage.upload(key, path)
+                with traffic.showing(f"uploading {storage.join(key)}", path.stat().st_size):
+                    storage.upload(key, path)
                 return
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -7,7 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmscale.config import Config, Model, dump_config, parse_config
+from cmscale.config import Config, Model, parse_config
+from cmscale.config.published import dump_published
 from cmscale.config.sources import own_card
 from cmscale.errors import UserError
 from cmscale.interop.files import located, readable, writable
@@ -17,8 +18,11 @@ from cmscale.io.reading import reading
 
 
 def describe(config: Config, *, step: int, weights_name: str) -> dict[str, str]:
-    """The metadata of exported weights: `config` (YAML), `step`, `weights` (for example `ema_0.999943`)."""
-    return {"format": "pt", "config": dump_config(config), "step": str(step), "weights": weights_name}
+    """The metadata of exported weights: `config` (YAML), `step`, `weights` (for example `ema_0.999943`).
+
+    The config is what may be published: without absolute paths, and without what belongs to a site.
+    """
+    return {"format": "pt", "config": dump_published(config), "step": str(step), "weights": weights_name}
 
 
 def write_safetensors(

@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmscale.errors import UserError
+from cmscale.io import traffic
 from cmscale.io.durable import replace_durably
 from cmscale.io.locks import LockTimeout, hold
 from cmscale.io.patience import patience_seconds
 from cmscale.io.place import Place, split_hash
-from cmscale.io.storage import open_parent
+from cmscale.io.protocol import Entry
+from cmscale.io.storage import Storage, open_parent
 
 DOWNLOAD_MINUTES = 30.0
+_HASHED_AT_ONCE = 1 << 20
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -46,7 +49,8 @@ def local_file(url: str) -> Path:
     if path is not None:
         if not path.is_file():
             raise UserError(f"{plain}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
-        _check(path, expected, url=plain)
+        if expected is not None:
+            _check(file_sha256(path, shown=True), expected, url=plain)
         return path
     entry = next((entry for entry in storage.list(key) if entry.key == key), None)
     if entry is None:
@@ -55,17 +59,25 @@ def local_file(url: str) -> Path:
     target = cache_folder() / "files" / f"{name}-{key}"
     recorded = target.with_name(f"{target.name}.sha256")
     with download_lock(f"files/{target.name}.lock"):
-        if not (target.is_file() and recorded.is_file() and recorded.read_text() == file_sha256(target)):
-            storage.download(key, target)
-            if expected is not None and file_sha256(target) != expected.lower():  # perhaps changed on the way
-                storage.download(key, target)
-            replace_durably(recorded, file_sha256(target).encode())
+        actual = file_sha256(target, shown=True) if target.is_file() and recorded.is_file() else None
+        if actual is None or recorded.read_text() != actual:
+            actual = _download(storage, entry, target)
+            if expected is not None and actual != expected.lower():  # perhaps changed on the way
+                actual = _download(storage, entry, target)
+            replace_durably(recorded, actual.encode())
         try:
-            _check(target, expected, url=plain)
+            _check(actual, expected, url=plain)
         except UserError:
             target.unlink(missing_ok=True)
             raise
     return target
+
+
+def _download(storage: Storage, entry: Entry, target: Path) -> str:
+    """Downloads an object, and shows how far that is. Returns the hash of what arrived."""
+    with traffic.showing(f"downloading {storage.join(entry.key)}", entry.size):
+        storage.download(entry.key, target)
+    return file_sha256(target)
 
 
 @contextmanager
@@ -86,15 +98,22 @@ def download_lock(name: str) -> Iterator[None]:
         yield
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a local file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, *, shown: bool = False) -> str:
+    """SHA-256 of a local file, in hexadecimal.
+
+    Args:
+        shown: Whether its bytes count for what `traffic` shows.
+    """
+    digest, told = hashlib.sha256(), traffic.current() if shown else None
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_HASHED_AT_ONCE))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if told is not None:
+                told.moved(count)
+    return digest.hexdigest()
 
 
-def _check(path: Path, expected: str | None, *, url: str) -> None:
-    if expected is None:
-        return
-    actual = file_sha256(path)
-    if actual != expected.lower():
+def _check(actual: str, expected: str | None, *, url: str) -> None:
+    if expected is not None and actual != expected.lower():
         raise UserError(f"{url}: has SHA-256 {actual}, not {expected} as the URL requires; it is another file")

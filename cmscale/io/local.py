@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from cmscale.errors import UserError
+from cmscale.io import traffic
 from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.protocol import Entry
 from cmscale.io.reading import read_regular
@@ -71,6 +72,7 @@ class LocalStorage:
             staged = target.with_name(f".{target.name}.{os.getpid()}")
             try:
                 shutil.copyfile(source, staged)
+                traffic.moved(staged.stat().st_size)
                 with staged.open("rb") as file:
                     os.fsync(file.fileno())
                 staged.replace(target)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cmscale.errors import UserError
-from cmscale.io import s3_upload
+from cmscale.io import s3_upload, traffic
 from cmscale.io.durable import explained
 from cmscale.io.patience import patiently
 from cmscale.io.protocol import ArrivedChanged, Entry, StorageAway
@@ -152,7 +152,9 @@ class S3Storage:
 
     def upload(self, key: str, path: Path) -> None:
         if path.stat().st_size <= _IN_ONE_PART * s3_upload.PART_BYTES:
-            self.write(key, path.read_bytes())
+            data = path.read_bytes()
+            self.write(key, data)
+            traffic.moved(len(data))
         else:
             upload_in_parts(self._ask, key, path, **self._at(key))
 

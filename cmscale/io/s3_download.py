@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from cmscale.io import traffic
 from cmscale.io.protocol import ArrivedChanged
 from cmscale.io.s3_errors import LONGEST_ERROR_DOCUMENT, code_of, refuse_error_document
 
@@ -59,7 +60,8 @@ def _download_once(ask: Ask, key: str, parts: "_Parts") -> None:
     offsets = range(PART_BYTES, total, PART_BYTES)
     if not offsets:
         return
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="download") as threads:
+    of_thread = {"initializer": traffic.adopt, "initargs": (traffic.current(),)}
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="download", **of_thread) as threads:
         futures = [threads.submit(ask, key, lambda client, at=at: parts.get(client, at)) for at in offsets]
         try:
             for future in futures:
@@ -96,6 +98,7 @@ class _Parts:
             self._go_on()
             self._write(chunk, offset + count)
             count += len(chunk)
+            traffic.moved(len(chunk))
             head = chunk if count == len(chunk) else head
         if count <= LONGEST_ERROR_DOCUMENT:
             refuse_error_document(head, self._key)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from cmscale.io import traffic
 from cmscale.io.protocol import ArrivedChanged
 from cmscale.io.s3_errors import NoSuchUpload
 
@@ -61,9 +62,12 @@ def _upload_once(ask: Ask, key: str, path: Path, names: dict[str, str]) -> None:
 
             def send(number: int) -> dict[str, Any]:
                 data = os.pread(file.fileno(), length, (number - 1) * length)
-                return {"PartNumber": number, "ETag": _send_part(ask, key, data, this | {"PartNumber": number})}
+                tag = _send_part(ask, key, data, this | {"PartNumber": number})
+                traffic.moved(len(data))
+                return {"PartNumber": number, "ETag": tag}
 
-            with ThreadPoolExecutor(_THREADS, thread_name_prefix="upload") as threads:
+            of_thread = {"initializer": traffic.adopt, "initargs": (traffic.current(),)}
+            with ThreadPoolExecutor(_THREADS, thread_name_prefix="upload", **of_thread) as threads:
                 futures = [threads.submit(send, number) for number in range(1, -(-size // length) + 1)]
                 try:
                     parts = [future.result() for future in futures]

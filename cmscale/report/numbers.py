@@ -4,8 +4,8 @@ import contextlib
 import statistics
 from dataclasses import dataclass
 
-from cmscale.commands.counting import in_words
 from cmscale.evaluation.metrics.frechet import FID
+from cmscale.io.counting import in_words
 from cmscale.report.facts import RunFacts
 from cmscale.report.happened import Stretch, as_number, stretches
 from cmscale.runs.comparison import best_by_score, describe_basis

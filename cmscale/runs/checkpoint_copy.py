@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from cmscale.errors import UserError
+from cmscale.io import traffic
 from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.fetch import file_sha256
 from cmscale.io.local import LocalStorage
@@ -51,7 +52,10 @@ def copy_files(source: Storage, folder: Path, manifest: CheckpointManifest) -> C
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     names = [rank_file(rank, manifest.num_ranks) for rank in range(manifest.num_ranks)]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with (
+        traffic.showing(f"copying {source.url}", sum(part.file.size for part in manifest.parts)) as shown,
+        ThreadPoolExecutor(_AT_ONCE, initializer=traffic.adopt, initargs=(shown,)) as pool,
+    ):
         files = list(pool.map(partial(_copy, source, folder), (part.file for part in manifest.parts), names))
     parts = (part.model_copy(update={"file": file}) for part, file in zip(manifest.parts, files, strict=True))
     return manifest.model_copy(update={"parts": tuple(parts), "home": 0})

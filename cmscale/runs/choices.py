@@ -22,7 +22,7 @@ from cmscale.io.storage import open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.configs import config_of
 from cmscale.runs.manifests import read_document
-from cmscale.runs.named_files import check_array_file, check_reference, check_weights_file
+from cmscale.runs.named_files import check_array_file, check_own_weights, check_reference, check_weights_file
 from cmscale.runs.results import TimeSearch
 from cmscale.runs.sample_sets import place_of_seed, set_place
 from cmscale.runs.source_kind import kind_of_source
@@ -237,6 +237,8 @@ def _check_measured_by(request: MeasuringRequest, settings: Evaluate, *, data: s
         check_reference(data, key="data.path", is_needed=False)
     else:
         raise UserError("evaluate: no reference; give --reference DATASET|FOLDER|FILE.npz")
+    if file is None:
+        check_own_weights(settings.features)
 
 
 def _check_has_place(request: MeasuringRequest) -> None:

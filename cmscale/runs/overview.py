@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmscale.commands.counting import in_words
 from cmscale.config import parse_yaml
 from cmscale.errors import UserError
+from cmscale.io.counting import in_words
 from cmscale.io.json_text import parse_json
 from cmscale.io.reading import read_regular, read_small
 from cmscale.io.slurm import ACTIVE_STATES, clusters_of, job_states

@@ -12,7 +12,6 @@ from cmscale.config import Config, schedules
 from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency.distance import Distance, build_distance
 from cmscale.consistency.losses import Loss, build_loss
-from cmscale.consistency.lpips import download_vgg
 from cmscale.consistency.networks import Networks
 from cmscale.data import Batch, Batches, open_batches, to_device
 from cmscale.data.samples import Samples
@@ -22,7 +21,8 @@ from cmscale.engine.engine import Engine, NonFiniteLoss, StepResult
 from cmscale.engine.flat_space import number_parameters
 from cmscale.engine.settings import COMPUTE_DTYPES
 from cmscale.errors import UserError
-from cmscale.io.fetch import download_lock, local_file
+from cmscale.io.fetch import local_file
+from cmscale.io.published import VGG16, published_file
 from cmscale.model.attention_choice import Choice, choose, kernel_name, largest_attention
 from cmscale.model.compiled import check_compiler, compile_blocks
 from cmscale.model.denoiser import EDMDenoiser
@@ -203,10 +203,7 @@ def load_distance(config: Config, world: World) -> Distance | None:
 
 def vgg_file(place: str | None) -> Path:
     """VGG16's weights on this node: a given file, or torchvision's."""
-    if place is not None:
-        return local_file(place)
-    with download_lock("vgg.lock"):
-        return download_vgg()
+    return published_file(VGG16) if place is None else local_file(place)
 
 
 def open_data(config: Config, world: World, state: TrainState, samples: Samples) -> Batches:

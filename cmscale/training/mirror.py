@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.json_text import parse_json
 from cmscale.runs.folder import RunDir, step_of
@@ -29,7 +29,7 @@ class Sink(Protocol):
     """Where a mirror sends to. Every method may raise anything."""
 
     def record(self, step: int, numbers: dict[str, float]) -> None:
-        """The metrics of a step; steps rise."""
+        """The metrics of a step, NaN and infinities among them; steps rise, unless the sink keeps no mark."""
         ...
 
     def grid(self, step: int, path: Path) -> None:
@@ -70,7 +70,8 @@ class Follower:
     """Yields what is new in a run's folder.
 
     Args:
-        name: Of the mirror: its mark is kept in the run's logs under this name; empty: it begins anew each time.
+        name: Of the mirror: its mark is kept in the run's logs under this name; empty: it begins anew each time, and
+            steps that are made again come again.
     """
 
     def __init__(self, run: RunDir, name: str) -> None:
@@ -81,7 +82,7 @@ class Follower:
         self.mark = self._read()
 
     def records(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """The metrics of steps above all that were sent."""
+        """The metrics of steps above all that were sent; without a mark of all that were written."""
         with contextlib.suppress(FileNotFoundError), self._run.metrics.open("rb") as file:
             file.seek(self._position)
             for line in file:
@@ -89,8 +90,8 @@ class Follower:
                     return
                 self._position += len(line)
                 with contextlib.suppress(ValueError):
-                    record = parse_json(line)
-                    if isinstance(record, dict) and type(step := record.get("step")) is int and step > self.mark.step:
+                    step = record.get("step") if isinstance(record := parse_json(line), dict) else None
+                    if type(step) is int and (step > self.mark.step or self._file is None):
                         yield step, numbers_of(record)
                         self.mark.step = step
 
@@ -133,16 +134,19 @@ def mark_all_as_sent(run: RunDir, name: str) -> None:
 
 
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers of a record, without its step."""
-    return {
-        name: value
-        for name, value in record.items()
-        if name != "step" and type(value) in (int, float) and math.isfinite(value)
-    }
+    """The numbers of a record, without its step."""
+    return {name: value for name, value in record.items() if name != "step" and type(value) in (int, float)}
+
+
+def finite(numbers: dict[str, float]) -> dict[str, float]:
+    """Those that a curve can show."""
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 class Mirror:
     """Sends a run to a sink in a thread of its own; the first failure ends it, with an event and a line in the log.
+
+    A disk that is full for a while ends nothing: what could not be written down is written at a later look.
 
     Attributes:
         failure: Why it has ended early; empty if it has not.
@@ -200,7 +204,8 @@ class Mirror:
                 sink.evaluation(result)
             sink.flush()
         finally:
-            follower.keep()
+            with contextlib.suppress(NoSpace):
+                follower.keep()
 
 
 def evaluation_names(result: EvaluationResult) -> dict[str, float]:

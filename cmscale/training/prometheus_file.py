@@ -1,5 +1,6 @@
 """Writes a run's newest numbers as a text file that the textfile collector of Prometheus's node exporter reads."""
 
+import contextlib
 import hashlib
 import re
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.config import Prometheus
+from cmscale.errors import NoSpace
 from cmscale.io.durable import replace_durably
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines
@@ -52,12 +54,15 @@ class PrometheusSink:
         step = result.step or 0
         for name, metric in result.metrics.items():
             title = result.names.get(name, result.score_name if name == "fid" else name)
-            key = (title, result.weights or "", str(result.nfe), str(result.num_samples))
+            nfe = f"{result.nfe}{'-searched' if result.times else ''}"
+            reference = str(result.reference.get("sha256") or "")[:8]
+            key = (title, result.weights or "", nfe, str(result.num_samples), reference)
             if step >= self._evaluations.get(key, (0, 0.0))[0]:
                 self._evaluations[key] = (step, metric.mean)
 
     def flush(self) -> None:
-        self._write(running=1)
+        with contextlib.suppress(NoSpace):  # the next look writes it; how old the file is, is in it
+            self._write(running=1)
 
     def close(self) -> None:
         self._write(running=0)
@@ -67,7 +72,7 @@ class PrometheusSink:
         lines = [line for name, value in numbers.items() for line in _family(name, [({}, value)], self._labels)]
         events = Counter(str(each.get("event")) for each in read_lines(self._run.events))
         lines += _family("events", [({"event": name}, count) for name, count in events.items()], self._labels)
-        names = ("metric", "weights", "nfe", "samples")
+        names = ("metric", "weights", "nfe", "samples", "reference")
         results = [
             ({**dict(zip(names, key, strict=True)), "step": str(step)}, value)
             for key, (step, value) in self._evaluations.items()

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 
-from cmscale.commands.counting import in_words
 from cmscale.config import Config, schedules
 from cmscale.config.cautions import cautions
 from cmscale.config.schedules import ScheduleValues
@@ -11,6 +10,7 @@ from cmscale.data import Batches
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
 from cmscale.errors import UserError
+from cmscale.io.counting import in_words
 from cmscale.model.attention_choice import Choice
 from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import read_lineage

@@ -6,7 +6,7 @@ from typing import Any
 
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import EvaluationResult
-from cmscale.training.mirror import Mark, Mirror, evaluation_names
+from cmscale.training.mirror import Mark, Mirror, evaluation_names, finite
 
 
 class TensorboardMirror(Mirror):
@@ -23,7 +23,7 @@ class TensorboardSink:
         self._writer = writer
 
     def record(self, step: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
+        for name, value in finite(numbers).items():
             self._writer.add_scalar(f"training/{name}", value, step)
 
     def grid(self, step: int, path: Path) -> None:

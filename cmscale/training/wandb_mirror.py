@@ -10,7 +10,7 @@ from cmscale.io.durable import replace_durably
 from cmscale.io.wandb_login import find_login
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import EvaluationResult
-from cmscale.training.mirror import Mark, Mirror, evaluation_names, mark_all_as_sent
+from cmscale.training.mirror import Mark, Mirror, evaluation_names, finite, mark_all_as_sent
 
 
 class WandbMirror(Mirror):
@@ -35,12 +35,12 @@ class WandbSink:
         self._mark = mark
 
     def record(self, step: int, numbers: dict[str, float]) -> None:
-        self._log(step, numbers)
+        self._log(step, finite(numbers))
 
     def grid(self, step: int, path: Path) -> None:
         import wandb
 
-        self._log(step, {"samples": wandb.Image(str(path), caption=f"step {step}")})
+        self._log(step, {"sample_grid": wandb.Image(str(path), caption=f"step {step}")})
 
     def evaluation(self, result: EvaluationResult) -> None:
         self._log(result.step or 0, evaluation_names(result))

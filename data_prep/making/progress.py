@@ -3,7 +3,7 @@
 import multiprocessing
 from types import TracebackType
 
-from cmscale.commands.counting import Counting
+from cmscale.io.counting import Counting
 
 
 class ProgressCounter:

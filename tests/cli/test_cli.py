@@ -112,6 +112,13 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
         (["sample", "MODEL", "--out", "x.npz", "--sampling-times", "nan"], "must descend"),
         (["sample", "MODEL", "--out", "gs://bucket/x.npz"], "--out gs://bucket/x.npz: gs:// is not supported"),
         (["sample", "MODEL", "--out", "x.png"], "--out x.png: the file's name must end in .npz"),
+        (["sample", "MODEL", "--out", "x.foo"], "--out x.foo: the file's name must end in .npz, or name a folder"),
+        (["sample", "MODEL", "--out", "x.npz", "--steps", "999999"], "--steps: got 999999; Input should be less than"),
+        (["evaluate", "MODEL", "--steps", "1,999999"], "--steps: got 999999 steps; at most 10000, as each evaluates"),
+        (
+            ["edit", "colorize", "MODEL", "x.png", "--steps", "999999"],
+            "'--steps': Input should be less than",
+        ),
         (["sample", "MODEL", "--out", "~nobody-here/x.npz"], "there is no user"),
         (["search-times", "MODEL", "--out", "s3://bucket/x.json"], "must be on this machine"),
         (["runs", "s3://bucket/runs"], "the folder of runs must be on this machine"),

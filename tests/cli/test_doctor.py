@@ -9,9 +9,8 @@ import stat
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,7 +170,7 @@ def test_nodes_are_asked_by_srun_and_compared(
 
 def test_the_command_shows_what_to_do_and_fails_if_something_does(monkeypatch, capsys, tmp_path: Path) -> None:
     found = [Finding("torch", "ok", "2.14"), Finding("disk", "failure", "1 GB free", "make room there")]
-    monkeypatch.setattr("cmscale.cli.diagnosis.findings", lambda folder: found)
+    monkeypatch.setattr("cmscale.cli.diagnosis.findings", lambda folder, counts: found)
     monkeypatch.setenv("CMSCALE_SITE", "")
     assert run(monkeypatch, "doctor", tmp_path / "store") == 1
     shown = capsys.readouterr().out
@@ -179,7 +178,7 @@ def test_the_command_shows_what_to_do_and_fails_if_something_does(monkeypatch, c
         assert words in shown
     assert run(monkeypatch, "doctor", "--json") == 1
     assert [each["state"] for each in json.loads(capsys.readouterr().out)][:2] == ["ok", "failure"]
-    monkeypatch.setattr("cmscale.cli.diagnosis.findings", lambda folder: found[:1])
+    monkeypatch.setattr("cmscale.cli.diagnosis.findings", lambda folder, counts: found[:1])
     assert run(monkeypatch, "doctor") == 0
     capsys.readouterr()
     assert run(monkeypatch, "doctor", "/proc/nowhere") == 1
@@ -220,10 +219,14 @@ def test_an_interrupt_ends_srun_and_with_it_its_job(bin_folder: Path, monkeypatc
             super().__init__(*command, **how)
             started.append(self)
             assert self.stdout is not None
-            monkeypatch.setattr(self, "stdout", SimpleNamespace(read=interrupt, close=self.stdout.close))
+            monkeypatch.setattr(self, "stdout", Interrupting(self.stdout.close))
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+    class Interrupting:
+        def __init__(self, close: Callable[[], None]) -> None:
+            self.close = close
+
+        def __iter__(self) -> Iterator[str]:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):

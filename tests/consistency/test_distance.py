@@ -245,29 +245,6 @@ def test_another_networks_weights_are_the_users_mistake(tmp_path: Path):
         build_distance(CT(kind="ct"), 256, lpips_weights=tmp_path / "a.pth")
 
 
-def test_download_takes_what_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    calls: list[str] = []
-
-    def download(url: str, path: str, **keywords: object) -> None:
-        calls.append(url)
-        Path(path).write_bytes(b"weights")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert perceptual.download_vgg() == perceptual.download_vgg() == tmp_path / "checkpoints/vgg16-397923af.pth"
-    assert len(calls) == 1
-
-
-def test_a_failed_download_says_how_to_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def download(*args: object, **keywords: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(UserError, match=r"no route to host.*set method.lpips_weights"):
-        perceptual.download_vgg()
-
-
 def test_means_and_pseudo_huber_are_their_formulas():
     source = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 4, 3, 5, 5, generator=source, dtype=torch.float64)

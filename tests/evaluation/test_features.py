@@ -1,10 +1,8 @@
 """Inception features equal torch-fidelity's; EfficientNet-Lite0 classifies photographs; a new network is one file."""
 
-import fcntl
 import hashlib
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,6 @@ from cmscale.config import Evaluate
 from cmscale.errors import UserError
 from cmscale.evaluation.features.extractor import build_features
 from cmscale.evaluation.features.inception import FIDInception
-from cmscale.io.fetch import download_lock
 from cmscale.runs.manifests import read_document
 from cmscale.runs.results import EvaluationResult
 
@@ -127,24 +124,6 @@ def test_efficientnet_classifies_photographs(photograph: str, classes: set[int])
     assert features["pooled"].shape == (1, 1280)
     assert set(features) == {"pooled", "logits"}
     assert int(features["logits"].argmax()) in classes  # ImageNet's cats; espresso, mug, cup
-
-
-def test_one_process_of_a_node_downloads_inception_and_the_others_wait_for_it(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    asked = []
-
-    def download(url: str, target: str, **_) -> None:
-        asked.append(url)
-        with (tmp_path / "cache" / "inception.lock").open() as other, pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        Path(target).write_bytes(b"weights")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with ThreadPoolExecutor() as ranks, download_lock("inception.lock"):
-        waiting = [ranks.submit(FIDInception.default_weights) for _ in range(3)]
-    assert len({each.result() for each in waiting}) == 1
-    assert len(asked) == 1
 
 
 TOY = """

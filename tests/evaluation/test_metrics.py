@@ -13,7 +13,9 @@ from cmscale.evaluation.metrics import kernel_distance as kid
 from cmscale.evaluation.metrics.frechet import frechet_distance
 from cmscale.evaluation.metrics.inception_score import inception_score
 from cmscale.evaluation.metrics.kernel_distance import kernel_distance
+from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.evaluation.statistics import Moments, Sums
+from cmscale.runs.results import Metric
 
 
 def _features(count: int, width: int, *, seed: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
@@ -139,3 +141,19 @@ def test_inception_score_of_few_samples_counts_only_the_parts_that_hold_some() -
     assert inception_score(np.eye(4, dtype="f4") * 1e4) == (1.0, 0.0)  # one sample per part
     with pytest.raises(UserError, match="no samples"):
         inception_score(np.zeros((0, 4), "f4"))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "shown"),
+    [
+        ("kid", (0.0012, 0.0012), ("0.001200", "± 0.000000")),
+        ("kid", (0.0012, 0.0014), ("0.001300", "± 0.000141")),
+        ("kid", (1.2e-6, 1.4e-6), ("1.300e-06", "± 1.414e-07")),
+        ("kid", (1.5, 2.5), ("2.000", "± 0.707")),
+        ("fid", (3.0, 3.0), ("3.00", "± 0.00")),
+        ("fid", (3.0,), ("3.00", "")),
+    ],
+)
+def test_a_deviation_has_the_decimals_of_its_mean(name: str, values: tuple[float, ...], shown: tuple[str, str]) -> None:
+    metric = next(each for each in all_metrics() if each.name == name)
+    assert metric.formatted(Metric.of(values)) == shown

@@ -1,6 +1,8 @@
 """The model card describes the weights, their training and data, and their quality."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ from networks import random_weights, small_config, small_model
 import cmscale
 from cmscale.config import dump_config, parse_config
 from cmscale.config.methods import METHODS_BY_KIND
+from cmscale.config.published import published
 from cmscale.errors import UserError
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.export.card import model_card
@@ -259,6 +262,47 @@ def test_a_folder_has_the_layout_of_a_repository_on_the_hub(tmp_path: Path) -> N
         exported(tmp_path / "run2", run, format="safetensors")
     with pytest.raises(UserError, match="safetensors"):
         exported(tmp_path / "model.bin", run, format="safetensors")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "diffusers"])
+def test_the_program_in_a_card_draws_samples(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if format == "diffusers":
+        pytest.importorskip("diffusers", reason="diffusers is not installed")
+    exported(tmp_path / "model", None, format=format)
+    card = (tmp_path / "model" / "README.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path / "model")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert [picture.size for picture in names["pictures"]] == [(16, 16)] * 4
+
+
+SITE = ["slurm.account=secret", "slurm.mail_user=who@secret", "slurm.setup=[source /home/secret/venv]"]
+
+
+@pytest.mark.parametrize("format", ["safetensors", "diffusers"])
+def test_no_file_of_an_export_says_where_or_by_whom_it_was_made(format: str, tmp_path: Path) -> None:
+    paths = {
+        key: f"{tmp_path}/secret/{key}"
+        for key in ("data.path", "data.cache_dir", "checkpoint.export_to", "evaluate.reference", "storage.ca_bundle")
+    }
+    paths["method.teacher"] = f"{tmp_path}/secret/method.teacher#sha256={'0' * 64}"
+    paths["prometheus.folder"] = f"{tmp_path}/secret/collector"
+    given = [*SITE, "wandb.entity=secret", *(f"{key}={value}" for key, value in paths.items())]
+    config = parse_config(dump_config(small_config(small_model(), {"kind": "cd", "teacher": "t"})), given)
+    source = Source("a run", config, random_weights(config.model), "master", 60)
+    for _ in range(2):  # the second time over the files of the first
+        export_weights(source, format=format, to=Place(f"{tmp_path}/model"))  # pyright: ignore[reportArgumentType]
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert len(files) > 1
+    for path in files:
+        held = path.read_bytes()
+        assert b"secret" not in held
+        assert str(tmp_path).encode() not in held
+    assert f"teacher: method.teacher#sha256={'0' * 64}" in (tmp_path / "model" / "README.md").read_text()
+    again = published(config)
+    assert again.model == config.model
+    assert again.method.model_copy(update={"teacher": None}) == config.method.model_copy(update={"teacher": None})
 
 
 @pytest.mark.parametrize("format", ["safetensors", "diffusers"])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cmscale.config.draw_request import format_of
 from cmscale.distributed.world import World
 from cmscale.errors import UserError
 from cmscale.evaluation.sample_files import open_images
@@ -34,6 +35,18 @@ def written(place: Path, **how: Any) -> None:
     with making(place, **how) as each:
         draw(each)
         each.finish({})
+
+
+@pytest.mark.parametrize("name", ["samples", "ema_0.9999", "v1.2", "a.foo/", "run-2026.01.02", "there.foo", ".hidden"])
+def test_folders_may_have_dots_in_their_names(name: str, tmp_path: Path) -> None:
+    (tmp_path / "there.foo").mkdir()
+    assert format_of(Place(f"{tmp_path}/{name}"), None, option="--out") == "png"
+
+
+@pytest.mark.parametrize("name", ["a.foo", "samples.mp3", "s3://bucket/a.npy", "x.NPZ2"])
+def test_a_name_with_the_ending_of_an_unknown_file_is_no_folder(name: str) -> None:
+    with pytest.raises(UserError, match=r"--out .*: the file's name must end in \.npz, or name a folder"):
+        format_of(Place(name), None, option="--out")
 
 
 @pytest.mark.parametrize("format", ["npz", "png", "tar"])

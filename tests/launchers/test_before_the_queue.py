@@ -14,6 +14,7 @@ from cmscale.commands.ending import guarded
 from cmscale.config import parse_config, read_config
 from cmscale.errors import UserError
 from cmscale.interop import write_openai, write_safetensors
+from cmscale.io import published
 from cmscale.model.unet import build_unet
 from cmscale.training import inputs
 from launchers import evaluate, submit
@@ -138,6 +139,40 @@ def test_a_file_of_another_kind_is_refused_by_its_name(
     assert said.count("\n") == 1
     assert not queued
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["method.distance=lpips"], "VGG16 for LPIPS: not in .*can't be downloaded from .*no internet.*lpips_weights"),
+        (EVALUATING, "Inception for FID: not in .*no internet.*or set evaluate.inception_weights to a copy"),
+        ([*EVALUATING, "evaluate.features=dinov2"], "features dinov2: their weights are not downloaded; name a copy"),
+    ],
+)
+def test_weights_that_nodes_could_not_fetch_are_missed_before_the_queue(
+    arguments: list[str], words: str, queued, capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no internet")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(published, "_download", refuse)
+    config = CONFIG.format(data="data").replace("kind: edm", "kind: ct\n  distance: l2")
+    (tmp_path / "ct.yaml").write_text(config)
+    assert submitted("ct.yaml", *arguments) == 2
+    said = capsys.readouterr()
+    assert re.search(words, said.err), said.err
+    assert said.out == ""  # what is refused has no plan
+    assert not (tmp_path / "runs").exists()
+    assert not queued
+    run = write_trained_run(Path("trained"), data=Path("data"))
+    features = [each.partition(".")[2].replace("=", " ").split() for each in arguments if each.startswith("evaluate")]
+    asked = ["--features", features[0][1]] if features else ["--features", "inception"]
+    assert guarded(evaluate.main, ["--cluster", "local", str(run.root), *asked]) == 2
+    said = capsys.readouterr()
+    assert "features dinov2" in said.err if features else "Inception for FID: not in" in said.err
+    assert said.out == ""
+    assert not queued
 
 
 def overrides_of(model) -> dict[str, object]:

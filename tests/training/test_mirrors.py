@@ -1,7 +1,10 @@
 """Tests of the mirrors to TensorBoard and Prometheus, on what their own parsers read."""
 
+import math
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ from run_folder import write_evaluation
 from cmscale.cli.app import run as run_cmscale
 from cmscale.commands.ending import guarded
 from cmscale.config import Prometheus, Tensorboard, Wandb, dump_config, parse_config
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
+from cmscale.io.durable import replace_durably
+from cmscale.io.json_text import parse_json
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines, write_event
+from cmscale.training import mirror, prometheus_file, tensorboard_mirror
 from cmscale.training.metrics_log import MetricsLog
 from launchers.checks import check_inputs
+from launchers.run_folders import with_absolute_paths
 
 NAME = 'a "run"\\\nof two lines'
 
@@ -35,8 +42,8 @@ def train(run: RunDir, steps: list[int], **mirrors: Any) -> None:
     log = MetricsLog(run, Wandb(mode="off"), config={"train": {"total_steps": 40}}, active=True, **mirrors)
     for step in steps:
         log.write({"step": step, "samples": 8 * step, "loss": 1.0 / step, "loss_q1": None, "mfu": float("nan")})
-    for mirror in log._mirrors:
-        mirror.close(patience=300)
+    for each in log._mirrors:
+        each.close(patience=300)
 
 
 def parsed(path: Path) -> dict[tuple[str, str], float]:
@@ -66,9 +73,74 @@ def test_prometheus_reads_the_newest_numbers_of_a_run(run: RunDir) -> None:
     assert found["cmscale_loss", ""] == 0.05
     assert found["cmscale_running", ""] == 0
     assert found["cmscale_events", "fault"] == 2
-    assert found["cmscale_evaluation", "FD-EfficientNet, ema_0.999, 1, 500"] == 4.0
-    assert ("cmscale_mfu", "") not in found
+    assert found["cmscale_evaluation", "FD-EfficientNet, ema_0.999, 1, 500, 0123"] == 4.0
+    assert math.isnan(found["cmscale_mfu", ""])
     assert ("cmscale_loss_q1", "") not in found
+
+
+def test_after_a_resume_prometheus_reads_the_steps_that_are_made_again(run: RunDir) -> None:
+    for steps in ([10, 20, 30], [10]):
+        train(run, steps, prometheus=Prometheus(enabled=True))
+    found = parsed(run.prometheus)
+    assert (found["cmscale_step", ""], found["cmscale_loss", ""]) == (10, 0.1)
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_mirror(run: RunDir, monkeypatch, capfd) -> None:
+    """Neither the file nor the mark of what was sent could be written, until there was room again."""
+    tries, freed = [], threading.Event()
+
+    def write(path: Path, data: bytes) -> None:
+        tries.append(path)
+        if not freed.is_set():
+            raise NoSpace(f"{path}: no space left on the device")
+        replace_durably(path, data)
+
+    monkeypatch.setattr(prometheus_file, "replace_durably", write)
+    monkeypatch.setattr(mirror, "replace_durably", write)
+    monkeypatch.setattr(tensorboard_mirror, "_open", lambda *_: Collected(sent))
+    sent: list[int] = []
+    settings = {"prometheus": Prometheus(enabled=True), "tensorboard": Tensorboard(enabled=True)}
+    log = MetricsLog(run, Wandb(mode="off"), config={}, active=True, **settings)
+    log.write({"step": 1, "loss": 1.0})
+    while len({*tries}) < 2:
+        time.sleep(0.01)
+    freed.set()
+    log.write({"step": 2, "loss": 0.5})
+    for each in log._mirrors:
+        each.close(patience=300)
+        assert not each.failure
+    assert parsed(run.prometheus)["cmscale_step", ""] == 2
+    assert sent == [1, 2]
+    assert parse_json(run.mirror_mark("tensorboard").read_bytes())["step"] == 2
+    assert not run.events.exists()
+    assert capfd.readouterr().out == ""
+
+
+class Collected:
+    """A sink that keeps the steps it was sent."""
+
+    def __init__(self, sent: list[int]) -> None:
+        self._sent = sent
+
+    def record(self, step: int, numbers: dict[str, float]) -> None:
+        del numbers
+        self._sent.append(step)
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/metrics", "metrics"])
+def test_the_collectors_folder_is_a_local_one_and_the_same_from_everywhere(folder: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(CONFIG.format(data="data"), ["prometheus.enabled=true", f"prometheus.folder={folder}"])
+    if "://" not in folder:
+        assert with_absolute_paths(config).prometheus.folder == str(tmp_path / "metrics")
+        return
+    with pytest.raises(UserError, match=r"prometheus\.folder: s3://bucket/metrics: the collector's folder must be on"):
+        with_absolute_paths(config)
 
 
 def test_the_file_for_prometheus_is_replaced_as_a_whole_under_a_name_of_its_own(run: RunDir, tmp_path: Path) -> None:
@@ -132,6 +204,6 @@ def test_what_came_after_the_end_of_a_run_is_sent_by_a_command(tmp_path: Path) -
     write_event(run, "finished", step=10, rank=0)
     write_evaluation(run, step=10, nfe=1, values=(7.0,))
     assert guarded(run_cmscale, ["mirror", str(run.root)]) == 0
-    assert parsed(run.prometheus)["cmscale_evaluation", "FD-EfficientNet, ema_0.999, 1, 500"] == 7.0
+    assert parsed(run.prometheus)["cmscale_evaluation", "FD-EfficientNet, ema_0.999, 1, 500, 0123"] == 7.0
     write_event(run, "resumed", step=10, rank=0)
     assert guarded(run_cmscale, ["mirror", str(run.root)]) == 2  # it sends by itself

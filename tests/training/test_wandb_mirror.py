@@ -101,7 +101,7 @@ def test_replayed_steps_are_sent_once_and_entries_are_numbered_on(run, monkeypat
 def test_grids_and_evaluations_are_sent_once_whoever_wrote_them(run, monkeypatch) -> None:
     server = Server()
     log = start(server, run, monkeypatch)
-    log.write({"step": 100})
+    log.write({"step": 100, "samples": 800})
     run.sample_grid(100).write_bytes(b"png")
     write_evaluation(run, step=50, nfe=2, values=(3.0, 5.0))
     (run.evaluations / "damaged.json").write_text("{")
@@ -110,7 +110,9 @@ def test_grids_and_evaluations_are_sent_once_whoever_wrote_them(run, monkeypatch
     log = start(second, run, monkeypatch)
     write_evaluation(run, step=100, nfe=1, values=(2.0,))
     close(log)
-    assert {"step": 100, "samples": "step-000000100.png: step 100"} in [entry for _, entry in server.entries]
+    entries = [entry for _, entry in server.entries]
+    assert {"step": 100, "samples": 800} in entries  # the number of images; a curve and pictures never share a name
+    assert {"step": 100, "sample_grid": "step-000000100.png: step 100"} in entries
     name = "evaluation/FD-EfficientNet/ema_0.999/nfe2/n500/ref0123"
     assert [entry[name] for _, entry in server.entries if name in entry] == [4.0]
     ((row, entry),) = second.entries

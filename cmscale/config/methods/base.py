@@ -17,6 +17,8 @@ from cmscale.config.section import Count, Positive, Section, key
 DistanceName = Literal["l1", "l2", "lpips", "pseudo_huber"]
 Preconditioning = Literal["edm", "consistency", "trigflow"]
 SamplerFamily = Literal["ode", "euler", "multistep"]
+MOST_STEPS = 10_000
+"""Of sampling. Each evaluates the network once or twice for every image; published samplers take 1,000 at most."""
 TimeEmbedding = Literal["log_sigma", "angle"]
 """The input of the network's time embedding: 250 ln(sigma), or the angle t = atan(sigma / sigma_data)."""
 

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cmscale.config.methods.base import (
+    MOST_STEPS,
     UNPUBLISHED_SECOND_TIME,
     DistanceSettings,
     MethodFacts,
@@ -42,7 +43,7 @@ class EDM(WithoutTeacher, WithoutForwardMode):
         "sct need for method.tangent: jvp.",
         source="the released teachers",
     )
-    sampler_steps: Annotated[int, Field(ge=2)] = operational(
+    sampler_steps: Annotated[int, Field(ge=2, le=MOST_STEPS)] = operational(
         40, "Steps of Heun's solver unless a command says otherwise; n steps evaluate the network 2 n - 1 times."
     )
 

@@ -3,14 +3,11 @@
 Images are resized to 299 px by TensorFlow 1's bilinear rule without antialiasing, as in every published FID.
 """
 
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import (
-    URL_INCEPTION_V3,
     BasicConv2d,
     InceptionA,
     InceptionB,
@@ -21,12 +18,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from cmscale.errors import UserError
 from cmscale.evaluation.features.extractor import FeatureNetwork
-from cmscale.io.fetch import download_lock
+from cmscale.io.published import INCEPTION, published_file
 
 _SPATIAL_CHANNELS = 7
-_SHA256_PREFIX = "6726825d"
 
 
 class FIDInception(FeatureNetwork):
@@ -75,24 +70,7 @@ class FIDInception(FeatureNetwork):
     @classmethod
     def default_weights(cls) -> Path:
         """torch-fidelity's download in torch hub's cache; one process per node downloads, the others wait."""
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        path = folder / URL_INCEPTION_V3.rpartition("/")[2]
-        if path.exists():
-            return path
-        with download_lock("inception.lock"):
-            if path.exists():
-                return path
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with redirect_stdout(sys.stderr):
-                    torch.hub.download_url_to_file(
-                        URL_INCEPTION_V3, str(path), hash_prefix=_SHA256_PREFIX, progress=False
-                    )
-            except (OSError, RuntimeError) as error:  # RuntimeError: another hash
-                raise UserError(
-                    f"{URL_INCEPTION_V3}: can't be downloaded ({error}); efficientnet needs no download"
-                ) from None
-        return path
+        return published_file(INCEPTION)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = images.to(self.fc.weight.dtype)

@@ -74,7 +74,7 @@ METRICS = (
     DistributionMetric(
         name="kid",
         title="KID",
-        format=".4g",
+        format="#.4g",
         higher_is_better=False,
         spread_name="kid_subset_std",
         needs=frozenset({Need.REFERENCE_IMAGES}),

@@ -137,9 +137,13 @@ class MetricDefinition:
         return choose(results, key=lambda result: result.metrics[self.name].mean)
 
     def formatted(self, measured: Metric) -> tuple[str, str]:
-        """Mean and deviation as text; the deviation of a single value is empty."""
-        deviation = f"± {measured.std:{self.format}}" if len(measured.values) > 1 else ""
-        return f"{measured.mean:{self.format}}", deviation
+        """Mean and deviation as text, with as many decimals; the deviation of a single value is empty."""
+        mean = f"{measured.mean:{self.format}}"
+        if len(measured.values) < 2:
+            return mean, ""
+        digits, exponent, _ = mean.partition("e")
+        decimals = len(digits.partition(".")[2])
+        return mean, f"± {measured.std:.{decimals}{'e' if exponent else 'f'}}"
 
 
 @dataclass(frozen=True, kw_only=True)

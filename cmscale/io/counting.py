@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, TextIO, TypeVar
+from typing import Any, ClassVar, TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -28,6 +28,8 @@ class Counting:
         stream: Where lines go; stderr by default.
         clock: Gives the time in seconds; for tests.
     """
+
+    _on_terminal: ClassVar[bool] = False  # one bar at a time: what is counted while one is shown, is not shown
 
     def __init__(
         self,
@@ -70,6 +72,10 @@ class Counting:
     def __enter__(self) -> "Counting":
         stream = sys.stderr if self._stream is None else self._stream
         if self._active and stream is not None and stream.isatty():
+            if Counting._on_terminal:
+                self._active = False
+                return self
+            Counting._on_terminal = True
             self._bar = _bar(stream)
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=self._total, completed=self._done, left="", rate="")
@@ -81,6 +87,7 @@ class Counting:
         if self._bar is not None:
             self._bar.update(self._task, left=f"in {in_words(self._clock() - self._began)}", rate=self._rate())
             self._bar.stop()
+            Counting._on_terminal = False
         elif self._has_said and kind is None:
             self._say(f"{self._what}: {self._count()} in {in_words(self._clock() - self._began)}", self._rate())
 
@@ -140,4 +147,5 @@ def _bar(stream: TextIO) -> Any:
         TextColumn("{task.fields[rate]}", markup=False),
         TextColumn("{task.fields[left]}", markup=False),
         console=Console(file=stream),
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed meanwhile would not reach a file or pipe
     )

@@ -4,12 +4,12 @@ import io
 
 import pytest
 
-from cmscale.commands.counting import Counting, counted, in_words
+from cmscale.io.counting import Counting, counted, in_words
 
 
 @pytest.fixture(autouse=True)
 def lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cmscale.commands.counting.FIRST_SECONDS", 10.0)
+    monkeypatch.setattr("cmscale.io.counting.FIRST_SECONDS", 10.0)
 
 
 class Clock:

@@ -1,0 +1,108 @@
+"""Shows how many bytes of files a command has read, fetched or sent while it waits for them.
+
+Whoever knows what is waited for opens `showing`; whatever moves bytes tells `current`. Without anybody who shows them,
+as in the background of a training, they are not counted.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cmscale.io.counting import Counting
+
+_BYTES = 10**6
+_POLL_SECONDS = 1.0
+_of_thread = threading.local()
+
+
+class Traffic:
+    """Counts bytes, from any thread."""
+
+    def __init__(self, counting: Counting) -> None:
+        self._counting = counting
+        self._lock = threading.Lock()
+        self._bytes = 0
+
+    def moved(self, count: int) -> None:
+        """Counts bytes that were moved."""
+        with self._lock:
+            self._set(self._bytes + count)
+
+    def reached(self, count: int) -> None:
+        """Sets the number of bytes that have been moved by now."""
+        with self._lock:
+            self._set(count)
+
+    def _set(self, count: int) -> None:
+        self._bytes = count
+        self._counting.set(count / _BYTES)
+
+
+@contextmanager
+def showing(what: str, total: int) -> Iterator[Traffic]:
+    """Shows how many of `total` bytes are moved while the block runs; within another `showing` they count for that.
+
+    Of the ranks of a job the first alone shows anything.
+
+    Args:
+        what: What is waited for, in words: `uploading model.safetensors`.
+    """
+    outer = current()
+    if outer is not None:
+        yield outer
+        return
+    active = os.environ.get("RANK", "0") == "0"
+    with Counting(what, total=max(1, -(-total // _BYTES)), unit="MB", active=active) as counting:
+        adopt(Traffic(counting))
+        try:
+            yield _of_thread.traffic
+        finally:
+            adopt(None)
+
+
+def current() -> Traffic | None:
+    """What the bytes count for that this thread moves; None for nothing."""
+    return getattr(_of_thread, "traffic", None)
+
+
+def adopt(traffic: Traffic | None) -> None:
+    """Lets the bytes that this thread moves count for what another thread shows: the start of a pool's threads."""
+    _of_thread.traffic = traffic
+
+
+def moved(count: int) -> None:
+    """Counts bytes that this thread has moved, if anybody shows them."""
+    if (traffic := current()) is not None:
+        traffic.moved(count)
+
+
+@contextmanager
+def watching(folder: Path) -> Iterator[None]:
+    """Counts the bytes that a library writes into an empty folder while the block runs, by the sizes of its files."""
+    traffic, ended = current(), threading.Event()
+    if traffic is None:
+        yield
+        return
+
+    def watch() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            traffic.reached(_size_of(folder))
+
+    watcher = threading.Thread(target=watch, name="watching", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _size_of(folder: Path) -> int:
+    total = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # renamed meanwhile
+            total += path.stat().st_size
+    return total
