@@ -89,13 +89,27 @@ class _Life:
 
 
 def runs_in(folder: Path) -> list[RunDir]:
-    """The runs in a folder of runs, by name."""
-    return [RunDir(path.parent) for path in sorted(folder.glob("[!.]*/config.yaml"))]
+    """The runs in a folder of runs, by name; folders that can't be looked into among them, which may be runs.
+
+    Raises:
+        UserError: the folder itself can't be looked into.
+    """
+    try:
+        found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        return [RunDir(path) for path in found if _may_be_run(path)]
+    except OSError as error:
+        raise UserError(f"{folder}: can't be read ({error.strerror}); name another folder of runs") from None
+
+
+def _may_be_run(folder: Path) -> bool:
+    return folder.is_dir() and (os.path.lexists(folder / "config.yaml") or not os.access(folder, os.R_OK | os.X_OK))
 
 
 def overview(run: RunDir, *, now: float | None = None) -> Overview:
     """The facts of a run. Whatever its files hold, it raises nothing but what interrupts the program."""
     problems: list[str] = []
+    if not os.access(run.root, os.R_OK | os.X_OK):
+        return _unseen(run)
     settings = _settings(run, problems)
     events = _records(run.events, problems)
     metrics = _records(run.metrics, problems, tail=True)
@@ -127,6 +141,28 @@ def overview(run: RunDir, *, now: float | None = None) -> Overview:
         best=_best(run, problems),
         branch_of=str(lineage) if (lineage := read_lineage(run)) else None,
         problems=tuple(problems),
+    )
+
+
+def _unseen(run: RunDir) -> Overview:
+    """What is said of a folder that this user may not look into."""
+    return Overview(
+        name=run.name,
+        path=str(run.root),
+        method=None,
+        state="unreadable",
+        known_by="permissions of its folder",
+        age_seconds=None,
+        quiet_seconds=None,
+        step=0,
+        total_steps=None,
+        steps_per_second=None,
+        images_per_second=None,
+        eta_seconds=None,
+        loss=None,
+        best=None,
+        branch_of=None,
+        problems=(f"{run.name}: its owner can allow you to read it with chmod",),
     )
 
 
@@ -262,7 +298,10 @@ def _slurm_job(run: RunDir) -> _Life | None:
     Their names have the time when they were submitted, by a clock that may have been set back since.
     """
     gone: _Life | None = None
-    for job in sorted(run.logs.glob("submissions/*/job.json"), reverse=True):
+    jobs: list[Path] = []
+    with contextlib.suppress(OSError):
+        jobs = sorted(run.logs.glob("submissions/*/job.json"), reverse=True)
+    for job in jobs:
         if (job.parent / "ending.json").exists():
             continue
         try:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,30 @@ def test_damage_in_one_run_never_hides_the_others(tmp_path: Path, monkeypatch, c
     assert found["good"]["best"]["name"] == "FD-EfficientNet"
     assert all(found[f"bad-{number}"]["problems"] for number in (2, 3))
     assert found["bad-0"]["step"] == 200  # of its events
+
+
+def test_what_may_not_be_looked_into_is_listed_and_said(tmp_path: Path, monkeypatch, capsys) -> None:
+    working_run(tmp_path / "good")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "config.yaml").symlink_to("config.yaml")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "closed")  # a superuser may
+    assert run(monkeypatch, "runs", tmp_path, "--json") == 0
+    listed = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert set(listed) == {"good", "closed", "lost"}
+    assert listed["closed"]["state"] == "unreadable"
+    assert "its owner can allow you to read it" in listed["closed"]["problems"][0]
+    assert "can't be read" in listed["lost"]["problems"][0]
+    assert listed["good"]["step"] == 100
+
+    def refuse(_: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert run(monkeypatch, "runs", tmp_path) == 2
+    assert "can't be read (Permission denied); name another folder of runs" in capsys.readouterr().err
 
 
 def test_watching_prints_again(tmp_path: Path, monkeypatch, capsys) -> None:
