@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from cmscale.errors import UserError
 from cmscale.generation.draw import advancing
 from cmscale.io.counting import Counting
 from cmscale.io.json_text import parse_json
-from cmscale.io.place import Place
+from cmscale.io.place import Place, split_hash
 from cmscale.io.storage import open_storage
 from cmscale.model.precondition import teacher_denoiser_for
 from cmscale.model.unet import build_unet
@@ -62,7 +63,7 @@ def measure_consistency_error(
             result is at `--out`.
     """
     refuse_other_models(source.config, origin=source.origin, what="consistency-error")
-    url = data or Place(source.config.data.path)
+    url = data or _data_of(source)
     manifest = read_dataset_manifest(open_storage(url))
     followed = _teacher(source, teacher, device=device)
     if num > manifest.count:
@@ -94,6 +95,20 @@ def measure_consistency_error(
         title = f"{source.config.method.kind}, step {source.step}, {source.weights_name}"
         Place(plot).write(draw_curve(curve, title=title))
     return path
+
+
+def _data_of(source: Source) -> Place:
+    """What a source was trained on."""
+    place = Place(source.config.data.path)
+    _refuse_lost(source, place, what="the data that it was trained on", option="--data")
+    return place
+
+
+def _refuse_lost(source: Source, place: Place, *, what: str, option: str) -> None:
+    """Raises UserError if exported weights have the name alone of what they were made from, and it is not here."""
+    path = Path(split_hash(place)[0])
+    if not (place.is_remote or path.is_absolute() or path.exists()):
+        raise UserError(f"{source.origin}: of {what} it has the name alone, {place}; give {option}")
 
 
 def _identity(source: Source, followed: _Followed, *, data_fingerprint: str, num: int, seed: int) -> dict[str, Any]:
@@ -188,10 +203,11 @@ def _teacher(source: Source, named: str | None, *, device: torch.device) -> _Fol
     method = source.config.method
     if not method.facts.follows_teacher:
         return _Followed("x + t z")
+    assert method.teacher_choice is not None
+    _refuse_lost(source, Place(method.teacher_choice.source), what="its teacher", option="--teacher")
     network = build_unet(source.config.model)
     weights = load_teacher(source.config)
     network.load_state_dict(weights)
     network.to(device).eval().requires_grad_(False)
-    assert method.teacher_choice is not None
     description = f"the ODE of {method.teacher_choice.source}"
     return _Followed(description, weights_fingerprint(weights), teacher_denoiser_for(method, network))

@@ -4,7 +4,6 @@ Commands look before torch is imported, and launchers before a job is queued: co
 """
 
 import hashlib
-import http.client
 import os
 import secrets
 from dataclasses import dataclass
@@ -68,11 +67,13 @@ def published_file(wanted: Published) -> Path:
     path = hub_checkpoints() / wanted.name
     if path.is_file() and path.stat().st_size:
         return path
+    from http.client import HTTPException  # takes longer to import than most commands need
+
     with download_lock(f"{wanted.name}.lock"):
         if not (path.is_file() and path.stat().st_size):
             try:
                 _download(wanted, path)
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, HTTPException) as error:
                 raise UserError(
                     f"{wanted.what}: not in {path.parent}, and can't be downloaded from {wanted.url} ({error}); "
                     f"copy it there, or set {wanted.key} to a copy"
@@ -82,9 +83,9 @@ def published_file(wanted: Published) -> Path:
 
 def _download(wanted: Published, path: Path) -> None:
     """Raises OSError or HTTPException if the file does not arrive as it was published."""
-    import urllib.request  # takes longer to import than most commands need
+    import urllib.request
 
-    with urllib.request.urlopen(wanted.url, timeout=_TIMEOUT_SECONDS) as answer, explained(path):  # https, see above
+    with urllib.request.urlopen(wanted.url, timeout=_TIMEOUT_SECONDS) as answer, explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         digest, size = hashlib.sha256(), answer.length or 0

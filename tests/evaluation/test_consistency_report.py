@@ -56,7 +56,11 @@ def test_the_command_writes_mean_curves_of_straight_trajectories_and_a_plot(data
     model, out = saved(tmp_path, "{kind: ct, distance: l2}", data), tmp_path / "error.json"
     plot = tmp_path / "error.png"
     assert (
-        run(monkeypatch, "consistency-error", model, "--samples", 5, "--batch-size", 2, "--out", out, "--plot", plot)
+        run(
+            monkeypatch,
+            *("consistency-error", model, "--data", data, "--samples", 5, "--batch-size", 2),
+            *("--out", out, "--plot", plot),
+        )
         == 0
     )
     result = json.loads(out.read_text())
@@ -73,17 +77,18 @@ def test_the_command_writes_mean_curves_of_straight_trajectories_and_a_plot(data
 
 
 @pytest.mark.long
-def test_a_distilled_source_is_followed_along_its_teachers_ode(data, tmp_path):
+def test_a_distilled_source_is_followed_along_its_teachers_ode(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # exported weights know only the teacher's name
     teacher = saved(tmp_path, "{kind: edm}", data, seed=1)
     source = load_source(str(saved(tmp_path, f"{{kind: cd, teacher: {teacher}, distance: l2}}", data)))
-    common = {"data": None, "num": 2, "seed": 0, "plot": None, "batch_size": 2, "device": CPU}
+    common = {"data": str(data), "num": 2, "seed": 0, "plot": None, "batch_size": 2, "device": CPU}
     own, named = tmp_path / "own.json", tmp_path / "named.json"
     measure_consistency_error(source, teacher=None, out=own, **common)
-    measure_consistency_error(source, teacher=str(teacher), out=named, **common)
+    measure_consistency_error(source, teacher=teacher.name, out=named, **common)
     result = json.loads(own.read_text())
     other = json.loads(named.read_text())
     assert {**result, "date": ""} == {**other, "date": ""}
-    assert str(teacher) in result["trajectories"]
+    assert teacher.name in result["trajectories"]
     curve = error_curve(
         source.config.method,
         source.denoiser(CPU),
@@ -119,7 +124,7 @@ def test_a_runs_result_lies_in_its_folder_and_on_its_page(data, tmp_path, monkey
 
 def test_asked_again_a_result_is_returned_and_with_force_measured_anew(data, tmp_path, monkeypatch, capsys):
     model, out, plot = saved(tmp_path, "{kind: ict}", data), tmp_path / "error.json", tmp_path / "error.png"
-    command = ["consistency-error", model, "--samples", 1, "--out", out]
+    command = ["consistency-error", model, "--data", data, "--samples", 1, "--out", out]
     assert run(monkeypatch, *command) == 0
     first = json.loads(out.read_text())
     out.write_text(json.dumps({**first, "mean": -1.0}))  # a mark
@@ -140,7 +145,11 @@ def test_asked_again_a_result_is_returned_and_with_force_measured_anew(data, tmp
 def test_what_has_no_consistency_function_and_what_is_not_there_are_one_line(data, tmp_path, monkeypatch, capsys):
     for arguments, message in (
         ([saved(tmp_path, "{kind: edm}", data), "--out", tmp_path / "e.json"], "is a diffusion model (edm)"),
-        ([saved(tmp_path, "{kind: ict}", data)], "not a run on this machine; say where the result goes with --out"),
+        ([saved(tmp_path, "{kind: ict}", data), "--data", data], "say where the result goes with --out"),
+        (
+            [saved(tmp_path, "{kind: ict}", data), "--out", tmp_path / "e.json"],
+            f"the name alone, {data.name}; give --data",
+        ),
         ([saved(tmp_path, "{kind: ict}", data), "--data", tmp_path / "no", "--out", tmp_path / "e.json"], "no"),
     ):
         assert run(monkeypatch, "consistency-error", *arguments) == 2

@@ -64,7 +64,10 @@ def test_several_sets_get_folders_and_a_set_that_is_gone_is_drawn_again(trained:
     [
         (["--keep-samples", "x.npz", "--seeds", "2"], "--keep-samples x.npz: one file can't hold 2 sets of samples"),
         (["--keep-samples", "x.npz", "--format", "png"], "--format png: --keep-samples x.npz is a file"),
-        (["--keep-samples", "r.bin"], "--keep-samples r.bin: is a file; name a folder, or a file that ends in .npz"),
+        (
+            ["--keep-samples", "r.bin", "--format", "png"],
+            "--keep-samples r.bin: is a file; name a folder, or a file that ends in .npz",
+        ),
         (["--keep-samples", "full"], "full: is not empty"),
     ],
 )

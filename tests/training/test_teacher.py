@@ -152,7 +152,7 @@ def test_the_consistency_error_follows_a_named_teacher_with_its_own_sigma_data_a
     )
     path = tmp_path / "ct.safetensors"
     write_safetensors(path, random_weights(config.model), config=config, step=1, weights_name="ema_0.9")
-    common: dict[str, Any] = {"data": None, "num": 1, "seed": 0, "out": tmp_path / "e.json", "plot": None}
+    common: dict[str, Any] = {"data": str(data), "num": 1, "seed": 0, "out": tmp_path / "e.json", "plot": None}
     with pytest.raises(UserError, match=r"--teacher: .*sigma_min 0.01, the student asks it about noise of 0.002"):
         measure_consistency_error(
             load_source(str(path)), teacher=str(teacher.root), batch_size=1, device=torch.device("cpu"), **common
