@@ -1,38 +1,77 @@
 #!/usr/bin/env bash
 # Tries the oldest packages that pyproject.toml admits: imports every module, trains on two ranks with ZeRO-2, resumes.
-#   bash ops/oldest.sh [--keep DIR]      part of ops/test.sh --all
-# They are installed into an environment of their own, which takes 9 GB and minutes, and is removed afterwards; --keep
-# leaves it in DIR and uses it again while the lower bounds stay. Skipped, with the reason, where the package index lacks that PyTorch or space is short.
+#   bash ops/oldest.sh [--keep DIR]   beside the tests of ops/test.sh, which keeps them in .venv/oldest
+#   bash ops/oldest.sh --lock         writes ops/oldest.txt anew: after a change of a lower bound
+# They, and what they need, are installed as ops/oldest.txt has it, so that a release of somebody else changes nothing: 4 GB,
+# removed afterwards; --keep leaves them in DIR and uses them again while that list stays. CUDA's libraries, 3 GB more to
+# fetch, are empty ones: the training is on a CPU.
+# Status: 0 tried, and right; 75 not tried, the last line says why; other: wrong.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+not_tried() {
+  echo "$1"
+  exit 75
+}
+wrong_use() {
+  echo "$1" >&2
+  exit 2
+}
+usage="usage: bash ops/oldest.sh [--keep DIR] | --lock"
 kept=""
-if [ $# -gt 0 ]; then
-  [ "$1" = --keep ] && [ $# = 2 ] || { echo "usage: bash ops/oldest.sh [--keep DIR]" >&2; exit 2; }
-  kept="$2"
-fi
+case "${1:-}" in
+  "" | --lock) [ $# -le 1 ] || wrong_use "$usage" ;;
+  --keep) [ $# = 2 ] && kept=$(realpath -m "$2") || wrong_use "$usage" ;;
+  *) wrong_use "$usage" ;;
+esac
 python="${PYTHON:-python3}"
-needed_gb=14  # the archives lie beside what is unpacked
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || python=python3.11
+"$python" -c '' 2>/dev/null || not_tried "they are listed for Python 3.11, which is not here"
+[ "$(uname -sm)" = "Linux x86_64" ] || not_tried "they are listed for Linux on x86_64, this is $(uname -sm)"
+command -v cc >/dev/null && command -v readelf >/dev/null || not_tried "a C compiler or readelf is missing"
+
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 environment="${kept:-$folder/environment}"
-"$python" ops/oldest_versions.py >"$folder/requirements.txt"
-torch=$(grep '^torch==' "$folder/requirements.txt")
+list=ops/oldest.txt
+pip=("$environment/bin/python" -m pip --disable-pip-version-check)
 
-if ! cmp --silent "$folder/requirements.txt" "$environment/installed"; then
+make_environment() {
+  [ -z "$(ls -A "$environment" 2>/dev/null)" ] || [ -f "$environment/pyvenv.cfg" ] || wrong_use "--keep $environment: holds other files"
+  mkdir -p "$environment"
+  "$python" -m venv --clear "$environment" || not_tried "$python -m venv failed"
+}
+
+if [ "${1:-}" = --lock ]; then
+  make_environment
+  "${pip[@]}" install --quiet --upgrade pip  # that of Python 3.11 takes minutes to resolve these packages
+  "$python" ops/oldest_versions.py >"$folder/bounds.txt"
+  "${pip[@]}" install --quiet --dry-run --report "$folder/report.json" --requirement "$folder/bounds.txt"
+  "$python" ops/oldest_versions.py --lock "$folder/report.json" >"$folder/list.txt"
+  mv "$folder/list.txt" "$list"
+  exit
+fi
+
+if [ -n "$kept" ]; then  # one at a time
+  mkdir -p "$(dirname "$kept")"
+  exec 9>"$kept.lock"
+  flock --nonblock 9 || not_tried "another check uses $kept"
+fi
+if ! cmp --silent "$list" "$environment/installed"; then
+  needed_gb=7  # with the archives
   mkdir -p "$environment"
   free_gb=$(($(df --output=avail -k "$environment" | tail -1) / 1024 / 1024))
-  [ "$free_gb" -ge "$needed_gb" ] || { echo "skipped: $environment has $free_gb GB free, $torch takes $needed_gb"; exit 0; }
-  "$python" -m venv "$environment"
-  pip=("$environment/bin/python" -m pip --disable-pip-version-check)
-  "${pip[@]}" install --quiet --upgrade pip || true  # without an index no version is found below
-  offered=$("${pip[@]}" index versions torch 2>/dev/null | sed -n 's/^Available versions: //p' || true)
-  case ", $offered," in
-    *", ${torch#torch==},"*) ;;
-    *) echo "skipped: the package index has no $torch for $("$python" --version)"; exit 0 ;;
-  esac
-  "${pip[@]}" install --quiet --requirement "$folder/requirements.txt"
-  cp "$folder/requirements.txt" "$environment/installed"
+  [ "$free_gb" -ge "$needed_gb" ] || not_tried "they take $needed_gb GB, and $environment has $free_gb free"
+  make_environment
+  # Several at once, as most of the time goes into waiting for answers of the index.
+  mkdir "$environment/tmp"  # where a new start removes what a killed one leaves
+  TMPDIR="$environment/tmp" xargs -a "$list" -n 34 -P 4 "${pip[@]}" install --quiet --no-deps --no-compile >"$folder/pip.log" 2>&1 || {
+    cat "$folder/pip.log"
+    not_tried "pip: $(grep ERROR "$folder/pip.log" | tail -1 || echo "ended by a signal")"
+  }
+  "$environment/bin/python" ops/oldest_libraries.py "$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+  rm -rf "$environment/tmp"
+  cp "$list" "$environment/installed"
 fi
-export PATH="$environment/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD"
-python ops/oldest_run.py "$folder"
+export PATH="$environment/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD" CUDA_VISIBLE_DEVICES=""
+python ops/oldest_run.py "$folder" 9>&-

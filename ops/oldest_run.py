@@ -38,8 +38,10 @@ def import_everything() -> int:
 
 def main() -> int:
     folder = Path(sys.argv[1]).resolve()
-    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}")
-    print(f"imported {import_everything()} modules", flush=True)
+    versions = f"torch {torch.__version__}, numpy {np.__version__}, Python {sys.version.split()[0]}"
+    print(versions, flush=True)
+    modules = import_everything()
+    print(f"imported {modules} modules", flush=True)
 
     def run(script: str, *arguments: str | Path) -> None:
         subprocess.run([sys.executable, CHECKOUT / script, *arguments], cwd=folder, check=True)
@@ -68,7 +70,8 @@ def main() -> int:
     losses = [[record["loss"] for record in records] for records in (first, again)]
     assert len(losses[0]) == 6, losses
     assert losses[0] == losses[1], losses
-    print(f"trained to step 6, resumed from step 3, with the same losses: {losses[1]}")
+    print(f"losses of both trainings: {losses[1]}")
+    print(f"{versions}: imported {modules} modules, two ranks with ZeRO-2, resumed to the same losses")
     return 0
 
 
