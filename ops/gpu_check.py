@@ -5,15 +5,18 @@ part that fails or takes too long is reported, and the others run. The results a
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
@@ -133,18 +136,30 @@ def run(check: Check, *, seconds: float) -> dict[str, Any]:
     if seconds < 5:
         return {"status": "no time left", "seconds": 0, "output": ""}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
-    try:
-        done = subprocess.run(
-            check.command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-        )
-        status = "passed" if done.returncode == 0 else f"failed (status {done.returncode})"
-        output = done.stdout[-6000:] + ("" if done.returncode == 0 else done.stderr[-3000:])
-    except subprocess.TimeoutExpired as error:
-        status, output = f"took more than {seconds:.0f} s", str(error.stderr or b"")[-2000:]
+    # Into files: a pipe would end only with the last process that a killed check has started.
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+        process = subprocess.Popen(check.command, cwd=CHECKOUT, env=environment, start_new_session=True, **streams)
+        try:
+            code = process.wait(seconds)
+            status = "passed" if code == 0 else f"failed (status {code})"
+        except subprocess.TimeoutExpired:
+            code, status = None, f"took more than {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # ranks too, which would hold the device
+            process.wait()
+        output = _end(stdout, 6000) + ("" if code == 0 else _end(stderr, 3000))
     found: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - began, 1), "output": output}
     if check.result is not None and check.result.is_file():
         found["result"] = json.loads(check.result.read_text())
     return found
+
+
+def _end(stream: IO[bytes], size: int) -> str:
+    """The last characters of a file."""
+    stream.seek(0)
+    return stream.read().decode(errors="replace")[-size:]
 
 
 def machine() -> dict[str, Any]:

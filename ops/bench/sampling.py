@@ -1,6 +1,6 @@
 """Measures sampling in one and two steps: with the conversion to pixels and the writing of files, and the bare network.
 
-    python ops/bench/sampling.py [CONFIG [key=value ...]] [--num 16] [--batch-size 8] [--rounds 5]
+    python ops/bench/sampling.py [CONFIG [key=value ...]] [--samples 16] [--batch-size 8] [--rounds 5]
                                  [--device auto|cpu|cuda] [--threads 1] [--json FILE] [--against FILE]
 
 Samples are drawn as `cmscale sample` draws them, from random weights, which cost as much as trained ones. The baseline

@@ -45,6 +45,9 @@ def test_a_check_that_fails_or_takes_too_long_is_reported_and_the_time_is_kept(t
     assert (failed["status"], failed["output"]) == ("failed (status 3)", "out\nwhy\n")
     slow = gpu_check.run(check("sleep", "100"), seconds=6)
     assert slow["status"] == "took more than 6 s"
+    ranks = gpu_check.run(check("bash", "-c", "echo begun; sleep 1000 & sleep 1000"), seconds=6)
+    assert (ranks["status"], ranks["output"]) == ("took more than 6 s", "begun\n")
+    assert ranks["seconds"] < 300  # the processes that it started hold nothing up
     assert gpu_check.run(check("true"), seconds=1)["status"] == "no time left"
     (tmp_path / "result.json").write_text("{}")
     assert "result" not in gpu_check.run(check("true"), seconds=60)  # that of an earlier run does not count
