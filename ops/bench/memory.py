@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from the checkout
@@ -122,9 +123,16 @@ def _peak(config: Config, *, ranks: int, device: str) -> float:
             }
             command = [sys.executable, __file__, "--device", device, "--measure", str(path), f"{folder}/{rank}.json"]
             processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-        failed = [rank for rank, process in enumerate(processes) if process.wait()]
+        while any(process.poll() is None for process in processes):
+            if any(process.returncode for process in processes):
+                break  # the others may wait for this one
+            time.sleep(0.1)
+        failed = [rank for rank, process in enumerate(processes) if process.returncode]
+        for process in processes:
+            process.kill()
+            process.wait()
         if failed:
-            raise RuntimeError(f"rank {failed[0]} failed")
+            raise UserError(f"rank {failed[0]} failed; its message is above")
         return max(json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks))
 
 
@@ -138,7 +146,7 @@ def measure(path: Path, out: Path) -> int:
     config = random_vgg(read_config(path), path.parent)
     world = worlds.detect(config.engine.device)
     worlds.connect(world)
-    make_step(tiny(config), world)()  # loads what any step needs
+    make_step(tiny(config, ranks=world.num_ranks), world)()  # loads what any step needs
     counter = _Allocator(world.device) if world.device.type == "cuda" else _Resident()
     step = make_step(config, world)
     counter.reset()

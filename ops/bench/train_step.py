@@ -264,11 +264,12 @@ def rows_of(
     return rows
 
 
-def tiny(config: Config) -> Config:
+def tiny(config: Config, *, ranks: int = 1) -> Config:
     """A network so small that the framework's own overhead shows."""
     engine = config.engine
     keys = [f"engine.precision={engine.precision}", f"engine.zero_stage={engine.zero_stage}"]
-    return parse_config(SMALL, [*TINY, *keys, f"engine.parameters={engine.parameters}"])
+    keys += [f"engine.parameters={engine.parameters}", f"train.global_batch_size={8 * ranks}"]
+    return parse_config(SMALL, [*TINY, *keys])
 
 
 if __name__ == "__main__":

@@ -47,12 +47,14 @@ def test_parameters_joined_into_one_tensor_train_to_the_same_bits() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_alike_in_every_stage_and_runs_go_on_with_and_without() -> None:
+def test_compiled_blocks_train_alike_in_every_stage_are_compiled_once_and_runs_go_on_with_and_without() -> None:
     found = agreed(run_ranks(2, "engine_work:compiled_losses", timeout=550))
     losses = found["losses"]
     assert found["breaks"] == 0
+    assert found["compiled"] > 0
+    assert found["again"] == dict.fromkeys("0123", 0)  # by the steps after the first
     for end in ("", ", gone on"):
-        plain = {key: losses[f"{key}{end}"] for key in ("0 false", "2 true", "3 true")}
+        plain = {key: losses[f"{key}{end}"] for key in ("0 false", "1 false", "2 true", "3 true")}
         assert_near({key: losses[f"{key} compiled{end}"] for key in plain}, plain, relative=1e-5)
 
 

@@ -3,21 +3,27 @@
 Most take a backend that generates no machine code, so that they need no compiler; it counts what it is given.
 """
 
+import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import random_weights, small_model
+from torch._inductor.utils import run_and_get_code
 
 from cmscale.config import CT
 from cmscale.config.schedules import ScheduleValues
 from cmscale.consistency.distance import l2
 from cmscale.consistency.losses import build_loss
 from cmscale.consistency.networks import Networks
+from cmscale.engine.one_tensor import OneTensor
 from cmscale.errors import UserError
 from cmscale.model import UNet, build_unet, denoiser_for
+from cmscale.model.blocks import GroupNorm
 from cmscale.model.compiled import check_compiler, compile_blocks, uncompiled
 from cmscale.rng import PhiloxKeys, PhiloxRandomness
 
@@ -119,6 +125,28 @@ def test_nothing_is_compiled_again_when_schedules_times_or_modes_change(backend:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.long
+def test_joined_parameters_whose_views_are_new_in_each_step_compile_nothing_again(backend: Counting) -> None:
+    plain, compiled = network_with(**SMALL), network_with(**SMALL)
+    compile_blocks(compiled, backend=backend)
+    joined = OneTensor(compiled)
+    slopes = []
+    for number in range(3):
+        joined.flat.grad = None
+        x, c_noise = batch()
+        joined(x + number, c_noise).square().mean().backward()
+        assert joined.flat.grad is not None
+        slopes.append(joined.flat.grad.clone())
+        if number == 0:
+            count = backend.count
+    assert count > 0
+    assert backend.count == count
+    x, c_noise = batch()
+    plain(x + 2, c_noise).square().mean().backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in plain.parameters() if parameter.grad is not None])
+    assert (slopes[2] - expected).norm() <= 1e-6 * expected.norm()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler of C++")
 @pytest.mark.slow
 def test_generated_code_computes_what_torch_does() -> None:
@@ -129,6 +157,49 @@ def test_generated_code_computes_what_torch_does() -> None:
     torch.testing.assert_close(found, output, rtol=1e-5, atol=1e-5)
     assert (slopes - gradients).norm() <= 1e-5 * gradients.norm()
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler of C++")
+@pytest.mark.slow
+def test_norm_scale_shift_and_silu_are_one_kernel_that_reads_and_writes_half_precision() -> None:
+    """Forward no float32 copy of the activations is made; backward is one kernel too, with two of them."""
+    norm = GroupNorm(64).to(torch.bfloat16)
+    for name in ("weight", "bias"):
+        norm.set_value(name, torch.rand(64))
+    source = torch.Generator().manual_seed(1)
+    shapes = {"x": (2, 64, 8, 8), "scale": (2, 64, 1, 1), "shift": (2, 64, 1, 1)}
+    inputs = {name: torch.randn(shape, generator=source).bfloat16() for name, shape in shapes.items()}
+
+    def body(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return F.silu(norm(x) * (1 + scale) + shift)
+
+    compiled = torch.compile(body, fullgraph=True)
+
+    def both(function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        x = inputs["x"].clone().requires_grad_()
+        output = function(**inputs | {"x": x})
+        output.sum().backward()
+        assert x.grad is not None
+        return output.detach(), x.grad
+
+    torch._dynamo.reset()
+    found, codes = run_and_get_code(lambda: both(compiled))
+    for ours, torchs in zip(found, both(body), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=2**-6, atol=2**-6)
+    forward, backward = codes
+    assert [len(re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE)) for code in codes] == [1, 1]
+    assert not any("extern_kernels." in code.partition("def call")[2] for code in codes)
+    assert large_buffers(forward, 2 * 64 * 8 * 8) == ["bfloat16"]
+    assert sorted(large_buffers(backward, 2 * 64 * 8 * 8)) == ["bfloat16", "float32", "float32"]
+    torch._dynamo.reset()
+
+
+def large_buffers(code: str, size: int) -> list[str]:
+    """The dtypes of the buffers of at least `size` elements that generated code allocates."""
+    found = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\), \([\d, ]+\), torch\.(\w+)\)", code)
+    return [
+        dtype for shape, dtype in found if math.prod(int(part) for part in shape.split(",") if part.strip()) >= size
+    ]
 
 
 @pytest.mark.parametrize(("device", "missing"), [("cpu", r"C\+\+"), ("cuda", "Triton")])

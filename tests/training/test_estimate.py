@@ -94,6 +94,42 @@ def test_joined_parameters_take_the_layers_gradients_once_more() -> None:
     assert sizes[0] < 4 * count <= sizes[1] < 4 * count + sizes[0]
 
 
+@pytest.mark.parametrize(
+    ("millions", "ranks", "low", "sent"),
+    [
+        (60, 1, 2, 60 * 4),  # in the bucket, and in fp32
+        (60, 8, 2, 60 * (2 + 4)),  # eight slices are put together before
+        (526, 1, 2, 526 * 2 + 526 * 4),  # too large for a bucket: the gradient itself
+        (526, 2, 2, 526 * 2 + 263 * 4),  # one slice after the other, of which each is more than a bucket
+        (526, 8, 2, 526 * 2 + 131.5 * (2 + 4)),  # two slices together are
+        (526, 512, 2, 526 * 2 + 98 * 526 / 512 * (2 + 4)),
+        (526, 1, 4, 526 * 4),
+        (526, 8, 4, 526 * 4 + 131.5 * 4),
+    ],
+)
+def test_one_tensor_is_sent_in_slices_a_bucket_at_a_time(
+    millions: int, ranks: int, low: int, sent: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counts, "num_parameters", lambda config: 1_000_000 * millions)
+    precision = {2: "bf16", 4: "fp32"}[low]
+    memory = Memory(config_of("{kind: ict}", "engine.parameters=joined", f"engine.precision={precision}"), ranks)
+    assert memory._sent == pytest.approx(1e6 * sent, rel=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "part"), [("fp32", 1), ("bf16", 2)])
+def test_joined_parameters_in_fp32_keep_whole_gradients_in_stage_2(precision: str, part: int) -> None:
+    """DeepSpeed copies every tensor of which a rank updates a part, and that is the only one."""
+    config = config_of("{kind: ict}", "engine.parameters=joined", f"engine.precision={precision}")
+    assert sizes(Memory(config, 2))["gradients"] == 4 * num_parameters(config) / part
+
+
+def test_joined_parameters_are_counted_anew_for_other_numbers_of_ranks() -> None:
+    config = config_of("{kind: ict}", "engine.parameters=joined", "engine.precision=bf16", "model.channels=128")
+    one = Memory(config, 1)
+    few = one.activations(1, activation_checkpointing=False)
+    assert one.at(8).activations(1, activation_checkpointing=False) > few
+
+
 def test_live_bytes_are_those_of_tensors_that_are_reachable() -> None:
     known = torch.empty(1000, device="meta")
     with LiveBytes([known]) as live:

@@ -54,7 +54,7 @@ class Memory:
     num_ranks: int
     on_cuda: bool = True
     assumed: Assumed = Assumed()
-    _peaks: dict[tuple[int, bool], int] = field(default_factory=dict)
+    _peaks: dict[tuple[int, bool, int], int] = field(default_factory=dict)
 
     def at(self, num_ranks: int) -> "Memory":
         """The same run on another number of ranks; what was counted of a micro-batch holds there too."""
@@ -146,7 +146,7 @@ class Memory:
 
     def _peak(self, size: int, activation_checkpointing: bool) -> int:
         """Bytes at the worst moment of a micro-batch, the reduction of gradients included."""
-        key = size, activation_checkpointing
+        key = size, activation_checkpointing, self.num_ranks if self._joined else 0
         if key not in self._peaks:
             reduce = self._reduction()
             self._peaks[key] = counts.micro_batch_peak(
@@ -157,7 +157,7 @@ class Memory:
     def _reduction(self) -> Callable[[int], int]:
         whole = self.config.engine.zero_stage == 0
         if self._joined:
-            return _Joined(self._low, reduced=not whole)
+            return _Joined(self._low, last=0 if whole else self._sent)
         return counts.no_reduction if whole else _Bucket(self._bucket, self._low)
 
     @cached_property
@@ -186,6 +186,25 @@ class Memory:
         return self.config.engine.parameters == "joined"
 
     @property
+    def _sent(self) -> int:
+        """Bytes of one tensor's gradient while stages 1 and 2 reduce it, beside the buckets.
+
+        It is sent in slices, one for each rank, several together until they are more than a bucket. Each time they are
+        copied into one tensor, and into float32. A gradient that fits into the bucket is moved there before.
+        """
+        count, low = self._count, self._low
+        part = -(-count // self.num_ranks)
+        slices = min(self.num_ranks, self._bucket // part + 1)
+        copies = (low if slices > 1 else 0) + (4 if low < 4 else 0)
+        own = low * count if self._exceeds_bucket else 0
+        return own + copies * min(slices * part, count)
+
+    @property
+    def _exceeds_bucket(self) -> bool:
+        """Whether the gradient is one tensor that fits into no bucket."""
+        return self._joined and self._count > LARGEST_BUCKET
+
+    @property
     def _accumulates(self) -> bool:
         return accumulation_steps(self.config, num_ranks=self.num_ranks) > 1
 
@@ -193,14 +212,19 @@ class Memory:
     def _gradients(self) -> float:
         """Gradients that wait for the step. Stages 0 and 1 keep them whole, in the compute dtype."""
         stage = self.config.engine.zero_stage
-        if stage <= 1:
+        if stage <= 1 or self._keeps_whole:
             return self._low * self._count
         return 4 * self._count / self.num_ranks
 
     @property
     def _gradients_are(self) -> str:
         stage, precision = self.config.engine.zero_stage, self.config.engine.precision
-        return f"whole, {precision}" if stage <= 1 else "accumulated, fp32"
+        return f"whole, {precision}" if stage <= 1 or self._keeps_whole else "accumulated, fp32"
+
+    @property
+    def _keeps_whole(self) -> bool:
+        """Whether stage 2 keeps whole gradients: in fp32 DeepSpeed copies every tensor of which a rank has a part."""
+        return self._joined and self.config.engine.precision == "fp32"
 
     @property
     def _backward(self) -> float:
@@ -209,8 +233,9 @@ class Memory:
         if stage == 0:
             return 0.0
         if stage < 3:
-            again = 4 * self._count / self.num_ranks if stage == 2 and precision == "fp32" and self._accumulates else 0
-            return self._bucket * self._low * (2 if self.on_cuda else 1) + again
+            again = self._gradients if stage == 2 and precision == "fp32" and self._accumulates else 0
+            unused = self._exceeds_bucket and not self.on_cuda  # so that its pages are never given
+            return self._bucket * self._low * (0 if unused else 2 if self.on_cuda else 1) + again
         return self._bucket * 4 + self._low * min(self._count, GATHERED)
 
     @cached_property
@@ -257,11 +282,15 @@ class _Bucket:
 
 
 class _Joined:
-    """One tensor's gradient: those of the layers wait for each other, are joined, and then reduced as one bucket."""
+    """One tensor's gradient: those of the layers wait for each other, are joined, and then reduced.
 
-    def __init__(self, low: int, *, reduced: bool) -> None:
+    Args:
+        last: Bytes while it is reduced; 0 at stage 0, where it stays, so that it is counted elsewhere.
+    """
+
+    def __init__(self, low: int, *, last: int) -> None:
         self._low = low
-        self._last = max(2 * low, low + (4 if low < 4 else 0)) if reduced else low  # what stays is counted elsewhere
+        self._last = last
         self._kept = 0
 
     def __call__(self, numel: int) -> int:
@@ -269,5 +298,5 @@ class _Joined:
         if numel:
             self._kept += numel
             return self._low * self._kept
-        taken, self._kept = self._last * self._kept, 0
-        return taken
+        kept, self._kept = self._low * self._kept, 0
+        return max(2 * kept, self._last) if self._last else kept
