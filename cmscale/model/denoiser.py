@@ -85,7 +85,7 @@ class ConsistencyDenoiser(_Preconditioned):
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out, float64; exactly 1 and 0 where sigma is sigma_min in sigma's dtype."""
-        boundary = torch.tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device).double()
+        boundary = torch.full((), self.sigma_min, dtype=sigma.dtype, device=sigma.device).double()
         sigma = sigma.double()
         c_skip = self.sigma_data**2 / ((sigma - boundary) ** 2 + self.sigma_data**2)
         c_out = self.sigma_data * (sigma - boundary) / (sigma**2 + self.sigma_data**2).sqrt()
