@@ -94,9 +94,9 @@ def random_vgg(config: Config, folder: Path) -> Config:
 
 
 def make_step(config: Config, world: World) -> Step:
-    """The step of a config on random images."""
+    """The step of a config on random images, on this rank."""
     parts = assemble(config, world, fresh=True)
-    images = images_of(config)
+    images = images_of(config)[: config.train.global_batch_size // world.num_ranks]
     count = len(images)
     flips = torch.zeros(count, dtype=torch.bool)
     batch = Batch(images, tuple(range(count)), tuple(map(str, range(count))), flips)
