@@ -69,7 +69,8 @@ if ! cmp --silent "$list" "$environment/installed"; then
     cat "$folder/pip.log"
     not_tried "pip: $(grep ERROR "$folder/pip.log" | tail -1 || echo "ended by a signal")"
   }
-  "$environment/bin/python" ops/oldest_libraries.py "$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+  site=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$environment/bin/python" ops/oldest_libraries.py "$site" || not_tried "no empty libraries could be made in place of CUDA's"
   rm -rf "$environment/tmp"
   cp "$list" "$environment/installed"
 fi
