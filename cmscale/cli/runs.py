@@ -207,6 +207,8 @@ def compare(
     from cmscale.report import comparison
 
     found = comparison.compare_runs(folders)
+    for line in found.unreadable:
+        print(f"note: not compared: {line}", file=sys.stderr)
     if as_json:
         print(json.dumps(comparison.as_json(found), indent=1))
     elif out is not None:

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from cmscale.config import Config
 from cmscale.config.compare import Difference, compared
 from cmscale.config.keys import written
+from cmscale.errors import UserError
 from cmscale.evaluation.metrics.frechet import FID
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.io.place import Place
@@ -29,6 +31,8 @@ CURVES = (
     ("images_per_second", "Images per second", False),
 )
 """The quantities that are compared: key in metrics.jsonl, title, whether on a logarithmic axis."""
+UNREADABLE = "unreadable"
+"""In place of a value of a config that can't be read."""
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40  # bars of a curve on a terminal
 
@@ -61,6 +65,7 @@ class Comparison:
         curves: By quantity the values of each run, as (step, value) by step.
         scores: The results that are comparable, group by group, each group's best first.
         grids: Sample grids side by side.
+        unreadable: Why configs can't be compared, a line for each mistake in them.
     """
 
     names: tuple[str, ...]
@@ -69,25 +74,43 @@ class Comparison:
     scores: tuple[Score, ...]
     facts: tuple[RunFacts, ...]
     grids: tuple[GridRow, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 def compare_runs(runs: Sequence[RunDir]) -> Comparison:
-    """Reads runs and compares them.
-
-    Raises:
-        UserError: a folder is no run, or its config can't be read.
-    """
+    """Reads runs and compares them; a config that this release can't read is left out, and the rest is not."""
     facts = tuple(read_several(runs))
     names = tuple(each.name for each in facts)
+    differences, unreadable = _differences(runs)
     curves = {key: tuple(each.measured.of(key).points() for each in facts) for key, _, _ in CURVES}
     return Comparison(
         names=names,
-        differences=tuple(compared([config_of(Place(run.root)) for run in runs])),
+        differences=differences,
         curves={key: points for key, points in curves.items() if any(points)},
         scores=tuple(_scores(facts, names)),
         facts=facts,
         grids=grid_rows(runs, names),
+        unreadable=unreadable,
     )
+
+
+def _differences(runs: Sequence[RunDir]) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
+    """The differences of the configs that can be read, and what is wrong with the others."""
+    configs: list[Config | None] = []
+    unreadable: list[str] = []
+    for run in runs:
+        try:
+            configs.append(config_of(Place(run.root)))
+        except UserError as error:  # damaged, or of a later release
+            configs.append(None)
+            unreadable += error.args
+    readable = [config for config in configs if config is not None]
+    found = []
+    for each in compared(readable) if readable else []:
+        values = iter(each.values)
+        shown = tuple(UNREADABLE if config is None else next(values) for config in configs)
+        found.append(replace(each, values=shown))
+    return tuple(found), tuple(unreadable)
 
 
 def _scores(facts: Sequence[RunFacts], names: Sequence[str]) -> list[Score]:
@@ -116,6 +139,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values."""
     return {
         "runs": list(comparison.names),
+        "unreadable": list(comparison.unreadable),
         "differences": [vars(each) for each in comparison.differences],
         "curves": {key: dict(zip(comparison.names, points, strict=True)) for key, points in comparison.curves.items()},
         "scores": [vars(each) for each in comparison.scores],

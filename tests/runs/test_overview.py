@@ -230,6 +230,22 @@ def test_runs_are_compared_on_the_terminal_as_json_and_as_a_page(tmp_path: Path,
     for part in ("train.seed", "<svg", "500 samples", "Loss", "20", "30"):
         assert part in written
     capsys.readouterr()
+    newer, damaged = working_run(tmp_path / "newer"), working_run(tmp_path / "damaged")
+    newer.config.write_text(newer.config.read_text() + "newer_section: {key: 1}\n")
+    damaged.config.write_text("method: [\x0f")
+    everything = [each.root for each in (one, newer, damaged, two)]
+    assert run(monkeypatch, "compare", *everything, "--json") == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    (seed,) = [each for each in found["differences"] if each["key"] == "train.seed"]
+    assert seed["values"] == [0, "unreadable", "unreadable", 1]
+    assert set(found["curves"]["loss"]) == {"one", "newer", "damaged", "two"}
+    assert [line.count("newer_section") + line.count("not YAML") for line in found["unreadable"]] == [1, 1]
+    assert said.err.count("note: not compared: ") == 2
+    assert run(monkeypatch, "compare", *everything, "--out", page) == 0
+    assert "newer_section: unknown section" in page.read_text()
+    assert run(monkeypatch, "compare", *everything) == 0
+    capsys.readouterr()
     for arguments, words in (([one.root], "give two or more"), ([one.root, tmp_path], "not a run")):
         assert run(monkeypatch, "compare", *arguments) == 2
         assert words in capsys.readouterr().err
