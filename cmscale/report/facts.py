@@ -115,6 +115,11 @@ def read_several(runs: Sequence[RunDir]) -> list[RunFacts]:
     ]
 
 
+def _is_event(record: dict[str, Any]) -> bool:
+    """Whether a line is an event as training writes them, and nothing that only looks like one."""
+    return all(isinstance(record.get(name, ""), str) for name in ("event", "why"))
+
+
 def read_facts(run: RunDir, *, with_metrics: bool = True) -> RunFacts:
     """Reads a run's folder.
 
@@ -139,7 +144,7 @@ def read_facts(run: RunDir, *, with_metrics: bool = True) -> RunFacts:
         config=config if isinstance(config, dict) else {},
         config_text=text,
         measured=read_measured(run) if with_metrics else Measured(),
-        events=list(read_lines(run.events)),
+        events=[each for each in read_lines(run.events) if _is_event(each)],
         evaluations=evaluations,
         unreadable=unreadable,
         grids=[(step_of(path.stem), path) for path in sorted(run.samples.glob(f"step-{'[0-9]' * 9}.png"))],

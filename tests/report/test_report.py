@@ -16,6 +16,7 @@ from cmscale.errors import UserError
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.io.process import CHECKOUT
 from cmscale.report import build_report
+from cmscale.report.facts import read_facts
 from cmscale.runs.comparison import once_each
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line
@@ -327,6 +328,15 @@ def test_a_large_grid_is_scaled_down(run) -> None:
 def test_no_such_run_is_a_line(tmp_path) -> None:
     with pytest.raises(UserError, match="no such run"):
         build_report(RunDir(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("record", ['{"event": {"a": 1}}', '{"event": "fault", "why": ["x"]}', '{"event": 3}', "[1]"])
+def test_a_line_that_only_looks_like_an_event_is_left_out(run: RunDir, record: str) -> None:
+    before = read_facts(run).events
+    with run.events.open("a") as file:
+        file.write(f"{record}\n")
+    assert read_facts(run).events == before
+    _page(run)
 
 
 def test_a_damaged_grid_of_samples_is_named_and_the_page_is_made(run: RunDir) -> None:
