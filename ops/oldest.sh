@@ -58,14 +58,15 @@ if [ -n "$kept" ]; then  # one at a time
   flock --nonblock 9 || not_tried "another check uses $kept"
 fi
 if ! cmp --silent "$list" "$environment/installed"; then
-  needed_gb=7  # with the archives
+  needed_gb=10  # 7 with the archives, and what the tests beside take
   mkdir -p "$environment"
   free_gb=$(($(df --output=avail -k "$environment" | tail -1) / 1024 / 1024))
-  [ "$free_gb" -ge "$needed_gb" ] || not_tried "they take $needed_gb GB, and $environment has $free_gb free"
+  [ "$free_gb" -ge "$needed_gb" ] || not_tried "$needed_gb GB are needed, and $environment has $free_gb free"
   make_environment
-  # Several at once, as most of the time goes into waiting for answers of the index.
+  # Several at once, as most of the time goes into waiting for answers of the index. Not into pip's cache: pip 23 puts a whole
+  # archive into memory for that, twice.
   mkdir "$environment/tmp"  # where a new start removes what a killed one leaves
-  TMPDIR="$environment/tmp" xargs -a "$list" -n 34 -P 4 "${pip[@]}" install --quiet --no-deps --no-compile >"$folder/pip.log" 2>&1 || {
+  TMPDIR="$environment/tmp" xargs -a "$list" -n 34 -P 4 "${pip[@]}" install --quiet --no-deps --no-compile --no-cache-dir >"$folder/pip.log" 2>&1 || {
     cat "$folder/pip.log"
     not_tried "pip: $(grep ERROR "$folder/pip.log" | tail -1 || echo "ended by a signal")"
   }

@@ -6,6 +6,7 @@ The CUDA libraries are 3 GB, of which a training on a CPU calls nothing; the loa
 alone. Each function of an empty library ends the process.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 
 CUDA = re.compile(r"lib((?:cu|nccl|nv)\w*?)(?:_host)?\.so")
 """Names of CUDA's libraries. All their functions begin with the group."""
+
+ENGLISH = os.environ | {"LC_ALL": "C"}
 
 
 @dataclass
@@ -39,7 +42,7 @@ def wanted(paths: Iterable[Path]) -> Wanted:
     found = Wanted()
     for path in paths:
         command = ["readelf", "--wide", "--dynamic", "--version-info", "--dyn-syms", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(command, capture_output=True, text=True, check=True, env=ENGLISH).stdout
         found.libraries |= set(re.findall(r"\(NEEDED\).*\[(.+)\]", text))
         library, owners = "", {}
         for name, version in re.findall(r"  File: (\S+)|  Name: (\S+)  Flags:", text):

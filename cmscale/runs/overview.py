@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import socket
+import stat
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -102,7 +103,12 @@ def runs_in(folder: Path) -> list[RunDir]:
 
 
 def _may_be_run(folder: Path) -> bool:
-    return folder.is_dir() and (os.path.lexists(folder / "config.yaml") or not os.access(folder, os.R_OK | os.X_OK))
+    try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            return False
+    except OSError as error:  # a link to what is gone, or to where this user may not look
+        return isinstance(error, PermissionError)
+    return os.path.lexists(folder / "config.yaml") or not os.access(folder, os.R_OK | os.X_OK)
 
 
 def overview(run: RunDir, *, now: float | None = None) -> Overview:

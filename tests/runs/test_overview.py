@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import run
@@ -156,11 +157,21 @@ def test_what_may_not_be_looked_into_is_listed_and_said(tmp_path: Path, monkeypa
     (tmp_path / "lost" / "config.yaml").symlink_to("config.yaml")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "closed")  # a superuser may
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "theirs").symlink_to("elsewhere")
+    look = Path.stat
+
+    def refuse_theirs(path: Path, **how: Any) -> os.stat_result:
+        if path.name == "theirs":
+            raise PermissionError(13, "Permission denied")
+        return look(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refuse_theirs)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name not in {"closed", "theirs"})  # a superuser may
     assert run(monkeypatch, "runs", tmp_path, "--json") == 0
     listed = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
-    assert set(listed) == {"good", "closed", "lost"}
-    assert listed["closed"]["state"] == "unreadable"
+    assert set(listed) == {"good", "closed", "lost", "theirs"}
+    assert listed["closed"]["state"] == listed["theirs"]["state"] == "unreadable"
     assert "its owner can allow you to read it" in listed["closed"]["problems"][0]
     assert "can't be read" in listed["lost"]["problems"][0]
     assert listed["good"]["step"] == 100
