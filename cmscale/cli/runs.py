@@ -84,7 +84,7 @@ def mirror(
     from cmscale.io.packages import require
     from cmscale.runs.folder import RunDir
     from cmscale.runs.log import read_lines
-    from cmscale.runs.overview import how_it_stands
+    from cmscale.runs.standing import how_it_stands
 
     folder = RunDir(run.local("a run that is sent"))
     if not folder.config.is_file():

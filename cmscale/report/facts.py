@@ -15,8 +15,8 @@ from cmscale.report.measured import Measured, read_measured
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.lineage import Lineage, read_lineage
 from cmscale.runs.log import read_lines
-from cmscale.runs.overview import how_it_stands
 from cmscale.runs.results import EvaluationResult, read_evaluations
+from cmscale.runs.standing import how_it_stands
 
 _ENDINGS = {
     "finished": "finished",

@@ -6,36 +6,28 @@ Every part of a run's folder may be missing, damaged or of another release; the 
 import contextlib
 import math
 import os
-import socket
 import stat
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cmscale.config import parse_yaml
 from cmscale.errors import UserError
-from cmscale.io.counting import in_words
 from cmscale.io.json_text import parse_json
-from cmscale.io.reading import read_regular, read_small
-from cmscale.io.slurm import ACTIVE_STATES, clusters_of, job_states
+from cmscale.io.reading import read_small
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.comparison import best_of, describe_basis
 from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import read_lines, state_of
 from cmscale.runs.results import read_evaluations
+from cmscale.runs.standing import quiet_seconds, state_and_reason
 
-SILENT_SECONDS = 60.0
-"""A launcher on another machine that has not touched its file for so long is dead, or its machine is."""
-QUIET_SECONDS = 600.0
-"""A run that has written nothing for so long, and whose launcher or job is not seen, is called stale."""
 _TAIL = 1 << 16  # bytes of metrics.jsonl: some hundred records
 _RECENT = 20  # records that the rate is taken from
-_ENDED = ("finished", "finished, not exported", "superseded")
-_STOPPED = ("preempted", "fault")
 
 
 @dataclass(frozen=True)
@@ -80,15 +72,6 @@ class Overview:
     problems: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Life:
-    """What is known of a run's launcher or job; `is_alive` None: that can't be told from here."""
-
-    is_alive: bool | None
-    state: str
-    known_by: str
-
-
 def runs_in(folder: Path) -> list[RunDir]:
     """The runs in a folder of runs, by name; folders that can't be looked into among them, which may be runs.
 
@@ -120,8 +103,8 @@ def overview(run: RunDir, *, now: float | None = None) -> Overview:
     events = _records(run.events, problems)
     metrics = _records(run.metrics, problems, tail=True)
     now = time.time() if now is None else now
-    quiet = _quiet_seconds(run, now)
-    state, known_by = _state(run, state_of(events), quiet)
+    quiet = quiet_seconds(run, now)
+    state, known_by = state_and_reason(run, state_of(events), quiet)
     steps = [_number(each, "step") or 0 for each in (*metrics[-1:], *events[-1:])]
     with contextlib.suppress(OSError, UserError):
         steps += committed_steps(run)[-1:]
@@ -170,11 +153,6 @@ def _unseen(run: RunDir) -> Overview:
         branch_of=None,
         problems=(f"{run.name}: its owner can allow you to read it with chmod",),
     )
-
-
-def how_it_stands(run: RunDir, events: Iterable[dict[str, Any]]) -> tuple[str, str]:
-    """The state of a run, as in `Overview`, and how it is known."""
-    return _state(run, state_of(events), _quiet_seconds(run, time.time()))
 
 
 def _settings(run: RunDir, problems: list[str]) -> dict[str, Any]:
@@ -232,14 +210,6 @@ def _rate(metrics: list[dict[str, Any]]) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def _quiet_seconds(run: RunDir, now: float) -> float | None:
-    times = []
-    for path in (run.metrics, run.events, run.checkpoints):
-        with contextlib.suppress(OSError):
-            times.append(path.stat().st_mtime)
-    return max(now - max(times), 0.0) if times else None
-
-
 def _best(run: RunDir, problems: list[str]) -> Best | None:
     try:
         evaluations, unreadable = read_evaluations(run)
@@ -252,82 +222,3 @@ def _best(run: RunDir, problems: list[str]) -> Best | None:
         return None
     best = best_of(sampled)
     return Best(best.score_name, best.fid.mean, best.step, best.nfe, describe_basis(best))
-
-
-def _state(run: RunDir, last: str, quiet: float | None) -> tuple[str, str]:
-    """The state, and how it is known. `last` is what the events say."""
-    if last in _ENDED:
-        return last, "events.jsonl"
-    life = _launcher(run) or _slurm_job(run)
-    if life is not None and life.is_alive:
-        return life.state, life.known_by
-    seen = "no launcher or job of it is seen from here" if life is None else life.known_by
-    if last in _STOPPED:
-        return last, f"events.jsonl; {seen}"
-    if quiet is not None and quiet < QUIET_SECONDS and (life is None or life.is_alive is None):
-        return "running", f"written {quiet:.0f} s ago; {seen}"
-    if last == "never started":
-        return last, seen
-    return "stale", f"nothing written for {_span(quiet)}; {seen}"
-
-
-def _launcher(run: RunDir) -> _Life | None:
-    """What the file says that a launcher touches while it lives."""
-    try:
-        sign = parse_json(read_regular(run.launcher_sign))
-        host, process = str(sign["host"]), int(sign["process"])
-        age = max(time.time() - run.launcher_sign.stat().st_mtime, 0.0)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None
-    what = f"launcher {process} on {host}"
-    if host == socket.gethostname():
-        is_alive = _lives(process)
-        return _Life(is_alive, "running", what if is_alive else f"{what} has ended")
-    if age < SILENT_SECONDS:
-        return _Life(True, "running", f"{what}, alive {age:.0f} s ago")
-    return _Life(None, "", f"{what} has been silent for {_span(age)}")
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        pass
-    return True
-
-
-def _slurm_job(run: RunDir) -> _Life | None:
-    """What Slurm says about the jobs of the run that have not reported their end: of one that is alive, if any is.
-
-    Their names have the time when they were submitted, by a clock that may have been set back since.
-    """
-    gone: _Life | None = None
-    jobs: list[Path] = []
-    with contextlib.suppress(OSError):
-        jobs = sorted(run.logs.glob("submissions/*/job.json"), reverse=True)
-    for job in jobs:
-        if (job.parent / "ending.json").exists():
-            continue
-        try:
-            described = parse_json(read_regular(job))
-            number = described["job_id"]
-            if "evaluate" in str(described["worker"]) or not number:
-                continue
-            states = job_states(str(number), clusters_of(job.with_name("job.sh")))
-        except (OSError, ValueError, KeyError, TypeError):  # FileNotFoundError: there is no squeue here
-            continue
-        if states is None:
-            return _Life(None, "", f"Slurm does not answer about job {number}")  # nor about another
-        active = sorted(states & ACTIVE_STATES)
-        if not active:
-            gone = gone or _Life(False, "", f"Slurm has no job {number} any more")
-            continue
-        state = "running" if "RUNNING" in active else "queued" if "PENDING" in active else active[0].lower()
-        return _Life(True, state, f"Slurm job {number} is {active[0]}")
-    return gone
-
-
-def _span(seconds: float | None) -> str:
-    return "a while" if seconds is None else in_words(seconds)

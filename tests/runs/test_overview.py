@@ -16,7 +16,7 @@ from commands import run
 from run_folder import write_evaluation, write_run
 
 from cmscale.config import dump_config, parse_config
-from cmscale.runs import overview as module
+from cmscale.runs import standing
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, write_event
 from cmscale.runs.overview import overview
@@ -91,7 +91,7 @@ def test_a_state_is_known_by_slurm(states, state: str, words: str, tmp_path: Pat
     job = found.logs / "submissions" / "a" / "job.json"
     job.parent.mkdir(parents=True)
     job.write_text(json.dumps({"worker": "train", "job_id": "12"}))
-    monkeypatch.setattr(module, "job_states", lambda job_id, clusters: states)
+    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: states)
     seen = overview(found)
     assert seen.state == state
     assert words in seen.known_by
@@ -105,7 +105,7 @@ def test_the_job_that_is_alive_counts_whatever_the_clock_said_when_it_was_submit
         job = found.logs / "submissions" / name / "job.json"
         job.parent.mkdir(parents=True)
         job.write_text(json.dumps({"worker": "train", "job_id": job_id}))
-    monkeypatch.setattr(module, "job_states", lambda job_id, clusters: {"RUNNING"} if job_id == "13" else set())
+    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: {"RUNNING"} if job_id == "13" else set())
     assert overview(found).known_by == "Slurm job 13 is RUNNING"
 
 
