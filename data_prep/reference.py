@@ -76,9 +76,7 @@ def make_reference(
     else:
         check_own_weights(features)
 
-    from cmscale.distributed.world import (
-        choose_device,  # torch is imported here, once no mistake is left that needs none
-    )
+    from cmscale.distributed.world import choose_device  # imports torch, once no mistake is left that needs none
     from cmscale.evaluation.features.extractor import build_features
     from cmscale.evaluation.reference.reference import reference_from_images
 
