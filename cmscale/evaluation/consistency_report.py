@@ -4,13 +4,13 @@ import io
 import json
 import sys
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
 from cmscale import __version__
+from cmscale.config.published import is_elsewhere
 from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.consistency_error import TIMES
 from cmscale.consistency.solver import Denoise
@@ -19,7 +19,7 @@ from cmscale.errors import UserError
 from cmscale.generation.draw import advancing
 from cmscale.io.counting import Counting
 from cmscale.io.json_text import parse_json
-from cmscale.io.place import Place, split_hash
+from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.model.precondition import teacher_denoiser_for
 from cmscale.model.unet import build_unet
@@ -105,9 +105,8 @@ def _data_of(source: Source) -> Place:
 
 
 def _refuse_lost(source: Source, place: Place, *, what: str, option: str) -> None:
-    """Raises UserError if exported weights have the name alone of what they were made from, and it is not here."""
-    path = Path(split_hash(place)[0])
-    if not (place.is_remote or path.is_absolute() or path.exists()):
+    """Raises UserError if exported weights have the name alone of what they were made from."""
+    if is_elsewhere(place):
         raise UserError(f"{source.origin}: of {what} it has the name alone, {place}; give {option}")
 
 

@@ -6,6 +6,7 @@ What a storage holds is not fetched for a check, and what a file holds inside is
 import zipfile
 from pathlib import Path
 
+from cmscale.config.published import is_elsewhere
 from cmscale.errors import UserError
 from cmscale.io.image_files import image_suffixes
 from cmscale.io.packages import require
@@ -82,6 +83,11 @@ def check_reference(place: str, *, key: str, is_needed: bool = True) -> None:
         UserError: there is nothing, a run, too large a data set, a file of another kind, or an `.npz` that is damaged
             or of other things.
     """
+    if is_elsewhere(place):
+        raise UserError(
+            f"{key}: {place}: exported weights have the name alone of what they were made from; "
+            "give --reference DATASET|FOLDER|FILE.npz"
+        )
     if not is_needed and not Place(place).is_remote and not Path(place).exists():
         return
     path = _local(place, key=key)

@@ -78,9 +78,9 @@ def test_the_command_writes_mean_curves_of_straight_trajectories_and_a_plot(data
 
 @pytest.mark.long
 def test_a_distilled_source_is_followed_along_its_teachers_ode(data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # exported weights know only the teacher's name
+    monkeypatch.chdir(tmp_path)  # the teacher is named by a relative path, which exported weights keep
     teacher = saved(tmp_path, "{kind: edm}", data, seed=1)
-    source = load_source(str(saved(tmp_path, f"{{kind: cd, teacher: {teacher}, distance: l2}}", data)))
+    source = load_source(str(saved(tmp_path, f"{{kind: cd, teacher: {teacher.name}, distance: l2}}", data)))
     common = {"data": str(data), "num": 2, "seed": 0, "plot": None, "batch_size": 2, "device": CPU}
     own, named = tmp_path / "own.json", tmp_path / "named.json"
     measure_consistency_error(source, teacher=None, out=own, **common)
@@ -148,7 +148,7 @@ def test_what_has_no_consistency_function_and_what_is_not_there_are_one_line(dat
         ([saved(tmp_path, "{kind: ict}", data), "--data", data], "say where the result goes with --out"),
         (
             [saved(tmp_path, "{kind: ict}", data), "--out", tmp_path / "e.json"],
-            f"the name alone, {data.name}; give --data",
+            f"the name alone, (elsewhere)/{data.name}; give --data",
         ),
         ([saved(tmp_path, "{kind: ict}", data), "--data", tmp_path / "no", "--out", tmp_path / "e.json"], "no"),
     ):

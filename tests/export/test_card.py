@@ -158,8 +158,8 @@ def test_where_files_lay_on_a_machine_is_not_in_a_card() -> None:
         "50,000 samples against crops.npz (SHA-256 0123456789ab); features inception.",
         "Crops: 40 images counted.",
         "X of s3://bucket/crops.",
-        "path: bedroom",
-        "reference: x.npz",
+        "path: (elsewhere)/bedroom",
+        "reference: (elsewhere)/x.npz",
     ):
         assert shown in card, shown
 
@@ -299,7 +299,7 @@ def test_no_file_of_an_export_says_where_or_by_whom_it_was_made(format: str, tmp
         held = path.read_bytes()
         assert b"secret" not in held
         assert str(tmp_path).encode() not in held
-    assert f"teacher: method.teacher#sha256={'0' * 64}" in (tmp_path / "model" / "README.md").read_text()
+    assert f"teacher: (elsewhere)/method.teacher#sha256={'0' * 64}" in (tmp_path / "model" / "README.md").read_text()
     again = published(config)
     assert again.model == config.model
     assert again.method.model_copy(update={"teacher": None}) == config.method.model_copy(update={"teacher": None})

@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import small_config, small_model
 from safetensors.torch import save_file
 
+from cmscale.config import dump_config, parse_config
+from cmscale.config.published import published
 from cmscale.errors import UserError
 from cmscale.runs.named_files import check_reference, check_weights_file
 
@@ -31,3 +34,15 @@ def test_statistics_whose_archive_is_of_an_unknown_version_are_refused(tmp_path:
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"damaged, or not an \.npz of plain arrays"):
         check_reference(str(path), key="--reference")
+
+
+def test_a_folder_that_has_by_chance_the_name_of_an_exported_models_data_is_no_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = small_config(small_model(), {"kind": "ct"})
+    config = published(parse_config(dump_config(tree), [f"data.path={tmp_path}/train"]))
+    for name in ("train", config.data.path):
+        Path(name).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"data\.path: \(elsewhere\)/train: .* name alone .*; give --reference"):
+        check_reference(config.data.path, key="data.path", is_needed=False)
