@@ -109,6 +109,14 @@ def draw_scores(result: StudyResult, path: Path) -> None:
             axes.set_title(HEADINGS[steps], loc="left")
             axes.set_xlabel("images seen")
         panels[0].set_ylabel(result.score)
+        low, high = panels[0].get_ylim()
+        if high < 4 * low:
+            panels[0].set_yscale("linear")
+        if result.held_out is not None:  # often far below; the curves decide which range is shown
+            for axes in panels:
+                label = f"other crops: {result.held_out:.1f}"
+                axes.axhline(result.held_out, label=label, color="#555555", linewidth=1, linestyle=":")
+            panels[0].set_ylim(low, high)
         named = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
         figure.savefig(path, dpi=110)
@@ -134,8 +142,6 @@ def _panel(axes: Axes, result: StudyResult, steps: int) -> None:
         if each.own_sampler is not None:
             label = f"{each.recipe.name}, {each.evaluations_of_own} evaluations"
             axes.axhline(each.own_sampler.mean, label=label, color=colour, linewidth=1, linestyle="--")
-    if result.held_out is not None:
-        axes.axhline(result.held_out, label="other crops", color="#555555", linewidth=1, linestyle=":")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
