@@ -357,8 +357,9 @@ SCENES = [
     Scene(
         "of an exported file",
         "evaluate",
-        ("{in}/cm.safetensors", *_EVALUATE, "--features", "dinov2"),
-        _EXPORTED | {"inception_weights", "format"},
+        ("{in}/cm.safetensors", *_EVALUATE, "--features", "inception"),
+        _EXPORTED | {"dinov2_weights", "format"},
+        values={"features": ("--features", "efficientnet")},
     ),
     Scene(
         "of finished samples",
