@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 PATIENCE = 5.0  # seconds for the rank to write its stacks
+SETTLE = 0.1  # seconds: as threads go on, any of them may take a signal, and write stacks while the main thread's change
 LINGER = 10.0  # seconds before the kill, at most: peers that wait for this rank write their stacks too
 
 
@@ -61,8 +62,9 @@ def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks
     state = state_of(process)
     stopped = " (the process was stopped)" if state in "Tt" else ""
     before = size(stacks)
-    os.kill(process, signal.SIGUSR1)
     os.kill(process, signal.SIGCONT)  # a stopped process would write nothing
+    time.sleep(SETTLE)
+    os.kill(process, signal.SIGUSR1)
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and size(stacks) == before:
         time.sleep(0.02)
