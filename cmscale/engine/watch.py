@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 PATIENCE = 5.0  # seconds for the rank to write its stacks
-SETTLE = 0.1  # seconds: as threads go on, any of them may take a signal, and write stacks while the main thread's change
+SETTLE = 0.1  # seconds: as threads go on, any may take a signal, and write stacks while the main thread's change
 LINGER = 10.0  # seconds before the kill, at most: peers that wait for this rank write their stacks too
 
 
