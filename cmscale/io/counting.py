@@ -69,6 +69,11 @@ class Counting:
             self._has_said = True
             self._say(f"{self._what}: {self._count()}", self._rate(), self._left())
 
+    @property
+    def done(self) -> float:
+        """The number of finished items, those before included."""
+        return self._done
+
     def __enter__(self) -> "Counting":
         stream = sys.stderr if self._stream is None else self._stream
         if self._active and stream is not None and stream.isatty():

@@ -43,8 +43,8 @@ def download_in_parts(ask: Ask, key: str, path: Path, **names: str) -> None:
     try:
         for attempt in range(_TRIES):
             try:
-                with staged.open("wb") as file:
-                    _download_once(ask, key, _Parts(file.fileno(), key, names))
+                with staged.open("wb") as file, traffic.attempt() as count:
+                    _download_once(ask, key, _Parts(file.fileno(), key, names, count))
             except ArrivedChanged:
                 if attempt == _TRIES - 1:
                     raise
@@ -75,10 +75,11 @@ def _download_once(ask: Ask, key: str, parts: "_Parts") -> None:
 class _Parts:
     """Writes parts of one object to a file."""
 
-    def __init__(self, descriptor: int, key: str, names: dict[str, str]) -> None:
+    def __init__(self, descriptor: int, key: str, names: dict[str, str], count: Callable[[int], None]) -> None:
         self._descriptor = descriptor
         self._key = key
         self._names = names
+        self._count = count
         self._tag: str | None = None
         self.given_up = threading.Event()
 
@@ -93,12 +94,17 @@ class _Parts:
         if self._tag not in (None, tag):
             raise ArrivedChanged(f"{self._key}: was replaced while it was downloaded")
         self._tag = tag
+        with traffic.attempt(self._count) as moved:
+            return self._take(answer, offset, moved)
+
+    def _take(self, answer: Any, offset: int, moved: Callable[[int], None]) -> int:
+        """Writes what comes to the file, and checks that it is the part that was asked for."""
         count, head = 0, b""
         for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
             self._go_on()
             self._write(chunk, offset + count)
             count += len(chunk)
-            traffic.moved(len(chunk))
+            moved(len(chunk))
             head = chunk if count == len(chunk) else head
         if count <= LONGEST_ERROR_DOCUMENT:
             refuse_error_document(head, self._key)

@@ -44,7 +44,8 @@ def upload_in_parts(ask: Ask, key: str, path: Path, **names: str) -> None:
     """
     for attempt in range(_TRIES):
         try:
-            _upload_once(ask, key, path, names)
+            with traffic.attempt() as count:
+                _upload_once(ask, key, path, names, count)
         except NoSuchUpload:
             if attempt == _TRIES - 1:
                 raise
@@ -52,7 +53,7 @@ def upload_in_parts(ask: Ask, key: str, path: Path, **names: str) -> None:
             return
 
 
-def _upload_once(ask: Ask, key: str, path: Path, names: dict[str, str]) -> None:
+def _upload_once(ask: Ask, key: str, path: Path, names: dict[str, str], count: Callable[[int], None]) -> None:
     begun = ask(key, lambda client: client.create_multipart_upload(**names))["UploadId"]
     this = {**names, "UploadId": begun}
     try:
@@ -63,7 +64,7 @@ def _upload_once(ask: Ask, key: str, path: Path, names: dict[str, str]) -> None:
             def send(number: int) -> dict[str, Any]:
                 data = os.pread(file.fileno(), length, (number - 1) * length)
                 tag = _send_part(ask, key, data, this | {"PartNumber": number})
-                traffic.moved(len(data))
+                count(len(data))
                 return {"PartNumber": number, "ETag": tag}
 
             of_thread = {"initializer": traffic.adopt, "initargs": (traffic.current(),)}

@@ -7,7 +7,7 @@ as in the background of a training, they are not counted.
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,6 +77,26 @@ def moved(count: int) -> None:
     """Counts bytes that this thread has moved, if anybody shows them."""
     if (traffic := current()) is not None:
         traffic.moved(count)
+
+
+@contextmanager
+def attempt(count: Callable[[int], None] = moved) -> Iterator[Callable[[int], None]]:
+    """Gives what counts the bytes of one attempt; if it fails they are taken back, as the next one moves them again.
+
+    Args:
+        count: What counts them beyond: the whole of which this is a part.
+    """
+    counted: list[int] = []
+
+    def of_this(bytes_moved: int) -> None:
+        counted.append(bytes_moved)
+        count(bytes_moved)
+
+    try:
+        yield of_this
+    except BaseException:
+        count(-sum(counted))
+        raise
 
 
 @contextmanager

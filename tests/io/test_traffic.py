@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from fault_proxy import FaultProxy
 from flat_state import StandIn, flat_config
+from outages import pass_time
 
 from cmscale.distributed.world import World
 from cmscale.engine.checkpoint import Checkpoints
@@ -13,6 +15,7 @@ from cmscale.engine.checkpoint_reader import read_weights, verify_checkpoint
 from cmscale.engine.fence import claim_generation
 from cmscale.interop.files import readable, writable
 from cmscale.io import s3, s3_download, s3_upload, traffic
+from cmscale.io.counting import Counting
 from cmscale.io.fetch import file_sha256, local_file
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import RunDir
@@ -58,6 +61,47 @@ def test_uploads_and_downloads_count_their_bytes(s3: str, tmp_path: Path, capsys
     with readable(storage, "weights") as path:
         assert path.stat().st_size == 12 * MB
     assert counts(capsys.readouterr().err, f"downloading {s3}/weights")[-1] == 12
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        ("answer 404 NoSuchUpload", "POST .*uploadId"),  # all parts are sent again
+        ("answer 404 NoSuchUpload", "PUT .*partNumber=2"),
+        ("reset", "PUT .*partNumber=2"),  # one part is
+        ("truncate", "GET .*/a"),
+        ("cut", "GET .*/a"),  # all parts are fetched again
+    ],
+)
+def test_what_moves_again_after_a_failure_counts_once(
+    s3: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, match: str
+) -> None:
+    for module in (s3_download, s3_upload):
+        monkeypatch.setattr(module, "PART_BYTES", 5 << 20)
+    pass_time(monkeypatch)
+    most = 0.0
+
+    class Recorded(Counting):
+        def set(self, done: float) -> None:
+            nonlocal most
+            most = max(most, done)
+            super().set(done)
+
+    size = 12 << 20
+    (tmp_path / "a").write_bytes(bytes(size))
+    storage = open_storage(f"{s3}/x")
+    is_upload = not match.startswith("GET")
+    if not is_upload:
+        storage.upload("a", tmp_path / "a")
+    rule = proxy.add(fault, match=match, times=1)
+    counting = Recorded("moving", total=13, active=False)
+    traffic.adopt(traffic.Traffic(counting))
+    try:
+        storage.upload("a", tmp_path / "a") if is_upload else storage.download("a", tmp_path / "b")
+    finally:
+        traffic.adopt(None)
+    assert rule.used == 1
+    assert most == counting.done == size / MB
 
 
 def test_what_a_library_writes_is_counted_by_the_size_of_its_files(
