@@ -113,19 +113,27 @@ def run(arguments: list[str]) -> int:
 def _program() -> Any:
     """The application as a click command. `app()` would print usage errors in boxes and end the process by itself."""
     program: Any = typer.main.get_command(app)
-    _without_types(program)
+    _with_plain_arguments(program)
     for name, summary in _SUMMARIES.items():
         program.commands[name].short_help = summary
     return program
 
 
-def _without_types(program: Any) -> None:
-    """Has the help name an argument by its metavar alone; typer would add its type, `<str>`."""
+def _with_plain_arguments(program: Any) -> None:
+    """Has the help name arguments by their metavars alone; typer would add `<str>`, and braces in the usage."""
     for parameter in program.params:
         if parameter.param_type_name == "argument":
+            parameter.metavar = parameter.metavar or parameter.name.upper()
             parameter.display_type_rich = functools.partial(_choices, parameter.display_type_rich)
+            parameter.get_usage_pieces = functools.partial(_in_usage, parameter)
     for inner in getattr(program, "commands", {}).values():
-        _without_types(inner)
+        _with_plain_arguments(inner)
+
+
+def _in_usage(argument: Any, context: Any) -> list[str]:
+    """How the first line of a help names an argument: in brackets if it may be left out."""
+    del context
+    return [argument.metavar if argument.required or "[" in argument.metavar else f"[{argument.metavar}]"]
 
 
 def _choices(described: Callable[..., str], **context: Any) -> str:

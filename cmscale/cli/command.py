@@ -181,11 +181,18 @@ def _declared(function: Callable[..., None]) -> Iterator[_Declared]:
 def _with_metavar(info: ParameterInfo, kind: Any) -> ParameterInfo:
     """The option with a word for its value: PATH, N. Choices and switches need none."""
     if isinstance(info, OptionInfo) and info.metavar is None:
-        single = next((part for part in (kind, *get_args(kind)) if part in _METAVARS), None)
+        single = next((part for part in _parts(kind) if part in _METAVARS), None)
         if single is not None:
             info = copy.copy(info)
             info.metavar = _METAVARS[single]
     return info
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """A type, and the types that it is made of."""
+    yield kind
+    for part in get_args(kind):
+        yield from _parts(part)
 
 
 def _flag(name: str, info: ParameterInfo) -> str:

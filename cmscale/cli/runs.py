@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from cmscale.cli.options import JsonOption
 from cmscale.commands.parser import Output
 from cmscale.commands.use import USED, Use
 from cmscale.errors import UserError
-from cmscale.io.counting import in_words
+from cmscale.io.counting import counted, in_words
 from cmscale.io.place import Place
 
 app = typer.Typer()
@@ -42,7 +43,9 @@ _WIDE = 180  # columns of a terminal that has room for all facts in a row
 @command(app)
 def report(
     run: Annotated[Place, typer.Argument(help="The run's folder."), USED],
-    beside: Annotated[list[Place] | None, typer.Option(help="Another run to show too; may be repeated."), USED] = None,
+    beside: Annotated[
+        list[Place] | None, typer.Option(metavar="RUN", help="Another run to show too; may be repeated."), USED
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the page in place of writing it, renewed while the run lives."), USED
     ] = False,
@@ -120,33 +123,37 @@ def runs(
 
     The score is the lowest Fréchet distance of the evaluations with the most samples. It says what it was measured on.
     """
-    from cmscale.runs.overview import overview, runs_in
-
     folder = runs_dir.local("the folder of runs")
     if not folder.is_dir():
         raise UserError(f"{runs_dir}: no such folder")
     if (folder / "config.yaml").is_file():
         raise UserError(f"{runs_dir}: is a run; give the folder that holds runs")
     if as_json:
-        print(json.dumps([dataclasses.asdict(overview(run)) for run in runs_in(folder)], indent=1))
+        print(json.dumps([dataclasses.asdict(each) for each in _overviews(folder)], indent=1))
         return
     console = TableConsole()
     if watch is None:
-        _print_runs(folder, console)
+        _print_runs(_overviews(folder), console)
         return
     while True:
+        found = _overviews(folder)
         console.clear()  # on a terminal; elsewhere one table follows the other
         console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S}, {folder}, every {watch:g} s")
-        _print_runs(folder, console)
+        _print_runs(found, console)
         sys.stdout.flush()
         time.sleep(watch)
 
 
-def _print_runs(folder: Path, console: TableConsole) -> None:
-    """Prints a row for each run; on a narrow terminal what is long in a line of its own below."""
+def _overviews(folder: Path) -> list[Any]:
     from cmscale.runs.overview import overview, runs_in
 
-    rows = [_facts(overview(run)) for run in runs_in(folder)]
+    found = runs_in(folder)
+    return [overview(run) for run in counted(found, f"reading {folder}", total=len(found), unit="runs")]
+
+
+def _print_runs(found: Sequence[Any], console: TableConsole) -> None:
+    """Prints a row for each run; on a narrow terminal what is long in a line of its own below."""
+    rows = [_facts(each) for each in found]
     names = [name for name in _FACTS if console.width >= _WIDE or name not in _LONG]
     table = Table(*names, box=None)
     for facts in rows:
@@ -218,6 +225,17 @@ def compare(
         _print_comparison(found)
 
 
+def _signs_of(encoding: str) -> str:
+    """The bars that an encoding has."""
+    from cmscale.report.comparison import BARS, PLAIN_BARS
+
+    try:
+        BARS.encode(encoding)
+    except UnicodeEncodeError:
+        return PLAIN_BARS
+    return BARS
+
+
 def _print_comparison(found: Any) -> None:
     from cmscale.report import comparison
 
@@ -232,7 +250,7 @@ def _print_comparison(found: Any) -> None:
         where = f"step {score.step}, {score.weights}, {score.nfe} NFE"
         print(f"  {score.run:24} {score.metrics['fid']:10.4g}  {where}{f'  ({shown})' if shown else ''}")
     table = Table("curve", "run", "", "first", "last", box=None)
-    for row in comparison.curve_rows(found):
+    for row in comparison.curve_rows(found, signs=_signs_of(sys.stdout.encoding)):
         table.add_row(*row)
     console.print()
     console.print(table)

@@ -3,8 +3,10 @@
 It imports next to nothing, so that a command can install `end_early_interrupts` before its slow imports.
 """
 
+import codecs
 import contextlib
 import errno
+import io
 import os
 import re
 import select
@@ -44,6 +46,7 @@ def guarded(
         interrupted: What is printed after Ctrl-C.
         faults: Further exceptions that are a fault of the surroundings: one line, status 1.
     """
+    _let_everything_be_printed(sys.stdout)
     try:
         try:
             return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
@@ -77,6 +80,16 @@ def guarded(
             raise
         said = " ".join(str(error)[:300].split()) or type(error).__name__
         return _said(f"fault: not enough memory for this ({said})", 1)
+
+
+def _let_everything_be_printed(stream: TextIO | None) -> None:
+    """Has a stream write out what its encoding lacks, where Python would raise an exception; stderr does by itself.
+
+    In UTF-8 names of files that are not UTF-8 go out as they are.
+    """
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+        stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 
 
 def end_early_interrupts() -> None:

@@ -1,7 +1,8 @@
 """Shows how much of a long work is done, how fast it goes and how long it still takes.
 
-On a terminal that is a bar. Elsewhere (in the log of a job, through a pipe) it is a line on stderr now and then: the
-first after ten seconds, then one a minute, and one at the end, so that nothing long is silent.
+On a terminal that is a bar, of which nothing stays if the work was short. Elsewhere (in the log of a job, through a
+pipe) it is a line on stderr now and then: the first after ten seconds, then one a minute, and one at the end, so that
+nothing long is silent.
 """
 
 import sys
@@ -14,6 +15,7 @@ T = TypeVar("T")
 
 FIRST_SECONDS = 10.0
 EVERY_SECONDS = 60.0
+_SHORT_SECONDS = 1.0
 
 
 class Counting:
@@ -63,7 +65,7 @@ class Counting:
         if not self._active:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=min(done, self._total), left=self._left(), rate=self._rate())
+            self._bar.update(self._task, completed=min(done, self._total), **self._fields(self._left()))
         elif self._clock() >= self._next:
             self._next = self._clock() + EVERY_SECONDS
             self._has_said = True
@@ -83,18 +85,30 @@ class Counting:
             Counting._on_terminal = True
             self._bar = _bar(stream)
             self._bar.start()
-            self._task = self._bar.add_task(self._what, total=self._total, completed=self._done, left="", rate="")
+            self._task = self._bar.add_task(
+                self._what, total=self._total, completed=self._done, **{**self._fields(""), "rate": ""}
+            )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, left=f"in {in_words(self._clock() - self._began)}", rate=self._rate())
+            took = self._clock() - self._began
+            self._bar.update(self._task, **self._fields(f"in {in_words(took)}"))
+            self._bar.live.transient = took < _SHORT_SECONDS
             self._bar.stop()
             Counting._on_terminal = False
         elif self._has_said and kind is None:
             self._say(f"{self._what}: {self._count()} in {in_words(self._clock() - self._began)}", self._rate())
+
+    def _fields(self, left: str) -> dict[str, str]:
+        """What stands behind the bar."""
+        return {
+            "count": f"{int(min(self._done, self._total))}/{self._total} {self._unit}",
+            "rate": self._rate(),
+            "left": left,
+        }
 
     def _count(self) -> str:
         return f"{int(min(self._done, self._total))} of {self._total} {self._unit}"
@@ -108,7 +122,7 @@ class Counting:
         rate = self._per_second()
         for unit, seconds in (("s", 1), ("min", 60), ("h", 3600)):
             if rate * seconds >= 0.1:
-                return f"{rate * seconds:.3g}/{unit}"
+                return f"{float(f'{rate * seconds:.3g}'):,.12g}/{unit}"  # 7,610/s
         return ""
 
     def _left(self) -> str:
@@ -142,13 +156,20 @@ def in_words(seconds: float) -> str:
 
 
 def _bar(stream: TextIO) -> Any:
+    """A bar of which the work's name and the bar itself, not the numbers, get shorter on a narrow terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, Task, TextColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class What(TextColumn):
+        def render(self, task: Task) -> Text:
+            return Text(task.description, no_wrap=True, overflow="ellipsis")
 
     return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
+        What("", table_column=Column()),
+        BarColumn(table_column=Column()),
+        TextColumn("{task.fields[count]}", markup=False),
         TextColumn("{task.fields[rate]}", markup=False),
         TextColumn("{task.fields[left]}", markup=False),
         console=Console(file=stream),

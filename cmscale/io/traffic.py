@@ -19,10 +19,11 @@ _of_thread = threading.local()
 
 
 class Traffic:
-    """Counts bytes, from any thread."""
+    """Counts bytes of `total`, from any thread."""
 
-    def __init__(self, counting: Counting) -> None:
+    def __init__(self, counting: Counting, total: int) -> None:
         self._counting = counting
+        self._total = total
         self._lock = threading.Lock()
         self._bytes = 0
 
@@ -38,7 +39,7 @@ class Traffic:
 
     def _set(self, count: int) -> None:
         self._bytes = count
-        self._counting.set(count / _BYTES)
+        self._counting.set(_megabytes(self._total) if count >= self._total else count / _BYTES)
 
 
 @contextmanager
@@ -55,12 +56,17 @@ def showing(what: str, total: int) -> Iterator[Traffic]:
         yield outer
         return
     active = os.environ.get("RANK", "0") == "0"
-    with Counting(what, total=max(1, -(-total // _BYTES)), unit="MB", active=active) as counting:
-        adopt(Traffic(counting))
+    with Counting(what, total=_megabytes(total), unit="MB", active=active) as counting:
+        adopt(Traffic(counting, total))
         try:
             yield _of_thread.traffic
         finally:
             adopt(None)
+
+
+def _megabytes(total: int) -> int:
+    """What is shown of a number of bytes: rounded up, as less than one is shown, too."""
+    return max(1, -(-total // _BYTES))
 
 
 def current() -> Traffic | None:

@@ -33,7 +33,9 @@ CURVES = (
 """The quantities that are compared: key in metrics.jsonl, title, whether on a logarithmic axis."""
 UNREADABLE = "unreadable"
 """In place of a value of a config that can't be read."""
-_BARS = "▁▂▃▄▅▆▇█"
+BARS = "▁▂▃▄▅▆▇█"
+PLAIN_BARS = "_.-=+*#@"
+"""Where the terminal's encoding has no bars."""
 _WIDTH = 40  # bars of a curve on a terminal
 
 
@@ -146,8 +148,20 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def bars(points: Sequence[tuple[int, float]], *, first: int, last: int, low: float, high: float, log: bool) -> str:
-    """A curve as a row of bars: the mean of the values that fall on each, blank where there are none."""
+def bars(
+    points: Sequence[tuple[int, float]],
+    *,
+    first: int,
+    last: int,
+    low: float,
+    high: float,
+    log: bool,
+    signs: str = BARS,
+) -> str:
+    """A curve as a row of bars: the mean of the values that fall on each, the one before where none do.
+
+    It is blank before the first value and after the last.
+    """
     scale = math.log if log else float
     groups: list[list[float]] = [[] for _ in range(_WIDTH)]
     for step, value in points:
@@ -155,12 +169,15 @@ def bars(points: Sequence[tuple[int, float]], *, first: int, last: int, low: flo
         groups[min(int(place * _WIDTH), _WIDTH - 1)].append(scale(value))
     low, high = scale(low), scale(high)
     span = high - low or 1.0
-    means = [sum(group) / len(group) if group else None for group in groups]
-    steps = len(_BARS) - 1
-    return "".join(" " if mean is None else _BARS[round(steps * (mean - low) / span)] for mean in means).rstrip()
+    row, sign = "", " "
+    for group in groups[: max(index for index, group in enumerate(groups) if group) + 1]:
+        if group:
+            sign = signs[round((len(signs) - 1) * (sum(group) / len(group) - low) / span)]
+        row += sign
+    return row
 
 
-def curve_rows(comparison: Comparison) -> list[tuple[str, str, str, str, str]]:
+def curve_rows(comparison: Comparison, *, signs: str = BARS) -> list[tuple[str, str, str, str, str]]:
     """(quantity, run, bars, first value, last value) of every curve, runs on one scale."""
     rows = []
     for key, title, log in CURVES:
@@ -173,7 +190,15 @@ def curve_rows(comparison: Comparison) -> list[tuple[str, str, str, str, str]]:
         steps = [step for step, _ in every]
         for name, points in zip(comparison.names, series, strict=True):
             if points:
-                drawn = bars(points, first=min(steps), last=max(steps), low=min(values), high=max(values), log=is_log)
+                drawn = bars(
+                    points,
+                    first=min(steps),
+                    last=max(steps),
+                    low=min(values),
+                    high=max(values),
+                    log=is_log,
+                    signs=signs,
+                )
                 rows.append((title, name, drawn, f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}"))
     return rows
 
@@ -205,7 +230,7 @@ def page(comparison: Comparison) -> bytes:
             quality=quality_panels(comparison.facts),
             written=written,
         )
-        .encode()
+        .encode(errors="backslashreplace")  # names of files that are not UTF-8
     )
 
 

@@ -10,7 +10,7 @@ from cmscale.config import parse_yaml
 from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
-from cmscale.io.reading import read_regular
+from cmscale.io.reading import read_regular, utf8
 from cmscale.report.measured import Measured, read_measured
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.lineage import Lineage, read_lineage
@@ -58,7 +58,7 @@ class RunFacts:
 
     @property
     def name(self) -> str:
-        return self.shown_name or self.run.name
+        return utf8(self.shown_name or self.run.name)
 
     def setting(self, key: str, default: Any = None) -> Any:
         """The config's value at a dotted key."""

@@ -1,11 +1,14 @@
 """Reads metrics.jsonl by column, in bounded memory: a long run has hundreds of thousands of lines."""
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cmscale.io import traffic
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines
 
@@ -53,11 +56,17 @@ class Measured:
 
 
 def read_measured(run: RunDir) -> Measured:
-    """Reads the metrics of a run."""
+    """Reads the metrics of a run; of a long file it shows how far it is."""
+    size = run.metrics.stat().st_size if run.metrics.is_file() else 0
+    with traffic.showing(f"reading {run.metrics}", size) as shown:
+        return _measured(read_lines(run.metrics, count=shown.moved))
+
+
+def _measured(records: Iterable[dict[str, Any]]) -> Measured:
     steps = array("q")
     lines: dict[str, array[int]] = {}
     values: dict[str, array[float]] = {}
-    for record in read_lines(run.metrics):
+    for record in records:
         step = record.get("step")
         if type(step) is not int or not 0 <= step < _LARGEST_STEP:
             continue

@@ -63,7 +63,8 @@ def render_report(run: RunDir, *, siblings: Sequence[RunDir] = (), version: str 
     )
     facts, *others = read_several([run, *siblings])
     contents = {**_contents(facts, others), **_assets(), "version": version}
-    return environment.get_template("page.html.j2").render(contents).encode()
+    page = environment.get_template("page.html.j2").render(contents)
+    return page.encode(errors="backslashreplace")  # paths that are not UTF-8
 
 
 def _assets() -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _links(facts: RunFacts) -> list[tuple[str, str]]:
 
 def _link(path: Path, facts: RunFacts) -> str:
     """A URL relative to the page, empty if there is no such file."""
-    return quote(os.path.relpath(path, facts.run.report.parent)) if path.is_file() else ""
+    return quote(os.fsencode(os.path.relpath(path, facts.run.report.parent))) if path.is_file() else ""
 
 
 def _numbers(facts: RunFacts, curves: Sequence[Panel], tables: Sequence[evaluations.Table]) -> Markup:

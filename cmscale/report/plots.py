@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -228,7 +229,8 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 def _svg(figure: Figure, name: str) -> str:
     """The figure as an `<svg>` element; `name` makes its ids differ from those of other figures on the page."""
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name's, which the browser's font may have
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")

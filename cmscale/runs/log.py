@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from cmscale.io.durable import explained, sync_folder
 from cmscale.io.json_text import parse_json
 from cmscale.runs.append import append
 from cmscale.runs.folder import RunDir
+
+_READ_AT_ONCE = 1 << 20
 
 
 def append_line(path: Path, record: dict[str, Any], *, durable: bool = False) -> None:
@@ -29,15 +31,21 @@ def append_line(path: Path, record: dict[str, Any], *, durable: bool = False) ->
             sync_folder(path.parent)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines, none if there is no such file; what a crash left of a line is skipped."""
+def read_lines(path: Path, *, count: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines, none if there is no such file; what a crash left of a line is skipped.
+
+    Args:
+        count: Is told now and then how many bytes more have been read.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):  # also where zeros or other bytes are that no one wrote
-                if isinstance(record := parse_json(line), dict):
-                    yield record
+        while lines := file.readlines(_READ_AT_ONCE):
+            for line in lines:
+                with contextlib.suppress(ValueError):  # also where zeros or other bytes are that no one wrote
+                    if isinstance(record := parse_json(line), dict):
+                        yield record
+            count(sum(map(len, lines)))
 
 
 def is_beside_training(event: str) -> bool:

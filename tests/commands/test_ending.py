@@ -1,6 +1,7 @@
 """How commands end: after a mistake, a fault, Ctrl-C and a reader that left; at most one line, and its status."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -40,6 +41,21 @@ def test_every_ending_is_one_line(raised: BaseException | None, status: int, lin
 
     assert guarded(main, [], faults=(LookupError,)) == status
     assert capsys.readouterr().err.strip() == line
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("ascii", b"\\xfc \\u2581 \\udcff\n"),
+        ("latin-1", b"\xfc \\u2581 \\udcff\n"),
+        ("utf-8", b"\xc3\xbc \xe2\x96\x81 \xff\n"),
+    ],
+)
+def test_what_an_encoding_lacks_is_written_out(encoding: str, printed: bytes, monkeypatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert guarded(lambda _: print("ü ▁ \udcff"), []) == 0
+    assert stdout.buffer.getvalue() == printed  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_bug_keeps_its_traceback() -> None:

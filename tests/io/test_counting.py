@@ -1,6 +1,7 @@
 """Long work says how far it is, how fast, and how long it takes, on a terminal and in a log."""
 
 import io
+import re
 
 import pytest
 
@@ -75,6 +76,32 @@ def test_a_terminal_gets_a_bar_that_ends_with_the_rate_of_the_whole_work() -> No
     last = stream.getvalue()[-400:]
     for words in ("sampling", "1000/1000", "5/s", "in 3 min 20 s"):
         assert words in last
+
+
+def test_nothing_stays_on_a_terminal_of_a_work_that_was_short() -> None:
+    streams = Terminal(), Terminal()
+    counted_to(Clock(), streams[0], steps=3, seconds=0.25)
+    counted_to(Clock(), streams[1], steps=5, seconds=0.25)
+    erased = "\x1b[1A\x1b[2K"
+    assert [stream.getvalue().endswith(erased) for stream in streams] == [True, False]
+
+
+def test_large_rates_have_no_exponent() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with Counting("sampling", total=1_000_000, stream=stream, clock=clock) as counting:
+        clock.now += 20.0
+        counting.advance(152_222)
+    assert "7,610/s" in stream.getvalue()
+
+
+def test_a_narrow_terminal_shortens_the_name_and_not_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    clock, stream = Clock(), Terminal()
+    with Counting("reading a/long/path/to/the/checkpoint", total=28, unit="MB", stream=stream, clock=clock) as counting:
+        clock.now += 20.0
+        counting.set(14)
+    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", stream.getvalue()).strip().splitlines()[-1]
+    assert re.fullmatch(r".*reading a/[a-z/]*… .*14/28 MB 0.7/s in 20 s *", shown)
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ def test_what_moves_again_after_a_failure_counts_once(
         storage.upload("a", tmp_path / "a")
     rule = proxy.add(fault, match=match, times=1)
     counting = Recorded("moving", total=13, active=False)
-    traffic.adopt(traffic.Traffic(counting))
+    traffic.adopt(traffic.Traffic(counting, 2 * size))
     try:
         storage.upload("a", tmp_path / "a") if is_upload else storage.download("a", tmp_path / "b")
     finally:

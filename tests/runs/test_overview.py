@@ -1,5 +1,6 @@
 """What `cmscale runs` and `cmscale compare` say of runs: state and how it is known, progress, scores, differences."""
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from commands import run
 from run_folder import write_evaluation, write_run
 
 from cmscale.config import dump_config, parse_config
+from cmscale.report.comparison import bars
 from cmscale.runs import standing
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, write_event
@@ -182,6 +184,45 @@ def test_what_may_not_be_looked_into_is_listed_and_said(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "iterdir", refuse)
     assert run(monkeypatch, "runs", tmp_path) == 2
     assert "can't be read (Permission denied); name another folder of runs" in capsys.readouterr().err
+
+
+def test_many_runs_and_long_metrics_say_how_far_they_are(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("cmscale.io.counting.FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("cmscale.io.counting.EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("cmscale.io.traffic._BYTES", 1)
+    one, two = (working_run(tmp_path / "runs" / name, steps=4000) for name in ("one", "two"))
+    assert run(monkeypatch, "runs", tmp_path / "runs", "--json") == 0
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)) == 2
+    lines = said.err.splitlines()
+    assert [line.partition(",")[0] for line in lines[:2]] == [
+        f"reading {tmp_path / 'runs'}: {count} of 2 runs" for count in (1, 2)
+    ]
+    for command in (("report", one.root), ("compare", one.root, two.root)):
+        monkeypatch.setattr("cmscale.runs.log._READ_AT_ONCE", 10_000)
+        assert run(monkeypatch, *command) == 0
+        size = one.metrics.stat().st_size
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"reading {one.metrics}: ")]
+        assert len(lines) == 1 + -(-size // 10_000)
+        assert f" {size} of {size} MB in " in lines[-1]
+
+
+def test_a_terminal_without_bars_gets_letters(tmp_path: Path, monkeypatch) -> None:
+    one, two = working_run(tmp_path / "one"), working_run(tmp_path / "two")
+    shown = []
+    for encoding in ("latin-1", "utf-8"):
+        printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", printed)
+        assert run(monkeypatch, "compare", one.root, two.root) == 0
+        shown.append(printed.buffer.getvalue().decode(encoding))  # pyright: ignore[reportAttributeAccessIssue]
+    assert re.search(r"Loss +one +@[@*+=._-]{38}_ ", shown[0])
+    assert re.search(r"Loss +one +█[▁-█]{38}▁ ", shown[1])
+
+
+def test_bars_have_no_gaps_between_a_runs_values() -> None:
+    drawn = {"first": 0, "last": 100, "low": 0.0, "high": 7.0, "log": False}
+    assert bars([(0, 0.0), (50, 7.0)], **drawn) == "▁" * 20 + "█"
+    assert bars([(50, 7.0), (99, 0.0)], **drawn) == " " * 20 + "█" * 19 + "▁"
 
 
 def test_watching_prints_again(tmp_path: Path, monkeypatch, capsys) -> None:
