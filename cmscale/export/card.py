@@ -70,27 +70,15 @@ def model_card(
         *_quality(mine),
         *_left_out(len(named) - len(mine)),
         *usage(format, config.method, file=file),
-        "## Licence",
-        "",
         *_licence(license),
-        "",
-        "## Limits",
-        "",
-        "The model reproduces what its training data shows, including the gaps and biases of that data. Its samples",
-        "depict nothing real.",
-        "",
-        "## Config",
-        "",
-        "```yaml",
-        without_folders(_shown_config(config, is_imported=is_imported).rstrip()),
-        "```",
-        "",
+        *_limits(),
+        *_config(config, is_imported=is_imported),
     ]
     return "\n".join(lines)
 
 
 def _heading(config: Config, title: str, *, has_samples: bool) -> Iterator[str]:
-    """Everything from the title to the first row of the table of facts."""
+    """Everything from the title to the first rows of the table of facts."""
     model, method = config.model, config.method
     count = sum(math.prod(shape) for shape in parameter_shapes(model).values())
     size = f"{model.image_size}x{model.image_size}"
@@ -103,13 +91,25 @@ def _heading(config: Config, title: str, *, has_samples: bool) -> Iterator[str]:
         yield ""
     yield "| | |"
     yield "|---|---|"
+    yield f"| Paper | <{method.facts.paper}> |"
 
 
 def _licence(license: str) -> Iterator[str]:
+    yield "## Licence"
+    yield ""
     if license == UNKNOWN:
         yield "Not stated. Whoever publishes these weights states it in the field `license` at the top, and here."
     else:
         yield f"`{license}`"
+    yield ""
+
+
+def _limits() -> Iterator[str]:
+    yield "## Limits"
+    yield ""
+    yield "The model reproduces what its training data shows, including the gaps and biases of that data. Its samples"
+    yield "depict nothing real."
+    yield ""
 
 
 def _training_rows(config: Config, *, step: int) -> Iterator[str]:
@@ -127,12 +127,19 @@ def _data_rows(dataset: DatasetManifest) -> Iterator[str]:
     yield f"| Fingerprint of the data set | `{dataset.fingerprint}` |"
 
 
-def _shown_config(config: Config, *, is_imported: bool) -> str:
+def _config(config: Config, *, is_imported: bool) -> Iterator[str]:
     """The config as YAML; of imported weights only what describes the network and its preconditioning."""
-    if not is_imported:
-        return dump_published(config)
-    shown = config.model_dump(mode="json", include={"method": _PRECONDITIONING, "model": True})
-    return yaml.safe_dump(shown, sort_keys=False)
+    if is_imported:
+        shown = config.model_dump(mode="json", include={"method": _PRECONDITIONING, "model": True})
+        text = yaml.safe_dump(shown, sort_keys=False)
+    else:
+        text = dump_published(config)
+    yield "## Config"
+    yield ""
+    yield "```yaml"
+    yield without_folders(text.rstrip())
+    yield "```"
+    yield ""
 
 
 def _is_of(evaluation: EvaluationResult, weights_sha256: str | None) -> bool:

@@ -1,5 +1,6 @@
 """Writes the head of a model card: the metadata that Hugging Face's hub reads."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from cmscale.export.target import Format
 from cmscale.runs.comparison import describe_basis, groups_of, once_each, reference_names
 from cmscale.runs.results import EvaluationResult
 
+_WIDTH = 500  # a name in one line
 UNKNOWN = "unknown"
 """The hub's identifier for a licence that nobody has stated."""
 
@@ -28,7 +30,7 @@ def front_matter(
     }
     if results := _results(evaluations):
         found["model-index"] = [{"name": title, "results": results}]
-    return ["---", yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+    return ["---", yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=_WIDTH).rstrip(), "---", ""]
 
 
 def _results(evaluations: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
@@ -44,13 +46,19 @@ def _results(evaluations: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
 
 
 def _metrics(result: EvaluationResult) -> list[dict[str, Any]]:
-    how = f"{result.nfe} network evaluations, {describe_basis(result)}, features {result.features}"
-    return [
-        {
-            "type": metric.name.replace("_", "-"),
-            "name": f"{metric.title_over(result.score_name)} ({how})",
-            "value": round(result.metrics[metric.name].mean, 6),
-        }
-        for metric in all_metrics()
-        if metric.name in result.metrics
-    ]
+    evaluations = f"{result.nfe} network evaluation{'' if result.nfe == 1 else 's'}"
+    how = f"{evaluations}, {describe_basis(result)}, features {result.features}"
+    found = []
+    for metric in all_metrics():
+        if metric.name in result.metrics:
+            title = metric.title_over(result.score_name)
+            # over other features than the FID Inception's it is another metric: `fd-dinov2`, `kid-dinov2`
+            kind = metric.name if result.score_name == "FID" else title
+            found.append(
+                {
+                    "type": re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-"),
+                    "name": f"{title} ({how})",
+                    "value": round(result.metrics[metric.name].mean, 6),
+                }
+            )
+    return found

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import assert_never
 
+from cmscale import __version__
 from cmscale.config import MethodSection
 from cmscale.config.agreement import OPENAI
 from cmscale.consistency.sampler import default_sigmas
@@ -37,7 +38,8 @@ def _with_cmscale(method: MethodSection, file: str) -> Iterator[str]:
     yield f"pictures = model.sample(4{steps})  # PIL images"
     yield "```"
     yield ""
-    yield f"On the command line: `cmscale sample {file} --samples 4 --out samples.npz --grid samples.png`."
+    yield f"On the command line: `cmscale sample {file} --samples 4 --out samples.npz --grid grid.png`."
+    yield f"`pip install .` in a checkout of cmscale {__version__} or newer installs both."
     yield ""
 
 

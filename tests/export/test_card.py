@@ -56,6 +56,7 @@ def quality_table(*evaluations: EvaluationResult) -> list[list[str]]:
 def test_the_card_holds_method_size_steps_and_the_whole_config() -> None:
     card = model_card(CONFIG, step=60, weights_name="ema_0.999943")
     assert f"This is {METHODS_BY_KIND['ct'].facts.description}: an ADM UNet" in card
+    assert "| Paper | <https://arxiv.org/abs/2303.01469> |" in card
     count = sum(tensor.numel() for tensor in random_weights(CONFIG.model).values())
     assert f"{count / 1e6:.1f} M parameters for 16x16 images" in card
     assert "| Steps | 60 of 100 |" in card
@@ -201,11 +202,39 @@ def test_the_hub_reads_licence_task_and_scores_from_the_head() -> None:
     assert of_many["dataset"] == {"type": "images", "name": "crops"}
     scores = {metric["name"]: (metric["type"], metric["value"]) for metric in of_many["metrics"]}
     assert scores == {
-        "FID (1 network evaluations, 50,000 samples against crops, features inception)": ("fid", 7.85),
-        "precision (1 network evaluations, 50,000 samples against crops, features inception)": ("precision", 0.68),
+        "FID (1 network evaluation, 50,000 samples against crops, features inception)": ("fid", 7.85),
+        "precision (1 network evaluation, 50,000 samples against crops, features inception)": ("precision", 0.68),
         "FID (2 network evaluations, 50,000 samples against crops, features inception)": ("fid", 5.22),
     }
     assert "20 samples" in of_few["metrics"][0]["name"]
+    assert not any(line.startswith("        ") for line in card.split("---\n")[1].splitlines())  # none is folded
+
+
+def test_what_is_no_fid_has_another_type_on_the_hub() -> None:
+    of_inception = evaluation(inception_score=(2.0,), precision=(0.5,))
+    of_others = of_inception.model_copy(update={"features": "efficientnet_lite0", "score_name": "FD-EfficientNet"})
+    types = []
+    for measured in (of_inception, of_others):
+        card = model_card(CONFIG, step=60, weights_name="ema_0.999943", evaluations=[measured])
+        metrics = front_matter(card)["model-index"][0]["results"][0]["metrics"]
+        types.append([metric["type"] for metric in metrics])
+    assert types == [
+        ["fid", "inception-score", "precision"],
+        ["fd-efficientnet", "is-efficientnet-torch-fidelity", "precision-efficientnet"],
+    ]
+
+
+def test_the_hubs_own_reader_takes_the_head(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    given = [evaluation(precision=(0.68,)), evaluation(nfe=2, fid=(5.22,))]
+    (tmp_path / "README.md").write_text(
+        model_card(CONFIG, step=60, weights_name="ema_0.999943", evaluations=given, license="mit")
+    )
+    read = hub.ModelCard.load(tmp_path / "README.md").data
+    assert (read.license, read.model_name) == ("mit", "CT at 16x16")
+    assert [(each.metric_type, each.metric_value, each.dataset_name) for each in read.eval_results] == [
+        ("fid", 7.85, "crops"), ("precision", 0.68, "crops"), ("fid", 5.22, "crops"),
+    ]  # fmt: skip
 
 
 def test_a_licence_that_nobody_stated_is_named_so() -> None:

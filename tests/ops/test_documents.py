@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cmscale.cli.app import app
 from cmscale.config import known_keys, read_config
+from cmscale.config.methods import METHODS_BY_KIND
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [CHECKOUT / "README.md", *sorted((CHECKOUT / "ops").glob("*.md")), CHECKOUT / "ops/study/README.md"]
@@ -52,6 +53,13 @@ def help_of(name: str) -> str:
 @pytest.mark.parametrize(("name", "flag"), sorted(set().union(*map(commands, DOCUMENTS))))
 def test_every_option_of_a_quoted_command_exists(name: str, flag: str) -> None:
     assert re.search(rf"{flag}\b", help_of(name)), f"{name} has no {flag}"
+
+
+def test_the_readme_links_every_methods_paper() -> None:
+    text = DOCUMENTS[0].read_text()
+    for kind, section in METHODS_BY_KIND.items():
+        assert re.search(rf"^\| `{kind}` \|", text, re.MULTILINE), kind
+        assert f"({section.facts.paper})" in text, kind
 
 
 def lines_of(document: Path) -> list[list[str]]:

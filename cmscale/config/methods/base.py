@@ -30,6 +30,7 @@ class MethodFacts:
     Attributes:
         title: Short name for tables and headings.
         description: What the trained model is, with its source, for model cards.
+        paper: The URL of that source.
         is_consistency_model: Whether the network learns a consistency function f(x, t), which one step can sample.
         can_teach: Whether the trained model can be the teacher of a distillation.
         has_target: Whether training keeps a target network, an average of the student's weights.
@@ -44,6 +45,7 @@ class MethodFacts:
 
     title: str
     description: str
+    paper: str
     is_consistency_model: bool
     can_teach: bool
     has_target: bool

@@ -17,6 +17,7 @@ class CD(FollowsTeacher, ChosenDistance, OnSigma, SampledInOneStep, WithoutForwa
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Consistency distillation",
         description="a consistency model by distillation (CD, Song et al. 2023, algorithm 2)",
+        paper="https://arxiv.org/abs/2303.01469",
         is_consistency_model=True,
         can_teach=False,
         has_target=True,

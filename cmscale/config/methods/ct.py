@@ -28,6 +28,7 @@ class CT(Scheduled, WithoutTeacher, ChosenDistance, OnSigma, SampledInOneStep, W
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Consistency training",
         description="a consistency model trained from scratch (CT, Song et al. 2023, algorithm 3)",
+        paper="https://arxiv.org/abs/2303.01469",
         is_consistency_model=True,
         can_teach=False,
         has_target=True,

@@ -20,6 +20,7 @@ class ECT(Scheduled, StartsTrained, PseudoHuber, OnSigma, SampledInOneStep, With
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Easy consistency tuning",
         description="a consistency model by easy consistency tuning (ECT, Geng et al. 2024)",
+        paper="https://arxiv.org/abs/2406.14548",
         is_consistency_model=True,
         can_teach=False,
         has_target=False,

@@ -23,6 +23,7 @@ class EDM(WithoutTeacher, WithoutForwardMode):
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="EDM diffusion model",
         description="a diffusion model (EDM, Karras et al. 2022)",
+        paper="https://arxiv.org/abs/2206.00364",
         is_consistency_model=False,
         can_teach=True,
         has_target=False,

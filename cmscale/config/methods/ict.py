@@ -23,6 +23,7 @@ class ICT(Scheduled, WithoutTeacher, PseudoHuber, OnSigma, SampledInOneStep, Wit
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Improved consistency training",
         description="a consistency model by improved consistency training (iCT, Song and Dhariwal 2023)",
+        paper="https://arxiv.org/abs/2310.14189",
         is_consistency_model=True,
         can_teach=False,
         has_target=False,

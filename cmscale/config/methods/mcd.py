@@ -27,6 +27,7 @@ class MCD(FollowsTeacher, ChosenDistance, OnSigma, WithoutForwardMode):
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Multistep consistency distillation",
         description="a multistep consistency model by distillation (Heek et al. 2024)",
+        paper="https://arxiv.org/abs/2403.06807",
         is_consistency_model=False,  # it jumps to the start of a segment, not to that of the trajectory
         can_teach=False,
         has_target=False,

@@ -22,6 +22,7 @@ class PD(Scheduled, StartsTrained, ChosenDistance, OnSigma, SampledInOneStep, Wi
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Progressive distillation",
         description="a diffusion model by progressive distillation (Salimans and Ho 2022)",
+        paper="https://arxiv.org/abs/2202.00512",
         is_consistency_model=False,
         can_teach=False,
         has_target=True,  # the stage's teacher

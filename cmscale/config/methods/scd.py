@@ -13,6 +13,7 @@ class SCD(FollowsTeacher, ContinuousTime):
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Continuous-time consistency distillation",
         description="a consistency model by continuous-time consistency distillation (sCD, Lu and Song 2024)",
+        paper="https://arxiv.org/abs/2410.11081",
         is_consistency_model=True,
         can_teach=False,
         has_target=False,

@@ -14,6 +14,7 @@ class SCT(ContinuousTime):
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Continuous-time consistency training",
         description="a consistency model by continuous-time consistency training (sCT, Lu and Song 2024)",
+        paper="https://arxiv.org/abs/2410.11081",
         is_consistency_model=True,
         can_teach=False,
         has_target=False,

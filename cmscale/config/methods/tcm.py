@@ -31,6 +31,7 @@ class TCM(FollowsTeacher, PseudoHuber, OnSigma, SampledInOneStep, WithoutForward
         title="Truncated consistency training",
         description="a consistency model for large times, the second stage of truncated consistency training "
         "(TCM, Lee et al. 2024)",
+        paper="https://arxiv.org/abs/2410.14895",
         is_consistency_model=True,
         can_teach=False,
         has_target=False,
