@@ -1,5 +1,6 @@
 """Tests what a machine offers for training, for `cmscale doctor`: each thing is tried, not listed."""
 
+import contextlib
 import fcntl
 import functools
 import importlib.metadata
@@ -32,6 +33,7 @@ PACKAGES = (
     "torch-fidelity",
 )
 GB = 10**9
+_LOCKS = "locks in the folder of runs"
 _LEAST_FILES = 4096  # open ones, of a rank with its workers and shards
 _WEIGHTS = {"weights of FID's Inception": INCEPTION, "weights of LPIPS's VGG": VGG16}
 
@@ -42,27 +44,30 @@ def findings(runs_dir: Path, *, counts: bool = True) -> Iterator[Finding]:
     Args:
         counts: Whether it is shown how much is tried, as some things take a minute to fail.
     """
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        packages,
-        devices,
-        attention,
-        gloo,
-        nccl,
-        limits,
-        shared_memory,
-        lambda: disk("folder of runs", runs_dir, least=GB, wanted=50 * GB),
-        lambda: locks(runs_dir),
-        lambda: disk("cache of weights", cache_folder(), least=GB, wanted=5 * GB),
-        lambda: disk("cache of shards (TMPDIR)", Path(tempfile.gettempdir()), least=GB, wanted=50 * GB),
-        weights,
-        services.slurm,
-        services.wandb,
-    ]
-    for check in counted(checks, "trying this machine", total=len(checks), unit="checks", active=counts):
+    rooms = {
+        "folder of runs": (runs_dir, 50 * GB),
+        "cache of weights": (cache_folder(), 5 * GB),
+        "cache of shards (TMPDIR)": (Path(tempfile.gettempdir()), 50 * GB),
+    }
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "packages": packages,
+        "GPUs": devices,
+        "attention": attention,
+        "gloo": gloo,
+        "NCCL": nccl,
+        "limits": limits,
+        "shared memory": shared_memory,
+        **{what: functools.partial(disk, what, room, wanted=wanted) for what, (room, wanted) in rooms.items()},
+        _LOCKS: functools.partial(locks, runs_dir),
+        "weight files": weights,
+        "Slurm": services.slurm,
+        "wandb": services.wandb,
+    }
+    tried = counted(checks.items(), "trying this machine", total=len(checks), unit="checks", active=counts)
+    for name, check in tried:
         try:
             yield from check()
         except Exception as error:
-            name = getattr(check, "__name__", "check").strip("<>").replace("_", " ")
             yield Finding(name, "failure", f"{type(error).__name__}: {' '.join(str(error).split())}", "see the message")
 
 
@@ -204,9 +209,17 @@ def shared_memory() -> Iterator[Finding]:
     yield Finding("shared memory", state, f"{free / GB:.1f} GB free in /dev/shm", remedy)
 
 
-def disk(what: str, folder: Path, *, least: float, wanted: float) -> Iterator[Finding]:
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first above it that is there: what is missing is made by those who need it."""
+    return next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+
+
+def disk(what: str, folder: Path, *, wanted: float, least: float = GB) -> Iterator[Finding]:
     """Writes a file, and looks for room."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    there = _nearest(folder)
+    if not there.is_dir():
+        yield Finding(what, "failure", f"{there}: is no folder", "name another folder, or remove what is there")
+        return
     try:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".cmscale-doctor-") as file:
             file.write(bytes(1 << 20))
@@ -221,21 +234,24 @@ def disk(what: str, folder: Path, *, least: float, wanted: float) -> Iterator[Fi
 
 
 def locks(runs_dir: Path) -> Iterator[Finding]:
-    """Whether flock keeps two holders apart in the folder of runs."""
-    there = next(parent for parent in (runs_dir.absolute(), *runs_dir.absolute().parents) if parent.exists())
-    what = "locks in the folder of runs"
-    with tempfile.NamedTemporaryFile(dir=there, prefix=".cmscale-doctor-") as one, Path(one.name).open("rb") as two:
+    """Whether flock keeps two holders apart in the folder of runs; nothing if it takes no file, as `disk` says."""
+    with contextlib.ExitStack() as stack:
+        try:
+            one = stack.enter_context(tempfile.NamedTemporaryFile(dir=_nearest(runs_dir), prefix=".cmscale-doctor-"))
+            two = stack.enter_context(Path(one.name).open("rb"))
+        except OSError:
+            return
         try:
             fcntl.flock(one, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            yield Finding(what, "warning", f"no flock ({error.strerror}); locks are files", "mount it with flock")
+            yield Finding(_LOCKS, "warning", f"no flock ({error.strerror}); locks are files", "mount it with flock")
             return
         try:
             fcntl.flock(two, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield Finding(what, "ok", "flock keeps two holders apart")
+            yield Finding(_LOCKS, "ok", "flock keeps two holders apart")
             return
-    yield Finding(what, "failure", "flock lets two holders in", "keep runs on another file system")
+    yield Finding(_LOCKS, "failure", "flock lets two holders in", "keep runs on another file system")
 
 
 def weights() -> Iterator[Finding]:

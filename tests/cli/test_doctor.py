@@ -80,6 +80,17 @@ def test_a_folder_that_can_not_be_written_or_is_full_is_seen(tmp_path: Path, mon
     assert only(machine.disk("runs", tmp_path, least=2, wanted=2)).state == "failure"
 
 
+def test_what_is_no_folder_holds_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("file", "link", "file/runs"):
+        found = only(machine.disk("runs", tmp_path / name, wanted=2))
+        assert (found.state, found.found) == ("failure", f"{tmp_path / name.split('/')[0]}: is no folder")
+        assert list(machine.locks(tmp_path / name)) == []
+    assert list(machine.locks(Path("/proc/x"))) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
 def test_locks_that_keep_nobody_apart_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(machine.locks(tmp_path)).state == "ok"
     monkeypatch.setattr(fcntl, "flock", lambda file, how: None)
