@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -99,10 +100,14 @@ def mirror(
     if state == "running":
         raise UserError(f"{run}: is running ({known_by}), and sends by itself")
     from cmscale.training.metrics_log import send
+    from cmscale.training.wandb_mirror import unsynced
 
     outcome = send(folder, config)
     for name, failure in outcome.items():
         print(f"{name}: {failure or 'has all'}")
+        if name == "wandb" and (waiting := unsynced(folder)):
+            folders = f"{shlex.quote(str(folder.root / 'wandb'))}/offline-run-*"
+            print(f"wandb: {len(waiting)} offline; `wandb sync {folders}` sends it")
     if not outcome:
         print("no mirror: wandb.mode is off, tensorboard.enabled and prometheus.enabled are false")
     if any(outcome.values()):

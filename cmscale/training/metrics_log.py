@@ -78,14 +78,20 @@ class MetricsLog:
 
 
 def open_mirrors(
-    run: RunDir, wandb: Wandb, tensorboard: Tensorboard, prometheus: Prometheus, *, config: dict[str, Any]
+    run: RunDir,
+    wandb: Wandb,
+    tensorboard: Tensorboard,
+    prometheus: Prometheus,
+    *,
+    config: dict[str, Any],
+    only_news: bool = False,
 ) -> list[Mirror]:
-    """Starts the mirrors of a run that its config asks for."""
+    """Starts the mirrors of a run that its config asks for; with `only_news` those that have all open nothing."""
     mirrors: list[Mirror] = []
     if wandb.mode != "off":
-        mirrors.append(WandbMirror(run, wandb, config=config))
+        mirrors.append(WandbMirror(run, wandb, config=config, only_news=only_news))
     if tensorboard.enabled:
-        mirrors.append(TensorboardMirror(run))
+        mirrors.append(TensorboardMirror(run, only_news=only_news))
     if prometheus.enabled:
         total = config.get("train", {}).get("total_steps", 0)
         mirrors.append(PrometheusFile(run, prometheus, total_steps=total))
@@ -99,7 +105,12 @@ def send(run: RunDir, config: Config) -> dict[str, str]:
         By name why a mirror failed; empty for those that have all.
     """
     mirrors = open_mirrors(
-        run, config.wandb, config.tensorboard, config.prometheus, config=config.model_dump(mode="json")
+        run,
+        config.wandb,
+        config.tensorboard,
+        config.prometheus,
+        config=config.model_dump(mode="json"),
+        only_news=True,
     )
     for mirror in mirrors:
         mirror.close(patience=threading.TIMEOUT_MAX)

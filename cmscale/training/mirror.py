@@ -133,6 +133,12 @@ def mark_all_as_sent(run: RunDir, name: str) -> None:
         follower.keep()
 
 
+def _has_news(run: RunDir, name: str) -> bool:
+    """Whether a run's folder has what a mirror was not sent."""
+    follower = Follower(run, name)
+    return any(True for news in (follower.records, follower.grids, follower.evaluations) for _ in news())
+
+
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record, without its step."""
     return {name: value for name, value in record.items() if name != "step" and type(value) in (int, float)}
@@ -148,11 +154,23 @@ class Mirror:
 
     A disk that is full for a while ends nothing: what could not be written down is written at a later look.
 
+    Args:
+        only_news: Whether nothing is opened if all was sent before.
+
     Attributes:
         failure: Why it has ended early; empty if it has not.
     """
 
-    def __init__(self, run: RunDir, name: str, open_sink: Callable[[Mark], Sink | None], *, keeps_mark: bool = True):
+    def __init__(
+        self,
+        run: RunDir,
+        name: str,
+        open_sink: Callable[[Mark], Sink | None],
+        *,
+        keeps_mark: bool = True,
+        only_news: bool = False,
+    ) -> None:
+        self._only_news = only_news and keeps_mark
         self.name = name
         self.failure = ""
         self._run = run
@@ -176,6 +194,8 @@ class Mirror:
     def _work(self) -> None:
         try:
             follower = Follower(self._run, self.name if self._keeps_mark else "")
+            if self._only_news and not _has_news(self._run, self.name):
+                return
             sink = self._open(follower.mark)
             while sink is not None:
                 self._news.wait(_LOOK_SECONDS)

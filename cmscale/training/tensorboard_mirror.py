@@ -12,8 +12,8 @@ from cmscale.training.mirror import Mark, Mirror, evaluation_names, finite
 class TensorboardMirror(Mirror):
     """Writes a run's event files; every start begins a file of its own, with higher steps than those before."""
 
-    def __init__(self, run: RunDir) -> None:
-        super().__init__(run, "tensorboard", partial(_open, run))
+    def __init__(self, run: RunDir, *, only_news: bool = False) -> None:
+        super().__init__(run, "tensorboard", partial(_open, run), only_news=only_news)
 
 
 class TensorboardSink:

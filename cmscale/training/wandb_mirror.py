@@ -21,10 +21,10 @@ class WandbMirror(Mirror):
     starts that were offline; `step` is a metric of its own, which is the axis of all others.
     """
 
-    def __init__(self, run: RunDir, settings: Wandb, *, config: dict[str, Any]) -> None:
+    def __init__(self, run: RunDir, settings: Wandb, *, config: dict[str, Any], only_news: bool = False) -> None:
         if run.wandb_id.exists() and not run.mirror_mark("wandb").exists():
             mark_all_as_sent(run, "wandb")  # by an earlier release, or from another folder
-        super().__init__(run, "wandb", partial(_open, run, settings, config))
+        super().__init__(run, "wandb", partial(_open, run, settings, config), only_news=only_news)
 
 
 class WandbSink:
@@ -78,6 +78,12 @@ def _open(run: RunDir, settings: Wandb, config: dict[str, Any], mark: Mark) -> W
     opened.define_metric("step")
     opened.define_metric("*", step_metric="step")
     return WandbSink(opened, mark)
+
+
+def unsynced(run: RunDir) -> list[Path]:
+    """The folders of a run that wandb wrote offline and `wandb sync` has not sent yet."""
+    folders = sorted((run.root / "wandb").glob("offline-run-*"))
+    return [folder for folder in folders if not any(folder.glob("*.synced"))]
 
 
 def _mode(settings: Wandb) -> str:

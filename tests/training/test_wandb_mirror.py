@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import wandb
+from launch_fixtures import CONFIG
 from run_folder import write_evaluation
 
-from cmscale.config import Wandb
+from cmscale.cli.app import run as run_cmscale
+from cmscale.commands.ending import guarded
+from cmscale.config import Wandb, dump_config, parse_config
 from cmscale.io.wandb_login import find_login
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import append_line, read_lines
+from cmscale.runs.log import append_line, read_lines, write_event
 from cmscale.training import wandb_mirror
 from cmscale.training.metrics_log import MetricsLog
 from cmscale.training.mirror import Follower
@@ -118,6 +121,38 @@ def test_grids_and_evaluations_are_sent_once_whoever_wrote_them(run, monkeypatch
     ((row, entry),) = second.entries
     assert (entry["step"], entry[name.replace("nfe2", "nfe1")]) == (100, 2.0)
     assert row > max(row for row, _ in server.entries)
+
+
+def test_what_has_all_opens_nothing_and_offline_folders_wait_for_their_sync(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    run = RunDir(tmp_path / "a run")
+    run.root.mkdir()
+    run.config.write_text(dump_config(parse_config(CONFIG.format(data="data"), ["wandb.mode=offline"])))
+    write_event(run, "finished", step=10, rank=0)
+    write_evaluation(run, step=10, nfe=1, values=(7.0,))
+    opened = 0
+
+    def init(**_: object) -> Server:
+        nonlocal opened
+        opened += 1
+        (run.root / "wandb" / f"offline-run-{opened}").mkdir(parents=True)
+        return Server()
+
+    monkeypatch.setattr(wandb, "init", init)
+    said = []
+    for _ in range(2):
+        assert guarded(run_cmscale, ["mirror", str(run.root)]) == 0
+        said.append(capsys.readouterr().out)
+    assert opened == 1
+    sync = f"wandb: 1 offline; `wandb sync '{run.root}/wandb'/offline-run-*` sends it"
+    assert said == [f"wandb: has all\n{sync}\n"] * 2
+    (run.root / "wandb" / "offline-run-1" / "run-1.wandb.synced").write_text("")
+    assert guarded(run_cmscale, ["mirror", str(run.root)]) == 0
+    assert capsys.readouterr().out == "wandb: has all\n"
+    write_evaluation(run, step=10, nfe=2, values=(6.0,))
+    assert guarded(run_cmscale, ["mirror", str(run.root)]) == 0
+    assert opened == 2
 
 
 def test_an_evaluation_that_was_half_written_is_sent_when_it_is_whole(run) -> None:
