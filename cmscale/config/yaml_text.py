@@ -34,6 +34,8 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._text = text
         self._origin = origin
+        self.mistakes: list[tuple[int, str]] = []
+        """The lines of values that only look right, and what is wrong with each."""
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node = super().compose_scalar_node(anchor)
@@ -42,16 +44,19 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _check_plain(self, node: yaml.ScalarNode) -> None:
-        where = place(self._origin, _line(node))
         if node.value in ("None", "none"):
-            raise UserError(f"{where}: {node.value} is text in YAML; write null, or quote it: '{node.value}'")
+            self._note(node, f"{node.value} is text in YAML; write null, or quote it: '{node.value}'")
         behind = re.compile(r"[ \t]+(#[^\s#!][^\n]*)").match(self._text, node.end_mark.index)
         if behind is not None:
             comment = behind[1].split()[0]
-            raise UserError(
-                f"{where}: {comment} behind {node.value!r} is a comment in YAML, not a part of the value; quote the "
-                f"value ('{node.value} {comment}'), or leave a space behind the #"
+            self._note(
+                node,
+                f"{comment} behind {node.value!r} is a comment in YAML, not a part of the value; quote the value "
+                f"('{node.value} {comment}'), or leave a space behind the #",
             )
+
+    def _note(self, node: yaml.Node, mistake: str) -> None:
+        self.mistakes.append((_line(node), f"{place(self._origin, _line(node))}: {mistake}"))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[tuple[str, str], int] = {}
@@ -59,10 +64,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
                 continue  # refused below, or no key
             if (first := seen.get((key.tag, key.value))) is not None:
-                raise UserError(
-                    f"{place(self._origin, _line(key))}: {key.value!r} is given twice, first in line {first}; remove "
-                    "one of them"
-                )
+                self._note(key, f"{key.value!r} is given twice, first in line {first}; remove one of them")
             seen[(key.tag, key.value)] = _line(key)
         return super().construct_mapping(node, deep)
 
@@ -157,9 +159,12 @@ def _parse(text: str, origin: str) -> tuple[Any, yaml.Node | None]:
         loader = _Loader(text, origin=origin)
         try:
             node = loader.get_single_node()
-            return (None if node is None else loader.construct_document(node)), node
+            found = None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
+            if loader.mistakes:  # also where it is no YAML: `{path: a #1}` has no end
+                raise UserError(*(text for _, text in sorted(loader.mistakes)))
+        return found, node
     except UserError:
         raise
     except yaml.MarkedYAMLError as error:

@@ -123,6 +123,18 @@ def test_comments_stay_comments() -> None:
     assert parse_config(TEXT, ["data.path=a#1"]).data.path == "a#1"
 
 
+def test_all_that_yaml_would_misread_is_listed() -> None:
+    text = "data:\n  path: data #1\n  cache_dir: None\n  path: x\nema: {rates: [none]}\n"
+    assert [line.split()[:4] for line in lines_of(text)] == [
+        ["a.yaml,", "line", "2:", "#1"],
+        ["a.yaml,", "line", "3:", "None"],
+        ["a.yaml,", "line", "4:", "'path'"],
+        ["a.yaml,", "line", "5:", "none"],
+    ]
+    (line,) = lines_of("data: {path: data #1}\n")
+    assert "#1} behind 'data' is a comment in YAML" in line
+
+
 @pytest.mark.parametrize("word", ["None", "none"])
 def test_pythons_none_is_refused_and_null_is_meant(word: str) -> None:
     (line,) = lines_of(f"{TEXT}evaluate: {{reference: {word}}}")
