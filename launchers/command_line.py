@@ -4,7 +4,7 @@ import argparse
 import datetime
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cmscale.commands import ending
 from cmscale.commands.parser import CommandParser, whole_number
@@ -66,6 +66,11 @@ def add_cluster_flags(parser: CommandParser) -> None:
         metavar="T",
         help="time limit: minutes, HH:MM:SS or D-HH:MM (default: 1-00:00 on Slurm, none on this machine)",
     )
+    _add_run_flags(parser, group)
+
+
+def _add_run_flags(parser: CommandParser, group: Any) -> None:
+    """Adds the flags that name the run, and say whether its job is started and waited for."""
     parser.add(
         "--name", group=group, use=Use(run=(NEW_RUN,)), help="name of the run (default: the config's name and the time)"
     )

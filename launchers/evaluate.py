@@ -13,7 +13,7 @@ if __name__ == "__main__":
 from cmscale.commands.ending import leave
 from cmscale.commands.parser import CommandParser
 from cmscale.config.requests import EvaluateRequest
-from cmscale.runs.choices import check_request
+from cmscale.runs.requested import check_request
 from launchers.checks import check_evaluation, check_source
 from launchers.command_line import add_cluster_flags, guarded
 from launchers.jobs import EVALUATE

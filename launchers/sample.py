@@ -13,7 +13,7 @@ if __name__ == "__main__":
 from cmscale.commands.ending import leave
 from cmscale.commands.parser import CommandParser
 from cmscale.config.draw_request import DrawRequest
-from cmscale.runs.choices import check_drawn_by, check_request
+from cmscale.runs.requested import check_drawn_by, check_request
 from launchers.checks import check_source
 from launchers.command_line import add_cluster_flags, guarded
 from launchers.jobs import SAMPLE

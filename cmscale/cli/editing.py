@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,10 @@ from cmscale.config.methods.base import MOST_STEPS
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 from cmscale.runs.folder import RunDir
+
+if TYPE_CHECKING:
+    from cmscale.config import Config
+    from cmscale.generation.edit_request import EditInputs, EditRequest
 
 app = typer.Typer()
 
@@ -97,7 +101,6 @@ def edit(
 ) -> None:
     """Edits images with a consistency model (zero-shot; Song et al. 2023, algorithm 4)."""
     from cmscale.generation.edit_request import EditRequest, read_inputs, result_paths
-    from cmscale.generation.task_settings import check_task
     from cmscale.io.fetch import local_file
     from cmscale.runs.choices import check_consistency_model
 
@@ -120,10 +123,7 @@ def edit(
         seed=seed,
     )
     request.check_number()
-    inputs = None
-    if known is not None:
-        check_task(known, request, origin=source)
-        inputs = read_inputs(request, size=known.model.image_size)
+    inputs = None if known is None else _inputs_of(request, known, source)
 
     from cmscale.distributed.world import choose_device
     from cmscale.generation.edit_images import edit_images
@@ -131,13 +131,26 @@ def edit(
     chosen = choose_device(device)
     loaded = load_model(source, given=given, weights=weights, step=step, config=config, overrides=overrides)
     inputs = inputs or read_inputs(request, size=loaded.config.model.image_size)
-    shown = []
-    if run is not None:
-        shown.append(Place(run.edit(task, [path.stem for path in request.images], step=loaded.step)))
-        shown[0].check_output()
+    shown = [] if run is None else [_place_in_report(run, request, loaded.step)]
     paths = edit_images(loaded, request, inputs, out=out, strips=[*filter(None, [strip]), *shown], device=chosen)
     for path in (*paths, *shown):
         print(path)
+
+
+def _inputs_of(request: "EditRequest", config: "Config", source: Place) -> "EditInputs":
+    """The pictures and masks that a task reads, for a model of this config, which must be able to do it."""
+    from cmscale.generation.edit_request import read_inputs
+    from cmscale.generation.task_settings import check_task
+
+    check_task(config, request, origin=source)
+    return read_inputs(request, size=config.model.image_size)
+
+
+def _place_in_report(run: RunDir, request: "EditRequest", step: int) -> Place:
+    """Where the report of a run looks for the edit; it can be written."""
+    place = Place(run.edit(request.task, [path.stem for path in request.images], step=step))
+    place.check_output()
+    return place
 
 
 def _overrides(images: Sequence[str], config: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from cmscale.cli.command import GIVEN
 from cmscale.commands.use import Given
 from cmscale.config.request_fields import Option, options_of
 from cmscale.config.source_request import SourceRequest, request_from
-from cmscale.runs.choices import check_request
+from cmscale.runs.requested import check_request
 
 R = TypeVar("R", bound=SourceRequest)
 

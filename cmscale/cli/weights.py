@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -65,25 +66,29 @@ def export(
     else:
         copy_settings(source.local("a run whose checkpoints are uploaded"))
 
-    from cmscale.export.weights import export_weights, finish_copies
+    from cmscale.export.weights import export_weights
     from cmscale.source import checkpoint_step, load_source, model_kind
 
     given.refuse_unused(source=model_kind(source))
     if to is None:
-        try:
-            finish_copies(
-                source.local("a run whose checkpoints are uploaded"),
-                lambda copied: print(f"step {copied}: uploaded", flush=True),
-            )
-        except NotExported as error:
-            print(error, file=sys.stderr)
-            raise typer.Exit(1) from None
+        _upload_checkpoints(source.local("a run whose checkpoints are uploaded"))
         return
     loaded = load_source(source, weights=weights, step=checkpoint_step(step), config=config, overrides=overrides or [])
     cautions = export_weights(loaded, format=format, to=to, license=license)
     print(to)
     for caution in cautions:
         print(f"caution: {caution}", file=sys.stderr, flush=True)
+
+
+def _upload_checkpoints(run: Path) -> None:
+    """Uploads the checkpoints that a run has not exported yet; ends with status 1 if one is not."""
+    from cmscale.export.weights import finish_copies
+
+    try:
+        finish_copies(run, lambda copied: print(f"step {copied}: uploaded", flush=True))
+    except NotExported as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 @command(app, "import")

@@ -32,7 +32,7 @@ from cmscale.generation.sample_set import GRID_IMAGES, Making, as_array, opened,
 from cmscale.io.counting import Counting
 from cmscale.io.fetch import file_sha256, local_file
 from cmscale.io.place import Place
-from cmscale.runs.choices import check_drawn_by
+from cmscale.runs.requested import check_drawn_by
 from cmscale.runs.results import hash_of
 from cmscale.runs.sample_sets import place_of_seed, set_place
 from cmscale.source import Source, checkpoint_step, load_source
