@@ -24,7 +24,14 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 export AWS_ENDPOINT_URL="http://127.0.0.1:$port"
 moto_server -H 127.0.0.1 -p "$port" >"$runs/s3.log" 2>&1 &
 server=$!
-trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
+beside="" # the training in the background
+finish() { # ends what runs in the background: the training first, which then saves to the server
+  for process in $beside $server; do
+    kill "$process" 2>/dev/null || true
+    wait "$process" 2>/dev/null || true
+  done
+}
+trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 python - <<'PYTHON'
@@ -43,7 +50,8 @@ export CMSCALE_CACHE="$PWD/$runs/cache"
 # Keep freed memory in the process: by default glibc returns it to the kernel after every layer, which zeroes it again
 # for the next layer. On a CPU that takes a third of an evaluation's time.
 export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_TOP_PAD_=268435456
-local=(--cluster local --gpus-per-node 2 --runs-dir "$runs")
+export OMP_NUM_THREADS=1 # one thread per process: two trainings at once, with a thread per processor each, wait for each other
+local=(--cluster local --runs-dir "$runs")
 size=16
 declare -A longer=()
 if [ "$length" = long ]; then
@@ -52,7 +60,7 @@ if [ "$length" = long ]; then
   longer=(
     [edm]="$network train.total_steps=3000 train.sample_every=1000 checkpoint.every_steps=1000"
     [cd]="$network train.total_steps=1500 train.sample_every=500 checkpoint.every_steps=500"
-    [ct]="$network train.total_steps=5000 train.sample_every=1000 checkpoint.every_steps=1000"
+    [ct]="$network train.total_steps=4000 train.sample_every=1000 checkpoint.every_steps=1000"
   )
 fi
 
@@ -66,19 +74,42 @@ for format in mds webdataset; do
 done
 python data_prep/reference.py "$bucket/webdataset" --out "$runs/reference.npz" --features efficientnet --samples 150
 
-train() { # kind format [key=value ...]
-  local kind=$1 format=$2
-  shift 2
-  say "training: $kind"
-  # shellcheck disable=SC2086 # split into words on purpose
-  python launchers/submit.py "${local[@]}" --name "$kind" "configs/demo_$kind.yaml" \
+training() { # kind format processes [key=value ...]: the command that trains, as the array `command`
+  local kind=$1 format=$2 processes=$3
+  shift 3
+  # shellcheck disable=SC2206 # `longer` is split into words on purpose
+  command=(
+    python launchers/submit.py "${local[@]}" --gpus-per-node "$processes" --name "$kind" "configs/demo_$kind.yaml"
     "data.path=$bucket/$format" "checkpoint.export_to=$bucket/runs" "evaluate.reference=$runs/reference.npz" "$@" ${longer[$kind]:-}
-  say "evaluation: $kind, before and after, on both processes"
-  python launchers/evaluate.py "${local[@]}" "$runs/$kind" --checkpoint 0,latest
+  )
 }
-train edm mds
-train cd mds "method.teacher=$runs/edm"
-train ct webdataset
+evaluate() { # kind
+  say "evaluation: $1, before and after training, on two processes"
+  python launchers/evaluate.py "${local[@]}" --gpus-per-node 2 "$runs/$1" --checkpoint 0,latest
+}
+
+training ct webdataset 1
+say "training in the background: ct, on one process (log: $runs/ct.log)"
+"${command[@]}" >"$runs/ct.log" 2>&1 &
+beside=$!
+
+training edm mds 1
+say "training: edm, on one process"
+"${command[@]}"
+evaluate edm
+
+training cd mds 2 "method.teacher=$runs/edm"
+say "training: cd, on two processes"
+"${command[@]}"
+evaluate cd
+
+say "training: ct, the log of the background"
+ended=0
+wait "$beside" || ended=$?
+beside=""
+cat "$runs/ct.log"
+[ "$ended" = 0 ] || exit "$ended"
+evaluate ct
 
 say "samples, export, editing, report"
 cmscale sample "$runs/cd" --samples 64 --out "$runs/samples.npz" --grid "$runs/samples.png"

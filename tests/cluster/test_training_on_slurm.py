@@ -36,6 +36,7 @@ def command(runs: Path, name: str, data: Path, *more: str) -> list[str]:
     overrides = [
         f"data.path={data}",
         f"train.total_steps={STEPS}",
+        "train.micro_batch_size=8",
         "train.log_every=1",
         "train.sample_every=0",
         "checkpoint.every_steps=5",
