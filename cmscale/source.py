@@ -75,6 +75,7 @@ class Source:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a sample."""
         return (3, self.config.model.image_size, self.config.model.image_size)
 
 

@@ -47,6 +47,7 @@ class EMA(Section):
 
     @property
     def power_names(self) -> tuple[str, ...]:
+        """The names of the averages by a power function."""
         return tuple(map(power_name, self.lengths))
 
     @model_validator(mode="after")

@@ -45,6 +45,7 @@ class Key:
 
     @property
     def is_required(self) -> bool:
+        """Whether a config must have the key."""
         return self.default is ...
 
 

@@ -174,6 +174,7 @@ class EvaluateRequest(MeasuringRequest):
 
     @property
     def num_evaluations(self) -> int:
+        """How many results are asked for."""
         steps = 1 if self.steps is None else len(self.steps.split(","))
         return len(self.steps_asked) * len(self.weights_asked) * steps
 

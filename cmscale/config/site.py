@@ -94,6 +94,7 @@ class Site:
 
     @property
     def layer(self) -> Layer:
+        """The site's values, as configs lie on them."""
         return Layer(self.origin, self.tree)
 
     @property

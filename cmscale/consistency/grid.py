@@ -18,11 +18,19 @@ class HasTimes(Protocol):
     """The noise range and the exponent of the Karras grid, as every method's config has them."""
 
     @property
-    def sigma_min(self) -> float: ...
+    def sigma_min(self) -> float:
+        """The least time, epsilon."""
+        ...
+
     @property
-    def sigma_max(self) -> float: ...
+    def sigma_max(self) -> float:
+        """The largest time, T."""
+        ...
+
     @property
-    def rho(self) -> float: ...
+    def rho(self) -> float:
+        """The curvature of the grid."""
+        ...
 
 
 def karras_time(diffusion: HasTimes, fraction: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class LPIPS(nn.Module):
         return self.get_parameter("convolutions.0.weight").dtype
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The distance of each pair of images [B, 3, H, W] in [-1, 1]: [B]."""
         with without_autocast(a.device):
             if self._compute_type == torch.float16:
                 return _ScaledBackward.apply(a, b, self._distance)  # pyright: ignore[reportReturnType]

@@ -21,4 +21,5 @@ class Networks:
 
     @property
     def target_or_student(self) -> Denoise:
+        """The target network; the student where the method has none."""
         return self.student if self.target is None else self.target

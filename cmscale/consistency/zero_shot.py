@@ -35,6 +35,7 @@ class Chain:
     indices: tuple[int, ...]
 
     def draw(self, number: int, image: Tensor) -> Tensor:
+        """The noise of step `number` of the chain, as large as the images."""
         shape, purpose = image.shape[1:], f"edit-{number}"
         return normal_like_samples(self.seed, self.indices, shape, purpose=purpose, device=image.device).to(image)
 

@@ -38,6 +38,7 @@ class Order:
 
     @property
     def num_samples(self) -> int:
+        """The number of samples of an epoch."""
         return sum(self.shard_sizes)
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

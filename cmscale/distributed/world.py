@@ -27,6 +27,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
 

@@ -20,12 +20,14 @@ class ForwardClock:
         self.started = 0.0
 
     def start(self) -> None:
+        """Notes that the step's first forward pass begins."""
         self.started = time.perf_counter()
         if self._on_cuda:
             self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._events[0].record()
 
     def stop(self) -> None:
+        """Notes that it has ended."""
         self._stopped = time.perf_counter()
         if self._on_cuda:
             self._events[1].record()

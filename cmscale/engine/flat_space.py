@@ -25,6 +25,7 @@ class Piece:
 
     @property
     def length(self) -> int:
+        """The number of elements."""
         return self.views["master"].numel()
 
     def part(self, begin: int, end: int) -> "Piece":

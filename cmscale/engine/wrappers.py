@@ -62,22 +62,27 @@ class Whole:
         self._module = module
 
     def masters(self) -> list[torch.Tensor]:
+        """The tensors that the optimizer updates, in fp32."""
         return list(self._module.parameters())
 
     def runs(self, parameters: tuple[Parameter, ...], *, rank: int, num_ranks: int) -> Iterator[Run]:
+        """The runs of the flat space that this rank holds."""
         del rank, num_ranks
         for tensor, place in zip(self.masters(), parameters, strict=True):
             yield Run(tensor, 0, tensor.numel(), place.offset)
 
     def renew(self) -> None:
+        """Computes the network's parameters anew after the masters were set."""
         pass
 
     def show(self, flat: torch.Tensor, parameters: tuple[Parameter, ...], *, rank: int) -> None:
+        """Sets the network's parameters, and no masters, to those of the whole flat space."""
         del rank
         for parameter, place in zip(self._module.parameters(), parameters, strict=True):
             parameter.data.copy_(flat[place.offset : place.offset + parameter.numel()].view(parameter.shape))
 
     def loss_scaler(self) -> Any:
+        """What scales the loss in fp16."""
         raise AssertionError("without a wrapper there is no fp16")
 
 

@@ -35,6 +35,7 @@ class Progress:
 
     @property
     def is_anew(self) -> bool:
+        """Whether the work begins anew (`--force`), apart from what was done before."""
         return self.folder != self.home
 
     def counts(self, key: str) -> bool:

@@ -69,6 +69,7 @@ class Moments:
 
     @property
     def width(self) -> int:
+        """The number of features."""
         return len(self.mean)
 
     @cached_property

@@ -28,4 +28,5 @@ class PixelHash:
             yield image
 
     def hexdigest(self) -> str:
+        """The hash of all pixels so far, in hexadecimal."""
         return self._digest.hexdigest()

@@ -29,6 +29,7 @@ class Parameter:
 
     @property
     def is_qkv(self) -> bool:
+        """Whether diffusers has three parameters in its place: query, key and value."""
         return len(self.diffusers) == 3
 
 

@@ -70,6 +70,7 @@ class LeftOut:
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
+        """Counts what was not taken, and keeps its name if it is among the first."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         named = self.names.setdefault(reason, [])
         if len(named) < _NAMED or name < named[-1]:

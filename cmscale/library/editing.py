@@ -34,6 +34,7 @@ class Editor:
 
     @property
     def config(self) -> Config:
+        """The config that the model was trained with."""
         return self._source.config
 
     @cached_property

@@ -72,6 +72,7 @@ class Model(Editor):
 
     @property
     def config(self) -> Config:
+        """The config that the model was trained with."""
         return self._source.config
 
     @property

@@ -125,6 +125,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Doubles height and width of [B, C, H, W]."""
         return self.conv(double(x))
 
 
@@ -136,6 +137,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Halves height and width of [B, C, H, W]."""
         return self.op(x)
 
 

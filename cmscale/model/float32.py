@@ -25,6 +25,7 @@ class Float32Layer(nn.Module):
         return rounded + (exact - rounded).detach()  # exactly `exact`: their difference has no rounding
 
     def set_value(self, name: str, value: Tensor) -> None:
+        """Sets what a parameter counts for in forward passes."""
         self._values = {**(self._values or {}), name: value}
 
 

@@ -29,6 +29,7 @@ class Weighting(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
+        """Sets w(t) to one value for all times."""
         self.linear.weight.zero_()
         self.linear.bias.fill_(math.log(self.num_values))
 

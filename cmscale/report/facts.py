@@ -58,6 +58,7 @@ class RunFacts:
 
     @property
     def name(self) -> str:
+        """What the run is called on the page."""
         return utf8(self.shown_name or self.run.name)
 
     def setting(self, key: str, default: Any = None) -> Any:
@@ -82,6 +83,7 @@ class RunFacts:
 
     @property
     def total_steps(self) -> int:
+        """The steps of the whole training; 0 if the config does not tell."""
         return int(self.setting("train.total_steps", 0))
 
     @property

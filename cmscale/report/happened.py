@@ -35,6 +35,7 @@ class EventRow:
     more_reasons: int = 0
 
     def add(self, record: dict[str, Any]) -> None:
+        """Adds an event to those of the row."""
         self.count += 1
         if (moment := as_number(record.get("time"))) is not None:
             self.times = [min([*self.times, moment]), max([*self.times, moment])]
@@ -53,14 +54,17 @@ class EventRow:
 
     @property
     def at(self) -> str:
+        """When they were, in words."""
         return _span([time_text(each) for each in self.times])
 
     @property
     def step(self) -> str:
+        """At which steps they were, in words."""
         return _span([f"{each:,}" for each in self.steps])
 
     @property
     def rank(self) -> str:
+        """Which rank they are of, in words."""
         return str(*self.ranks) if len(self.ranks) == 1 else f"{len(self.ranks)} ranks" if self.ranks else ""
 
 
@@ -117,6 +121,7 @@ class Stretch:
 
     @property
     def seconds(self) -> float:
+        """How long it took."""
         return max(self.ended - self.began, 0.0)
 
 

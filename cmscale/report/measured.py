@@ -26,6 +26,7 @@ class Series:
         return len(self.steps)
 
     def points(self) -> list[tuple[int, float]]:
+        """(step, value) by step."""
         return list(zip(self.steps.tolist(), self.values.tolist(), strict=True))
 
     def recent(self, count: int = 20) -> float | None:
@@ -51,6 +52,7 @@ class Measured:
 
     @property
     def last_step(self) -> int | None:
+        """The last step that has a value; None if none has."""
         steps = [int(each.steps[-1]) for each in self.columns.values() if len(each)]
         return max(steps, default=None)
 
@@ -112,6 +114,7 @@ class Band:
 
     @property
     def is_joined(self) -> bool:
+        """Whether a point stands for several values."""
         return bool((self.counts > 1).any())
 
 

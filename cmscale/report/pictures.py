@@ -45,6 +45,7 @@ class Shown:
 
     @property
     def size(self) -> int:
+        """The bytes that the picture takes in the page."""
         return len(self.source)
 
 

@@ -40,6 +40,7 @@ class ServedReport:
 
     @property
     def root(self) -> Path:
+        """The folder of the run."""
         return self._run.root
 
     def current(self) -> tuple[str, bytes]:

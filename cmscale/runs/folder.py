@@ -74,10 +74,12 @@ class RunDir:
 
     @property
     def name(self) -> str:
+        """The run's name."""
         return self.root.name
 
     @property
     def config(self) -> Path:
+        """The resolved config."""
         return self.root / "config.yaml"
 
     @property
@@ -92,6 +94,7 @@ class RunDir:
 
     @property
     def provenance(self) -> Path:
+        """What each start ran with: command, code, packages, hosts."""
         return self.root / "provenance.json"
 
     @property
@@ -101,14 +104,17 @@ class RunDir:
 
     @property
     def metrics(self) -> Path:
+        """The numbers of the steps, one JSON record per line."""
         return self.root / "metrics.jsonl"
 
     @property
     def events(self) -> Path:
+        """What happened, one JSON record per line."""
         return self.root / "events.jsonl"
 
     @property
     def wandb_id(self) -> Path:
+        """The id of the run at wandb."""
         return self.root / "wandb_id"
 
     @property
@@ -136,13 +142,16 @@ class RunDir:
         return self.root / "generations"
 
     def claimed_generation(self, number: int) -> Path:
+        """The file by which a start has claimed a generation."""
         return self.generations / f"{number:06d}"
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
         return self.root / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
         return self.checkpoints / step_name(step)
 
     @property
@@ -151,13 +160,16 @@ class RunDir:
         return self.root / "snapshots"
 
     def snapshot(self, step: int) -> Path:
+        """The folder of the averages of a step."""
         return self.snapshots / step_name(step)
 
     @property
     def samples(self) -> Path:
+        """The folder of sample grids."""
         return self.root / "samples"
 
     def sample_grid(self, step: int) -> Path:
+        """The sample grid of a step."""
         return self.samples / f"{step_name(step)}.png"
 
     @property
@@ -183,6 +195,7 @@ class RunDir:
 
     @property
     def evaluations(self) -> Path:
+        """The folder of results."""
         return self.root / "evaluations"
 
     @property
@@ -238,6 +251,7 @@ class RunDir:
 
     @property
     def consistency_errors(self) -> Path:
+        """The folder of measured consistency errors."""
         return self.evaluations / "consistency"
 
     def consistency_error(self, *, step: int, weights: str, num_samples: int, seed: int, key: str) -> Path:
@@ -247,6 +261,7 @@ class RunDir:
 
     @property
     def logs(self) -> Path:
+        """The folder of logs."""
         return self.root / "logs"
 
     @property
@@ -273,4 +288,5 @@ class RunDir:
 
     @property
     def report(self) -> Path:
+        """The page of the run."""
         return self.root / "report" / "index.html"

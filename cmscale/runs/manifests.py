@@ -119,6 +119,7 @@ class TrainState(Document):
     cursor: NonNegative = 0
 
     def advance(self, cursor: int, stepped: bool) -> "TrainState":
+        """The state after a step."""
         return TrainState(step=self.step + int(stepped), cursor=cursor)
 
 

@@ -90,6 +90,7 @@ class SetPlace:
 
     @property
     def record(self) -> Place:
+        """Where the set's record is."""
         return Place(f"{self.place}.json" if self.is_file else f"{self.place}/{RECORD}")
 
     def check(self, option: str) -> None:

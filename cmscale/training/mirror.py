@@ -96,12 +96,14 @@ class Follower:
                         self.mark.step = step
 
     def grids(self) -> Iterator[tuple[int, Path]]:
+        """(step, file) of the sample grids above the last that was sent."""
         for path in sorted(self._run.samples.glob(f"step-{'[0-9]' * 9}.png")):
             if (step := step_of(path.stem)) > self.mark.grid:
                 yield step, path
                 self.mark.grid = step
 
     def evaluations(self) -> Iterator[EvaluationResult]:
+        """The results that were not sent yet."""
         for path, result in read_evaluation_files(self._run, without=set(self.mark.evaluations)):
             if result is None:  # it may be in the middle of being written; the next look reads it again
                 continue

@@ -28,11 +28,19 @@ from cmscale.rng import SampleRandomness
 class Flow(Protocol):
     """A network F(x_t / sd, t): its value, its value with the learned weighting, and its derivative along a slope."""
 
-    def flow(self, x: Tensor, t: Tensor, *, dropout_keys: object = None) -> Tensor: ...
-    def weighted_flow(self, x: Tensor, t: Tensor, *, dropout_keys: object = None) -> tuple[Tensor, Tensor]: ...
+    def flow(self, x: Tensor, t: Tensor, *, dropout_keys: object = None) -> Tensor:
+        """F at x_t / sd [B, C, H, W] and t [B]."""
+        ...
+
+    def weighted_flow(self, x: Tensor, t: Tensor, *, dropout_keys: object = None) -> tuple[Tensor, Tensor]:
+        """F, and the learned weighting w(t) [B]."""
+        ...
+
     def flow_and_rate(
         self, x: Tensor, t: Tensor, slope: Tensor, *, dropout_keys: object = None
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """F, and cos(t) sin(t) dF/dt along the trajectory with dx_t/dt = `slope`."""
+        ...
 
 
 def tangent(

@@ -81,6 +81,7 @@ class TarShards:
             raise UserError(f"{index}: does not list the manifest's samples; run data_prep/verify.py on the data set")
 
     def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]:
+        """The encoded bytes of a sample."""
         begin, end = self._spans[self._starts[shard] + index].tolist()
         try:
             block = os.pread(file, end - begin, begin)

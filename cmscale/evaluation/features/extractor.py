@@ -87,18 +87,22 @@ class FeatureExtractor:
 
     @property
     def label(self) -> str:
+        """The network's name in results."""
         return self.network.label
 
     @property
     def distance_name(self) -> str:
+        """What the Fréchet distance over its features is called."""
         return self.network.distance_name
 
     @property
     def width(self) -> int:
+        """The number of pooled features."""
         return self.network.width
 
     @property
     def spatial_width(self) -> int | None:
+        """The number of spatial features; None if it has none."""
         return self.network.spatial_width
 
     def __call__(self, images: Tensor) -> dict[str, np.ndarray]:

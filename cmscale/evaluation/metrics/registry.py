@@ -64,11 +64,19 @@ class ReferenceSet(Protocol):
     """
 
     @property
-    def pooled(self) -> Moments: ...
+    def pooled(self) -> Moments:
+        """The Gaussian of the pooled features."""
+        ...
+
     @property
-    def spatial(self) -> Moments | None: ...
+    def spatial(self) -> Moments | None:
+        """The Gaussian of the spatial features, or None."""
+        ...
+
     @property
-    def subset(self) -> np.ndarray | None: ...
+    def subset(self) -> np.ndarray | None:
+        """Pooled features of some of the images, float32 [M, D], or None."""
+        ...
 
 
 @dataclass(frozen=True)

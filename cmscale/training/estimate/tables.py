@@ -39,6 +39,7 @@ class Request:
 
     @property
     def num_ranks(self) -> int:
+        """The number of ranks, one per GPU."""
         return self.nodes * self.gpus_per_node
 
 
