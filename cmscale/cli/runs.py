@@ -1,6 +1,7 @@
 """Commands that show runs: `runs`, `compare`, `report`, `mirror`."""
 
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
@@ -38,6 +39,7 @@ _FACTS = (
     "branch of",
 )
 _LONG = ("known by", "best score", "branch of")
+_LEAST_BARS, _MOST_BARS, _BESIDE_BARS = 10, 40, 45
 _WIDE = 180  # columns of a terminal that has room for all facts in a row
 
 
@@ -241,21 +243,45 @@ def _signs_of(encoding: str) -> str:
     return BARS
 
 
+def _print_scores(basis: str, scores: Sequence[Any], console: TableConsole) -> None:
+    """Prints the results that may be compared with each other: a row for each, or a column if that is too wide.
+
+    Where neither has room, the rows have the score alone.
+    """
+    titles = {name: title for score in scores for name, title in score.titles.items()}
+    rows = [("", *(score.run for score in scores))]
+    rows.append(("step", *(str(score.step) for score in scores)))
+    rows.append(("weights", *(score.weights for score in scores)))
+    rows.append(("NFE", *(str(score.nfe) for score in scores)))
+    for name in ("fid", *(name for name in titles if name != "fid")):
+        values = (f"{score.metrics[name]:.4g}" if name in score.metrics else "" for score in scores)
+        rows.append((scores[0].name if name == "fid" else titles[name], *values))
+    console.print(f"\n{basis}")
+    across, of_score = list(zip(*rows, strict=True)), list(zip(*rows[:5], strict=True))
+    shown = next((each for each in (across, rows) if _width_of(each) <= console.width), of_score)
+    table = Table(*shown[0], box=None)
+    for row in shown[1:]:
+        table.add_row(*row)
+    console.print(table)
+    if shown is of_score and len(rows) > 5:
+        console.print("the other metrics: a wider terminal, --json, or --out FILE.html")
+
+
+def _width_of(rows: Sequence[Sequence[str]]) -> int:
+    """The columns of a terminal that a table takes."""
+    return sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
+
+
 def _print_comparison(found: Any) -> None:
     from cmscale.report import comparison
 
     console = TableConsole()
-    basis = ""
-    for score in found.scores:
-        if score.basis != basis:
-            basis = score.basis
-            print(f"\n{basis}")
-        others = {name: title for name, title in score.titles.items() if name != "fid"}
-        shown = ", ".join(f"{title} {score.metrics[name]:.4g}" for name, title in others.items())
-        where = f"step {score.step}, {score.weights}, {score.nfe} NFE"
-        print(f"  {score.run:24} {score.metrics['fid']:10.4g}  {where}{f'  ({shown})' if shown else ''}")
+    for basis, scores in itertools.groupby(found.scores, key=lambda score: score.basis):
+        _print_scores(basis, list(scores), console)
     table = Table("curve", "run", "", "first", "last", box=None)
-    for row in comparison.curve_rows(found, signs=_signs_of(sys.stdout.encoding)):
+    signs = _signs_of(sys.stdout.encoding)
+    room = console.width - max(map(len, found.names)) - _BESIDE_BARS
+    for row in comparison.curve_rows(found, signs=signs, width=min(max(room, _LEAST_BARS), _MOST_BARS)):
         table.add_row(*row)
     console.print()
     console.print(table)

@@ -36,7 +36,7 @@ UNREADABLE = "unreadable"
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = "_.-=+*#@"
 """Where the terminal's encoding has no bars."""
-_WIDTH = 40  # bars of a curve on a terminal
+_WIDTH = 40
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,17 @@ def bars(
     high: float,
     log: bool,
     signs: str = BARS,
+    width: int = _WIDTH,
 ) -> str:
     """A curve as a row of bars: the mean of the values that fall on each, the one before where none do.
 
     It is blank before the first value and after the last.
     """
     scale = math.log if log else float
-    groups: list[list[float]] = [[] for _ in range(_WIDTH)]
+    groups: list[list[float]] = [[] for _ in range(width)]
     for step, value in points:
         place = (step - first) / (last - first) if last > first else 0.0
-        groups[min(int(place * _WIDTH), _WIDTH - 1)].append(scale(value))
+        groups[min(int(place * width), width - 1)].append(scale(value))
     low, high = scale(low), scale(high)
     span = high - low or 1.0
     row, sign = "", " "
@@ -177,7 +178,9 @@ def bars(
     return row
 
 
-def curve_rows(comparison: Comparison, *, signs: str = BARS) -> list[tuple[str, str, str, str, str]]:
+def curve_rows(
+    comparison: Comparison, *, signs: str = BARS, width: int = _WIDTH
+) -> list[tuple[str, str, str, str, str]]:
     """(quantity, run, bars, first value, last value) of every curve, runs on one scale."""
     rows = []
     for key, title, log in CURVES:
@@ -198,6 +201,7 @@ def curve_rows(comparison: Comparison, *, signs: str = BARS) -> list[tuple[str, 
                     high=max(values),
                     log=is_log,
                     signs=signs,
+                    width=width,
                 )
                 rows.append((title, name, drawn, f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}"))
     return rows

@@ -256,7 +256,25 @@ def test_compared_metrics_carry_the_name_of_their_features(tmp_path: Path, monke
     for each in (one, two):
         write_evaluation(each, step=100, nfe=1, values=(30.0,), metrics={"kid": 0.5}, features="efficientnet_lite0")
     assert run(monkeypatch, "compare", one.root, two.root) == 0
-    assert "KID-EfficientNet 0.5" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index(next(line for line in lines if "KID-EfficientNet" in line))
+    assert lines[at].split() == [
+        "step",
+        "weights",
+        "NFE",
+        "FD-EfficientNet",
+        "KID-EfficientNet",
+        "precision-EfficientNet",
+    ]
+    assert lines[at + 1].split()[:6] == ["one", "100", "ema_0.999", "1", "30", "0.5"]
+    monkeypatch.setattr("cmscale.cli.command._WIDTH_OF_FILES", 60)  # a column for each
+    assert run(monkeypatch, "compare", one.root, two.root) == 0
+    assert re.search(r"KID-EfficientNet +0\.5 +0\.5 ", capsys.readouterr().out)
+    monkeypatch.setattr("cmscale.cli.command._WIDTH_OF_FILES", 38)  # the score alone
+    assert run(monkeypatch, "compare", one.root, two.root) == 0
+    said = capsys.readouterr().out
+    assert "KID" not in said
+    assert "the other metrics: a wider terminal" in said
     assert run(monkeypatch, "compare", one.root, two.root, "--out", tmp_path / "page.html") == 0
     assert "<th>KID-EfficientNet</th>" in (tmp_path / "page.html").read_text()
 
