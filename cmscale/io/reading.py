@@ -1,5 +1,6 @@
 """Reads what others wrote: whatever a parser raises on a foreign file becomes one line."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,25 @@ def check_regular(path: Path) -> Path:
 def read_regular(path: Path) -> bytes:
     """The bytes of a file, however large. Raises UserError for a device or a pipe."""
     return check_regular(path).read_bytes()
+
+
+def files_in(folder: Path, pattern: str, unreadable: list[str] | None = None) -> list[Path]:
+    """What a folder holds of a pattern, by name; nothing if it is missing, or may not be looked into.
+
+    Args:
+        unreadable: Takes a line if it may not.
+    """
+    problem = ""
+    try:
+        if os.path.lexists(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            problem = "not allowed to look into it"
+        else:
+            return sorted(folder.glob(pattern))
+    except OSError as error:  # a folder above it
+        problem = str(error.strerror)
+    if unreadable is not None:
+        unreadable.append(f"{folder.name}: {problem}")
+    return []
 
 
 def utf8(text: str) -> str:

@@ -67,7 +67,7 @@ class Comparison:
         curves: By quantity the values of each run, as (step, value) by step.
         scores: The results that are comparable, group by group, each group's best first.
         grids: Sample grids side by side.
-        unreadable: Why configs can't be compared, a line for each mistake in them.
+        unreadable: What can't be compared and why: a line for each mistake in a config, and each file.
     """
 
     names: tuple[str, ...]
@@ -92,7 +92,7 @@ def compare_runs(runs: Sequence[RunDir]) -> Comparison:
         scores=tuple(_scores(facts, names)),
         facts=facts,
         grids=grid_rows(runs, names),
-        unreadable=unreadable,
+        unreadable=(*unreadable, *(f"{each.name}: {line}" for each in facts for line in each.unreadable)),
     )
 
 

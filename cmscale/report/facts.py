@@ -1,16 +1,16 @@
 """Reads what the page shows from a run's folder; any part of it may be missing."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cmscale.config import parse_yaml
 from cmscale.config.methods import METHODS_BY_KIND
 from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
-from cmscale.io.reading import read_regular, utf8
+from cmscale.io.reading import files_in, read_regular, utf8
 from cmscale.report.measured import Measured, read_measured
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.lineage import Lineage, read_lineage
@@ -18,6 +18,7 @@ from cmscale.runs.log import read_lines
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.runs.standing import how_it_stands
 
+T = TypeVar("T")
 _ENDINGS = {
     "finished": "finished",
     "not_exported": "finished, not exported",
@@ -133,23 +134,38 @@ def read_facts(run: RunDir, *, with_metrics: bool = True) -> RunFacts:
     """
     if not run.root.is_dir():
         raise UserError(f"{run.root}: no such run")
-    text = run.config.read_text(errors="replace") if run.config.is_file() else ""
+    evaluations, unreadable = read_evaluations(run)
+
+    def part(name: str, read: Callable[[], T], missing: T) -> T:
+        """What `read` gives; where a file may not be read `missing`, and a line that says so."""
+        try:
+            return read()
+        except OSError as error:
+            unreadable.append(f"{name}: {error.strerror}")
+            return missing
+
+    text = part("config.yaml", lambda: run.config.read_text(errors="replace") if run.config.is_file() else "", "")
     config: Any = {}
     with contextlib.suppress(UserError):
         config = parse_yaml(text, origin=str(run.config))
-    evaluations, unreadable = read_evaluations(run)
-    provenance, placement = (_json(path) if path.exists() else {} for path in (run.provenance, run.placement))
-    consistency = [(path, _json(path)) for path in sorted(run.consistency_errors.glob("step-*.json"))]
+    provenance, placement = (
+        part(path.name, lambda path=path: _json(path) if path.exists() else {}, {})
+        for path in (run.provenance, run.placement)
+    )
+    consistency = [
+        (path, part(path.name, lambda path=path: _json(path), None))
+        for path in files_in(run.consistency_errors, "step-*.json")
+    ]
     unreadable += [f"{path.name}: not the errors of a step" for path, found in consistency if not _is_of_step(found)]
     return RunFacts(
         run=run,
         config=config if isinstance(config, dict) else {},
         config_text=text,
-        measured=read_measured(run) if with_metrics else Measured(),
-        events=[each for each in read_lines(run.events) if _is_event(each)],
+        measured=part("metrics.jsonl", lambda: read_measured(run), Measured()) if with_metrics else Measured(),
+        events=part("events.jsonl", lambda: [each for each in read_lines(run.events) if _is_event(each)], []),
         evaluations=evaluations,
         unreadable=unreadable,
-        grids=[(step_of(path.stem), path) for path in sorted(run.samples.glob(f"step-{'[0-9]' * 9}.png"))],
+        grids=[(step_of(path.stem), path) for path in files_in(run.samples, f"step-{'[0-9]' * 9}.png", unreadable)],
         provenance=provenance if isinstance(provenance, dict) else {},
         placement=placement if isinstance(placement, dict) else {},
         lineage=read_lineage(run),

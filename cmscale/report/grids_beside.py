@@ -10,7 +10,7 @@ from PIL import Image
 
 from cmscale.errors import UserError
 from cmscale.io.pictures import BadImage, decode_picture
-from cmscale.io.reading import read_regular
+from cmscale.io.reading import files_in, read_regular
 from cmscale.runs.folder import RunDir, step_of
 
 _LARGEST = 640  # px of a grid on the page
@@ -65,7 +65,7 @@ def grid_rows(runs: Sequence[RunDir], names: Sequence[str]) -> tuple[GridRow, ..
 
 
 def _grids(run: RunDir) -> dict[int, Path]:
-    return {step_of(path.stem): path for path in run.samples.glob(f"step-{'[0-9]' * 9}.png")}
+    return {step_of(path.stem): path for path in files_in(run.samples, f"step-{'[0-9]' * 9}.png")}
 
 
 def _inlined(path: Path) -> str | None:

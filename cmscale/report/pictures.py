@@ -15,7 +15,7 @@ from PIL import Image
 
 from cmscale.errors import UserError
 from cmscale.io.pictures import BadImage, decode_picture
-from cmscale.io.reading import read_regular
+from cmscale.io.reading import files_in, read_regular
 from cmscale.report.facts import RunFacts
 from cmscale.runs.folder import RunDir, step_of
 
@@ -98,7 +98,7 @@ def read_pictures(facts: RunFacts) -> Pictures:
         if path.is_file() and (each := shown(path, caption))
     ]
     edits = sorted(
-        (path for path in facts.run.edits.glob("*.png") if path.is_file()),
+        (path for path in files_in(facts.run.edits, "*.png") if path.is_file()),
         key=lambda path: (-path.stat().st_mtime_ns, path.name),
     )
     return Pictures(
@@ -131,7 +131,7 @@ def _teacher(facts: RunFacts) -> list[tuple[Path, str]]:
         return []
     place = Path(source).expanduser()
     for folder in (place, *place.parents[:2]):  # a run, or a checkpoint or exported file in it
-        grids = sorted(RunDir(folder).samples.glob(f"step-{'[0-9]' * 9}.png"))
+        grids = files_in(RunDir(folder).samples, f"step-{'[0-9]' * 9}.png")
         if grids:
             return [(grids[-1], f"teacher {folder.name}, {_step(step_of(grids[-1].stem))}")]
     return []

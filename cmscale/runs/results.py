@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cmscale.errors import UserError
-from cmscale.io.reading import read_regular
+from cmscale.io.reading import files_in, read_regular
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import Document, read_document
 
@@ -135,14 +135,14 @@ def read_evaluation_files(
         without: Names of files that are left out.
         unreadable: Takes one line per file that is not readable.
     """
-    for path in sorted(run.evaluations.glob("*.json")):
+    for path in files_in(run.evaluations, "*.json", unreadable):
         if path.name in without:
             continue
         try:
             yield path, read_document(EvaluationResult, read_regular(path), origin=path.name)
-        except UserError as error:
+        except (UserError, OSError) as error:
             if unreadable is not None:
-                unreadable.append(str(error))
+                unreadable.append(str(error) if isinstance(error, UserError) else f"{path.name}: {error.strerror}")
             yield path, None
 
 

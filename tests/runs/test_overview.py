@@ -186,6 +186,34 @@ def test_what_may_not_be_looked_into_is_listed_and_said(tmp_path: Path, monkeypa
     assert "can't be read (Permission denied); name another folder of runs" in capsys.readouterr().err
 
 
+def test_files_that_may_not_be_read_hide_nothing_else(tmp_path: Path, monkeypatch, capsys) -> None:
+    one, closed = write_run(tmp_path / "one"), write_run(tmp_path / "closed")
+    opened, forbidden = Path.open, {closed.metrics, closed.events, closed.config, closed.provenance}
+
+    def refuse(path: Path, *how: Any, **more: Any) -> Any:
+        if path in forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != closed.evaluations)  # a superuser may
+    assert run(monkeypatch, "runs", tmp_path, "--json") == 0
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert found["one"]["best"]
+    assert not found["closed"]["best"]
+    assert "evaluations: not allowed to look into it" in found["closed"]["problems"]
+    assert run(monkeypatch, "compare", one.root, closed.root) == 0
+    said = capsys.readouterr()
+    assert re.search(r"Loss +one ", said.out)
+    for part in ("metrics.jsonl: Permission denied", "events.jsonl: ", "evaluations: not allowed to look into it"):
+        assert f"note: not compared: closed: {part}" in said.err
+    assert run(monkeypatch, "report", closed.root, "--beside", one.root) == 0
+    page = closed.report.read_text()
+    assert "metrics.jsonl: Permission denied" in page
+    assert "evaluations: not allowed to look into it" in page
+    assert "<svg" in page  # the other run's curves
+
+
 def test_many_runs_and_long_metrics_say_how_far_they_are(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("cmscale.io.counting.FIRST_SECONDS", 0.0)
     monkeypatch.setattr("cmscale.io.counting.EVERY_SECONDS", 0.0)
