@@ -26,6 +26,7 @@ moto_server -H 127.0.0.1 -p "$port" >"$runs/s3.log" 2>&1 &
 server=$!
 beside="" # the training in the background
 finish() { # ends what runs in the background: the training first, which then saves to the server
+  trap 'kill $beside $server 2>/dev/null || true' INT TERM # a second request: at once
   for process in $beside $server; do
     kill "$process" 2>/dev/null || true
     wait "$process" 2>/dev/null || true
@@ -90,12 +91,16 @@ evaluate() { # kind
 
 training ct webdataset 1
 say "training in the background: ct, on one process (log: $runs/ct.log)"
-"${command[@]}" >"$runs/ct.log" 2>&1 &
+setsid "${command[@]}" >"$runs/ct.log" 2>&1 & # a session of its own: Ctrl-C reaches it through `finish` alone
 beside=$!
 
 training edm mds 1
 say "training: edm, on one process"
 "${command[@]}"
+if ! kill -0 "$beside" 2>/dev/null && ! wait "$beside"; then
+  cat "$runs/ct.log"
+  exit 1
+fi
 evaluate edm
 
 training cd mds 2 "method.teacher=$runs/edm"

@@ -13,7 +13,7 @@ from cmscale.runs.results import read_evaluations
 EXPECTED = {"short": {"edm": 1 / 3, "cd": 0.7, "ct": 0.7}, "long": {"edm": 1 / 3, "cd": 0.7, "ct": 0.7}}
 """By demo and method: the largest fraction of the initial FD-EfficientNet that may be left at the end."""
 SHARES = ("recall", "coverage")
-"""The shares of the photographs that a run's final samples reach, which must be more than none."""
+"""Of the photographs, those that final samples reach: both are above 0 for the teacher, one of them for CD and CT."""
 
 
 def main(runs: Path, length: str) -> int:
@@ -31,7 +31,8 @@ def main(runs: Path, length: str) -> int:
         base = min(start, untrained) if kind == "cd" and untrained else start
         left = last.fid.mean / base
         reached = {name: last.metrics[name].mean for name in SHARES}
-        failed += left > expected or not all(reached.values())
+        enough = all if kind == "edm" else any
+        failed += left > expected or not enough(reached.values())
         scores = [f"{result.fid.mean:.1f}" for result in (first, last)]
         shares = [f"{share:.3f}" for share in reached.values()]
         table.add_row(kind, str(last.nfe), *scores, f"{left:.2f}", f"at most {expected:.2f}", *shares)

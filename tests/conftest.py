@@ -16,6 +16,9 @@ from cmscale.io.settings import StorageSettings, use_settings
 settings.register_profile("steady", deadline=None, derandomize=True)  # machines differ in speed
 settings.load_profile("steady")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TERM"] = "xterm"
+for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+    os.environ.pop(name, None)  # what the terminal of whoever runs the tests can do changes no test
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -70,7 +70,7 @@ def test_a_job_over_two_nodes_trains_and_after_kill_9_resume_continues_exactly(
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert whole.stdout.splitlines()[-1] == f"run: {tmp_path / 'whole'}"
     golden, run = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
-    assert {yaml.safe_load(golden.config.read_text())["method"]["kind"], len(latest_metrics(golden))} == {"ct", STEPS}
+    assert {yaml.safe_load(golden.config.read_text())["method"]["kind"], len(latest_metrics(golden))} == {"ict", STEPS}
 
     with subprocess.Popen(command(tmp_path, "killed", data), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
         until = time.monotonic() + 240

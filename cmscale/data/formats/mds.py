@@ -116,8 +116,8 @@ class MDSShards:
                 reader.validate(allow_unsafe_types=False)
 
     def read(self, file: int, shard: int, index: int) -> tuple[str, bytes]:
-        # A shard begins with the number of its samples and the offsets of each of them and of their end (all uint32).
         """The encoded bytes of a sample."""
+        # A shard begins with the number of its samples and the offsets of each of them and of their end (all uint32).
         try:
             begin, end = struct.unpack("<2I", os.pread(file, 8, 4 * (1 + index)))
             sample = self._readers[shard].decode_sample(os.pread(file, end - begin, begin))
