@@ -27,6 +27,7 @@ def test_a_dry_run_of_a_part_writes_its_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_a_dry_run_of_everything_passes(tmp_path: Path) -> None:
     done = run("gpu_check.sh", "--dry-run", "--minutes", "30", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -315,6 +315,7 @@ def test_counting_takes_no_memory_for_values() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_real_steps_take_the_estimated_memory(tmp_path: Path) -> None:
     command = [sys.executable, str(CHECKOUT / "ops" / "bench" / "memory.py"), "--rounds", "1", "--device", "cpu"]
     done = subprocess.run([*command, "--json", str(tmp_path / "m.json")], capture_output=True, text=True, check=False)
