@@ -232,12 +232,12 @@ def compare(
         _print_comparison(found)
 
 
-def _signs_of(encoding: str) -> str:
-    """The bars that an encoding has."""
+def _signs_of(encoding: str | None) -> str:
+    """The bars that an encoding has; without one, as in memory, every text is kept."""
     from cmscale.report.comparison import BARS, PLAIN_BARS
 
     try:
-        BARS.encode(encoding)
+        BARS.encode(encoding or "utf-8")
     except UnicodeEncodeError:
         return PLAIN_BARS
     return BARS

@@ -185,7 +185,7 @@ def _records(path: Path, problems: list[str], *, tail: bool = False) -> list[dic
             return list(_last_records(path))
         return list(read_lines(path))
     except (OSError, ValueError) as error:
-        problems.append(f"{path.name}: {error}")
+        problems.append(f"{path.name}: {getattr(error, 'strerror', None) or error}")
         return []
 
 

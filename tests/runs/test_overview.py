@@ -243,6 +243,8 @@ def test_a_terminal_without_bars_gets_letters(tmp_path: Path, monkeypatch) -> No
         monkeypatch.setattr(sys, "stdout", printed)
         assert run(monkeypatch, "compare", one.root, two.root) == 0
         shown.append(printed.buffer.getvalue().decode(encoding))  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # which has no encoding
+    assert run(monkeypatch, "compare", one.root, two.root) == 0
     assert re.search(r"Loss +one +@[@*+=._-]{38}_ ", shown[0])
     assert re.search(r"Loss +one +█[▁-█]{38}▁ ", shown[1])
 
