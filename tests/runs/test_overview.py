@@ -1,6 +1,5 @@
 """What `cmscale runs` and `cmscale compare` say of runs: state and how it is known, progress, scores, differences."""
 
-import io
 import json
 import os
 import re
@@ -14,34 +13,12 @@ from typing import Any
 
 import pytest
 from commands import run
-from run_folder import write_evaluation, write_run
+from run_folder import working_run, write_run
 
-from cmscale.config import dump_config, parse_config
-from cmscale.report.comparison import bars
 from cmscale.runs import standing
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import append_line, write_event
+from cmscale.runs.log import write_event
 from cmscale.runs.overview import overview
-
-CONFIG = """
-method: {kind: ct}
-model: {image_size: 16, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, head_channels: 32}
-data: {path: data}
-optimizer: {learning_rate: 1e-4}
-train: {total_steps: 1000, global_batch_size: 64, micro_batch_size: 8}
-"""
-
-
-def working_run(root: Path, *, steps: int = 100, **changes: float) -> RunDir:
-    """A run whose last event is its start."""
-    found = RunDir(root)
-    root.mkdir(parents=True)
-    overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
-    found.config.write_text(dump_config(parse_config(CONFIG, overrides)))
-    write_event(found, "start", step=0, rank=0)
-    for step in range(10, steps + 1, 10):
-        append_line(found.metrics, {"step": step, "loss": 1 / step, "images_per_second": 128.0})
-    return found
 
 
 def sign(found: RunDir, process: int, *, host: str | None = None, age: float = 0.0) -> None:
@@ -235,26 +212,6 @@ def test_many_runs_and_long_metrics_say_how_far_they_are(tmp_path: Path, monkeyp
         assert f" {size} of {size} MB in " in lines[-1]
 
 
-def test_a_terminal_without_bars_gets_letters(tmp_path: Path, monkeypatch) -> None:
-    one, two = working_run(tmp_path / "one"), working_run(tmp_path / "two")
-    shown = []
-    for encoding in ("latin-1", "utf-8"):
-        printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-        monkeypatch.setattr(sys, "stdout", printed)
-        assert run(monkeypatch, "compare", one.root, two.root) == 0
-        shown.append(printed.buffer.getvalue().decode(encoding))  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # which has no encoding
-    assert run(monkeypatch, "compare", one.root, two.root) == 0
-    assert re.search(r"Loss +one +@[@*+=._-]{38}_ ", shown[0])
-    assert re.search(r"Loss +one +█[▁-█]{38}▁ ", shown[1])
-
-
-def test_bars_have_no_gaps_between_a_runs_values() -> None:
-    drawn = {"first": 0, "last": 100, "low": 0.0, "high": 7.0, "log": False}
-    assert bars([(0, 0.0), (50, 7.0)], **drawn) == "▁" * 20 + "█"
-    assert bars([(50, 7.0), (99, 0.0)], **drawn) == " " * 20 + "█" * 19 + "▁"
-
-
 def test_watching_prints_again(tmp_path: Path, monkeypatch, capsys) -> None:
     write_run(tmp_path / "good")
     slept = []
@@ -278,74 +235,3 @@ def test_a_narrow_terminal_has_whole_words(tmp_path: Path, monkeypatch, capsys) 
     assert "…" not in said
     assert re.search(r"good +ct +finished .* 200", said)
     assert re.search(r"good: events.jsonl; FD-EfficientNet", said)
-
-
-def test_compared_metrics_carry_the_name_of_their_features(tmp_path: Path, monkeypatch, capsys) -> None:
-    """KID over other features than the FID Inception's is no KID."""
-    one, two = working_run(tmp_path / "one"), working_run(tmp_path / "two")
-    for each in (one, two):
-        write_evaluation(each, step=100, nfe=1, values=(30.0,), metrics={"kid": 0.5}, features="efficientnet_lite0")
-    assert run(monkeypatch, "compare", one.root, two.root) == 0
-    lines = capsys.readouterr().out.splitlines()
-    at = lines.index(next(line for line in lines if "KID-EfficientNet" in line))
-    assert lines[at].split() == [
-        "step",
-        "weights",
-        "NFE",
-        "FD-EfficientNet",
-        "KID-EfficientNet",
-        "precision-EfficientNet",
-    ]
-    assert lines[at + 1].split()[:6] == ["one", "100", "ema_0.999", "1", "30", "0.5"]
-    monkeypatch.setattr("cmscale.cli.command._WIDTH_OF_FILES", 60)  # a column for each
-    assert run(monkeypatch, "compare", one.root, two.root) == 0
-    assert re.search(r"KID-EfficientNet +0\.5 +0\.5 ", capsys.readouterr().out)
-    monkeypatch.setattr("cmscale.cli.command._WIDTH_OF_FILES", 38)  # the score alone
-    assert run(monkeypatch, "compare", one.root, two.root) == 0
-    said = capsys.readouterr().out
-    assert "KID" not in said
-    assert "the other metrics: a wider terminal" in said
-    assert run(monkeypatch, "compare", one.root, two.root, "--out", tmp_path / "page.html") == 0
-    assert "<th>KID-EfficientNet</th>" in (tmp_path / "page.html").read_text()
-
-
-def test_runs_are_compared_on_the_terminal_as_json_and_as_a_page(tmp_path: Path, monkeypatch, capsys) -> None:
-    one = working_run(tmp_path / "one")
-    two = working_run(tmp_path / "two", train__seed=1, data__workers=2)
-    write_evaluation(one, step=100, nfe=1, values=(30.0,))
-    write_evaluation(two, step=100, nfe=1, values=(20.0,))
-    write_evaluation(two, step=100, nfe=1, values=(1.0,), num_samples=100)  # not comparable with the others
-    assert run(monkeypatch, "compare", one.root, two.root) == 0
-    text = capsys.readouterr().out
-    assert text.index("500 samples") < text.index("two  ") < text.index("one  ") < text.index("100 samples")
-    assert "█" in text
-    assert text.index("changes the losses") < text.index("train.seed") < text.index("data.workers")
-    assert run(monkeypatch, "compare", one.root, two.root, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [each["run"] for each in found["scores"]] == ["two", "one", "two"]
-    assert found["curves"]["loss"]["one"][0] == [10, 0.1]
-    page = tmp_path / "page.html"
-    assert run(monkeypatch, "compare", one.root, two.root, "--out", page) == 0
-    written = page.read_text()
-    for part in ("train.seed", "<svg", "500 samples", "Loss", "20", "30"):
-        assert part in written
-    capsys.readouterr()
-    newer, damaged = working_run(tmp_path / "newer"), working_run(tmp_path / "damaged")
-    newer.config.write_text(newer.config.read_text() + "newer_section: {key: 1}\n")
-    damaged.config.write_text("method: [\x0f")
-    everything = [each.root for each in (one, newer, damaged, two)]
-    assert run(monkeypatch, "compare", *everything, "--json") == 0
-    said = capsys.readouterr()
-    found = json.loads(said.out)
-    (seed,) = [each for each in found["differences"] if each["key"] == "train.seed"]
-    assert seed["values"] == [0, "unreadable", "unreadable", 1]
-    assert set(found["curves"]["loss"]) == {"one", "newer", "damaged", "two"}
-    assert [line.count("newer_section") + line.count("not YAML") for line in found["unreadable"]] == [1, 1]
-    assert said.err.count("note: not compared: ") == 2
-    assert run(monkeypatch, "compare", *everything, "--out", page) == 0
-    assert "newer_section: unknown section" in page.read_text()
-    assert run(monkeypatch, "compare", *everything) == 0
-    capsys.readouterr()
-    for arguments, words in (([one.root], "give two or more"), ([one.root, tmp_path], "not a run")):
-        assert run(monkeypatch, "compare", *arguments) == 2
-        assert words in capsys.readouterr().err

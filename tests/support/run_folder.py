@@ -6,9 +6,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cmscale.config import dump_config, parse_config
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import append_line
+from cmscale.runs.log import append_line, write_event
 from cmscale.runs.results import EvaluationResult, Metric, hash_of
+
+CONFIG = """
+method: {kind: ct}
+model: {image_size: 16, channels: 32, channel_multipliers: [1, 1], num_res_blocks: 1, head_channels: 32}
+data: {path: data}
+optimizer: {learning_rate: 1e-4}
+train: {total_steps: 1000, global_batch_size: 64, micro_batch_size: 8}
+"""
 
 
 def write_run(root: Path, *, kind: str = "ct", total_steps: int = 200, nfes: tuple[int, ...] = (1, 2)) -> RunDir:
@@ -45,6 +54,18 @@ def write_run(root: Path, *, kind: str = "ct", total_steps: int = 200, nfes: tup
     }
     run.provenance.write_text(json.dumps({"starts": [start | {"command": ["submit.py"], "packages": {"torch": "2"}}]}))
     return run
+
+
+def working_run(root: Path, *, steps: int = 100, **changes: float) -> RunDir:
+    """A run whose last event is its start."""
+    found = RunDir(root)
+    root.mkdir(parents=True)
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    found.config.write_text(dump_config(parse_config(CONFIG, overrides)))
+    write_event(found, "start", step=0, rank=0)
+    for step in range(10, steps + 1, 10):
+        append_line(found.metrics, {"step": step, "loss": 1 / step, "images_per_second": 128.0})
+    return found
 
 
 def write_evaluation(
