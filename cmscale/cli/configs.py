@@ -132,6 +132,8 @@ def print_differences(found: Any, *, names: Sequence[str]) -> None:
     """Prints differences in two tables: those that change the losses, and the others."""
     from cmscale.config.keys import written
 
+    console = TableConsole()
+    tables = []
     for changes, title in ((True, "changes the losses"), (False, "does not change the losses")):
         rows = [each for each in found if each.changes_losses == changes]
         if not rows:
@@ -142,7 +144,11 @@ def print_differences(found: Any, *, names: Sequence[str]) -> None:
             table.add_column(name, overflow="fold")
         for each in rows:
             table.add_row(each.key, *(written(value) for value in each.values))
-        TableConsole().print(table)
+        tables.append(table)
+    for number, table in enumerate(tables):
+        if number:
+            console.print()
+        console.print(table)
 
 
 @command(app)

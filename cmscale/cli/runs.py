@@ -285,4 +285,6 @@ def _print_comparison(found: Any) -> None:
         table.add_row(*row)
     console.print()
     console.print(table)
+    if found.differences:
+        console.print()
     print_differences(found.differences, names=found.names)

@@ -71,6 +71,8 @@ def test_runs_are_compared_on_the_terminal_as_json_and_as_a_page(tmp_path: Path,
     text = capsys.readouterr().out
     assert text.index("500 samples") < text.index("two  ") < text.index("one  ") < text.index("100 samples")
     assert "█" in text
+    assert "\n\n changes the losses" in text
+    assert "\n\n does not change the losses" in text
     assert text.index("changes the losses") < text.index("train.seed") < text.index("data.workers")
     assert run(monkeypatch, "compare", one.root, two.root, "--json") == 0
     found = json.loads(capsys.readouterr().out)
