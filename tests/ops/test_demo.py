@@ -43,7 +43,7 @@ def test_runs_that_learned_what_is_expected_pass(length: str, tmp_path: Path) ->
 @pytest.mark.parametrize("length", list(EXPECTED))
 def test_a_run_that_learned_too_little_fails_the_demo(length: str, kind: str, tmp_path: Path) -> None:
     untrained = LEARNED["edm"][0] if kind != "cd" else LEARNED["cd"][0]
-    write_scores(tmp_path, LEARNED | {kind: (LEARNED[kind][0], untrained * EXPECTED[length][kind] + 0.1)})
+    write_scores(tmp_path, LEARNED | {kind: (LEARNED[kind][0], untrained * EXPECTED[length][kind][0] + 0.1)})
     assert summary(tmp_path, length) == 1
 
 
