@@ -18,11 +18,12 @@ rm -rf "$runs"
 mkdir -p "$runs"
 say() { printf '\n== %s\n' "$*"; }
 
-# An S3 server on a free loopback port; it is stopped however this script ends.
+# An S3 server on a free loopback port; it is stopped however this script ends. What runs in the background has a session
+# of its own: Ctrl-C reaches it through `finish` alone, so that trainings can save to the server first.
 export AWS_ACCESS_KEY_ID=demo AWS_SECRET_ACCESS_KEY=demo AWS_DEFAULT_REGION=us-east-1
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export AWS_ENDPOINT_URL="http://127.0.0.1:$port"
-moto_server -H 127.0.0.1 -p "$port" >"$runs/s3.log" 2>&1 &
+setsid moto_server -H 127.0.0.1 -p "$port" >"$runs/s3.log" 2>&1 &
 server=$!
 beside="" # the training in the background
 finish() { # ends what runs in the background: the training first, which then saves to the server
@@ -91,7 +92,7 @@ evaluate() { # kind
 
 training ct webdataset 1
 say "training in the background: ct, on one process (log: $runs/ct.log)"
-setsid "${command[@]}" >"$runs/ct.log" 2>&1 & # a session of its own: Ctrl-C reaches it through `finish` alone
+setsid "${command[@]}" >"$runs/ct.log" 2>&1 &
 beside=$!
 
 training edm mds 1
