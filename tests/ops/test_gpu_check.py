@@ -1,6 +1,7 @@
 """The check of a GPU machine runs on a CPU as a dry run, in parts; its wheels are named without downloading."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(CHECKOUT / "ops" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    # The tests' own Python, whichever one was named for their installation.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.long
