@@ -153,9 +153,12 @@ def runs(
 
 def _overviews(folder: Path) -> list[Any]:
     from cmscale.runs.overview import overview, runs_in
+    from cmscale.runs.standing import ask_slurm_at_once
 
     found = runs_in(folder)
-    return [overview(run) for run in counted(found, f"reading {folder}", total=len(found), unit="runs")]
+    states_of = ask_slurm_at_once(found)
+    shown = counted(found, f"reading {folder}", total=len(found), unit="runs")
+    return [overview(run, states_of=states_of) for run in shown]
 
 
 def _print_runs(found: Sequence[Any], console: TableConsole) -> None:

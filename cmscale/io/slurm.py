@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ ACTIVE_STATES = frozenset(
 """States in which a job still runs or will run (squeue's names)."""
 
 _STATE = re.compile(r"^\s*([A-Z_]+)\s*$", re.MULTILINE)
+_JOB_AND_STATE = re.compile(r"^\s*(\d+)\s+([A-Z_]+)\s*$", re.MULTILINE)
 _OF_JOBS = (
     *("SLURM_", "SLURMD_", "SLURMSTEPD_", "SBATCH_", "SRUN_", "SALLOC_", "SUBMITIT_", "PMI_", "PMIX_", "OMPI_"),
     "TORCHELASTIC_",  # with torchrun's, rank 0 would wait for a store that nobody opens
@@ -174,6 +175,20 @@ def job_states(job_id: str, clusters: str | None = None) -> set[str] | None:
     return set() if "Invalid job id" in asked.stderr else None
 
 
+def states_of_jobs(job_ids: Collection[str], clusters: str | None = None) -> dict[str, set[str] | None]:
+    """`job_states` of many jobs, about which Slurm is asked once. An array is named by its number alone.
+
+    Raises:
+        FileNotFoundError: there is no squeue on the PATH.
+    """
+    asked = _squeue(",".join(job_ids), clusters, "--states=all", "--format=%F %T")
+    unknown = "Invalid job id" in asked.stderr  # printed of a single one alone
+    if asked.returncode and not unknown:
+        return dict.fromkeys(job_ids)
+    found = _JOB_AND_STATE.findall(asked.stdout)
+    return {job_id: {state for known, state in found if known == job_id} for job_id in job_ids}
+
+
 def pending_reason(job_id: str, clusters: str | None = None) -> str:
     """Why a job waits in the queue, in Slurm's words: `Priority`, `DependencyNeverSatisfied`."""
     asked = _squeue(job_id, clusters, "--states=PENDING", "--format=%r")
@@ -181,13 +196,13 @@ def pending_reason(job_id: str, clusters: str | None = None) -> str:
     return next(filter(None, lines), "Slurm gives no reason")
 
 
-def _squeue(job_id: str, clusters: str | None, *options: str) -> subprocess.CompletedProcess[str]:
-    """Asks about a job.
+def _squeue(job_ids: str, clusters: str | None, *options: str) -> subprocess.CompletedProcess[str]:
+    """Asks about jobs, whose numbers commas separate.
 
     Raises:
         FileNotFoundError: there is no squeue on the PATH.
     """
-    command = ["squeue", "--noheader", *options, "--jobs", job_id]
+    command = ["squeue", "--noheader", *options, "--jobs", job_ids]
     command += [f"--clusters={clusters}"] if clusters else []
     # SQUEUE_PARTITION and the like would hide the job.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}

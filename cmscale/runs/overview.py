@@ -24,7 +24,7 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import read_lines, state_of
 from cmscale.runs.results import read_evaluations
-from cmscale.runs.standing import quiet_seconds, state_and_reason
+from cmscale.runs.standing import JobStates, quiet_seconds, state_and_reason
 
 _TAIL = 1 << 16  # bytes of metrics.jsonl: some hundred records
 _RECENT = 20  # records that the rate is taken from
@@ -94,8 +94,12 @@ def _may_be_run(folder: Path) -> bool:
     return os.path.lexists(folder / "config.yaml") or not os.access(folder, os.R_OK | os.X_OK)
 
 
-def overview(run: RunDir, *, now: float | None = None) -> Overview:
-    """The facts of a run. Whatever its files hold, it raises nothing but what interrupts the program."""
+def overview(run: RunDir, *, now: float | None = None, states_of: JobStates | None = None) -> Overview:
+    """The facts of a run. Whatever its files hold, it raises nothing but what interrupts the program.
+
+    Args:
+        states_of: Answers of Slurm that are known; None asks it about each job.
+    """
     problems: list[str] = []
     if not os.access(run.root, os.R_OK | os.X_OK):
         return _unseen(run)
@@ -104,7 +108,7 @@ def overview(run: RunDir, *, now: float | None = None) -> Overview:
     metrics = _records(run.metrics, problems, tail=True)
     now = time.time() if now is None else now
     quiet = quiet_seconds(run, now)
-    state, known_by = state_and_reason(run, state_of(events), quiet)
+    state, known_by = state_and_reason(run, state_of(events), quiet, states_of)
     steps = [_number(each, "step") or 0 for each in (*metrics[-1:], *events[-1:])]
     with contextlib.suppress(OSError, UserError):
         steps += committed_steps(run)[-1:]

@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from cmscale.io.counting import in_words
 from cmscale.io.json_text import parse_json
 from cmscale.io.reading import read_regular
-from cmscale.io.slurm import ACTIVE_STATES, clusters_of, job_states
+from cmscale.io.slurm import ACTIVE_STATES, clusters_of, job_states, states_of_jobs
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import state_of
 
@@ -20,6 +20,8 @@ SILENT_SECONDS = 60.0
 """A launcher on another machine that has not touched its file for so long is dead, or its machine is."""
 QUIET_SECONDS = 600.0
 """A run that has written nothing for so long, and whose launcher or job is not seen, is called stale."""
+JobStates = Callable[[str, str | None], set[str] | None]
+"""Says the states of a Slurm job, given its number and its clusters, as `cmscale.io.slurm.job_states` does."""
 _ENDED = ("finished", "finished, not exported", "superseded")
 _STOPPED = ("preempted", "fault")
 
@@ -47,11 +49,13 @@ def quiet_seconds(run: RunDir, now: float) -> float | None:
     return max(now - max(times), 0.0) if times else None
 
 
-def state_and_reason(run: RunDir, last: str, quiet: float | None) -> tuple[str, str]:
-    """The state, and how it is known. `last` is what the events say."""
+def state_and_reason(
+    run: RunDir, last: str, quiet: float | None, states_of: JobStates | None = None
+) -> tuple[str, str]:
+    """The state, and how it is known. `last` is what the events say; without `states_of` Slurm is asked."""
     if last in _ENDED:
         return last, "events.jsonl"
-    life = _launcher(run) or _slurm_job(run)
+    life = _launcher(run) or _slurm_job(run, states_of or job_states)
     if life is not None and life.is_alive:
         return life.state, life.known_by
     seen = "no launcher or job of it is seen from here" if life is None else life.known_by
@@ -91,26 +95,52 @@ def _lives(process: int) -> bool:
     return True
 
 
-def _slurm_job(run: RunDir) -> _Life | None:
-    """What Slurm says about the jobs of the run that have not reported their end: of one that is alive, if any is.
+def ask_slurm_at_once(runs: Iterable[RunDir]) -> JobStates:
+    """Asks Slurm about the jobs of many runs, once per cluster. Returns what gives its answers."""
+    wanted: dict[str | None, set[str]] = {}
+    for run in runs:
+        for number, clusters in filter(lambda job: job[0].isdecimal(), _unreported_jobs(run)):
+            wanted.setdefault(clusters, set()).add(number)
+    known: dict[tuple[str, str | None], set[str] | None] = {}
+    with contextlib.suppress(FileNotFoundError):  # there is no squeue here
+        for clusters, numbers in wanted.items():
+            states = states_of_jobs(sorted(numbers), clusters)
+            known.update({(number, clusters): states[number] for number in numbers})
 
-    Their names have the time when they were submitted, by a clock that may have been set back since.
+    def answer(number: str, clusters: str | None) -> set[str] | None:
+        if (number, clusters) in known:
+            return known[number, clusters]
+        return job_states(number, clusters)  # one that was submitted in the meantime
+
+    return answer
+
+
+def _unreported_jobs(run: RunDir) -> Iterator[tuple[str, str | None]]:
+    """The jobs of a run that have not reported their end, with their clusters: the last one first.
+
+    Their folders have the time when they were submitted, by a clock that may have been set back since.
     """
-    gone: _Life | None = None
     jobs: list[Path] = []
     with contextlib.suppress(OSError):
         jobs = sorted(run.logs.glob("submissions/*/job.json"), reverse=True)
     for job in jobs:
         if (job.parent / "ending.json").exists():
             continue
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             described = parse_json(read_regular(job))
             number = described["job_id"]
-            if "evaluate" in str(described["worker"]) or not number:
-                continue
-            states = job_states(str(number), clusters_of(job.with_name("job.sh")))
-        except (OSError, ValueError, KeyError, TypeError):  # FileNotFoundError: there is no squeue here
-            continue
+            if "evaluate" not in str(described["worker"]) and number:
+                yield str(number), clusters_of(job.with_name("job.sh"))
+
+
+def _slurm_job(run: RunDir, states_of: JobStates) -> _Life | None:
+    """What Slurm says about the jobs of the run that have not reported their end: of one that is alive, if any is."""
+    gone: _Life | None = None
+    for number, clusters in _unreported_jobs(run):
+        try:
+            states = states_of(number, clusters)
+        except FileNotFoundError:  # there is no squeue here
+            return None
         if states is None:
             return _Life(None, "", f"Slurm does not answer about job {number}")  # nor about another
         active = sorted(states & ACTIVE_STATES)

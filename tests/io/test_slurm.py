@@ -20,6 +20,7 @@ from cmscale.io.slurm import (
     outside_of_this_job,
     python_path,
     refusal,
+    states_of_jobs,
     submit,
 )
 
@@ -197,3 +198,21 @@ def test_a_job_without_a_memory_limit_requests_all_memory_of_a_node() -> None:
     limited = common_parameters(**where, partition="gpu", mem_gb=7)
     assert (limited["mem"], limited["partition"], limited["srun_args"]) == ("7GB", "gpu", ["--cpus-per-task=3"])
     assert limited["additional_parameters"] == {"requeue": True}
+
+
+@pytest.mark.parametrize(
+    ("lines", "states"),
+    [
+        (
+            "printf '12 RUNNING\\n7 PENDING\\n7 COMPLETED\\n'",
+            {"7": {"PENDING", "COMPLETED"}, "12": {"RUNNING"}, "9": set()},
+        ),
+        ("printf 'CLUSTER: C1\\n9 RUNNING\\n'", {"7": set(), "12": set(), "9": {"RUNNING"}}),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", {"7": set(), "12": set(), "9": set()}),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", {"7": None, "12": None, "9": None}),
+    ],
+)
+def test_states_of_many_jobs_are_one_question(lines: str, states: dict[str, set[str] | None], bin_folder: Path) -> None:
+    install(bin_folder, "squeue", f'[ "$5" = 7,12,9 ] && {{ echo asked >>{bin_folder}/asked; {lines}; }}')
+    assert states_of_jobs(["7", "12", "9"]) == states
+    assert (bin_folder / "asked").read_text() == "asked\n"

@@ -88,6 +88,27 @@ def test_the_job_that_is_alive_counts_whatever_the_clock_said_when_it_was_submit
     assert overview(found).known_by == "Slurm job 13 is RUNNING"
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_slurm_is_asked_once_about_all_runs(answers: bool, tmp_path: Path, monkeypatch, capsys) -> None:
+    """A controller that thousands of questions reach slows the queue of everybody; a silent one, each question."""
+    for number in range(30):
+        found = working_run(tmp_path / "runs" / f"run{number}")
+        job = found.logs / "submissions" / "a" / "job.json"
+        job.parent.mkdir(parents=True)
+        job.write_text(json.dumps({"worker": "train", "job_id": str(100 + number)}))
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    lines = "echo '103 PENDING'; echo '104 RUNNING'" if answers else "exit 1"
+    (commands / "squeue").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n{lines}\n')
+    (commands / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    assert run(monkeypatch, "runs", tmp_path / "runs", "--json") == 0
+    seen = {each["name"]: each["state"] for each in json.loads(capsys.readouterr().out)}
+    expected = {"run3": "queued", "run4": "running", "run5": "stale"} if answers else {"run3": "running"}
+    assert expected.items() <= seen.items()
+    assert len((tmp_path / "asked").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize(("event", "state"), [("finished", "finished"), ("preempted", "preempted"), ("fault", "fault")])
 def test_what_has_ended_is_known_by_its_events(event: str, state: str, tmp_path: Path) -> None:
     found = working_run(tmp_path / "one")
