@@ -19,6 +19,10 @@ beside_start() { # LOG COMMAND ...: starts it; it ends when this shell does, by 
   set +m
 }
 
+beside_runs() { # as this shell knows: by now its number may be another process's
+  jobs -rp | grep -qx "$beside_pid"
+}
+
 beside_stop() { # ends it with all its processes
   [ -n "${beside_pid:-}" ] || return 0
   kill -TERM -- "-$beside_pid" 2>/dev/null || true
@@ -26,8 +30,8 @@ beside_stop() { # ends it with all its processes
 
 beside_finish() { # NAME SECONDS: waits until this shell is SECONDS old, and says in a line how it ended
   local status=0
-  while kill -0 "$beside_pid" 2>/dev/null && [ "$SECONDS" -lt "$2" ]; do sleep 0.2; done
-  if kill -0 "$beside_pid" 2>/dev/null; then
+  while beside_runs && [ "$SECONDS" -lt "$2" ]; do sleep 0.2; done
+  if beside_runs; then
     beside_stop
     printf '\n== %s: NOT TESTED: not done %s minutes after the start of all checks (%s)\n' "$1" $(($2 / 60)) "$beside_log"
     return 0

@@ -98,7 +98,7 @@ beside=$!
 training edm mds 1
 say "training: edm, on one process"
 "${command[@]}"
-if ! kill -0 "$beside" 2>/dev/null && ! wait "$beside"; then
+if ! jobs -rp | grep -qx "$beside" && ! wait "$beside"; then
   cat "$runs/ct.log"
   exit 1
 fi
