@@ -3,22 +3,19 @@
 import atexit
 import contextlib
 import signal
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from cmscale.config import Data
-from cmscale.data.buffers import Buffers
-from cmscale.data.cache import BadFile
-from cmscale.data.decode import BadImage, decode_into
-from cmscale.data.order import Order, flips
+from cmscale.data.ahead import Fetch, Prefetcher
+from cmscale.data.order import Order
+from cmscale.data.rank_batches import RankBatches, RawBatch
 from cmscale.data.samples import Samples, open_samples
 from cmscale.distributed.world import World
 from cmscale.errors import UserError
@@ -43,23 +40,6 @@ class Batch:
     flips: torch.Tensor
 
 
-@dataclass
-class _Raw:
-    """What a worker returns: pixels, uint8 [b, H, W, 3], and the samples and shards it replaced, with the reasons."""
-
-    pixels: torch.Tensor
-    positions: tuple[int, ...]
-    keys: tuple[str, ...]
-    flips: torch.Tensor
-    bad: dict[str, str]
-    bad_shards: dict[str, str]
-
-    def pin_memory(self) -> "_Raw":
-        self.pixels = self.pixels.pin_memory()
-        self.flips = self.flips.pin_memory()
-        return self
-
-
 def to_device(batch: Batch, device: torch.device) -> torch.Tensor:
     """The batch's images on the device, mirrored and normalised: float32 [b, 3, H, W] in [-1, 1].
 
@@ -69,79 +49,6 @@ def to_device(batch: Batch, device: torch.device) -> torch.Tensor:
     flip = batch.flips.to(device, non_blocking=True)
     scaled = images.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0
     return torch.where(flip[:, None, None, None], scaled.flip(-1), scaled)
-
-
-class _RankBatches(Dataset[Any]):
-    """Maps a cursor to this rank's share of the global batch that starts there."""
-
-    def __init__(self, samples: Samples, order: Order, *, world: World, global_batch_size: int, flip: bool) -> None:
-        self.samples = samples
-        self.order = order
-        self.world = world
-        self.global_batch_size = global_batch_size
-        self.flip = flip
-        size = samples.manifest.image_size
-        self.buffers = Buffers((global_batch_size // world.num_ranks, size, size, 3))
-
-    def ids(self, cursor: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions, sample ids and epochs of this rank's share, each [b] int64."""
-        positions = self.order.rank_positions(
-            cursor,
-            global_batch_size=self.global_batch_size,
-            rank=self.world.rank,
-            num_ranks=self.world.num_ranks,
-        )
-        ids, epochs, _ = self.order.at(positions)
-        return positions, ids, epochs
-
-    def __getitem__(self, cursor: int) -> _Raw | Exception:
-        try:
-            return self._read(cursor)
-        except (UserError, RuntimeError, ConnectionError) as error:
-            return error  # not raised: torch would wrap its one line in a traceback
-
-    def _read(self, cursor: int) -> _Raw:
-        positions, ids, epochs = self.ids(cursor)
-        pixels = self.buffers.take()
-        bad: dict[str, str] = {}
-        bad_shards: dict[str, str] = {}
-        keys = tuple(
-            self._read_into(int(index), row, bad=bad, bad_shards=bad_shards)
-            for row, index in zip(pixels.numpy(), ids, strict=True)
-        )
-        mirrored = flips(self.order, keys, epochs) if self.flip else [False] * len(keys)
-        return _Raw(pixels, tuple(positions.tolist()), keys, torch.tensor(mirrored), bad, bad_shards)
-
-    def _read_into(self, index: int, row: np.ndarray, *, bad: dict[str, str], bad_shards: dict[str, str]) -> str:
-        """Decodes a sample, or its replacement, and returns the key.
-
-        An undecodable sample is replaced by the next of its shard, a sample of a bad shard by the one at its place in
-        the next good shard: the same replacement on any rank. What was replaced is recorded in `bad`, `bad_shards`.
-        """
-        shards = self.samples.manifest.shards
-        tried = 0
-        while True:
-            shard = shards[self.samples.shard_of(index)]
-            try:
-                key, data = self.samples.read(index)
-            except BadFile as error:
-                bad_shards[shard.name] = str(error)
-                if len(bad_shards) == len(shards):
-                    raise
-                index = self.samples.in_next_shard(index)
-                tried = 0
-                continue
-            try:
-                decode_into(data, row, crop=self.samples.cropped_side is not None)
-                return key
-            except BadImage as error:
-                bad[key] = str(error)
-                index = self.samples.after(index)
-                tried += 1
-                if tried == shard.count:
-                    raise RuntimeError(
-                        f"{self.samples.url}: shard {shard.name} has no image that can be decoded ({error})"
-                    ) from None
 
 
 class _Cursors(Sampler[int]):
@@ -165,70 +72,6 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-class _Prefetcher:
-    """A thread that fetches the shards of the next batches into the cache, in the order in which they are needed."""
-
-    def __init__(self, batches: _RankBatches, lookahead: int) -> None:
-        self.batches = batches
-        self.lookahead = lookahead
-        self._cursor = 0
-        self._wanted = threading.Event()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="shard-prefetch", daemon=True)
-        self._thread.start()
-
-    def move_to(self, cursor: int) -> None:
-        self._cursor = cursor
-        self._wanted.set()
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._wanted.set()
-        self._thread.join(timeout=5)
-
-    def _run(self) -> None:
-        samples = self.batches.samples
-        step = self.batches.global_batch_size
-        while self._wanted.wait() and not self._stopped:
-            self._wanted.clear()
-            cursor = self._cursor
-            for ahead in range(self.lookahead):
-                _, ids, _ = self.batches.ids(cursor + ahead * step)
-                for shard in dict.fromkeys(samples.shard_of(int(index)) for index in ids):
-                    name = samples.manifest.shards[shard].name
-                    if self._stopped:
-                        return
-                    if not samples.cache.has(name):
-                        with contextlib.suppress(Exception):  # the reader gets the same error and reports it
-                            samples.cache.path(name)
-
-
-class _Fetch:
-    """One batch on its way, in a thread that nobody has to wait for."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator = iterator
-        self._raw: Any = None
-        self._error: BaseException | None = None
-        self.done = threading.Event()
-        threading.Thread(target=self._run, name="fetch", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._raw = next(self._iterator)
-        except BaseException as error:
-            self._error = error
-        finally:
-            self.done.set()
-
-    def result(self) -> Any:
-        """The batch; raises what fetching it raised."""
-        self.done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._raw
-
-
 class Batches:
     """Endless iterator of (Batch, cursor); the cursor is the number of samples that all ranks have consumed.
 
@@ -239,7 +82,7 @@ class Batches:
         bad_shards: Bad shards that this rank replaced so far: name -> reason.
     """
 
-    def __init__(self, batches: _RankBatches, *, config: Data, world: World, start_cursor: int, lookahead: int) -> None:
+    def __init__(self, batches: RankBatches, *, config: Data, world: World, start_cursor: int, lookahead: int) -> None:
         self.dataset: DatasetManifest = batches.samples.manifest
         self.bad: dict[str, str] = {}
         self.bad_shards: dict[str, str] = {}
@@ -259,9 +102,9 @@ class Batches:
             worker_init_fn=_start_worker,
             pin_memory=world.device.type == "cuda",
         )
-        self._fetch: _Fetch | None = None
+        self._fetch: Fetch | None = None
         self._iterator: Any = iter(loader)  # forks the workers, so it comes before the thread below
-        self._prefetcher = None if batches.samples.cache.in_place else _Prefetcher(batches, lookahead)
+        self._prefetcher = None if batches.samples.cache.in_place else Prefetcher(batches, lookahead)
         if self._prefetcher:
             self._prefetcher.move_to(start_cursor)
         reference = weakref.ref(self)
@@ -279,7 +122,7 @@ class Batches:
             leave: Asked about once a second; where it says so, it returns False.
         """
         if self._fetch is None:
-            self._fetch = _Fetch(self._iterator)
+            self._fetch = Fetch(self._iterator)
         until = time.monotonic() + seconds
         while not self._fetch.done.wait(min(1.0, seconds)):
             if leave() or (is_waiting() and time.monotonic() >= until):
@@ -287,7 +130,7 @@ class Batches:
         return True
 
     def __next__(self) -> tuple[Batch, int]:
-        fetch, self._fetch = self._fetch or _Fetch(self._iterator), None
+        fetch, self._fetch = self._fetch or Fetch(self._iterator), None
         try:
             raw = fetch.result()
         except (EOFError, OSError) as error:
@@ -300,7 +143,7 @@ class Batches:
             self._prefetcher.move_to(self._cursor)
         return Batch(raw.pixels.permute(0, 3, 1, 2), raw.positions, raw.keys, raw.flips), self._cursor
 
-    def _count_bad(self, raw: _Raw) -> None:
+    def _count_bad(self, raw: RawBatch) -> None:
         self.bad |= raw.bad
         self.bad_shards |= raw.bad_shards
         if len(self.bad_shards) > self._max_bad_shards:
@@ -367,6 +210,6 @@ def open_batches(
         seed,
         config.shuffle_block,
     )
-    batches = _RankBatches(samples, order, world=world, global_batch_size=global_batch_size, flip=config.flip)
+    batches = RankBatches(samples, order, world=world, global_batch_size=global_batch_size, flip=config.flip)
     lookahead = (max(1, config.workers) + 1) * config.prefetch_batches
     return Batches(batches, config=config, world=world, start_cursor=start_cursor, lookahead=lookahead)
