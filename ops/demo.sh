@@ -62,7 +62,7 @@ if [ "$length" = long ]; then
   longer=(
     [edm]="$network train.total_steps=3000 train.sample_every=1000 checkpoint.every_steps=1000"
     [cd]="$network train.total_steps=1500 train.sample_every=500 checkpoint.every_steps=500"
-    [ct]="$network train.total_steps=4000 train.sample_every=1000 checkpoint.every_steps=1000"
+    [ct]="$network train.total_steps=7000 train.sample_every=1000 checkpoint.every_steps=1000"
   )
 fi
 
