@@ -136,7 +136,7 @@ def test_a_place_that_can_not_be_written_is_refused_before_anything_is_drawn(
     model: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cmscale.source.build_unet", lambda *_, **__: pytest.fail("began to work"))
+    monkeypatch.setattr("cmscale.source.source.build_unet", lambda *_, **__: pytest.fail("began to work"))
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "photo.png").write_bytes(b"")
     (tmp_path / "run").mkdir()

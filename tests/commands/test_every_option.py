@@ -194,7 +194,7 @@ def without(line: tuple[str, ...], more: tuple[str, ...]) -> list[str]:
 def make_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks are made once, grids have few times, features are a projection, pages are not drawn."""
     networks = cache(build_unet)
-    monkeypatch.setattr("cmscale.source.build_unet", networks)
+    monkeypatch.setattr("cmscale.source.source.build_unet", networks)
     monkeypatch.setattr(grid, "off_grid_times", lambda method, count: off_grid_times(method, min(count, 4)))
     monkeypatch.setattr(CT, "second_time", SecondTime(index=2, last=4))
     for module in ("cmscale.evaluation.session", "cmscale.evaluation.features.extractor"):
