@@ -164,21 +164,57 @@ def test_interpolation_is_that_of_the_command(
         model.interpolate(photograph)
 
 
+PICTURE = Image.new("RGB", (16, 16))
+HOLE = np.ones((16, 16), bool)
 MISTAKES: dict[str, tuple[Any, str]] = {
     "steps and times": (lambda model: model.sample(1, steps=2, times=(80.0, 1.0)), "no effect beside times"),
-    "times out of range": (lambda model: model.sample(1, times=(500.0,)), "times"),
+    "times out of range": (lambda model: model.sample(1, times=(500.0,)), "^times"),
     "times that ascend": (lambda model: model.sample(1, times=(1.0, 80.0)), "descend"),
-    "no samples": (lambda model: model.sample(0), "at least 1"),
+    "one time": (lambda model: model.sample(1, times=80.0), "^times: got 80.0; give several numbers"),
+    "words as times": (lambda model: model.sample(1, times=["a"]), "^times: got 'a'; give a number"),
+    "a text of times": (lambda model: model.sample(1, times="80,1"), "^times: got '80,1'; give several"),
+    "no samples": (lambda model: model.sample(0), "^num: got 0; give a whole number, at least 1"),
+    "half a sample": (lambda model: model.sample(1.5), "^num: got 1.5"),
+    "samples in words": (lambda model: model.sample("4"), "^num: got '4'"),
+    "true samples": (lambda model: model.sample(True), "^num: got True"),
+    "half a seed": (lambda model: model.sample(seed=0.5), "^seed: got 0.5"),
+    "no seed": (lambda model: model.sample(seed=None), "^seed: got None"),
+    "a negative seed": (lambda model: model.sample(seed=-1), "^seed: got -1; give a whole number, at least 0"),
+    "half a step": (lambda model: model.sample(steps=1.5), "^steps: got 1.5"),
+    "too many steps": (lambda model: model.sample(steps=10**6), "^steps: got 1000000; give at most"),
+    "an empty batch": (lambda model: model.sample(batch_size=0), "^batch_size: got 0"),
     "a sampler": (lambda model: model.sample(1, sampler="euler"), "no effect on a consistency model"),
-    "classes": (lambda model: model.sample(1, classes=[1]), "unconditional"),
+    "no sampler": (lambda model: model.sample(1, sampler="foo"), "^sampler: got 'foo'; choose from heun, "),
+    "classes": (lambda model: model.sample(1, classes=[1]), "^classes: .* unconditional"),
+    "a class": (lambda model: model.sample(1, classes=3), "^classes: got 3; give a list"),
+    "a class in words": (lambda model: model.sample(1, classes="all"), "^classes: got 'all'; choose from random"),
+    "a negative class": (lambda model: model.sample(1, classes=[-1]), "^classes: got -1"),
     "no image": (lambda model: model.colorize([]), "no image"),
-    "an array": (lambda model: model.colorize(np.zeros(3)), "give a file, a PIL image or a tensor"),
+    "no images": (lambda model: model.colorize(torch.zeros(0, 3, 16, 16)), "no image"),
+    "None": (lambda model: model.colorize(None), "NoneType; give a file"),
+    "a number": (lambda model: model.colorize(3), "is int; give a file"),
+    "bytes": (lambda model: model.colorize(b"abc"), "is bytes; give a file"),
+    "a dict": (lambda model: model.colorize({"image": PICTURE}), "is dict; give a file"),
+    "an array of floats": (lambda model: model.colorize(np.zeros((16, 16, 3))), r"float64 \[16, 16, 3\]; give uint8"),
+    "an array of another shape": (lambda model: model.colorize(np.zeros((3, 16, 16), np.uint8)), "give uint8"),
+    "an array without pixels": (lambda model: model.colorize(np.zeros((0, 4, 3), np.uint8)), "give an image that has"),
+    "an image without pixels": (lambda model: model.colorize(Image.new("RGB", (0, 4))), "0 x 4 pixels"),
+    "an image of a mode": (lambda model: model.colorize(PICTURE.convert("HSV")), "mode HSV; convert it to RGB"),
     "a tensor of another size": (lambda model: model.colorize(torch.zeros(3, 5, 5)), "give float"),
+    "a tensor of levels": (lambda model: model.colorize(torch.full((3, 16, 16), 255.0)), r"give values in \[-1, 1\]"),
     "NaN": (lambda model: model.stroke(torch.full((3, 16, 16), torch.nan)), "NaN"),
     "a missing file": (lambda model: model.stroke("/nowhere.png"), "no such file"),
-    "a mask of numbers": (lambda model: model.inpaint(Image.new("RGB", (9, 9)), mask=np.zeros((9, 9))), "bool array"),
-    "sigma": (lambda model: model.denoise(Image.new("RGB", (9, 9)), sigma=500), "sigma"),
-    "one step": (lambda model: model.colorize(Image.new("RGB", (9, 9)), steps=1), "at least 2"),
+    "a mask of numbers": (lambda model: model.inpaint(PICTURE, mask=np.zeros((9, 9))), "^mask: .* bool array"),
+    "a mask of nothing": (lambda model: model.inpaint(PICTURE, mask=~HOLE), "^mask: nothing is missing"),
+    "a small mask": (lambda model: model.inpaint(PICTURE, mask=HOLE[:4, :4]), "^mask: 4 x 4 pixels"),
+    "sigma": (lambda model: model.denoise(PICTURE, sigma=500), "^sigma 500"),
+    "sigma in words": (lambda model: model.denoise(PICTURE, sigma="1"), "^sigma: got '1'"),
+    "one step": (lambda model: model.colorize(PICTURE, steps=1), "^steps: got 1; .* at least 2"),
+    "steps and a half": (lambda model: model.inpaint(PICTURE, HOLE, steps=2.5), "^steps: got 2.5"),
+    "a factor": (lambda model: model.superres(PICTURE, factor=3), "^factor: 3 does not divide"),
+    "a factor and a half": (lambda model: model.superres(PICTURE, factor=2.5), "^factor: got 2.5"),
+    "one image of many": (lambda model: model.interpolate(PICTURE, PICTURE, count=1), "^count: got 1"),
+    "two images as an end": (lambda model: model.interpolate(torch.zeros(2, 3, 16, 16), PICTURE), "of several images"),
     "float pixels": (lambda model: model.stroke(Image.new("F", (9, 9))), "range is not stated"),
 }  # fmt: skip
 
@@ -188,6 +224,43 @@ def test_a_mistake_is_named(mistake: str, model: cmscale.Model) -> None:
     call, message = MISTAKES[mistake]
     with pytest.raises(cmscale.UserError, match=message):
         call(model)
+
+
+WRONG_LOADS: dict[str, tuple[dict[str, Any], str]] = {
+    "weights": ({"weights": 1}, "^weights: got 1; give a string"),
+    "a step": ({"step": "latest"}, "^step: got 'latest'; give a whole number"),
+    "a device": ({"device": "tpu"}, "^device: got 'tpu'; give auto, cpu"),
+    "a device that is not here": ({"device": "cuda:99"}, "^device: got 'cuda:99', and this machine has"),
+    "overrides as text": ({"overrides": "train.seed=1"}, "^overrides: got 'train.seed=1'; give a list"),
+    "overrides of nothing": ({"overrides": ["train.seed=1"]}, "^overrides: have no effect without config"),
+    "a config that is not needed": ({"config": "x.yaml"}, "^config: .* has its own config"),
+    "a number as config": ({"config": 3}, "^config: got 3; give a path"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WRONG_LOADS)
+def test_a_mistake_in_loading_is_named(mistake: str, file: Path) -> None:
+    arguments, message = WRONG_LOADS[mistake]
+    with pytest.raises(cmscale.UserError, match=message):
+        cmscale.load(file, **arguments)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"abc", ["a"]], ids=repr)
+def test_what_is_no_path_is_no_source(source: Any) -> None:
+    with pytest.raises(cmscale.UserError, match=r"^source: got .*; give a path or an s3:// URL"):
+        cmscale.load(source)
+
+
+def test_devices_are_named_as_in_torch(file: Path) -> None:
+    assert cmscale.load(file, device=torch.device("cpu")).device == torch.device("cpu")
+
+
+def test_arrays_are_images(model: cmscale.Model, photograph: Path) -> None:
+    pixels = np.asarray(Image.open(photograph))
+    assert np.asarray(model.stroke(pixels)).tolist() == np.asarray(model.stroke(photograph)).tolist()
+    assert len(model.stroke(np.stack([pixels, pixels]))) == 2
+    assert len(model.stroke(image for image in [pixels, pixels])) == 2
+    assert len(model.sample(np.int64(2), seed=torch.tensor(3))) == 2
 
 
 def test_a_diffusion_model_samples_and_does_not_edit(tmp_path: Path) -> None:
@@ -204,3 +277,8 @@ def test_config_load_reads_files_and_overrides(tmp_path: Path, file: Path, model
     assert cmscale.Config.load(tmp_path / "c.yaml", "train.seed=9").train.seed == 9
     with pytest.raises(cmscale.UserError, match="no such file"):
         cmscale.Config.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "c.yaml").rename(tmp_path / "config.yaml")
+    with pytest.raises(cmscale.UserError, match=r"is a folder; give .*/config.yaml"):
+        cmscale.Config.load(tmp_path)
+    with pytest.raises(cmscale.UserError, match=r"^path: got 3; give the path"):
+        cmscale.Config.load(3)  # type: ignore[arg-type]

@@ -40,7 +40,11 @@ def read_config(
     Raises:
         UserError: there is no such file, it is not YAML, or keys or values are not allowed; one line for each.
     """
-    text = read_yaml_text(Place(path).local("a config"), what="config")
+    file = Place(path).local("a config")
+    if file.is_dir():
+        wanted = f"{path}/config.yaml" if (file / "config.yaml").is_file() else "a config file"
+        raise UserError(f"{path}: is a folder; give {wanted}")
+    text = read_yaml_text(file, what="config")
     return parse_config(text, overrides, origin=str(path), resolved=resolved, beneath=beneath, origins=origins)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ class Config(Section):
         """
         from cmscale.config.files import read_config  # it imports this module
 
+        if not isinstance(path, (str, os.PathLike)):
+            raise UserError(f"path: got {path!r}; give the path of a config file")
         return read_config(path, list(overrides))
 
     def fingerprint(self) -> str:

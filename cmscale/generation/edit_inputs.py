@@ -87,10 +87,10 @@ def read_mask(path: Path) -> Mask:
     Raises:
         UserError: it is not an image that can be read, or has black and white opaque pixels and transparent ones too.
     """
-    return mask_of(read_picture(path), path=path)
+    return mask_of(read_picture(path), label=f"--mask {path}")
 
 
-def mask_of(picture: Picture, *, path: Path) -> Mask:
+def mask_of(picture: Picture, *, label: str) -> Mask:
     """The mask that a picture shows: see `read_mask`."""
     white = picture.colours.min(axis=-1) >= _WHITE
     if picture.opacity is None:
@@ -103,13 +103,13 @@ def mask_of(picture: Picture, *, path: Path) -> Mask:
             return Mask(opaque, "white strokes on a transparent layer are missing")
         if white[opaque].any() and np.isin(picture.colours[opaque], (0, 255)).all() and not white[opaque].all():
             raise UserError(
-                f"--mask {path}: has black, white and transparent pixels, so it is not clear which are missing; save "
+                f"{label}: has black, white and transparent pixels, so it is not clear which are missing; save "
                 f"it without transparency"
             )
     return Mask(~opaque, "transparent pixels are missing")
 
 
-def fit_mask(mask: Mask, *, size: int, pictures: list[tuple[Path, tuple[int, int]]], path: Path) -> np.ndarray:
+def fit_mask(mask: Mask, *, size: int, pictures: list[tuple[Path, tuple[int, int]]], label: str) -> np.ndarray:
     """The mask at the size of the model, bool [1, 1, size, size].
 
     A mask is drawn on the pictures, and is resized and cropped as they are: a pixel is missing if a part of it is. Or
@@ -126,11 +126,11 @@ def fit_mask(mask: Mask, *, size: int, pictures: list[tuple[Path, tuple[int, int
         for picture, (picture_height, picture_width) in pictures:
             if (height, width) != (picture_height, picture_width):
                 raise UserError(
-                    f"--mask {path}: {width} x {height} pixels, {picture} has {picture_width} x {picture_height}; give "
+                    f"{label}: {width} x {height} pixels, {picture} has {picture_width} x {picture_height}; give "
                     f"a mask of the picture's size, or of the model's, {size} x {size}"
                 )
     share = np.array(_fitted(Image.fromarray(mask.missing.astype(np.float32)), size))
     missing = share > (1e-6 if min(height, width) >= size else 0.5)
     if not missing.any():
-        raise UserError(f"--mask {path}: nothing is missing; paint the missing pixels white, or make them transparent")
+        raise UserError(f"{label}: nothing is missing; paint the missing pixels white, or make them transparent")
     return missing[None, None]

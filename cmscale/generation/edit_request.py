@@ -82,7 +82,7 @@ def _missing(request: EditRequest, *, size: int, pictures: list[tuple[Path, tupl
         mask = read_mask(request.mask)
         if mask.by_transparency:
             print(f"--mask {request.mask}: {mask.rule}", file=sys.stderr, flush=True)
-        return fit_mask(mask, size=size, pictures=pictures, path=request.mask)
+        return fit_mask(mask, size=size, pictures=pictures, label=f"--mask {request.mask}")
     left, top, right, bottom = _box(request.box or f"{size // 4},{size // 4},{size - size // 4},{size - size // 4}")
     if not (0 <= left < right <= size and 0 <= top < bottom <= size):
         raise UserError(f"--box: got {request.box}; it must lie inside {size} x {size} pixels and not be empty")

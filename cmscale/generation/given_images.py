@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +18,26 @@ from cmscale.io.fetch import local_file
 from cmscale.io.pictures import BadImage, Picture, decode_picture
 
 File = str | os.PathLike[str]
-OneImage = File | Image.Image | Tensor
-"""A file (also s3://), a PIL image, or a float tensor [3, H, W] in [-1, 1] of the model's size."""
+OneImage = File | Image.Image | np.ndarray | Tensor
+"""A file (also s3://), a PIL image, an array uint8 [H, W, 3], or a float tensor [3, H, W] in [-1, 1], which has the
+model's size."""
 Images = OneImage | Sequence[OneImage]
-"""One image or several; a tensor [N, 3, H, W] is several."""
+"""One image or several; a tensor [N, 3, H, W] and an array [N, H, W, 3] are several."""
 
 Missing = File | Image.Image | Tensor | np.ndarray
 """Missing pixels: a file or PIL image that is white or transparent there, or a bool array [H, W]."""
 
+_LARGEST = 2.0  # of a pixel: estimates that are not clamped leave [-1, 1] a little
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 def several(given: Images) -> tuple[list[OneImage], bool]:
     """The images that are given, and whether they are a sequence: not one image, or one tensor."""
-    if isinstance(given, (str, os.PathLike, Image.Image, Tensor)):
-        return [given], False
-    return list(given), True
+    if isinstance(given, np.ndarray) and given.ndim == 4:
+        return list(given), True
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping, Image.Image, np.ndarray, Tensor)):
+        return list(given), True
+    return [given], False
 
 
 def inputs_of(
@@ -52,7 +56,7 @@ def inputs_of(
         name = Path(os.fspath(each) if isinstance(each, (str, os.PathLike)) else f"image {number}")
         if isinstance(each, Tensor):
             is_single = each.ndim == 3
-            images.append(_checked(each if each.ndim == 4 else each[None], name, shape))
+            images.append(_checked(each if each.ndim == 4 else each[None], name, shape, task=settings.task))
             sizes.append((name, (size, size)))
             continue
         pixels = _picture(each, name).pixels
@@ -62,30 +66,43 @@ def inputs_of(
         else:
             fitted = fit(pixels, size=size)
         images.append(image_tensors.from_uint8(torch.from_numpy(fitted)[None]))
-    if not images:
+    if not sum(map(len, images)):
         raise UserError(f"{settings.task}: got no image; give at least one")
     missing = None
     if settings.task == "inpaint":
-        missing = torch.from_numpy(fit_mask(_mask(mask), size=size, pictures=sizes, path=Path("mask")))
+        missing = torch.from_numpy(fit_mask(_mask(mask), size=size, pictures=sizes, label="mask"))
     return torch.cat(images), missing, is_single
 
 
-def _checked(images: Tensor, name: Path, shape: tuple[int, int, int]) -> Tensor:
+def _checked(images: Tensor, name: Path, shape: tuple[int, int, int], *, task: str) -> Tensor:
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or not images.is_floating_point():
         raise UserError(f"{name}: a tensor {images.dtype} {list(images.shape)}; give float {list(shape)} in [-1, 1]")
+    images = images.detach()
     if not bool(torch.isfinite(images).all()):
         raise UserError(f"{name}: holds NaN or infinity; give finite numbers")
+    if task != "denoise" and images.numel() and float(images.abs().max()) > _LARGEST:
+        least, most = images.aminmax()
+        raise UserError(f"{name}: values from {least:.4g} to {most:.4g}; give values in [-1, 1]")
     return images.to(torch.float32)
 
 
 def _picture(given: object, name: Path) -> Picture:
-    """The pixels of a file or PIL image; those of an image that was read are those of its file."""
+    """The pixels of a file, PIL image or array; those of an image that was read are those of its file."""
     if isinstance(given, (str, os.PathLike)):
         return read_picture(local_file(os.fspath(given)))
+    if isinstance(given, np.ndarray):
+        if given.dtype != np.uint8 or given.ndim not in (2, 3) or given.shape[2:] not in ((), (3,), (4,)):
+            raise UserError(f"{name}: an array {given.dtype} {list(given.shape)}; give uint8 [H, W, 3], or a tensor")
+        given = Image.fromarray(given) if given.size else Image.new("RGB", (0, 0))
     if not isinstance(given, Image.Image):
-        raise UserError(f"{name}: is {type(given).__name__}; give a file, a PIL image or a tensor")
+        raise UserError(f"{name}: is {type(given).__name__}; give a file, a PIL image, an array or a tensor")
+    if 0 in given.size:
+        raise UserError(f"{name}: has {given.width} x {given.height} pixels; give an image that has some")
     buffer = io.BytesIO()  # written and read again, so that a PIL image and its file give the same pixels
-    given.save(buffer, "PNG" if given.mode in _PNG_MODES else "TIFF", exif=given.getexif())
+    try:
+        given.save(buffer, "PNG" if given.mode in _PNG_MODES else "TIFF", exif=given.getexif())
+    except OSError:
+        raise UserError(f"{name}: a PIL image of mode {given.mode}; convert it to RGB") from None
     try:
         return decode_picture(buffer.getvalue(), exif="apply")
     except BadImage as error:
@@ -97,7 +114,7 @@ def _mask(given: Missing | None) -> Mask:
     if isinstance(given, (str, os.PathLike)):
         return read_mask(local_file(os.fspath(given)))
     if isinstance(given, Image.Image):
-        return mask_of(_picture(given, Path("mask")), path=Path("mask"))
+        return mask_of(_picture(given, Path("mask")), label="mask")
     array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
     if array.dtype != bool or array.ndim != 2:
         raise UserError(f"mask: {array.dtype} {list(array.shape)}; give a file, a PIL image, or a bool array [H, W]")

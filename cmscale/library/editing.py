@@ -1,13 +1,14 @@
 """Edits images with a model that Python programs have loaded: the methods of `cmscale.Model` that take images.
 
 The result follows the images: one file or PIL image gives a PIL image, several give a list, and `tensors=True` gives a
-tensor. A tensor may be one image [3, H, W] or several [N, 3, H, W].
+tensor. A tensor may be one image [3, H, W] or several [N, 3, H, W], an array [H, W, 3] or [N, H, W, 3].
 """
 
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,9 +20,11 @@ from cmscale.generation.given_images import File, Images, Missing, OneImage, as_
 from cmscale.generation.task_settings import TaskSettings, check_task
 from cmscale.generation.tasks import add_noise, apply_task, interpolated
 from cmscale.io import image_tensors
+from cmscale.library.arguments import explained_as_arguments, number, whole_number
 from cmscale.source import Source
 
 Picture = File | Image.Image
+Array = Tensor | np.ndarray
 Pictures = Image.Image | list[Image.Image]
 
 
@@ -61,12 +64,19 @@ class Editor:
     ) -> list[Image.Image]: ...
     @overload
     def inpaint(
-        self, image: Tensor, mask: Missing, *, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+        self,
+        image: Tensor | np.ndarray,
+        mask: Missing,
+        *,
+        steps: int = 40,
+        seed: int = 0,
+        tensors: Literal[False] = False,
     ) -> Pictures: ...
     @overload
     def inpaint(
         self, image: Images, mask: Missing, *, steps: int = 40, seed: int = 0, tensors: Literal[True]
     ) -> Tensor: ...
+    @explained_as_arguments
     def inpaint(
         self, image: Images, mask: Missing, *, steps: int = 40, seed: int = 0, tensors: bool = False
     ) -> Pictures | Tensor:
@@ -81,7 +91,7 @@ class Editor:
         Raises:
             UserError: an image or the mask can't be used, or the model is no unconditional consistency model.
         """
-        settings = TaskSettings(task="inpaint", steps=steps, seed=seed)
+        settings = TaskSettings(task="inpaint", steps=_steps(steps), seed=_seed(seed))
         return self._edit(settings, image, mask=mask, tensors=tensors)
 
     @overload
@@ -94,13 +104,15 @@ class Editor:
     ) -> list[Image.Image]: ...
     @overload
     def colorize(
-        self, image: Tensor, *, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+        self, image: Array, *, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
     ) -> Pictures: ...
     @overload
     def colorize(self, image: Images, *, steps: int = 40, seed: int = 0, tensors: Literal[True]) -> Tensor: ...
+    @explained_as_arguments
     def colorize(self, image: Images, *, steps: int = 40, seed: int = 0, tensors: bool = False) -> Pictures | Tensor:
         """Colours images, of which only the luminance is used; it stays the same. See `inpaint` for the rest."""
-        return self._edit(TaskSettings(task="colorize", steps=steps, seed=seed), image, tensors=tensors)
+        settings = TaskSettings(task="colorize", steps=_steps(steps), seed=_seed(seed))
+        return self._edit(settings, image, tensors=tensors)
 
     @overload
     def superres(
@@ -118,12 +130,19 @@ class Editor:
     ) -> list[Image.Image]: ...
     @overload
     def superres(
-        self, image: Tensor, *, factor: int = 8, steps: int = 40, seed: int = 0, tensors: Literal[False] = False
+        self,
+        image: Tensor | np.ndarray,
+        *,
+        factor: int = 8,
+        steps: int = 40,
+        seed: int = 0,
+        tensors: Literal[False] = False,
     ) -> Pictures: ...
     @overload
     def superres(
         self, image: Images, *, factor: int = 8, steps: int = 40, seed: int = 0, tensors: Literal[True]
     ) -> Tensor: ...
+    @explained_as_arguments
     def superres(
         self, image: Images, *, factor: int = 8, steps: int = 40, seed: int = 0, tensors: bool = False
     ) -> Pictures | Tensor:
@@ -131,7 +150,8 @@ class Editor:
 
         An image that is smaller than the model's gives these means itself. See `inpaint` for the rest.
         """
-        settings = TaskSettings(task="superres", factor=factor, steps=steps, seed=seed)
+        patch = whole_number("factor", factor, least=2)
+        settings = TaskSettings(task="superres", factor=patch, steps=_steps(steps), seed=_seed(seed))
         return self._edit(settings, image, tensors=tensors)
 
     @overload
@@ -141,12 +161,13 @@ class Editor:
         self, image: Sequence[OneImage], *, seed: int = 0, tensors: Literal[False] = False
     ) -> list[Image.Image]: ...
     @overload
-    def stroke(self, image: Tensor, *, seed: int = 0, tensors: Literal[False] = False) -> Pictures: ...
+    def stroke(self, image: Array, *, seed: int = 0, tensors: Literal[False] = False) -> Pictures: ...
     @overload
     def stroke(self, image: Images, *, seed: int = 0, tensors: Literal[True]) -> Tensor: ...
+    @explained_as_arguments
     def stroke(self, image: Images, *, seed: int = 0, tensors: bool = False) -> Pictures | Tensor:
         """Turns stroke paintings into photographs (SDEdit). See `inpaint` for the rest."""
-        return self._edit(TaskSettings(task="stroke", seed=seed), image, tensors=tensors)
+        return self._edit(TaskSettings(task="stroke", seed=_seed(seed)), image, tensors=tensors)
 
     @overload
     def denoise(
@@ -158,10 +179,11 @@ class Editor:
     ) -> list[Image.Image]: ...
     @overload
     def denoise(
-        self, image: Tensor, *, sigma: float, seed: int | None = None, tensors: Literal[False] = False
+        self, image: Array, *, sigma: float, seed: int | None = None, tensors: Literal[False] = False
     ) -> Pictures: ...
     @overload
     def denoise(self, image: Images, *, sigma: float, seed: int | None = None, tensors: Literal[True]) -> Tensor: ...
+    @explained_as_arguments
     def denoise(
         self, image: Images, *, sigma: float, seed: int | None = None, tensors: bool = False
     ) -> Pictures | Tensor:
@@ -170,7 +192,7 @@ class Editor:
         Args:
             seed: Adds the noise of this seed first, as `cmscale edit denoise` does; None: the images are noisy.
         """
-        settings = TaskSettings(task="denoise", sigma=sigma, seed=seed or 0)
+        settings = TaskSettings(task="denoise", sigma=number("sigma", sigma), seed=0 if seed is None else _seed(seed))
         return self._edit(settings, image, tensors=tensors, noisy=seed is None)
 
     @overload
@@ -195,6 +217,7 @@ class Editor:
         tensors: Literal[True],
     ) -> Tensor: ...
 
+    @explained_as_arguments
     def interpolate(
         self,
         first: OneImage | None = None,
@@ -205,24 +228,21 @@ class Editor:
         tensors: bool = False,
     ) -> list[Image.Image] | Tensor:
         """`count` images from one image to another, or between two samples of the seed if none are given."""
-        settings = TaskSettings(task="interpolate", count=count, seed=seed)
+        settings = TaskSettings(task="interpolate", count=whole_number("count", count, least=2), seed=_seed(seed))
         self._check(settings)
         if (first is None) != (second is None):
             raise UserError("interpolate: got one image; give two, or none and a seed")
         ends = None
         if first is not None and second is not None:
             ends, _, _ = inputs_of(settings, [first, second], mask=None, shape=self._source.image_shape)
+            if len(ends) != 2:
+                raise UserError("interpolate: a tensor of several images; give one image for each end, [3, H, W]")
             ends = ends.to(self.device)
         images = interpolated(self._source, self.denoiser, settings, ends=ends, device=self.device).cpu().clamp(-1, 1)
         return images if tensors else as_pil(image_tensors.to_uint8(images))
 
     def _check(self, settings: TaskSettings) -> None:
         check_task(self.config, settings, origin=self._source.origin)
-        if settings.steps < 2 or settings.count < 2 or settings.seed < 0:
-            raise UserError(
-                f"{settings.task}: got steps {settings.steps}, count {settings.count}, seed {settings.seed}; steps and "
-                f"count are at least 2, the seed at least 0"
-            )
 
     def _edit(
         self, settings: TaskSettings, given: Images, *, mask: Missing | None = None, tensors: bool, noisy: bool = True
@@ -237,3 +257,11 @@ class Editor:
         result = result.cpu()
         edited = result if tensors else as_pil(image_tensors.to_uint8(result, nearest=True))
         return edited[0] if is_single and not is_sequence else edited
+
+
+def _steps(steps: object) -> int:
+    return whole_number("steps", steps, least=2)
+
+
+def _seed(seed: object) -> int:
+    return whole_number("seed", seed, least=0)

@@ -1,11 +1,10 @@
 """Offers trained models to Python programs: `cmscale.load(...)` gives a model that samples and edits images.
 
-Images come in as files, PIL images or tensors, and go out as PIL images, or as tensors on request.
+Images come in as files, PIL images, arrays or tensors, and go out as PIL images, or as tensors on request.
 """
 
-import os
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args, overload
 
 import torch
 from PIL import Image
@@ -20,11 +19,13 @@ from cmscale.errors import UserError
 from cmscale.generation.draw import SampleRequest, draw_samples
 from cmscale.generation.given_images import File, as_pil
 from cmscale.io import image_tensors
+from cmscale.library.arguments import explained_as_arguments, numbers, one_of, path, text, whole_number
 from cmscale.library.editing import Editor
 from cmscale.runs.source_kind import kind_of_source
 from cmscale.source import load_source
 
 
+@explained_as_arguments
 def load(
     source: File,
     *,
@@ -32,7 +33,7 @@ def load(
     step: int | None = None,
     config: File | None = None,
     overrides: Sequence[str] = (),
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str | torch.device = "auto",
 ) -> "Model":
     """Loads a trained model.
 
@@ -42,19 +43,43 @@ def load(
         step: Step of a run's checkpoint; the newest by default.
         config: Config file for weights that hold none.
         overrides: `key=value` overrides of that file.
-        device: `auto` is a GPU if there is one.
+        device: `cpu`, `cuda`, `cuda:N` or a torch.device; `auto` is a GPU if there is one.
 
     Raises:
         UserError: there is no such model, or a value does not fit it. The message says what to do.
     """
-    chosen = choose_device(device)
-    origin = os.fspath(source)
-    if config is None and kind_of_source(origin) in WITHOUT_ANY_CONFIG:
+    chosen = _device(device)
+    origin = path("source", source)
+    settings = None if config is None else path("config", config)
+    if weights is not None:
+        text("weights", weights)
+    if step is not None:
+        step = whole_number("step", step, least=0)
+    if isinstance(overrides, str):
+        raise UserError(f"overrides: got {overrides!r}; give a list of key=value")
+    for override in overrides:
+        text("overrides", override)
+    if settings is None and overrides:
+        raise UserError("overrides: have no effect without config=...; leave them out")
+    if settings is None and kind_of_source(origin) in WITHOUT_ANY_CONFIG:
         raise UserError(f"{origin}: holds weights without a config; give config=..., such as a file of configs/")
-    settings = None if config is None else os.fspath(config)
-    return Model(
-        load_source(origin, weights=weights, step=step, config=settings, overrides=list(overrides)), device=chosen
-    )
+    found = load_source(origin, weights=weights, step=step, config=settings, overrides=list(overrides))
+    return Model(found, device=chosen)
+
+
+def _device(named: str | torch.device) -> torch.device:
+    if named == "auto":
+        return choose_device("auto")
+    try:
+        device = torch.device(named)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: got {named!r}; give auto, cpu, cuda, cuda:N or a torch.device of these")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"device: got {str(device)!r}, and this machine has {count} CUDA devices; give another one")
+    return device
 
 
 class Model(Editor):
@@ -120,6 +145,7 @@ class Model(Editor):
         tensors: Literal[True],
     ) -> Tensor: ...
 
+    @explained_as_arguments
     def sample(
         self,
         num: int = 1,
@@ -151,11 +177,13 @@ class Model(Editor):
         Raises:
             UserError: a value that this model does not use or that is outside of its range.
         """
-        if num < 1 or batch_size < 1 or (steps is not None and steps < 1) or seed < 0:
-            raise UserError(
-                f"sample: got num {num}, batch_size {batch_size}, steps {steps}, seed {seed}; the first three are at "
-                f"least 1, the seed at least 0"
-            )
+        num = whole_number("num", num, least=1)
+        batch_size = whole_number("batch_size", batch_size, least=1)
+        seed = whole_number("seed", seed, least=0)
+        if steps is not None:
+            steps = whole_number("steps", steps, least=1)
+        if sampler is not None:
+            one_of("sampler", sampler, get_args(Sampler))
         if steps is not None and times is not None:
             raise UserError("sample: steps has no effect beside times; give one of them")
         if sampler is not None and self.config.method.facts.sampler != "ode":
@@ -168,16 +196,26 @@ class Model(Editor):
             clip=clip,
             batch_size=batch_size,
             sigmas=None if times is None else self._times(times),
-            classes=classes if classes is None or isinstance(classes, str) else tuple(classes),
+            classes=_classes(classes),
         )
         images = draw_samples(self._source, request, device=self.device, denoise=self.denoiser)
         return images if tensors else as_pil(image_tensors.to_uint8(images))
 
     def _times(self, times: Sequence[float]) -> Tensor:
-        values = tuple(float(time) for time in times)
+        values = numbers("times", times)
         try:
             check_descending(values, shown=str(list(values)))
         except ValueError as error:
             raise UserError(f"times: {error}") from None
         check_range(values, self.config.method, label=f"times {list(values)}")
         return torch.tensor(values, dtype=torch.float64)
+
+
+def _classes(given: object) -> tuple[int, ...] | Literal["random"] | None:
+    if given is None or isinstance(given, str):
+        if given is not None:
+            one_of("classes", given, ["random"])
+        return given  # type: ignore[return-value]
+    if not isinstance(given, Iterable):
+        raise UserError(f"classes: got {given!r}; give a list of class numbers, or 'random'")
+    return tuple(whole_number("classes", each, least=0) for each in given)

@@ -97,16 +97,16 @@ def test_a_mask_has_the_size_of_its_pictures_or_of_the_model(tmp_path: Path) -> 
     pictures = [(Path("a.png"), (32, 48)), (Path("b.png"), (32, 48))]
     drawn = np.zeros((32, 48), bool)
     drawn[10, 20] = True  # one pixel of four makes the model's pixel missing
-    missing = fit_mask(Mask(drawn), size=16, pictures=pictures, path=Path("m"))
+    missing = fit_mask(Mask(drawn), size=16, pictures=pictures, label="--mask m")
     assert missing.shape == (1, 1, 16, 16)
     assert np.argwhere(missing).tolist() == [[0, 0, 5, 6]]
-    own = fit_mask(Mask(HOLE), size=16, pictures=pictures, path=Path("m"))
+    own = fit_mask(Mask(HOLE), size=16, pictures=pictures, label="--mask m")
     assert np.array_equal(own[0, 0], HOLE)
     for shape in ((32, 32), (8, 8), (48, 32)):
         with pytest.raises(UserError, match=rf"--mask m: {shape[1]} x {shape[0]} pixels, a.png has 48 x 32"):
-            fit_mask(Mask(np.ones(shape, bool)), size=16, pictures=pictures, path=Path("m"))
+            fit_mask(Mask(np.ones(shape, bool)), size=16, pictures=pictures, label="--mask m")
     with pytest.raises(UserError, match="nothing is missing"):
-        fit_mask(Mask(HOLE & False), size=16, pictures=pictures, path=Path("m"))
+        fit_mask(Mask(HOLE & False), size=16, pictures=pictures, label="--mask m")
 
 
 def test_the_results_of_several_images_have_names_of_their_own() -> None:
