@@ -1,8 +1,6 @@
 """Explains mistakes in configs: one line for each, with its place, the value given and the values allowed."""
 
 import difflib
-import re
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +9,11 @@ from pydantic import ValidationError
 
 from cmscale.config.keys import known_keys, sections
 from cmscale.config.methods import KINDS
+from cmscale.config.wording import shown, what_is_wrong
 from cmscale.errors import UserError
 
 _MOST_SHOWN = 20
 _LONGEST_KEY = 200
-_SHOWN = reprlib.Repr()  # of a value in a message: YAML's aliases can make it endless
-_SHOWN.maxstring = _SHOWN.maxother = 200
-
-_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
-_SEXAGESIMAL = re.compile(r"[-+]?\d+(:[0-5]?\d)+")
 
 
 @dataclass(frozen=True)
@@ -84,6 +78,8 @@ def joined(mistakes: Sequence[Mistake]) -> list[Mistake]:
 
 def unknown(key: str) -> Mistake:
     """An unknown key, with what may be meant."""
+    if key in sections():  # on the command line
+        return Mistake(key, f"is a section; give its keys one by one, as {key}.KEY=VALUE")
     what = "unknown section" if "." not in key else "unknown key"
     return Mistake(key, f"{what}{suggestion(key)}", "unknown")
 
@@ -111,22 +107,26 @@ def _explained(error: dict[str, Any], section: str) -> Mistake:
         path.pop()  # the branch of a union: slurm.time.int
     key = ".".join(path)
     match error["type"]:
+        case "extra_forbidden" if key in known_keys() and len(error["loc"]) == 1:
+            head, _, leaf = key.rpartition(".")
+            return Mistake(key, f"a key with a dot is for the command line; write {leaf} in the section {head}")
         case "extra_forbidden" if key in known_keys():
             return Mistake(key, f"not a key of method.kind {error['loc'][1]}; remove it")
         case "extra_forbidden":
             return unknown(key)
+        case "missing" if isinstance(error["loc"][-1], int):  # of a list with a fixed number of values
+            return Mistake(".".join(path[:-1]), f"got {shown(error['input'])}; it should have more values")
         case "missing":
             return Mistake(key, "is missing and has no default; set it", "missing")
         case "union_tag_not_found":
             return _without_kind(key, error["input"])
         case "union_tag_invalid":
-            tag, allowed = _SHOWN.repr(error["ctx"].get("tag")), error["ctx"].get("expected_tags")
+            tag, allowed = shown(error["ctx"].get("tag")), error["ctx"].get("expected_tags")
             return Mistake(f"{key}.kind", f"got {tag}; allowed: {allowed}")
         case "value_error":
             return _of_section(key, str(error["ctx"]["error"]))
         case _:
-            wanted = error["msg"].replace("Input should", "it should")
-            return Mistake(key, f"got {_written(error['input'])}; {wanted}{_hint(error)}")
+            return Mistake(key, what_is_wrong(error))
 
 
 def _without_kind(key: str, given: Any) -> Mistake:
@@ -154,25 +154,3 @@ def _either(one: Mistake, other: Mistake) -> Mistake:
     if rest and one.why.startswith(same):
         return Mistake(one.key, f"{one.why} or {rest}", one.problem)
     return one
-
-
-def _written(value: Any) -> str:
-    """A value as YAML writes it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    simple = isinstance(value, (int, float, str, list, tuple))
-    return _SHOWN.repr(value) if simple else type(value).__name__
-
-
-def _hint(error: dict[str, Any]) -> str:
-    """What is meant, perhaps, by text in place of a number or of true and false."""
-    text, kind = error["input"], error["type"]
-    if not isinstance(text, str) or kind not in ("int_type", "float_type", "bool_type"):
-        return ""
-    if kind == "bool_type":
-        return "; write true or false"
-    if _LEADING_ZERO.fullmatch(text):
-        return f": a number has no leading zero, write {int(text.replace('_', ''))} (octal: 0o...)"
-    if _SEXAGESIMAL.fullmatch(text):
-        return ": with colons it is text, write one number"
-    return ""

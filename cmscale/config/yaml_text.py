@@ -145,7 +145,8 @@ def parse_sections(text: str, origin: str) -> Sections:
     """
     tree, node = _parse(text, origin)
     if not isinstance(tree, dict):
-        raise UserError(f"{origin}: holds {type(tree).__name__}; write sections (method, model, data, ...)")
+        held = {type(None): "is empty", list: "holds a list"}.get(type(tree), "holds a single value")
+        raise UserError(f"{origin}: {held}; write sections (method, model, data, ...)")
     return Sections(tree, dict(_lines(node)))
 
 

@@ -43,8 +43,8 @@ def test_a_dumped_config_is_the_same_config() -> None:
     [
         ("train.sed=1", ["train.sed", "did you mean train.seed"]),
         ("train.seed=-1", ["train.seed", "-1", "greater than or equal to 0"]),
-        ("train.seed=one", ["train.seed", "'one'", "integer"]),
-        ("model.channels=1.5", ["model.channels", "1.5", "integer"]),
+        ("train.seed=one", ["train.seed", "'one'", "whole number"]),
+        ("model.channels=1.5", ["model.channels", "1.5", "whole number"]),
         ("model.image_size=31", ["model", "31"]),
         ("model.attention_resolutions=[4]", ["attention_resolutions", "4 px"]),
         ("method.kind=magic", ["method.kind", "magic", "'ct'"]),
@@ -87,7 +87,7 @@ def test_compiled_blocks_are_refused_where_a_loss_takes_forward_mode_derivatives
         (TEXT + "more: 1\n", "more: unknown section"),
         (TEXT + "train: {}\n", "given twice"),
         (TEXT.replace("data: {path: s3://bucket/data}\n", ""), "data: is missing"),
-        ("- a\n- b\n", "holds list; write sections"),
+        ("- a\n- b\n", "holds a list; write sections"),
         ("method: [\n", "not YAML"),
     ],
 )

@@ -29,7 +29,7 @@ def test_whole_numbers_are_decimal_unless_they_say_otherwise(text: str, value: i
 )
 def test_what_is_no_number_is_text(text: str) -> None:
     assert parse_config(TEXT, [f"wandb.project={text}"]).wandb.project == text
-    with pytest.raises(UserError, match=r"train\.seed: got '.*'; it should be a valid integer"):
+    with pytest.raises(UserError, match=r"train\.seed: got '.*'; it should be a whole number"):
         parse_config(TEXT, [f"train.seed={text}"])
 
 
@@ -77,7 +77,7 @@ def test_what_is_no_config_file_is_one_line(tmp_path) -> None:
     (tmp_path / "large.yaml").write_text("#" * (2 << 20))
     for path, line in (
         ("/dev/zero", "has more than 1 MiB, too much for a config"),
-        (tmp_path / "folder", "can't be read"),
+        (tmp_path / "folder", "is a folder; give a config file"),
         (tmp_path / "absent.yaml", "no such file"),
         (tmp_path / "latin.yaml", "give a YAML file in UTF-8"),
         (tmp_path / "large.yaml", "has more than 1 MiB"),

@@ -93,15 +93,46 @@ def test_a_value_of_a_layer_beneath_is_placed_there() -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("010", "got '010'; it should be a valid integer: a number has no leading zero, write 10 (octal: 0o...)"),
-        ("1:30", "got '1:30'; it should be a valid integer: with colons it is text, write one number"),
-        ("yes", "got 'yes'; it should be a valid integer"),
+        ("010", "got '010'; it should be a whole number: a number has no leading zero, write 10 (octal: 0o...)"),
+        ("1:30", "got '1:30'; it should be a whole number: with colons it is text, write one number"),
+        ("yes", "got 'yes'; it should be a whole number"),
         ("1,000", "got '1,000'"),
     ],
 )
 def test_what_looks_like_a_number_is_refused_with_its_line(value: str, said: str) -> None:
     (line,) = lines_of(f"{TEXT}evaluate:\n  num_samples: {value}\n")
     assert line.startswith(f"a.yaml, line 7: evaluate.num_samples: {said}")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("evaluate: {num_samples: 5e3}", "evaluate.num_samples: got 5000.0; it should be a whole number; write 5000"),
+        ("evaluate: {num_samples: '5'}", "got '5'; it should be a whole number: in quotes it is text, remove them"),
+        ("evaluate: {reference: 7}", "evaluate.reference: got 7; it should be text; quote it: '7'"),
+        ("engine: {device: {a: 1}}", "engine.device: got a mapping; "),
+        ("ema: {rates: 0.9}", "ema.rates: got 0.9; it should be a list, such as [a, b]"),
+        ("evaluate:", "evaluate: is an empty section; write its keys below it, indented, or remove it"),
+        ("evaluate: {3: 4}", "evaluate.3: got 3, which is no key; keys are text"),
+        ("evaluate.num_samples: 5", "a key with a dot is for the command line; write num_samples in the section evalu"),
+    ],
+)
+def test_what_is_meant_is_said(more: str, said: str) -> None:
+    (line,) = lines_of(f"{TEXT}{more}\n")
+    assert line.startswith("a.yaml, line 6: evaluate" if "evaluate" in more else "a.yaml, line 6: e")
+    assert said in line
+
+
+@pytest.mark.parametrize(("given", "said"), [("[0.9]", "more values"), ("[0.9, 0.99, 0.999]", "at most 2 values")])
+def test_a_list_of_the_wrong_length_is_shown(given: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_config(TEXT, [f"optimizer.betas={given}"])
+    assert str(refused.value) == f"command line: optimizer.betas: got {given}; it should have {said}"
+
+
+def test_a_section_is_not_set_as_a_whole_on_the_command_line() -> None:
+    with pytest.raises(UserError, match=r"train: is a section; give its keys one by one, as train\.KEY=VALUE"):
+        parse_config(TEXT, ["train=5"])
 
 
 @pytest.mark.parametrize("given", ["s3://bucket/data #1", "/data #1", "s3://bucket/data\t#1 of 2"])
@@ -143,7 +174,7 @@ def test_pythons_none_is_refused_and_null_is_meant(word: str) -> None:
 
 def test_yes_and_no_are_words_where_true_and_false_are_meant() -> None:
     (line,) = lines_of(TEXT.replace("{path:", "{flip: no, path:"))
-    assert line == "a.yaml, line 3: data.flip: got 'no'; it should be a valid boolean; write true or false"
+    assert line == "a.yaml, line 3: data.flip: got 'no'; it should be true or false"
 
 
 def test_a_key_given_twice_and_broken_yaml_name_their_lines() -> None:

@@ -113,7 +113,7 @@ def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("slurm: {acount: x}", r"slurm\.acount: unknown key; did you mean slurm\.account\?"),
         ("slrum: {account: x}", "slrum: unknown section; a site sets slurm, restart"),
-        ("slurm: {cpus_per_task: many}", r"slurm\.cpus_per_task: got 'many'; it should be a valid integer"),
+        ("slurm: {cpus_per_task: many}", r"slurm\.cpus_per_task: got 'many'; it should be a whole number"),
         ('slurm: {account: "a\\nb"}', r"slurm\.account: got 'a\\nb'; line breaks"),
         ("slurm: {mem_gb: 4, mem: 5G}", "slurm: mem_gb and mem are both given"),
         ("optimizer: {learning_rate: 1}", "optimizer: unknown section"),
@@ -127,7 +127,7 @@ def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("environment: {A-B: x}", r"environment\.A-B: got 'x'; write NAME: text"),
         ('environment: {AB: "x\\ny"}', r"environment\.AB: .*line breaks"),
         ("slurm: 5", "slurm: got 5; write keys and values"),
-        ("just text", "holds str; write sections"),
+        ("just text", "holds a single value; write sections"),
         ("a: [", "not YAML"),
         ("slurm: {account: a, account: b}", "'account' is given twice"),
     ],
