@@ -1,5 +1,6 @@
 """Commands that show runs: `runs`, `compare`, `report`, `mirror`."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -81,6 +82,7 @@ def report(
 @command(app)
 def mirror(
     run: Annotated[Place, typer.Argument(help="The run's folder."), USED],
+    as_json: JsonOption = False,
 ) -> None:
     """Sends what wandb, TensorBoard and Prometheus lack of a run: scores measured after its end, what had failed.
 
@@ -98,20 +100,34 @@ def mirror(
     config = read_config(folder.config, resolved=True)
     if config.tensorboard.enabled:
         require("tensorboard", key="tensorboard.enabled")
-    state, known_by = how_it_stands(folder, read_lines(folder.events))
+    try:
+        events = list(read_lines(folder.events))
+    except OSError as error:  # its launcher, Slurm and the times of its files still say whether it runs
+        events = []
+        print(f"{folder.events}: can't be read ({error.strerror}); the rest is sent", file=sys.stderr)
+    state, known_by = how_it_stands(folder, events)
     if state == "running":
         raise UserError(f"{run}: is running ({known_by}), and sends by itself")
     from cmscale.training.metrics_log import send
-    from cmscale.training.wandb_mirror import unsynced
+    from cmscale.training.wandb_mirror import is_disabled, unsynced
 
-    outcome = send(folder, config)
-    for name, failure in outcome.items():
-        print(f"{name}: {failure or 'has all'}")
-        if name == "wandb" and (waiting := unsynced(folder)):
+    with contextlib.redirect_stdout(sys.stderr):  # what mirrors say of failures
+        outcome = send(folder, config)
+    has_all = dict.fromkeys(outcome, "has all")
+    if "wandb" in outcome and is_disabled(config.wandb):
+        has_all["wandb"] = "disabled by WANDB_MODE or wandb's settings; nothing is sent"
+    waiting = unsynced(folder) if "wandb" in outcome else []
+    if as_json:
+        facts = {name: {"failure": why or None, "state": why or has_all[name]} for name, why in outcome.items()}
+        print(json.dumps({"mirrors": facts, "unsynced": [str(each) for each in waiting]}, indent=1))
+    else:
+        for name, failure in outcome.items():
+            print(f"{name}: {failure or has_all[name]}")
+        if waiting:
             folders = f"{shlex.quote(str(folder.root / 'wandb'))}/offline-run-*"
             print(f"wandb: {len(waiting)} offline; `wandb sync {folders}` sends it")
-    if not outcome:
-        print("no mirror: wandb.mode is off, tensorboard.enabled and prometheus.enabled are false")
+        if not outcome:
+            print("no mirror: wandb.mode is off, tensorboard.enabled and prometheus.enabled are false")
     if any(outcome.values()):
         raise typer.Exit(1)
 

@@ -80,6 +80,11 @@ def _open(run: RunDir, settings: Wandb, config: dict[str, Any], mark: Mark) -> W
     return WandbSink(opened, mark)
 
 
+def is_disabled(settings: Wandb) -> bool:
+    """Whether the user has disabled wandb for all programs, so that nothing is sent."""
+    return _mode(settings) == "disabled"
+
+
 def unsynced(run: RunDir) -> list[Path]:
     """The folders of a run that wandb wrote offline and `wandb sync` has not sent yet."""
     folders = sorted((run.root / "wandb").glob("offline-run-*"))

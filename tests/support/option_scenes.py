@@ -145,7 +145,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "restart_seconds": ("--restart-seconds", "90"),
         "as_json": ("--json",),
     },
-    "mirror": {"run": None},
+    "mirror": {"run": None, "as_json": ("--json",)},
     "report": {
         "run": None,
         "beside": ("--beside", "{in}/shown_too"),

@@ -20,6 +20,7 @@ from cmscale.config import Prometheus, Tensorboard, Wandb, dump_config, parse_co
 from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.json_text import parse_json
+from cmscale.runs import log
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines, write_event
 from cmscale.training import mirror, prometheus_file, tensorboard_mirror
@@ -207,3 +208,21 @@ def test_what_came_after_the_end_of_a_run_is_sent_by_a_command(tmp_path: Path) -
     assert parsed(run.prometheus)["cmscale_evaluation", "FD-EfficientNet, ema_0.999, 1, 500, 0123"] == 7.0
     write_event(run, "resumed", step=10, rank=0)
     assert guarded(run_cmscale, ["mirror", str(run.root)]) == 2  # it sends by itself
+
+
+def test_a_run_whose_events_cannot_be_read_is_sent_all_the_same(tmp_path: Path, monkeypatch, capfd) -> None:
+    run = RunDir(tmp_path / NAME)
+    run.root.mkdir()
+    settings = ["wandb.mode=off", "prometheus.enabled=true"]
+    run.config.write_text(dump_config(parse_config(CONFIG.format(data=dataset(tmp_path / "data")), settings)))
+    write_evaluation(run, step=10, nfe=1, values=(7.0,))
+    write_event(run, "finished", step=10, rank=0)
+    os.utime(run.events, (time.time() - 7200,) * 2)
+
+    def refused(_: Path) -> list[Any]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(log, "read_lines", refused)
+    assert guarded(run_cmscale, ["mirror", str(run.root)]) == 0
+    assert "events.jsonl: can't be read (Permission denied); the rest is sent" in capfd.readouterr().err
+    assert parsed(run.prometheus)["cmscale_evaluation", "FD-EfficientNet, ema_0.999, 1, 500, 0123"] == 7.0

@@ -13,6 +13,7 @@ from run_folder import write_evaluation
 from cmscale.cli.app import run as run_cmscale
 from cmscale.commands.ending import guarded
 from cmscale.config import Wandb, dump_config, parse_config
+from cmscale.io.json_text import parse_json
 from cmscale.io.wandb_login import find_login
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, read_lines, write_event
@@ -153,6 +154,38 @@ def test_what_has_all_opens_nothing_and_offline_folders_wait_for_their_sync(
     write_evaluation(run, step=10, nfe=2, values=(6.0,))
     assert guarded(run_cmscale, ["mirror", str(run.root)]) == 0
     assert opened == 2
+
+
+def test_a_mirror_that_is_disabled_has_not_got_all(tmp_path: Path, monkeypatch, capsys) -> None:
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    run.config.write_text(dump_config(parse_config(CONFIG.format(data="data"), ["wandb.mode=auto"])))
+    write_event(run, "finished", step=10, rank=0)
+    write_evaluation(run, step=10, nfe=1, values=(7.0,))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("wandb was begun"))
+    assert guarded(run_cmscale, ["mirror", str(run.root)]) == 0
+    said = "disabled by WANDB_MODE or wandb's settings; nothing is sent"
+    assert capsys.readouterr().out == f"wandb: {said}\n"
+    assert guarded(run_cmscale, ["mirror", str(run.root), "--json"]) == 0
+    facts = {"mirrors": {"wandb": {"failure": None, "state": said}}, "unsynced": []}
+    assert parse_json(capsys.readouterr().out) == facts
+
+
+def test_a_failure_is_said_beside_the_json(tmp_path: Path, monkeypatch, capsys) -> None:
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    run.config.write_text(dump_config(parse_config(CONFIG.format(data="data"), ["wandb.mode=online"])))
+    write_event(run, "finished", step=10, rank=0)
+    write_evaluation(run, step=10, nfe=1, values=(7.0,))
+
+    def init(**_: object) -> Server:
+        raise OSError("no route")
+
+    monkeypatch.setattr(wandb, "init", init)
+    assert guarded(run_cmscale, ["mirror", str(run.root), "--json"]) == 1
+    facts = parse_json(capsys.readouterr().out)
+    assert facts["mirrors"]["wandb"]["failure"] == "OSError: no route"
 
 
 def test_an_evaluation_that_was_half_written_is_sent_when_it_is_whole(run) -> None:
