@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the whole pipeline at 16 px: photographs, shards on S3, a teacher, its distillation, consistency training,
-# evaluation, export, samples, edits, a report. `--long` trains at 32 px for half an hour instead of minutes.
+# evaluation, export, samples, edits, a report. `--long` trains at 32 px for 40 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

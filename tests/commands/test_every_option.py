@@ -37,6 +37,7 @@ from cmscale.consistency import grid
 from cmscale.consistency.grid import off_grid_times
 from cmscale.interop import write_diffusers, write_openai, write_safetensors
 from cmscale.model.unet import build_unet
+from cmscale.runs.log import write_event
 from data_prep import demo, prepare, reference, verify
 from launchers import evaluate, sample, submit, worker
 from launchers.clusters import CLUSTERS
@@ -75,6 +76,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "conditional.safetensors", weights_of(conditional), config=conditional, step=7, weights_name="ema_0.9"
     )
     write_trained_run(folder / "other_run", data=folder / "data", kind="edm", method="sigma_data: 0.5")
+    ended = write_trained_run(folder / "ended_run", data=folder / "data")
+    write_event(ended, "finished", step=3, rank=0)
     write_run(folder / "folder_of_runs" / "one")
     write_run(folder / "shown")
     write_run(folder / "shown_too", kind="edm")

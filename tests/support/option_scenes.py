@@ -399,6 +399,7 @@ SCENES = [
     Scene("of the folder of runs", "runs", ("{in}/folder_of_runs",)),
     Scene("of two runs", "compare", ("{in}/run", "{in}/other_run")),
     Scene("of a run", "verify", ("{in}/run",)),
+    Scene("of a run", "mirror", ("{in}/ended_run",)),
     Scene("of a key", "config explain", ("train.seed",)),
     Scene("of a shell", "completion", ("bash",)),
     Scene("of two configs", "config diff", ("{in}/config.yaml", "{in}/other.yaml")),
