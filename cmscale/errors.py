@@ -52,6 +52,11 @@ def one_line(message: str) -> str:
     text = " ".join(message.split())
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Text of anyone, such as a folder's name, as a terminal may show it: escape sequences are written out."""
     return "".join(map(_shown, text))
 
 

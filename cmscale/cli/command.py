@@ -25,13 +25,14 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperCommand
 from typer.models import OptionInfo, ParameterInfo
 
 from cmscale.cli.early import check_early
 from cmscale.commands.parser import Output, check_output
 from cmscale.commands.use import Given, Use, given_twice, refuse_empty
-from cmscale.errors import UserError
+from cmscale.errors import UserError, printable
 from cmscale.io.driver import refuse_cuda_without_driver
 from cmscale.io.place import Place
 
@@ -50,11 +51,16 @@ _ON_THE_COMMAND_LINE = ("COMMANDLINE", "ENVIRONMENT")
 class TableConsole(Console):
     """Prints tables on stdout, into a pipe or file in wide lines.
 
-    Rich itself would exit with status 1 if nobody reads them any more, and takes `[x]` for markup.
+    Rich itself would exit with status 1 if nobody reads them any more, and takes `[x]` for markup. A run's name may be
+    anyone's: its escape sequences are written out.
     """
 
     def __init__(self) -> None:
         super().__init__(markup=False, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Text of a cell or line, without what a terminal would obey."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **how)
 
     def on_broken_pipe(self) -> None:
         """Leaves the ending to `guarded`."""

@@ -19,10 +19,19 @@ config_app = typer.Typer(no_args_is_help=True, help="Explains the keys of config
 app.add_typer(config_app, name="config")
 
 
+def _completed(incomplete: str) -> list[str]:
+    """The keys and sections that begin so, for the shell."""
+    from cmscale.config.keys import known_keys, sections
+
+    return sorted(name for name in {*sections(), *known_keys()} if name.startswith(incomplete))
+
+
 @command(config_app, group="config")
 def explain(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY]...", help="A key (train.seed or seed), or a section."), USED
+        list[str] | None,
+        typer.Argument(metavar="[KEY]...", help="A key (train.seed or seed), or a section.", autocompletion=_completed),
+        USED,
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

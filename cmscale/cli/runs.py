@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.table import Table
 
 from cmscale.cli.command import TableConsole, command
@@ -20,7 +21,7 @@ from cmscale.cli.configs import print_differences
 from cmscale.cli.options import JsonOption
 from cmscale.commands.parser import Output
 from cmscale.commands.use import USED, Use
-from cmscale.errors import UserError
+from cmscale.errors import UserError, printable
 from cmscale.io.counting import counted, in_words
 from cmscale.io.place import Place
 
@@ -178,16 +179,37 @@ def _overviews(folder: Path) -> list[Any]:
 
 
 def _print_runs(found: Sequence[Any], console: TableConsole) -> None:
-    """Prints a row for each run; on a narrow terminal what is long in a line of its own below."""
+    """Prints a row for each run; where that has no room, what is long in a line below, or a few lines for each run."""
     rows = [_facts(each) for each in found]
-    names = [name for name in _FACTS if console.width >= _WIDE or name not in _LONG]
-    table = Table(*names, box=None)
+    if console.width >= _WIDE:
+        console.print(_table([_FACTS, *(tuple(facts.values()) for facts in rows)]))
+        return
+    names = [name for name in _FACTS if name not in _LONG]
+    shown = [names, *([facts[name] for name in names] for facts in rows)]
+    fits = _width_of(shown) <= console.width
+    if fits:
+        console.print(_table(shown))
     for facts in rows:
-        table.add_row(*(facts[name] for name in names))
-    console.print(table)
-    for facts in rows if len(names) < len(_FACTS) else ():
         said = [facts["known by"], facts["best score"], f"branch of {facts['branch of']}" if facts["branch of"] else ""]
+        if not fits:
+            said = [_in_a_line(facts), *said]
         console.print(f"{facts['run']}: {'; '.join(filter(None, said))}")
+
+
+def _in_a_line(facts: dict[str, str]) -> str:
+    """The short facts of a run, for a terminal without room for a row."""
+    step = f"step {facts['step']} of {facts['of']}"
+    left = f"{facts['left']} left" if facts["left"] else ""
+    age = f"{facts['age']} old" if facts["age"] else ""
+    loss = f"loss {facts['loss']}" if facts["loss"] else ""
+    return ", ".join(filter(None, [facts["method"], facts["state"], age, step, facts["rate"], left, loss]))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*rows[0], box=None)
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
 
 
 def _facts(found: Any) -> dict[str, str]:
@@ -198,7 +220,7 @@ def _facts(found: Any) -> dict[str, str]:
     problems = f"{len(found.problems)} unreadable: {found.problems[0]}" if found.problems else ""
     rate = f"{found.images_per_second:.4g} images/s" if found.images_per_second else ""
     values = (
-        found.name,
+        printable(found.name),
         found.method or "?",
         found.state,
         found.known_by,
@@ -278,17 +300,18 @@ def _print_scores(basis: str, scores: Sequence[Any], console: TableConsole) -> N
     console.print(f"\n{basis}")
     across, of_score = list(zip(*rows, strict=True)), list(zip(*rows[:5], strict=True))
     shown = next((each for each in (across, rows) if _width_of(each) <= console.width), of_score)
-    table = Table(*shown[0], box=None)
-    for row in shown[1:]:
-        table.add_row(*row)
-    console.print(table)
+    if _width_of(shown) <= console.width:
+        console.print(_table(shown))
+    else:
+        for run, step, weights, nfe, value in of_score[1:]:
+            console.print(f"{run}: {value} (step {step}, {weights}, {nfe} NFE)")
     if shown is of_score and len(rows) > 5:
         console.print("the other metrics: a wider terminal, --json, or --out FILE.html")
 
 
 def _width_of(rows: Sequence[Sequence[str]]) -> int:
     """The columns of a terminal that a table takes."""
-    return sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
+    return sum(max(map(cell_len, column)) + 2 for column in zip(*rows, strict=True))
 
 
 def _print_comparison(found: Any) -> None:

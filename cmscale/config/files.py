@@ -165,6 +165,10 @@ def _apply(tree: dict[str, Any], override: str, *, among: Sequence[str]) -> str 
     key, equals, text = override.partition("=")
     if not equals or not key:
         return Mistake("", f"override {override!r}: write it as key=value, for example train.seed=1")
+    if key != key.strip() and key.strip() in known_keys():
+        return Mistake("", f"override {override!r}: has spaces around =; write {key.strip()}={text.strip()}")
+    if text.lstrip().startswith("#"):
+        return Mistake(key, f"{text.strip()} is a comment in YAML, not a value; quote it: {key}='\"{text.strip()}\"'")
     if key not in known_keys() and key.rpartition(".")[0] not in MAPPINGS:
         return unknown(key)
     *sections, leaf = key.split(".")

@@ -89,7 +89,7 @@ def suggestion(key: str) -> str:
     if len(key) > _LONGEST_KEY:
         return ""
     candidates = known_keys() if "." in key else (*sections(), *(known.partition(".")[2] for known in known_keys()))
-    close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key.lower(), candidates, n=1, cutoff=0.5)
     return f"; did you mean {_whole(close[0])}?" if close else ""
 
 

@@ -15,6 +15,8 @@ _LARGEST = 1 << 20  # bytes of a file
 _DEEPEST = 3  # levels of keys whose lines are kept: slurm.extra.switches
 _TAG = "tag:yaml.org,2002:"
 _TEXT = f"{_TAG}str"
+_NO_SPACE = re.compile(r"([a-z_0-9]+)(?::[^\S ]*(?![ /])|\s*=\s*)(\S.*)")
+"""A line such as `log_every:50`, `log_every = 50`, or with a space that is none of YAML's; not s3://bucket."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -170,11 +172,23 @@ def _parse(text: str, origin: str) -> tuple[Any, yaml.Node | None]:
         raise
     except yaml.MarkedYAMLError as error:
         line = None if error.problem_mark is None else error.problem_mark.line + 1
-        raise UserError(f"{place(origin, line)}: not YAML: {error.problem or error.context}") from None
+        raise UserError(f"{place(origin, line)}: {_worded(error, text)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{origin}: not YAML: {error}") from None
     except Exception as error:  # constructors raise what int(), float() and their like raise
         raise UserError(f"{origin}: not YAML that can be read: {reason(error)}") from None
+
+
+def _worded(error: yaml.MarkedYAMLError, text: str) -> str:
+    """What is wrong with text that is no YAML; the commonest slips by what was meant."""
+    if error.problem == "but found another document":
+        return "a second document begins here (---); write one config a file"
+    mark = error.problem_mark
+    if mark is not None and error.problem in ("could not find expected ':'", "mapping values are not allowed here"):
+        number = mark.line  # of the line before, from 1
+        if number and (slip := _NO_SPACE.match(text.splitlines()[number - 1].strip())) is not None:
+            return f"not YAML: a space is missing; line {number}: write {slip[1]}: {slip[2]}"
+    return f"not YAML: {error.problem or error.context}"
 
 
 def _line(node: yaml.Node) -> int:

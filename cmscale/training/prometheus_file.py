@@ -109,4 +109,6 @@ def _family(name: str, values: list[tuple[dict[str, str], float]], labels: dict[
 
 
 def _escaped(text: Any) -> str:
-    return str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    """A label's value; of a folder's name that is no UTF-8 the odd bytes are written out."""
+    known = str(text).encode("utf-8", "backslashreplace").decode()
+    return known.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -60,8 +60,12 @@ def test_a_shell_gets_its_completion(shell: str, monkeypatch, capsys) -> None:
     assert "_CMSCALE_COMPLETE" in capsys.readouterr().out
 
 
-def test_bash_completes_the_values_of_an_option() -> None:
-    variables = {"_CMSCALE_COMPLETE": "complete_bash", "COMP_WORDS": "cmscale export --format di", "COMP_CWORD": "3"}
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [("export --format di", ["diffusers"]), ("config explain train.lo", ["train.log_every"])],
+)
+def test_bash_completes_values(words: str, completed: list[str]) -> None:
+    variables = {"_CMSCALE_COMPLETE": "complete_bash", "COMP_WORDS": f"cmscale {words}", "COMP_CWORD": "3"}
     ran = subprocess.run(
         [sys.executable, "-m", "cmscale.cli"],
         env={**os.environ, **variables, "PYTHONPATH": str(CHECKOUT)},
@@ -69,7 +73,7 @@ def test_bash_completes_the_values_of_an_option() -> None:
         text=True,
         check=True,
     )
-    assert ran.stdout.split() == ["diffusers"]
+    assert ran.stdout.split() == completed
 
 
 def test_former_names_are_read_with_a_notice(capsys) -> None:

@@ -183,3 +183,37 @@ def test_a_key_given_twice_and_broken_yaml_name_their_lines() -> None:
     ]
     (line,) = lines_of(f"{TEXT}engine: [\n")
     assert line.startswith("a.yaml, line 7: not YAML: ")
+
+
+@pytest.mark.parametrize("slip", ["log_every:5", "log_every:\u00a05", "log_every = 5"])
+@pytest.mark.parametrize("lines", ["{slip}\n  seed: 1", "seed: 1\n  {slip}\n  keep: 2"])
+def test_a_missing_space_behind_a_colon_is_named(slip: str, lines: str) -> None:
+    said = lines_of(f"{TEXT.replace('train:', 'x:')}train:\n  {lines.format(slip=slip)}\n")
+    number = 7 if lines.startswith("{") else 8
+    assert said == [
+        f"a.yaml, line {number + 1}: not YAML: a space is missing; line {number}: write log_every: 5",
+    ]
+
+
+def test_other_broken_yaml_keeps_its_own_words() -> None:
+    (line,) = lines_of(f"{TEXT}wandb:\n  mode: off\n  project: a: b\n")
+    assert line == "a.yaml, line 8: not YAML: mapping values are not allowed here"
+
+
+def test_a_second_document_in_a_file_is_named() -> None:
+    (line,) = lines_of(f"{TEXT}---\n{TEXT}")
+    assert line == "a.yaml, line 6: a second document begins here (---); write one config a file"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("train.total_steps = 5", "has spaces around =; write train.total_steps=5"),
+        ("data.path=#5", "data.path: #5 is a comment in YAML, not a value; quote it: data.path='\"#5\"'"),
+        ("TRAIN.SEED=5", "TRAIN.SEED: unknown key; did you mean train.seed?"),
+    ],
+)
+def test_slips_of_the_command_line_say_what_to_write(given: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_config(TEXT, [given])
+    assert str(refused.value).endswith(said)

@@ -256,3 +256,29 @@ def test_a_narrow_terminal_has_whole_words(tmp_path: Path, monkeypatch, capsys) 
     assert "…" not in said
     assert re.search(r"good +ct +finished .* 200", said)
     assert re.search(r"good: events.jsonl; FD-EfficientNet", said)
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_where_a_row_has_no_room_a_run_has_lines(width: int, tmp_path: Path, monkeypatch, capsys) -> None:
+    names = [f"lsun_bedroom_cd_lpips_of_the_second_teacher_{number}" for number in (1, 2)]
+    for name in names:
+        write_run(tmp_path / name)
+    monkeypatch.setattr("cmscale.cli.command._WIDTH_OF_FILES", width)
+    assert run(monkeypatch, "runs", tmp_path) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert "…" not in said
+    for name in names:
+        assert re.search(rf"{name}:ct,finished,\d+d\d+hold,step200of200,loss0.015;events.jsonl;FD-Effic", said)
+    assert run(monkeypatch, "compare", *(tmp_path / name for name in names)) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert all(f"{name}:10.5(step200,ema_0.999,2NFE)" in said for name in names)
+
+
+def test_names_of_runs_command_no_terminal(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_run(tmp_path / "a\x1b[31m\nb")
+    write_run(tmp_path / "c")
+    assert run(monkeypatch, "runs", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert r"a\x1b[31m\nb" in said
+    assert run(monkeypatch, "compare", tmp_path / "a\x1b[31m\nb", tmp_path / "c") == 0
+    assert "\x1b" not in said + capsys.readouterr().out

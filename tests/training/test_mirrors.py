@@ -62,6 +62,18 @@ def parsed(path: Path) -> dict[tuple[str, str], float]:
     return found
 
 
+def test_prometheus_reads_of_runs_whose_names_are_no_utf8(tmp_path: Path) -> None:
+    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus_client is not installed")
+    odd = RunDir(tmp_path / 'caf\udce9\r"{}')
+    odd.root.mkdir()
+    train(odd, [10], prometheus=Prometheus(enabled=True))
+    written = odd.prometheus.read_bytes().decode()
+    names = {
+        sample.labels["run"] for family in parser.text_string_to_metric_families(written) for sample in family.samples
+    }
+    assert names == {'caf\\udce9\r"{}'}
+
+
 def test_prometheus_reads_the_newest_numbers_of_a_run(run: RunDir) -> None:
     write_event(run, "fault", step=3, rank=0)
     write_event(run, "fault", step=5, rank=0)
