@@ -187,6 +187,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "no sampler": (lambda model: model.sample(1, sampler="foo"), "^sampler: got 'foo'; choose from heun, "),
     "classes": (lambda model: model.sample(1, classes=[1]), "^classes: .* unconditional"),
     "a class": (lambda model: model.sample(1, classes=3), "^classes: got 3; give a list"),
+    "no classes": (lambda model: model.sample(1, classes=[]), r"^classes: got \[\]; give a list"),
     "a class in words": (lambda model: model.sample(1, classes="all"), "^classes: got 'all'; choose from random"),
     "a negative class": (lambda model: model.sample(1, classes=[-1]), "^classes: got -1"),
     "no image": (lambda model: model.colorize([]), "no image"),

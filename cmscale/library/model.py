@@ -216,6 +216,6 @@ def _classes(given: object) -> tuple[int, ...] | Literal["random"] | None:
         if given is not None:
             one_of("classes", given, ["random"])
         return given  # type: ignore[return-value]
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or not (given := list(given)):
         raise UserError(f"classes: got {given!r}; give a list of class numbers, or 'random'")
     return tuple(whole_number("classes", each, least=0) for each in given)
