@@ -23,7 +23,7 @@ class Counting:
 
     Args:
         what: The work, in words: `sampling`.
-        total: The number of its items.
+        total: The number of its items; None if it is unknown, as of a download whose server does not say.
         done: Those that were finished before.
         unit: What an item is, in the plural.
         active: Whether anything is shown: ranks but the first show nothing.
@@ -37,7 +37,7 @@ class Counting:
         self,
         what: str,
         *,
-        total: int,
+        total: int | None,
         done: int = 0,
         unit: str = "images",
         active: bool = True,
@@ -65,7 +65,7 @@ class Counting:
         if not self._active:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=min(done, self._total), **self._fields(self._left()))
+            self._bar.update(self._task, completed=self._shown(), **self._fields(self._left()))
         elif self._clock() >= self._next:
             self._next = self._clock() + EVERY_SECONDS
             self._has_said = True
@@ -104,14 +104,20 @@ class Counting:
 
     def _fields(self, left: str) -> dict[str, str]:
         """What stands behind the bar."""
+        of = "" if self._total is None else f"/{self._total}"
         return {
-            "count": f"{int(min(self._done, self._total))}/{self._total} {self._unit}",
+            "count": f"{int(self._shown())}{of} {self._unit}",
             "rate": self._rate(),
             "left": left,
         }
 
     def _count(self) -> str:
-        return f"{int(min(self._done, self._total))} of {self._total} {self._unit}"
+        of = "" if self._total is None else f" of {self._total}"
+        return f"{int(self._shown())}{of} {self._unit}"
+
+    def _shown(self) -> float:
+        """The number of finished items, never more than there are."""
+        return self._done if self._total is None else min(self._done, self._total)
 
     def _per_second(self) -> float:
         seconds = self._clock() - self._began
@@ -127,7 +133,7 @@ class Counting:
 
     def _left(self) -> str:
         rate = self._per_second()
-        if rate <= 0:
+        if rate <= 0 or self._total is None:
             return "time left unknown"
         return f"{in_words(max(self._total - self._done, 0) / rate)} left"
 

@@ -88,9 +88,9 @@ def _download(wanted: Published, path: Path) -> None:
     with urllib.request.urlopen(wanted.url, timeout=_TIMEOUT_SECONDS) as answer, explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        digest, size = hashlib.sha256(), answer.length or 0
+        digest = hashlib.sha256()
         try:
-            with staged.open("xb") as file, traffic.showing(f"downloading {wanted.name}", size) as shown:
+            with staged.open("xb") as file, traffic.showing(f"downloading {wanted.name}", answer.length) as shown:
                 while chunk := answer.read(_CHUNK_BYTES):
                     file.write(chunk)
                     digest.update(chunk)

@@ -21,7 +21,7 @@ _of_thread = threading.local()
 class Traffic:
     """Counts bytes of `total`, from any thread."""
 
-    def __init__(self, counting: Counting, total: int) -> None:
+    def __init__(self, counting: Counting, total: int | None) -> None:
         self._counting = counting
         self._total = total
         self._lock = threading.Lock()
@@ -39,24 +39,28 @@ class Traffic:
 
     def _set(self, count: int) -> None:
         self._bytes = count
-        self._counting.set(_megabytes(self._total) if count >= self._total else count / _BYTES)
+        if self._total is None:
+            self._counting.set(_megabytes(count))
+        else:
+            self._counting.set(_megabytes(self._total) if count >= self._total else count / _BYTES)
 
 
 @contextmanager
-def showing(what: str, total: int) -> Iterator[Traffic]:
+def showing(what: str, total: int | None) -> Iterator[Traffic]:
     """Shows how many of `total` bytes are moved while the block runs; within another `showing` they count for that.
 
     Of the ranks of a job the first alone shows anything.
 
     Args:
         what: What is waited for, in words: `uploading model.safetensors`.
+        total: None if it is unknown.
     """
     outer = current()
     if outer is not None:
         yield outer
         return
     active = os.environ.get("RANK", "0") == "0"
-    with Counting(what, total=_megabytes(total), unit="MB", active=active) as counting:
+    with Counting(what, total=None if total is None else _megabytes(total), unit="MB", active=active) as counting:
         adopt(Traffic(counting, total))
         try:
             yield _of_thread.traffic

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -29,13 +30,15 @@ class Web:
         self.asked: list[str] = []
         self.body = BODY
         self.cut = 0
+        self.says_length = True
         web = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 web.asked.append(self.path)
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(web.body) + web.cut))
+                if web.says_length:
+                    self.send_header("Content-Length", str(len(web.body) + web.cut))
                 self.end_headers()
                 self.wfile.write(web.body)
 
@@ -87,6 +90,17 @@ def test_a_file_is_fetched_once_and_then_taken_from_the_cache(web: Web) -> None:
     assert published_file(web.file()) == path
     assert len(web.asked) == 1
     assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_where_the_length_is_unknown_what_has_come_is_shown(web: Web, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("cmscale.io.counting.FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("cmscale.io.counting.EVERY_SECONDS", 0.0)
+    web.says_length = False
+    assert published_file(web.file()).read_bytes() == BODY
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"downloading a-\w+\.pth: \d+ MB", line) for line in lines), lines
+    assert all(line.endswith("time left unknown") for line in lines[:-1])
+    assert " 4 MB in " in lines[-1]  # 3.5, rounded up
 
 
 def test_one_process_of_a_node_downloads_and_the_others_wait(web: Web, tmp_path: Path, monkeypatch) -> None:
