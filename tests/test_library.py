@@ -1,5 +1,6 @@
 """What `cmscale.load` promises: the samples and edits of the commands, from files, PIL images and tensors."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,20 @@ def test_interpolation_is_that_of_the_command(
 
 PICTURE = Image.new("RGB", (16, 16))
 HOLE = np.ones((16, 16), bool)
+
+
+def _half() -> io.BytesIO:
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, "PNG")
+    return io.BytesIO(whole.getvalue()[: len(whole.getvalue()) // 2])
+
+
+def _closed() -> Image.Image:
+    image = Image.new("RGB", (16, 16))
+    image.close()
+    return image
+
+
 MISTAKES: dict[str, tuple[Any, str]] = {
     "steps and times": (lambda model: model.sample(1, steps=2, times=(80.0, 1.0)), "no effect beside times"),
     "times out of range": (lambda model: model.sample(1, times=(500.0,)), "^times"),
@@ -185,6 +200,12 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "an empty batch": (lambda model: model.sample(batch_size=0), "^batch_size: got 0"),
     "a sampler": (lambda model: model.sample(1, sampler="euler"), "no effect on a consistency model"),
     "no sampler": (lambda model: model.sample(1, sampler="foo"), "^sampler: got 'foo'; choose from heun, "),
+    "times without an order": (lambda model: model.sample(1, times={80.0, 1.0}), r"^times: got \{.*; give several"),
+    "times of a dict": (lambda model: model.sample(1, times={80.0: 1}), r"^times: got \{80.0: 1\}; give several"),
+    "clip in words": (lambda model: model.sample(clip="no"), "^clip: got 'no'; give True or False"),
+    "samples as": (lambda model: model.sample(tensors="pt"), "^tensors: got 'pt'; give True or False"),
+    "edits as": (lambda model: model.stroke(PICTURE, tensors=None), "^tensors: got None"),
+    "strips as": (lambda model: model.interpolate(tensors="pt"), "^tensors: got 'pt'"),
     "classes": (lambda model: model.sample(1, classes=[1]), "^classes: .* unconditional"),
     "a class": (lambda model: model.sample(1, classes=3), "^classes: got 3; give a list"),
     "no classes": (lambda model: model.sample(1, classes=[]), r"^classes: got \[\]; give a list"),
@@ -195,6 +216,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "None": (lambda model: model.colorize(None), "NoneType; give a file"),
     "a number": (lambda model: model.colorize(3), "is int; give a file"),
     "bytes": (lambda model: model.colorize(b"abc"), "is bytes; give a file"),
+    "an open file": (lambda model: model.colorize(io.BytesIO(b"abc")), "is BytesIO; give a file"),
+    "a set": (lambda model: model.colorize({"a.png", "b.png"}), "is set; give a file"),
+    "a closed image": (lambda model: model.colorize(_closed()), "image 0: .*closed image"),
+    "half a file": (lambda model: model.colorize(Image.open(_half())), "image 0: .*truncated"),
+    "no mask": (lambda model: model.inpaint(PICTURE, mask=None), "^mask: got None; give a file"),
     "a dict": (lambda model: model.colorize({"image": PICTURE}), "is dict; give a file"),
     "an array of floats": (lambda model: model.colorize(np.zeros((16, 16, 3))), r"float64 \[16, 16, 3\]; give uint8"),
     "an array of another shape": (lambda model: model.colorize(np.zeros((3, 16, 16), np.uint8)), "give uint8"),
@@ -235,6 +261,10 @@ WRONG_LOADS: dict[str, tuple[dict[str, Any], str]] = {
     "overrides as text": ({"overrides": "train.seed=1"}, "^overrides: got 'train.seed=1'; give a list"),
     "overrides of nothing": ({"overrides": ["train.seed=1"]}, "^overrides: have no effect without config"),
     "a config that is not needed": ({"config": "x.yaml"}, "^config: .* has its own config"),
+    "overrides of None": ({"overrides": None}, "^overrides: got None; give a list of key=value"),
+    "overrides as a dict": ({"overrides": {"train.seed": 1}}, "^overrides: got .*; give a list of key=value"),
+    "weights of a file": ({"weights": "ema_0.5"}, "^weights: has no effect on an exported file, only on a run or"),
+    "a step of a file": ({"step": 8}, "^step: has no effect on an exported file, only on a run; leave it out"),
     "a number as config": ({"config": 3}, "^config: got 3; give a path"),
 }  # fmt: skip
 
@@ -283,3 +313,26 @@ def test_config_load_reads_files_and_overrides(tmp_path: Path, file: Path, model
         cmscale.Config.load(tmp_path)
     with pytest.raises(cmscale.UserError, match=r"^path: got 3; give the path"):
         cmscale.Config.load(3)  # type: ignore[arg-type]
+
+
+def test_the_home_folder_is_known_in_names_of_images(
+    model: cmscale.Model, photograph: Path, hole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(photograph.parent))
+    edited = model.inpaint("~/photograph.png", Path("~/hole.png"), steps=2)
+    assert np.array_equal(np.asarray(edited), np.asarray(model.inpaint(photograph, hole, steps=2)))
+
+
+def test_torch_s_default_dtype_changes_no_sample(model: cmscale.Model, file: Path) -> None:
+    expected = model.sample(2, seed=4, tensors=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model.sample(2, seed=4, tensors=True), expected)
+        assert torch.equal(cmscale.load(file, device="cpu").sample(2, seed=4, tensors=True), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_overrides_of_a_config_are_strings() -> None:
+    with pytest.raises(cmscale.UserError, match=r"^overrides: got \['train.seed=1'\]; give each one as a string"):
+        cmscale.Config.load(Path(__file__).parents[1] / "configs" / "demo_ct.yaml", ["train.seed=1"])  # type: ignore[arg-type]

@@ -116,6 +116,8 @@ class Config(Section):
 
         if not isinstance(path, (str, os.PathLike)):
             raise UserError(f"path: got {path!r}; give the path of a config file")
+        if wrong := [each for each in overrides if not isinstance(each, str)]:
+            raise UserError(f"overrides: got {wrong[0]!r}; give each one as a string, section.key=value")
         return read_config(path, list(overrides))
 
     def fingerprint(self) -> str:

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from cmscale.generation.task_settings import TaskSettings
 from cmscale.io import image_tensors
 from cmscale.io.fetch import local_file
 from cmscale.io.pictures import BadImage, Picture, decode_picture
+from cmscale.io.place import Place
+from cmscale.io.reading import reading
 
 File = str | os.PathLike[str]
 OneImage = File | Image.Image | np.ndarray | Tensor
@@ -28,6 +30,7 @@ Missing = File | Image.Image | Tensor | np.ndarray
 """Missing pixels: a file or PIL image that is white or transparent there, or a bool array [H, W]."""
 
 _LARGEST = 2.0  # of a pixel: estimates that are not clamped leave [-1, 1] a little
+_NO_SEQUENCES = (str, bytes, Set, Mapping, io.IOBase, Image.Image, np.ndarray, Tensor)
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
@@ -35,7 +38,7 @@ def several(given: Images) -> tuple[list[OneImage], bool]:
     """The images that are given, and whether they are a sequence: not one image, or one tensor."""
     if isinstance(given, np.ndarray) and given.ndim == 4:
         return list(given), True
-    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping, Image.Image, np.ndarray, Tensor)):
+    if isinstance(given, Iterable) and not isinstance(given, _NO_SEQUENCES):
         return list(given), True
     return [given], False
 
@@ -89,7 +92,7 @@ def _checked(images: Tensor, name: Path, shape: tuple[int, int, int], *, task: s
 def _picture(given: object, name: Path) -> Picture:
     """The pixels of a file, PIL image or array; those of an image that was read are those of its file."""
     if isinstance(given, (str, os.PathLike)):
-        return read_picture(local_file(os.fspath(given)))
+        return read_picture(local_file(str(Place(os.fspath(given)))))
     if isinstance(given, np.ndarray):
         if given.dtype != np.uint8 or given.ndim not in (2, 3) or given.shape[2:] not in ((), (3,), (4,)):
             raise UserError(f"{name}: an array {given.dtype} {list(given.shape)}; give uint8 [H, W, 3], or a tensor")
@@ -98,6 +101,8 @@ def _picture(given: object, name: Path) -> Picture:
         raise UserError(f"{name}: is {type(given).__name__}; give a file, a PIL image, an array or a tensor")
     if 0 in given.size:
         raise UserError(f"{name}: has {given.width} x {given.height} pixels; give an image that has some")
+    with reading(name, "a PIL image that can be used", advice="give another"):
+        given.load()  # a file that PIL has only opened
     buffer = io.BytesIO()  # written and read again, so that a PIL image and its file give the same pixels
     try:
         given.save(buffer, "PNG" if given.mode in _PNG_MODES else "TIFF", exif=given.getexif())
@@ -112,9 +117,11 @@ def _picture(given: object, name: Path) -> Picture:
 def _mask(given: Missing | None) -> Mask:
     """The missing pixels in a file, a PIL image, or a bool array [H, W]."""
     if isinstance(given, (str, os.PathLike)):
-        return read_mask(local_file(os.fspath(given)))
+        return read_mask(local_file(str(Place(os.fspath(given)))))
     if isinstance(given, Image.Image):
         return mask_of(_picture(given, Path("mask")), label="mask")
+    if given is None:
+        raise UserError("mask: got None; give a file, a PIL image, or a bool array [H, W] that is true where to fill")
     array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
     if array.dtype != bool or array.ndim != 2:
         raise UserError(f"mask: {array.dtype} {list(array.shape)}; give a file, a PIL image, or a bool array [H, W]")

@@ -6,8 +6,10 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
 
 from cmscale.errors import UserError
 
@@ -73,13 +75,36 @@ def numbers(name: str, values: object) -> tuple[float, ...]:
     Raises:
         UserError: they are none.
     """
+    return tuple(number(name, value) for value in in_order(name, values, "several numbers, for example [80, 0.8]"))
+
+
+def in_order(name: str, values: object, wanted: str) -> list[Any]:
+    """Values in an order: a sequence, an array, a tensor or a generator of them, but no set and no dict.
+
+    Args:
+        wanted: What they are, for the message.
+
+    Raises:
+        UserError: it is one value, or has no order.
+    """
     try:
-        found = None if isinstance(values, (str, bytes)) else list(values)  # type: ignore[call-overload]
+        without_order = isinstance(values, (str, bytes, Set, Mapping))
+        found = None if without_order else list(values)  # type: ignore[call-overload]
     except TypeError:
         found = None
     if found is None:
-        raise UserError(f"{name}: got {_shown(values)}; give several numbers, for example [80, 0.8]")
-    return tuple(number(name, value) for value in found)
+        raise UserError(f"{name}: got {_shown(values)}; give {wanted}")
+    return found
+
+
+def truth(name: str, value: object) -> None:
+    """Checks a value that is True or False, also numpy's.
+
+    Raises:
+        UserError: it is neither; Python takes `"no"` as true.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise UserError(f"{name}: got {_shown(value)}; give True or False")
 
 
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from cmscale.generation.given_images import File, Images, Missing, OneImage, as_
 from cmscale.generation.task_settings import TaskSettings, check_task
 from cmscale.generation.tasks import add_noise, apply_task, interpolated
 from cmscale.io import image_tensors
-from cmscale.library.arguments import explained_as_arguments, number, whole_number
+from cmscale.library.arguments import explained_as_arguments, number, truth, whole_number
 from cmscale.source import Source
 
 Picture = File | Image.Image
@@ -229,6 +229,7 @@ class Editor:
     ) -> list[Image.Image] | Tensor:
         """`count` images from one image to another, or between two samples of the seed if none are given."""
         settings = TaskSettings(task="interpolate", count=whole_number("count", count, least=2), seed=_seed(seed))
+        truth("tensors", tensors)
         self._check(settings)
         if (first is None) != (second is None):
             raise UserError("interpolate: got one image; give two, or none and a seed")
@@ -247,6 +248,7 @@ class Editor:
     def _edit(
         self, settings: TaskSettings, given: Images, *, mask: Missing | None = None, tensors: bool, noisy: bool = True
     ) -> Pictures | Tensor:
+        truth("tensors", tensors)
         self._check(settings)
         pictures, is_sequence = several(given)
         images, missing, is_single = inputs_of(settings, pictures, mask=mask, shape=self._source.image_shape)

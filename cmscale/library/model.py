@@ -3,14 +3,15 @@
 Images come in as files, PIL images, arrays or tensors, and go out as PIL images, or as tensors on request.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cmscale.commands.situation import WITHOUT_ANY_CONFIG
+from cmscale.commands.situation import RUN, WITH_WEIGHTS_TO_CHOOSE, WITHOUT_ANY_CONFIG
+from cmscale.commands.use import Use
 from cmscale.config import Config
 from cmscale.config.sampling_times import check_descending, check_range
 from cmscale.consistency.sampler import Sampler
@@ -19,10 +20,21 @@ from cmscale.errors import UserError
 from cmscale.generation.draw import SampleRequest, draw_samples
 from cmscale.generation.given_images import File, as_pil
 from cmscale.io import image_tensors
-from cmscale.library.arguments import explained_as_arguments, numbers, one_of, path, text, whole_number
+from cmscale.library.arguments import (
+    explained_as_arguments,
+    in_order,
+    numbers,
+    one_of,
+    path,
+    text,
+    truth,
+    whole_number,
+)
 from cmscale.library.editing import Editor
 from cmscale.runs.source_kind import kind_of_source
 from cmscale.source import load_source
+
+_CLASSES = "a list of class numbers, or 'random'"
 
 
 @explained_as_arguments
@@ -39,7 +51,8 @@ def load(
 
     Args:
         source: A run, a checkpoint, an exported file or folder, or weights of another project; local or s3://.
-        weights: Name of an EMA, or `master` for the weights without averaging; the first EMA by default.
+        weights: Of a run or checkpoint: the name of an EMA, or `master` for the weights without averaging; the first
+            EMA by default.
         step: Step of a run's checkpoint; the newest by default.
         config: Config file for weights that hold none.
         overrides: `key=value` overrides of that file.
@@ -55,15 +68,18 @@ def load(
         text("weights", weights)
     if step is not None:
         step = whole_number("step", step, least=0)
-    if isinstance(overrides, str):
-        raise UserError(f"overrides: got {overrides!r}; give a list of key=value")
-    for override in overrides:
+    changes = [] if overrides == () else in_order("overrides", overrides, "a list of key=value")
+    for override in changes:
         text("overrides", override)
-    if settings is None and overrides:
+    if settings is None and changes:
         raise UserError("overrides: have no effect without config=...; leave them out")
-    if settings is None and kind_of_source(origin) in WITHOUT_ANY_CONFIG:
+    kind = kind_of_source(origin)
+    if settings is None and kind in WITHOUT_ANY_CONFIG:
         raise UserError(f"{origin}: holds weights without a config; give config=..., such as a file of configs/")
-    found = load_source(origin, weights=weights, step=step, config=settings, overrides=list(overrides))
+    for name, given, kinds in (("weights", weights, WITH_WEIGHTS_TO_CHOOSE), ("step", step, (RUN,))):
+        if given is not None and (why := Use(source=kinds).why_unused({"source": kind})):
+            raise UserError(f"{name}: {why}; leave it out")
+    found = load_source(origin, weights=weights, step=step, config=settings, overrides=changes)
     return Model(found, device=chosen)
 
 
@@ -180,6 +196,8 @@ class Model(Editor):
         num = whole_number("num", num, least=1)
         batch_size = whole_number("batch_size", batch_size, least=1)
         seed = whole_number("seed", seed, least=0)
+        truth("clip", clip)
+        truth("tensors", tensors)
         if steps is not None:
             steps = whole_number("steps", steps, least=1)
         if sampler is not None:
@@ -216,6 +234,7 @@ def _classes(given: object) -> tuple[int, ...] | Literal["random"] | None:
         if given is not None:
             one_of("classes", given, ["random"])
         return given  # type: ignore[return-value]
-    if not isinstance(given, Iterable) or not (given := list(given)):
-        raise UserError(f"classes: got {given!r}; give a list of class numbers, or 'random'")
-    return tuple(whole_number("classes", each, least=0) for each in given)
+    classes = in_order("classes", given, _CLASSES)
+    if not classes:
+        raise UserError(f"classes: got {given!r}; give {_CLASSES}")
+    return tuple(whole_number("classes", each, least=0) for each in classes)

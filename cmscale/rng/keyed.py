@@ -29,7 +29,7 @@ def normal_like_samples(
 
     On the meta device it has a shape and no values.
     """
-    noise = torch.empty((len(positions), *shape), device=device)
+    noise = torch.empty((len(positions), *shape), dtype=torch.float32, device=device)
     if noise.is_meta:
         return noise
     source = torch.Generator(device=device)

@@ -37,7 +37,7 @@ class Source:
         attention = choose(self.config.model, device, torch.float32).kind
         network = build_unet(self.config.model.model_copy(update={"attention": attention}))
         network.load_state_dict(self.weights)
-        network.to(device).eval().requires_grad_(False)
+        network.to(device, torch.float32).eval().requires_grad_(False)
         return denoiser_for(self.config.method, network)
 
     @cached_property
