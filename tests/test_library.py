@@ -14,6 +14,7 @@ from networks import random_weights, small_config, small_model
 from PIL import Image
 
 import cmscale
+from cmscale.errors import NoSpace
 from cmscale.interop import write_safetensors
 from cmscale.io.image_tensors import from_uint8
 
@@ -274,6 +275,21 @@ def test_a_mistake_in_loading_is_named(mistake: str, file: Path) -> None:
     arguments, message = WRONG_LOADS[mistake]
     with pytest.raises(cmscale.UserError, match=message):
         cmscale.load(file, **arguments)
+
+
+def test_several_mistakes_stay_a_line_each_and_a_full_disk_stays_one(file: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04")
+    (tmp_path / "config.yaml").write_text("method: {kind: ct}\nmodel: {image_size: many}\ntrain: {seed: -1}\n")
+    with pytest.raises(cmscale.UserError) as refused:
+        cmscale.load(tmp_path / "weights.pt", config=tmp_path / "config.yaml")
+    assert len(refused.value.args) > 2
+
+    def full(*_: Any, **__: Any) -> None:
+        raise NoSpace("no space for --weights")
+
+    monkeypatch.setattr("cmscale.library.model.load_source", full)
+    with pytest.raises(NoSpace, match="^no space for weights$"):
+        cmscale.load(file)
 
 
 @pytest.mark.parametrize("source", [None, 3, b"abc", ["a"]], ids=repr)

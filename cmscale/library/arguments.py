@@ -34,7 +34,8 @@ def explained_as_arguments(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            raise UserError(_OPTION.sub(argument, str(error))) from None
+            error.args = tuple(_OPTION.sub(argument, line) for line in error.args)
+            raise
 
     return explained
 

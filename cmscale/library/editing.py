@@ -65,7 +65,7 @@ class Editor:
     @overload
     def inpaint(
         self,
-        image: Tensor | np.ndarray,
+        image: Array,
         mask: Missing,
         *,
         steps: int = 40,
@@ -131,7 +131,7 @@ class Editor:
     @overload
     def superres(
         self,
-        image: Tensor | np.ndarray,
+        image: Array,
         *,
         factor: int = 8,
         steps: int = 40,
