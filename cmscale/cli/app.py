@@ -45,7 +45,6 @@ _SUMMARIES = {
 """What each command does, in a line of a terminal of 80 columns."""
 HELP = "The `cmscale` command. A user's mistake is one line and exit status 2; a fault exits with 1."
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,  # `completion` is a command
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -94,15 +93,17 @@ def run(arguments: list[str]) -> int:
         print(f"{NAME} {__version__}")
         return 0
     arguments = with_current_names(arguments, _flags_of(arguments))
+    found, words = _found(arguments)
+    is_group_alone = hasattr(found, "commands") and words == [NAME, *arguments]
+    if is_group_alone:
+        arguments = [*arguments, "--help"]
     try:
         with _program().make_context(NAME, list(arguments)) as context:
             _program().invoke(context)
     except typer.Exit as ended:
-        return ended.exit_code
+        return 2 if is_group_alone else ended.exit_code
     except typer.TyperException as error:
         text = error.format_message().replace("Value error, ", "")
-        if not arguments:  # the help was printed
-            return 2
         if arguments[0] in _OF_LAUNCHERS:
             raise UserError(f"{arguments[0]}: is no command here; {_OF_LAUNCHERS[arguments[0]]}") from None
         raise UserError(f"{text.rstrip('.')} (see {_help_of(arguments)})") from None

@@ -15,7 +15,7 @@ from cmscale.errors import UserError
 from cmscale.io.place import Place
 
 app = typer.Typer()
-config_app = typer.Typer(no_args_is_help=True, help="Explains the keys of configs, and compares configs.")
+config_app = typer.Typer(help="Explains the keys of configs, and compares configs.")
 app.add_typer(config_app, name="config")
 
 
@@ -35,7 +35,7 @@ def explain(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Explains keys: what they do, unit, allowed values, default and its source. Without KEY: sections."""
+    """Explains keys: effect, unit, values, default, source. Without KEY: sections."""
     from cmscale.config.keys import all_keys, sections
 
     if not names:
@@ -121,7 +121,7 @@ def diff(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Shows in which keys configs differ; those that change the losses come first."""
+    """Shows in which keys configs differ. Those that change the losses come first."""
     from cmscale.config.compare import compared
     from cmscale.runs.configs import config_of
 

@@ -45,6 +45,15 @@ def test_every_command_has_a_plain_help_by_both_names(words: tuple[str, ...], mo
     assert capsys.readouterr().out == f"cmscale {__version__}\n"
 
 
+@pytest.mark.parametrize("words", [(), ("config",)], ids=["cmscale", "cmscale config"])
+def test_a_group_alone_shows_its_help_and_ends_with_status_2(words: tuple[str, ...], monkeypatch, capsys) -> None:
+    assert run(monkeypatch, *words, "--help") == 0
+    shown = capsys.readouterr().out
+    assert run(monkeypatch, *words) == 2
+    assert capsys.readouterr() == (shown, "")
+    assert not re.search(r"\w\.\.\.$", shown, re.MULTILINE)  # whole sentences
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_has_them_too(name: str, capsys) -> None:
     parser = importlib.import_module(name).command_parser()
