@@ -288,7 +288,7 @@ def test_several_mistakes_stay_a_line_each_and_a_full_disk_stays_one(file: Path,
         raise NoSpace("no space for --weights")
 
     monkeypatch.setattr("cmscale.library.model.load_source", full)
-    with pytest.raises(NoSpace, match="^no space for weights$"):
+    with pytest.raises(NoSpace, match=r"^no space for weights$"):
         cmscale.load(file)
 
 

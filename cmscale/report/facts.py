@@ -89,18 +89,18 @@ class RunFacts:
 
     @property
     def status(self) -> str:
-        """How the run stands by the last event that determines it: a value of `_ENDINGS`, `running`, `not started`."""
+        """By the last event that determines it: a value of `_ENDINGS`, `running`, `never started`."""
         for event in reversed(self.events):
             if (name := event.get("event")) in _ENDINGS:
                 return _ENDINGS[name]
             if name in ("start", "resumed", "requeued", "checkpoint", "recovered"):
                 return "running"
-        return "running" if self.measured.records else "not started"
+        return "running" if self.measured.records else "never started"
 
     def state(self) -> tuple[str, str]:
         """How the run stands now, and how that is known: `status`, or `stale` or `queued` in place of it."""
         status = self.status
-        if status not in ("running", "failed", "preempted"):
+        if status not in ("running", "failed", "preempted", "never started"):
             return status, "events.jsonl"
         state, known_by = how_it_stands(self.run, self.events)
         return ("failed" if state == "fault" else state), known_by

@@ -17,6 +17,7 @@ from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.io.process import CHECKOUT
 from cmscale.report import build_report
 from cmscale.report.facts import read_facts
+from cmscale.runs import standing
 from cmscale.runs.comparison import once_each
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line
@@ -291,8 +292,19 @@ def test_a_run_that_has_nothing_yet_has_a_page(tmp_path) -> None:
     run = RunDir(tmp_path / "new")
     run.root.mkdir()
     page = _page(run)
-    for text in ("not started", "No sample grid yet", "No evaluation yet", "No training step has been logged yet"):
+    for text in ("never started", "No sample grid yet", "No evaluation yet", "No training step has been logged yet"):
         assert text in page
+
+
+def test_a_run_that_waits_in_the_queue_for_its_first_start_is_called_queued(tmp_path, monkeypatch) -> None:
+    run = RunDir(tmp_path / "new")
+    job = run.logs / "submissions" / "a" / "job.json"
+    job.parent.mkdir(parents=True)
+    job.write_text(json.dumps({"worker": "train", "job_id": "12"}))
+    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: {"PENDING"})
+    page = _page(run)
+    assert '<span class="status queued">queued</span>' in page
+    assert "Known by Slurm job 12 is PENDING" in page
 
 
 def test_the_status_is_what_happened_last(run) -> None:
