@@ -31,7 +31,7 @@ from typer.models import OptionInfo, ParameterInfo
 
 from cmscale.cli.early import check_early
 from cmscale.commands.parser import Output, check_output
-from cmscale.commands.use import Given, Use, given_twice, refuse_empty
+from cmscale.commands.use import Given, Use, given_twice, refuse_empty, refuse_repeated
 from cmscale.errors import UserError, printable
 from cmscale.io.driver import refuse_cuda_without_driver
 from cmscale.io.place import Place
@@ -146,6 +146,7 @@ def _with_checks(function: Callable[..., None]) -> Callable[..., None]:
             if not declared[name].is_place:
                 refuse_empty(flags[name], values[name])
             if isinstance(values[name], list) and values[name] and not flags[name].startswith("-"):
+                refuse_repeated(values[name])
                 flags[name] = str(values[name][0])
         given = Given({name: each.use for name, each in declared.items()}, flags, names)
         given.refuse_unused()

@@ -7,7 +7,7 @@ from typing import Any
 
 from cmscale import __version__
 from cmscale.commands.former import with_current_names
-from cmscale.commands.use import Given, Use, given_twice, refuse_empty
+from cmscale.commands.use import Given, Use, given_twice, refuse_empty, refuse_repeated
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -91,6 +91,7 @@ class CommandParser(argparse.ArgumentParser):
                 refuse_empty(flags[name], value)
                 if isinstance(value, list):  # one of many arguments is named by itself
                     flags[name] = str(value[0])
+                    refuse_repeated(map(str, value))
         given = Given(self.uses, flags, names)
         given.refuse_unused()
         for name, output in self._outputs.items():

@@ -11,9 +11,13 @@ A command states its situation as soon as it knows it: `given.refuse_unused(task
 the words of the messages. An option counts as given at its default value too, if it is on the command line.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from cmscale.errors import UserError
+
+_KEY = re.compile(r"\w+(\.[\w-]+)+")  # of a config: `train.seed`
 
 
 class Use:
@@ -63,6 +67,21 @@ def given_twice(flag: str, values: Sequence[str] = ()) -> UserError:
     """
     told = "".join(f"{', as ' if not index else ' and as '}{value!r}" for index, value in enumerate(values[:2]))
     return UserError(f"{flag}: given twice{told}; the last one does not override the others: give it once")
+
+
+def refuse_repeated(words: Iterable[str]) -> None:
+    """Refuses a key of the config that is given twice among a command's arguments; names of files are no keys.
+
+    Raises:
+        UserError: only one of its values could count.
+    """
+    values: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and _KEY.fullmatch(key) and not Path(word).exists():
+            if key in values:
+                raise given_twice(key, [values[key], value])
+            values[key] = value
 
 
 class Given:

@@ -40,6 +40,7 @@ def test_an_option_counts_as_given_at_its_default_value_and_only_then() -> None:
             "--water: given twice, as '3' and as '4'; the last one does not override the others: give it once",
         ),
         (["sea", "--oil", "--oil"], "--oil: given twice; the last one does not override the others: give it once"),
+        (["sea", "a.b=1", "--oil", "a.b=2"], "a.b: given twice, as '1' and as '2'; the last one does not override"),
         (["sea", "--sand"], "unrecognized arguments: --sand (see paint.py --help)"),
         ([], "the following arguments are required: picture"),
     ],
@@ -62,6 +63,7 @@ def test_a_parser_reads_command_lines_one_after_the_other() -> None:
         (["--size=3", "--dry", "--size=3"], "--size: given twice, as '3' and as '3'; the last one does not override"),
         (["--dry", "--no-dry"], "--dry/--no-dry: given twice; the last one does not override the others"),
         (["--layer", "a", "--layer", "b", "x=1", "x=2", "--dry"], None),
+        (["a.b=1", "a.c=1", "--dry", "a.b=2"], "a.b: given twice, as '1' and as '2'; the last one does not override"),
     ],
 )
 def test_an_option_of_a_command_is_given_once_unless_it_takes_several_values(
