@@ -6,7 +6,7 @@ tensor. A tensor may be one image [3, H, W] or several [N, 3, H, W], an array [H
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from cmscale.generation.task_settings import TaskSettings, check_task
 from cmscale.generation.tasks import add_noise, apply_task, interpolated
 from cmscale.io import image_tensors
 from cmscale.library.arguments import explained_as_arguments, number, truth, whole_number
+from cmscale.library.surroundings import own_surroundings
 from cmscale.source import Source
 
 Picture = File | Image.Image
@@ -33,7 +34,16 @@ class Editor:
 
     def __init__(self, source: Source, *, device: torch.device) -> None:
         self._source = source
-        self.device = device
+        self._device = device
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: not the network, which is made anew of the weights."""
+        return {name: value for name, value in self.__dict__.items() if name != "denoiser"}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; `cmscale.load(..., device=...)` chooses it."""
+        return self._device
 
     @property
     def config(self) -> Config:
@@ -46,7 +56,8 @@ class Editor:
 
         For a consistency model it is the consistency function f.
         """
-        return self._source.denoiser(self.device)
+        with own_surroundings():
+            return self._source.denoiser(self.device)
 
     @overload
     def inpaint(
@@ -77,6 +88,7 @@ class Editor:
         self, image: Images, mask: Missing, *, steps: int = 40, seed: int = 0, tensors: Literal[True]
     ) -> Tensor: ...
     @explained_as_arguments
+    @own_surroundings()
     def inpaint(
         self, image: Images, mask: Missing, *, steps: int = 40, seed: int = 0, tensors: bool = False
     ) -> Pictures | Tensor:
@@ -109,6 +121,7 @@ class Editor:
     @overload
     def colorize(self, image: Images, *, steps: int = 40, seed: int = 0, tensors: Literal[True]) -> Tensor: ...
     @explained_as_arguments
+    @own_surroundings()
     def colorize(self, image: Images, *, steps: int = 40, seed: int = 0, tensors: bool = False) -> Pictures | Tensor:
         """Colours images, of which only the luminance is used; it stays the same. See `inpaint` for the rest."""
         settings = TaskSettings(task="colorize", steps=_steps(steps), seed=_seed(seed))
@@ -143,6 +156,7 @@ class Editor:
         self, image: Images, *, factor: int = 8, steps: int = 40, seed: int = 0, tensors: Literal[True]
     ) -> Tensor: ...
     @explained_as_arguments
+    @own_surroundings()
     def superres(
         self, image: Images, *, factor: int = 8, steps: int = 40, seed: int = 0, tensors: bool = False
     ) -> Pictures | Tensor:
@@ -165,6 +179,7 @@ class Editor:
     @overload
     def stroke(self, image: Images, *, seed: int = 0, tensors: Literal[True]) -> Tensor: ...
     @explained_as_arguments
+    @own_surroundings()
     def stroke(self, image: Images, *, seed: int = 0, tensors: bool = False) -> Pictures | Tensor:
         """Turns stroke paintings into photographs (SDEdit). See `inpaint` for the rest."""
         return self._edit(TaskSettings(task="stroke", seed=_seed(seed)), image, tensors=tensors)
@@ -184,6 +199,7 @@ class Editor:
     @overload
     def denoise(self, image: Images, *, sigma: float, seed: int | None = None, tensors: Literal[True]) -> Tensor: ...
     @explained_as_arguments
+    @own_surroundings()
     def denoise(
         self, image: Images, *, sigma: float, seed: int | None = None, tensors: bool = False
     ) -> Pictures | Tensor:
@@ -218,6 +234,7 @@ class Editor:
     ) -> Tensor: ...
 
     @explained_as_arguments
+    @own_surroundings()
     def interpolate(
         self,
         first: OneImage | None = None,

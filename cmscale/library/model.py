@@ -31,6 +31,7 @@ from cmscale.library.arguments import (
     whole_number,
 )
 from cmscale.library.editing import Editor
+from cmscale.library.surroundings import own_surroundings
 from cmscale.runs.source_kind import kind_of_source
 from cmscale.source import load_source
 
@@ -38,6 +39,7 @@ _CLASSES = "a list of class numbers, or 'random'"
 
 
 @explained_as_arguments
+@own_surroundings()
 def load(
     source: File,
     *,
@@ -162,6 +164,7 @@ class Model(Editor):
     ) -> Tensor: ...
 
     @explained_as_arguments
+    @own_surroundings()
     def sample(
         self,
         num: int = 1,

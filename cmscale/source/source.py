@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,10 @@ class Source:
         network.load_state_dict(self.weights)
         network.to(device, torch.float32).eval().requires_grad_(False)
         return denoiser_for(self.config.method, network)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: tensors of their own, as pickle would store all that they are parts of."""
+        return {**self.__dict__, "weights": {name: tensor.clone() for name, tensor in self.weights.items()}}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,0 +1,35 @@
+"""Keeps what a program has set in torch away from samples and edits, which depend on their arguments alone."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+
+@contextmanager
+def own_surroundings() -> Iterator[None]:
+    """Runs a block, or a function that it decorates, as if the program around had set nothing in torch.
+
+    A default device, autocast, `torch.no_grad` and `torch.inference_mode` have no effect inside. Under the last,
+    tensors would be made that can't be used outside of it, such as those of a network that is kept.
+
+    A process that was forked after such a block computes with one thread, as workers of torch's DataLoader do: it has
+    none of the threads that were started before, and would wait for them for ever.
+    """
+    if _first_process() != os.getpid():
+        torch.set_num_threads(1)
+    with (
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.inference_mode(False),  # turns gradients on, too: `interpolate` needs them to find the noise of images
+    ):
+        yield
+
+
+@cache
+def _first_process() -> int:
+    """The process that computed first: this one, or one that it was forked from."""
+    return os.getpid()
