@@ -9,6 +9,8 @@ import contextlib
 import json
 import math
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,14 +74,17 @@ class Follower:
     Args:
         name: Of the mirror: its mark is kept in the run's logs under this name; empty: it begins anew each time, and
             steps that are made again come again.
+        unsure_seconds: For how long what was sent may be lost with the process.
     """
 
-    def __init__(self, run: RunDir, name: str) -> None:
+    def __init__(self, run: RunDir, name: str, *, unsure_seconds: float = 0.0) -> None:
         self._run = run
         self._file = run.mirror_mark(name) if name else None
         self._position = 0  # in metrics.jsonl
         self._kept = ""
         self.mark = self._read()
+        self._unsure_seconds = unsure_seconds
+        self._marks = deque([(-math.inf, asdict(self.mark))])  # by the time of their look: a safe one, then the unsure
 
     def records(self) -> Iterator[tuple[int, dict[str, float]]]:
         """The metrics of steps above all that were sent; without a mark of all that were written."""
@@ -111,9 +116,19 @@ class Follower:
                 yield result
             self.mark.evaluations.append(path.name)
 
-    def keep(self) -> None:
-        """Writes down what was sent."""
-        text = json.dumps(asdict(self.mark))
+    def keep(self, *, is_safe: bool = True) -> None:
+        """Writes down what was sent.
+
+        Args:
+            is_safe: Whether all of it outlives the process; else the mark of some seconds ago is kept. Rows are never
+                used again.
+        """
+        now = time.monotonic()
+        if asdict(self.mark) != self._marks[-1][1]:
+            self._marks.append((now, asdict(self.mark)))
+        while len(self._marks) > 1 and (is_safe or self._marks[1][0] <= now - self._unsure_seconds):
+            self._marks.popleft()
+        text = json.dumps({**self._marks[0][1], "row": self.mark.row})
         if self._file is not None and text != self._kept:
             replace_durably(self._file, text.encode())
             self._kept = text
@@ -158,6 +173,7 @@ class Mirror:
 
     Args:
         only_news: Whether nothing is opened if all was sent before.
+        unsure_seconds: For how long a kill may lose what the sink was sent: so much is sent again.
 
     Attributes:
         failure: Why it has ended early; empty if it has not.
@@ -171,7 +187,9 @@ class Mirror:
         *,
         keeps_mark: bool = True,
         only_news: bool = False,
+        unsure_seconds: float = 0.0,
     ) -> None:
+        self._unsure_seconds = unsure_seconds
         self._only_news = only_news and keeps_mark
         self.name = name
         self.failure = ""
@@ -195,9 +213,14 @@ class Mirror:
 
     def _work(self) -> None:
         try:
-            follower = Follower(self._run, self.name if self._keeps_mark else "")
+            name = self.name if self._keeps_mark else ""
+            follower = Follower(self._run, name, unsure_seconds=self._unsure_seconds)
             if self._only_news and not _has_news(self._run, self.name):
                 return
+            with contextlib.suppress(NoSpace):
+                follower.keep(
+                    is_safe=False
+                )  # a run without a mark is taken for one that was sent by an earlier release
             sink = self._open(follower.mark)
             while sink is not None:
                 self._news.wait(_LOOK_SECONDS)
@@ -227,7 +250,7 @@ class Mirror:
             sink.flush()
         finally:
             with contextlib.suppress(NoSpace):
-                follower.keep()
+                follower.keep(is_safe=False)
 
 
 def evaluation_names(result: EvaluationResult) -> dict[str, float]:

@@ -12,19 +12,24 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.results import EvaluationResult
 from cmscale.training.mirror import Mark, Mirror, evaluation_names, finite, mark_all_as_sent
 
+_UNSURE_SECONDS = 60.0
+"""wandb's process writes what it was sent to its folder every 15 seconds, and to the server about as often."""
+
 
 class WandbMirror(Mirror):
     """Sends a run to wandb.
 
     The wandb id is stored in the run's folder, so that a resumed run continues its wandb run. Entries are numbered on
     over all starts, as wandb drops entries with a number below its last one, also when it syncs the folders of several
-    starts that were offline; `step` is a metric of its own, which is the axis of all others.
+    starts that were offline; `step` is a metric of its own, which is the axis of all others. After a kill the last
+    minute is sent again, under new numbers, as wandb may have lost it.
     """
 
     def __init__(self, run: RunDir, settings: Wandb, *, config: dict[str, Any], only_news: bool = False) -> None:
         if run.wandb_id.exists() and not run.mirror_mark("wandb").exists():
             mark_all_as_sent(run, "wandb")  # by an earlier release, or from another folder
-        super().__init__(run, "wandb", partial(_open, run, settings, config), only_news=only_news)
+        opening = partial(_open, run, settings, config)
+        super().__init__(run, "wandb", opening, only_news=only_news, unsure_seconds=_UNSURE_SECONDS)
 
 
 class WandbSink:
@@ -53,7 +58,7 @@ class WandbSink:
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         row = max(step, self._mark.row + 1)
-        self._opened.log({"step": step, **values}, step=row)
+        self._opened.log({"step": step, **values}, step=row, commit=True)  # else it is kept back until the next entry
         self._mark.row = row
 
 

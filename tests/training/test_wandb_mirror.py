@@ -40,7 +40,8 @@ class Server:
     def define_metric(self, *_: object, **__: object) -> None:
         pass
 
-    def log(self, entry: dict[str, Any], *, step: int) -> None:
+    def log(self, entry: dict[str, Any], *, step: int, commit: bool) -> None:
+        assert commit  # an entry that waits for the next is lost with the process
         if entry["step"] >= self.breaks_at:
             raise ConnectionError("wandb went away")
         self.entries.append((step, entry))
@@ -85,7 +86,39 @@ def test_wandb_that_goes_away_in_the_middle_costs_nothing_but_its_own_steps(run,
     log = start(again, run, monkeypatch)
     log.write({"step": 6})
     close(log)
-    assert again.steps == [3, 4, 5, 6]  # the next start sends what this one could not
+    assert again.steps[-4:] == [3, 4, 5, 6]  # the next start sends what this one could not
+
+
+def test_a_first_start_that_could_not_begin_a_run_at_wandb_leaves_all_to_the_next(run, monkeypatch) -> None:
+    def init(**_: object) -> Server:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(wandb, "init", init)
+    log = MetricsLog(run, Wandb(mode="online"), config={}, active=True)
+    log.write({"step": 1})
+    close(log)
+    assert [record["event"] for record in read_lines(run.events)] == ["wandb_failed"]
+    again = Server()
+    log = start(again, run, monkeypatch)
+    log.write({"step": 2})
+    close(log)
+    assert again.steps == [1, 2]
+
+
+def test_what_wandb_was_sent_in_the_last_minute_before_a_kill_is_sent_again(run, monkeypatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    follower = Follower(run, "wandb", unsure_seconds=60)
+    for step, clock[0] in ((1, 1000.0), (2, 1030.0), (3, 1060.0), (4, 1089.0)):
+        append_line(run.metrics, {"step": step})
+        for _ in follower.records():
+            follower.mark.row += 1
+        follower.keep(is_safe=False)
+    again = Follower(run, "wandb")
+    assert [step for step, _ in again.records()] == [2, 3, 4]
+    assert again.mark.row == 3  # of the four; numbers are not used twice
+    follower.keep()  # wandb has ended in order
+    assert list(Follower(run, "wandb").records()) == []
 
 
 def test_replayed_steps_are_sent_once_and_entries_are_numbered_on(run, monkeypatch) -> None:
