@@ -11,12 +11,12 @@ from cmscale.errors import UserError
 from cmscale.io.place import Place
 
 _LONG_SECONDS: float | None = 10.0
-_LABEL = "inputs: "
+_LABEL, _CAUTION = "inputs: ", "caution: "
 _UNKNOWN = "note: teacher, first weights and LPIPS's weights were not tried here: "
 
 
 def try_inputs(config: Config, *, on_this_cpu: bool) -> None:
-    """Reads weights without a config of their own, and LPIPS's, as the worker will.
+    """Reads weights without a config of their own, and LPIPS's, as the worker will; prints its cautions.
 
     Args:
         on_this_cpu: Whether the training computes on this machine's CPU.
@@ -27,25 +27,28 @@ def try_inputs(config: Config, *, on_this_cpu: bool) -> None:
     if not _must_be_tried(config, on_this_cpu=on_this_cpu):
         return
     command = [sys.executable, "-m", "cmscale.training.inputs", *(["cpu"] if on_this_cpu else [])]
-    status, errors = _ran(command, dump_config(config))
+    status, output, errors = _ran(command, dump_config(config))
     lines = [line.removeprefix(_LABEL) for line in errors.splitlines() if line.startswith(_LABEL)]
     if status == 2 and lines:
         raise UserError(*lines)
     if status:  # no torch on a login node, for example: the worker will tell
         last = (errors.strip().splitlines() or [f"exit status {status}"])[-1]
         print(f"{_UNKNOWN}{last}", file=sys.stderr, flush=True)
+    for line in output.splitlines():
+        if line.startswith(_CAUTION):  # libraries print other lines
+            print(line, file=sys.stderr, flush=True)
 
 
-def _ran(command: Sequence[str], given: str) -> tuple[int, str]:
-    """The exit status and the errors of a command; what takes long is said."""
+def _ran(command: Sequence[str], given: str) -> tuple[int, str, str]:
+    """The exit status, the output and the errors of a command; what takes long is said."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         try:
-            _, errors = process.communicate(given, timeout=_LONG_SECONDS)
+            output, errors = process.communicate(given, timeout=_LONG_SECONDS)
         except subprocess.TimeoutExpired:
             print("reading the teacher, first weights and LPIPS's weights", file=sys.stderr, flush=True)
-            _, errors = process.communicate()
-    return process.returncode, errors
+            output, errors = process.communicate()
+    return process.returncode, output, errors
 
 
 def _must_be_tried(config: Config, *, on_this_cpu: bool) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from cmscale.config import Config, accumulation_steps
-from cmscale.distributed.compat import cpu_has_fp16
+from cmscale.distributed.compat import cpu_has_bf16, cpu_has_fp16
 from cmscale.errors import UserError
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,6 +23,16 @@ def check_precision(config: Config, device: torch.device) -> None:
         raise UserError("engine.precision: fp16 does not run on this machine's CPU; use fp32 or bf16, or a GPU")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("engine.precision: this GPU has no bf16; use fp16 or fp32")
+
+
+def precision_cautions(config: Config, device: torch.device) -> list[str]:
+    """One line if the device computes in the config's precision, but much slower than in fp32."""
+    if config.engine.precision != "bf16" or device.type != "cpu" or cpu_has_bf16():
+        return []
+    return [
+        "engine.precision: bf16 is emulated on this machine's CPU, which has no instructions for it: a step can take "
+        "ten times as long as in fp32; set engine.precision=fp32"
+    ]
 
 
 def deepspeed_settings(config: Config, *, num_ranks: int, num_elements: int, device: torch.device) -> dict[str, Any]:

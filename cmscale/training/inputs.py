@@ -10,7 +10,7 @@ import torch
 from cmscale.commands.ending import guarded
 from cmscale.config import Config, parse_config
 from cmscale.consistency.distance import build_distance
-from cmscale.engine.settings import check_precision
+from cmscale.engine.settings import check_precision, precision_cautions
 from cmscale.io.fetch import local_file
 from cmscale.source import load_first_weights, load_teacher
 
@@ -36,8 +36,11 @@ def try_inputs(config: Config, *, on_this_cpu: bool) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Tries the config on standard input. `cpu` as the argument: it trains on this machine's CPU."""
-    try_inputs(parse_config(sys.stdin.read()), on_this_cpu="cpu" in arguments)
+    """Tries the config on standard input; prints cautions. `cpu` as the argument: it trains on this machine's CPU."""
+    config, on_this_cpu = parse_config(sys.stdin.read()), "cpu" in arguments
+    try_inputs(config, on_this_cpu=on_this_cpu)
+    for caution in precision_cautions(config, torch.device("cpu")) if on_this_cpu else ():
+        print(f"caution: {caution}")
     return 0
 
 

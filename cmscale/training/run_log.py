@@ -9,6 +9,7 @@ from cmscale.config.schedules import ScheduleValues
 from cmscale.data import Batches
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
+from cmscale.engine.settings import precision_cautions
 from cmscale.errors import UserError
 from cmscale.io.counting import in_words
 from cmscale.model.attention_choice import Choice
@@ -45,7 +46,7 @@ class RunLog:
     def started(self, state: TrainState, *, attention: Choice) -> None:
         """Logs that training starts or resumes at `state`, and with which attention."""
         self._cursor = state.cursor
-        for caution in cautions(self._config):
+        for caution in (*cautions(self._config), *precision_cautions(self._config, self._world.device)):
             self._event("caution", state, why=caution)
         origin = self._config.train.init_from
         why = f"first weights from {origin}" if origin and not state.step else ""

@@ -1,5 +1,6 @@
 """What a worker would refuse is refused before a job is queued, and leaves no run behind."""
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from evaluation_fixtures import write_trained_run
 from launch_fixtures import CONFIG, dataset
 
 from cmscale.commands.ending import guarded
-from cmscale.config import parse_config, read_config
+from cmscale.config import dump_config, parse_config, read_config
+from cmscale.distributed.compat import cpu_has_bf16
 from cmscale.errors import UserError
 from cmscale.interop import write_openai, write_safetensors
 from cmscale.io import published
@@ -86,6 +88,26 @@ def test_a_precision_that_the_processor_lacks_is_refused(monkeypatch: pytest.Mon
     with pytest.raises(UserError, match=r"engine\.precision: fp16 does not run on this machine's CPU"):
         inputs.try_inputs(config, on_this_cpu=True)
     inputs.try_inputs(config, on_this_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "is_said"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
+def test_bf16_on_a_processor_without_it_is_cautioned_against(
+    precision: str, has_bf16: bool, is_said: bool, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    config = parse_config(CONFIG.format(data="data"), [f"engine.precision={precision}"])
+    monkeypatch.setattr("cmscale.engine.settings.cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr("sys.stdin", io.StringIO(dump_config(config)))
+    inputs.main(["cpu"])
+    assert ("caution: engine.precision: bf16 is emulated" in capsys.readouterr().out) == is_said
+
+
+def test_the_launcher_passes_a_caution_of_its_process_on(capsys) -> None:
+    try_inputs(parse_config(CONFIG.format(data="data"), ["engine.precision=bf16"]), on_this_cpu=True)
+    said = capsys.readouterr().err
+    assert said.startswith("caution: engine.precision: bf16 is emulated") == (not cpu_has_bf16())
+    assert said.count("\n") == (not cpu_has_bf16())
 
 
 def test_a_machine_without_torch_says_that_nothing_was_tried(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
