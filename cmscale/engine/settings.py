@@ -21,8 +21,8 @@ def check_precision(config: Config, device: torch.device) -> None:
     precision = config.engine.precision
     if precision == "fp16" and device.type == "cpu" and not cpu_has_fp16():
         raise UserError("engine.precision: fp16 does not run on this machine's CPU; use fp32 or bf16, or a GPU")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("engine.precision: this GPU has no bf16; use fp16 or fp32")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("engine.precision: this GPU has no bf16 (torch would emulate it, slowly); use fp16 or fp32")
 
 
 def precision_cautions(config: Config, device: torch.device) -> list[str]:

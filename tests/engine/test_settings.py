@@ -1,6 +1,8 @@
 """DeepSpeed's config, precisions that are refused, and the guarded step of an unwrapped optimizer."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,20 @@ def test_fp16_on_a_cpu_without_it_is_refused_in_one_line() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_fp32_and_bf16_are_allowed_on_cpus(precision: str) -> None:
     settings.check_precision(flat_config(f"engine.precision={precision}"), CPU)
+
+
+@pytest.mark.parametrize(("generation", "has_bf16"), [(7, False), (8, True)])
+def test_bf16_is_refused_on_gpus_that_would_emulate_it(
+    generation: int, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generation))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)  # so of a T4
+    refused = nullcontext() if has_bf16 else pytest.raises(UserError, match=r"engine\.precision: this GPU has no bf16")
+    with refused:
+        settings.check_precision(flat_config("engine.precision=bf16"), torch.device("cuda"))
 
 
 def test_deepspeeds_config_has_the_batch_as_the_config_divides_it() -> None:
