@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cmscale import __version__
-from cmscale.cli import configs, editing, evaluation, facts, runs, sampling, weights
+from cmscale.cli import comparing, configs, editing, evaluation, facts, one_run, runs, sampling, weights
 from cmscale.cli.command import command
 from cmscale.commands.former import with_current_names
 from cmscale.commands.use import USED
@@ -52,7 +52,7 @@ app = typer.Typer(
     help=HELP,
     epilog="Training: python launchers/submit.py -h. Evaluation on a cluster: python launchers/evaluate.py -h.",
 )
-for group in (sampling, editing, evaluation, weights, runs, configs, facts):
+for group in (sampling, editing, evaluation, weights, one_run, runs, comparing, configs, facts):
     app.add_typer(group.app)
 
 

@@ -274,6 +274,21 @@ def test_where_a_row_has_no_room_a_run_has_lines(width: int, tmp_path: Path, mon
     assert all(f"{name}:10.5(step200,ema_0.999,2NFE)" in said for name in names)
 
 
+@pytest.mark.parametrize("width", [100, 200])
+def test_a_run_with_a_long_name_has_lines_and_the_others_keep_their_rows(
+    width: int, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    long = "lsun_bedroom_cd_lpips_" * 9
+    for name in ("good", long):
+        write_run(tmp_path / name)
+    monkeypatch.setattr("cmscale.cli.command._WIDTH_OF_FILES", width)
+    assert run(monkeypatch, "runs", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^ *good +ct +finished .* 200 .* 0.015 *$", said, re.MULTILINE)
+    assert f"{long}:ct,finished," in "".join(said.split())
+    assert "good: events.jsonl; FD-EfficientNet" in said
+
+
 def test_names_of_runs_command_no_terminal(tmp_path: Path, monkeypatch, capsys) -> None:
     write_run(tmp_path / "a\x1b[31m\nb")
     write_run(tmp_path / "c")
