@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,4 @@ def test_a_copy_samples_the_same_and_holds_its_weights_alone(
     expected = model.sample(1, tensors=True)
     assert torch.equal(copied(model).sample(1, tensors=True), expected)
     assert len(pickle.dumps(model)) < 1.5 * flat.nbytes
+    assert flat.nbytes < len(ForkingPickler.dumps(model)) < 1.5 * flat.nbytes  # to a spawned process: no shared memory

@@ -69,7 +69,7 @@ def write_diffusers(
     state = strict_weights(weights, parameter_shapes(config.model), origin="the weights to write")
     renamed = to_diffusers(state, config.model)
     with writable(storage, UNET_WEIGHTS, size=sum(4 * tensor.numel() for tensor in renamed.values())) as path:
-        save_file(renamed, path, metadata=describe(config, step=step, weights_name=weights_name))
+        save_file(renamed, path, metadata=describe(config, step=step, weights_name=weights_name, tensors=renamed))
     _write_json(storage, UNET_CONFIG, unet_config(config.model))
     _write_json(storage, SCHEDULER_CONFIG, scheduler_config(config.method))
     if card is not None:

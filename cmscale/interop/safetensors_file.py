@@ -1,5 +1,7 @@
 """Reads and writes cmscale's export format: safetensors with config, step and weights' name as metadata."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,17 +14,25 @@ from cmscale.config.published import dump_published
 from cmscale.config.sources import own_card
 from cmscale.errors import UserError
 from cmscale.interop.files import located, readable, writable
+from cmscale.interop.fingerprint import weights_fingerprint
 from cmscale.interop.names import Weights, parameter_shapes
 from cmscale.interop.strict import strict_weights
 from cmscale.io.reading import reading
 
 
-def describe(config: Config, *, step: int, weights_name: str) -> dict[str, str]:
-    """The metadata of exported weights: `config` (YAML), `step`, `weights` (for example `ema_0.999943`).
+def describe(config: Config, *, step: int, weights_name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata of exported weights: `config` (YAML), `step`, `weights` (for example `ema_0.999943`), `sha256`.
 
-    The config is what may be published: without absolute paths, and without what belongs to a site.
+    The config is what may be published: without absolute paths, and without what belongs to a site. The hash is that of
+    the tensors and of the other metadata, and is compared when the file is read.
     """
-    return {"format": "pt", "config": dump_published(config), "step": str(step), "weights": weights_name}
+    card = {"config": dump_published(config), "step": str(step), "weights": weights_name}
+    return {"format": "pt", **card, "sha256": _sha256(card, tensors)}
+
+
+def _sha256(card: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    described = json.dumps([sorted(card.items()), weights_fingerprint(tensors)])
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def write_safetensors(
@@ -36,7 +46,7 @@ def write_safetensors(
     state = strict_weights(weights, parameter_shapes(config.model), origin="the weights to write")
     size = sum(4 * tensor.numel() for tensor in state.values())
     with writable(*located(target), size=size) as path:
-        save_file(state, path, metadata=describe(config, step=step, weights_name=weights_name))
+        save_file(state, path, metadata=describe(config, step=step, weights_name=weights_name, tensors=state))
 
 
 def read_safetensors(source: str | Path, *, model: Model | None = None) -> tuple[Weights, dict[str, str]]:
@@ -74,10 +84,15 @@ def load_with_metadata(path: Path, *, origin: str) -> tuple[Weights, dict[str, s
     """Every tensor of a safetensors file, and its metadata.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged. Of those that cmscale wrote, every changed bit is seen.
     """
     with (
         reading(origin, "a safetensors file", advice="copy it again"),
         safe_open(path, framework="pt", device="cpu") as file,
     ):
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    card = own_card(metadata)
+    if card is not None and metadata.get("sha256", "") not in ("", _sha256(card, found)):  # older files have none
+        raise UserError(f"{origin}: damaged: holds other bytes than were exported (sha256); copy it again")
+    return found, metadata

@@ -12,6 +12,7 @@ from cmscale.config import Config
 from cmscale.config.added import added_at_older_value
 from cmscale.consistency.solver import Denoise
 from cmscale.errors import UserError
+from cmscale.interop.fingerprint import weights_fingerprint
 from cmscale.io.storage import open_storage
 from cmscale.model.attention_choice import choose
 from cmscale.model.precondition import denoiser_for
@@ -42,8 +43,12 @@ class Source:
         return denoiser_for(self.config.method, network)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: tensors of their own, as pickle would store all that they are parts of."""
-        return {**self.__dict__, "weights": {name: tensor.clone() for name, tensor in self.weights.items()}}
+        """What copies and pickles hold: arrays, as of a tensor pickle would store all that it is a part of."""
+        return {**self.__dict__, "weights": {name: tensor.numpy() for name, tensor in self.weights.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__["weights"] = {name: torch.from_numpy(array) for name, array in state["weights"].items()}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -61,15 +66,6 @@ class Source:
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of a sample."""
         return (3, self.config.model.image_size, self.config.model.image_size)
-
-
-def weights_fingerprint(weights: dict[str, torch.Tensor]) -> str:
-    """Hash of named tensors, independent of their order."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def dataset_of(source: Source) -> DatasetManifest | None:

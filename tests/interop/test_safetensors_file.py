@@ -1,5 +1,8 @@
 """Tests that an exported safetensors file holds everything that is needed to use it."""
 
+import random
+import shutil
+
 import pytest
 import torch
 from networks import random_weights, small_config, small_model
@@ -8,7 +11,14 @@ from safetensors.torch import save_file
 
 from cmscale.config import parse_config
 from cmscale.errors import UserError
-from cmscale.interop import read_safetensors, write_safetensors
+from cmscale.interop import (
+    read_diffusers,
+    read_openai,
+    read_safetensors,
+    write_diffusers,
+    write_openai,
+    write_safetensors,
+)
 
 MODEL = small_model("as ImageNet 64")
 
@@ -51,7 +61,48 @@ def test_weights_that_are_not_its_configs_are_refused(tmp_path):
     config = small_config(MODEL)
     write_safetensors(tmp_path / "x", random_weights(MODEL), config=config, step=1, weights_name="master")
     with safe_open(tmp_path / "x", framework="pt") as file:
-        metadata = file.metadata()
+        metadata = {name: value for name, value in file.metadata().items() if name != "sha256"}
     save_file({"out.2.bias": torch.zeros(3)}, tmp_path / "x", metadata=metadata)
     with pytest.raises(UserError, match=r"missing: time_embed\.0\.weight"):
         read_safetensors(tmp_path / "x")
+
+
+def _with_another_bit(path, at: int):
+    damaged = bytearray(path.read_bytes())
+    damaged[at] ^= 1
+    path.write_bytes(damaged)
+
+
+def test_a_changed_bit_of_an_exported_file_is_refused(tmp_path):
+    what = {"config": small_config(MODEL), "step": 70, "weights_name": "master"}
+    write_safetensors(tmp_path / "x.safetensors", random_weights(MODEL), **what)
+    write_diffusers(tmp_path / "x", random_weights(MODEL), **what)
+    write_openai(tmp_path / "x.pt", random_weights(MODEL), model=MODEL)
+    where = random.Random(0)
+    for name, read in (
+        ("x.safetensors", read_safetensors),
+        ("x/unet/diffusion_pytorch_model.safetensors", lambda _: read_diffusers(tmp_path / "x")),
+        ("x.pt", lambda path: read_openai(path, MODEL)),
+    ):
+        path, whole = tmp_path / name, tmp_path / "whole"
+        shutil.copy(path, whole)
+        read(path)
+        size = path.stat().st_size
+        for at in [where.randrange(size // 10, size * 9 // 10) for _ in range(3)]:  # among the tensors
+            _with_another_bit(path, at)
+            with pytest.raises(UserError, match="damaged"):
+                read(path)
+            shutil.copy(whole, path)
+        if name.endswith(".safetensors"):
+            _with_another_bit(path, whole.read_bytes().index(b"sigma_data: 0.") + len("sigma_data: 0."))
+            with pytest.raises(UserError, match="damaged"):
+                read(path)
+
+
+def test_a_file_of_an_older_release_holds_no_hash_and_is_read(tmp_path):
+    write_safetensors(tmp_path / "x", random_weights(MODEL), config=small_config(MODEL), step=1, weights_name="master")
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        metadata = file.metadata()
+    del metadata["sha256"]
+    save_file(random_weights(MODEL, seed=1), tmp_path / "x", metadata=metadata)
+    assert torch.equal(read_safetensors(tmp_path / "x")[0]["out.2.bias"], random_weights(MODEL, seed=1)["out.2.bias"])
