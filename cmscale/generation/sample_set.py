@@ -11,7 +11,7 @@ The record of a set is written last, and its parts are removed then. Only one co
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ def opened(
     with ExitStack() as stack:
 
         def begin() -> SampleSet | None:
+            making.tidy()
             known = making.find()
             if known is None:
                 making.check()  # before anything is written
@@ -77,6 +78,19 @@ class Making:
         self.ownership: Ownership | None = None
         self._parts, self._world = parts, world
         self._key, self._machine, self._count = key, dict(machine), count
+
+    def tidy(self) -> None:
+        """Removes parts of a finished set: a command left them that was killed after the record. Rank 0 only.
+
+        Another set in that place would be refused because of them.
+        """
+        parts, record = self.place.parts.read_if_present(BEGUN), self.place.record.read_if_present()
+        if parts is None or record is None:
+            return
+        with suppress(UserError):  # what is damaged is named where it is needed
+            finished = read_record(record, origin=self.place.record)
+            if read_begun(parts, origin=BEGUN).key == finished.key and self._is_of(finished):
+                self._parts.remove()
 
     def find(self) -> SampleSet | None:
         """The record of the same set, if it is finished. Rank 0 only."""

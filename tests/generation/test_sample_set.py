@@ -112,6 +112,19 @@ def test_a_record_that_is_none_may_be_removed(content: str, format: Format, tmp_
         assert open_images(place).count == 10  # a folder of images beside which another program wrote
 
 
+@pytest.mark.parametrize("key", ["k", "other"])
+def test_parts_that_a_killed_command_left_after_the_record_are_removed(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr("cmscale.generation.parts.Parts.remove", lambda _: None)
+        written(tmp_path / "x.npz")
+    assert (tmp_path / "x.npz.parts").exists()
+    with making(tmp_path / "x.npz", key=key) as each:
+        assert (each.known is None) == (key == "other")
+        assert stored_parts([each.place]) == 0
+
+
 def test_an_array_is_replaced_by_another_one_and_recognised_by_its_content(tmp_path: Path) -> None:
     place = tmp_path / "x.npz"
     written(place)
