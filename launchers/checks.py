@@ -14,6 +14,7 @@ from cmscale.io.packages import require
 from cmscale.io.place import Place, split_hash
 from cmscale.io.probe import DELETE, probe
 from cmscale.io.published import VGG16, published_file
+from cmscale.io.reading import why_no_file
 from cmscale.io.storage import open_parent, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.choices import check_weights_name
@@ -211,7 +212,7 @@ def check_source(url: str, *, key: str) -> None:
         return
     path = Path(split_hash(url)[0])
     if not path.exists():
-        raise UserError(f"{key}: {url}: no such file or folder")
+        raise UserError(f"{key}: {url}: {why_no_file(path, absent='no such file or folder')}")
     if path.is_dir() and (path / "config.yaml").exists() and not committed_steps(path):
         raise UserError(f"{key}: run {url} has no complete checkpoint yet")
     try:
@@ -235,7 +236,7 @@ def check_exists(url: str, *, key: str) -> None:
         if next(found, None) is None:
             raise UserError(f"{key}: {url}: no such object")
     elif not Path(url).exists():
-        raise UserError(f"{key}: {url}: no such file or folder")
+        raise UserError(f"{key}: {url}: {why_no_file(url, absent='no such file or folder')}")
 
 
 def is_remote(url: str) -> bool:

@@ -14,6 +14,7 @@ from cmscale.evaluation.npz import npz_header, npz_rows
 from cmscale.evaluation.tars import check_sets_below, drawn_set, open_tars
 from cmscale.io.fetch import local_file
 from cmscale.io.place import Place
+from cmscale.io.reading import why_no_file
 from cmscale.runs.sample_sets import RECORD
 
 
@@ -30,7 +31,7 @@ def open_images(path: str | Path) -> ImageSet:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder of images")
+        raise UserError(f"{path}: {why_no_file(path, absent='no such file or folder of images')}")
     if path.suffix.lower() != ".npz":
         raise UserError(f"{path}: not finished samples; give an .npz with arr_0, or a folder of images")
     header = npz_header(path, "arr_0")

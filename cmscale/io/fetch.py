@@ -18,6 +18,7 @@ from cmscale.io.locks import LockTimeout, hold
 from cmscale.io.patience import patience_seconds
 from cmscale.io.place import Place, split_hash
 from cmscale.io.protocol import Entry
+from cmscale.io.reading import why_no_file
 from cmscale.io.storage import Storage, open_parent
 
 DOWNLOAD_MINUTES = 30.0
@@ -48,7 +49,7 @@ def local_file(url: str) -> Path:
     path = storage.local_path(key)
     if path is not None:
         if not path.is_file():
-            raise UserError(f"{plain}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
+            raise UserError(f"{plain}: {why_no_file(path)}")
         if expected is not None:
             _check(file_sha256(path, shown=True), expected, url=plain)
         return path

@@ -53,6 +53,18 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
 
 
+def why_no_file(path: str | Path, *, absent: str = "no such file") -> str:
+    """Why no file can be read at a path: it is a folder, a device or pipe, a dead link, or absent."""
+    path = Path(path)
+    if path.is_dir():
+        return "is a folder; give a file"
+    if path.exists():
+        return "is no regular file; give a file"
+    if path.is_symlink():
+        return f"is a link to {path.readlink()}, where nothing is"
+    return absent
+
+
 def read_small(path: str | Path, *, what: str, limit: int = 1 << 24) -> bytes:
     """The bytes of a file that has no reason to be large: a config, a document.
 
@@ -67,7 +79,7 @@ def read_small(path: str | Path, *, what: str, limit: int = 1 << 24) -> bytes:
         with Path(path).open("rb") as file:
             content = file.read(limit + 1)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: {why_no_file(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error}); give {what}") from None
     if len(content) > limit:

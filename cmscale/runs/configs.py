@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cmscale.commands import situation
 from cmscale.config import Config, parse_config, parse_tree, read_config
+from cmscale.config.sources import names_file
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
 from cmscale.io.json_text import parse_json
@@ -25,8 +26,9 @@ def config_of(place: Place) -> Config:
         UserError: there is none, or it can't be read.
     """
     name = place.rstrip("/").lower()
-    if name.endswith((".yaml", ".yml")):
-        file = local_file(place)
+    is_file = not place.is_remote and Path(place).exists() and not Path(place).is_dir()  # also a pipe: <(git show ...)
+    if name.endswith((".yaml", ".yml")) or (is_file and not names_file(name) and not name.endswith(".md")):
+        file = Path(place) if is_file else local_file(place)
         is_of_run = any((file.parent / beside).exists() for beside in _OF_RUNS)
         return read_config(file, resolved=is_of_run and file.name == "config.yaml")
     if name.endswith(".md"):

@@ -12,7 +12,7 @@ from cmscale.io.image_files import image_suffixes
 from cmscale.io.packages import require
 from cmscale.io.place import Place, split_hash
 from cmscale.io.published import INCEPTION, published_file
-from cmscale.io.reading import reading
+from cmscale.io.reading import reading, why_no_file
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DATASET_MANIFEST, read_dataset_manifest
 
@@ -138,5 +138,5 @@ def _local(place: str, *, key: str) -> Path | None:
     if plain.is_remote:
         return None
     if not Path(plain).exists():
-        raise UserError(f"{key}: {plain}: no such file or folder")
+        raise UserError(f"{key}: {plain}: {why_no_file(plain, absent='no such file or folder')}")
     return Path(plain) if Path(plain).is_file() else None

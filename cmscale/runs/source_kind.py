@@ -11,6 +11,7 @@ from cmscale.io.image_files import image_suffixes
 from cmscale.io.json_text import parse_json
 from cmscale.io.place import Place, split_hash
 from cmscale.io.protocol import Storage
+from cmscale.io.reading import why_no_file
 from cmscale.io.storage import has_object, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST
@@ -41,8 +42,9 @@ def kind_of_source(origin: str) -> str:
         UserError: nothing is there, or something that is no SOURCE; the line says what to give in its place.
     """
     place = Place(origin)
-    if names_file(place) and not place.is_remote and not Path(split_hash(place)[0]).exists():
-        raise UserError(f"{origin}: no such file; give {_KINDS}")
+    file = Path(split_hash(place)[0])
+    if names_file(place) and not place.is_remote and not file.exists():
+        raise UserError(f"{origin}: {why_no_file(file)}; give {_KINDS}")
     if is_openai(place):
         return situation.OPENAI
     if is_nvlabs(place):
@@ -51,7 +53,7 @@ def kind_of_source(origin: str) -> str:
         return situation.SAMPLES
     if is_safetensors(place):
         return situation.EXPORTED if _has_config(local_file(place)) else situation.BARE
-    if not place.is_remote and Path(place).is_file():
+    if not place.is_remote and Path(place).exists() and not Path(place).is_dir():
         raise UserError(f"{origin}: no SOURCE; {_advice(Path(place).suffix.lower())}")
     storage = open_storage(place)
     found = _kind_of_folder(storage, origin)
@@ -118,7 +120,7 @@ def _hint(storage: Storage, origin: str) -> str:
     if folder is not None and folder.is_dir() and next(folder.iterdir(), None) is None:
         return f"the folder is empty; give {_KINDS}"
     if folder is not None and not folder.exists():
-        return f"no such file or folder; give {_KINDS}"
+        return f"{why_no_file(folder, absent='no such file or folder')}; give {_KINDS}"
     return f"give {_KINDS}"
 
 

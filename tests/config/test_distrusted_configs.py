@@ -75,10 +75,12 @@ def test_what_is_no_config_file_is_one_line(tmp_path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "latin.yaml").write_bytes("method: {kind: ct} # naïve".encode("latin-1"))
     (tmp_path / "large.yaml").write_text("#" * (2 << 20))
+    (tmp_path / "dead.yaml").symlink_to("gone.yaml")
     for path, line in (
         ("/dev/zero", "has more than 1 MiB, too much for a config"),
         (tmp_path / "folder", "is a folder; give a config file"),
         (tmp_path / "absent.yaml", "no such file"),
+        (tmp_path / "dead.yaml", "is a link to gone.yaml, where nothing is"),
         (tmp_path / "latin.yaml", "give a YAML file in UTF-8"),
         (tmp_path / "large.yaml", "has more than 1 MiB"),
         ("a\0b", "can't be read"),

@@ -1,6 +1,9 @@
 """Every key of the config is described where it is declared; pages, schema and commands are made from that."""
 
 import json
+import os
+import socket
+import threading
 from pathlib import Path
 
 import config_reference
@@ -147,6 +150,38 @@ def test_differences_come_by_their_effect_on_the_losses() -> None:
     effects = [each.changes_losses for each in compared([one, other])]
     assert effects == sorted(effects, reverse=True)
     assert compared([one, one]) == []
+
+
+def test_a_config_file_may_have_any_name_and_may_be_a_pipe(tmp_path, monkeypatch, capsys) -> None:
+    for name in ("a.yaml", "a.conf"):
+        (tmp_path / name).write_text(TEXT)
+    os.mkfifo(tmp_path / "pipe")  # as in `config diff <(git show HEAD:configs/a.yaml) configs/a.yaml`
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(TEXT,))
+    writer.start()
+    places = [tmp_path / name for name in ("a.yaml", "a.conf", "pipe")]
+    assert said(monkeypatch, capsys, "diff", *places) == "no difference\n"
+    writer.join()
+
+
+def test_what_can_not_be_compared_is_said_as_it_is(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "a.yaml").write_text(TEXT)
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("dead.yaml", "dead.safetensors", "dead"):
+        (tmp_path / name).symlink_to("gone")
+    socket.socket(socket.AF_UNIX).bind(str(tmp_path / "socket.yaml"))
+    dead = "is a link to gone, where nothing is"
+    for name, words in (
+        ("dead.yaml", dead),
+        ("dead.safetensors", dead),
+        ("dead", dead),
+        ("folder.yaml", "is a folder; give a file"),
+        ("/dev/null", "is empty"),
+        ("socket.yaml", "can't be read"),
+    ):
+        assert run(monkeypatch, "config", "diff", tmp_path / "a.yaml", tmp_path / name) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{name}: " in line
+        assert words in line
 
 
 def test_files_runs_and_cards_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

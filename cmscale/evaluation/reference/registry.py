@@ -11,6 +11,7 @@ import numpy as np
 
 import cmscale.evaluation.reference as package
 from cmscale.errors import UserError
+from cmscale.io.reading import why_no_file
 
 if TYPE_CHECKING:
     from cmscale.evaluation.features.extractor import FeatureExtractor
@@ -100,7 +101,7 @@ def read_reference(path: str | Path, extractor: "FeatureExtractor") -> "Referenc
     """
     path = Path(path)
     if not (path.is_file() or path.is_dir()):
-        raise UserError(f"reference {path}: no such file or folder")
+        raise UserError(f"reference {path}: {why_no_file(path, absent='no such file or folder')}")
     suffix = path.suffix.lower() if path.is_file() else ""
     formats = reference_formats().values()
     matching = [each for each in formats if suffix in each.suffixes and each.matches(path)]
