@@ -6,12 +6,14 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import ValidationError
 
 from cmscale import __version__
 from cmscale.cli import comparing, configs, editing, evaluation, facts, one_run, runs, sampling, weights
 from cmscale.cli.command import command
 from cmscale.commands.former import with_current_names
 from cmscale.commands.use import USED
+from cmscale.config.wording import what_is_wrong
 from cmscale.errors import UserError
 
 # Commands import torch when they are called, so that `cmscale --help` and `cmscale runs` answer at once.
@@ -103,11 +105,20 @@ def run(arguments: list[str]) -> int:
     except typer.Exit as ended:
         return 2 if is_group_alone else ended.exit_code
     except typer.TyperException as error:
-        text = error.format_message().replace("Value error, ", "")
+        text = _told(error)
         if arguments[0] in _OF_LAUNCHERS:
             raise UserError(f"{arguments[0]}: is no command here; {_OF_LAUNCHERS[arguments[0]]}") from None
         raise UserError(f"{text.rstrip('.')} (see {_help_of(arguments)})") from None
     return 0
+
+
+def _told(error: Any) -> str:
+    """A mistake in a command line, in words and with its value where pydantic found it."""
+    if isinstance(error.__cause__, ValidationError):
+        first = error.__cause__.errors()[0]
+        if first["type"] != "value_error":
+            error.message = what_is_wrong(dict(first))
+    return error.format_message().replace("Value error, ", "")
 
 
 @cache

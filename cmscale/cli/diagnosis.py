@@ -9,12 +9,12 @@ from rich.table import Table
 from cmscale.cli.command import TableConsole
 from cmscale.cli.finding import Finding
 from cmscale.cli.machine import findings
-from cmscale.cli.nodes import differing, doctor_of_nodes, report_node, unmeasured
+from cmscale.cli.nodes import differing, doctor_of_nodes, report_node, shared, unmeasured
 from cmscale.cli.services import storage
 from cmscale.io.place import Place
 
 _NAMED = 4  # nodes in a row
-__all__ = ["found_here", "report_node", "show", "show_nodes"]
+__all__ = ["found_here", "report_node", "shared", "show", "show_nodes"]
 
 
 def found_here(place: Place | None, runs_dir: Path, *, is_of_many: bool = False) -> list[Finding]:
@@ -56,7 +56,7 @@ def _print_alike(nodes: Mapping[str, Sequence[Finding]], different: Sequence[str
 
 def show_nodes(count: int, place: Place | None, runs_dir: Path, *, as_json: bool) -> bool:
     """Tries nodes; prints what is no `ok` anywhere, and in what nodes differ. Returns whether something fails."""
-    nodes = doctor_of_nodes(count, runs_dir=str(runs_dir.absolute()), place=None if place is None else place.absolute())
+    nodes = doctor_of_nodes(count, runs_dir=runs_dir.absolute(), place=None if place is None else place.absolute())
     different = differing(nodes)
     if as_json:
         shown = {node: [vars(each) for each in found] for node, found in nodes.items()}

@@ -40,6 +40,7 @@ def doctor(
     ] = None,
     as_json: JsonOption = False,
     of_node: Annotated[bool, typer.Option("--of-node", hidden=True), Use(excludes=("as_json",))] = False,
+    sign: Annotated[Place | None, typer.Option(hidden=True), Use(needs=("of_node",))] = None,
 ) -> None:
     """Tries what this machine offers: GPUs, attention, gloo, NCCL, disks, locks, Slurm, S3, wandb, weight files.
 
@@ -49,7 +50,7 @@ def doctor(
 
     folder = runs_dir.local("the folder of runs")
     if of_node:
-        diagnosis.report_node(diagnosis.found_here(place, folder, is_of_many=True))
+        diagnosis.report_node([*diagnosis.found_here(place, folder, is_of_many=True), *diagnosis.shared(sign)])
         return
     if nodes is None:
         found = diagnosis.found_here(place, folder)

@@ -200,23 +200,27 @@ def limits() -> Iterator[Finding]:
 def shared_memory() -> Iterator[Finding]:
     """Room in /dev/shm, through which workers hand batches to their rank."""
     try:
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            file.write(bytes(1 << 20))
         free = shutil.disk_usage("/dev/shm").free
     except OSError as error:
-        yield Finding("shared memory", "failure", f"/dev/shm: {error.strerror}", "mount it; data workers need it")
+        yield Finding(
+            "shared memory", "failure", f"/dev/shm: {error.strerror}", "mount it writable; data workers need it"
+        )
         return
     state: State = "ok" if free >= GB else "warning" if free >= GB / 8 else "failure"
     remedy = "" if state == "ok" else "give a container --shm-size=8g, or set data.workers=0"
     yield Finding("shared memory", state, f"{free / GB:.1f} GB free in /dev/shm", remedy)
 
 
-def _nearest(folder: Path) -> Path:
+def nearest(folder: Path) -> Path:
     """The folder, or the first above it that is there: what is missing is made by those who need it."""
     return next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
 
 
 def disk(what: str, folder: Path, *, wanted: float, least: float = GB) -> Iterator[Finding]:
     """Writes a file, and looks for room."""
-    there = _nearest(folder)
+    there = nearest(folder)
     if not there.is_dir():
         yield Finding(what, "failure", f"{there}: is no folder", "name another folder, or remove what is there")
         return
@@ -237,7 +241,7 @@ def locks(runs_dir: Path) -> Iterator[Finding]:
     """Whether flock keeps two holders apart in the folder of runs; nothing if it takes no file, as `disk` says."""
     with contextlib.ExitStack() as stack:
         try:
-            one = stack.enter_context(tempfile.NamedTemporaryFile(dir=_nearest(runs_dir), prefix=".cmscale-doctor-"))
+            one = stack.enter_context(tempfile.NamedTemporaryFile(dir=nearest(runs_dir), prefix=".cmscale-doctor-"))
             two = stack.enter_context(Path(one.name).open("rb"))
         except OSError:
             return

@@ -5,11 +5,14 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cmscale.cli.finding import Finding
+from cmscale.cli.machine import nearest
 from cmscale.config.site import read_launch_settings
 from cmscale.errors import UserError
 from cmscale.io.counting import Counting
@@ -18,8 +21,9 @@ from cmscale.io.process import node_name
 from cmscale.io.slurm import outside_of_jobs
 
 _SIGN = "doctor-of-node "
+_SHARED = "sharing of the folder of runs"
 _END_SECONDS = 30.0  # for srun to end its job
-_MEASURED = re.compile(r"[\d.]+ (?:ms\b|[KMGT]i?B free)")
+_MEASURED = re.compile(r"[\d.]+ (?:ms\b|[KMGT]i?B free)|probe-[0-9a-f]{32}")
 
 
 def report_node(found: Sequence[Finding]) -> None:
@@ -27,7 +31,19 @@ def report_node(found: Sequence[Finding]) -> None:
     print(_SIGN + json.dumps({"node": node_name(), "findings": [vars(each) for each in found]}), flush=True)
 
 
-def doctor_of_nodes(count: int, *, runs_dir: str, place: str | None = None) -> dict[str, list[Finding]]:
+def shared(sign: str | None) -> Iterator[Finding]:
+    """Whether a node sees the file that the asking machine has written in the folder of runs; None if it could not."""
+    if sign is None:
+        return
+    folder = Path(sign).parent
+    if Path(sign).exists():
+        yield Finding(_SHARED, "ok", f"{folder}: the same folder as on the machine that asks")
+    else:
+        found = f"{folder}: another folder than on the machine that asks"
+        yield Finding(_SHARED, "failure", found, "give a --runs-dir that all nodes mount")
+
+
+def doctor_of_nodes(count: int, *, runs_dir: Path, place: str | None = None) -> dict[str, list[Finding]]:
     """The findings of each of several nodes. What srun says, such as that its job waits, is shown at once.
 
     Raises:
@@ -39,16 +55,23 @@ def doctor_of_nodes(count: int, *, runs_dir: str, place: str | None = None) -> d
         options.append(f"--partition={settings.partition}")
     if settings.gpus_per_node:
         options.append(f"--gpus-per-node={settings.gpus_per_node}")
-    own = [sys.executable, "-m", "cmscale.cli", "doctor", "--of-node", "--runs-dir", runs_dir]
+    own = [sys.executable, "-m", "cmscale.cli", "doctor", "--of-node", "--runs-dir", str(runs_dir)]
     own += [] if place is None else [place]
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # this machine may not write there, but nodes may
+            sign = stack.enter_context(tempfile.NamedTemporaryFile(dir=nearest(runs_dir), prefix=".cmscale-doctor-"))
+            own += ["--sign", sign.name]
+        return _answers(count, [*options, *settings.srun_args, *own])
+
+
+def _answers(count: int, job: Sequence[str]) -> dict[str, list[Finding]]:
+    """What each node of srun's job prints."""
     command = [
         "srun",
         f"--nodes={count}",
         f"--ntasks={count}",
         "--ntasks-per-node=1",
-        *options,
-        *settings.srun_args,
-        *own,
+        *job,
     ]
     found: dict[str, list[Finding]] = {}
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cmscale.commands.situation import GIVEN_CONFIG, WITHOUT_CONFIG, overriding
 from cmscale.commands.use import USED, Given, Use
 from cmscale.config.request_fields import option, options_of
+from cmscale.config.wording import what_is_wrong
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -72,5 +73,5 @@ def request_from(model: type[R], values: Mapping[str, Any]) -> R:
         first: Any = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         flag = next((option.flag for option in options_of(model) if option.name == name), "") or name
-        why = first["ctx"]["error"] if first["type"] == "value_error" else f"got {first['input']!r}; {first['msg']}"
+        why = first["ctx"]["error"] if first["type"] == "value_error" else what_is_wrong(dict(first))
         raise UserError(f"{flag}: {why}") from None

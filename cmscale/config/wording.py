@@ -15,6 +15,8 @@ _SECTION_TYPES = ("model_type", "model_attributes_type", "dict_type", "dataclass
 _WANTED = {
     "int_type": "a whole number",
     "float_type": "a number",
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list, such as [a, b]",

@@ -62,6 +62,27 @@ def test_two_members_meet_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
         list(machine.gloo())
 
 
+def test_a_folder_of_runs_that_a_node_does_not_share_is_a_failure(
+    bin_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("CMSCALE_SITE", "")
+    report = nodes._SIGN + json.dumps({"node": "n1", "findings": []})
+    program(bin_folder, "srun", f"""for sign; do :; done; test -f "$sign" && echo '{report}'; echo "$sign" >&2""")
+    assert nodes.doctor_of_nodes(1, runs_dir=tmp_path / "runs") == {"n1": []}
+    assert [each.name for each in tmp_path.iterdir()] == ["bin"]
+    assert only(nodes.shared(str(bin_folder / "srun"))).state == "ok"
+    assert only(nodes.shared(str(tmp_path / "gone"))).state == "failure"
+    assert list(nodes.shared(None)) == []
+
+
+def test_shared_memory_that_takes_no_file_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**where: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
+    assert only(machine.shared_memory()).found == "/dev/shm: Read-only file system"
+
+
 @pytest.mark.parametrize(("free", "state"), [(8e9, "ok"), (2e8, "warning"), (1e6, "failure")])
 def test_room_for_shared_memory(free: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(free, 0, free))
@@ -160,23 +181,24 @@ def test_nodes_are_asked_by_srun_and_compared(
             Finding("wandb", "ok", "0.31"),
             Finding("wandb", "ok", "no key"),
             Finding("attention", "ok", f"sdpa 0.{len(lines)} ms"),
+            Finding("s3://b: write", "failure", f"s3://b/probe-{str(len(lines)) * 32}: refused"),
         ]
         lines.append(nodes._SIGN + json.dumps({"node": node, "findings": [vars(each) for each in findings]}))
     (bin_folder / "answers").write_text("noise\n" + "\n".join(lines))
     program(bin_folder, "srun", f'echo "$@" > {bin_folder}/asked; cat {bin_folder}/answers')
-    found = nodes.doctor_of_nodes(2, runs_dir="runs")
+    found = nodes.doctor_of_nodes(2, runs_dir=Path("runs"))
     assert list(found) == ["n1", "n2"]
     assert nodes.differing(found) == ["torch"]
     asked = (bin_folder / "asked").read_text()
     assert f"--nodes=2 --ntasks=2 --ntasks-per-node=1 --mem=0 {sys.executable} -m cmscale.cli doctor --of-node" in asked
     program(bin_folder, "srun", f"echo 'srun: error: n3: gone' >&2; cat {bin_folder}/answers")
     with pytest.raises(UserError, match=r"--nodes 3: 2 of 3 nodes answered \(n1, n2\): srun: error: n3: gone"):
-        nodes.doctor_of_nodes(3, runs_dir="runs")
+        nodes.doctor_of_nodes(3, runs_dir=Path("runs"))
     assert "srun: error: n3: gone" in capfd.readouterr().err
     (bin_folder / "srun").unlink()
     monkeypatch.setenv("PATH", str(bin_folder))
     with pytest.raises(UserError, match="no srun on the PATH"):
-        nodes.doctor_of_nodes(2, runs_dir="runs")
+        nodes.doctor_of_nodes(2, runs_dir=Path("runs"))
 
 
 def test_the_command_shows_what_to_do_and_fails_if_something_does(monkeypatch, capsys, tmp_path: Path) -> None:
@@ -241,5 +263,5 @@ def test_an_interrupt_ends_srun_and_with_it_its_job(bin_folder: Path, monkeypatc
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        nodes.doctor_of_nodes(2, runs_dir="runs")
+        nodes.doctor_of_nodes(2, runs_dir=Path("runs"))
     assert [process.returncode for process in started] == [-signal.SIGTERM]

@@ -163,6 +163,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "nodes": None,  # see test_nodes_are_asked_by_srun_and_compared
         "as_json": ("--json",),
         "of_node": ("--of-node",),
+        "sign": ("--sign", "{out}/sign"),
     },
     "schema": {},
     "config explain": {"names": None, "as_json": ("--json",)},
@@ -392,7 +393,8 @@ SCENES = [
         ("{in}/cm.pt", "--config", "{in}/config.yaml", "--to", "{out}/m.safetensors"),
     ),
     Scene("an exported file", "import", ("{in}/cm.safetensors", "--to", "{out}/m.safetensors"), OF_A_BARE_FILE),
-    Scene("of this machine", "doctor", ()),
+    Scene("of this machine", "doctor", (), frozenset({"sign"})),
+    Scene("of a node", "doctor", ("--of-node",), frozenset({"as_json"}), values={"of_node": None}),
     Scene("a config", "estimate", ("{in}/config.yaml", "train.global_batch_size=64")),
     Scene("of a run", "report", ("{in}/shown",), frozenset({"host", "port"})),
     Scene("that is served", "report", ("{in}/shown", "--serve"), values={"serve": None}),
