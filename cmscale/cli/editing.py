@@ -155,7 +155,8 @@ def _place_in_report(run: RunDir, request: "EditRequest", step: int) -> Place:
 
 def _overrides(images: Sequence[str], config: str | None) -> list[str]:
     """Those of the words that are no images. Raises UserError if there is no config that they could be for."""
-    found = [text for text in images if "=" in text and not Path(text).exists()]
+    named = ((text, Place(text)) for text in images if "=" in text)
+    found = [text for text, place in named if not place.is_remote and not Path(place).exists()]
     if found and config is None:
         raise UserError(
             f"{found[0]}: is no file, and has no effect on {situation.OWN_CONFIG}, only on {situation.GIVEN_CONFIG}"

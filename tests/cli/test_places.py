@@ -41,11 +41,12 @@ def test_samples_pictures_and_inputs_may_be_on_s3(
     buffer = io.BytesIO()
     np.save(buffer, noise)
     storage.write("noise.npy", buffer.getvalue())
-    arguments = ["--samples", 2, "--noise", f"{s3}/noise.npy", "--out", f"{s3}/x.npz", "--grid", f"{s3}/grid.png"]
+    grid = f"{s3}/step=7/grid.png"
+    arguments = ["--samples", 2, "--noise", f"{s3}/noise.npy", "--out", f"{s3}/x.npz", "--grid", grid]
     assert run(monkeypatch, "sample", f"{s3}/model.safetensors", *arguments) == 0
     assert np.load(io.BytesIO(storage.read("x.npz")))["arr_0"].shape == (2, 8, 8, 3)
-    assert Image.open(io.BytesIO(storage.read("grid.png"))).size == (2 * 66 + 2, 66 + 2)
-    edited = ["edit", "colorize", model, f"{s3}/grid.png", "--out", f"{s3}/edited/x.png", "--steps", 3]
+    assert Image.open(io.BytesIO(storage.read("step=7/grid.png"))).size == (2 * 66 + 2, 66 + 2)
+    edited = ["edit", "colorize", model, grid, "--out", f"{s3}/edited/x.png", "--steps", 3]
     assert run(monkeypatch, *edited) == 0
     assert storage.read("edited/x.png").startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache"]
