@@ -1,6 +1,6 @@
 """Defines the base class of config sections, and the bounded types of their values."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -15,7 +15,7 @@ Counts = Annotated[tuple[Count, ...], AsTuple]
 class Section(BaseModel):
     """A section of the config: frozen, without unknown keys, without type conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def key(default: Any, description: str, *, unit: str = "", source: str = "", **constraints: Any) -> Any:

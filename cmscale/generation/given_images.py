@@ -4,9 +4,11 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -20,13 +22,13 @@ from cmscale.io.place import Place
 from cmscale.io.reading import reading
 
 File = str | os.PathLike[str]
-OneImage = File | Image.Image | np.ndarray | Tensor
+OneImage = File | Image.Image | NDArray[Any] | Tensor
 """A file (also s3://), a PIL image, an array uint8 [H, W, 3], or a float tensor [3, H, W] in [-1, 1], which has the
 model's size."""
 Images = OneImage | Sequence[OneImage]
 """One image or several; a tensor [N, 3, H, W] and an array [N, H, W, 3] are several."""
 
-Missing = File | Image.Image | Tensor | np.ndarray
+Missing = File | Image.Image | Tensor | NDArray[Any]
 """Missing pixels: a file or PIL image that is white or transparent there, or a bool array [H, W]."""
 
 _LARGEST = 2.0  # of a pixel: estimates that are not clamped leave [-1, 1] a little

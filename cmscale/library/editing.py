@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, overload
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from cmscale.library.surroundings import own_surroundings
 from cmscale.source import Source
 
 Picture = File | Image.Image
-Array = Tensor | np.ndarray
+Array = Tensor | NDArray[Any]
 Pictures = Image.Image | list[Image.Image]
 
 
