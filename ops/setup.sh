@@ -13,7 +13,9 @@ if ! grep -qxF "$stamp" "$installed"; then
   echo "installing cmscale[$1] into .venv"
   # pip first: the version that comes with Python 3.11 takes minutes to resolve these packages, a current one seconds.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[$1]"
+  # pip compiles modules on one processor, which takes more than half of an installation; this, on all of them.
+  .venv/bin/python -m compileall -qq --workers 0 .venv/lib || true # some packages have templates that are no Python
   echo "$stamp" >>"$installed"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
