@@ -4,7 +4,6 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -35,17 +34,11 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compares runs: scores, curves, and the differences of their configs by effect on the losses."""
-    from cmscale.runs.folder import RunDir
+    from cmscale.cli.several_runs import runs_at
 
     if len(runs) < 2:
         raise UserError(f"{runs[0]}: is one run; give two or more to compare")
-    folders = [RunDir(place.local("a run that is compared")) for place in runs]
-    seen: dict[Path, Place] = {}
-    for each, place in zip(folders, runs, strict=True):
-        if not each.config.is_file():
-            raise UserError(f"{each.root}: not a run (no config.yaml)")
-        if (first := seen.setdefault(each.root.resolve(), place)) is not place:
-            raise UserError(f"{place}: is the same run as {first}; name each run once")
+    folders = runs_at(runs, "a run that is compared")
     from cmscale.report import comparison
 
     found = comparison.compare_runs(folders)

@@ -36,12 +36,9 @@ def report(
     ] = 0,
 ) -> None:
     """Builds the page report/index.html of a run, or serves it until Ctrl-C."""
-    from cmscale.runs.folder import RunDir
+    from cmscale.cli.several_runs import runs_at
 
-    shown, *others = [RunDir(place.local("a run that is shown")) for place in (run, *(beside or []))]
-    for each in (shown, *others):
-        if not each.config.is_file():
-            raise UserError(f"{each.root}: not a run (no config.yaml)")
+    shown, *others = runs_at([run, *(beside or [])], "a run that is shown")
     if serve:
         from cmscale.report import serve as serving
 

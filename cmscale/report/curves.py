@@ -80,9 +80,11 @@ def _by_noise(facts: RunFacts) -> list[Panel]:
 def _panel(title: str, bands: Sequence[tuple[str, Band]], *, log: bool, smooth: bool) -> Panel:
     svg = training_curves([banded(label, band) for label, band in bands], name=title, log=log, smooth=smooth)
     rows = [
-        (label, f"{step:.10g}", f"{mean:.6g}", f"{low:.6g}", f"{high:.6g}", int(count))
+        (label, f"{step:.10g}", *numbers)
         for label, band in bands
-        for step, mean, low, high, count in zip(band.steps, band.mean, band.low, band.high, band.counts, strict=True)
+        for step, *numbers in zip(
+            *(each.tolist() for each in (band.steps, band.mean, band.low, band.high, band.counts)), strict=True
+        )
     ]
     joined = sum(int(band.counts.sum()) for _, band in bands if band.is_joined)
     points = sum(len(band.counts) for _, band in bands if band.is_joined)

@@ -55,7 +55,10 @@ const kept = (name, value) => {
 if (viewer) {
   const figures = [...viewer.querySelectorAll("figure")];
   const slider = viewer.querySelector("input");
-  const show = () => figures.forEach((figure, place) => { figure.hidden = place !== Number(slider.value); });
+  const show = () => {
+    figures.forEach((figure, place) => { figure.hidden = place !== Number(slider.value); });
+    slider.setAttribute("aria-valuetext", figures[slider.value].querySelector("figcaption").textContent);
+  };
   slider.hidden = figures.length < 2;
   slider.max = figures.length - 1;
   slider.value = kept("grid") ?? figures.length - 1;

@@ -79,6 +79,12 @@ def _probed(page: Path, script: str) -> str:
     return probe.as_uri()
 
 
+def test_on_paper_the_page_is_short_and_has_no_buttons(run, tmp_path) -> None:
+    target = tmp_path / "page.pdf"
+    _chromium(tmp_path / "profile", "--no-pdf-header-footer", f"--print-to-pdf={target}", build_report(run).as_uri())
+    assert len(re.findall(rb"/Type\s*/Page\b", target.read_bytes())) <= 4
+
+
 WIDTHS = """
 const tables = [...document.querySelectorAll(".wide")].filter((each) => each.scrollWidth > each.clientWidth);
 document.title = document.documentElement.scrollWidth + " of " + innerWidth + ", cut " + tables.length;
@@ -117,7 +123,7 @@ const shown = () => [...document.querySelectorAll("#grids figure")].findIndex((e
 const places = [shown()];
 slider.value = 1;
 slider.oninput();
-places.push(shown());
+places.push(shown(), slider.ariaValueText);
 const buttons = document.querySelectorAll("#training .card:first-of-type button, #evaluations p button");
 buttons.forEach((each) => each.click());
 setInterval(() => { document.title = `${places} | ${saved.sort().join(" ")}`; }, 50);
@@ -130,7 +136,7 @@ def test_the_slider_shows_one_grid_and_the_buttons_save_files(run, tmp_path) -> 
     found = re.search(r"<title>([^<]*)</title>", dom)
     assert found is not None
     assert found[1].split(" | ") == [
-        "2,1",
+        "2,1,step 100",
         "a_run-Loss.csv:text/csv:true a_run-Loss.png:image/png:true "
         "a_run-evaluations.csv:text/csv:true a_run-evaluations.json:application/json:true",
     ]

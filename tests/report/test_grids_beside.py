@@ -50,9 +50,12 @@ def test_a_damaged_grid_is_left_out_and_a_large_one_is_scaled(tmp_path: Path) ->
 
 def test_a_run_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     write_run(tmp_path / "one")
+    write_run(tmp_path / "two")
     monkeypatch.chdir(tmp_path)
     for again in ("one/", "./one", str(tmp_path / "one")):
-        assert run(monkeypatch, "compare", "one", again) == 2
-        said = capsys.readouterr().err
-        assert "is the same run as one; name each run once" in said
-        assert said.count("\n") == 1
+        beside = ("report", "one", "--beside", "two", "--beside", again)
+        for command in (("compare", "one", again), beside, (*beside, "--serve")):
+            assert run(monkeypatch, *command) == 2
+            said = capsys.readouterr().err
+            assert "is the same run as one; name each run once" in said
+            assert said.count("\n") == 1

@@ -1,7 +1,9 @@
 """The report shows what a run has, is one self-contained file, and calls no other score FID."""
 
 import base64
+import csv
 import hashlib
+import io
 import json
 import re
 import subprocess
@@ -253,6 +255,19 @@ def test_equal_warnings_are_one_line_that_names_the_evaluations(run) -> None:
         for nfe in (1, 2):
             write_evaluation(run, step=step, nfe=nfe, values=(9.0,), warnings=("no sFID",))
     assert "no sFID (all 6 evaluations)" in _page(run)
+
+
+def test_what_is_downloaded_is_what_was_logged_to_the_last_digit(run: RunDir) -> None:
+    kept = run.root.rename(run.root.with_name("-1+1"))
+    run = RunDir(kept)
+    run.metrics.unlink()
+    logged = {step: 1 / (3 * step) for step in range(1, 30)}
+    for step, loss in logged.items():
+        append_line(run.metrics, {"step": step, "loss": loss})
+    text = _numbers(build_report(run).read_text())["curves"]["Loss"]
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert {int(row["step"]): float(row["mean"]) for row in rows} == logged
+    assert {row["curve"] for row in rows} == {"'-1+1"}  # no formula
 
 
 def test_the_papers_numbers_are_shown_for_comparison(run) -> None:
