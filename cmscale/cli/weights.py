@@ -9,7 +9,7 @@ import typer
 
 from cmscale.cli.command import GIVEN, command
 from cmscale.cli.options import ConfigOption, JsonOption, OverridesArgument
-from cmscale.commands.situation import RUN, WITH_WEIGHTS_TO_CHOOSE, overriding
+from cmscale.commands.situation import DIFFUSERS, EXPORTED, RUN, WITH_WEIGHTS_TO_CHOOSE, overriding
 from cmscale.commands.use import USED, Given, Use
 from cmscale.errors import NotExported, UserError
 from cmscale.export.target import check_license, check_target, copy_settings
@@ -169,33 +169,44 @@ def ema(
 
 @command(app)
 def verify(
-    run: Annotated[Place, typer.Argument(metavar="RUN", help="A run or a checkpoint; a local path or s3://."), USED],
+    source: Annotated[
+        Place,
+        typer.Argument(
+            metavar="SOURCE", help="A run, a checkpoint or weights that cmscale exported; a local path or s3://."
+        ),
+        USED,
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Checks all files of all checkpoints and snapshots, without a GPU. Exits with 1 if one is damaged."""
+    """Checks all files of all checkpoints and snapshots, or exported weights. Exits with 1 if one is damaged."""
+    from cmscale.config.sources import names_file
     from cmscale.io.storage import open_storage
     from cmscale.runs.checkpoints import committed_steps
     from cmscale.runs.folder import CHECKPOINT_MANIFEST, step_name
     from cmscale.runs.manifest_checks import NOT_SEALED
     from cmscale.runs.source_kind import is_data_set
 
-    manifest = open_storage(run).read_if_present(CHECKPOINT_MANIFEST)
+    if names_file(source):
+        _verify_exported(source, as_json=as_json)
+        return
+    manifest = open_storage(source).read_if_present(CHECKPOINT_MANIFEST)
     if manifest is not None and is_data_set(manifest):
-        raise UserError(f"{run}: is a prepared data set; verify it with data_prep/verify.py")
-    if manifest is None and not any(committed_steps(run, within=folder) for folder in ("checkpoints", "snapshots")):
-        raise UserError(f"{run}: holds no checkpoint; give a run or a checkpoint folder")
+        raise UserError(f"{source}: is a prepared data set; verify it with data_prep/verify.py")
+    if manifest is None and not any(committed_steps(source, within=folder) for folder in ("checkpoints", "snapshots")):
+        _verify_exported(source, as_json=as_json)
+        return
 
     from cmscale.engine.checkpoint_reader import is_sealed, list_checkpoints, size_of, verify_checkpoint
     from cmscale.io import traffic
 
     if manifest is not None:
-        found: dict[str, str] = {run: run}
+        found: dict[str, str] = {source: source}
     else:
-        found = {step_name(listed.step): listed.url for listed in list_checkpoints(run)}
-        snapshots = list_checkpoints(run, within="snapshots")
+        found = {step_name(listed.step): listed.url for listed in list_checkpoints(source)}
+        snapshots = list_checkpoints(source, within="snapshots")
         found |= {f"snapshots/{step_name(listed.step)}": listed.url for listed in snapshots}
     all_problems: dict[str, list[str]] = {}
-    with traffic.showing(f"checking {run}", sum(map(size_of, found.values()))):
+    with traffic.showing(f"checking {source}", sum(map(size_of, found.values()))):
         for name, checkpoint in found.items():
             all_problems[name] = problems = verify_checkpoint(checkpoint)
             if not as_json:
@@ -204,4 +215,26 @@ def verify(
     if as_json:
         print(json.dumps(all_problems, indent=1))
     if any(all_problems.values()):
+        raise typer.Exit(1)
+
+
+def _verify_exported(place: Place, *, as_json: bool) -> None:
+    """Reads exported weights, which compares their hash. Exits with 1 if they are damaged."""
+    from cmscale.runs.source_kind import kind_of_source
+
+    if kind_of_source(place) not in (EXPORTED, DIFFUSERS):
+        raise UserError(f"{place}: holds no checkpoint; give a run, a checkpoint folder or weights with their config")
+
+    from cmscale.source import load_source
+
+    problems: list[str] = []
+    try:
+        load_source(place)
+    except UserError as error:
+        problems = [str(error)]
+    if as_json:
+        print(json.dumps({place: problems}, indent=1))
+    else:
+        print(problems[0] if problems else f"{place}: good")
+    if problems:
         raise typer.Exit(1)

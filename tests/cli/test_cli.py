@@ -97,7 +97,7 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
         (["evaluate", "MODEL", "--features", "efficientnet", "--out", "x.json"], "nowhere: no such file or folder"),
         (["report", "nowhere"], "nowhere: not a run"),
         (["runs", "nowhere"], "nowhere: no such folder"),
-        (["verify", "nowhere"], "nowhere: holds no checkpoint"),
+        (["verify", "nowhere"], "nowhere: no run, checkpoint or exported weights"),
         (["estimate", "absent.yaml"], "absent.yaml: no such file"),
         (["sample", "MODEL", "--out", "x.npz", "--device", "cuda"], "no CUDA device"),
         (

@@ -29,6 +29,34 @@ def test_verify_checks_snapshots_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "snapshots/step-000000007: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["model.safetensors", "folder", "diffusers"])
+def test_verify_compares_the_hash_of_exported_weights(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = write_trained_run(tmp_path / "run", data=write_dataset(tmp_path / "made", count=8))
+    out = tmp_path / form
+    kind = "diffusers" if form == "diffusers" else "safetensors"
+    assert run_command(monkeypatch, "export", run.root, "--format", kind, "--to", out) == 0
+    capsys.readouterr()
+    assert run_command(monkeypatch, "verify", out) == 0
+    assert capsys.readouterr().out == f"{out}: good\n"
+    (path,) = out.rglob("*.safetensors") if out.is_dir() else [out]
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7e")
+    assert run_command(monkeypatch, "verify", out) == 1
+    assert "damaged: holds other bytes than were exported" in capsys.readouterr().out
+    assert run_command(monkeypatch, "verify", out, "--json") == 1
+    (problems,) = json.loads(capsys.readouterr().out).values()
+    assert len(problems) == 1
+
+
+def test_verify_refuses_weights_without_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    run = write_trained_run(tmp_path / "run", data=write_dataset(tmp_path / "made", count=8))
+    assert run_command(monkeypatch, "export", run.root, "--format", "openai", "--to", tmp_path / "x.pt") == 0
+    capsys.readouterr()
+    assert run_command(monkeypatch, "verify", tmp_path / "x.pt") == 2
+    assert "x.pt: holds no checkpoint; give a run, a checkpoint folder or weights with" in capsys.readouterr().err
+
+
 def test_an_average_of_another_length_is_written_into_the_run_and_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

@@ -155,7 +155,7 @@ VALUES: dict[str, dict[str, tuple[str, ...] | None]] = {
     },
     "runs": {"runs_dir": None, "as_json": ("--json",), "watch": None},
     "compare": {"runs": None, "out": ("--out", "{out}/page.html"), "as_json": ("--json",)},
-    "verify": {"run": None, "as_json": ("--json",)},
+    "verify": {"source": None, "as_json": ("--json",)},
     "completion": {"shell": None},
     "doctor": {
         "place": ("{out}/tried",),
