@@ -46,7 +46,7 @@ def test_training_reaches_the_consistency_function_within_5_percent(method: Meth
     assert max(errors.values()) < 0.05, errors
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_truncated_training_reaches_the_consistency_function_to_80_from_an_exact_first_stage():
     data, method = Gaussian.random(DIMENSION, seed=0), TCM(kind="tcm", teacher="exact", gap=0.02, huber_c=0.03)
 

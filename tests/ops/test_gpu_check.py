@@ -18,7 +18,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_dry_run_of_a_part_writes_its_result(tmp_path: Path) -> None:
     done = run("gpu_check.sh", "--dry-run", "--only", "attention", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
