@@ -217,10 +217,8 @@ class Mirror:
             follower = Follower(self._run, name, unsure_seconds=self._unsure_seconds)
             if self._only_news and not _has_news(self._run, self.name):
                 return
-            with contextlib.suppress(NoSpace):
-                follower.keep(
-                    is_safe=False
-                )  # a run without a mark is taken for one that was sent by an earlier release
+            with contextlib.suppress(NoSpace):  # a run without a mark counts as one that an earlier release sent
+                follower.keep(is_safe=False)
             sink = self._open(follower.mark)
             while sink is not None:
                 self._news.wait(_LOOK_SECONDS)

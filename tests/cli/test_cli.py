@@ -258,6 +258,7 @@ def test_a_mask_by_transparency_works_and_one_of_another_size_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_estimate_counts_the_lsun_network_without_making_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     config = Path(__file__).parents[2] / "configs" / "lsun_bedroom_ct.yaml"
     monkeypatch.setattr(

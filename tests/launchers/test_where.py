@@ -172,11 +172,12 @@ def test_a_type_of_gpu_and_gpus_by_gres_reach_the_script(slurm, monkeypatch, cap
     for arguments, words in (
         (("--gpus-per-node", "4", "slurm.gres=gpu:2"), "requests 2 GPUs per node, --gpus-per-node 4"),
         (("--gpus-per-node", "a100:4", "--cluster", "local"), "only Slurm knows types of GPUs"),
-        (("--gpus-per-node", "a100:4", "engine.device=cpu"), "engine.device is cpu; give a number of ranks"),
         (("--runs-dir", "a\nb"), "--runs-dir: got 'a\\\\nb'; line breaks"),
     ):
         assert run(monkeypatch, *common, *arguments) == 2
         assert words.replace("\\\\", "\\") in capsys.readouterr().err
+    assert run(monkeypatch, *common[:-1], "engine.device=cpu", "--gpus-per-node", "a100:4") == 2
+    assert "engine.device is cpu; give a number of ranks" in capsys.readouterr().err
 
 
 class TestEvaluate:

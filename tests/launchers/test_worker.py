@@ -23,7 +23,7 @@ from launchers.worker import STOPPED, prepare, rank_variables
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_torchrun_trains_a_run_on_two_processes(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.replace("DATA", str(make_data(tmp_path))))
