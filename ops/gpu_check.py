@@ -28,7 +28,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 CUDA = "pytest.mark.cuda"
 PARTS = ("attention", "tests", "step", "compile", "memory", "sampling")
 NARROW = ["model.image_size=16", "model.channels=32", "model.channel_multipliers=[1,2]", "model.head_channels=32"]
-NARROW += ["model.num_res_blocks=1", "model.attention_resolutions=[8]", "train.micro_batch_size=2"]
+NARROW += ["model.num_res_blocks=1", "model.attention_resolutions=[8]"]
 ATTENTION = """
 import json, sys, torch
 from cmscale.model.attention_choice import Shape, kernel_name, try_out
@@ -68,8 +68,8 @@ def checks(out: Path, *, dry_run: bool, original: Path | None) -> Iterator[Check
     tests = [str(path) for path in sorted((CHECKOUT / "tests").rglob("test_*.py")) if CUDA in path.read_text()]
     marks = [] if dry_run else ["-m", "cuda"]
     yield Check("tests", "tests", [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *marks, *tests], 120)
-    images = "train.global_batch_size=2" if dry_run else "train.global_batch_size=8"  # LPIPS alone takes a CPU seconds
-    whole = [images, "train.micro_batch_size=8", *narrow, "engine.zero_stage=2"]
+    images = 2 if dry_run else 8  # LPIPS alone takes a CPU seconds
+    whole = [f"train.global_batch_size={images}", f"train.micro_batch_size={images}", *narrow, "engine.zero_stage=2"]
     variants = {"step": [], "step, checkpointing": ["model.activation_checkpointing=true"]}
     for name, more in variants.items():
         result = out / f"{name.replace(', ', '-')}.json"
