@@ -94,5 +94,8 @@ def load_with_metadata(path: Path, *, origin: str) -> tuple[Weights, dict[str, s
         metadata = file.metadata() or {}
     card = own_card(metadata)
     if card is not None and metadata.get("sha256", "") not in ("", _sha256(card, found)):  # older files have none
-        raise UserError(f"{origin}: damaged: holds other bytes than were exported (sha256); copy it again")
+        raise UserError(
+            f"{origin}: damaged: holds other bytes than were exported; copy it again, or, if they were changed on "
+            "purpose, remove sha256 from its metadata"
+        )
     return found, metadata

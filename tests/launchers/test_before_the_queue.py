@@ -110,6 +110,17 @@ def test_the_launcher_passes_a_caution_of_its_process_on(capsys) -> None:
     assert said.count("\n") == (not cpu_has_bf16())
 
 
+def test_of_the_output_of_that_process_the_cautions_alone_are_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\ncat >/dev/null\necho a line of a library\necho caution: slow\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("launchers.try_inputs.sys.executable", str(script))
+    try_inputs(parse_config(CONFIG.format(data="data"), ["engine.precision=bf16"]), on_this_cpu=True)
+    assert capsys.readouterr() == ("", "caution: slow\n")
+
+
 def test_a_machine_without_torch_says_that_nothing_was_tried(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     config = parse_config(CONFIG.format(data="data"), ["engine.precision=fp16"])
     monkeypatch.setattr(sys, "executable", "false")
