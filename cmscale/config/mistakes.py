@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cmscale.config.keys import known_keys, sections
+from cmscale.config.keys import MAPPINGS, known_keys, sections
 from cmscale.config.methods import KINDS
 from cmscale.config.wording import shown, what_is_wrong
 from cmscale.errors import UserError
@@ -143,7 +143,7 @@ def _of_section(key: str, why: str) -> Mistake:
     """What a check over a whole section found: its message begins with the key that is wrong, if there is one."""
     leaf, colon, rest = why.partition(": ")
     for name in (f"{key}.{leaf}" if key else leaf, leaf):
-        if colon and name in known_keys():
+        if colon and (name in known_keys() or key in MAPPINGS):
             return Mistake(name, rest)
     return Mistake(key, why)
 

@@ -179,14 +179,15 @@ class Slurm(Section):
         found: dict[str, Any] = {}
         for name, value in given.items():
             if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9]+([-_][a-z0-9]+)*", name):
-                raise ValueError(f"{name!r} is no option; write its long name without the dashes, such as switches")
+                named = name if isinstance(name, str) and name.strip() and name.isprintable() else repr(name)
+                raise ValueError(f"{named}: no option; write its long name without the dashes, such as switches")
             option, key = name.replace("_", "-"), name.replace("-", "_")
             if option in OWN_OPTIONS:
-                raise ValueError(f"{name} can't be set here: {OWN_OPTIONS[option]}")
+                raise ValueError(f"{name}: can't be set here: {OWN_OPTIONS[option]}")
             if key in cls.model_fields and key not in _NO_OPTIONS:
-                raise ValueError(f"{name} has a key of its own; write slurm.{key}")
+                raise ValueError(f"{name}: has a key of its own; write slurm.{key}")
             if option in found:
-                raise ValueError(f"{name} is given twice; remove one of them")
+                raise ValueError(f"{name}: is given twice; remove one of them")
             if value is not None and not isinstance(value, (str, int, float, bool)):
                 raise ValueError(f"{name}: got {type(value).__name__}; write one value, as in sbatch --{option}=VALUE")
             try:

@@ -1,9 +1,11 @@
 """The section `slurm`: everything that sbatch knows can be said, and nothing that would break a batch script."""
 
+from pathlib import Path
+
 import pytest
 
 from cmscale.config import Slurm
-from cmscale.config.files import parse_config, validated
+from cmscale.config.files import parse_config, read_config, validated
 from cmscale.config.layers import Layer, merged
 from cmscale.config.site import LaunchSettings
 from cmscale.config.slurm import OWN_OPTIONS, parse_gpus, parse_minutes
@@ -84,24 +86,33 @@ def test_no_value_breaks_a_line_of_the_script(bad: str) -> None:
 
 @pytest.mark.parametrize("option", sorted(OWN_OPTIONS))
 def test_what_the_launcher_says_itself_is_refused_with_the_reason(option: str) -> None:
-    with pytest.raises(UserError, match=f"{option} can't be set here: "):
+    with pytest.raises(UserError, match=rf"slurm\.extra\.{option}: can't be set here: "):
         section(extra={option: "x"})
 
 
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"account": "x"}, "account has a key of its own; write slurm.account"),
+        ({"account": "x"}, r"slurm\.extra\.account: has a key of its own; write slurm\.account"),
         ({"mail-user": "x"}, "write slurm.mail_user"),
-        ({"A": "x"}, "'A' is no option; write its long name"),
-        ({"--switches": 1}, "is no option"),
-        ({"switches": [1]}, "switches: got list"),
-        ({"core-spec": 1, "core_spec": 2}, "core_spec is given twice"),
+        ({"A": "x"}, r"slurm\.extra\.A: no option; write its long name"),
+        ({"--switches": 1}, r"slurm\.extra\.--switches: no option"),
+        ({"switches": [1]}, r"slurm\.extra\.switches: got list"),
+        ({"core-spec": 1, "core_spec": 2}, r"slurm\.extra\.core_spec: is given twice"),
     ],
 )
 def test_other_mistakes_in_extra_are_named(extra: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         section(extra=extra)
+
+
+def test_a_mistake_in_extra_is_where_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("slurm:\n  extra:\n    switches: 1\n    comment: x\n")
+    with pytest.raises(UserError, match=r"c\.yaml, line 4: slurm\.extra\.comment: has a key of its own"):
+        read_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("slurm:\n  extra:\n    switches: 1\n")
+    with pytest.raises(UserError, match=r"command line: slurm\.extra\.comment: has a key of its own"):
+        read_config(tmp_path / "c.yaml", ["slurm.extra.comment=x"])
 
 
 def test_gpus_and_times_are_read_as_slurm_writes_them() -> None:
