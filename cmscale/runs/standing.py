@@ -35,6 +35,10 @@ class _Life:
     known_by: str
 
 
+_CERTAINTY = {True: 2, None: 1, False: 0}
+"""Of what is known of launcher and job, that counts which says that one of them is alive, or may be."""
+
+
 def how_it_stands(run: RunDir, events: Iterable[dict[str, Any]]) -> tuple[str, str]:
     """The state of a run, as in `Overview`, and how it is known."""
     return state_and_reason(run, state_of(events), quiet_seconds(run, time.time()))
@@ -55,7 +59,8 @@ def state_and_reason(
     """The state, and how it is known. `last` is what the events say; without `states_of` Slurm is asked."""
     if last in _ENDED:
         return last, "events.jsonl"
-    life = _launcher(run) or _slurm_job(run, states_of or job_states)
+    lives = [_slurm_job(run, states_of or job_states), _launcher(run)]  # a job knows more than one who waits for it
+    life = max(filter(None, lives), key=lambda life: _CERTAINTY[life.is_alive], default=None)
     if life is not None and life.is_alive:
         return life.state, life.known_by
     seen = "no launcher or job of it is seen from here" if life is None else life.known_by
@@ -116,7 +121,7 @@ def ask_slurm_at_once(runs: Iterable[RunDir]) -> JobStates:
 
 
 def _unreported_jobs(run: RunDir) -> Iterator[tuple[str, str | None]]:
-    """The jobs of a run that have not reported their end, with their clusters: the last one first.
+    """The trainings of a run that have not reported their end, with their clusters: the last one first.
 
     Their folders have the time when they were submitted, by a clock that may have been set back since.
     """
@@ -129,7 +134,7 @@ def _unreported_jobs(run: RunDir) -> Iterator[tuple[str, str | None]]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             described = parse_json(read_regular(job))
             number = described["job_id"]
-            if "evaluate" not in str(described["worker"]) and number:
+            if "train" in str(described["worker"]) and number:  # evaluations and samples are jobs of their own
                 yield str(number), clusters_of(job.with_name("job.sh"))
 
 

@@ -88,6 +88,34 @@ def test_the_job_that_is_alive_counts_whatever_the_clock_said_when_it_was_submit
     assert overview(found).known_by == "Slurm job 13 is RUNNING"
 
 
+@pytest.mark.parametrize(
+    ("worker", "states", "launcher", "state", "words"),
+    [
+        ("train", {"RUNNING"}, "ended", "running", "Slurm job 12 is RUNNING"),  # the terminal of `--wait` was closed
+        ("train", {"PENDING"}, "alive", "queued", "Slurm job 12 is PENDING"),  # `--wait` waits for the queue
+        ("train", set(), "alive", "running", "launcher"),
+        ("train", None, "ended", "running", "Slurm does not answer about job 12"),
+        ("train", set(), "ended", "stale", "Slurm has no job 12 any more"),
+        ("sample", {"RUNNING"}, "ended", "stale", "launcher"),
+        ("evaluate", {"RUNNING"}, "ended", "stale", "launcher"),
+    ],
+)
+def test_a_training_job_counts_beside_the_launcher_that_waits_for_it(
+    worker: str, states, launcher: str, state: str, words: str, tmp_path: Path, monkeypatch
+) -> None:
+    found = working_run(tmp_path / "one")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    sign(found, os.getpid() if launcher == "alive" else ended.pid)
+    job = found.logs / "submissions" / "a" / "job.json"
+    job.parent.mkdir(parents=True)
+    job.write_text(json.dumps({"worker": worker, "job_id": "12"}))
+    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: states)
+    seen = overview(found)
+    assert seen.state == state
+    assert words in seen.known_by
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_slurm_is_asked_once_about_all_runs(answers: bool, tmp_path: Path, monkeypatch, capsys) -> None:
     """A controller that thousands of questions reach slows the queue of everybody; a silent one, each question."""
