@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import assert_never
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from launchers.judge import Ending
 
@@ -53,9 +54,13 @@ class Follower:
             (self._bar.console.print if self._bar else print)(line)
             return
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
-            self._bar.add_task("training", total=int(found["total"]))
+            # On a narrow terminal the bar gets shorter, not the numbers; the line itself says how long it still takes.
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(table_column=Column()),
+                TextColumn("{task.description}", markup=False),
+            )
+            self._bar.add_task("", total=int(found["total"]))
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=int(found["step"]), description=found["numbers"])
 

@@ -33,7 +33,23 @@ def test_lines_are_shown_as_they_come_and_steps_move_the_bar(
     assert "bye" in said
     assert "loss 0.25  11.0 images/s" in said
     if shown.isatty():
-        assert "4/4" in said
-        assert "step 1/4" not in said
+        assert "step 4/4" in said
+        assert "step 4/4  loss" not in said  # a bar is between them
     else:
         assert said == log.read_text()
+
+
+def test_a_narrow_terminal_shows_all_numbers_and_one_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    log, follower = tmp_path / "log", Follower()
+    log.write_text("step 345/800000  loss 0.00029103  16.2 images/s  13 min 35 s left\n")
+    follower.show(log)
+    follower.close()
+    said = shown.getvalue()
+    assert "step 345/800000" in said
+    assert "loss 0.00029103  16.2 images/s  13 min 35 s left" in said
+    assert "━" in said
+    assert ":" not in said.replace("━", "")
