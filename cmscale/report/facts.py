@@ -1,6 +1,5 @@
 """Reads what the page shows from a run's folder; any part of it may be missing."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +84,8 @@ class RunFacts:
     @property
     def total_steps(self) -> int:
         """The steps of the whole training; 0 if the config does not tell."""
-        return int(self.setting("train.total_steps", 0))
+        total = self.setting("train.total_steps")
+        return total if type(total) is int else 0
 
     @property
     def status(self) -> str:
@@ -146,12 +146,19 @@ def read_facts(run: RunDir, *, with_metrics: bool = True) -> RunFacts:
 
     text = part("config.yaml", lambda: run.config.read_text(errors="replace") if run.config.is_file() else "", "")
     config: Any = {}
-    with contextlib.suppress(UserError):
-        config = parse_yaml(text, origin=str(run.config))
+    try:
+        config = parse_yaml(text, origin=run.config.name)
+    except UserError as error:
+        unreadable.append(str(error))
     provenance, placement = (
         part(path.name, lambda path=path: _json(path) if path.exists() else {}, {})
         for path in (run.provenance, run.placement)
     )
+    unreadable += [
+        f"{path.name}: damaged"
+        for path, found in ((run.provenance, provenance), (run.placement, placement))
+        if not isinstance(found, dict)
+    ]
     consistency = [
         (path, part(path.name, lambda path=path: _json(path), None))
         for path in files_in(run.consistency_errors, "step-*.json")

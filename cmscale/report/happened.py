@@ -63,6 +63,12 @@ class EventRow:
         return _span([f"{each:,}" for each in self.steps])
 
     @property
+    def told(self) -> list[tuple[str, str]]:
+        """The reasons that say something, each with what else the event says, if it is a single one."""
+        found = [(why, more if self.count == 1 else "") for why, more in self.reasons.items()]
+        return [each for each in found if any(each)]
+
+    @property
     def rank(self) -> str:
         """Which rank they are of, in words."""
         return str(*self.ranks) if len(self.ranks) == 1 else f"{len(self.ranks)} ranks" if self.ranks else ""

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
+from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.json_text import parse_json
 from cmscale.report import evaluations
@@ -40,9 +41,13 @@ def build_report(run: RunDir, *, siblings: Sequence[RunDir] = ()) -> Path:
         siblings: Other runs, such as a teacher, that tables and curves show for comparison.
 
     Raises:
-        UserError: The run does not exist.
+        UserError: The run does not exist, or its folder may not be written.
     """
-    replace_durably(run.report, render_report(run, siblings=siblings))
+    page = render_report(run, siblings=siblings)
+    try:
+        replace_durably(run.report, page)
+    except UserError as error:  # the folder of somebody else, or a full disk
+        raise type(error)(f"{error}; --serve shows the page without writing it") from None
     return run.report
 
 

@@ -110,7 +110,7 @@ def steps_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seq
         ticks = sorted({value for curve in curves for value in curve.x})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         axes.set_xlabel("network evaluations per sample")
         axes.set_ylabel(y_label)
         _legend(figure, axes)
@@ -124,7 +124,7 @@ def progress_curve(
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
         _draw(axes, curves, levels)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         axes.set_xlabel("training step")
         axes.set_ylabel(y_label)
         _thousands(axes)
@@ -156,7 +156,7 @@ def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seque
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         ticks = sorted({round(value) for curve in curves for value in curve.x})
         axes.set_xticks(ticks)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         axes.set_xlabel("averaged steps (standard deviation)")
         axes.set_ylabel(y_label)
         _legend(figure, axes)
@@ -198,6 +198,12 @@ def _draw(axes: Axes, curves: Sequence[Curve], levels: Sequence[tuple[str, float
         axes.errorbar(curve.x, curve.y, yerr=bars, label=_shown(curve.label), **style)
     for (label, value), dashes in zip(levels, cycle(_DASHES), strict=False):
         axes.axhline(value, color=INK, linewidth=0.9, linestyle=(0, dashes), alpha=0.6, label=_shown(label))
+
+
+def _from_zero(axes: Axes) -> None:
+    """The axis from zero to above all that is drawn, however little that varies."""
+    top = axes.dataLim.y1
+    axes.set_ylim(0, 1.06 * top if top > 0 else 1)
 
 
 def _log_scale(axes: Axes, low: float, high: float) -> None:

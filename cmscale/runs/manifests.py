@@ -241,7 +241,8 @@ def read_document(kind: type[D], raw: bytes, *, origin: str) -> D:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{origin}: not a valid {kind.__name__}: {where}: {first['msg']}") from None
+        said = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{origin}: not a valid {kind.__name__}: {said}") from None
 
 
 def read_dataset_manifest(storage: Storage) -> DatasetManifest:

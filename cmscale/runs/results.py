@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -105,6 +106,8 @@ class EvaluationResult(Document):
         result = read(given)
         if "fid" not in result.metrics:
             raise ValueError("fid is missing")
+        if not math.isfinite(result.fid.mean):  # it would be the best or the worst by chance
+            raise ValueError("fid is no finite number")
         return result
 
     @model_serializer(mode="wrap")

@@ -15,7 +15,7 @@ from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.report import build_report, serve
 from cmscale.report.serve import ServedReport, server_of
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import append_line
+from cmscale.runs.log import append_line, write_event
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -87,7 +87,10 @@ def test_on_paper_the_page_is_short_and_has_no_buttons(run, tmp_path) -> None:
 
 WIDTHS = """
 const tables = [...document.querySelectorAll(".wide")].filter((each) => each.scrollWidth > each.clientWidth);
-document.title = document.documentElement.scrollWidth + " of " + innerWidth + ", cut " + tables.length;
+const long = [...document.querySelectorAll("td *")].filter((each) => each.textContent.length > 40);
+const strips = long.filter((each) => each.offsetWidth < 150);
+const cut = ", cut " + (tables.length + strips.length);
+document.title = document.documentElement.scrollWidth + " of " + innerWidth + cut;
 """
 
 
@@ -96,6 +99,7 @@ def test_nothing_is_wider_than_the_window_and_no_table_is_cut_off(run, tmp_path)
     teacher = write_run(tmp_path / "a_teacher", kind="edm", nfes=(79,))
     for nfe in (1, 2):
         write_evaluation(run, step=200, nfe=nfe, values=(9.0, 10.0), metrics=metrics, warnings=("w" * 300,))
+        write_event(run, "evaluated", step=200, rank=0, why=f"FD-EfficientNet 9.5, {'precision 0.5, ' * 9}NFE {nfe}")
     page = build_report(run, siblings=[teacher])
     for width in (1280, 520):  # headless windows are no narrower; the frame below is
         dom = _chromium(tmp_path / "profile", f"--window-size={width},900", "--dump-dom", _probed(page, WIDTHS))
@@ -110,6 +114,20 @@ def test_nothing_is_wider_than_the_window_and_no_table_is_cut_off(run, tmp_path)
     found = re.search(r"<title>(\d+) of (\d+), cut (\d+), framed</title>", dom)
     assert found is not None
     assert (int(found[1]) <= int(found[2]) == 390, found[3]) == (True, "0")
+
+
+SHOWN = """
+const shown = (what) => [...document.querySelectorAll(what)].filter((each) => each.offsetParent);
+const captions = shown("#samples figcaption").map((each) => each.textContent);
+document.title = `${captions} | ${shown("button, input").length}`;
+"""
+
+
+def test_without_its_program_the_page_shows_every_grid_once_and_no_dead_control(run, tmp_path) -> None:
+    page = build_report(run)
+    page.write_text(re.sub(r"<script>.*?</script>", "", page.read_text(), flags=re.DOTALL))
+    dom = _chromium(tmp_path / "profile", "--dump-dom", _probed(page, SHOWN))
+    assert "<title>step 0,step 100,step 200 | 0</title>" in dom
 
 
 SAVING = """

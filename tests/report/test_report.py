@@ -19,6 +19,7 @@ from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.io.process import CHECKOUT
 from cmscale.report import build_report
 from cmscale.report.facts import read_facts
+from cmscale.report.plots import Curve, progress_curve, steps_curve
 from cmscale.runs import standing
 from cmscale.runs.comparison import once_each
 from cmscale.runs.folder import RunDir
@@ -294,6 +295,19 @@ def test_searched_times_are_a_curve_of_their_own(run) -> None:
     assert '<small class="times">at 80, 3</small>' in page
 
 
+def test_no_marker_is_cut_off_at_the_top_where_a_score_hardly_varies() -> None:
+    of_one_size = [Curve("a", [1, 2], [383.0, 390.0]), Curve("b", [1, 2], [390.0, 389.0])]
+    for drawn in (
+        steps_curve(of_one_size, name="n", y_label="FID"),
+        progress_curve(of_one_size, name="n", y_label="FID"),
+    ):
+        found = re.search(r"<clipPath.*? y=\"([0-9.]+)\"", drawn, flags=re.DOTALL)
+        assert found is not None
+        frame = float(found[1])
+        markers = [float(y) for y in re.findall(r"<use [^>]*y=\"([0-9.]+)\" style=\"fill: #", drawn)]
+        assert min(y for y in markers if y > frame - 5) > frame + 3  # those of the legend are above
+
+
 def test_siblings_share_tables_and_curves(run, tmp_path) -> None:
     teacher = write_run(tmp_path / "my_teacher", kind="edm", nfes=(79,))
     page = _page(run, siblings=[teacher])
@@ -345,6 +359,22 @@ def test_an_evaluation_that_is_not_valid_is_named(run) -> None:
     assert _page(run).count("not the errors of a step") == 3
 
 
+def test_a_score_that_is_no_number_is_never_the_best(run) -> None:
+    write_evaluation(run, step=200, nfe=1, values=(5.0,), num_samples=900)
+    write_evaluation(run, step=100, nfe=1, values=(7.0,), num_samples=900)
+    path = next(path for path in run.evaluations.glob("*.json") if '"mean": 7.0' in path.read_text())
+    path.write_text(path.read_text().replace("7.0", "NaN"))
+    page = _page(run)
+    assert f"{path.name}: not a valid EvaluationResult: fid is no finite number" in page
+    assert '1 NFE</dt><dd class="value">5.00</dd>' in page
+
+
+def test_where_the_page_cannot_be_written_the_way_to_see_it_is_named(run) -> None:
+    run.report.parent.write_text("")  # a file in place of the folder: refused to root too
+    with pytest.raises(UserError, match=r"index\.html: .*; --serve shows the page without writing it"):
+        build_report(run)
+
+
 def test_a_large_grid_is_scaled_down(run) -> None:
     Image.effect_noise((2048, 2048), 80).save(run.sample_grid(200))
     page = _page(run)
@@ -355,6 +385,22 @@ def test_a_large_grid_is_scaled_down(run) -> None:
 def test_no_such_run_is_a_line(tmp_path) -> None:
     with pytest.raises(UserError, match="no such run"):
         build_report(RunDir(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.yaml", "method: {kind: ct\n", "config.yaml"),
+        ("config.yaml", "method: {kind: ct}\ntrain: {total_steps: many}\n", ""),
+        ("provenance.json", "[1", "provenance.json: damaged"),
+        ("placement.json", "[]", "placement.json: damaged"),
+    ],
+)
+def test_a_damaged_document_is_named_and_the_page_is_made(run: RunDir, name: str, content: str, said: str) -> None:
+    (run.root / name).write_text(content)
+    page = _page(run)
+    assert "12,800" in page
+    assert not said or f'<p class="note">{said}' in page
 
 
 @pytest.mark.parametrize("record", ['{"event": {"a": 1}}', '{"event": "fault", "why": ["x"]}', '{"event": 3}', "[1]"])
