@@ -5,7 +5,6 @@ import shlex
 import shutil
 import socket
 import sys
-import time
 from contextlib import suppress
 
 import submitit
@@ -17,20 +16,13 @@ from cmscale.io.durable import replace_durably
 from cmscale.io.packages import check_tested, private
 from cmscale.runs.folder import RunDir
 from launchers.clusters.base import rank_command
-from launchers.follow import Follower, show_end
+from launchers.clusters.slurm_waiting import wait_for_end
 from launchers.jobs import JobSpec
 from launchers.placement import Placement, PlacementRequest, RankPlace
-from launchers.submission import Submission, read_json, submissions_of
+from launchers.submission import Submission, submissions_of
 
 DEFAULT_MINUTES = 24 * 60
 DEFAULT_GPUS_PER_NODE = 8
-POLL_SECONDS = 1.0
-LONGEST_SILENCE_SECONDS = 600.0
-REASON_SECONDS = 60.0  # between two looks for why a job waits in the queue
-CANCELLED_SECONDS = 2.0  # for the epilogue of a job that was cancelled; of one that had not begun there is none
-SETTLE_SECONDS = 60.0  # until a file of another node is seen here: NFS may remember for so long that there was none
-# The epilogue should have written how the job ended once it is in one of these states, or unknown to Slurm.
-_OVER = {"CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 
 
 class SlurmCluster:
@@ -202,79 +194,6 @@ def _evaluation_lines(job: JobSpec, interpreter: list[str]) -> tuple[list[str], 
         return [], []
     command = [*interpreter, "-P", "-m", "launchers.evaluate_checkpoints"]
     return [f"{shlex.join([*command, *job.evaluations])} &"], [shlex.join([*command, "--once", *job.evaluations])]
-
-
-def wait_for_end(submission: Submission) -> int:
-    """Shows rank 0's log until the job has ended for good; Ctrl-C ends the waiting and not the job.
-
-    Returns:
-        The exit status of the job: 0, 1 or 2; 130 after Ctrl-C.
-    """
-    follower = Follower()
-    try:
-        return _follow_to_end(submission, follower)
-    except KeyboardInterrupt:
-        print(f"\nno longer waiting; the job continues (scancel ends it), run {submission.run.root}", file=sys.stderr)
-        return 130
-    finally:
-        follower.close()
-
-
-def _follow_to_end(submission: Submission, follower: Follower) -> int:
-    logs, silent_since = submission.run.logs, None
-    clusters = slurm.clusters_of(submission.script)
-    queue = _Queue(clusters)
-    job_id = "unknown"  # until a record that can be read names it
-    while True:
-        job_id = (read_json(submission.job_file) or {}).get("job_id", job_id)
-        log = logs / f"{job_id}_0_log.out"
-        states = slurm.job_states(job_id, clusters) if job_id.isdecimal() else None
-        follower.show(log)
-        if ending := read_json(submission.ending_file):
-            rank_log = logs / f"{job_id}_{ending['rank']}_log.out"
-            return show_end(ending["ending"], ending["why"], log=rank_log if rank_log.exists() else log)
-        silent_since = (silent_since or time.monotonic()) if states is None else None
-        if silent_since is not None and time.monotonic() - silent_since > LONGEST_SILENCE_SECONDS:
-            return show_end("fault", f"Slurm does not answer about job {job_id}", log=log)
-        if states is not None and (not states or states & _OVER) and not _goes_on(submission, job_id, states):
-            how = states.pop().lower() if states else "Slurm no longer knows it, and it reported no end"
-            return show_end("cancelled", f"job {job_id}: {how}; {submission.how_to_go_on}", log=log)
-        if states is not None and "PENDING" in states:
-            queue.show(job_id)
-        time.sleep(POLL_SECONDS)
-
-
-def _goes_on(submission: Submission, job_id: str, states: set[str]) -> bool:
-    """Whether a job that is over has said how it ended, or is another job now; its epilogue may still be writing so."""
-    until = time.monotonic() + (CANCELLED_SECONDS if "CANCELLED" in states else SETTLE_SECONDS)
-    while True:
-        with suppress(OSError):  # listing a folder renews what NFS knows of it
-            os.listdir(submission.folder)  # noqa: PTH208
-        if submission.ending_file.exists():
-            return True
-        if (read_json(submission.job_file) or {}).get("job_id", job_id) != job_id:
-            return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(POLL_SECONDS)
-
-
-class _Queue:
-    """Says why a job waits in the queue, once it has for a minute, and again when the reason is another."""
-
-    def __init__(self, clusters: str | None) -> None:
-        self._clusters = clusters
-        self._looks_at = time.monotonic() + REASON_SECONDS
-        self._said = ""
-
-    def show(self, job_id: str) -> None:
-        if time.monotonic() < self._looks_at:
-            return
-        self._looks_at = time.monotonic() + REASON_SECONDS
-        said = f"job {job_id} waits in the queue: {slurm.pending_reason(job_id, self._clusters)}"
-        if said != self._said:
-            print(said, flush=True)
-        self._said = said
 
 
 def _unfinished_job(submission: Submission, worker: str) -> str | None:

@@ -14,9 +14,8 @@ from cmscale.config import Restart
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from launchers import submit
-from launchers.clusters import CLUSTERS, place
-from launchers.clusters import slurm as slurm_cluster
-from launchers.clusters.slurm import wait_for_end
+from launchers.clusters import CLUSTERS, place, slurm_waiting
+from launchers.clusters.slurm_waiting import wait_for_end
 from launchers.heartbeat import SILENT_SECONDS, machine_id
 from launchers.jobs import EVALUATE, TRAIN, JobSpec
 from launchers.run_folders import only_launcher
@@ -215,8 +214,8 @@ class TestWaiting:
         run.logs.mkdir(parents=True)
         submission = Submission(run, "one")
         submission.write_job(TRAIN, (), job_id="7")
-        monkeypatch.setattr(slurm_cluster, "POLL_SECONDS", 0.0)
-        monkeypatch.setattr(slurm_cluster, "REASON_SECONDS", 0.0)
+        monkeypatch.setattr(slurm_waiting, "POLL_SECONDS", 0.0)
+        monkeypatch.setattr(slurm_waiting, "REASON_SECONDS", 0.0)
         return submission
 
     def test_a_job_that_waits_says_why(
@@ -247,11 +246,38 @@ class TestWaiting:
                 submission.replace_job_id("8")
             return []
 
-        monkeypatch.setattr(slurm_cluster.os, "listdir", listed)
+        monkeypatch.setattr(slurm_waiting.os, "listdir", listed)
         done = f'echo \'{{"ending": "finished", "why": "", "rank": 0}}\' >{submission.ending_file}; echo COMPLETED'
         install(commands, "squeue", f'case "$*" in *"--jobs 7"*) echo FAILED;; *) {done};; esac')
         assert wait_for_end(submission) == 0
         assert len(looks) == 5
+
+    def test_ctrl_c_ends_the_waiting_and_says_how_to_end_the_job(
+        self,
+        submission: Submission,
+        commands: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def press(_: float) -> None:
+            raise KeyboardInterrupt
+
+        install(commands, "squeue", "echo RUNNING")
+        monkeypatch.setattr(slurm_waiting.time, "sleep", press)
+        assert wait_for_end(submission) == 130
+        assert capsys.readouterr().err == "\nno longer waiting; the job goes on; to end it: scancel 7\n"
+
+    def test_how_a_job_ended_is_said_when_the_bar_is_closed(
+        self, submission: Submission, commands: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Beside a bar, lines are broken at the terminal's width."""
+        install(commands, "squeue", "echo COMPLETED")
+        said: list[str] = []
+        monkeypatch.setattr(slurm_waiting.Follower, "close", lambda _: said.append("closed"))
+        monkeypatch.setattr(slurm_waiting, "show_end", lambda *_, log: said.append("shown") or 1)
+        submission.ending_file.write_text('{"ending": "fault", "why": "x", "rank": 0}')
+        assert wait_for_end(submission) == 1
+        assert said == ["closed", "shown"]
 
 
 @pytest.mark.usefixtures("toy")
