@@ -63,6 +63,8 @@ def state_and_reason(
     life = max(filter(None, lives), key=lambda life: _CERTAINTY[life.is_alive], default=None)
     if life is not None and life.is_alive:
         return life.state, life.known_by
+    if last == "preempted" and (why := _why_cancelled(run)):
+        return "cancelled", why
     seen = "no launcher or job of it is seen from here" if life is None else life.known_by
     if last in _STOPPED:
         return last, f"events.jsonl; {seen}"
@@ -120,8 +122,8 @@ def ask_slurm_at_once(runs: Iterable[RunDir]) -> JobStates:
     return answer
 
 
-def _unreported_jobs(run: RunDir) -> Iterator[tuple[str, str | None]]:
-    """The trainings of a run that have not reported their end, with their clusters: the last one first.
+def _trainings(run: RunDir) -> Iterator[tuple[Path, Any]]:
+    """The folder and the record of each training that was submitted for a run: the last one first.
 
     Their folders have the time when they were submitted, by a clock that may have been set back since.
     """
@@ -129,13 +131,27 @@ def _unreported_jobs(run: RunDir) -> Iterator[tuple[str, str | None]]:
     with contextlib.suppress(OSError):
         jobs = sorted(run.logs.glob("submissions/*/job.json"), reverse=True)
     for job in jobs:
-        if (job.parent / "ending.json").exists():
-            continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            described = parse_json(read_regular(job))
-            number = described["job_id"]
-            if "train" in str(described["worker"]) and number:  # evaluations and samples are jobs of their own
-                yield str(number), clusters_of(job.with_name("job.sh"))
+            record = parse_json(read_regular(job))
+            if "train" in str(record["worker"]):  # evaluations and samples are jobs of their own
+                yield job.parent, record
+
+
+def _unreported_jobs(run: RunDir) -> Iterator[tuple[str, str | None]]:
+    """The jobs of a run that have not reported their end, with their clusters: the last one first."""
+    for folder, record in _trainings(run):
+        if record.get("job_id") and not (folder / "ending.json").exists():
+            with contextlib.suppress(ValueError):  # a script that is no text
+                yield str(record["job_id"]), clusters_of(folder / "job.sh")
+
+
+def _why_cancelled(run: RunDir) -> str:
+    """What the last training that was submitted says of its end, if it was cancelled; else nothing."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
+        folder, _ = next(_trainings(run))
+        ending = parse_json(read_regular(folder / "ending.json"))
+        return str(ending["why"]) if ending["ending"] == "cancelled" else ""
+    return ""
 
 
 def _slurm_job(run: RunDir, states_of: JobStates) -> _Life | None:

@@ -147,6 +147,20 @@ def test_what_has_ended_is_known_by_its_events(event: str, state: str, tmp_path:
     assert seen.eta_seconds is None
 
 
+@pytest.mark.parametrize(("ending", "state"), [("cancelled", "cancelled"), ("time_limit", "preempted")])
+def test_a_run_that_was_cancelled_is_no_preempted_one(ending: str, state: str, tmp_path: Path) -> None:
+    found = working_run(tmp_path / "one")
+    write_event(found, "preempted", step=100, rank=0, why="SIGTERM")
+    for name, worker in (("20261129-010000-a", "train"), ("20261129-020000-b", "evaluate")):
+        folder = found.logs / "submissions" / name
+        folder.mkdir(parents=True)
+        (folder / "job.json").write_text(json.dumps({"worker": worker, "job_id": "12"}))
+        (folder / "ending.json").write_text(json.dumps({"ending": ending, "why": f"{ending}; continue with --resume"}))
+    seen = overview(found)
+    assert seen.state == state
+    assert (seen.known_by == "cancelled; continue with --resume") is (ending == "cancelled")
+
+
 DAMAGES = {
     "metrics.jsonl": '{"step": "ten", "loss": null}\n[1]\n\x00\x00\n{"step": 1e999}\n',
     "events.jsonl": '{"event": 5, "time": "noon", "step": []}\n',
