@@ -32,6 +32,7 @@ class RunFacts:
 
     Attributes:
         config: The resolved config as nested dictionaries; `config_text` is the text of the file.
+        config_mistake: Why it can't be read; empty if it can.
         measured: metrics.jsonl by column.
         events: events.jsonl in the order written.
         evaluations: By step, weights and network evaluations; `unreadable` has one line per file that is not valid.
@@ -45,6 +46,7 @@ class RunFacts:
     run: RunDir
     config: dict[str, Any]
     config_text: str
+    config_mistake: str
     measured: Measured
     events: list[dict[str, Any]]
     evaluations: list[EvaluationResult]
@@ -146,10 +148,11 @@ def read_facts(run: RunDir, *, with_metrics: bool = True) -> RunFacts:
 
     text = part("config.yaml", lambda: run.config.read_text(errors="replace") if run.config.is_file() else "", "")
     config: Any = {}
+    config_mistake = ""
     try:
         config = parse_yaml(text, origin=run.config.name)
     except UserError as error:
-        unreadable.append(str(error))
+        config_mistake = str(error)
     provenance, placement = (
         part(path.name, lambda path=path: _json(path) if path.exists() else {}, {})
         for path in (run.provenance, run.placement)
@@ -168,6 +171,7 @@ def read_facts(run: RunDir, *, with_metrics: bool = True) -> RunFacts:
         run=run,
         config=config if isinstance(config, dict) else {},
         config_text=text,
+        config_mistake=config_mistake,
         measured=part("metrics.jsonl", lambda: read_measured(run), Measured()) if with_metrics else Measured(),
         events=part("events.jsonl", lambda: [each for each in read_lines(run.events) if _is_event(each)], []),
         evaluations=evaluations,

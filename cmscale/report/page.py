@@ -104,7 +104,11 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
         "several_runs": bool(siblings),
         "score_names": list(dict.fromkeys(table.score_name for table in tables)),
         "notes": list(warned.values()),
-        "problems": [*(line for owner in runs for line in owner.unreadable), *pictures.damaged],
+        "problems": [
+            *(owner.config_mistake for owner in runs if owner.config_mistake),
+            *(line for owner in runs for line in owner.unreadable),
+            *pictures.damaged,
+        ],
         "quality": quality,
         "paper": PAPER,
         "events": grouped(facts.events),
