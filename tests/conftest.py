@@ -1,9 +1,11 @@
 """Defines fixtures for tests in several folders: a loopback S3 server with a new bucket per test."""
 
+import gc
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy
@@ -19,6 +21,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TERM"] = "xterm"
 for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
     os.environ.pop(name, None)  # what the terminal of whoever runs the tests can do changes no test
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector, which runs often in tests, does not go through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,11 +64,18 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL `s3://BUCKET` of a fresh bucket; endpoint and credentials are in the environment."""
+@pytest.fixture(scope="session")
+def s3_client(s3_server: str) -> Any:
+    """A client of the server, made once, as that takes a while."""
     import boto3
 
+    names = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    return boto3.session.Session().client("s3", endpoint_url=s3_server, **names)
+
+
+@pytest.fixture
+def s3(s3_server: str, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL `s3://BUCKET` of a fresh bucket; endpoint and credentials are in the environment."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "test",
@@ -71,7 +86,7 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     bucket = f"test-{uuid.uuid4().hex[:12]}"
-    boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
+    s3_client.create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
 
 

@@ -44,6 +44,10 @@ def import_deepspeed(config: Config, world: World) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On CPUs it would compile a shared-memory collective at its first start, which takes a minute; gloo serves.
     private(deepspeed.ops, "__compatible_ops__", package="deepspeed")["deepspeed_shm_comm"] = False
+    # Its Muon optimizer, which is not used here, is decorated with torch.compile: that would import 590 modules of the
+    # compiler into each rank, seconds of each start.
+    compiler = private(deepspeed.runtime, "compiler", package="deepspeed")
+    compiler.compile = lambda: private(compiler, "dummy_decorator", package="deepspeed")
     return deepspeed
 
 

@@ -37,6 +37,8 @@ def compared() -> None:
         equal = {name: torch.equal(shards.local(name), flat) for name, flat in loop.flats().items()}
         found[f"{stage} {precision}"] = equal
         step.parts.engine.close()
+    # Where nothing is compiled, no rank imports the compiler: that takes seconds of each start.
+    assert "torch._inductor.compile_fx" not in sys.modules
     print(json.dumps(found))
 
 

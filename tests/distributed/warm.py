@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 SLOW_IMPORTS = (
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler, for ten seconds, when an engine is made
+    "deepspeed",
+    "torch._dynamo",  # every optimizer of torch imports it when it is made
     "cmscale.evaluation.evaluate",
     "cmscale.training.loop",
 )
@@ -79,12 +80,7 @@ def _fork(request: list[Any]) -> int:
 
 
 def _serve() -> None:
-    # An engine's first step imports torch's compiler, which takes ten seconds.
-    for module in (
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-        "cmscale.evaluation.evaluate",
-        "cmscale.training.loop",
-    ):
+    for module in SLOW_IMPORTS:
         importlib.import_module(module)
 
     threads = len(list(Path("/proc/self/task").iterdir()))
