@@ -214,7 +214,7 @@ def page(comparison: Comparison) -> bytes:
         of_runs = [(facts.name, facts.measured.of(key)) for facts in comparison.facts]
         drawn = [banded(name, decimated(series)) for name, series in of_runs if len(series)]
         if drawn:
-            curves.append((title, training_curves(drawn, name=title, log=log)))
+            curves.append((title, training_curves(drawn, name=title, log=log, named=True)))
     environment = Environment(
         loader=PackageLoader("cmscale.report", "."),
         autoescape=select_autoescape(default=True, default_for_string=True),

@@ -62,7 +62,7 @@ def training_panels(runs: Sequence[RunFacts]) -> tuple[list[Panel], list[tuple[s
             constant.append((title, f"{levels.pop():.6g}"))
             continue
         bands = [(name, decimated(series)) for name, series in shown]
-        panels.append(_panel(title, bands, log=log, smooth=noisy))
+        panels.append(_panel(title, bands, log=log, smooth=noisy, named=len(runs) > 1))
     return panels + _by_noise(runs[0]) + _consistency(runs[0]), constant
 
 
@@ -77,8 +77,9 @@ def _by_noise(facts: RunFacts) -> list[Panel]:
     return found
 
 
-def _panel(title: str, bands: Sequence[tuple[str, Band]], *, log: bool, smooth: bool) -> Panel:
-    svg = training_curves([banded(label, band) for label, band in bands], name=title, log=log, smooth=smooth)
+def _panel(title: str, bands: Sequence[tuple[str, Band]], *, log: bool, smooth: bool, named: bool = False) -> Panel:
+    curves = [banded(label, band) for label, band in bands]
+    svg = training_curves(curves, name=title, log=log, smooth=smooth, named=named)
     rows = [
         (label, f"{step:.10g}", *numbers)
         for label, band in bands

@@ -21,6 +21,8 @@ ACCENT = "#2f6fdb"
 SECOND = "#d9722b"
 COLOURS = (ACCENT, SECOND, "#2a9d76", "#9a5fc4", "#c2456b", "#7f8a99")
 _DASHES = ((5, 3), (1, 2), (6, 2, 1, 2), (10, 3))
+_STYLES = tuple((colour, line) for line in ("-", *((0, dashes) for dashes in _DASHES)) for colour in COLOURS)
+"""Colour and line of the curves of a plot, which tell 30 apart."""
 _LETTERS = 66  # of a legend that fit beside each other
 _LINE = 0.17  # inches
 _SETTINGS: Any = {
@@ -71,11 +73,17 @@ def banded(label: str, band: Band) -> Curve:
     return Curve(label, band.steps.tolist(), band.mean.tolist(), low=band.low.tolist(), high=band.high.tolist())
 
 
-def training_curves(curves: Sequence[Curve], *, name: str, log: bool = False, smooth: bool = True) -> str:
-    """Quantities against the training step: each with its band, or as a smoothed line before its faint raw values."""
+def training_curves(
+    curves: Sequence[Curve], *, name: str, log: bool = False, smooth: bool = True, named: bool = False
+) -> str:
+    """Quantities against the training step: each with its band, or as a smoothed line before its faint raw values.
+
+    Args:
+        named: Whether a single curve has a name too, as it is of one run among several.
+    """
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.5)
-        for curve, colour in zip(curves, cycle(COLOURS), strict=False):
+        for curve, (colour, line) in zip(curves, cycle(_STYLES), strict=False):
             marker = "o" if len(curve.x) < 3 else None
             shown = curve.y
             if curve.low is not None and curve.high is not None:
@@ -83,9 +91,8 @@ def training_curves(curves: Sequence[Curve], *, name: str, log: bool = False, sm
             elif smooth and len(curve.y) > 20:
                 axes.plot(curve.x, curve.y, color=colour, linewidth=0.7, alpha=0.3)
                 shown = _smoothed(curve.y)
-            axes.plot(
-                curve.x, shown, label=_shown(curve.label), color=colour, linewidth=1.5, marker=marker, markersize=4
-            )
+            style = {"color": colour, "linestyle": line, "linewidth": 1.5, "marker": marker, "markersize": 4}
+            axes.plot(curve.x, shown, label=_shown(curve.label), **style)
         low = min(min(curve.low or curve.y) for curve in curves)
         high = max(max(curve.high or curve.y) for curve in curves)
         if log and 0 < low < high / 5:
@@ -96,7 +103,7 @@ def training_curves(curves: Sequence[Curve], *, name: str, log: bool = False, sm
                 axes.set_ylim(0, 2 * low or 1)
         axes.set_xlabel("step")
         _thousands(axes)
-        if len(curves) > 1:
+        if len(curves) > 1 or named:
             _legend(figure, axes)
         return _svg(figure, name)
 
@@ -175,7 +182,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _width(labels: Sequence[str], rows: int) -> int:
     """Letters of the widest lines of a legend's columns, with room for the samples of lines."""
     columns = (labels[start : start + rows] for start in range(0, len(labels), rows))
-    return sum(max(map(len, column)) + 6 for column in columns)
+    return sum(max(map(len, column)) + 8 for column in columns)
 
 
 def _shown(label: str) -> str:
@@ -192,9 +199,9 @@ def _panel(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _draw(axes: Axes, curves: Sequence[Curve], levels: Sequence[tuple[str, float]] = ()) -> None:
-    for curve, colour in zip(curves, cycle(COLOURS), strict=False):
+    for curve, (colour, line) in zip(curves, cycle(_STYLES), strict=False):
         bars = curve.errors if curve.errors and any(curve.errors) else None
-        style = {"color": colour, "linewidth": 1.6, "marker": "o", "markersize": 4.5, "capsize": 3}
+        style = {"color": colour, "linestyle": line, "linewidth": 1.6, "marker": "o", "markersize": 4.5, "capsize": 3}
         axes.errorbar(curve.x, curve.y, yerr=bars, label=_shown(curve.label), **style)
     for (label, value), dashes in zip(levels, cycle(_DASHES), strict=False):
         axes.axhline(value, color=INK, linewidth=0.9, linestyle=(0, dashes), alpha=0.6, label=_shown(label))

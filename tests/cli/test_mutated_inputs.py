@@ -59,7 +59,7 @@ from launchers.where import Recorded
 COUNT = int(os.environ.get("CMSCALE_MUTATIONS", "200"))
 SECONDS = 300  # that one command may take on a busy machine
 GROWTH = 2 << 30  # bytes of memory
-LINES = 3
+LINES = 5  # of one mistake each: an empty config lacks so many sections
 
 
 @dataclass(frozen=True)

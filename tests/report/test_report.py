@@ -19,7 +19,7 @@ from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.io.process import CHECKOUT
 from cmscale.report import build_report
 from cmscale.report.facts import read_facts
-from cmscale.report.plots import Curve, progress_curve, steps_curve
+from cmscale.report.plots import Curve, progress_curve, steps_curve, training_curves
 from cmscale.runs import standing
 from cmscale.runs.comparison import once_each
 from cmscale.runs.folder import RunDir
@@ -306,6 +306,21 @@ def test_no_marker_is_cut_off_at_the_top_where_a_score_hardly_varies() -> None:
         frame = float(found[1])
         markers = [float(y) for y in re.findall(r"<use [^>]*y=\"([0-9.]+)\" style=\"fill: #", drawn)]
         assert min(y for y in markers if y > frame - 5) > frame + 3  # those of the legend are above
+
+
+def test_thirty_curves_differ_in_colour_or_line_and_no_name_of_theirs_is_cut_off() -> None:
+    drawn = training_curves([Curve(f"run_{n:03d}", [1, 2], [n, n]) for n in range(30)], name="Loss")
+    assert len(set(re.findall(r"style=\"fill: none; (stroke[^\"]*)\"", drawn))) >= 30
+    width = float(re.findall(r"viewBox=\"0 0 ([0-9.]+)", drawn)[0])
+    names = re.findall(r"<text [^>]*(?:x=\"|translate\()([0-9.]+)[^>]*>(run_[^<]*)<", drawn)
+    assert len(names) == 30
+    assert all(float(x) + 5 * len(name) <= width for x, name in names)
+
+
+def test_a_curve_of_one_run_among_several_has_a_name(run, tmp_path) -> None:
+    other = write_run(tmp_path / "other")
+    append_line(run.metrics, {"step": 205, "samples": 13120, "loss": 0.1, "mfu": 0.3})
+    assert "my_run" in re.findall(r"<h3>Share of the peak.*?</svg>", _page(run, siblings=[other]), flags=re.DOTALL)[0]
 
 
 def test_siblings_share_tables_and_curves(run, tmp_path) -> None:
