@@ -58,9 +58,9 @@ def read_rooms() -> tuple[dict[str, int], dict[Arrow, int]]:
 
 
 def room_of(module: str) -> str | None:
-    """`cmscale.engine` for `cmscale.engine.shards`; None for the root packages themselves."""
+    """`cmscale.engine` for `cmscale.engine.shards`; None for the root packages themselves and `python -m cmscale`."""
     parts = module.split(".")
-    return ".".join(parts[:2]) if len(parts) > 1 else None
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1] != "__main__" else None
 
 
 def layers_of(rooms: dict[str, int], arrows: dict[Arrow, int]) -> list[list[str]]:

@@ -34,7 +34,7 @@ _SUMMARIES = {
     "export": "Writes weights for other programs, or to publish.",
     "import": "Converts other projects' weights to safetensors.",
     "ema": "Computes an average of a run's weights of any length.",
-    "verify": "Checks the files of a run's checkpoints.",
+    "verify": "Checks checkpoints and exported weights.",
     "report": "Builds or serves the page of a run.",
     "mirror": "Sends what wandb, TensorBoard, Prometheus lack.",
     "runs": "Lists runs: state, step, time left, best score.",

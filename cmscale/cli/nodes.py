@@ -55,7 +55,7 @@ def doctor_of_nodes(count: int, *, runs_dir: Path, place: str | None = None) -> 
         options.append(f"--partition={settings.partition}")
     if settings.gpus_per_node:
         options.append(f"--gpus-per-node={settings.gpus_per_node}")
-    own = [sys.executable, "-m", "cmscale.cli", "doctor", "--of-node", "--runs-dir", str(runs_dir)]
+    own = [sys.executable, "-m", "cmscale", "doctor", "--of-node", "--runs-dir", str(runs_dir)]
     own += [] if place is None else [place]
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # this machine may not write there, but nodes may

@@ -218,7 +218,7 @@ class Study:
         reference = [self.data, "--out", self.reference, *measure]
         yield Command("reference", _script("data_prep/reference.py", *reference), self.reference, ("data",))
         against = ["--reference", self.reference, "--out", self.held_out, *measure]
-        held_out = ("-m", "cmscale.cli", "evaluate", pictures / "held_out", *against)
+        held_out = ("-m", "cmscale", "evaluate", pictures / "held_out", *against)
         yield Command("held out", (sys.executable, *map(str, held_out)), self.held_out, ("reference",))
         for seed in range(seeds):
             for name in names:

@@ -190,7 +190,7 @@ def test_nodes_are_asked_by_srun_and_compared(
     assert list(found) == ["n1", "n2"]
     assert nodes.differing(found) == ["torch"]
     asked = (bin_folder / "asked").read_text()
-    assert f"--nodes=2 --ntasks=2 --ntasks-per-node=1 --mem=0 {sys.executable} -m cmscale.cli doctor --of-node" in asked
+    assert f"--nodes=2 --ntasks=2 --ntasks-per-node=1 --mem=0 {sys.executable} -m cmscale doctor --of-node" in asked
     program(bin_folder, "srun", f"echo 'srun: error: n3: gone' >&2; cat {bin_folder}/answers")
     with pytest.raises(UserError, match=r"--nodes 3: 2 of 3 nodes answered \(n1, n2\): srun: error: n3: gone"):
         nodes.doctor_of_nodes(3, runs_dir=Path("runs"))

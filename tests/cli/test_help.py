@@ -76,7 +76,7 @@ def test_a_shell_gets_its_completion(shell: str, monkeypatch, capsys) -> None:
 def test_bash_completes_values(words: str, completed: list[str]) -> None:
     variables = {"_CMSCALE_COMPLETE": "complete_bash", "COMP_WORDS": f"cmscale {words}", "COMP_CWORD": "3"}
     ran = subprocess.run(
-        [sys.executable, "-m", "cmscale.cli"],
+        [sys.executable, "-m", "cmscale"],
         env={**os.environ, **variables, "PYTHONPATH": str(CHECKOUT)},
         capture_output=True,
         text=True,

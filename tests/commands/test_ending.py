@@ -67,10 +67,10 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 SCRIPTS = [
-    ["-m", "cmscale.cli", "schema"],
+    ["-m", "cmscale", "schema"],
     ["launchers/submit.py", "--dry-run", "configs/demo_edm.yaml"],
-    ["-m", "cmscale.cli", "--help"],
-    ["-m", "cmscale.cli", "sample", "--help"],
+    ["-m", "cmscale", "--help"],
+    ["-m", "cmscale", "sample", "--help"],
     ["launchers/evaluate.py", "--help"],
 ]
 
@@ -86,14 +86,14 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word(script: list[str]) -
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_command_that_was_started_without_an_output_does_its_work(closed: str) -> None:
-    line = f"exec {sys.executable} -m cmscale.cli schema {closed}"
+    line = f"exec {sys.executable} -m cmscale schema {closed}"
     ran = subprocess.run(["bash", "-c", line], cwd=CHECKOUT, capture_output=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, b"")
 
 
 def test_a_full_disk_behind_the_output_is_a_fault() -> None:
     with Path("/dev/full").open("wb") as full:
-        command = [sys.executable, "-m", "cmscale.cli", "schema"]
+        command = [sys.executable, "-m", "cmscale", "schema"]
         ran = subprocess.run(command, cwd=CHECKOUT, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
     assert (ran.returncode, ran.stderr) == (1, "fault: OSError: [Errno 28] No space left on device\n")
 

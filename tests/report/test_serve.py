@@ -112,7 +112,7 @@ def test_a_port_that_is_taken_is_a_line(run) -> None:
 
 @pytest.mark.long
 def test_ctrl_c_ends_a_served_report_with_130(run) -> None:
-    command = [sys.executable, "-m", "cmscale.cli", "report", str(run.root), "--serve"]
+    command = [sys.executable, "-m", "cmscale", "report", str(run.root), "--serve"]
     process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

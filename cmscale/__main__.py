@@ -1,0 +1,5 @@
+"""Runs the command as `python -m cmscale`."""
+
+from cmscale.cli.main import main
+
+main()
