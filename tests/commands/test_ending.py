@@ -101,7 +101,7 @@ def test_a_full_disk_behind_the_output_is_a_fault() -> None:
 @pytest.mark.parametrize(
     ("script", "module"),
     [
-        ("cmscale/cli/__main__.py", "typer"),
+        ("cmscale/__main__.py", "typer"),
         ("launchers/submit.py", "yaml"),
         ("launchers/evaluate.py", "yaml"),
         ("data_prep/prepare.py", "pydantic"),
