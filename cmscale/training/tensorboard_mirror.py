@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.runs.folder import RunDir
+from cmscale.runs.lineage import read_lineage
 from cmscale.runs.results import EvaluationResult
 from cmscale.training.mirror import Mark, Mirror, evaluation_names, finite
 
@@ -44,7 +45,10 @@ class TensorboardSink:
         self._writer.close()
 
 
-def _open(run: RunDir, _: Mark) -> TensorboardSink:
+def _open(run: RunDir, mark: Mark) -> TensorboardSink:
     from torch.utils.tensorboard import SummaryWriter
 
-    return TensorboardSink(SummaryWriter(str(run.tensorboard)))
+    writer = SummaryWriter(str(run.tensorboard))
+    if mark == Mark() and (origin := read_lineage(run)):
+        writer.add_text("branch_of", str(origin), origin.step)
+    return TensorboardSink(writer)

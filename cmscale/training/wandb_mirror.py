@@ -9,6 +9,7 @@ from cmscale.config import Wandb
 from cmscale.io.durable import replace_durably
 from cmscale.io.wandb_login import find_login
 from cmscale.runs.folder import RunDir
+from cmscale.runs.lineage import read_lineage
 from cmscale.runs.results import EvaluationResult
 from cmscale.training.mirror import Mark, Mirror, evaluation_names, finite, mark_all_as_sent
 
@@ -77,7 +78,7 @@ def _open(run: RunDir, settings: Wandb, config: dict[str, Any], mark: Mark) -> W
         resume=None if mode == "offline" else "allow",  # folders of an offline run are joined when they are synced
         mode=mode,  # pyright: ignore[reportArgumentType]
         dir=str(run.root),
-        config=config,
+        config={**config, "branch_of": str(origin)} if (origin := read_lineage(run)) else config,
         settings=wandb.Settings(init_timeout=60, silent=True, console="off"),
     )
     opened.define_metric("step")

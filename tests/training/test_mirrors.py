@@ -1,5 +1,6 @@
 """Tests of the mirrors to TensorBoard and Prometheus, on what their own parsers read."""
 
+import json
 import math
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from launch_fixtures import CONFIG, dataset
 from PIL import Image
 from run_folder import write_evaluation
@@ -200,6 +202,29 @@ def test_tensorboard_reads_every_step_once(run: RunDir) -> None:
     (score,) = found.Scalars("evaluation/FD-EfficientNet/ema_0.999/nfe2/n500/ref0123")
     assert (score.step, score.value) == (20, 4.0)
     assert [each.step for each in found.Images("samples")] == [20]
+
+
+def test_mirrors_say_what_a_branch_began_with(run: RunDir, monkeypatch) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    parent = {"parent": "s3://bucket/runs/first/", "step": 20, "samples": 160, "generation": 1}
+    lineage = {**parent, "manifest_sha256": "0" * 64, "changed": {}, "averages": {}}
+    run.provenance.write_text(json.dumps({"branch": lineage}))
+    for at in (21, 22):
+        train(run, [at], tensorboard=Tensorboard(enabled=True))
+    written = b"".join(path.read_bytes() for path in run.tensorboard.iterdir())
+    assert written.count(b"first@20") == 1
+
+    given: dict[str, Any] = {}
+
+    def init(**settings: Any) -> None:
+        given.update(settings)
+        raise ConnectionError
+
+    monkeypatch.setattr(wandb, "init", init)
+    log = MetricsLog(run, Wandb(mode="offline"), config={"seed": 1}, active=True)
+    for each in log._mirrors:
+        each.close(patience=300)
+    assert given["config"] == {"seed": 1, "branch_of": "first@20"}
 
 
 def test_tensorboard_that_is_missing_is_refused_before_anything_is_queued(tmp_path: Path, monkeypatch) -> None:
