@@ -16,6 +16,7 @@ from cmscale.io.probe import DELETE, probe
 from cmscale.io.published import VGG16, published_file
 from cmscale.io.reading import why_no_file
 from cmscale.io.storage import open_parent, open_storage
+from cmscale.io.wandb_login import find_login
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.choices import check_weights_name
 from cmscale.runs.configs import config_of
@@ -39,6 +40,8 @@ def check_inputs(config: Config, *, begins: bool = True) -> DatasetManifest:
     """
     if config.tensorboard.enabled:
         require("tensorboard", key="tensorboard.enabled")
+    if config.wandb.mode == "auto":
+        find_login()
     manifest = check_dataset(config.data.path, image_size=config.model.image_size)
     if begins or config.method.facts.follows_teacher:
         check_teacher_of(config)

@@ -55,7 +55,11 @@ def _said(*command: str) -> str | None:
 
 def wandb() -> Iterator[Finding]:
     """Whether there is a key, and a server that answers."""
-    login = find_login()
+    try:
+        login = find_login()
+    except UserError as error:
+        yield Finding("wandb", "failure", str(error))
+        return
     host = login.host
     name, _, port = host.partition(":")
     if login.mode in ("offline", "disabled"):

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cmscale.errors import UserError
+
 _DEFAULT_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # of newer releases of wandb, and of older ones
-_MODES = {"dryrun": "offline", "run": "online"}  # names that wandb still takes
+_MODES = ("online", "offline", "disabled", "shared")
+_OLD_MODES = {"dryrun": "offline", "run": "online"}  # names that wandb still takes
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,11 @@ class Login:
 
 
 def find_login() -> Login:
-    """The login for the server that wandb would use, wherever `wandb login` has written it."""
+    """The login for the server that wandb would use, wherever `wandb login` has written it.
+
+    Raises:
+        UserError: WANDB_MODE or the settings name a mode that wandb does not have.
+    """
     settings = _settings()
     address = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or f"https://{_DEFAULT_HOSTS[0]}"
     host = urlsplit(address).netloc
@@ -35,7 +42,10 @@ def find_login() -> Login:
     found = next((each for each in hosts if each in entries), None)
     is_given = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
     mode = os.environ.get("WANDB_MODE") or settings.get("mode") or ""
-    return Login(found or host, is_given or found is not None, _MODES.get(mode, mode) or None)
+    mode = _OLD_MODES.get(mode, mode)
+    if mode and mode not in _MODES:
+        raise UserError(f"WANDB_MODE or wandb's settings: {mode} is no mode of wandb; take {', '.join(_MODES)}")
+    return Login(found or host, is_given or found is not None, mode or None)
 
 
 def _settings() -> dict[str, str]:

@@ -230,7 +230,8 @@ class Mirror:
                     follower.keep()
                     return
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.failure = " ".join(why.split())  # some packages' are several lines
             later = f"the run's next start or `cmscale mirror {self._run.root}` sends the rest"
             print(f"{self.name}: no more is sent ({self.failure}); {later}", flush=True)
             with contextlib.suppress(OSError, UserError):

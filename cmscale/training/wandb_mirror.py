@@ -88,7 +88,7 @@ def _open(run: RunDir, settings: Wandb, config: dict[str, Any], mark: Mark) -> W
 
 def is_disabled(settings: Wandb) -> bool:
     """Whether the user has disabled wandb for all programs, so that nothing is sent."""
-    return _mode(settings) == "disabled"
+    return settings.mode == "auto" and find_login().mode == "disabled"
 
 
 def unsynced(run: RunDir) -> list[Path]:

@@ -10,9 +10,11 @@ import wandb
 from launch_fixtures import CONFIG
 from run_folder import write_evaluation
 
+from cmscale.cli import services
 from cmscale.cli.app import run as run_cmscale
 from cmscale.commands.ending import guarded
 from cmscale.config import Wandb, dump_config, parse_config
+from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
 from cmscale.io.wandb_login import find_login
 from cmscale.runs.folder import RunDir
@@ -21,6 +23,7 @@ from cmscale.training import wandb_mirror
 from cmscale.training.metrics_log import MetricsLog
 from cmscale.training.mirror import Follower
 from cmscale.training.wandb_mirror import WandbMirror
+from launchers.checks import check_inputs
 
 
 class Server:
@@ -303,6 +306,18 @@ def test_the_users_choice_of_a_mode_counts_where_the_config_makes_none(home: Pat
         monkeypatch.setenv("WANDB_MODE", given)
         assert mode() == found
     assert mode("offline") == "offline"
+
+
+def test_a_mode_that_wandb_does_not_have_is_named_in_one_line(run, home, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    log = MetricsLog(run, Wandb(mode="auto"), config={}, active=True)
+    close(log)
+    said = "WANDB_MODE or wandb's settings: foo is no mode of wandb; take online, offline, disabled, shared"
+    assert [mirror.failure for mirror in log._mirrors] == [said]
+    assert capfd.readouterr().out.count("\n") == 1
+    with pytest.raises(UserError, match="foo is no mode of wandb"):
+        check_inputs(parse_config(CONFIG.format(data="data")))  # before anything is queued
+    assert [each.state for each in services.wandb()] == ["failure"]
 
 
 def test_a_user_who_has_disabled_wandb_gets_no_folder_of_it(run, home, monkeypatch) -> None:
