@@ -19,19 +19,28 @@ for argument in "$@"; do
   esac
 done
 
-source ops/setup.sh test
+# What has packages of its own is installed beside the set-up, which leaves a processor idle: Slurm and a browser, where that
+# is possible (elsewhere their tests are skipped, with the reason), and the oldest packages, which are tried at once.
+unset PYTHONDONTWRITEBYTECODE # as ops/setup.sh does
+mkdir -p .venv
 source ops/beside.sh
-
-# Slurm and a browser are installed where that is possible; elsewhere their tests are skipped, with the reason.
+apt=""
 if [ "$extent" != quick ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && grep -q '^ID=debian' /etc/os-release; then
   wanted=(slurmctld slurmd slurm-client munge chromium iproute2)
   if ! dpkg -s "${wanted[@]}" >/dev/null 2>&1; then
     echo "installing ${wanted[*]}"
-    export DEBIAN_FRONTEND=noninteractive
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${wanted[@]}"; } >.venv/apt.log 2>&1 ||
-      echo "apt-get failed (.venv/apt.log); tests that need Slurm or chromium are skipped"
+    {
+      export DEBIAN_FRONTEND=noninteractive
+      apt-get update -qq && apt-get install -y -qq --no-install-recommends "${wanted[@]}"
+    } >.venv/apt.log 2>&1 </dev/null &
+    apt=$!
   fi
 fi
+if [ "$extent" != quick ] && [ ${#arguments[@]} = 0 ]; then
+  trap beside_stop EXIT
+  beside_start .venv/oldest.log bash ops/oldest.sh --keep .venv/oldest
+fi
+source ops/setup.sh test
 
 processors=$(env -u OMP_NUM_THREADS nproc)  # nproc gives OMP_NUM_THREADS if that is set
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -47,14 +56,11 @@ step() {
 if [ "$extent" != all ]; then
   export CMSCALE_MUTATION_SEED="${CMSCALE_MUTATION_SEED:-1}"
 fi
-if [ "$extent" != quick ] && [ ${#arguments[@]} = 0 ]; then
-  trap beside_stop EXIT
-  beside_start .venv/oldest.log bash ops/oldest.sh --keep .venv/oldest
-fi
 step ruff check .
 step ruff format --check .
 step pyright
 step lint-imports
+[ -z "$apt" ] || wait "$apt" || echo "apt-get failed (.venv/apt.log); tests that need Slurm or chromium are skipped"
 
 if [ ${#arguments[@]} -gt 0 ]; then
   step python -m pytest "${arguments[@]}"

@@ -15,7 +15,7 @@ model: {image_size: 8, channels: 32, channel_multipliers: [1, 1], num_res_blocks
         head_channels: 32, dropout: 0.1}
 data: {path: nowhere}
 optimizer: {learning_rate: 1.0e-2}
-train: {total_steps: 6, global_batch_size: 8, micro_batch_size: 2}
+train: {total_steps: 6, global_batch_size: 8, micro_batch_size: 4}
 ema: {rates: [0.9]}
 """
 
@@ -34,10 +34,10 @@ def losses(method: str) -> None:
             values = schedules.at(config, step)
             own = images(step).clamp(-1, 1).chunk(world.num_ranks)[world.rank]
             positions = range(8 * step + world.rank * len(own), 8 * step + (world.rank + 1) * len(own))
-            numbers = SampleRandomness(0, tuple(positions), world.device).split(2)
+            numbers = SampleRandomness(0, tuple(positions), world.device).split(4)
             micro = [
                 lambda clean=clean, drawn=drawn: parts.loss(parts.networks, clean, values, drawn).mean()  # noqa: B023
-                for clean, drawn in zip(own.split(2), numbers, strict=True)
+                for clean, drawn in zip(own.split(4), numbers, strict=True)
             ]
             result = parts.engine.step(micro, values.learning_rate)
             assert result.applied

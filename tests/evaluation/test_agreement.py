@@ -85,7 +85,7 @@ def ours(kind: str, weights: Path | None) -> dict[str, float]:
     return found
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_inception_metrics_equal_torch_fidelitys_program(weights: Path) -> None:
     theirs = calculate_metrics(
         input1=ImageList(SAMPLES),
