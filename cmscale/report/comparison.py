@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
-
 from cmscale.config import Config
 from cmscale.config.compare import Difference, compared
 from cmscale.config.keys import written
@@ -19,6 +17,7 @@ from cmscale.report.grids_beside import GridRow, grid_rows
 from cmscale.report.measured import decimated
 from cmscale.report.plots import banded, training_curves
 from cmscale.report.quality import quality_panels
+from cmscale.report.templates import template
 from cmscale.runs.comparison import describe_basis, groups_of, once_each
 from cmscale.runs.configs import config_of
 from cmscale.runs.folder import RunDir
@@ -215,14 +214,8 @@ def page(comparison: Comparison) -> bytes:
         drawn = [banded(name, decimated(series)) for name, series in of_runs if len(series)]
         if drawn:
             curves.append((title, training_curves(drawn, name=title, log=log, named=True)))
-    environment = Environment(
-        loader=PackageLoader("cmscale.report", "."),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     return (
-        environment.get_template("comparison.html.j2")
+        template("comparison.html.j2")
         .render(
             comparison=comparison,
             groups=_groups(comparison),

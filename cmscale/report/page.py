@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from cmscale.errors import UserError
@@ -28,6 +27,7 @@ from cmscale.report.paper import PAPER
 from cmscale.report.pictures import read_pictures
 from cmscale.report.quality import quality_panels
 from cmscale.report.settings import settings_of
+from cmscale.report.templates import template
 from cmscale.runs.comparison import RULE
 from cmscale.runs.folder import RunDir
 
@@ -60,15 +60,9 @@ def render_report(run: RunDir, *, siblings: Sequence[RunDir] = (), version: str 
     Raises:
         UserError: The run does not exist.
     """
-    environment = Environment(
-        loader=PackageLoader("cmscale.report", "."),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     facts, *others = read_several([run, *siblings])
     contents = {**_contents(facts, others), **_assets(), "version": version}
-    page = environment.get_template("page.html.j2").render(contents)
+    page = template("page.html.j2").render(contents)
     return page.encode(errors="backslashreplace")  # paths that are not UTF-8
 
 

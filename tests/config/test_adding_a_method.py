@@ -49,7 +49,8 @@ def trained(distance):
         values = schedules.at(config, step)
         clean = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)) * 2 - 1
         random = SampleRandomness(0, tuple(range(4 * step, 4 * step + 4)), world.device)
-        result = parts.engine.step([lambda: parts.loss(parts.networks, clean, values, random).mean()], values.learning_rate)
+        loss = lambda: parts.loss(parts.networks, clean, values, random).mean()
+        result = parts.engine.step([loss], values.learning_rate)
         shards.update(values)
         expected = 0.5 * expected + 0.5 * shards.full("master")
         losses.append(result.loss)
