@@ -47,6 +47,8 @@ def _results(evaluations: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
 
 def _metrics(result: EvaluationResult) -> list[dict[str, Any]]:
     evaluations = f"{result.nfe} network evaluation{'' if result.nfe == 1 else 's'}"
+    if result.times:
+        evaluations += f" at {' and '.join(f'{time:.4g}' for time in result.times)}"
     how = f"{evaluations}, {describe_basis(result)}, features {result.features}"
     found = []
     for metric in all_metrics():

@@ -224,6 +224,19 @@ def test_what_is_no_fid_has_another_type_on_the_hub() -> None:
     ]
 
 
+def test_the_head_tells_results_with_searched_times_from_others() -> None:
+    searched = evaluation(nfe=2, fid=(5.0,)).model_copy(update={"times": (80.0, 1.5)})
+    given = [evaluation(fid=(8.0,)), evaluation(nfe=2, fid=(6.0,)), searched]
+    card = model_card(CONFIG, step=60, weights_name="ema_0.999943", evaluations=given)
+    (shown,) = front_matter(card)["model-index"][0]["results"]
+    names = {metric["value"]: metric["name"].partition(",")[0] for metric in shown["metrics"]}
+    assert names == {
+        8.0: "FID (1 network evaluation",
+        6.0: "FID (2 network evaluations",
+        5.0: "FID (2 network evaluations at 80 and 1.5",
+    }
+
+
 def test_the_hubs_own_reader_takes_the_head(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     given = [evaluation(precision=(0.68,)), evaluation(nfe=2, fid=(5.22,))]
