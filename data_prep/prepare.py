@@ -246,7 +246,8 @@ def run(arguments: Sequence[str]) -> None:
         placement=placement,
         check_source=options.check_source,
     )
-    print(f"{manifest.count} images in {len(manifest.shards)} shards, {manifest.skipped} skipped")
+    shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
+    print(f"{manifest.count} images in {shards}, {manifest.skipped} skipped")
     for line in account(preparation.document(), where=preparation.storage.join(PREPARATION)):
         print(line)
     print(f"fingerprint: {manifest.fingerprint}")

@@ -54,7 +54,10 @@ def fault_of(storage: Storage, entry: FileEntry) -> str | None:
 def verify(storage: Storage, manifest: DatasetManifest, *, workers: int) -> dict[str, str]:
     """Checks every file of the manifest. Returns the faults by file name, in the manifest's order."""
     entries = [*manifest.files, *manifest.shards]
-    with ProgressCounter(total=len(entries), what="files") as counter, ThreadPoolExecutor(workers) as threads:
+    with (
+        ProgressCounter("verifying", total=len(entries), unit="files") as counter,
+        ThreadPoolExecutor(workers) as threads,
+    ):
         faults = []
         for fault in threads.map(lambda entry: fault_of(storage, entry), entries):
             faults.append(fault)
@@ -168,7 +171,8 @@ def run(arguments: Sequence[str]) -> int:
     if bad:
         print(f"{len(bad)} of {len(manifest.shards) + len(manifest.files)} files are bad; --repair makes them again")
         return 1
-    print(f"all {len(manifest.shards)} shards are intact: {manifest.count} images, {manifest.fingerprint}")
+    intact = "the only shard is" if len(manifest.shards) == 1 else f"all {len(manifest.shards)} shards are"
+    print(f"{intact} intact: {manifest.count} images, {manifest.fingerprint}")
     return 0
 
 

@@ -28,7 +28,7 @@ def make_missing(
     check_bad(records.values(), max_bad)
     done = sum(len(preparation.keys(n)) for n in records)
     total = done + sum(len(preparation.keys(n)) for n in missing)
-    with ProgressCounter(total=total, done=done) as counter:
+    with ProgressCounter("preparing", total=total, done=done) as counter:
         if workers > 1 and len(missing) > 1:
             with _pool(preparation, min(workers, len(missing)), max_bad, counter) as submit:
                 pending = {submit(number): number for number in missing}

@@ -9,9 +9,9 @@ from cmscale.io.counting import Counting
 class ProgressCounter:
     """Counts finished images, or other items, over forked processes: see `Counting`."""
 
-    def __init__(self, *, total: int, done: int = 0, what: str = "images") -> None:
+    def __init__(self, what: str, *, total: int, done: int = 0, unit: str = "images") -> None:
         self._count = multiprocessing.get_context("fork").Value("q", done)
-        self._counting = Counting("finished", total=total, done=done, unit=what)
+        self._counting = Counting(what, total=total, done=done, unit=unit)
 
     def tick(self) -> None:
         """Counts one finished item; callable from any forked process."""

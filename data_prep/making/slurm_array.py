@@ -2,11 +2,12 @@
 
 import io
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 from cmscale.config import Slurm
@@ -35,6 +36,7 @@ from data_prep.sources import open_source
 POLL_SECONDS = 2.0
 _ARRAY = f"{PROGRESS}/array.json"
 _REFUSED = f"{PROGRESS}/refused-"
+_LOGS_OF_S3 = ".cmscale-prepare"
 
 
 class ArrayRecord(Document):
@@ -101,7 +103,8 @@ def make_with_array(
         array = ArrayRecord(job_id=job_id, clusters=_clusters(placement))
         preparation.storage.write(_ARRAY, array.to_bytes())
         tasks = min(placement.nodes, preparation.num_shards)
-        print(f"array {array.job_id} submitted with {tasks} tasks; logs: {logs}", flush=True)
+        of_tasks = "1 task" if tasks == 1 else f"{tasks} tasks"
+        print(f"array {array.job_id} submitted with {of_tasks}; logs: {logs}", flush=True)
     else:
         array = running
         print(f"array {array.job_id} of an earlier command is still running; waiting for it", flush=True)
@@ -119,6 +122,10 @@ def make_with_array(
             f"array {array.job_id} ended, {missing} of {preparation.num_shards} shards are missing; "
             f"see the logs in {logs}, then run the same command again"
         )
+    if logs.parent.name == _LOGS_OF_S3:  # others are removed with the progress records
+        shutil.rmtree(logs, ignore_errors=True)
+        with suppress(OSError):  # another array's are there
+            logs.parent.rmdir()
     return records
 
 
@@ -202,7 +209,7 @@ def _submit(preparation: Preparation, placement: ArrayPlacement, *, max_bad: int
 def _log_folder(preparation: Preparation) -> Path:
     """A folder that all nodes see: with the progress records, or in the working directory for a data set on S3."""
     local = preparation.storage.local_path(f"{PROGRESS}/slurm")
-    return local.absolute() if local else Path.cwd() / ".cmscale-prepare" / preparation.identity
+    return local.absolute() if local else Path.cwd() / _LOGS_OF_S3 / preparation.identity
 
 
 def _clusters(placement: ArrayPlacement) -> str | None:
@@ -234,7 +241,7 @@ def _wait(preparation: Preparation, array: ArrayRecord, pause: Callable[[float],
         numbers = (n for n in range(preparation.num_shards) if preparation.record_key(n) in keys)
         return sum(len(preparation.keys(n)) for n in numbers)
 
-    with ProgressCounter(total=preparation.plan.keys, done=finished()) as counter:
+    with ProgressCounter("preparing", total=preparation.plan.keys, done=finished()) as counter:
         while _active(array):
             if next(_refusals(preparation), None):
                 subprocess.run(cancel_command(array.job_id, array.clusters), check=False)

@@ -26,7 +26,7 @@ def changed_shards(
         if contents or state.facts is None or state.facts != read.facts(keys(number))
     ]
     changed = []
-    with ProgressCounter(total=sum(len(keys(number)) for number in doubtful), what="compared images") as counter:
+    with ProgressCounter("comparing", total=sum(len(keys(number)) for number in doubtful), unit="images") as counter:
 
         def tick() -> None:
             counter.tick()

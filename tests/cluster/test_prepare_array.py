@@ -58,6 +58,7 @@ def test_an_array_fills_a_bucket_with_the_bytes_of_one_machine_and_leaves_no_not
     assert prepare.main(arguments(source, tmp_path / "here")) == 0
     assert prepare.main(arguments(source, f"{s3}/there", "--slurm", "--nodes", "2")) == 0
     assert ".cmscale-prepare/" in capsys.readouterr().out
+    assert not (tmp_path / ".cmscale-prepare").exists()
     bucket = open_storage(f"{s3}/there")
     assert {entry.key: bucket.read(entry.key) for entry in bucket.list()} == tree(tmp_path / "here")
     assert verify.main([f"{s3}/there"]) == 0
