@@ -8,6 +8,7 @@ from cmscale.config import Config
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import SAMPLES, model_card
+from cmscale.export.card_file import refuse_edited, sealed
 from cmscale.export.metadata import UNKNOWN
 from cmscale.export.target import Format, copy_settings, is_folder_of
 from cmscale.export.usage import unlike_openai
@@ -36,7 +37,7 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
 
     Raises:
         UserError: The format cannot express the network, the file's name has another ending, the target cannot be
-            written or holds another model, or an evaluation of the run is not readable.
+            written or holds another model or a card that was edited, or an evaluation of the run is not readable.
     """
     _refuse_inexpressible(source.config, format, to)
     is_folder = format == "diffusers" or is_folder_of(format, to)
@@ -44,6 +45,8 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         refuse_another_model(
             open_storage(to), source.config, files=(EXPORTED_WEIGHTS, CARD, SAMPLES), weights=EXPORTED_WEIGHTS
         )
+    card_file = Place(open_storage(to).join(CARD) if is_folder else f"{to}.md")
+    refuse_edited(card_file)
     samples = _samples_of(source) if is_folder else None
     card = model_card(
         source.config,
@@ -66,13 +69,15 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         case "openai":
             write_openai(to, source.weights, model=source.config.model)
         case "diffusers":
-            write_diffusers(to, source.weights, **what, card=card)
+            write_diffusers(to, source.weights, **what, card=sealed(card))
         case _:
             assert_never(format)
     if samples is not None:
         open_storage(to).write(SAMPLES, samples)
+    elif is_folder:
+        open_storage(to).delete(SAMPLES)  # of the weights before
     if format != "diffusers":
-        Place(open_storage(to).join(CARD) if is_folder else f"{to}.md").write(card.encode())
+        card_file.write(sealed(card).encode())
     return unlike_openai(source.config.method) if format == "openai" else []
 
 

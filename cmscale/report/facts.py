@@ -11,7 +11,7 @@ from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
 from cmscale.io.reading import files_in, read_regular, utf8
 from cmscale.report.measured import Measured, read_measured
-from cmscale.runs.folder import RunDir, step_of
+from cmscale.runs.folder import RunDir, run_meant, step_of
 from cmscale.runs.lineage import Lineage, read_lineage
 from cmscale.runs.log import read_lines
 from cmscale.runs.results import EvaluationResult, read_evaluations
@@ -135,7 +135,7 @@ def read_facts(run: RunDir, *, with_metrics: bool = True) -> RunFacts:
         UserError: The folder does not exist.
     """
     if not run.root.is_dir():
-        raise UserError(f"{run.root}: no such run")
+        raise UserError(f"{run.root}: no such run{run_meant(run.root)}")
     evaluations, unreadable = read_evaluations(run)
 
     def part(name: str, read: Callable[[], T], missing: T) -> T:

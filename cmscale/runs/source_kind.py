@@ -14,7 +14,7 @@ from cmscale.io.protocol import Storage
 from cmscale.io.reading import why_no_file
 from cmscale.io.storage import has_object, open_storage
 from cmscale.runs.checkpoints import committed_steps
-from cmscale.runs.folder import CHECKPOINT_MANIFEST
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, run_meant
 
 _INDEX = "model_index.json"
 EXPORTED_WEIGHTS = "model.safetensors"
@@ -119,6 +119,8 @@ def _hint(storage: Storage, origin: str) -> str:
         return f"no such folder (the id of a model on a hub? download it first); give {_KINDS}"
     if folder is not None and folder.is_dir() and next(folder.iterdir(), None) is None:
         return f"the folder is empty; give {_KINDS}"
+    if meant := run_meant(origin):
+        return f"no such file or folder{meant}"
     if folder is not None and not folder.exists():
         return f"{why_no_file(folder, absent='no such file or folder')}; give {_KINDS}"
     return f"give {_KINDS}"

@@ -266,7 +266,7 @@ def test_usage_names_the_file_beside_the_card() -> None:
     assert "](samples.png)" in model_card(CONFIG, step=60, weights_name="m", has_samples=True)
 
 
-def exported(to: Path, run: RunDir | None, *, format: str, weights_name: str = "ema_0.999943") -> None:
+def exported(to: Path | Place, run: RunDir | None, *, format: str, weights_name: str = "ema_0.999943") -> None:
     source = Source(
         origin="a run",
         config=CONFIG,
@@ -319,6 +319,35 @@ def test_the_program_in_a_card_draws_samples(format: str, tmp_path: Path, monkey
     assert [picture.size for picture in names["pictures"]] == [(16, 16)] * 4
 
 
+@pytest.mark.parametrize("format", ["safetensors", "diffusers", "file"])
+def test_a_card_that_was_edited_is_not_replaced(format: str, tmp_path: Path, s3: str) -> None:
+    kind, name = ("safetensors", "one.safetensors") if format == "file" else (format, "model")
+    card = "one.safetensors.md" if format == "file" else "model/README.md"
+    for place in (str(tmp_path), s3):
+        exported(Place(f"{place}/{name}"), None, format=kind)
+        exported(Place(f"{place}/{name}"), None, format=kind)  # one that was not edited is written anew
+        file = Place(f"{place}/{card}")
+        written = (file.read_if_present() or b"").decode()
+        file.write(written.replace("\n", "\r\n").encode())  # as git does on some machines
+        exported(Place(f"{place}/{name}"), None, format=kind)
+        for edited in (written.replace("license: unknown", "license: mit"), f"{written}\nCite us.\n", "# Mine\n", ""):
+            assert edited != written
+            file.write(edited.encode())
+            with pytest.raises(UserError, match=f"{card}: was edited, .*; move it away") as refused:
+                exported(Place(f"{place}/{name}"), None, format=kind)
+            assert "\n" not in str(refused.value)
+            assert file.read_if_present() == edited.encode()
+
+
+def test_the_grid_of_other_weights_does_not_stay_in_a_folder(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.samples.mkdir(parents=True)
+    run.sample_grid(60).write_bytes(b"the grid")
+    for weights, has_grid in ((CONFIG.ema.names[0], True), ("master", False)):
+        exported(tmp_path / "model", run, format="safetensors", weights_name=weights)
+        assert (tmp_path / "model" / "samples.png").exists() == has_grid
+
+
 SITE = ["slurm.account=secret", "slurm.mail_user=who@secret", "slurm.setup=[source /home/secret/venv]"]
 
 
@@ -355,7 +384,7 @@ def test_a_folder_with_somebodys_readme_is_left_as_it_is(format: str, tmp_path: 
     project = tmp_path / "project"
     project.mkdir()
     (project / "README.md").write_text("# Somebody's")
-    with pytest.raises(UserError, match=r"holds another model \(README\.md\), which is not replaced"):
+    with pytest.raises(UserError, match=r"README\.md.* replaced"):
         exported(project, run, format=format, weights_name=CONFIG.ema.names[0])
     assert [(path.name, path.read_text()) for path in project.iterdir()] == [("README.md", "# Somebody's")]
     for _ in range(2):  # the second replaces the first
