@@ -41,6 +41,7 @@ class RunLog:
         )
         self._since = time.perf_counter()
         self._cursor = 0
+        self._has_logged = False
         self._replaced: set[str] = set()
 
     def started(self, state: TrainState, *, attention: Choice) -> None:
@@ -110,8 +111,12 @@ class RunLog:
         )
         if self._world.is_main:
             total = self._config.train.total_steps
-            left = in_words((total - state.step) * self._config.train.global_batch_size / speed)
-            print(f"step {state.step}/{total}  loss {result.loss:.5g}  {speed:.1f} images/s  {left} left", flush=True)
+            line = f"step {state.step}/{total}  loss {result.loss:.5g}"
+            if self._has_logged:  # before, the time of the step is that of a start
+                left = in_words((total - state.step) * self._config.train.global_batch_size / speed)
+                line += f"  {speed:.1f} images/s  {left} left"
+            print(line, flush=True)
+        self._has_logged = True
 
     def sync(self) -> None:
         """Makes all metrics so far durable. Raises OSError or UserError if they can't be written."""
