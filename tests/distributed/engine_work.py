@@ -170,16 +170,17 @@ def unet_losses() -> None:
                 "model.channel_multipliers=[1,2]",
                 "model.attention_resolutions=[4]",
                 "model.dropout=0.1",
+                "train.micro_batch_size=4",
             )
             engine = Engine(config, world, lambda: build_unet(config.model), has_target=True)  # noqa: B023
             weights = build_unet(config.model, seed=5).state_dict()
             teacher = engine.add_frozen("teacher", weights, lambda: build_unet(config.model))  # noqa: B023
             results = []
             for step in range(2):
-                own = images(step).chunk(world.num_ranks)[world.rank].split(2)
+                own = images(step).chunk(world.num_ranks)[world.rank].split(4)
 
                 def loss(clean: torch.Tensor) -> torch.Tensor:
-                    sigma, keys = torch.full((2,), 0.5), tuple(int(1e6 * float(image.abs().sum())) for image in clean)
+                    sigma, keys = torch.full((4,), 0.5), tuple(int(1e6 * float(image.abs().sum())) for image in clean)
                     assert engine.target is not None  # noqa: B023
                     goal = engine.target(clean, sigma, dropout_keys=keys) + teacher(clean, sigma)  # noqa: B023
                     out = engine.network(clean + 0.1, sigma, dropout_keys=keys)  # noqa: B023
