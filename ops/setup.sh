@@ -16,8 +16,9 @@ if ! grep -qxF "$stamp" "$installed"; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[$1]"
   # pip would compile all modules, most of which are never imported: more than half of an installation's time. Python
-  # compiles what it imports, the first time; here, before processes do so at once.
-  .venv/bin/python -W ignore -c 'import boto3, cmscale.cli.app, deepspeed, lpips, streaming, torchvision, wandb, webdataset' >.venv/first_import.log 2>&1 || true
+  # compiles what it imports, the first time; here, beside what comes next, before processes do so at once.
+  .venv/bin/python -W ignore -c 'import boto3, cmscale.cli.app, deepspeed, lpips, streaming, torchvision, wandb, webdataset' \
+    >.venv/first_import.log 2>&1 </dev/null &
   echo "$stamp" >>"$installed"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -66,12 +66,11 @@ if [ ${#arguments[@]} -gt 0 ]; then
   step python -m pytest "${arguments[@]}"
   exit
 fi
-# Unit tests run in one process more than there are processors, as some of them wait. Then tests that start ranks run
-# beside those that start a Slurm or a browser, one after the other in each of the two: they wait much more, too.
-ranks=(tests/distributed)
-clusters=(tests/cluster tests/browser)
+# Unit tests run in one process more than there are processors, as some of them wait. Then those that start ranks, a Slurm or
+# a browser run in two, a file at a time: they wait more, but two at once are as many as ranks' timeouts allow.
+several=(tests/cluster tests/distributed tests/browser)
 ignored=()
-for folder in "${ranks[@]}" "${clusters[@]}"; do ignored+=(--ignore "$folder"); done
+for folder in "${several[@]}"; do ignored+=(--ignore "$folder"); done
 marks="not slow"
 case "$extent" in
   quick) marks="not slow and not long" ;;
@@ -79,14 +78,8 @@ case "$extent" in
 esac
 step python -m pytest -n $((processors + 1)) --dist worksteal -m "$marks" "${ignored[@]}" tests
 [ "$extent" = quick ] && exit
-log=$(mktemp)
-trap 'beside_stop; kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT
-step python -m pytest -m "$marks" -p no:cacheprovider "${clusters[@]}" >"$log" 2>&1 &
-beside=$!
 status=0
-step python -m pytest -m "$marks" "${ranks[@]}" || status=$?
-wait "$beside" || status=$?
-cat "$log"
+step python -m pytest -n 2 --dist loadfile -m "$marks" "${several[@]}" || status=$?
 # A package index that lacks old releases is no fault of this project, so only a trial that went wrong is red.
 latest=$((18 * 60))
 [ "$extent" = all ] && latest=$((70 * 60))
