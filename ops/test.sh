@@ -25,6 +25,7 @@ unset PYTHONDONTWRITEBYTECODE # as ops/setup.sh does
 mkdir -p .venv
 source ops/beside.sh
 apt=""
+trap 'beside_stop; [ -z "$apt" ] || wait "$apt" || true' EXIT # half an installation would keep the next start from its own
 if [ "$extent" != quick ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && grep -q '^ID=debian' /etc/os-release; then
   wanted=(slurmctld slurmd slurm-client munge chromium iproute2)
   if ! dpkg -s "${wanted[@]}" >/dev/null 2>&1; then
@@ -36,11 +37,14 @@ if [ "$extent" != quick ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
     apt=$!
   fi
 fi
-if [ "$extent" != quick ] && [ ${#arguments[@]} = 0 ]; then
-  trap beside_stop EXIT
+oldest=""
+[ "$extent" = quick ] || [ ${#arguments[@]} -gt 0 ] || oldest=later
+if [ "$oldest" ] && [ "$(df --output=avail -k . | tail -1)" -gt $((30 * 1024 * 1024)) ]; then # room for both at once
+  oldest=now
   beside_start .venv/oldest.log bash ops/oldest.sh --keep .venv/oldest
 fi
 source ops/setup.sh test
+[ "$oldest" != later ] || beside_start .venv/oldest.log bash ops/oldest.sh --keep .venv/oldest
 
 processors=$(env -u OMP_NUM_THREADS nproc)  # nproc gives OMP_NUM_THREADS if that is set
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

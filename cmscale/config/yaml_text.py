@@ -19,7 +19,7 @@ _NO_SPACE = re.compile(r"([a-z_0-9]+)(?::[^\S ]*(?![ /])|\s*=\s*)(\S.*)")
 """A line such as `log_every:50`, `log_every = 50`, or with a space that is none of YAML's; not s3://bucket."""
 
 
-_UNUSUAL = re.compile(r"[^\n -~]|[?!&*%@`|>\\]|- - |\b[Nn]one\b|\s#[^\s#]")
+_UNUSUAL = re.compile(r"[^\n -~]|[?!&*%@`|>\\]|- +- |\b[Nn]one\b|\s#[^\s#]")
 """What `_FastLoader` leaves to `_Loader`: values that are refused, and what the two may read differently."""
 _MOST_BRACKETS = 500  # libyaml has no bound for values in values, but for the stack
 
@@ -77,7 +77,7 @@ _libyaml: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # some builds of 
 class _FastLoader(_libyaml):
     """Reads what `_Loader` reads, several times as fast: for text without anything unusual, and without mistakes."""
 
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+    yaml_implicit_resolvers = {first: list(those) for first, those in _Loader.yaml_implicit_resolvers.items()}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         if any(_repeated(node)):

@@ -47,7 +47,8 @@ def import_deepspeed(config: Config, world: World) -> Any:
     # Its Muon optimizer, which is not used here, is decorated with torch.compile: that would import 590 modules of the
     # compiler into each rank, seconds of each start.
     compiler = private(deepspeed.runtime, "compiler", package="deepspeed")
-    compiler.compile = lambda: private(compiler, "dummy_decorator", package="deepspeed")
+    uncompiled = private(compiler, "dummy_decorator", package="deepspeed")
+    compiler.compile = lambda *_, **__: uncompiled
     return deepspeed
 
 

@@ -8,7 +8,7 @@ import yaml
 from cmscale.config import Config
 from cmscale.config.published import dump_published
 from cmscale.evaluation.metrics.registry import MetricDefinition, all_metrics
-from cmscale.export.metadata import UNKNOWN, front_matter
+from cmscale.export.metadata import SHOWN_TIMES, UNKNOWN, front_matter
 from cmscale.export.target import Format
 from cmscale.export.usage import usage
 from cmscale.interop import parameter_shapes
@@ -21,7 +21,6 @@ from cmscale.source import IMPORTED
 
 SAMPLES = "samples.png"
 """The grid of samples in an exported folder."""
-_SHOWN_TIMES = 8
 _PRECONDITIONING = {"kind", "sigma_data", "sigma_min", "sigma_max", "rho", "time_embedding", "teacher_time_embedding"}
 
 
@@ -198,7 +197,7 @@ def _table(group: Sequence[EvaluationResult]) -> Iterator[str]:
 def _times(evaluation: EvaluationResult) -> str:
     """The noise levels at which the network was evaluated; their number if they are many."""
     times = evaluation.times or evaluation.protocol.get("sigmas") or ()
-    return ", ".join(f"{time:.4g}" for time in times) if len(times) <= _SHOWN_TIMES else f"{len(times)} times"
+    return ", ".join(f"{time:.4g}" for time in times) if len(times) <= SHOWN_TIMES else f"{len(times)} times"
 
 
 def _cell(evaluation: EvaluationResult, metric: MetricDefinition) -> str:

@@ -9,18 +9,23 @@ _SEAL = "\n<!-- Written by cmscale, which replaces this card at the next export 
 
 
 def sealed(card: str) -> str:
-    """The card with a last line, not shown, by which `refuse_edited` knows it."""
+    """The card with a last line, not shown, by which `replaceable_card` knows it."""
     return f"{card}{_SEAL}{hashlib.sha256(card.encode()).hexdigest()} -->\n"
 
 
-def refuse_edited(place: Place) -> None:
-    """Raises UserError if a file is there that is no card as `sealed` gives it: what it says would be lost."""
+def replaceable_card(place: Place) -> str | None:
+    """The text of a card that is there, as `sealed` gave it; None where none is.
+
+    Raises:
+        UserError: a file is there that is no such card: what it says would be lost.
+    """
     held = place.read_if_present()
     if held is None:
-        return
+        return None
     text = held.decode("utf-8", "replace").replace("\r\n", "\n")  # as git may write it
     if sealed(text.rpartition(_SEAL)[0]) != text:
         raise UserError(
             f"{place}: was edited, or was not written by this release, and would be replaced; move it away, or export "
             "to another folder"
         )
+    return text

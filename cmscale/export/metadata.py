@@ -15,6 +15,7 @@ from cmscale.runs.results import EvaluationResult
 _WIDTH = 500  # a name in one line
 UNKNOWN = "unknown"
 """The hub's identifier for a licence that nobody has stated."""
+SHOWN_TIMES = 8  # of a result; of more only the number
 
 
 def front_matter(
@@ -48,7 +49,8 @@ def _results(evaluations: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
 def _metrics(result: EvaluationResult) -> list[dict[str, Any]]:
     evaluations = f"{result.nfe} network evaluation{'' if result.nfe == 1 else 's'}"
     if result.times:
-        evaluations += f" at {' and '.join(f'{time:.4g}' for time in result.times)}"
+        many = len(result.times) > SHOWN_TIMES
+        evaluations += f" at {'given times' if many else ' and '.join(f'{time:.4g}' for time in result.times)}"
     how = f"{evaluations}, {describe_basis(result)}, features {result.features}"
     found = []
     for metric in all_metrics():

@@ -8,10 +8,11 @@ from cmscale.commands.parser import Output, check_output
 from cmscale.config import read_config
 from cmscale.config.sections import Checkpoint
 from cmscale.errors import UserError
+from cmscale.export.card_file import replaceable_card
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
-from cmscale.runs.source_kind import EXPORTED_WEIGHTS
+from cmscale.runs.source_kind import CARD, EXPORTED_WEIGHTS
 
 Format = Literal["safetensors", "openai", "diffusers"]
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -51,11 +52,17 @@ def is_folder_of(format: Format, to: Place) -> bool:
     return to.endswith("/") or not Path(to.rpartition("/")[2]).suffix or (not to.is_remote and Path(to).is_dir())
 
 
+def card_of(format: Format, to: Place) -> Place:
+    """Where the model card of an export to `to` is."""
+    is_folder = format == "diffusers" or is_folder_of(format, to)
+    return Place(open_storage(to).join(CARD) if is_folder else f"{to}.md")
+
+
 def check_target(format: Format, to: Place) -> None:
     """Checks, before weights are read, that an export can be written to `to`.
 
     Raises:
-        UserError: the file's name has another ending, or it may not be written.
+        UserError: the file's name has another ending, it may not be written, or a card there was edited.
     """
     match format:
         case "safetensors" if is_folder_of(format, to):
@@ -68,6 +75,7 @@ def check_target(format: Format, to: Place) -> None:
             _check_folder(to, "model_index.json")
         case _:
             assert_never(format)
+    replaceable_card(card_of(format, to))
 
 
 def _check_folder(to: Place, first: str) -> None:

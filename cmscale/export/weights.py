@@ -8,9 +8,9 @@ from cmscale.config import Config
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import SAMPLES, model_card
-from cmscale.export.card_file import refuse_edited, sealed
+from cmscale.export.card_file import replaceable_card, sealed
 from cmscale.export.metadata import UNKNOWN
-from cmscale.export.target import Format, copy_settings, is_folder_of
+from cmscale.export.target import Format, card_of, copy_settings, is_folder_of
 from cmscale.export.usage import unlike_openai
 from cmscale.interop import (
     refuse_another_model,
@@ -45,8 +45,8 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         refuse_another_model(
             open_storage(to), source.config, files=(EXPORTED_WEIGHTS, CARD, SAMPLES), weights=EXPORTED_WEIGHTS
         )
-    card_file = Place(open_storage(to).join(CARD) if is_folder else f"{to}.md")
-    refuse_edited(card_file)
+    card_file = card_of(format, to)
+    before = replaceable_card(card_file)
     samples = _samples_of(source) if is_folder else None
     card = model_card(
         source.config,
@@ -74,10 +74,10 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
             assert_never(format)
     if samples is not None:
         open_storage(to).write(SAMPLES, samples)
-    elif is_folder:
-        open_storage(to).delete(SAMPLES)  # of the weights before
     if format != "diffusers":
         card_file.write(sealed(card).encode())
+    if is_folder and samples is None and before is not None and f"]({SAMPLES})" in before:
+        open_storage(to).delete(SAMPLES)  # the grid of the weights before
     return unlike_openai(source.config.method) if format == "openai" else []
 
 

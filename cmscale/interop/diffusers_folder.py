@@ -40,7 +40,8 @@ UNET_VARIANTS = (
 """The files that may hold the network, the best first: full precision before half."""
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 CARD = "README.md"
-_FILES = (INDEX, UNET_CONFIG, *UNET_VARIANTS, SCHEDULER_CONFIG, CARD)
+_GRID = "samples.png"  # `cmscale.export` puts it beside the card
+_FILES = (INDEX, UNET_CONFIG, *UNET_VARIANTS, SCHEDULER_CONFIG, CARD, _GRID)
 
 
 def write_diffusers(

@@ -73,6 +73,13 @@ def _assets() -> dict[str, Any]:
     return {"style": Markup(style), "script": Markup(script), "script_hash": digest}
 
 
+def _unreadable(runs: Sequence[RunFacts]) -> Iterator[str]:
+    """What could not be read, with the name of its run where there are several."""
+    for owner in runs:
+        for line in filter(None, (owner.config_mistake, *owner.unreadable)):
+            yield f"{owner.name}: {line}" if len(runs) > 1 else line
+
+
 def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
     runs = [facts, *siblings]
     warned = evaluations.warnings(runs)
@@ -99,8 +106,7 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
         "score_names": list(dict.fromkeys(table.score_name for table in tables)),
         "notes": list(warned.values()),
         "problems": [
-            *(owner.config_mistake for owner in runs if owner.config_mistake),
-            *(line for owner in runs for line in owner.unreadable),
+            *_unreadable(runs),
             *pictures.damaged,
         ],
         "quality": quality,

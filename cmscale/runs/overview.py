@@ -46,7 +46,7 @@ class Overview:
     """What is known of a run; None for what is not.
 
     Attributes:
-        state: `running`, `queued`, `finished`, `stale`, or the last thing that happened: `preempted`, `fault`, ...
+        state: `running`, `queued`, `finished`, `stale`, `cancelled`, or what happened last: `preempted`, `fault`, ...
         known_by: How the state is known, in words.
         age_seconds: Since the first start.
         quiet_seconds: Since anything was written last.

@@ -14,7 +14,7 @@ from cmscale.io.json_text import parse_json
 from cmscale.io.reading import read_regular
 from cmscale.io.slurm import ACTIVE_STATES, clusters_of, job_states, states_of_jobs
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import state_of
+from cmscale.runs.log import read_lines, state_of
 
 SILENT_SECONDS = 60.0
 """A launcher on another machine that has not touched its file for so long is dead, or its machine is."""
@@ -149,8 +149,11 @@ def _why_cancelled(run: RunDir) -> str:
     """What the last training that was submitted says of its end, if it was cancelled; else nothing."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
         folder, _ = next(_trainings(run))
-        ending = parse_json(read_regular(folder / "ending.json"))
-        return str(ending["why"]) if ending["ending"] == "cancelled" else ""
+        file = folder / "ending.json"
+        ending = parse_json(read_regular(file))
+        began = [event["time"] for event in read_lines(run.events) if event["event"] in ("start", "resumed")]
+        is_of_last = not began or file.stat().st_mtime >= began[-1]  # none is submitted where torchrun starts a run
+        return str(ending["why"]) if is_of_last and ending["ending"] == "cancelled" else ""
     return ""
 
 

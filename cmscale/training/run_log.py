@@ -112,7 +112,7 @@ class RunLog:
         if self._world.is_main:
             total = self._config.train.total_steps
             line = f"step {state.step}/{total}  loss {result.loss:.5g}"
-            if self._has_logged:  # before, the time of the step is that of a start
+            if self._has_logged or images > self._config.train.global_batch_size:  # a start's first step takes long
                 left = in_words((total - state.step) * self._config.train.global_batch_size / speed)
                 line += f"  {speed:.1f} images/s  {left} left"
             print(line, flush=True)

@@ -71,7 +71,9 @@ def test_a_resolved_config_is_read_fast(monkeypatch: pytest.MonkeyPatch) -> None
     assert yaml_text.parse_yaml(dump_config(read_config(CONFIGS[0])), origin="text")["model"]["image_size"] == 16
 
 
-@pytest.mark.parametrize("text", ["[" * 400_000, "{a: " * 400_000, "- " * 400_000], ids=["lists", "maps", "items"])
+@pytest.mark.parametrize(
+    "text", ["[" * 400_000, "{a: " * 200_000, "- " * 400_000, "-  " * 300_000], ids=["lists", "maps", "items", "spaced"]
+)
 def test_values_in_values_without_end_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="nested too deeply"):
         yaml_text.parse_yaml(text, origin="text")

@@ -337,6 +337,22 @@ def test_a_card_that_was_edited_is_not_replaced(format: str, tmp_path: Path, s3:
                 exported(Place(f"{place}/{name}"), None, format=kind)
             assert "\n" not in str(refused.value)
             assert file.read_if_present() == edited.encode()
+            with pytest.raises(UserError, match="was edited"):  # before weights are read
+                check_target(kind, Place(f"{place}/{name}"))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("format", ["safetensors", "diffusers"])
+def test_a_picture_of_somebody_is_neither_replaced_nor_removed(format: str, tmp_path: Path) -> None:
+    picture = tmp_path / "model" / "samples.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"samples\.png"):
+        exported(tmp_path / "model", None, format=format)
+    picture.unlink()
+    exported(tmp_path / "model", None, format=format)
+    picture.write_bytes(b"mine")  # the card links none
+    exported(tmp_path / "model", None, format=format)
+    assert picture.read_bytes() == b"mine"
 
 
 def test_the_grid_of_other_weights_does_not_stay_in_a_folder(tmp_path: Path) -> None:
