@@ -314,7 +314,7 @@ def test_where_a_row_has_no_room_a_run_has_lines(width: int, tmp_path: Path, mon
     said = "".join(capsys.readouterr().out.split())
     assert "…" not in said
     for name in names:
-        assert re.search(rf"{name}:ct,finished,\d+d\d+hold,step200of200,loss0.015;events.jsonl;FD-Effic", said)
+        assert re.search(rf"{name}:ct,finished,\d+d(\d+h)?old,step200of200,loss0.015;events.jsonl;FD-Effic", said)
     assert run(monkeypatch, "compare", *(tmp_path / name for name in names)) == 0
     said = "".join(capsys.readouterr().out.split())
     assert all(f"{name}:10.5(step200,ema_0.999,2NFE)" in said for name in names)
