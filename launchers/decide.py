@@ -42,6 +42,12 @@ class Decision:
     exclude: tuple[str, ...] = ()
 
 
+def in_words(attempt: Attempt, decision: Decision) -> str:
+    """How a start ended, and why, for logs; a reason that begins with how it ended says both."""
+    ending = attempt.ending.replace("_", " ")
+    return decision.why if decision.why.startswith(ending) else f"{ending}: {decision.why}"
+
+
 def decide(
     history: Sequence[Attempt],
     *,

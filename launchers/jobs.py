@@ -45,6 +45,7 @@ class JobSpec:
         evaluations: Arguments of `launchers.evaluate_checkpoints`, which runs while the job does; empty for none.
         submission: Names all starts of this job.
         code: The folder that holds the packages which all starts import; made by `take_snapshot`.
+        taken: Called once the job can't be refused any more: the command prints its plan then.
     """
 
     worker: str
@@ -54,6 +55,7 @@ class JobSpec:
     evaluations: tuple[str, ...] = ()
     submission: str = field(default_factory=lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}")
     code: Path = CHECKOUT
+    taken: Callable[[], None] = lambda: None
 
     @property
     def python_path(self) -> str:

@@ -56,11 +56,15 @@ class SourceJob:
         placement = self._placed.placement
         self._plan = as_table({**describe_placement(placement), **rows})
         self._code = read_code()
-        return JobSpec(worker, (asked,), self.run, placement, code=self.run.code / self._code.name)
+        code = self.run.code / self._code.name
+        return JobSpec(worker, (asked,), self.run, placement, code=code, taken=self._print_plan)
+
+    def _print_plan(self) -> None:
+        print(self._plan, flush=True)
 
     def show(self, job: JobSpec) -> int:
         """Prints what `--dry-run` shows. Returns the exit status."""
-        print(self._plan, flush=True)
+        self._print_plan()
         values = {key: value for key, value, _ in leaves(self._settings)}
         file = self._flags.config or (str(self.run.config) if self.config else "")
         print("\n" + describe_origins(self._placed, self._origins, values, file=file))
@@ -69,8 +73,7 @@ class SourceJob:
         return 0
 
     def start(self, job: JobSpec) -> int:
-        """Prints the plan, and submits or runs a job. Returns its exit status, 0 once submitted."""
-        print(self._plan, flush=True)
+        """Submits or runs a job, and prints the plan as it is taken. Returns its exit status, 0 once submitted."""
         with explained(self.run.root):
             self.run.logs.mkdir(parents=True, exist_ok=True)
         take_snapshot(self._code, self.run.code)

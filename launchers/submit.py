@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
+from functools import partial
 
 from cmscale.commands.ending import leave
 from cmscale.commands.parser import CommandParser, whole_number
@@ -62,16 +63,17 @@ def main(arguments: list[str]) -> int:
         config = with_kept_checkpoints(config, every)
         evaluations = arguments_for(run, where.placement, every)
     code = read_code()
-    job = JobSpec(TRAIN, (str(run.root), flags.fresh), run, where.placement, evaluations, code=run.code / code.name)
     plan = describe_training(where.placement, config, root=run.root, code=describe_code(code, run))
+    describe = partial(_describe, plan, flags, begun, config, where, every, origins=origins)
+    worker, folder = (TRAIN, (str(run.root), flags.fresh)), run.code / code.name
+    job = JobSpec(*worker, run, where.placement, evaluations, code=folder, taken=describe)
     if flags.dry_run:
-        _describe(plan, flags, begun, config, where, every, origins=origins)
+        describe()
         if preview := CLUSTERS[where.placement.cluster].preview(job):
             print("\n" + preview)
         return 0
     config.storage.apply(interactive=True)
     if begun.exported_step >= config.train.total_steps:
-        print(plan, flush=True)
         return _say_finished(run, begun.exported_step, config, at=f"{begun.exports}/{run.name}")
     begins = flags.fresh or begun.begins
     data = check_inputs(config, begins=begins)
@@ -85,7 +87,6 @@ def main(arguments: list[str]) -> int:
         if begun.is_there:
             must_be_home(exported_run(run, config.checkpoint.export_to), run)
     fetch_published(config, evaluates=every is not None)
-    _describe(plan, flags, begun, config, where, every, origins=origins)
     if begun.make is not None:
         begun.make(config, code, data)
     return _launch(flags, begun, config, job, every=every, code=code)

@@ -42,7 +42,7 @@ class Cluster(Protocol):
         ...
 
     def run(self, job: JobSpec, *, wait: bool) -> int:
-        """Starts a job, and starts it again as `launchers.decide` says.
+        """Starts a job, calls `job.taken` as soon as it is not refused, and starts it again as `launchers.decide` says.
 
         Args:
             wait: Whether to return only when the job has ended for good; some clusters always wait.

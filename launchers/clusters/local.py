@@ -17,7 +17,7 @@ import submitit
 from cmscale.errors import UserError
 from cmscale.io.process import die_with_parent, node_name
 from cmscale.runs.folder import RunDir
-from launchers.decide import decide
+from launchers.decide import decide, in_words
 from launchers.evaluate_checkpoints import evaluating
 from launchers.follow import Follower, show_end
 from launchers.jobs import JobSpec
@@ -63,6 +63,7 @@ class LocalMachine:
 
     def run(self, job: JobSpec, *, wait: bool) -> int:  # noqa: ARG002
         """Runs a job to its end, whatever `wait` is. 128 + a signal is the status if that ended the launcher."""
+        job.taken()
         with evaluating(job.evaluations, python_path=job.python_path) as finish:
             status, is_done = _run_to_end(job)
             if is_done:
@@ -151,7 +152,8 @@ def _run_once(job: JobSpec, submission: Submission, start: str, interruption: In
         status = 128 + interruption.signal if interruption.signal and status else status
         return status, attempt.ending in ("finished", "not_exported")
     submission.report("requeued", attempt, why=decision.why)
-    print(f"{attempt.ending}: {decision.why}; starts again in {decision.delay_seconds} s", file=sys.stderr, flush=True)
+    again = f"starts again in {decision.delay_seconds} s"
+    print(f"{in_words(attempt, decision)}; {again}", file=sys.stderr, flush=True)
     until = time.monotonic() + decision.delay_seconds
     while time.monotonic() < until and not interruption.signal:
         time.sleep(_POLL_SECONDS)

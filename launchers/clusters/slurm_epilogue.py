@@ -17,7 +17,7 @@ from typing import assert_never
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
 from launchers.clusters.slurm_again import REQUEUED, Again, requeue, submit_again, waits_within
-from launchers.decide import Decision, decide
+from launchers.decide import Decision, decide, in_words
 from launchers.follow import tail
 from launchers.judge import Attempt, Ending, RankEnd, RankFailure, judge
 from launchers.submission import Submission, newest_step
@@ -65,7 +65,8 @@ def _end_start(flags: argparse.Namespace) -> int:
         can_requeue=True,
         go_on=submission.how_to_go_on,
     )
-    print(f"{flags.start}: {history[-1].ending}; {decision.action}: {decision.why}", flush=True)
+    follows = "" if decision.action == "done" else f"{decision.action}: "
+    print(f"{flags.start}: {follows}{in_words(history[-1], decision)}", flush=True)
     again = _start_again(decision, submission, job_id, seconds_left=seconds_left(facts))
     return _report(decision, again, history[-1], submission, job_id)
 

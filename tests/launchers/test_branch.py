@@ -33,9 +33,10 @@ class Idle(LocalMachine):
     refuses = False
 
     def run(self, job: JobSpec, *, wait: bool) -> int:
-        del job, wait
+        del wait
         if self.refuses:
             raise Refused("sbatch: error: invalid account")
+        job.taken()
         return 0
 
 
@@ -210,13 +211,17 @@ def test_what_a_killed_command_left_is_no_run_and_is_made_again(parent: RunDir) 
     assert not left.exists()
 
 
-def test_a_branch_whose_job_is_refused_leaves_no_run(parent: RunDir, cluster: Idle) -> None:
+def test_a_branch_whose_job_is_refused_leaves_no_run_and_no_plan_before_the_line_of_the_mistake(
+    parent: RunDir, cluster: Idle, capsys: pytest.CaptureFixture[str]
+) -> None:
     cluster.refuses = True
     with pytest.raises(Refused):
         branch(parent)
+    assert "global batch" not in capsys.readouterr().out
     assert not (parent.root.parent / "new").exists()
     cluster.refuses = False
     assert committed_steps(branch(parent)) == [7]
+    assert "global batch" in capsys.readouterr().out
 
 
 def test_another_data_set_must_be_named(parent: RunDir, tmp_path: Path) -> None:

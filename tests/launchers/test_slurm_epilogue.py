@@ -78,7 +78,7 @@ class TestFirstFailure:
     ) -> None:
         run = RunDir(tmp_path)
         run.logs.mkdir()
-        (run.logs / "7_batch.log").write_text("srun: error: a: task 0: Killed\n7.0: fault; requeue: x\nquiet\n")
+        (run.logs / "7_batch.log").write_text("srun: error: a: task 0: Killed\n7.0: requeue: fault: x\nquiet\n")
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         assert first_failure(run, "7", []) is None
         monkeypatch.delenv("SLURM_RESTART_COUNT")
@@ -441,7 +441,23 @@ def test_a_job_at_its_time_limit_returns_to_the_queue(
     assert epilogue(submission, status=143) == 0
     assert commands.calls("scontrol requeue") == ["scontrol requeue 7"]
     # The next start finds its own part of the batch log by this line.
-    assert capsys.readouterr().out == "7.0: time_limit; requeue: time limit; no checkpoint yet\n"
+    assert capsys.readouterr().out == "7.0: requeue: time limit; no checkpoint yet\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "line"),
+    [
+        (RankEnd(0, "n", "finished"), "7.0: finished\n"),
+        (RankEnd(0, "n", "user_error", "no key x"), "7.0: stop: user error: no key x\n"),
+    ],
+)
+def test_the_batch_log_says_how_a_start_ended_once(
+    end: RankEnd, line: str, commands: FakeSlurm, submission: Submission, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del commands
+    submission.write_rank_end("7.0", end)
+    epilogue(submission, status=0)
+    assert capsys.readouterr().out == line
 
 
 def test_a_failed_job_is_submitted_again_from_the_same_files(commands: FakeSlurm, submission: Submission) -> None:

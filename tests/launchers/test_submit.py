@@ -240,7 +240,9 @@ class TestResume:
         monkeypatch.setattr(sys, "argv", ["submit.py", "--cluster", "local", "--resume", str(run.root)])
         with only_launcher(run, "train"):
             assert submit.guarded(submit.main) == 2
-        assert "another launcher is running this run" in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert "another launcher is running this run" in said.err
+        assert said.out == ""
         assert (run.config.read_bytes(), run.provenance.read_bytes()) == before
 
     def test_finished_run_says_so_and_starts_nothing(

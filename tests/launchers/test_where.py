@@ -24,6 +24,7 @@ class Recorder(SlurmCluster):
 
     def run(self, job: JobSpec, *, wait: bool) -> int:
         self.jobs.append(job)
+        job.taken()
         return 0
 
 

@@ -45,6 +45,7 @@ class ToyCluster:
     def run(self, job: JobSpec, *, wait: bool) -> int:
         submission = Submission(job.run, job.submission)
         submission.write_job(job.worker, job.arguments)
+        job.taken()
         command = [part.replace("launchers.job", "toy_cluster") for part in rank_command(self.name, submission, "1st")]
         ranks = [
             subprocess.Popen(command, env={**os.environ, "TOY_RANK": f"{rank}/{job.placement.num_ranks}"})
