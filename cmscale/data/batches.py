@@ -2,8 +2,10 @@
 
 import atexit
 import contextlib
+import os
 import signal
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,6 +53,17 @@ def to_device(batch: Batch, device: torch.device) -> torch.Tensor:
     return torch.where(flip[:, None, None, None], scaled.flip(-1), scaled)
 
 
+def worker_cautions(workers: int) -> list[str]:
+    """One line if a rank is asked for more processes than it may use processors."""
+    processors = len(os.sched_getaffinity(0))
+    if workers <= processors:
+        return []
+    return [
+        f"data.workers: {workers} processes load images for each rank, which may use {processors} processors; "
+        f"set data.workers={processors} or fewer"
+    ]
+
+
 class _Cursors(Sampler[int]):
     """Yields start, start + step, ... without end."""
 
@@ -91,19 +104,21 @@ class Batches:
         self._max_bad_shards = config.max_bad_shards
         self._step = batches.global_batch_size
         self._cursor = start_cursor
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=_Cursors(start_cursor, self._step),
-            num_workers=config.workers,
-            prefetch_factor=config.prefetch_batches if config.workers else None,
-            # Forked: they start at once and share the record of verified shards; they never use CUDA.
-            multiprocessing_context="fork" if config.workers else None,
-            worker_init_fn=_start_worker,
-            pin_memory=world.device.type == "cuda",
-        )
         self._fetch: Fetch | None = None
-        self._iterator: Any = iter(loader)  # forks the workers, so it comes before the thread below
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # twice, of what `worker_cautions` says
+            loader = DataLoader(
+                batches,
+                batch_size=None,
+                sampler=_Cursors(start_cursor, self._step),
+                num_workers=config.workers,
+                prefetch_factor=config.prefetch_batches if config.workers else None,
+                # Forked: they start at once and share the record of verified shards; they never use CUDA.
+                multiprocessing_context="fork" if config.workers else None,
+                worker_init_fn=_start_worker,
+                pin_memory=world.device.type == "cuda",
+            )
+            self._iterator: Any = iter(loader)  # forks the workers, so it comes before the thread below
         self._prefetcher = None if batches.samples.cache.in_place else Prefetcher(batches, lookahead)
         if self._prefetcher:
             self._prefetcher.move_to(start_cursor)

@@ -7,6 +7,7 @@ from cmscale.config import Config, schedules
 from cmscale.config.cautions import cautions
 from cmscale.config.schedules import ScheduleValues
 from cmscale.data import Batches
+from cmscale.data.batches import worker_cautions
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
 from cmscale.engine.settings import precision_cautions
@@ -47,7 +48,8 @@ class RunLog:
     def started(self, state: TrainState, *, attention: Choice) -> None:
         """Logs that training starts or resumes at `state`, and with which attention."""
         self._cursor = state.cursor
-        for caution in (*cautions(self._config), *precision_cautions(self._config, self._world.device)):
+        of_node = (*precision_cautions(self._config, self._world.device), *worker_cautions(self._config.data.workers))
+        for caution in (*cautions(self._config), *of_node):
             self._event("caution", state, why=caution)
         origin = self._config.train.init_from
         why = f"first weights from {origin}" if origin and not state.step else ""

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import closing
 from pathlib import Path
 
@@ -38,6 +39,16 @@ def test_the_sequence_depends_on_no_rank_batch_stop_or_format(sets: dict[str, st
 def test_workers_change_nothing(sets: dict[str, str], format: str, workers: int) -> None:
     alone = collect(data(sets[format]), num_ranks=2, batch=8, start=5, steps=7)
     assert collect(data(sets[format], workers=workers), num_ranks=2, batch=8, start=5, steps=7) == alone
+
+
+def test_torch_says_nothing_of_more_workers_than_processors(
+    sets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log of the run does, once."""
+    monkeypatch.setattr("torch._utils.cpu_count", lambda: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_batches(data(sets["mds"], workers=2), world(), seed=0, global_batch_size=4, image_size=16).close()
 
 
 @pytest.mark.parametrize("format", FORMATS)

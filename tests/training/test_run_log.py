@@ -1,5 +1,6 @@
 """Tests of the lines that a training prints."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,28 +11,33 @@ from networks import small_config, small_model
 from cmscale.config import dump_config, parse_config, schedules
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
+from cmscale.model.attention_choice import Choice
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import latest_metrics
+from cmscale.runs.log import latest_metrics, read_lines
 from cmscale.runs.manifests import TrainState
 from cmscale.training.run_log import RunLog
+
+
+def make_log(run: RunDir, *overrides: str) -> RunLog:
+    config = parse_config(dump_config(small_config(small_model())), [*overrides, "wandb.mode=off"])
+    batches: Any = SimpleNamespace(bad={}, bad_shards={})
+    usage: Any = SimpleNamespace(of=lambda speed: {})
+    return RunLog(config, run, World(), batches=batches, usage=usage)
+
+
+def log_step(log: RunLog, step: int) -> None:
+    state = TrainState(step=step, cursor=step * log._config.train.global_batch_size)
+    values = schedules.at(log._config, step - 1)
+    log.stepped(state, values, StepResult(True, 0.5, 1.0, 1.0), measured={})
 
 
 def test_the_first_step_of_a_start_which_waits_for_much_says_nothing_of_the_time_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = parse_config(
-        dump_config(small_config(small_model())), ["train.total_steps=9", "train.log_every=1", "wandb.mode=off"]
-    )
     run = RunDir(tmp_path)
-    inputs: dict[str, Any] = {
-        "batches": SimpleNamespace(bad={}, bad_shards={}),
-        "usage": SimpleNamespace(of=lambda speed: {}),
-    }
-    log = RunLog(config, run, World(), **inputs)
-    for step in (1, 2):
-        state = TrainState(step=step, cursor=step * config.train.global_batch_size)
-        result = StepResult(True, 0.5, 1.0, 1.0)
-        log.stepped(state, schedules.at(config, step - 1), result, measured={})
+    log = make_log(run, "train.total_steps=9", "train.log_every=1")
+    log_step(log, 1)
+    log_step(log, 2)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step 1/9  loss 0.5"
     assert second.startswith("step 2/9  loss 0.5  ")
@@ -40,12 +46,15 @@ def test_the_first_step_of_a_start_which_waits_for_much_says_nothing_of_the_time
 
 
 def test_a_rate_over_several_steps_is_shown_also_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = parse_config(dump_config(small_config(small_model())), ["train.log_every=3", "wandb.mode=off"])
-    inputs: dict[str, Any] = {
-        "batches": SimpleNamespace(bad={}, bad_shards={}),
-        "usage": SimpleNamespace(of=lambda speed: {}),
-    }
-    state = TrainState(step=3, cursor=3 * config.train.global_batch_size)
-    log = RunLog(config, RunDir(tmp_path), World(), **inputs)
-    log.stepped(state, schedules.at(config, 2), StepResult(True, 0.5, 1.0, 1.0), measured={})
+    log_step(make_log(RunDir(tmp_path), "train.log_every=3"), 3)
     assert capsys.readouterr().out.endswith(" left\n")
+
+
+@pytest.mark.parametrize(("more", "cautions"), [(0, 0), (1, 1)])
+def test_more_workers_than_processors_are_one_caution(more: int, cautions: int, tmp_path: Path) -> None:
+    processors, run = len(os.sched_getaffinity(0)), RunDir(tmp_path)
+    log = make_log(run, f"data.workers={processors + more}")
+    log.started(TrainState(step=0, cursor=0), attention=Choice("sdpa", ""))
+    said = [each["why"] for each in read_lines(run.events) if each["event"] == "caution"]
+    assert len(said) == cautions
+    assert all(f"set data.workers={processors} or fewer" in why for why in said)
