@@ -75,7 +75,7 @@ def main(run_dir: str, fresh: bool = False) -> str:
 
 def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, fresh: bool = False) -> str:
     """Trains a run from its newest checkpoint, or from step 0 if it has none. Collective."""
-    begun = _begin(config, run, world, fresh=fresh)
+    begun = _begin(config, run, world, preemption=preemption, fresh=fresh)
     parts, checkpoints, log, state = begun.parts, begun.checkpoints, begun.log, begun.state
     engine, shards = parts.engine, parts.engine.shards
     probe = Probe(config, world)
@@ -148,7 +148,7 @@ class _Begun:
     checkpoints: Checkpoints
 
 
-def _begin(config: Config, run: RunDir, world: World, *, fresh: bool) -> _Begun:
+def _begin(config: Config, run: RunDir, world: World, *, preemption: Preemption, fresh: bool) -> _Begun:
     """Assembles a run, and restores its newest checkpoint if it has one. Collective."""
     samples = together(lambda: open_samples(config.data))
     data = samples.manifest.fingerprint
@@ -160,7 +160,8 @@ def _begin(config: Config, run: RunDir, world: World, *, fresh: bool) -> _Begun:
     if found is not None:
         teacher = check_same_teacher(config, found.manifest.teacher_fingerprint, teacher)
     batches = open_data(config, world, state, samples)  # before any thread is started, as its workers are forked
-    log = RunLog(config, run, world, batches=batches, usage=Usage(config, world))
+    usage = Usage(config, world)
+    log = RunLog(config, run, world, batches=batches, usage=usage, leaving=lambda: preemption.flagged)
     exporter = None
     if config.checkpoint.export_to and world.is_main:
         exporter = Exporter(run, config.checkpoint.export_to, settings=config.checkpoint)

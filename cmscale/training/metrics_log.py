@@ -1,6 +1,7 @@
 """Logs metrics to metrics.jsonl, and to the mirrors that the config asks for."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from cmscale.config import Config, Prometheus, Tensorboard, Wandb
@@ -15,7 +16,11 @@ from cmscale.training.wandb_mirror import WandbMirror
 
 
 class MetricsLog:
-    """Writes the metrics of rank 0 to metrics.jsonl and to mirrors; on other ranks (`active` False) it does nothing."""
+    """Writes the metrics of rank 0 to metrics.jsonl and to mirrors; on other ranks (`active` False) it does nothing.
+
+    Args:
+        leaving: Whether the training was asked to stop.
+    """
 
     def __init__(
         self,
@@ -26,6 +31,7 @@ class MetricsLog:
         active: bool,
         tensorboard: Tensorboard = Tensorboard(),  # noqa: B008
         prometheus: Prometheus = Prometheus(),  # noqa: B008
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         self._run = run
         self._active = active
@@ -34,6 +40,8 @@ class MetricsLog:
         self._mirrors: list[Mirror] = []
         if active:
             self._mirrors = open_mirrors(run, wandb, tensorboard, prometheus, config=config)
+        for mirror in self._mirrors:
+            mirror.leaving = leaving
 
     def write(self, record: dict[str, Any]) -> None:
         """Logs the metrics of the applied step `record["step"]`.

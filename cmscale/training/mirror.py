@@ -177,6 +177,7 @@ class Mirror:
 
     Attributes:
         failure: Why it has ended early; empty if it has not.
+        leaving: Whether the training was asked to stop: the signal has ended wandb's process too, which is no event.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class Mirror:
         self._only_news = only_news and keeps_mark
         self.name = name
         self.failure = ""
+        self.leaving: Callable[[], bool] = lambda: False
         self._run = run
         self._open = open_sink
         self._keeps_mark = keeps_mark
@@ -235,7 +237,8 @@ class Mirror:
             later = f"the run's next start or `cmscale mirror {self._run.root}` sends the rest"
             print(f"{self.name}: no more is sent ({self.failure}); {later}", flush=True)
             with contextlib.suppress(OSError, UserError):
-                write_event(self._run, f"{self.name}_failed", step=-1, rank=0, why=self.failure)
+                if not self.leaving():
+                    write_event(self._run, f"{self.name}_failed", step=-1, rank=0, why=self.failure)
 
     def _send(self, follower: Follower, sink: Sink) -> None:
         """Sends what is new; what was sent before a failure is not sent again."""

@@ -1,7 +1,7 @@
 """Logs a training run: metrics, events, and a line per logged step from which launchers draw a progress bar."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from cmscale.config import Config, schedules
 from cmscale.config.cautions import cautions
@@ -24,9 +24,22 @@ from cmscale.training.usage import Usage
 
 
 class RunLog:
-    """Rank 0 logs metrics and events; the other ranks log only samples and shards that they had to replace."""
+    """Rank 0 logs metrics and events; the other ranks log only samples and shards that they had to replace.
 
-    def __init__(self, config: Config, run: RunDir, world: World, *, batches: Batches, usage: Usage) -> None:
+    Args:
+        leaving: Whether this rank was asked to stop.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        world: World,
+        *,
+        batches: Batches,
+        usage: Usage,
+        leaving: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._config = config
         self._run = run
         self._world = world
@@ -39,6 +52,7 @@ class RunLog:
             active=world.is_main,
             tensorboard=config.tensorboard,
             prometheus=config.prometheus,
+            leaving=leaving,
         )
         self._since = time.perf_counter()
         self._cursor = 0

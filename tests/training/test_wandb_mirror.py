@@ -62,10 +62,10 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def start(server: Server, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> MetricsLog:
+def start(server: Server, run: RunDir, monkeypatch: pytest.MonkeyPatch, **more: Any) -> MetricsLog:
     monkeypatch.setattr(wandb, "init", lambda **_: server)
     monkeypatch.setattr(wandb, "Image", lambda path, caption: f"{Path(path).name}: {caption}")
-    return MetricsLog(run, Wandb(mode="offline"), config={}, active=True)
+    return MetricsLog(run, Wandb(mode="offline"), config={}, active=True, **more)
 
 
 def close(log: MetricsLog) -> None:
@@ -90,6 +90,14 @@ def test_wandb_that_goes_away_in_the_middle_costs_nothing_but_its_own_steps(run,
     log.write({"step": 6})
     close(log)
     assert again.steps[-4:] == [3, 4, 5, 6]  # the next start sends what this one could not
+
+
+def test_wandb_that_ends_by_the_signal_which_ended_the_training_is_no_event(run, monkeypatch, capfd) -> None:
+    log = start(Server(breaks_at=1), run, monkeypatch, leaving=lambda: True)
+    log.write({"step": 1})
+    close(log)
+    assert not run.events.exists()
+    assert "wandb: no more is sent" in capfd.readouterr().out
 
 
 def test_a_first_start_that_could_not_begin_a_run_at_wandb_leaves_all_to_the_next(run, monkeypatch) -> None:
