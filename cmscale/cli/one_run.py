@@ -79,13 +79,13 @@ def mirror(
     if state == "running":
         raise UserError(f"{run}: is running ({known_by}), and sends by itself")
     from cmscale.training.metrics_log import send
-    from cmscale.training.wandb_mirror import is_disabled, unsynced
+    from cmscale.training.wandb_mirror import disabled_by, unsynced
 
     with contextlib.redirect_stdout(sys.stderr):  # what mirrors say of failures
         outcome = send(folder, config)
     has_all = dict.fromkeys(outcome, "has all")
-    if "wandb" in outcome and is_disabled(config.wandb):
-        has_all["wandb"] = "disabled by WANDB_MODE or wandb's settings; nothing is sent"
+    if "wandb" in outcome and (where := disabled_by(config.wandb)):
+        has_all["wandb"] = f"disabled by {where}; nothing is sent"
     waiting = unsynced(folder) if "wandb" in outcome else []
     if as_json:
         facts = {name: {"failure": why or None, "state": why or has_all[name]} for name, why in outcome.items()}

@@ -1,9 +1,9 @@
 """Tries the services around a machine, for `cmscale doctor`: Slurm, storage and wandb."""
 
 import contextlib
+import io
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from cmscale.io.probe import probe
 from cmscale.io.storage import open_storage
 from cmscale.io.wandb_login import find_login
 
-_ANSWER_SECONDS = 5.0  # of a command of Slurm, or of a server
+_ANSWER_SECONDS = 5.0  # of a command of Slurm
 
 
 def slurm() -> Iterator[Finding]:
@@ -54,26 +54,37 @@ def _said(*command: str) -> str | None:
 
 
 def wandb() -> Iterator[Finding]:
-    """Whether there is a key, and a server that answers."""
+    """Whether there is a key, and a server that takes it."""
     try:
         login = find_login()
     except UserError as error:
         yield Finding("wandb", "failure", str(error))
         return
     host = login.host
-    name, _, port = host.partition(":")
     if login.mode in ("offline", "disabled"):
-        yield Finding("wandb", "ok", f"{login.mode}, as WANDB_MODE or `wandb {login.mode}` say")
+        yield Finding("wandb", "ok", f"{login.mode}, as {login.mode_from} says")
         return
     if not login.has_key:
         yield Finding("wandb", "ok", "no key: runs log offline; `wandb login` makes one")
         return
-    try:
-        socket.create_connection((name, int(port or 443)), timeout=_ANSWER_SECONDS).close()
-    except OSError as error:
-        yield Finding("wandb", "warning", f"a key, but {host} does not answer ({error})", "set wandb.mode=offline")
-        return
-    yield Finding("wandb", "ok", f"a key, and {host} answers")
+    if why := login.why_silent():
+        yield Finding("wandb", "warning", f"a key, but {host} does not answer ({why})", "set wandb.mode=offline")
+    elif why := _why_key_is_refused():
+        yield Finding("wandb", "failure", why, "make another key with `wandb login --relogin`, or in WANDB_API_KEY")
+    else:
+        yield Finding("wandb", "ok", f"a key, which {host} takes")
+
+
+def _why_key_is_refused() -> str:
+    """What wandb says of its key when its server is asked about it; empty if the server takes it."""
+    import wandb
+
+    with contextlib.redirect_stderr(io.StringIO()):  # where it says which key it found
+        try:
+            wandb.login(verify=True, prompt=False)
+        except wandb.Error as error:
+            return " ".join(str(error).split())
+    return ""
 
 
 def storage(place: Place | None) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.config import Wandb
+from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.wandb_login import find_login
 from cmscale.runs.folder import RunDir
@@ -29,7 +30,7 @@ class WandbMirror(Mirror):
     def __init__(self, run: RunDir, settings: Wandb, *, config: dict[str, Any], only_news: bool = False) -> None:
         if run.wandb_id.exists() and not run.mirror_mark("wandb").exists():
             mark_all_as_sent(run, "wandb")  # by an earlier release, or from another folder
-        opening = partial(_open, run, settings, config)
+        opening = partial(_open, run, settings, config, patient=not only_news)
         super().__init__(run, "wandb", opening, only_news=only_news, unsure_seconds=_UNSURE_SECONDS)
 
 
@@ -63,13 +64,21 @@ class WandbSink:
         self._mark.row = row
 
 
-def _open(run: RunDir, settings: Wandb, config: dict[str, Any], mark: Mark) -> WandbSink | None:
-    """Begins or resumes the run's wandb run; None if the user has disabled wandb."""
+def _open(run: RunDir, settings: Wandb, config: dict[str, Any], mark: Mark, *, patient: bool) -> WandbSink | None:
+    """Begins or resumes the run's wandb run; None if the user has disabled wandb.
+
+    Args:
+        patient: Whether a server that does not answer gets a minute; somebody waits for a command.
+    """
     import wandb
 
     mode = _mode(settings)
     if mode == "disabled":
         return None
+    if not patient and mode in ("online", "shared"):
+        login = find_login()
+        if why := login.why_silent():
+            raise UserError(f"{login.host} does not answer ({why})")
     opened = wandb.init(
         project=settings.project,
         entity=settings.entity,
@@ -86,9 +95,12 @@ def _open(run: RunDir, settings: Wandb, config: dict[str, Any], mark: Mark) -> W
     return WandbSink(opened, mark)
 
 
-def is_disabled(settings: Wandb) -> bool:
-    """Whether the user has disabled wandb for all programs, so that nothing is sent."""
-    return settings.mode == "auto" and find_login().mode == "disabled"
+def disabled_by(settings: Wandb) -> str:
+    """Where the user has disabled wandb for all programs, so that nothing is sent; empty if nowhere."""
+    if settings.mode != "auto":
+        return ""
+    login = find_login()
+    return login.mode_from if login.mode == "disabled" else ""
 
 
 def unsynced(run: RunDir) -> list[Path]:

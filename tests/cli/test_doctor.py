@@ -1,15 +1,17 @@
 """What `cmscale doctor` tries: each thing that fails is a failure with a remedy."""
 
+import base64
 import fcntl
 import json
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +141,44 @@ def test_slurm_must_answer_and_tells_how_it_preempts(bin_folder: Path) -> None:
         assert [each.state for each in services.slurm()] == states
 
 
-def test_wandb_with_a_key_must_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+class WandbServer(BaseHTTPRequestHandler):
+    """Says whose key it is, which it knows by its first letter."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        key = base64.b64decode((self.headers["Authorization"] or "").removeprefix("Basic ")).decode()
+        viewer = {"id": "x", "username": "u", "entity": "u", "flags": "{}", "teams": {"edges": []}}
+        answer = json.dumps({"data": {"viewer": viewer if key.startswith("api:k") else None}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_wandb_with_a_key_must_answer_and_take_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert only(services.wandb()).state == "ok"
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-        monkeypatch.setenv("WANDB_API_KEY", "key")
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-        assert only(services.wandb()).state == "warning"
-        server.listen()
-        assert only(services.wandb()).state == "ok"
+    with HTTPServer(("127.0.0.1", 0), WandbServer) as server:
+        address = f"127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://{address}")
+        for letter, state, words in (("x", "failure", "invalid credentials"), ("k", "ok", "a key, which")):
+            monkeypatch.setenv("WANDB_API_KEY", letter * 40)
+            found = only(services.wandb())
+            assert found.state == state
+            assert words in found.found
+            assert address in found.found
+        server.shutdown()
+    assert only(services.wandb()).found.startswith(f"a key, but {address} does not answer (")
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("WANDB_BASE_URL", "wandb.example.org")
+    assert only(services.wandb()).found.startswith("WANDB_BASE_URL: wandb.example.org is no URL of a server")
 
 
 def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

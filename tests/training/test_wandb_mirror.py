@@ -16,7 +16,7 @@ from cmscale.commands.ending import guarded
 from cmscale.config import Wandb, dump_config, parse_config
 from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
-from cmscale.io.wandb_login import find_login
+from cmscale.io.wandb_login import Login, find_login
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, read_lines, write_event
 from cmscale.training import wandb_mirror
@@ -209,11 +209,20 @@ def test_a_mirror_that_is_disabled_has_not_got_all(tmp_path: Path, monkeypatch, 
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("wandb was begun"))
     assert guarded(run_cmscale, ["mirror", str(run.root)]) == 0
-    said = "disabled by WANDB_MODE or wandb's settings; nothing is sent"
+    said = "disabled by WANDB_MODE; nothing is sent"
     assert capsys.readouterr().out == f"wandb: {said}\n"
     assert guarded(run_cmscale, ["mirror", str(run.root), "--json"]) == 0
     facts = {"mirrors": {"wandb": {"failure": None, "state": said}}, "unsynced": []}
     assert parse_json(capsys.readouterr().out) == facts
+
+
+def test_a_server_that_takes_no_connection_is_said_at_once(run, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("it waits for a minute"))
+    write_evaluation(run, step=10, nfe=1, values=(7.0,))
+    mirror = WandbMirror(run, Wandb(mode="online"), config={}, only_news=True)
+    mirror.close(patience=300)
+    assert mirror.failure == "127.0.0.1:9 does not answer ([Errno 111] Connection refused)"
 
 
 def test_a_failure_is_said_beside_the_json(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -227,6 +236,7 @@ def test_a_failure_is_said_beside_the_json(tmp_path: Path, monkeypatch, capsys) 
         raise OSError("no route")
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(Login, "why_silent", lambda _: "")
     assert guarded(run_cmscale, ["mirror", str(run.root), "--json"]) == 1
     facts = parse_json(capsys.readouterr().out)
     assert facts["mirrors"]["wandb"]["failure"] == "OSError: no route"
@@ -320,12 +330,17 @@ def test_a_mode_that_wandb_does_not_have_is_named_in_one_line(run, home, monkeyp
     monkeypatch.setenv("WANDB_MODE", "foo")
     log = MetricsLog(run, Wandb(mode="auto"), config={}, active=True)
     close(log)
-    said = "WANDB_MODE or wandb's settings: foo is no mode of wandb; take online, offline, disabled, shared"
+    said = "WANDB_MODE: foo is no mode of wandb; take online, offline, disabled, shared"
     assert [mirror.failure for mirror in log._mirrors] == [said]
     assert capfd.readouterr().out.count("\n") == 1
     with pytest.raises(UserError, match="foo is no mode of wandb"):
         check_inputs(parse_config(CONFIG.format(data="data")))  # before anything is queued
     assert [each.state for each in services.wandb()] == ["failure"]
+    monkeypatch.delenv("WANDB_MODE")
+    (home / "wandb").mkdir()
+    (home / "wandb" / "settings").write_text("[default]\nmode = bar\n")
+    with pytest.raises(UserError, match=r"^wandb/settings: bar is no mode of wandb"):
+        find_login()
 
 
 def test_a_user_who_has_disabled_wandb_gets_no_folder_of_it(run, home, monkeypatch) -> None:
