@@ -169,6 +169,19 @@ def test_checkpointing_keeps_less_and_computes_more() -> None:
     assert 0.5 < repeated / forward_flop(config) <= 1  # what follows a block's last saved tensor is not repeated
 
 
+@pytest.mark.parametrize("method", ["{kind: ict}", "{kind: sct}"])
+def test_norms_of_known_shapes_count_as_torch_computes_them(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(method, "model.num_res_blocks=2", "model.channel_multipliers=[1,2]")
+
+    def counted() -> tuple[int, float]:
+        peak = counts.micro_batch_peak(config, size=3, activation_checkpointing=True, reduce=counts.no_reduction)
+        return peak, image_flop(config)
+
+    found = counted()
+    monkeypatch.setattr(counts, "_NORMS", ())
+    assert found == counted()
+
+
 def test_activations_grow_in_a_line_with_the_micro_batch() -> None:
     memory = Memory(config_of("{kind: ict}", "model.image_size=64"), 2)
     sixteen, eight, one = (memory.activations(n, activation_checkpointing=False) for n in (16, 8, 1))
