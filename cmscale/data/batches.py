@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import os
-import signal
 import time
 import warnings
 import weakref
@@ -19,6 +18,7 @@ from cmscale.data.ahead import Fetch, Prefetcher
 from cmscale.data.order import Order
 from cmscale.data.rank_batches import RankBatches, RawBatch
 from cmscale.data.samples import Samples, open_samples
+from cmscale.data.workers import start_worker
 from cmscale.distributed.world import World
 from cmscale.errors import UserError
 from cmscale.io.patience import is_waiting
@@ -78,13 +78,6 @@ class _Cursors(Sampler[int]):
             cursor += self.step
 
 
-def _start_worker(_: int) -> None:
-    # The rank handles preemption, and needs its batches until it has saved. Workers end with their parent.
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 class Batches:
     """Endless iterator of (Batch, cursor); the cursor is the number of samples that all ranks have consumed.
 
@@ -115,7 +108,7 @@ class Batches:
                 prefetch_factor=config.prefetch_batches if config.workers else None,
                 # Forked: they start at once and share the record of verified shards; they never use CUDA.
                 multiprocessing_context="fork" if config.workers else None,
-                worker_init_fn=_start_worker,
+                worker_init_fn=start_worker,
                 pin_memory=world.device.type == "cuda",
             )
             self._iterator: Any = iter(loader)  # forks the workers, so it comes before the thread below

@@ -12,6 +12,7 @@ from cmscale.data.cache import BadFile
 from cmscale.data.decode import BadImage, decode_into
 from cmscale.data.order import Order, flips
 from cmscale.data.samples import Samples
+from cmscale.data.workers import with_advice
 from cmscale.distributed.world import World
 from cmscale.errors import UserError
 
@@ -61,7 +62,7 @@ class RankBatches(Dataset[Any]):
         try:
             return self._read(cursor)
         except (UserError, RuntimeError, ConnectionError) as error:
-            return error  # not raised: torch would wrap its one line in a traceback
+            return with_advice(error)  # not raised: torch would wrap its one line in a traceback
 
     def _read(self, cursor: int) -> RawBatch:
         positions, ids, epochs = self.ids(cursor)

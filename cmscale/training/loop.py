@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cmscale.config import Config, read_config, schedules
 from cmscale.data import Batches, open_samples
+from cmscale.data.workers import with_advice
 from cmscale.distributed import world as worlds
 from cmscale.distributed.collectives import together
 from cmscale.distributed.world import World
@@ -66,9 +67,12 @@ def main(run_dir: str, fresh: bool = False) -> str:
     except NotExported:
         raise
     except Exception as error:
+        advised = with_advice(error)
         with contextlib.suppress(OSError, UserError):  # a full disk must not hide the error
-            write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(error).__name__}: {error}")
-        raise
+            write_event(run, "fault", step=-1, rank=world.rank, why=f"{type(advised).__name__}: {advised}")
+        if advised is error:
+            raise
+        raise advised from error
     finally:
         worlds.disconnect()
 

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -187,3 +188,21 @@ def test_workers_leave_the_signals_of_preemption_to_their_rank(sets: dict[str, s
         assert ignored >> (number - 1) & 1
     batches.close()
     assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("full_at", ["_new_shared", "_share_fd_cpu_"])
+def test_a_batch_that_shared_memory_has_no_room_for_is_an_error_not_a_wait_for_ever(
+    sets: dict[str, str], full_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once where the images are decoded, once in the thread that sends a batch."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, full_at, fail)
+    batches = open_batches(data(sets["mds"], workers=1), world(), seed=0, global_batch_size=4, image_size=16)
+    with closing(batches):
+        until = time.monotonic() + 60
+        assert batches.wait(60, leave=lambda: time.monotonic() > until)
+        with pytest.raises(RuntimeError, match=r"^/dev/shm: a data worker can't .* or set data.workers=0$"):
+            next(batches)

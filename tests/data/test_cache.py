@@ -18,6 +18,7 @@ from outages import use_patience
 
 from cmscale.data import cache, open_batches
 from cmscale.data.cache import FileCache
+from cmscale.data.workers import with_advice
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
 from cmscale.io.locks import LockTimeout, hold
@@ -364,8 +365,9 @@ def test_a_killed_worker_is_a_fault_not_a_wait_for_ever(sets: dict[str, str]) ->
 
     with closing(batches):
         next(batches)
-        with pytest.raises(RuntimeError, match="DataLoader worker"):
+        with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
             kill_and_go_on()
+    assert "is killed by signal: Killed (by hand, or memory ran out: see dmesg; " in str(with_advice(raised.value))
 
 
 def _other(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
