@@ -17,9 +17,11 @@ from cmscale.io.published import VGG16, published_file
 from cmscale.io.reading import why_no_file
 from cmscale.io.storage import open_parent, open_storage
 from cmscale.io.wandb_login import find_login
-from cmscale.runs.checkpoints import committed_steps
+from cmscale.runs.checkpoints import committed_steps, read_manifest
 from cmscale.runs.choices import check_weights_name
 from cmscale.runs.configs import config_of
+from cmscale.runs.folder import RunDir
+from cmscale.runs.manifest_checks import must_continue
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 from cmscale.runs.named_files import check_own_weights, check_reference, check_weights_file
 from cmscale.runs.source_kind import kind_of_source
@@ -53,6 +55,23 @@ def check_inputs(config: Config, *, begins: bool = True) -> DatasetManifest:
     if config.train.consistency_error_every and (url := config.train.consistency_error_data):
         check_dataset(url, image_size=config.model.image_size, key="train.consistency_error_data")
     return manifest
+
+
+def check_continues(config: Config, run: RunDir, data: DatasetManifest) -> None:
+    """Checks that a run may go on from its newest checkpoint, before its job waits in a queue.
+
+    Whether that checkpoint is whole the ranks see, and take the one before if it is not.
+
+    Raises:
+        UserError: its config.yaml was edited, or its data set is another one.
+    """
+    steps = committed_steps(run)
+    try:
+        manifest = read_manifest(open_storage(str(run.checkpoint(max(steps))))) if steps else None
+    except UserError:
+        return
+    if manifest is not None:
+        must_continue(manifest, config, run, data_fingerprint=data.fingerprint)
 
 
 def check_teacher_of(config: Config) -> None:

@@ -27,7 +27,7 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.homes import must_be_home
 from cmscale.runs.snapshot import Code, read_code, take_snapshot
 from launchers.beginning import Beginning, beginning
-from launchers.checks import check_evaluation, check_export, check_inputs, fetch_published
+from launchers.checks import check_continues, check_evaluation, check_export, check_inputs, fetch_published
 from launchers.clusters import CLUSTERS
 from launchers.command_line import add_cluster_flags, describe_training, guarded
 from launchers.evaluate_checkpoints import arguments_for, with_kept_checkpoints
@@ -77,6 +77,8 @@ def main(arguments: list[str]) -> int:
         return _say_finished(run, begun.exported_step, config, at=f"{begun.exports}/{run.name}")
     begins = flags.fresh or begun.begins
     data = check_inputs(config, begins=begins)
+    if begun.is_there:
+        check_continues(config, run, data)
     if begins or config.method.facts.follows_teacher:
         try_inputs(config, on_this_cpu=where.placement.cluster == "local" and not where.placement.gpus)
     if every is not None:

@@ -17,7 +17,7 @@ from cmscale.runs.checkpoints import named_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_of
 from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import read_lines, write_event
-from cmscale.runs.manifest_checks import NOT_SEALED, manifest_problems
+from cmscale.runs.manifest_checks import NOT_SEALED, manifest_problems, must_continue
 from cmscale.runs.manifests import CheckpointManifest, Parameter, TrainState
 
 
@@ -59,7 +59,7 @@ def newest(
             found = Found(folder, read_manifest(LocalStorage(folder)))
             if world.is_main and not found.manifest.is_sealed:
                 print(f"{folder.name}: {NOT_SEALED}; the next one will have it", flush=True)
-            _must_continue(found, config, data_fingerprint=data_fingerprint)
+            must_continue(found.manifest, config, run, data_fingerprint=data_fingerprint)
             on_main(partial(_set_aside, folders[:number]))
             return found
         if world.is_main:
@@ -153,18 +153,3 @@ def _forbidden(*paths: Path) -> str | None:
         if path.exists() and not os.access(path, needed):
             return str(path)
     return None
-
-
-def _must_continue(found: Found, config: Config, *, data_fingerprint: str) -> None:
-    changed = differences(found.manifest.trajectory, trajectory(config))
-    if changed:
-        raise UserError(
-            f"{found.folder.name} was trained with another config ({'; '.join(changed)}); "
-            "resume with the run's own config, or start a new run"
-        )
-    trained_on = found.manifest.data_fingerprint
-    if trained_on != data_fingerprint:
-        raise UserError(
-            f"{found.folder.name} was trained on another data set (fingerprint {trained_on[:12]}, "
-            f"now {data_fingerprint[:12]}); point data.path at its own data, or start a new run"
-        )

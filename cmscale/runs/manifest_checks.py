@@ -9,10 +9,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cmscale.config import MethodSection
+from cmscale.config import Config, MethodSection, differences, trajectory
 from cmscale.config.added import SCHEDULE_LENGTHS
 from cmscale.config.methods import Method
-from cmscale.runs.folder import original_file, rank_file, step_name
+from cmscale.errors import UserError
+from cmscale.runs.folder import RunDir, original_file, rank_file, step_name
 from cmscale.runs.manifests import MOMENTS, CheckpointManifest
 
 NOT_SEALED = "its manifest has no hash of its own, as an earlier version wrote it"
@@ -30,6 +31,32 @@ def manifest_problems(manifest: CheckpointManifest, *, origin: str) -> list[str]
     if not manifest.is_sealed:  # no hash protects it
         found += [*_config(manifest), *_progress(manifest)]
     return [f"{origin}: {problem}" for problem in found]
+
+
+def must_continue(manifest: CheckpointManifest, config: Config, run: RunDir, *, data_fingerprint: str) -> None:
+    """Checks that a run goes on from its checkpoint with the values and the images that it was trained with.
+
+    Args:
+        config: What the run would go on with, which is in its config.yaml.
+        data_fingerprint: The data set's at `data.path`.
+
+    Raises:
+        UserError: config.yaml was edited in values that change the losses, or `data.path` holds other images.
+    """
+    name = step_name(manifest.state.step)
+    if changed := differences(manifest.trajectory, trajectory(config)):
+        key = "method.schedule_steps"  # for most methods train.total_steps, unless it is given
+        length = manifest.trajectory.get(key)
+        keep = f" ({key}={length} keeps the schedules)" if any(each.startswith(key) for each in changed) else ""
+        raise UserError(
+            f"{name} was trained with another config ({'; '.join(changed)}); undo the change in {run.config}{keep}: "
+            f"other values are for a new run, --branch {run.name} --name NEW KEY=VALUE"
+        )
+    if manifest.data_fingerprint != data_fingerprint:
+        raise UserError(
+            f"{name} was trained on another data set (fingerprint {manifest.data_fingerprint[:12]}, "
+            f"now {data_fingerprint[:12]}); point data.path at its own data, or start a new run"
+        )
 
 
 def _layout(manifest: CheckpointManifest) -> Iterator[str]:

@@ -305,3 +305,22 @@ def test_first_weights_that_are_gone_are_not_missed_by_what_goes_on(parent: RunD
     assert submit.main(["--cluster", "local", "--resume", str(new.root)]) == 0
     with pytest.raises(UserError, match=r"train.init_from: .*gone.pt: no such file"):
         submit.main(["--cluster", "local", "--resume", str(new.root), "--fresh"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (("seed: 0", "seed: 5"), r"^step-000000007 was trained with another config \(train.seed: 0 -> 5\); undo"),
+        (("total_steps: 100", "total_steps: 200"), r"200\); undo the change in \S+ \(method.schedule_steps=100 keeps"),
+    ],
+)
+def test_a_run_whose_config_was_edited_is_refused_before_its_job_waits(
+    parent: RunDir, edit: tuple[str, str], words: str
+) -> None:
+    text = parent.config.read_text()
+    assert edit[0] in text
+    parent.config.write_text(text.replace(*edit))
+    with pytest.raises(UserError, match=words):
+        submit.main(["--cluster", "local", "--resume", str(parent.root)])
+    parent.config.write_text(text)
+    assert submit.main(["--cluster", "local", "--resume", str(parent.root)]) == 0
