@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from cmscale.commands import situation
 from cmscale.config import Config, dump_config
-from cmscale.config.slurm import plain_text
+from cmscale.config.section import plain_text
 from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.locks import hold

@@ -1,8 +1,9 @@
 """Defines the base class of config sections, and the bounded types of their values."""
 
+import unicodedata
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -12,10 +13,28 @@ AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) 
 Counts = Annotated[tuple[Count, ...], AsTuple]
 
 
+def plain_text(text: str) -> str:
+    """Refuses text that would end a line of a batch script, or that a terminal would not show.
+
+    Raises:
+        ValueError: it is empty, or holds a line break or another control character.
+    """
+    if not text.strip():
+        raise ValueError("is empty; leave it out, or give a value")
+    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
+        raise ValueError(f"got {text!r}; line breaks and control characters are not allowed")
+    return text
+
+
 class Section(BaseModel):
-    """A section of the config: frozen, without unknown keys, without type conversion."""
+    """A section of the config: frozen, without unknown keys, without type conversion, its texts plain."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return plain_text(value) if isinstance(value, str) else value
 
 
 def key(default: Any, description: str, *, unit: str = "", source: str = "", **constraints: Any) -> Any:

@@ -2,12 +2,11 @@
 
 import re
 import shlex
-import unicodedata
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, field_validator, model_validator
 
-from cmscale.config.section import AsTuple, Count, NonNegative, Section, operational
+from cmscale.config.section import AsTuple, Count, NonNegative, Section, operational, plain_text
 
 Scalar = str | int | float | bool | None
 
@@ -30,19 +29,6 @@ OWN_OPTIONS = {
     **dict.fromkeys(("array", "wrap", "parsable", "test-only", "wait", "input"), "cmscale submits by itself"),
 }
 """Options of sbatch that `slurm.extra` must not set, and why."""
-
-
-def plain_text(text: str) -> str:
-    """Refuses text that would end a line of a batch script, or that a terminal would not show.
-
-    Raises:
-        ValueError: it is empty, or holds a line break or another control character.
-    """
-    if not text.strip():
-        raise ValueError("is empty; leave it out, or write null")
-    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
-        raise ValueError(f"got {text!r}; line breaks and control characters are not allowed")
-    return text
 
 
 def parse_minutes(text: str | int) -> int:

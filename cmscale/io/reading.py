@@ -1,6 +1,9 @@
 """Reads what others wrote: whatever a parser raises on a foreign file becomes one line."""
 
+import contextlib
 import os
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +12,7 @@ from cmscale.errors import UserError
 from cmscale.io.pickles import ForbiddenName
 
 _LONGEST_REASON = 200
+_WRITER_SECONDS = 2.0  # until one that starts together with this process is there
 
 
 @contextmanager
@@ -66,18 +70,18 @@ def why_no_file(path: str | Path, *, absent: str = "no such file") -> str:
 
 
 def read_small(path: str | Path, *, what: str, limit: int = 1 << 24) -> bytes:
-    """The bytes of a file that has no reason to be large: a config, a document.
+    """The bytes of a file, or of a pipe such as `<(git show ...)`, that has no reason to be large: a config.
 
     Args:
         what: What it is, for messages: `a config`.
         limit: The most bytes that are read; a device such as /dev/zero has no end.
 
     Raises:
-        UserError: there is no such file, it can't be read, or it is larger.
+        UserError: there is no such file, it can't be read, it is larger, or a pipe to which nobody writes.
     """
     try:
-        with Path(path).open("rb") as file:
-            content = file.read(limit + 1)
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            content = _begun(file.fileno(), path) + file.read(limit + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: {why_no_file(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -85,6 +89,25 @@ def read_small(path: str | Path, *, what: str, limit: int = 1 << 24) -> bytes:
     if len(content) > limit:
         raise UserError(f"{path}: has more than {limit >> 20} MiB, too much for {what}; give another file")
     return content
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe, too, before somebody writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _begun(descriptor: int, path: str | Path) -> bytes:
+    """What is in a pipe, once somebody writes to it; nothing of other files. Reading waits from then on."""
+    begun = b""
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        until = time.monotonic() + _WRITER_SECONDS
+        with contextlib.suppress(BlockingIOError):  # a writer is there, and has written nothing yet
+            while not (begun := os.read(descriptor, 1 << 16)):
+                if time.monotonic() > until:
+                    raise UserError(f"{path}: is a pipe to which nobody writes; give a file")
+                time.sleep(0.05)
+    os.set_blocking(descriptor, True)
+    return begun
 
 
 def check_regular(path: Path) -> Path:

@@ -48,11 +48,23 @@ class S3Storage:
 
     @classmethod
     def from_url(cls, url: str) -> "S3Storage":
-        """Opens `s3://BUCKET/PREFIX`. Raises UserError if there is no bucket."""
+        """Opens `s3://BUCKET/PREFIX`, which may end with a slash.
+
+        Raises:
+            UserError: there is no bucket, or a part of the prefix is empty, `.` or `..`: to S3 these are names, which
+                other programs write and read as other ones.
+        """
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not bucket:
             raise UserError(f"{url}: an S3 URL needs a bucket, s3://BUCKET/PREFIX")
-        return cls(bucket, prefix.strip("/"))
+        *parts, last = prefix.split("/")
+        parts += [last] if last else []
+        if wrong := next((part for part in parts if part in (".", "..")), None):
+            raise UserError(f"{url}: an S3 URL has no part {wrong}; write it without")
+        if "" in parts:
+            plain = "/".join(filter(None, (bucket, *parts)))
+            raise UserError(f"{url}: an S3 URL has single slashes; write s3://{plain}")
+        return cls(bucket, "/".join(parts))
 
     @property
     def client(self) -> Any:

@@ -140,10 +140,18 @@ def test_a_comment_that_cuts_text_is_refused(given: str) -> None:
     (line,) = lines_of(TEXT.replace("{path: s3://bucket/data}", f"\n  path: {given}"))
     assert line.startswith("a.yaml, line 4: #1 behind ")
     assert "quote the value" in line
+    given = given.replace("\t", " ")
     quoted = parse_config(TEXT.replace("{path: s3://bucket/data}", f"\n  path: '{given}'"))
     assert quoted.data.path == given
     with pytest.raises(UserError, match=r"override 'data.path=x #1': #1 behind 'x' is a comment"):
         parse_config(TEXT, ["data.path=x #1"])
+
+
+@pytest.mark.parametrize("key", ["data.path", "wandb.project", "checkpoint.export_to", "slurm.account"])
+@pytest.mark.parametrize(("given", "words"), [('"a\\nb"', "line breaks and control"), ("'  '", "is empty")])
+def test_text_that_no_line_of_a_message_could_show_is_refused(key: str, given: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"command line: {key}: .*{words}"):
+        parse_config(TEXT, [f"{key}={given}"])
 
 
 def test_comments_stay_comments() -> None:

@@ -19,6 +19,8 @@ def test_a_place_is_a_local_path_without_tilde_or_a_url(monkeypatch: pytest.Monk
     assert Place("~root/x") == f"{Path('~root').expanduser()}/x"
     assert Place("file:///data/x y") == Place("file://localhost/data/x y") == "/data/x y"
     assert Place("S3://bucket/Key") == "s3://bucket/Key"
+    assert Place("s3://bucket/a/") == "s3://bucket/a/"
+    assert Place("s3://bucket/a..b/.c") == "s3://bucket/a..b/.c"
     assert Place("12:30.npz") == "12:30.npz"
     assert (Place("s3://b/k").is_remote, Place("b/k").is_remote) == (True, False)
     assert Place("x").absolute() == str(Path.cwd() / "x")
@@ -36,6 +38,15 @@ def test_a_place_is_a_local_path_without_tilde_or_a_url(monkeypatch: pytest.Monk
         ("lsun:folder", "write ./lsun:folder"),
         ("file://host/x", "file:///ABSOLUTE/PATH"),
         ("~nobody-of-this-name/x", "there is no user 'nobody-of-this-name'"),
+        ("a\nb", r"'a\\nb': line breaks"),
+        ("s3://b/a\tb", "line breaks and control characters"),
+        ("s3://", "needs a bucket"),
+        ("s3://b/a//b.npz", "single slashes; write s3://b/a/b.npz"),
+        ("s3://b//a", "single slashes; write s3://b/a"),
+        ("s3://b/a//", "single slashes; write s3://b/a"),
+        ("s3://b//", "single slashes; write s3://b"),
+        ("s3://b/a/../c", r"has no part \.\.;"),
+        ("s3://b/./c", r"has no part \.;"),
     ],
 )
 def test_what_is_no_place_is_refused_by_name(text: str, words: str) -> None:
