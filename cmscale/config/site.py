@@ -25,6 +25,7 @@ from cmscale.config.slurm import Slurm, Text
 from cmscale.config.storage import StorageKeys
 from cmscale.config.yaml_text import parse_sections, place, read_yaml_text
 from cmscale.errors import UserError
+from cmscale.io.reading import why_no_file
 
 SECTIONS: dict[str, type[Section]] = {
     "slurm": Slurm,
@@ -166,7 +167,9 @@ def site_file() -> Path | None:
     if given is not None:
         path = Path(given).expanduser()
         if given and not path.is_file():
-            raise UserError(f"CMSCALE_SITE: {given}: no such file; unset it, or set it to nothing for no site file")
+            raise UserError(
+                f"CMSCALE_SITE: {given}: {why_no_file(path)}; unset it, or set it to nothing for no site file"
+            )
         return path if given else None
     path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "cmscale" / "site.yaml"
     return path if path.is_file() else None

@@ -38,7 +38,8 @@ class LocalStorage:
         except FileNotFoundError:
             return None
         except NotADirectoryError:
-            raise UserError(f"{self.root}: is a file, not a folder") from None
+            what = "a file" if self.root.is_file() else "a pipe or device"
+            raise UserError(f"{self.root}: is {what}, not a folder") from None
         except PermissionError as error:
             raise UserError(
                 f"{self.root / key}: can't be read ({error.strerror}); its owner can allow it with chmod"

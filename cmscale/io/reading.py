@@ -82,6 +82,8 @@ def read_small(path: str | Path, *, what: str, limit: int = 1 << 24) -> bytes:
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             content = _begun(file.fileno(), path) + file.read(limit + 1)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: {why_no_file(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
