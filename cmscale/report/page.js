@@ -52,36 +52,86 @@ const kept = (name, value) => {
   } catch { /* a browser that keeps nothing */ }
   return null;
 };
+// What a renewal keeps is found again by its words: the numbers in them grow, and others like it may come before it.
+function byWords(selector) {
+  const found = new Map();
+  for (const each of document.querySelectorAll(selector)) {
+    const words = `${each.tagName} ${each.ariaLabel ?? each.textContent}`.replace(/[\d,]+/g, "");
+    let place = 1;
+    while (found.has(`${words} ${place}`)) place += 1;
+    found.set(`${words} ${place}`, each);
+  }
+  return found;
+}
+
 if (viewer) {
   const figures = [...viewer.querySelectorAll("figure")];
   const slider = viewer.querySelector("input");
+  const last = figures.length - 1;
+  const caption = (place) => figures[place].querySelector("figcaption").textContent;
+  const stepAt = (place) => Number(caption(place).replace(/\D/g, ""));
   const show = () => {
     figures.forEach((figure, place) => { figure.hidden = place !== Number(slider.value); });
-    slider.setAttribute("aria-valuetext", figures[slider.value].querySelector("figcaption").textContent);
+    slider.setAttribute("aria-valuetext", caption(slider.value));
   };
-  slider.hidden = figures.length < 2;
-  slider.max = figures.length - 1;
-  slider.value = kept("grid") ?? figures.length - 1;
+  slider.hidden = last < 1;
+  slider.max = last;
+  slider.value = last;
+  if (kept("step")) slider.value = Math.max(0, figures.findLastIndex((_, place) => stepAt(place) <= Number(kept("step"))));
   slider.oninput = () => {
     show();
-    kept("grid", Number(slider.value) === figures.length - 1 ? "" : slider.value);
+    kept("step", Number(slider.value) === last ? "" : stepAt(slider.value));
   };
-  if (kept("grid") === "") slider.value = figures.length - 1;
   show();
   viewer.classList.add("one");
 }
 
-for (const [place, folded] of document.querySelectorAll("details").entries()) {
-  if (kept(`details ${place}`)) folded.open = kept(`details ${place}`) === "open";
-  folded.ontoggle = () => kept(`details ${place}`, folded.open ? "open" : "closed");
+for (const [words, summary] of byWords("summary")) {
+  const folded = summary.parentElement;
+  if (kept(words)) folded.open = kept(words) === "open";
+  folded.ontoggle = () => kept(words, folded.open ? "open" : "closed");
 }
 
 const version = document.documentElement.dataset.version;
 if (version) {
-  setInterval(async () => {
+  const focusable = "a, button, input, summary";
+  const wordsOf = (selector, wanted) => [...byWords(selector)].findLast(([, each]) => wanted(each))?.[0] ?? "";
+  const top = (each) => each.getBoundingClientRect().top;
+  addEventListener("pagehide", () => {
+    const section = wordsOf("h2", (each) => top(each) < 0);
+    kept("section", section);
+    kept("scroll", section ? -top(byWords("h2").get(section)) : scrollY);
+    kept("focus", wordsOf(focusable, (each) => each === document.activeElement));
+  });
+  history.scrollRestoration = "manual"; // a browser does it before the grids are folded, and misses
+  const section = byWords("h2").get(kept("section"));
+  scrollTo(0, Number(kept("scroll")) + (section ? top(section) + scrollY : 0));
+  byWords(focusable).get(kept("focus"))?.focus({ preventScroll: true });
+  let held = false; // the slider, or a link
+  addEventListener("pointerdown", () => { held = true; });
+  for (const ended of ["pointerup", "pointercancel"]) addEventListener(ended, () => { held = false; });
+  const told = document.getElementById("unrenewed");
+  let since = new Date();
+  const renew = async () => {
     try {
       const answer = await fetch("version", { cache: "no-store" });
-      if (answer.ok && (await answer.text()) !== version) location.reload();
-    } catch { /* the server has ended: the page stays as it is */ }
-  }, 3000);
+      const text = await answer.text();
+      if (!answer.ok) throw new Error(text);
+      if (text === version) {
+        since = new Date();
+        told.hidden = true;
+      } else if (!getSelection().isCollapsed) {
+        throw new Error("text is selected");
+      } else if (!held) {
+        location.reload();
+        return;
+      }
+    } catch (error) { // the page stays as it is
+      const why = error instanceof TypeError ? "its server does not answer" : error.message;
+      told.textContent = `Not renewed since ${since.toLocaleTimeString()}: ${why}`;
+      told.hidden = false;
+    }
+    setTimeout(renew, 3000);
+  };
+  setTimeout(renew, 3000);
 }

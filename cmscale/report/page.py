@@ -3,6 +3,7 @@
 import base64
 import csv
 import datetime
+import functools
 import hashlib
 import io
 import json
@@ -66,6 +67,7 @@ def render_report(run: RunDir, *, siblings: Sequence[RunDir] = (), version: str 
     return page.encode(errors="backslashreplace")  # paths that are not UTF-8
 
 
+@functools.cache  # as the templates are: a served page has no program of a later release
 def _assets() -> dict[str, Any]:
     """Style and program of the page; the hash lets no other program run in it."""
     style, script = (files("cmscale.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))

@@ -19,6 +19,7 @@ from cmscale.report.page import render_report
 from cmscale.runs.folder import RunDir
 
 _PAGE = "/report/index.html"
+_TEXT = "text/plain; charset=utf-8"
 _KINDS = {".json": "application/json", ".png": "image/png"}
 _OFFERED = re.compile(
     r"(config\.yaml|(metrics|events)\.jsonl|provenance\.json|(samples|edits)/[^/]+\.png|evaluations/[^/]+\.json)"
@@ -136,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._answer(path)
         except UserError as error:  # the run is gone, or a document of it is damaged for a moment
-            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(error))
+            self._send(str(error).encode(errors="replace"), _TEXT, HTTPStatus.INTERNAL_SERVER_ERROR)
         except ConnectionError:  # the reader has left
             self.close_connection = True
 
@@ -149,16 +150,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == _PAGE:
             self._send(self.shown.current()[1], "text/html; charset=utf-8")
         elif path == "/report/version":
-            self._send(self.shown.current()[0].encode(), "text/plain")
+            self._send(self.shown.current()[0].encode(), _TEXT)
         elif _OFFERED.fullmatch(path[1:]) and (content := _read(self.shown.root / path[1:])) is not None:
-            self._send(content, _KINDS.get(Path(path).suffix, "text/plain; charset=utf-8"))
+            self._send(content, _KINDS.get(Path(path).suffix, _TEXT))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
     do_HEAD = do_GET
 
-    def _send(self, content: bytes, kind: str) -> None:
-        self.send_response(HTTPStatus.OK)
+    def _send(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "no-store")

@@ -13,6 +13,7 @@ from run_folder import write_evaluation, write_run
 
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.report import build_report, serve
+from cmscale.report.evaluations import MOST_ROWS
 from cmscale.report.serve import ServedReport, server_of
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, write_event
@@ -174,27 +175,99 @@ def test_names_from_elsewhere_are_text(tmp_path) -> None:
 
 
 class Growing(ServedReport):
-    """A report whose run writes an event as soon as an open page has asked for its version."""
+    """A report whose run writes as soon as an open page has asked for its version.
+
+    A script may try the first page, another the next; the page's own policy would not let them run.
+    """
 
     asked = 0
+    first = after = ""
 
     def current(self) -> tuple[str, bytes]:
         self.asked += 1
         if self.asked == 2:
-            append_line(RunDir(self.root).events, {"time": 1.8e9, "event": "fault", "step": 1, "rank": 0, "why": "new"})
-        return super().current()
+            self.grow(RunDir(self.root))
+        version, page = super().current()
+        script = f"<script>{self.first if self.asked == 1 else self.after}</script></body>"
+        return version, re.sub(rb"<meta http-equiv=[^>]*>", b"", page).replace(b"</body>", script.encode())
+
+    def grow(self, run: RunDir) -> None:
+        append_line(run.events, {"time": 1.8e9, "event": "fault", "step": 1, "rank": 0, "why": "new"})
 
 
-def test_an_open_page_is_renewed_when_the_run_writes(run, tmp_path, monkeypatch) -> None:
+def _dom_of(report: ServedReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A served page, half a minute after it was opened."""
     monkeypatch.setattr(serve, "_PAUSE", 0)
-    with server_of(Growing(run, ()), host="127.0.0.1", port=0) as server:
+    with server_of(report, host="127.0.0.1", port=0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             url = serve.address_of(server, "127.0.0.1")
-            dom = _chromium(tmp_path / "profile", "--virtual-time-budget=30000", "--dump-dom", url)
+            return _chromium(tmp_path / "profile", "--virtual-time-budget=30000", "--dump-dom", url)
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_an_open_page_is_renewed_when_the_run_writes(run, tmp_path, monkeypatch) -> None:
+    dom = _dom_of(Growing(run, ()), tmp_path, monkeypatch)
     assert "<div>new</div>" in dom
     assert 'class="status failed"' in dom
+    assert 'id="unrenewed" role="status" hidden=""></p>' in dom
+
+
+class Handled(Growing):
+    """A report that a viewer has handled, before rows of results and an earlier grid come to it."""
+
+    first = """
+const slider = document.querySelector("#grids input");
+slider.value = 1;
+slider.oninput();
+slider.focus();
+const packages = [...document.querySelectorAll("details")].find((each) => each.textContent.startsWith("Packages"));
+packages.open = true;
+document.getElementById("events").scrollIntoView();
+scrollBy(0, 100);
+"""
+    after = """
+const opened = [...document.querySelectorAll("details[open] > summary")].map((each) => each.textContent);
+const shown = document.querySelector("#grids figure:not([hidden]) figcaption").textContent;
+const count = document.querySelectorAll("#grids figure, details").length;
+const place = Math.round(document.getElementById("events").getBoundingClientRect().top);
+document.title = `${opened} | ${shown} | ${document.activeElement.type} | ${place} | ${count}`;
+"""
+
+    def grow(self, run: RunDir) -> None:
+        shutil.copy(run.samples / "step-000000000.png", run.samples / "step-000000050.png")
+        for step in range(1, MOST_ROWS + 2):
+            write_evaluation(run, step=step, nfe=1, values=(9.0,))
+
+
+def test_a_renewed_page_is_as_its_viewer_left_it(run, tmp_path, monkeypatch) -> None:
+    dom = _dom_of(Handled(run, ()), tmp_path, monkeypatch)
+    assert "<title>Packages at the last start | step 100 | range | -100 | 9</title>" in dom  # 4 grids, 5 that fold
+
+
+class Leaving(Growing):
+    """A report whose run goes away."""
+
+    def grow(self, run: RunDir) -> None:
+        run.root.rename(run.root.with_name("elsewhere"))
+
+
+def test_a_page_that_can_not_be_renewed_says_since_when_and_why(run, tmp_path, monkeypatch) -> None:
+    dom = _dom_of(Leaving(run, ()), tmp_path, monkeypatch)
+    assert re.search(r"Not renewed since [0-9:]+[^<]*: [^<]*a_run: no such run</p>", dom)
+    assert 'class="status finished"' in dom
+
+
+class Selected(Growing):
+    """A report in which a viewer has selected text."""
+
+    first = "getSelection().selectAllChildren(document.querySelector('h1'));"
+
+
+def test_a_page_is_not_renewed_while_text_is_selected(run, tmp_path, monkeypatch) -> None:
+    dom = _dom_of(Selected(run, ()), tmp_path, monkeypatch)
+    assert re.search(r"Not renewed since [^<]*: text is selected</p>", dom)
+    assert "<div>new</div>" not in dom

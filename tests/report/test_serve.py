@@ -97,9 +97,8 @@ def test_a_page_that_can_not_be_built_is_an_answer(run, monkeypatch, capsys) -> 
 
     monkeypatch.setattr(serve, "render_report", refuse)
     with serving(run) as port:
-        status, content, _ = answer(port, "/report/index.html")
-    assert status == 500
-    assert b"a_run: not a run &lt;any more&gt;" in content
+        status, content, kind = answer(port, "/report/index.html")
+    assert (status, content, kind) == (500, b"a_run: not a run <any more>", "text/plain; charset=utf-8")
     assert capsys.readouterr().err == ""
 
 
