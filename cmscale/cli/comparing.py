@@ -95,7 +95,7 @@ def _print_comparison(found: Any) -> None:
     console = TableConsole()
     for basis, scores in itertools.groupby(found.scores, key=lambda score: score.basis):
         _print_scores(basis, list(scores), console)
-    table = Table("curve", "run", "", "first", "last", box=None)
+    table = Table("curve", "run", f"by {comparison.axis_of(found)}", "first", "last", box=None)
     signs = _signs_of(sys.stdout.encoding)
     room = console.width - max(map(len, found.names)) - _BESIDE_BARS
     for row in comparison.curve_rows(found, signs=signs, width=min(max(room, _LEAST_BARS), _MOST_BARS)):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from cmscale.config import Config
 from cmscale.config.compare import Difference, compared
 from cmscale.config.keys import written
@@ -14,11 +16,11 @@ from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.io.place import Place
 from cmscale.report.facts import RunFacts, read_several
 from cmscale.report.grids_beside import GridRow, grid_rows
-from cmscale.report.measured import decimated
+from cmscale.report.measured import Series, decimated
 from cmscale.report.plots import banded, training_curves
 from cmscale.report.quality import quality_panels
 from cmscale.report.templates import template
-from cmscale.runs.comparison import describe_basis, groups_of, once_each
+from cmscale.runs.comparison import groups_of, once_each, titles_of
 from cmscale.runs.configs import config_of
 from cmscale.runs.folder import RunDir
 
@@ -30,6 +32,9 @@ CURVES = (
     ("images_per_second", "Images per second", False),
 )
 """The quantities that are compared: key in metrics.jsonl, title, whether on a logarithmic axis."""
+_TITLES = {key: title for key, title, _ in CURVES}
+_IMAGES = "samples"
+"""The images that a run has seen, in metrics.jsonl."""
 UNREADABLE = "unreadable"
 """In place of a value of a config that can't be read."""
 BARS = "▁▂▃▄▅▆▇█"
@@ -64,14 +69,16 @@ class Comparison:
 
     Attributes:
         curves: By quantity the values of each run, as (step, value) by step.
+        by_images: Whether curves are drawn by images seen, as the runs' batches differ, and not by step.
         scores: The results that are comparable, group by group, each group's best first.
         grids: Sample grids side by side.
-        unreadable: What can't be compared and why: a line for each mistake in a config, and each file.
+        unreadable: What can't be compared and why: a line for each config, and each file.
     """
 
     names: tuple[str, ...]
     differences: tuple[Difference, ...]
     curves: dict[str, tuple[list[tuple[int, float]], ...]]
+    by_images: bool
     scores: tuple[Score, ...]
     facts: tuple[RunFacts, ...]
     grids: tuple[GridRow, ...] = ()
@@ -83,16 +90,36 @@ def compare_runs(runs: Sequence[RunDir]) -> Comparison:
     facts = tuple(read_several(runs))
     names = tuple(each.name for each in facts)
     differences, unreadable = _differences(runs)
-    curves = {key: tuple(each.measured.of(key).points() for each in facts) for key, _, _ in CURVES}
+    curves = {key: tuple(each.measured.of(key).points() for each in facts) for key in (*_TITLES, _IMAGES)}
     return Comparison(
         names=names,
         differences=differences,
         curves={key: points for key, points in curves.items() if any(points)},
+        by_images=_batches_differ(facts),
         scores=tuple(_scores(facts, names)),
         facts=facts,
         grids=grid_rows(runs, names),
         unreadable=(*unreadable, *(f"{each.name}: {line}" for each in facts for line in each.unreadable)),
     )
+
+
+def _batches_differ(facts: Sequence[RunFacts]) -> bool:
+    """Whether the runs saw other numbers of images at a step; no, if one did not record it."""
+    recorded = [each.measured.of(_IMAGES) for each in facts if each.measured.records]
+    return all(map(len, recorded)) and len({each.values[-1] / max(each.steps[-1], 1) for each in recorded}) > 1
+
+
+def _drawn(comparison: Comparison, key: str) -> list[tuple[str, Series]]:
+    """The name and the curve of each run that has one; against images seen, where the comparison is by those."""
+    found = []
+    for facts in comparison.facts:
+        series, seen = facts.measured.of(key), facts.measured.of(_IMAGES)
+        if comparison.by_images:
+            _, here, there = np.intersect1d(seen.steps, series.steps, return_indices=True)
+            series = Series(seen.values[here].astype(np.int64), series.values[there])
+        if len(series):
+            found.append((facts.name, series))
+    return found
 
 
 def _differences(runs: Sequence[RunDir]) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
@@ -104,7 +131,8 @@ def _differences(runs: Sequence[RunDir]) -> tuple[tuple[Difference, ...], tuple[
             configs.append(config_of(Place(run.root)))
         except UserError as error:  # damaged, or of a later release
             configs.append(None)
-            unreadable += error.args
+            first, *more = error.args
+            unreadable.append(f"{first} (and more: cmscale estimate {run.config} prints all)" if more else first)
     readable = [config for config in configs if config is not None]
     found = []
     for each in compared(readable) if readable else []:
@@ -117,13 +145,14 @@ def _differences(runs: Sequence[RunDir]) -> tuple[tuple[Difference, ...], tuple[
 def _scores(facts: Sequence[RunFacts], names: Sequence[str]) -> list[Score]:
     owners = {id(each): name for name, owner in zip(names, facts, strict=True) for each in owner.evaluations}
     found = []
-    for group in groups_of(each for owner in facts for each in owner.evaluations if each.step is not None):
+    groups = groups_of(each for owner in facts for each in owner.evaluations if each.step is not None)
+    for title, group in zip(titles_of(groups), groups, strict=True):
         by_run = [once_each([each for each in group if owners[id(each)] == name]) for name in names]
         for each in sorted((each for results in by_run for each in results), key=lambda each: each.fid.mean):
             metrics = {name: metric.mean for name, metric in each.metrics.items()}
             found.append(
                 Score(
-                    f"{each.score_name}, {describe_basis(each)}",
+                    title,
                     owners[id(each)],
                     each.step or 0,
                     each.weights or "",
@@ -177,32 +206,34 @@ def bars(
     return row
 
 
+def axis_of(comparison: Comparison) -> str:
+    """What the curves are drawn against."""
+    return "images seen" if comparison.by_images else "step"
+
+
 def curve_rows(
     comparison: Comparison, *, signs: str = BARS, width: int = _WIDTH
 ) -> list[tuple[str, str, str, str, str]]:
     """(quantity, run, bars, first value, last value) of every curve, runs on one scale."""
     rows = []
     for key, title, log in CURVES:
-        series = comparison.curves.get(key, ())
-        every = [point for points in series for point in points]
-        if not every:
+        series = _drawn(comparison, key)
+        if not series:
             continue
-        values = [value for _, value in every]
-        is_log = log and min(values) > 0
-        steps = [step for step, _ in every]
-        for name, points in zip(comparison.names, series, strict=True):
-            if points:
-                drawn = bars(
-                    points,
-                    first=min(steps),
-                    last=max(steps),
-                    low=min(values),
-                    high=max(values),
-                    log=is_log,
-                    signs=signs,
-                    width=width,
-                )
-                rows.append((title, name, drawn, f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}"))
+        values = [value for _, each in series for value in (each.values.min(), each.values.max())]
+        places = [place for _, each in series for place in (each.steps[0], each.steps[-1])]
+        for name, each in series:
+            drawn = bars(
+                each.points(),
+                first=min(places),
+                last=max(places),
+                low=min(values),
+                high=max(values),
+                log=log and min(values) > 0,
+                signs=signs,
+                width=width,
+            )
+            rows.append((title, name, drawn, f"{each.values[0]:.4g}", f"{each.values[-1]:.4g}"))
     return rows
 
 
@@ -210,10 +241,10 @@ def page(comparison: Comparison) -> bytes:
     """The comparison as a self-contained HTML page."""
     curves = []
     for key, title, log in CURVES:
-        of_runs = [(facts.name, facts.measured.of(key)) for facts in comparison.facts]
-        drawn = [banded(name, decimated(series)) for name, series in of_runs if len(series)]
+        drawn = [banded(name, decimated(series)) for name, series in _drawn(comparison, key)]
         if drawn:
-            curves.append((title, training_curves(drawn, name=title, log=log, named=True)))
+            svg = training_curves(drawn, name=title, log=log, named=True, by=axis_of(comparison))
+            curves.append((title, svg))
     return (
         template("comparison.html.j2")
         .render(

@@ -74,11 +74,18 @@ def banded(label: str, band: Band) -> Curve:
 
 
 def training_curves(
-    curves: Sequence[Curve], *, name: str, log: bool = False, smooth: bool = True, named: bool = False
+    curves: Sequence[Curve],
+    *,
+    name: str,
+    log: bool = False,
+    smooth: bool = True,
+    named: bool = False,
+    by: str = "step",
 ) -> str:
     """Quantities against the training step: each with its band, or as a smoothed line before its faint raw values.
 
     Args:
+        by: What the curves are drawn against in place of the step.
         named: Whether a single curve has a name too, as it is of one run among several.
     """
     with mpl.rc_context(_SETTINGS):
@@ -101,7 +108,7 @@ def training_curves(
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")
             if low == high:
                 axes.set_ylim(0, 2 * low or 1)
-        axes.set_xlabel("step")
+        axes.set_xlabel(by)
         _thousands(axes)
         if len(curves) > 1 or named:
             _legend(figure, axes)
@@ -224,7 +231,14 @@ def _log_scale(axes: Axes, low: float, high: float) -> None:
 
 def _thousands(axes: Axes) -> None:
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+
+
+def _short(value: float) -> str:
+    """A number of an axis: 9000, 10k, 10M."""
+    if value >= 10_000_000:
+        return f"{value / 1_000_000:g}M"
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ from commands import run
 from run_folder import working_run, write_evaluation
 
 from cmscale.report.comparison import bars
+from cmscale.runs.log import append_line
 
 
 def test_a_terminal_without_bars_gets_letters(tmp_path: Path, monkeypatch) -> None:
@@ -59,6 +60,51 @@ def test_compared_metrics_carry_the_name_of_their_features(tmp_path: Path, monke
     assert "the other metrics: a wider terminal" in said
     assert run(monkeypatch, "compare", one.root, two.root, "--out", tmp_path / "page.html") == 0
     assert "<th>KID-EfficientNet</th>" in (tmp_path / "page.html").read_text()
+
+
+def test_results_against_two_references_of_one_name_are_in_two_tables(tmp_path: Path, monkeypatch, capsys) -> None:
+    one, two = working_run(tmp_path / "one"), working_run(tmp_path / "two")
+    write_evaluation(one, step=100, nfe=1, values=(30.0,), reference="0123")
+    write_evaluation(two, step=100, nfe=1, values=(20.0,), reference="4567")
+    assert run(monkeypatch, "compare", one.root, two.root) == 0
+    said = capsys.readouterr().out
+    assert said.count("500 samples against crops (") == 2
+    assert run(monkeypatch, "compare", one.root, two.root, "--json") == 0
+    bases = [each["basis"] for each in json.loads(capsys.readouterr().out)["scores"]]
+    assert sorted(bases) == [f"FD-EfficientNet, 500 samples against crops ({each})" for each in ("0123", "4567")]
+    assert run(monkeypatch, "compare", one.root, two.root, "--out", tmp_path / "page.html") == 0
+    assert all(f"<th>{each}</th>" in (tmp_path / "page.html").read_text() for each in bases)
+
+
+def test_curves_of_other_batches_are_compared_by_images_seen(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A run of four times the batch has seen four times the images at a step."""
+    runs = [working_run(tmp_path / name, steps=0) for name in ("one", "two")]
+    for each, batch in zip(runs, (64, 256), strict=True):
+        for step in range(10, 101, 10):
+            append_line(each.metrics, {"step": step, "samples": batch * step, "loss": 1 / step})
+    folders = [each.root for each in runs]
+    assert run(monkeypatch, "compare", *folders) == 0
+    said = capsys.readouterr().out
+    assert "by images seen" in said
+    assert re.search(r"Loss +one +[▁-█]{10} {10,}0.1 ", said)
+    assert re.search(r"Loss +two +[▁-█]{36,40} +0.1 ", said)
+    assert run(monkeypatch, "compare", *folders, "--json") == 0
+    curves = json.loads(capsys.readouterr().out)["curves"]
+    assert [curves[key]["two"][0] for key in ("loss", "samples")] == [[10, 0.1], [10, 2560]]
+    assert run(monkeypatch, "compare", *folders, "--out", tmp_path / "page.html") == 0
+    assert ">images seen</text>" in (tmp_path / "page.html").read_text()
+    append_line(runs[0].metrics, {"step": 101, "samples": 64 * 101, "loss": 0.5})
+    assert run(monkeypatch, "compare", runs[0].root, working_run(tmp_path / "unknown").root) == 0
+    assert "by step" in capsys.readouterr().out
+
+
+def test_a_damaged_config_is_one_line_whatever_its_mistakes(tmp_path: Path, monkeypatch, capsys) -> None:
+    one, damaged = working_run(tmp_path / "one"), working_run(tmp_path / "damaged")
+    damaged.config.write_text(damaged.config.read_text() + "newer: {key: 1}\nnewest: {key: 1}\n")
+    assert run(monkeypatch, "compare", one.root, damaged.root) == 0
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "newer: unknown section" in said
+    assert said.endswith(f"(and more: cmscale estimate {damaged.config} prints all)")
 
 
 def test_runs_are_compared_on_the_terminal_as_json_and_as_a_page(tmp_path: Path, monkeypatch, capsys) -> None:
