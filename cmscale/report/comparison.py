@@ -20,7 +20,7 @@ from cmscale.report.measured import Series, decimated
 from cmscale.report.plots import banded, training_curves
 from cmscale.report.quality import quality_panels
 from cmscale.report.templates import template
-from cmscale.runs.comparison import groups_of, once_each, titles_of
+from cmscale.runs.comparison import describe_groups, groups_of, once_each
 from cmscale.runs.configs import config_of
 from cmscale.runs.folder import RunDir
 
@@ -146,13 +146,13 @@ def _scores(facts: Sequence[RunFacts], names: Sequence[str]) -> list[Score]:
     owners = {id(each): name for name, owner in zip(names, facts, strict=True) for each in owner.evaluations}
     found = []
     groups = groups_of(each for owner in facts for each in owner.evaluations if each.step is not None)
-    for title, group in zip(titles_of(groups), groups, strict=True):
+    for basis, group in zip(describe_groups(groups), groups, strict=True):
         by_run = [once_each([each for each in group if owners[id(each)] == name]) for name in names]
         for each in sorted((each for results in by_run for each in results), key=lambda each: each.fid.mean):
             metrics = {name: metric.mean for name, metric in each.metrics.items()}
             found.append(
                 Score(
-                    title,
+                    f"{each.score_name}, {basis}",
                     owners[id(each)],
                     each.step or 0,
                     each.weights or "",

@@ -12,7 +12,7 @@ from cmscale.config.averages import length_of
 from cmscale.report.facts import RunFacts
 from cmscale.report.paper import published_for
 from cmscale.report.plots import Curve, ema_curve, progress_curve, steps_curve
-from cmscale.runs.comparison import basis_of, best_of, groups_of, once_each, titles_of
+from cmscale.runs.comparison import basis_of, best_of, describe_groups, groups_of, once_each
 from cmscale.runs.results import EvaluationResult, Metric
 
 Level = tuple[str, float]
@@ -26,7 +26,7 @@ def quality_panels(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
     found = []
     # The number in a plot's name keeps the ids of its elements apart from those of other plots of that score.
     groups = _groups(runs)
-    for number, (basis, group) in enumerate(zip(titles_of(groups), groups, strict=True), start=1):
+    for number, (basis, group) in enumerate(zip(describe_groups(groups), groups, strict=True), start=1):
         name = group[0].score_name
         for title, plot in (
             (f"{name} against the number of sampling steps", _against_steps(runs, group, number)),

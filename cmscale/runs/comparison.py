@@ -47,15 +47,17 @@ def reference_names(results: Sequence[EvaluationResult]) -> list[str]:
     return [f"{name} ({sha256[:8]})" if len(hashes[name]) > 1 else name for name, sha256 in named]
 
 
-def titles_of(groups: Sequence[Sequence[EvaluationResult]]) -> list[str]:
-    """Score and basis of each group, in words that no other group has; with hashes, where it needs them."""
+def describe_groups(groups: Sequence[Sequence[EvaluationResult]]) -> list[str]:
+    """The basis of each group, in words that no other group of its score has; with hashes, where it needs them."""
     firsts = [group[0] for group in groups]
-    found = [
-        f"{each.score_name}, {each.num_samples:,} samples against {reference}"
+    words = [
+        (each.score_name, f"{each.num_samples:,} samples against {reference}")
         for each, reference in zip(firsts, reference_names(firsts), strict=True)
     ]
     features = [f"features {each.features} ({basis_of(each).features[1] or 'of unknown weights'})" for each in firsts]
-    return [f"{title}, {of}" if found.count(title) > 1 else title for title, of in zip(found, features, strict=True)]
+    return [
+        f"{which[1]}, {of}" if words.count(which) > 1 else which[1] for which, of in zip(words, features, strict=True)
+    ]
 
 
 def _name_of_reference(result: EvaluationResult) -> str:

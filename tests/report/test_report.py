@@ -140,9 +140,9 @@ def test_curves_join_only_results_that_may_be_compared_and_say_which(run) -> Non
     panels = re.findall(r"<h3>FD-EfficientNet ([^<]*)</h3><p class=\"soft\">([^<]*)</p>", page)
     for title in ("over training", "against the number of sampling steps"):
         assert [basis for found, basis in panels if found == title] == [
-            "50,000 samples against crops",
-            "500 samples against crops",
-            "500 samples against crops",
+            "50,000 samples against crops (0123)",
+            "500 samples against crops (0123)",
+            "500 samples against crops (4567)",
         ]
     assert '<td class="text" data-label="reference">crops (4567)</td>' in page
     assert "20 samples against" not in page  # one point is no curve
