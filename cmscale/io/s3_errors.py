@@ -33,7 +33,10 @@ _UNSUPPORTED = {"NotImplemented", "MethodNotAllowed", "501", "405"}
 LONGEST_ERROR_DOCUMENT = 16_384  # bytes
 _ERROR_DOCUMENT = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<Error>\s*<Code>([^<]*)</Code>")
 
-SIGN_IN = "renew them (`aws sso login`, or a new AWS_SESSION_TOKEN with its keys), then run the same command again"
+SIGN_IN = (
+    "renew them (`aws sso login`, or a new AWS_SESSION_TOKEN with its keys), then run the same command again, for a "
+    "run with --resume"
+)
 
 
 class Unsupported(UserError):
