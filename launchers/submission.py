@@ -90,7 +90,10 @@ class Submission:
         """
         value = read_json(self.job_file)
         if value is None or not isinstance(value.get("worker"), str):
-            raise UserError(f"{self.job_file}: missing or damaged, so the job cannot start again; submit it once more")
+            raise UserError(
+                f"{self.job_file}: missing or damaged, so the job cannot start again; submit it once more, "
+                "or --resume the run where it is now, if it was moved"
+            )
         arguments = tuple(value.get("arguments", ()))
         worker = jobs.current_name(value["worker"])
         return JobRecord(worker, arguments, value.get("job_id"), value.get("after", 0), value.get("code"))

@@ -17,7 +17,7 @@ from cmscale.distributed.noticeboard import NoticeBoard
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine
 from cmscale.engine.export import Exporter
-from cmscale.engine.fence import CheckpointFailed, Fence
+from cmscale.engine.fence import CheckpointFailed, Fence, FolderGone
 from cmscale.engine.staged import Staged, record, remove, write_part
 from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import NO_SPACE
@@ -25,6 +25,9 @@ from cmscale.runs.checkpoints import committed_steps, kept_steps
 from cmscale.runs.folder import RunDir, step_name
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import CheckpointManifest, FileEntry, RankPart, TrainState
+
+MOST_TIMES_GONE = 2
+"""A shared folder may be away for a moment; one that was moved or removed stays away."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks whether every rank has written its part
 
@@ -70,6 +73,7 @@ class Checkpoints:
         self._saved = loaded
         self._failure: BaseException | None = None
         self._saves = 0
+        self._times_gone = 0  # how many saves in a row did not find the run's folder
         self._fence = Fence(run, world, generation, lambda: "" if exporter is None else exporter.went_elsewhere)
 
     def maybe_save(self, state: TrainState, engine: Engine) -> bool:
@@ -85,13 +89,14 @@ class Checkpoints:
         Raises:
             Fenced: on every rank, if a newer start of the run has taken over.
             CheckpointFailed: on every rank, if the previous save failed on any and `checkpoint.stop_on_failure` is
-                set.
+                set, or if two saves in a row did not find the run's folder: no later one would.
         """
         if state == self._saved:
             return
         self.wait()
         self.end_if_overtaken()
-        if any_rank(self._config.checkpoint.stop_on_failure and self._failure is not None):
+        must_stop = self._config.checkpoint.stop_on_failure and self._failure is not None
+        if any_rank(must_stop or self._times_gone >= MOST_TIMES_GONE):
             raise self.failed("the previous checkpoint was not written") from self._failure
         shards = engine.shards
         tensors = {name: shards.local(name).detach().to("cpu", copy=True) for name in shards.quantities}
@@ -178,9 +183,11 @@ class Checkpoints:
                 self._retain()
                 if self._exporter is not None:
                     self._exporter.offer(step)
+            self._times_gone = 0
         except Exception as failure:
             error = self._fence.look() or failure  # which may have removed what this start had staged
             self._failure = error
+            self._times_gone = self._times_gone + 1 if isinstance(error, FolderGone) else 0
             with contextlib.suppress(Exception):  # rank 0 may be gone
                 for staged in folders:
                     why = f"rank {self._world.rank}: {type(error).__name__}: {error}"

@@ -21,6 +21,10 @@ class CheckpointFailed(RuntimeError):
     """Raised if a checkpoint could not be written and training must stop for that."""
 
 
+class FolderGone(OSError):
+    """Raised if the run's folder does not show this start: it was moved or removed, or is no longer mounted."""
+
+
 class Fenced(CheckpointFailed):
     """Raised if a newer start of the run exists: this one commits nothing more and ends."""
 
@@ -79,7 +83,10 @@ class Fence:
         """Raises Fenced if a newer start exists; UserError or OSError if storage does not tell."""
         newest = read_generation(self._run)
         if newest < self.generation:  # a node that has lost the shared folder sees an empty one
-            raise OSError(f"{self._run.root}: shows no start {self.generation}, which is this one; is it mounted?")
+            raise FolderGone(
+                f"{self._run.root}: shows no start {self.generation}, which is this one; "
+                "was it moved or removed, or is it not mounted?"
+            )
         if newest > self.generation:
             why = f"start {newest} of the run has taken over from start {self.generation}; nothing committed"
             self.known = Fenced(why)

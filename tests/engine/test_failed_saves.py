@@ -90,3 +90,29 @@ def test_the_error_of_a_full_disk_is_for_the_user_to_mend(run: RunDir, monkeypat
 
 def test_of_a_failure_that_no_rank_knows_the_error_says_so(run: RunDir) -> None:
     assert str(writer_of(run).failed("gone")) == f"gone: unknown; see {run.events}"
+
+
+def test_a_run_that_was_moved_while_it_trains_ends_after_two_saves(run: RunDir) -> None:
+    writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
+    engine = StandIn(0, 1)
+    moved = run.root.rename(run.root.with_name("moved"))
+    for step in (10, 20):
+        writer.save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CheckpointFailed, match="was it moved or removed, or is it not mounted"):
+        writer.save(TrainState(step=30, cursor=240), engine)  # pyright: ignore[reportArgumentType]
+    assert RunDir(moved).claimed_generation(1).exists()
+
+
+def test_a_folder_that_is_away_during_one_save_ends_nothing(run: RunDir) -> None:
+    writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
+    engine = StandIn(0, 1)
+    for step in (10, 20, 30, 40):
+        away = run.generations.with_name("away")
+        if step in (10, 30):
+            run.generations.rename(away)
+            run.generation.unlink()
+        writer.save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]
+        assert writer.close() is (step in (20, 40))
+        if step in (10, 30):
+            away.rename(run.generations)
+            run.generation.write_text('{"generation": 1}')
