@@ -9,6 +9,7 @@ import mmap
 import secrets
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -32,19 +33,29 @@ _record = struct.Struct(
 _shared = mmap.mmap(-1, _record.size)
 
 
-def patiently(call: Callable[[], T]) -> T:
+class GivenUp(Exception):
+    """Raised in the threads of a transfer of which another part has failed, or which was interrupted."""
+
+
+def patiently(call: Callable[[], T], *, given_up: threading.Event | None = None) -> T:
     """Calls until the storage answers.
 
     The pauses double from half a second to half a minute, or to a tenth of a short patience; a random part of up to a
     half of each keeps many ranks from asking at once. What is waited for is said on stderr at growing intervals.
 
+    Args:
+        given_up: Ends the waiting of a thread, to which no Ctrl-C comes.
+
     Raises:
         StorageAway: it has not answered for `storage.patience_minutes`; the message says so.
+        GivenUp: `given_up` is set.
         Exception: whatever else `call` raises, at once.
     """
     began: float | None = None
     pauses = 0
     while True:
+        if given_up is not None and given_up.is_set():
+            raise GivenUp
         try:
             found = call()
         except StorageAway as error:
@@ -60,12 +71,19 @@ def patiently(call: Callable[[], T]) -> T:
                 raise StorageAway(waited) from error
             _mark(now + LONGEST_PAUSE_SECONDS + LONGEST_ATTEMPT_SECONDS)
             _report(error, now=now, waited=now - began, patience=patience)
-            time.sleep(min(left, pause_seconds(pauses, patience=patience)))
+            _pause(min(left, pause_seconds(pauses, patience=patience)), given_up)
             pauses += 1
         else:
             if began is not None:
                 _answered(time.monotonic() - began)
             return found
+
+
+def _pause(seconds: float, given_up: threading.Event | None) -> None:
+    if given_up is None:
+        time.sleep(seconds)
+    else:
+        given_up.wait(seconds)
 
 
 def pause_seconds(number: int, *, patience: float) -> float:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,8 +87,10 @@ class S3Storage:
         """The arguments that name an object in every request."""
         return {"Bucket": self.bucket, "Key": self._key(key), **_payer()}
 
-    def _ask(self, key: str, call: Callable[[Any], T], *, patient: bool = True) -> T:
-        """Sends a request; a patient one until the storage answers it."""
+    def _ask(
+        self, key: str, call: Callable[[Any], T], *, patient: bool = True, given_up: threading.Event | None = None
+    ) -> T:
+        """Sends a request; a patient one until the storage answers it, or it is given up."""
 
         def once() -> T:
             try:
@@ -100,7 +103,7 @@ class S3Storage:
             _answered.add(self.bucket)
             return found
 
-        return patiently(once) if patient else once()
+        return patiently(once, given_up=given_up) if patient else once()
 
     def read(self, key: str) -> bytes:
         before: bytes | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cmscale.io import traffic
+from cmscale.io.patience import GivenUp
 from cmscale.io.protocol import ArrivedChanged
 from cmscale.io.s3_errors import LONGEST_ERROR_DOCUMENT, code_of, refuse_error_document
 
@@ -18,14 +19,10 @@ _TRIES = 4  # of an object that is replaced meanwhile, or of which parts arrive 
 _CHUNK_BYTES = 1 << 20
 
 
-class GivenUp(Exception):
-    """Raised in the threads of a download of which another part has failed, or which was interrupted."""
-
-
 class Ask(Protocol):
-    """Sends a request until the storage answers, with errors explained."""
+    """Sends a request until the storage answers or it is given up, with errors explained."""
 
-    def __call__(self, key: str, call: Callable[[Any], Any]) -> Any: ...
+    def __call__(self, key: str, call: Callable[[Any], Any], *, given_up: threading.Event | None = None) -> Any: ...
 
 
 def download_in_parts(ask: Ask, key: str, path: Path, **names: str) -> None:
@@ -62,7 +59,10 @@ def _download_once(ask: Ask, key: str, parts: "_Parts") -> None:
         return
     of_thread = {"initializer": traffic.adopt, "initargs": (traffic.current(),)}
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="download", **of_thread) as threads:
-        futures = [threads.submit(ask, key, lambda client, at=at: parts.get(client, at)) for at in offsets]
+        futures = [
+            threads.submit(ask, key, lambda client, at=at: parts.get(client, at), given_up=parts.given_up)
+            for at in offsets
+        ]
         try:
             for future in futures:
                 future.result()
@@ -88,7 +88,6 @@ class _Parts:
 
         A server that knows no parts sends all at once.
         """
-        self._go_on()
         answer = self._ask(client, offset)
         tag = answer.get("ETag", "")
         if self._tag not in (None, tag):
@@ -101,7 +100,8 @@ class _Parts:
         """Writes what comes to the file, and checks that it is the part that was asked for."""
         count, head = 0, b""
         for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
-            self._go_on()
+            if self.given_up.is_set():
+                raise GivenUp
             self._write(chunk, offset + count)
             count += len(chunk)
             moved(len(chunk))
@@ -118,10 +118,6 @@ class _Parts:
         if int(first) != offset or count != int(last) + 1 - offset:
             raise ArrivedChanged(f"{self._key}: {count} bytes arrived at {offset}, where the server has {said}")
         return int(total)
-
-    def _go_on(self) -> None:
-        if self.given_up.is_set():
-            raise GivenUp
 
     def _write(self, chunk: bytes, at: int) -> None:
         left = memoryview(chunk)

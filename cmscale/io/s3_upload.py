@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,9 +21,16 @@ _TRIES = 3
 
 
 class Ask(Protocol):
-    """Sends a request, with errors explained; a patient one until the storage answers."""
+    """Sends a request, with errors explained; a patient one until the storage answers, or it is given up."""
 
-    def __call__(self, key: str, call: Callable[[Any], Any], *, patient: bool = True) -> Any: ...
+    def __call__(
+        self,
+        key: str,
+        call: Callable[[Any], Any],
+        *,
+        patient: bool = True,
+        given_up: threading.Event | None = None,
+    ) -> Any: ...
 
 
 def md5(data: bytes) -> str:
@@ -55,7 +63,7 @@ def upload_in_parts(ask: Ask, key: str, path: Path, **names: str) -> None:
 
 def _upload_once(ask: Ask, key: str, path: Path, names: dict[str, str], count: Callable[[int], None]) -> None:
     begun = ask(key, lambda client: client.create_multipart_upload(**names))["UploadId"]
-    this = {**names, "UploadId": begun}
+    this, given_up = {**names, "UploadId": begun}, threading.Event()
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -63,7 +71,7 @@ def _upload_once(ask: Ask, key: str, path: Path, names: dict[str, str], count: C
 
             def send(number: int) -> dict[str, Any]:
                 data = os.pread(file.fileno(), length, (number - 1) * length)
-                tag = _send_part(ask, key, data, this | {"PartNumber": number})
+                tag = _send_part(ask, key, data, this | {"PartNumber": number}, given_up)
                 count(len(data))
                 return {"PartNumber": number, "ETag": tag}
 
@@ -73,6 +81,7 @@ def _upload_once(ask: Ask, key: str, path: Path, names: dict[str, str], count: C
                 try:
                     parts = [future.result() for future in futures]
                 except BaseException:
+                    given_up.set()  # else one that waits for the storage would be waited for
                     threads.shutdown(cancel_futures=True)
                     raise
         _complete(ask, key, parts, this, size=size, names=names)
@@ -82,10 +91,13 @@ def _upload_once(ask: Ask, key: str, path: Path, names: dict[str, str], count: C
         raise
 
 
-def _send_part(ask: Ask, key: str, data: bytes, this: dict[str, Any]) -> str:
+def _send_part(ask: Ask, key: str, data: bytes, this: dict[str, Any], given_up: threading.Event) -> str:
+    def send(client: Any) -> Any:
+        return client.upload_part(**this, Body=data, ContentMD5=md5(data))
+
     for attempt in range(_TRIES):
         try:
-            return ask(key, lambda client: client.upload_part(**this, Body=data, ContentMD5=md5(data)))["ETag"]
+            return ask(key, send, given_up=given_up)["ETag"]
         except ArrivedChanged:
             if attempt == _TRIES - 1:
                 raise

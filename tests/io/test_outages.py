@@ -1,7 +1,9 @@
 """A server that is ended and started again on its port: whatever works with storage goes on from there."""
 
 import re
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from data_fixtures import COUNT, collect, data, make
 from fault_proxy import FaultProxy
 from outages import PassingTime, pass_time, use_patience
 
-from cmscale.io import s3_upload
+from cmscale.io import patience, s3_upload
 from cmscale.io.protocol import StorageAway
 from cmscale.io.storage import open_storage
 from data_prep import verify
@@ -124,6 +126,33 @@ def test_an_upload_in_parts_goes_on_with_the_part_that_failed(
     assert storage.read("large") == path.read_bytes()
     sent = [request for request, fault in proxy.log if re.search(r"partNumber=1(&|$)", request) and not fault]
     assert len(sent) == 1
+
+
+def test_an_interrupted_upload_in_parts_ends_at_once_and_leaves_no_part(
+    s3: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_patience(30)
+    monkeypatch.setattr(s3_upload, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(patience, "pause_seconds", lambda *_, **__: 200.0)
+    path = tmp_path / "large"
+    path.write_bytes(bytes(11 << 20))
+    proxy.add("503", match="partNumber=2")
+
+    def interrupt() -> None:
+        while not patience.is_waiting():
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    storage = open_storage(s3)
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        storage.upload("large", path)
+    interrupter.join()
+    assert time.monotonic() - began < 100
+    assert storage.abort_uploads(lambda key: True) == 0
+    assert list(storage.list()) == []
 
 
 def _ending_at(proxy: FaultProxy, rule, ended: threading.Event):

@@ -67,6 +67,17 @@ def test_only_files_with_tests_for_a_gpu_are_imported(dry_run: bool, tmp_path: P
     assert ("cuda" in check.command) is not dry_run
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_dry_run_computes_in_what_the_processor_has(
+    has_bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmscale.distributed.compat.cpu_has_bf16", lambda: has_bf16)
+    for dry_run in (True, False):
+        found = gpu_check.checks(tmp_path, dry_run=dry_run, original=None)
+        said = {word for check in found for word in check.command if word.startswith("engine.precision=")}
+        assert said == {f"engine.precision={'fp32' if dry_run and not has_bf16 else 'bf16'}"}
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [

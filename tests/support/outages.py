@@ -48,6 +48,7 @@ def pass_time(monkeypatch: pytest.MonkeyPatch, during: Callable[[int], object] =
     """
     clock = PassingTime(during)
     monkeypatch.setattr(patience, "time", clock)
+    monkeypatch.setattr(patience, "_pause", lambda seconds, _: clock.sleep(seconds))
     monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda _: None))
     return clock
 
