@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmscale.errors import UserError
+from cmscale.io.reading import reason
 
 # Widths of VGG16's convolutions in five slices with pooling between them; LPIPS uses the output of each slice.
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -170,12 +171,13 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        items = state.items() if isinstance(state, dict) else ()
+        return {key: value for key, value in items if isinstance(value, Tensor)}
     except Exception as error:  # damaged or foreign files raise errors of many types
         raise UserError(
-            f"method.lpips_weights: {path} can't be read as weights ({error}); "
+            f"method.lpips_weights: {path} can't be read as weights ({reason(error)}); "
             "give torchvision's VGG16 (vgg16-397923af.pth)"
-        ) from None
+        ) from error
 
 
 def _in_order(state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:

@@ -65,7 +65,7 @@ def evaluations_of_task(settings: TaskSettings, *, of_pictures: bool) -> int:
             return 1
         case "interpolate":
             return 1 + (zero_shot.FINDING_ITERATIONS if of_pictures else 0)
-        case _:
+        case "inpaint" | "colorize" | "superres":
             return settings.steps - 1  # at the grid's last time f is the identity
 
 

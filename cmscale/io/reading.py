@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from cmscale.errors import UserError
 from cmscale.io.pickles import ForbiddenName
 
 _LONGEST_REASON = 200
+_OF_TORCH = re.compile(
+    r"^Weights only load failed.*(?:source\.|message\.|use case:) (?:WeightsUnpickler error: )?"
+    r"(.*?)\.?(?: Please use| Check the documentation|$)"
+)
 _WRITER_SECONDS = 2.0  # until one that starts together with this process is there
 
 
@@ -48,10 +53,15 @@ def reading(origin: object, what: str, *, advice: str = "copy it again, or give 
 
 
 def reason(error: BaseException) -> str:
-    """An exception's message, short, on one line, without what it says about Python."""
+    """An exception's message, short, on one line, without what it says about Python.
+
+    Of torch's about a file that is no plain weights only the cause is taken: it goes on to advise trusting the file.
+    """
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = " ".join(str(error).split()) or type(error).__name__
+    if found := _OF_TORCH.search(text):
+        text = found[1]
     if isinstance(error, KeyError):
         text = f"no {text}"
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"

@@ -431,9 +431,7 @@ def test_a_node_that_has_lost_the_shared_folder_does_not_take_that_for_a_newer_s
     writer._fence._looked -= 60  # it looks every ten seconds
     assert not writer.overtaken()
     writer.end_if_overtaken()
-    with pytest.raises(
-        OSError, match="shows no start 1, which is this one; was it moved or removed"
-    ):
+    with pytest.raises(OSError, match="shows no start 1, which is this one; was it moved or removed"):
         writer._fence.must_be_newest()
 
 

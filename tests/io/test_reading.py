@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cmscale.errors import UserError
 from cmscale.io import reading
-from cmscale.io.reading import read_small
+from cmscale.io.reading import read_small, reason
 
 
 def test_a_pipe_is_read_to_its_end_however_slowly_it_is_written(tmp_path: Path) -> None:
@@ -47,3 +48,18 @@ def test_a_device_without_an_end_is_refused() -> None:
     with pytest.raises(UserError, match="/dev/zero: has more than 0 MiB"):
         read_small("/dev/zero", what="a config", limit=1 << 10)
     assert read_small("/dev/null", what="a config") == b""
+
+
+def test_of_what_torch_says_of_a_foreign_file_only_the_cause_is_taken(tmp_path: Path) -> None:
+    """The rest is an advice to load the file all the same, with escape sequences in it."""
+    torch.save({"a": os.getcwd}, tmp_path / "code.pth")
+    (tmp_path / "text.pth").write_bytes(b"garbage")
+    (tmp_path / "empty.pth").touch()
+    said = {}
+    for path in tmp_path.iterdir():
+        with pytest.raises(Exception) as raised:
+            torch.load(path, weights_only=True)
+        said[path.name] = reason(raised.value)
+    assert "GLOBAL posix.getcwd" in said["code.pth"]
+    assert said["text.pth"].startswith("Unsupported operand")
+    assert all("trust" not in text and "\x1b" not in text and len(text) < 120 for text in said.values())

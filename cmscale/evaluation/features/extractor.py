@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cmscale.config.features import PACKAGE, known_network
 from cmscale.errors import UserError
+from cmscale.io.reading import reason
 
 Features = Mapping[str, np.ndarray]
 """float32 arrays: `pooled` [N, width]; some networks add `spatial` [N, spatial_width] and `logits` [N, classes]."""
@@ -153,9 +154,8 @@ def build_features(
         with torch.device("meta"):  # an initialisation would be overwritten by the weights
             network = cls.for_weights(state)
         network.load_state_dict(state, assign=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: not the weights of {kind} ({reason}); name another file") from None
+    except Exception as error:  # damaged or foreign files raise errors of many types, in `for_weights` too
+        raise UserError(f"{path}: not the weights of {kind} ({reason(error)}); name another file") from error
     network.eval().requires_grad_(False)
     network.prepare()
     network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
