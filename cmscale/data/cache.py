@@ -8,20 +8,18 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cmscale.errors import DamagedInput, UserError
-from cmscale.io.durable import explained
-from cmscale.io.locks import LockTimeout, hold
+from cmscale.data.cache_lock import locked
+from cmscale.errors import DamagedInput, NoSpace, UserError
+from cmscale.io.durable import NO_SPACE, explained
 from cmscale.io.own_folder import own_folder
-from cmscale.io.patience import patience_seconds
+from cmscale.io.process import node_name
 from cmscale.io.protocol import ArrivedChanged, Storage, StorageAway
 from cmscale.runs.manifests import FileEntry
 
 ATTEMPTS = 4
-LOCK_MINUTES = 15.0
 _TOUCH_SECONDS = 60.0
 _MAX_EVICTIONS = 10
 _IDENTITY = struct.Struct("<Q")
@@ -109,6 +107,7 @@ class FileCache:
         self._state = mmap.mmap(-1, max(1, len(entries)))  # anonymous shared memory: forked workers see the same
         self._identities = mmap.mmap(-1, _IDENTITY.size * max(1, len(entries)))
         self._touched: dict[str, float] = {}
+        self._was_full = False
         largest = max((entry.size for entry in entries.values()), default=0)
         if not self.in_place and largest > limit:
             raise UserError(
@@ -188,7 +187,7 @@ class FileCache:
     def _obtain(self, name: str, path: Path) -> None:
         """Verifies or fetches a file and records the result, so that a bad file is not fetched for each sample."""
         number, entry = self._number[name], self.entries[name]
-        with contextlib.nullcontext() if self.in_place else _locked(path.with_name(f".{path.name}.lock")):
+        with contextlib.nullcontext() if self.in_place else locked(path.with_name(f".{path.name}.lock")):
             if self._state[number] not in _BAD:
                 found = self._check(path, entry) if self.in_place else self._bring(name, path, entry)
                 self._record(number, *found)
@@ -214,11 +213,30 @@ class FileCache:
             for leftover in path.parent.glob(f"{dots}{path.name}.part*"):
                 leftover.unlink(missing_ok=True)
         part = path.with_name(f".{path.name}.part")
-        self._make_room(part, entry.size)
-        try:
-            return self._fetch(name, path, entry, part)
-        finally:
-            part.unlink(missing_ok=True)
+        limit = self.limit
+        while True:
+            try:
+                self._make_room(part, entry.size, limit)
+                return self._fetch(name, path, entry, part)
+            except NoSpace as error:
+                limit = self._limit_of_full_disk(error)
+            finally:
+                part.unlink(missing_ok=True)
+
+    def _limit_of_full_disk(self, error: NoSpace) -> int:
+        """The bytes used, as the limit where a disk is full before `data.cache_gb` is: older files are deleted then.
+
+        Raises:
+            NoSpace: there are none.
+        """
+        _, complete = self._inventory()
+        where = f"data.cache_dir: {self.root} on {node_name()}: {NO_SPACE} on the device"
+        if not complete:
+            raise NoSpace(f"{where}; free some, or name a folder on a larger disk") from error
+        if not self._was_full:
+            print(f"{where}, before data.cache_gb was reached; the shards used longest ago make room", flush=True)
+        self._was_full = True
+        return sum(length for _, length, _ in complete)
 
     def _fetch(self, name: str, path: Path, entry: FileEntry, part: Path) -> tuple[int, int | None]:
         outcome: int | ConnectionError = _MISSING
@@ -245,15 +263,15 @@ class FileCache:
             raise outcome
         return outcome, None
 
-    def _make_room(self, part: Path, size: int) -> None:
-        """Deletes the least recently used files until `size` more bytes fit, and reserves them for `part`.
+    def _make_room(self, part: Path, size: int, limit: int) -> None:
+        """Deletes the least recently used files until `size` more bytes fit into `limit`; reserves them for `part`.
 
         The reservation is an empty file of this length, which other processes count until the download is complete.
         """
-        with _locked(self.root / ".lock"):
+        with locked(self.root / ".lock"):
             used, complete = self._inventory()
             for _, length, path in sorted(complete):
-                if used + size <= self.limit:
+                if used + size <= limit:
                     break
                 path.unlink(missing_ok=True)
                 used -= length
@@ -273,21 +291,3 @@ class FileCache:
                     target = path.parent, path.name.lstrip(".").partition(".part")[0]
                     reserved[target] = max(reserved.get(target, 0), status.st_size)
         return sum(length for _, length, _ in complete) + sum(reserved.values()), complete
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock file. Gives up after a while, so that no rank waits without end."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir: cannot write to {path.parent} ({error.strerror}); name another folder"
-        ) from error
-    with contextlib.ExitStack() as stack:
-        try:
-            timeout = 60 * LOCK_MINUTES + patience_seconds()  # the holder may wait for storage
-            stack.enter_context(hold(path, timeout=timeout, what="data.cache_dir"))
-        except LockTimeout as error:
-            raise RuntimeError(str(error)) from None  # a fault of the node, not the user's mistake
-        yield

@@ -16,10 +16,10 @@ import pytest
 from data_fixtures import COUNT, collect, data, world
 from outages import use_patience
 
-from cmscale.data import cache, open_batches
+from cmscale.data import cache, cache_lock, open_batches
 from cmscale.data.cache import FileCache
 from cmscale.data.workers import with_advice
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.io.local import LocalStorage
 from cmscale.io.locks import LockTimeout, hold
 from cmscale.runs.manifests import FileEntry
@@ -268,6 +268,28 @@ def test_a_cache_smaller_than_a_shard_is_refused(tmp_path: Path) -> None:
         cache_of(Counting(FILES), tmp_path, limit=999)
 
 
+def test_on_a_disk_that_is_full_before_the_limit_older_files_make_room(tmp_path: Path, capsys) -> None:
+    storage, room = Counting(FILES), 3000
+    some = cache_of(storage, tmp_path, limit=10_000)
+
+    def fill(_: str) -> None:
+        if sum(path.stat().st_size for path in some.folder.glob("shard*")) + 1000 > room:
+            raise NoSpace("shard.part: no space left on the device")
+
+    storage.during = fill
+    for at, number in enumerate([0, 1, 2, 3, 4]):
+        path = some.path(f"shard-{number}")
+        os.utime(path, (at, at))
+    assert sorted(path.name for path in some.folder.glob("shard*")) == ["shard-2", "shard-3", "shard-4"]
+    assert capsys.readouterr().out.count("no space left on the device, before data.cache_gb was reached") == 1
+    room = 0
+    with pytest.raises(
+        NoSpace, match=rf"^data.cache_dir: {tmp_path} on \S+: no space left on the device; free some, or"
+    ):
+        some.path("shard-5")
+    assert not list(some.folder.glob("*.part"))
+
+
 def test_leftovers_of_a_killed_download_are_removed(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     leftovers = [tmp_path / "set" / name for name in (".shard-2.part.1234abcd", "..shard-2.part.99", ".shard-2.part")]
@@ -287,10 +309,10 @@ def test_two_caches_of_one_node_fetch_a_file_once(tmp_path: Path) -> None:
 
 
 def test_a_lock_held_for_too_long_is_a_fault_not_a_wait_for_ever(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(cache, "LOCK_MINUTES", 0.0)
+    monkeypatch.setattr(cache_lock, "LOCK_MINUTES", 0.0)
     use_patience(0)
     lock = tmp_path / ".lock"
-    with cache._locked(lock), pytest.raises(RuntimeError, match="another process"), cache._locked(lock):
+    with cache_lock.locked(lock), pytest.raises(RuntimeError, match="another process"), cache_lock.locked(lock):
         pass
 
 
