@@ -4,6 +4,8 @@ import hashlib
 
 from cmscale.errors import UserError
 from cmscale.io.place import Place
+from cmscale.io.protocol import Forbidden
+from cmscale.io.storage import open_parent
 
 _SEAL = "\n<!-- Written by cmscale, which replaces this card at the next export unless it was edited: "
 
@@ -18,6 +20,7 @@ def replaceable_card(place: Place) -> str | None:
 
     Raises:
         UserError: a file is there that is no such card: what it says would be lost.
+        Forbidden: it can't be seen whether there is one; `write_first_card` writes one all the same.
     """
     held = place.read_if_present()
     if held is None:
@@ -29,3 +32,21 @@ def replaceable_card(place: Place) -> str | None:
             "to another folder"
         )
     return text
+
+
+def write_first_card(place: Place, card: str) -> None:
+    """Writes a card where none is, which the storage itself makes sure of.
+
+    Raises:
+        UserError: there is another one.
+    """
+    storage, key = open_parent(place)
+    try:
+        is_written = storage.write_if_absent(key, sealed(card).encode())
+    except Forbidden:  # to read what is there
+        is_written = False
+    if not is_written:
+        raise UserError(
+            f"{place}: is there, or may not be written, and may not be read, so it is not replaced; allow s3:GetObject "
+            "and s3:ListBucket (ops/templates/bucket_policy.json), or name another file"
+        )

@@ -1,5 +1,6 @@
 """Checks what is asked of an export before torch is imported and weights are read: its place, its licence."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Literal, assert_never
@@ -10,6 +11,7 @@ from cmscale.config.sections import Checkpoint
 from cmscale.errors import UserError
 from cmscale.export.card_file import replaceable_card
 from cmscale.io.place import Place
+from cmscale.io.protocol import Forbidden
 from cmscale.io.storage import open_storage
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from cmscale.runs.source_kind import CARD, EXPORTED_WEIGHTS
@@ -75,7 +77,8 @@ def check_target(format: Format, to: Place) -> None:
             _check_folder(to, "model_index.json")
         case _:
             assert_never(format)
-    replaceable_card(card_of(format, to))
+    with contextlib.suppress(Forbidden):  # of a folder `_check_folder` has raised it; a file's card is written first
+        replaceable_card(card_of(format, to))
 
 
 def _check_folder(to: Place, first: str) -> None:

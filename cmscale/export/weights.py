@@ -8,7 +8,7 @@ from cmscale.config import Config
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import SAMPLES, model_card
-from cmscale.export.card_file import replaceable_card, sealed
+from cmscale.export.card_file import replaceable_card, sealed, write_first_card
 from cmscale.export.metadata import UNKNOWN
 from cmscale.export.target import Format, card_of, copy_settings, is_folder_of
 from cmscale.export.usage import unlike_openai
@@ -20,6 +20,7 @@ from cmscale.interop import (
     write_safetensors,
 )
 from cmscale.io.place import Place
+from cmscale.io.protocol import Forbidden
 from cmscale.io.storage import open_storage
 from cmscale.runs.copies import Copied
 from cmscale.runs.folder import RunDir
@@ -46,7 +47,13 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
             open_storage(to), source.config, files=(EXPORTED_WEIGHTS, CARD, SAMPLES), weights=EXPORTED_WEIGHTS
         )
     card_file = card_of(format, to)
-    before = replaceable_card(card_file)
+    before, is_seen = None, True
+    try:
+        before = replaceable_card(card_file)
+    except Forbidden:
+        if is_folder:  # what else is in it can't be seen either
+            raise
+        is_seen = False
     samples = _samples_of(source) if is_folder else None
     card = model_card(
         source.config,
@@ -60,6 +67,8 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         file=EXPORTED_WEIGHTS if is_folder else to.rpartition("/")[2],
         has_samples=samples is not None,
     )
+    if not is_seen:
+        write_first_card(card_file, card)  # nothing is written if there is another one
     what = {"config": source.config, "step": source.step, "weights_name": source.weights_name}
     match format:
         case "safetensors":
@@ -74,7 +83,7 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
             assert_never(format)
     if samples is not None:
         open_storage(to).write(SAMPLES, samples)
-    if format != "diffusers":
+    if format != "diffusers" and is_seen:
         card_file.write(sealed(card).encode())
     if is_folder and samples is None and before is not None and f"]({SAMPLES})" in before:
         open_storage(to).delete(SAMPLES)  # the grid of the weights before

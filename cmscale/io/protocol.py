@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from cmscale.errors import UserError
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -23,6 +25,10 @@ class Entry:
 
 class ArrivedChanged(ConnectionError):
     """Raised when an object that was read differs from the checksum that the storage has for it."""
+
+
+class Forbidden(UserError):
+    """Raised when a storage does not allow what was asked: S3 without s3:ListBucket also a look at what is absent."""
 
 
 class StorageAway(ConnectionError):

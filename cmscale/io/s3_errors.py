@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import NO_SPACE
-from cmscale.io.protocol import ArrivedChanged, StorageAway
+from cmscale.io.protocol import ArrivedChanged, Forbidden, StorageAway
 from cmscale.io.s3_pace import TooSlow
 
 AWAY = {
@@ -163,9 +163,21 @@ def _raise_client_error(error: Any, url: str, place: str) -> NoReturn:
         raise ClockSkew(
             f"{place}: this machine's clock differs from the server's by too much ({code}); set it (chronyd, ntpd)"
         ) from None
+    if code in _REFUSED:
+        raise Forbidden(f"{place}: {_why_refused(error, code)}") from None
     if advice := _advice(error, code):
         raise UserError(f"{place}: {advice}") from None
     raise ConnectionError(f"{place}: S3 answered {code} to {error.operation_name}: {said}") from error
+
+
+def _why_refused(error: Any, code: str) -> str:
+    is_look = error.operation_name in ("GetObject", "HeadObject")
+    return (
+        f"S3 refuses the credentials ({code} to {error.operation_name}"
+        f"{', which without s3:ListBucket is also the answer about what is not there' if is_look else ''}); check "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and the bucket's policy (ops/templates/bucket_policy.json); if "
+        "its requester pays, set storage.requester_pays=true"
+    )
 
 
 def _advice(error: Any, code: str) -> str:
@@ -174,12 +186,6 @@ def _advice(error: Any, code: str) -> str:
         return (
             f"S3 refuses the credentials ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
             "and that they are those of AWS_ENDPOINT_URL"
-        )
-    if code in _REFUSED:
-        return (
-            f"S3 refuses the credentials ({code} to {error.operation_name}); check AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY and the bucket's policy (ops/templates/bucket_policy.json); if its requester pays, "
-            "set storage.requester_pays=true"
         )
     if code in _EXPIRED:
         return f"the S3 credentials have expired or are no longer valid ({code}); {SIGN_IN}"

@@ -13,6 +13,7 @@ from cmscale.config import Prometheus
 from cmscale.errors import NoSpace
 from cmscale.io.durable import replace_durably
 from cmscale.runs.folder import RunDir
+from cmscale.runs.lineage import read_lineage
 from cmscale.runs.log import read_lines
 from cmscale.runs.results import EvaluationResult
 from cmscale.training.mirror import Mark, Mirror
@@ -23,6 +24,7 @@ _HELP = {
     "running": "1 while the training's process lives, 0 after its orderly end.",
     "written_timestamp_seconds": "When this file was written.",
     "events": "Lines of events.jsonl by kind.",
+    "branch_info": "1 in a branch; its label says which checkpoint it began with.",
     "evaluation": "Mean of a metric at the newest step that was evaluated.",
 }
 
@@ -70,6 +72,8 @@ class PrometheusSink:
     def _write(self, *, running: int) -> None:
         numbers = {**self._numbers, "running": running, "written_timestamp_seconds": round(time.time(), 3)}
         lines = [line for name, value in numbers.items() for line in _family(name, [({}, value)], self._labels)]
+        if origin := read_lineage(self._run):
+            lines += _family("branch_info", [({"branch_of": str(origin)}, 1)], self._labels)
         events = Counter(str(each.get("event")) for each in read_lines(self._run.events))
         lines += _family("events", [({"event": name}, count) for name, count in events.items()], self._labels)
         names = ("metric", "weights", "nfe", "samples", "reference")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fault_proxy import FaultProxy
 from networks import random_weights, small_config, small_model
 
 import cmscale
@@ -339,6 +340,31 @@ def test_a_card_that_was_edited_is_not_replaced(format: str, tmp_path: Path, s3:
             assert file.read_if_present() == edited.encode()
             with pytest.raises(UserError, match="was edited"):  # before weights are read
                 check_target(kind, Place(f"{place}/{name}"))  # pyright: ignore[reportArgumentType]
+
+
+def test_files_are_exported_where_s3_does_not_say_that_a_card_is_absent(s3: str, proxy: FaultProxy) -> None:
+    """As with credentials that lack s3:ListBucket: it answers 403 to whoever asks for what is not there."""
+    place = Place(f"{s3}/one.safetensors")
+    card = Place(f"{place}.md")
+    hidden = proxy.add("answer 403 AccessDenied", match=r"^GET .*\.md")
+    check_target("safetensors", place)
+    exported(place, None, format="safetensors")
+    assert hidden.used > 1
+    proxy.clear()
+    assert b"# CT at 16x16" in (card.read_if_present() or b"")
+    assert cmscale.load(place).sample(1, steps=1)[0].size == (16, 16)
+    exported(place, None, format="safetensors")  # what is there may be read
+    card.write(b"# Mine")
+    place.write(b"mine")
+    proxy.add("answer 403 AccessDenied", match=r"^GET .*\.md")
+    with pytest.raises(UserError, match=r"one\.safetensors\.md: is there, .*s3:GetObject") as refused:
+        exported(place, None, format="safetensors")
+    assert "\n" not in str(refused.value)
+    proxy.clear()
+    assert (card.read_if_present(), place.read_if_present()) == (b"# Mine", b"mine")
+    proxy.add("answer 403 AccessDenied", match=r"^GET .*(config|manifest|README)")
+    with pytest.raises(UserError, match=r"AccessDenied to GetObject, which without s3:ListBucket is also the answer"):
+        check_target("safetensors", Place(f"{s3}/folder"))  # what it would replace can't be seen
 
 
 @pytest.mark.parametrize("format", ["safetensors", "diffusers"])

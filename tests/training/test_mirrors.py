@@ -210,7 +210,8 @@ def test_mirrors_say_what_a_branch_began_with(run: RunDir, monkeypatch) -> None:
     lineage = {**parent, "manifest_sha256": "0" * 64, "changed": {}, "averages": {}}
     run.provenance.write_text(json.dumps({"branch": lineage}))
     for at in (21, 22):
-        train(run, [at], tensorboard=Tensorboard(enabled=True))
+        train(run, [at], tensorboard=Tensorboard(enabled=True), prometheus=Prometheus(enabled=True))
+    assert 'branch_of="first@20"} 1\n' in run.prometheus.read_text()
     written = b"".join(path.read_bytes() for path in run.tensorboard.iterdir())
     assert written.count(b"first@20") == 1
 
