@@ -175,8 +175,10 @@ def _give_name(staged: RunDir, run: RunDir) -> None:
 
 
 def _refuse_existing(run: RunDir) -> None:
-    if run.root.exists():
+    if run.config.exists():
         raise UserError(f"run {run.root} exists; continue it with --resume {run.name}, or give another --name")
+    if run.root.exists():
+        raise UserError(f"{run.root} exists and is no run (no config.yaml); move it away, or give another --name")
 
 
 def remove_run(run: RunDir) -> None:

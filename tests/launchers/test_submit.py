@@ -107,6 +107,7 @@ def test_cpu_ranks_ask_slurm_for_no_gpus(tmp_path: Path, config_file: Path):
             "nofile.pth: no such file or folder",
         ),
         (["--name", "taken", "CONFIG"], "exists; continue it with --resume taken"),
+        (["--name", "left", "CONFIG"], "left exists and is no run (no config.yaml); move it away"),
     ],
 )
 def test_mistake_is_one_line_with_status_2_and_leaves_nothing(
@@ -120,13 +121,15 @@ def test_mistake_is_one_line_with_status_2_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    for name in ("left", "taken"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "config.yaml").touch()
     monkeypatch.setattr(sys, "argv", ["submit.py", *(str(config_file) if a == "CONFIG" else a for a in arguments)])
     assert submit.guarded(submit.main) == 2
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["taken"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["left", "taken"]
 
 
 def test_flags_that_are_no_numbers_are_refused_with_status_2(tmp_path: Path, config_file: Path):
