@@ -19,7 +19,8 @@ from cmscale.commands.parser import CommandParser, whole_number
 from cmscale.commands.use import USED, Use
 from cmscale.config import Config, dump_config, leaves
 from cmscale.config.cautions import cautions
-from cmscale.config.site import LaunchSettings, unused_variables
+from cmscale.config.sbatch_variables import unused_variables
+from cmscale.config.site import LaunchSettings
 from cmscale.io.durable import replace_durably
 from cmscale.io.slurm import Refused
 from cmscale.runs.copies import exported_run, pending_copies

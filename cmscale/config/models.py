@@ -13,6 +13,7 @@ from cmscale.config.added import with_added_values
 from cmscale.config.averages import EMA
 from cmscale.config.evaluate import Evaluate
 from cmscale.config.methods import Method
+from cmscale.config.mirrors import Prometheus, Tensorboard, Wandb
 from cmscale.config.network import Model
 from cmscale.config.renamed import with_current_names
 from cmscale.config.section import Section
@@ -21,12 +22,9 @@ from cmscale.config.sections import (
     Data,
     Engine,
     Optimizer,
-    Prometheus,
     Restart,
     Sampling,
-    Tensorboard,
     Train,
-    Wandb,
 )
 from cmscale.config.slurm import Slurm
 from cmscale.config.storage import StorageKeys

@@ -1,4 +1,4 @@
-"""Reads a site's defaults: the site file, and what the user told sbatch by variables SBATCH_*.
+"""Reads a site's defaults: the site file, beside what the user told sbatch by variables SBATCH_*.
 
 The site file is CMSCALE_SITE, else `cmscale/site.yaml` in XDG_CONFIG_HOME, else `~/.config/cmscale/site.yaml`. It holds
 sections of a config (the keys that do not change the losses), `flags` and `environment`. Its values lie beneath those
@@ -18,9 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cmscale.config.evaluate import Evaluate
 from cmscale.config.files import validated
 from cmscale.config.layers import Layer
+from cmscale.config.mirrors import Prometheus, Tensorboard, Wandb
 from cmscale.config.mistakes import Mistake, explain, refusal, unknown
+from cmscale.config.sbatch_variables import environment_layers
 from cmscale.config.section import Section
-from cmscale.config.sections import Checkpoint, Data, Engine, Prometheus, Restart, Tensorboard, Wandb
+from cmscale.config.sections import Checkpoint, Data, Engine, Restart
 from cmscale.config.slurm import Slurm, Text
 from cmscale.config.storage import StorageKeys
 from cmscale.config.yaml_text import parse_sections, place, read_yaml_text
@@ -42,31 +44,6 @@ SECTIONS: dict[str, type[Section]] = {
 """Sections whose keys a site may set, as far as they do not change the losses; `data.path` is a run's own."""
 
 _FLAGS_OF_SLURM = ("partition", "nodes", "gpus_per_node", "time")
-
-# Variables that sbatch reads, and the keys that say the same.
-_KEYS = {
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_EXCLUSIVE": "exclusive",
-    "SBATCH_GPUS_PER_NODE": "gpus_per_node",
-    "SBATCH_GRES": "gres",
-    "SBATCH_MEM_PER_CPU": "mem_per_cpu",
-    "SBATCH_MEM_PER_GPU": "mem_per_gpu",
-    "SBATCH_MEM_PER_NODE": "mem",
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_QOS": "qos",
-    "SBATCH_RESERVATION": "reservation",
-    "SBATCH_TIMELIMIT": "time",
-    "SBATCH_WCKEY": "wckey",
-}
-_EXTRA = (
-    *("acctg-freq", "batch", "clusters", "container", "container-id", "core-spec", "delay-boot", "distribution"),
-    *("gpu-bind", "gpu-freq", "gres-flags", "hint", "mem-bind", "network", "power", "profile", "segment"),
-    *("thread-spec", "threads-per-core", "tres-bind"),
-)
-_EXTRA_WITHOUT_VALUE = ("no-kill", "overcommit", "spread-job", "use-min-nodes")
-# What they would say is the launcher's to say, or must not be said by chance.
-_WITHOUT_NOTICE = frozenset({"SBATCH_DEBUG", "SBATCH_IGNORE_PBS", "SBATCH_WAIT4SWITCH"})
 
 
 class SiteFlags(BaseModel):
@@ -266,48 +243,3 @@ def _expanded(values: Any, name: str, wrong: list[Mistake]) -> Any:
     if missing := re.search(r"\$(\w+|\{[^}]*\})", text):
         wrong.append(Mistake(name, f"{missing[0]} is not set; got {values!r}"))
     return text
-
-
-def environment_layers(environment: Mapping[str, str]) -> list[Layer]:
-    """A layer per variable by which the user told sbatch something, so that it holds at every restart, too.
-
-    Raises:
-        UserError: a value is not allowed.
-    """
-    layers = []
-    for name in sorted(environment):
-        key, value = _said_by(name, environment)
-        if key is None:
-            continue
-        section, leaf = "slurm", key
-        values = {"extra": {leaf.removeprefix("extra."): value}} if leaf.startswith("extra.") else {leaf: value}
-        if wrong := _of_model(Slurm, values, section):
-            raise refusal(wrong, lambda _, name=name: name)
-        layers.append(Layer(name, {section: values}))
-    return layers
-
-
-def _said_by(name: str, environment: Mapping[str, str]) -> tuple[str | None, Any]:
-    """The key of `slurm` that a variable sets, and its value; None for one that says nothing here."""
-    value = environment[name]
-    if name == "SLURM_CLUSTERS" and "SLURM_JOB_ID" not in environment:
-        return "extra.clusters", value
-    if not name.startswith("SBATCH_"):
-        return None, None
-    if name in _KEYS:
-        if name == "SBATCH_EXCLUSIVE" and value not in ("user", "mcs", "topo"):
-            return "exclusive", True
-        return (_KEYS[name], value) if value else (None, None)
-    if name == "SBATCH_REQ_SWITCH" and value:
-        wait = environment.get("SBATCH_WAIT4SWITCH")
-        return "extra.switches", f"{value}@{wait}" if wait else value
-    option = name.removeprefix("SBATCH_").lower().replace("_", "-")
-    if option in _EXTRA_WITHOUT_VALUE:
-        return f"extra.{option}", True
-    return (f"extra.{option}", value) if option in _EXTRA and value else (None, None)
-
-
-def unused_variables(environment: Mapping[str, str]) -> list[str]:
-    """Variables of sbatch that are set and not used."""
-    names = sorted(name for name in environment if name.startswith("SBATCH_") and name not in _WITHOUT_NOTICE)
-    return [name for name in names if environment[name] and _said_by(name, environment)[0] is None]

@@ -120,7 +120,7 @@ def _normal(text: str) -> str:
     if not text.strip():
         raise UserError("an empty path; give a path or URL")
     if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
-        raise UserError(f"{text!r}: line breaks and control characters are not allowed in a path; name another")
+        raise UserError(f"got {text!r}; line breaks and control characters are not allowed in a path")
     found = _SCHEME.match(text)
     if found is not None:
         return _normal_url(text, scheme=found[1].lower(), slashes=found[2] is not None)

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from cmscale.config import parse_config
+from cmscale.config.sbatch_variables import environment_layers, unused_variables
 from cmscale.config.site import (
-    environment_layers,
     read_launch_settings,
     read_site,
     site_layers,
-    unused_variables,
     use_site,
 )
 from cmscale.errors import UserError
