@@ -5,6 +5,7 @@ import hashlib
 import io
 import mmap
 import os
+import shutil
 import struct
 import tempfile
 import time
@@ -230,13 +231,12 @@ class FileCache:
             NoSpace: there are none.
         """
         _, complete = self._inventory()
-        where = f"data.cache_dir: {self.root} on {node_name()}: {NO_SPACE} on the device"
         if not complete:
-            raise NoSpace(f"{where}; free some, or name a folder on a larger disk") from error
-        if not self._was_full:
-            print(f"{where}, before data.cache_gb was reached; the shards used longest ago make room", flush=True)
-        self._was_full = True
+            raise NoSpace(f"{self._full()}; free some, or name a folder on a larger disk") from error
         return sum(length for _, length, _ in complete)
+
+    def _full(self) -> str:
+        return f"data.cache_dir: {self.root} on {node_name()}: {NO_SPACE} on the device"
 
     def _fetch(self, name: str, path: Path, entry: FileEntry, part: Path) -> tuple[int, int | None]:
         outcome: int | ConnectionError = _MISSING
@@ -270,8 +270,12 @@ class FileCache:
         """
         with locked(self.root / ".lock"):
             used, complete = self._inventory()
+            room = min(limit, used + shutil.disk_usage(self.root).free)
+            if used + size > room < self.limit and not self._was_full:
+                self._was_full = True
+                print(f"{self._full()}, before data.cache_gb is used; the oldest shards make room", flush=True)
             for _, length, path in sorted(complete):
-                if used + size <= limit:
+                if used + size <= room:
                     break
                 path.unlink(missing_ok=True)
                 used -= length

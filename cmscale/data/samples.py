@@ -14,7 +14,7 @@ from cmscale.config import Data
 from cmscale.data.cache import FileCache
 from cmscale.data.decode import BadImage, decode
 from cmscale.data.formats import ShardReader, shard_format
-from cmscale.errors import DamagedInput, UserError
+from cmscale.errors import DamagedInput, NoSpace, UserError
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
@@ -89,7 +89,14 @@ class Samples:
         name = self.manifest.shards[shard].name
         file = self._files.pop(shard, None)
         if file is None or not self.cache.touch(name):
-            file = self.cache.open(name)
+            try:
+                file = self.cache.open(name)
+            except NoSpace:  # files that the cache has deleted take their space until they are closed
+                if not self._files:
+                    raise
+                while self._files:
+                    self._files.popitem()[1].close()
+                file = self.cache.open(name)
             while len(self._files) >= self._max_open_files:
                 self._files.pop(next(iter(self._files))).close()
         self._files[shard] = file

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from data_fixtures import COUNT, collect, data, world
@@ -281,13 +283,26 @@ def test_on_a_disk_that_is_full_before_the_limit_older_files_make_room(tmp_path:
         path = some.path(f"shard-{number}")
         os.utime(path, (at, at))
     assert sorted(path.name for path in some.folder.glob("shard*")) == ["shard-2", "shard-3", "shard-4"]
-    assert capsys.readouterr().out.count("no space left on the device, before data.cache_gb was reached") == 1
+    assert capsys.readouterr().out.count("no space left on the device, before data.cache_gb is used") == 1
     room = 0
     with pytest.raises(
         NoSpace, match=rf"^data.cache_dir: {tmp_path} on \S+: no space left on the device; free some, or"
     ):
         some.path("shard-5")
     assert not list(some.folder.glob("*.part"))
+
+
+def test_the_room_that_the_disk_has_is_kept_before_a_download_fails(tmp_path: Path, monkeypatch) -> None:
+    some = cache_of(Counting(FILES), tmp_path, limit=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3500 - used()))
+
+    def used() -> int:
+        return sum(path.stat().st_size for path in some.folder.glob("shard*"))
+
+    for number in range(6):
+        some.path(f"shard-{number}")
+        assert used() <= 3000
+    assert used() == 3000
 
 
 def test_leftovers_of_a_killed_download_are_removed(tmp_path: Path) -> None:

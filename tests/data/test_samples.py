@@ -1,5 +1,6 @@
 """Samples by id: open files are bounded, and what replaces a sample stays in its bounds."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from data_fixtures import COUNT, FORMATS
 
 from cmscale.data import read_images
 from cmscale.data.samples import Samples
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -74,3 +75,21 @@ def test_a_manifest_without_an_index_is_one_line(sets: dict[str, str], tmp_path:
     (tmp_path / "manifest.json").write_text(text.replace('"index.json"', '"other.json"'))
     with pytest.raises(UserError, match=r"lists no index.json; run data_prep/prepare.py again"):
         Samples(str(tmp_path))
+
+
+def test_on_a_full_disk_files_that_are_open_give_their_space_back(
+    sets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = Samples(sets["mds"], cache_dir=str(tmp_path))
+    first = samples.read(0)
+    held = samples._files[0]
+    opened = samples.cache.open
+
+    def only_when_nothing_is_held(name: str) -> io.FileIO:
+        if not held.closed:
+            raise NoSpace("no space left on the device")
+        return opened(name)
+
+    monkeypatch.setattr(samples.cache, "open", only_when_nothing_is_held)
+    assert samples.read(4)[0] != first[0]
+    assert samples.read(0) == first
