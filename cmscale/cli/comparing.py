@@ -1,7 +1,6 @@
 """The command that compares runs: `compare`."""
 
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from cmscale.cli.command import TableConsole, command
 from cmscale.cli.configs import print_differences
+from cmscale.cli.json_output import print_json
 from cmscale.cli.options import JsonOption
 from cmscale.cli.tables import table_of, width_of
 from cmscale.commands.parser import Output
@@ -45,7 +45,7 @@ def compare(
     for line in found.unreadable:
         print(f"note: not compared: {line}", file=sys.stderr)
     if as_json:
-        print(json.dumps(comparison.as_json(found), indent=1))
+        print_json(comparison.as_json(found))
     elif out is not None:
         out.write(comparison.page(found))
         print(out)

@@ -1,7 +1,6 @@
 """Commands on configs: `config explain`, `config diff`, `schema`."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from rich.table import Table
 
 from cmscale.cli.command import TableConsole, command
+from cmscale.cli.json_output import print_json
 from cmscale.cli.options import JsonOption
 from cmscale.commands.use import USED
 from cmscale.errors import UserError
@@ -40,13 +40,13 @@ def explain(
 
     if not names:
         if as_json:
-            print(json.dumps(sections(), indent=1))
+            print_json(sections())
             return
         _print_pairs(sections().items())
         return
     found = [key for name in names for key in _named(name)]
     if as_json:
-        print(json.dumps([_as_json(key) for key in dict.fromkeys(found)], indent=1))
+        print_json([_as_json(key) for key in dict.fromkeys(found)])
         return
     if len(names) == 1 and names[0] in sections():
         keys = [key for key in all_keys() if key.name.startswith(f"{names[0]}.")]
@@ -129,7 +129,7 @@ def diff(
         raise UserError(f"{configs[0]}: is one config; give two or more to compare")
     found = compared([config_of(place) for place in configs])
     if as_json:
-        print(json.dumps([dataclasses.asdict(each) for each in found], indent=1))
+        print_json([dataclasses.asdict(each) for each in found])
         return
     if not found:
         print("no difference")
@@ -165,4 +165,4 @@ def schema() -> None:
     """Prints the JSON Schema of a config file, for editors."""
     from cmscale.config import json_schema
 
-    print(json.dumps(json_schema(), indent=1))
+    print_json(json_schema())

@@ -1,6 +1,5 @@
 """Shows what `cmscale doctor` finds, on this machine or on the nodes of a Slurm job."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from rich.table import Table
 
 from cmscale.cli.command import TableConsole
 from cmscale.cli.finding import Finding
+from cmscale.cli.json_output import print_json
 from cmscale.cli.machine import findings
 from cmscale.cli.nodes import differing, doctor_of_nodes, report_node, shared, unmeasured
 from cmscale.cli.services import storage
@@ -29,7 +29,7 @@ def found_here(place: Place | None, runs_dir: Path, *, is_of_many: bool = False)
 def show(found: Sequence[Finding], *, as_json: bool) -> bool:
     """Prints findings. Returns whether one is a failure."""
     if as_json:
-        print(json.dumps([vars(each) for each in found], indent=1))
+        print_json([vars(each) for each in found])
     else:
         table = Table("", "what", "found", "what to do", box=None)
         for each in found:
@@ -60,7 +60,7 @@ def show_nodes(count: int, place: Place | None, runs_dir: Path, *, as_json: bool
     different = differing(nodes)
     if as_json:
         shown = {node: [vars(each) for each in found] for node, found in nodes.items()}
-        print(json.dumps({"nodes": shown, "differing": different}, indent=1))
+        print_json({"nodes": shown, "differing": different})
     else:
         _print_alike(nodes, different)
         names = ", ".join(different)

@@ -1,7 +1,5 @@
 """Commands that print facts: `doctor`, `estimate`."""
 
-import json
-import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmscale.cli.command import TableConsole, command
+from cmscale.cli.json_output import print_json
 from cmscale.cli.options import JsonOption
 from cmscale.commands.use import USED, Use
 from cmscale.errors import UserError
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from cmscale.training.estimate.tables import Table as TextTable
 
 app = typer.Typer()
+_LEAST, _MOST = 1e-9, 1e9  # of what is estimated with: quotients of them are numbers
 console = Console(stderr=True)
 RUNS = Place("runs")
 
@@ -88,8 +88,8 @@ def estimate(
     positive |= {"--interruption-hours": interruption_hours, "--save-seconds": save_seconds}
     positive |= {"--restart-seconds": restart_seconds}
     for flag, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{flag} {value}: give a number above 0")
+        if value is not None and not _LEAST <= value <= _MOST:
+            raise UserError(f"{flag} {value}: give a number from {_LEAST:g} to {_MOST:g}")
     settings = read_config(config, overrides)
     from cmscale.training.estimate.tables import Request, tables
 
@@ -108,7 +108,7 @@ def estimate(
     found = list(tables(settings, request))
     if as_json:
         document = {each.title: each.by_row() for each in found}
-        print(json.dumps({**document, "cautions": cautions(settings)}, indent=1))
+        print_json({**document, "cautions": cautions(settings)})
         return
     _show(found)
     for caution in cautions(settings):

@@ -1,7 +1,6 @@
 """Commands on a run: `report`, `mirror`."""
 
 import contextlib
-import json
 import shlex
 import sys
 from typing import Annotated
@@ -9,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cmscale.cli.command import command
+from cmscale.cli.json_output import print_json
 from cmscale.cli.options import JsonOption
 from cmscale.commands.use import USED, Use
 from cmscale.errors import UserError
@@ -89,7 +89,7 @@ def mirror(
     waiting = unsynced(folder) if "wandb" in outcome else []
     if as_json:
         facts = {name: {"failure": why or None, "state": why or has_all[name]} for name, why in outcome.items()}
-        print(json.dumps({"mirrors": facts, "unsynced": [str(each) for each in waiting]}, indent=1))
+        print_json({"mirrors": facts, "unsynced": [str(each) for each in waiting]})
     else:
         for name, failure in outcome.items():
             print(f"{name}: {failure or has_all[name]}")

@@ -1,7 +1,6 @@
 """The command that lists runs: `runs`."""
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import typer
 from rich.cells import cell_len
 
 from cmscale.cli.command import TableConsole, command
+from cmscale.cli.json_output import print_json
 from cmscale.cli.options import JsonOption
 from cmscale.cli.tables import table_of, width_of
 from cmscale.commands.use import USED, Use
@@ -59,7 +59,7 @@ def runs(
     if (folder / "config.yaml").is_file():
         raise UserError(f"{runs_dir}: is a run; give the folder that holds runs")
     if as_json:
-        print(json.dumps([dataclasses.asdict(each) for each in _overviews(folder)], indent=1))
+        print_json([dataclasses.asdict(each) for each in _overviews(folder)])
         return
     console = TableConsole()
     if watch is None:

@@ -1,6 +1,5 @@
 """Commands on weights and checkpoints: `export`, `import`, `ema`, `verify`."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from cmscale.cli.command import GIVEN, command
+from cmscale.cli.json_output import print_json
 from cmscale.cli.options import ConfigOption, JsonOption, OverridesArgument
 from cmscale.commands.situation import DIFFUSERS, EXPORTED, RUN, WITH_WEIGHTS_TO_CHOOSE, overriding
 from cmscale.commands.use import USED, Given, Use
@@ -153,7 +153,7 @@ def ema(
         errors = {power_name(trial): error_of(kept, trial, step=at) for trial in _TRIED_LENGTHS}
         if as_json:
             listed = [{"step": each.profile.step, "name": each.name} for each in kept]
-            print(json.dumps({"step": at, "kept": listed, "errors": errors}, indent=1))
+            print_json({"step": at, "kept": listed, "errors": errors})
             return
         for each in kept:
             print(f"step {each.profile.step}: {each.name}")
@@ -213,7 +213,7 @@ def verify(
                 notice = "" if problems or is_sealed(checkpoint) else f" ({NOT_SEALED})"
                 print(f"{name}: {'; '.join(problems) if problems else 'good'}{notice}", flush=True)
     if as_json:
-        print(json.dumps(all_problems, indent=1))
+        print_json(all_problems)
     if any(all_problems.values()):
         raise typer.Exit(1)
 
@@ -233,7 +233,7 @@ def _verify_exported(place: Place, *, as_json: bool) -> None:
     except UserError as error:
         problems = [str(error)]
     if as_json:
-        print(json.dumps({place: problems}, indent=1))
+        print_json({place: problems})
     else:
         print(problems[0] if problems else f"{place}: good")
     if problems:

@@ -149,3 +149,15 @@ def test_runs_are_compared_on_the_terminal_as_json_and_as_a_page(tmp_path: Path,
     for arguments, words in (([one.root], "give two or more"), ([one.root, tmp_path], "not a run")):
         assert run(monkeypatch, "compare", *arguments) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_metric_that_is_not_a_number_is_null_in_json(tmp_path: Path, monkeypatch, capsys) -> None:
+    """JSON has no word for it, and other programs refuse `NaN`."""
+    one, two = working_run(tmp_path / "one"), working_run(tmp_path / "two")
+    write_evaluation(one, step=100, nfe=1, values=(30.0,), metrics={"kid": 7.0})
+    (file,) = one.evaluations.iterdir()
+    file.write_text(file.read_text().replace("7.0", "NaN"))
+    assert run(monkeypatch, "compare", one.root, two.root, "--json") == 0
+    said = capsys.readouterr().out
+    assert "NaN" not in said
+    assert json.loads(said)["scores"][0]["metrics"] == {"fid": 30.0, "precision": 0.5, "kid": None}
