@@ -29,6 +29,7 @@ from harness import Row
 from cmscale.commands.use import USED
 from cmscale.config import Config, dump_config, parse_config, read_config
 from cmscale.distributed import world as worlds
+from cmscale.distributed.compat import cpu_has_bf16
 from cmscale.errors import UserError
 from cmscale.training.estimate.memory import Assumed, Memory
 
@@ -71,7 +72,7 @@ def main() -> int:
     rows, details = [], []
     load = os.getloadavg()[0]
     device = worlds.choose_device(given.device)
-    for name, config in _cases(given).items():
+    for name, config in _cases(given, device).items():
         peaks = [_peak(config, ranks=given.ranks, device=device.type) for _ in range(given.rounds)]
         estimate = Memory(config, given.ranks, on_cuda=device.type == "cuda", assumed=Assumed(context=0, unused=0))
         size, checkpointing = config.train.micro_batch_size, config.model.activation_checkpointing
@@ -91,12 +92,17 @@ def main() -> int:
     return 1 if outside else 0
 
 
-def _cases(given: argparse.Namespace) -> dict[str, Config]:
+def _cases(given: argparse.Namespace, device: torch.device) -> dict[str, Config]:
     if given.config is not None:
         return {given.config.stem: read_config(given.config, given.overrides)}
     names = list(CASES) if given.cases is None else given.cases.split(";")
     if unknown := set(names) - CASES.keys():
         raise UserError(f"--cases {'; '.join(unknown)}: unknown; there are {'; '.join(CASES)}")
+    if given.cases is None and device.type == "cpu" and not cpu_has_bf16():
+        # torch emulates it there: with copies in fp32, and a step takes minutes
+        left_out = [name for name in names if "engine.precision=bf16" in CASES[name]]
+        print(f"left out, as this processor has no bf16: {'; '.join(left_out)}", file=sys.stderr)
+        names = [name for name in names if name not in left_out]
     return {name: parse_config(ACTIVATIONS, [*CASES[name], *given.overrides]) for name in names}
 
 
@@ -123,14 +129,16 @@ def _peak(config: Config, *, ranks: int, device: str) -> float:
             }
             command = [sys.executable, __file__, "--device", device, "--measure", str(path), f"{folder}/{rank}.json"]
             processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-        while any(process.poll() is None for process in processes):
-            if any(process.returncode for process in processes):
-                break  # the others may wait for this one
-            time.sleep(0.1)
-        failed = [rank for rank, process in enumerate(processes) if process.returncode]
-        for process in processes:
-            process.kill()
-            process.wait()
+        try:
+            while any(process.poll() is None for process in processes):
+                if any(process.returncode for process in processes):
+                    break  # the others may wait for this one
+                time.sleep(0.1)
+            failed = [rank for rank, process in enumerate(processes) if process.returncode]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
         if failed:
             raise UserError(f"rank {failed[0]} failed; its message is above")
         return max(json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks))
