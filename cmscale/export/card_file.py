@@ -10,6 +10,13 @@ from cmscale.io.storage import open_parent
 _SEAL = "\n<!-- Written by cmscale, which replaces this card at the next export unless it was edited: "
 
 
+BEGUN = """# An export that has not ended
+
+The weights beside this card may be those of another step than the [samples](samples.png). Export them again.
+"""
+"""A card while what it will describe is written over what another one described."""
+
+
 def sealed(card: str) -> str:
     """The card with a last line, not shown, by which `replaceable_card` knows it."""
     return f"{card}{_SEAL}{hashlib.sha256(card.encode()).hexdigest()} -->\n"

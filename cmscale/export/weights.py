@@ -8,7 +8,7 @@ from cmscale.config import Config
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import SAMPLES, model_card
-from cmscale.export.card_file import replaceable_card, sealed, write_first_card
+from cmscale.export.card_file import BEGUN, replaceable_card, sealed, write_first_card
 from cmscale.export.metadata import UNKNOWN
 from cmscale.export.target import Format, card_of, copy_settings, is_folder_of
 from cmscale.export.usage import unlike_openai
@@ -68,7 +68,9 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         has_samples=samples is not None,
     )
     if not is_seen:
-        write_first_card(card_file, card)  # nothing is written if there is another one
+        write_first_card(card_file, BEGUN)  # nothing is written if there is another one
+    elif before is not None:
+        card_file.write(sealed(BEGUN).encode())
     what = {"config": source.config, "step": source.step, "weights_name": source.weights_name}
     match format:
         case "safetensors":
@@ -83,7 +85,7 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
             assert_never(format)
     if samples is not None:
         open_storage(to).write(SAMPLES, samples)
-    if format != "diffusers" and is_seen:
+    if format != "diffusers":
         card_file.write(sealed(card).encode())
     if is_folder and samples is None and before is not None and f"]({SAMPLES})" in before:
         open_storage(to).delete(SAMPLES)  # the grid of the weights before

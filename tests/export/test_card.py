@@ -342,6 +342,27 @@ def test_a_card_that_was_edited_is_not_replaced(format: str, tmp_path: Path, s3:
                 check_target(kind, Place(f"{place}/{name}"))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("format", ["safetensors", "diffusers", "file"])
+def test_a_card_never_describes_weights_that_an_export_had_begun_to_replace(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, name = ("safetensors", "one.safetensors") if format == "file" else (format, "model")
+    card = tmp_path / ("one.safetensors.md" if format == "file" else "model/README.md")
+    exported(tmp_path / name, None, format=kind)
+    whole = card.read_text()
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"cmscale.export.weights.write_{kind}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            exported(tmp_path / name, None, format=kind)
+    assert "An export that has not ended" in card.read_text()
+    exported(tmp_path / name, None, format=kind)
+    assert card.read_text() == whole
+
+
 def test_files_are_exported_where_s3_does_not_say_that_a_card_is_absent(s3: str, proxy: FaultProxy) -> None:
     """As with credentials that lack s3:ListBucket: it answers 403 to whoever asks for what is not there."""
     place = Place(f"{s3}/one.safetensors")
