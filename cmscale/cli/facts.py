@@ -107,7 +107,7 @@ def estimate(
     )
     found = list(tables(settings, request))
     if as_json:
-        document = {each.title: each.by_row() for each in found}
+        document = {each.name: each.by_row() for each in found}
         print_json({**document, "cautions": cautions(settings)})
         return
     _show(found)

@@ -290,6 +290,8 @@ def test_a_batch_that_does_not_divide_is_left_out_of_the_scales() -> None:
 
 def test_the_tables_say_whether_it_fits_and_what_is_assumed() -> None:
     shown = {table.title: table for table in tables(config_of(), Request(gpus_per_node=4, gpu="l40s", price=2.0))}
+    names = ["run", "memory per rank", "largest micro-batch", "time and storage", "many GPUs"]
+    assert [table.name for table in shown.values()] == names  # in JSON: whatever was asked
     memory = {row[0]: row for row in shown["memory per rank, ZeRO-2"].rows}
     assert memory["total"][2] == f"fits in the {GPUS['l40s'].gib} GiB of L40S 48 GB"
     assert "assumption" in memory["CUDA"][2]

@@ -45,11 +45,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts."""
+    """A table of texts.
 
-    title: str
+    Attributes:
+        name: What it is called in JSON, whatever was asked.
+        of: What the title has besides.
+    """
+
+    name: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]] = field(default_factory=list)
+    of: str = ""
+
+    @property
+    def title(self) -> str:
+        """What is printed above it."""
+        return f"{self.name}{self.of}"
 
     def by_row(self) -> dict[str, dict[str, str]]:
         """The rows by their first column, for JSON."""
@@ -93,7 +104,7 @@ def _memory(config: Config, memory: Memory, gpu: GPU) -> Table:
     checkpointing = config.model.activation_checkpointing
     size = config.train.micro_batch_size
     terms = memory.terms(size, activation_checkpointing=checkpointing)
-    table = Table(f"memory per rank, ZeRO-{config.engine.zero_stage}", ("term", "GiB", "what it is"))
+    table = Table("memory per rank", ("term", "GiB", "what it is"), of=f", ZeRO-{config.engine.zero_stage}")
     for term in terms:
         table.rows.append((term.name, _gib(term.size), term.remark))
     total = sum(term.size for term in terms)
@@ -186,7 +197,7 @@ def _time(
         ("a restart takes", f"{rates.restart_seconds:g} s", "from the interruption to the next step"),
         ("interruptions", f"one in {rates.interruption_hours:,.0f} GPU-hours", "--interruption-hours"),
     ]
-    return Table(f"time and storage on {request.num_ranks} GPUs", ("what", "estimate", "how"), rows)
+    return Table("time and storage", ("what", "estimate", "how"), rows, of=f" on {request.num_ranks} GPUs")
 
 
 def _snapshots(config: Config, count: int) -> list[tuple[str, str, str]]:
