@@ -18,10 +18,10 @@ from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
 from cmscale.errors import DamagedInput, NoSpace, UserError
+from cmscale.io import interrupts
 
 INTERRUPTED = 128 + signal.SIGINT
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
-_interrupts: list[int] = []
 READER_LEFT = 128 + signal.SIGPIPE
 _FAULTS_OF_A_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What no user has mistaken: a full or failing disk, and the system's limits."""
@@ -101,7 +101,7 @@ def end_early_interrupts() -> None:
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
     """Does as Python does on Ctrl-C, and notes it: a library may swallow the exception and fail of what it left."""
-    _interrupts.append(number)
+    interrupts.received.append(number)
     raise KeyboardInterrupt
 
 
@@ -116,14 +116,14 @@ def leave(status: int) -> NoReturn:
 
 
 def _on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt) or _interrupts:
+    if issubclass(kind, KeyboardInterrupt) or interrupts.received:
         os._exit(_said("interrupted", INTERRUPTED))
     sys.__excepthook__(kind, error, trace)
 
 
 def _came_of_ctrl_c(error: BaseException | None) -> bool:
     """Whether an exception came of Ctrl-C: some libraries turn it into one of their own while they are imported."""
-    if _interrupts:
+    if interrupts.received:
         return True
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from cmscale.io import interrupts
 from cmscale.io.protocol import StorageAway
 from cmscale.io.settings import storage_settings
 
@@ -44,17 +45,19 @@ def patiently(call: Callable[[], T], *, given_up: threading.Event | None = None)
     half of each keeps many ranks from asking at once. What is waited for is said on stderr at growing intervals.
 
     Args:
-        given_up: Ends the waiting of a thread, to which no Ctrl-C comes.
+        given_up: Ends the waiting of a thread, to which no Ctrl-C comes; that of a command ends it, too.
 
     Raises:
         StorageAway: it has not answered for `storage.patience_minutes`; the message says so.
-        GivenUp: `given_up` is set.
+        GivenUp: in a thread, after Ctrl-C, or as `given_up` is set.
         Exception: whatever else `call` raises, at once.
     """
     began: float | None = None
     pauses = 0
     while True:
-        if given_up is not None and given_up.is_set():
+        if threading.current_thread() is not threading.main_thread() and (
+            interrupts.received or (given_up is not None and given_up.is_set())
+        ):
             raise GivenUp
         try:
             found = call()
@@ -80,10 +83,13 @@ def patiently(call: Callable[[], T], *, given_up: threading.Event | None = None)
 
 
 def _pause(seconds: float, given_up: threading.Event | None) -> None:
-    if given_up is None:
+    if threading.current_thread() is threading.main_thread():  # Ctrl-C ends it
         time.sleep(seconds)
-    else:
-        given_up.wait(seconds)
+        return
+    given_up = given_up or threading.Event()
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and not interrupts.received and not given_up.wait(min(left, 0.5)):
+        pass
 
 
 def pause_seconds(number: int, *, patience: float) -> float:

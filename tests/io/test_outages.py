@@ -4,6 +4,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from data_fixtures import COUNT, collect, data, make
 from fault_proxy import FaultProxy
 from outages import PassingTime, pass_time, use_patience
 
-from cmscale.io import patience, s3_upload
+from cmscale.commands import ending
+from cmscale.io import interrupts, patience, s3_upload
 from cmscale.io.protocol import StorageAway
 from cmscale.io.storage import open_storage
+from cmscale.runs.manifests import read_dataset_manifest
 from data_prep import verify
 
 PAUSES = 5  # through which the server stays away; at least 0.5 * (0.5 + 1 + 2 + 4 + 6) s
@@ -128,6 +131,39 @@ def test_an_upload_in_parts_goes_on_with_the_part_that_failed(
     assert len(sent) == 1
 
 
+def seconds_until_interrupted(action: Callable[[], object]) -> float:
+    """Presses Ctrl-C as soon as an action waits for storage. Returns how long the action took."""
+
+    def interrupt() -> None:
+        while not patience.is_waiting():
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        action()
+    interrupter.join()
+    return time.monotonic() - began
+
+
+def test_ctrl_c_ends_a_command_of_which_only_threads_wait_for_storage(
+    s3: str, proxy: FaultProxy, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(make(source, f"{s3}/set", "mds"))
+    manifest = read_dataset_manifest(storage)
+    monkeypatch.setattr(interrupts, "received", [])
+    before = signal.signal(signal.SIGINT, ending._interrupt)  # as `end_early_interrupts` does
+    use_patience(30)
+    monkeypatch.setattr(patience, "pause_seconds", lambda *_, **__: 200.0)
+    proxy.add("503", match="GET .*shard")
+    try:
+        assert seconds_until_interrupted(lambda: verify.verify(storage, manifest, workers=2)) < 100
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupted_upload_in_parts_ends_at_once_and_leaves_no_part(
     s3: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,20 +173,8 @@ def test_an_interrupted_upload_in_parts_ends_at_once_and_leaves_no_part(
     path = tmp_path / "large"
     path.write_bytes(bytes(11 << 20))
     proxy.add("503", match="partNumber=2")
-
-    def interrupt() -> None:
-        while not patience.is_waiting():
-            time.sleep(0.05)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
     storage = open_storage(s3)
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        storage.upload("large", path)
-    interrupter.join()
-    assert time.monotonic() - began < 100
+    assert seconds_until_interrupted(lambda: storage.upload("large", path)) < 100
     assert storage.abort_uploads(lambda key: True) == 0
     assert list(storage.list()) == []
 
