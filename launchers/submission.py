@@ -20,8 +20,10 @@ from cmscale.runs.generations import claimed_by, highest_claimed
 from cmscale.runs.log import append_line, read_lines, write_event
 from cmscale.runs.sample_sets import SetPlace, place_of_seed, set_place, stored_parts
 from launchers import jobs
-from launchers.judge import SUPERSEDED, Attempt, RankEnd
+from launchers.judge import SUPERSEDED, Attempt, RankEnd, RankFailure
 
+NO_STEP = "no step within "
+"""How the reason begins for which `cmscale.engine.watch` kills a rank."""
 _READ_AT_ONCE = 16  # reports of ranks
 _BESIDE = {jobs.EVALUATE: "evaluation", jobs.SAMPLE: "sampling"}
 
@@ -131,6 +133,18 @@ class Submission:
             found = pool.map(lambda path: (path.stat().st_mtime_ns, read_json(path)), files)
             reports = sorted(found, key=lambda report: report[0])
         return [RankEnd(**value) for _, value in reports if value is not None]
+
+    def explained(self, failure: RankFailure | None) -> RankFailure | None:
+        """The failure, with what a rank's watch recorded before it killed the rank, which hung and could not."""
+        if failure is None or self.beside or "killed" not in failure.how.lower():
+            return failure
+        why = ""
+        for event in read_lines(self.run.events):
+            if event.get("event") in ("start", "resumed", "requeued"):
+                why = ""
+            elif event.get("rank") == failure.rank and event.get("event") in ("fault", "recovered"):
+                why = str(event.get("why", "")) if event["event"] == "fault" else ""
+        return replace(failure, how=why) if why.startswith(NO_STEP) else failure
 
     def record(self, attempt: Attempt) -> list[Attempt]:
         """Appends a start that ended to the history. Returns the whole history, oldest first."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_NO_MEMORY = re.compile("allocate shared memory")
+_NO_MEMORY = re.compile("^unable to allocate shared memory")
 _KILLED = re.compile(r"DataLoader worker \(pid.*\) is killed by signal: Killed")
 
 

@@ -16,6 +16,7 @@ from data_fixtures import COUNT, FORMATS, Sample, collect, data, encoded_images,
 
 from cmscale.data import Batch, open_batches, read_images, to_device
 from cmscale.data.samples import Samples
+from cmscale.data.workers import with_advice
 from cmscale.errors import UserError
 
 
@@ -204,5 +205,6 @@ def test_a_batch_that_shared_memory_has_no_room_for_is_an_error_not_a_wait_for_e
     with closing(batches):
         until = time.monotonic() + 60
         assert batches.wait(60, leave=lambda: time.monotonic() > until)
-        with pytest.raises(RuntimeError, match=r"^/dev/shm: a data worker can't .* or set data.workers=0$"):
+        with pytest.raises(RuntimeError, match=r"^/dev/shm: a data worker can't .* or set data.workers=0$") as raised:
             next(batches)
+    assert with_advice(raised.value) is raised.value

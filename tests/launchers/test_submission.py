@@ -7,10 +7,10 @@ import pytest
 
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import read_lines
+from cmscale.runs.log import read_lines, write_event
 from launchers.decide import decide
 from launchers.jobs import EVALUATE, SAMPLE, TRAIN, WORKERS, load_worker
-from launchers.judge import Attempt, RankEnd
+from launchers.judge import Attempt, RankEnd, RankFailure
 from launchers.submission import JobRecord, Submission, newest_step, submissions_of
 
 
@@ -129,3 +129,22 @@ def test_the_newest_step_is_that_of_a_committed_checkpoint(tmp_path: Path) -> No
         run.checkpoint(step).mkdir(parents=True)
     (run.checkpoint(5) / "manifest.json").write_text("{}")
     assert newest_step(run) == 5
+
+
+def test_of_a_rank_that_its_watch_has_killed_the_watchs_reason_counts(submission: Submission) -> None:
+    submission.write_job(TRAIN, ("run",))
+    killed = RankFailure(1, "node1", "killed by SIGKILL (by hand, or the machine ran out of memory: see dmesg)")
+    late = "no step within 1800 s; stacks in logs/stacks-rank-1.txt"
+
+    def after(*happened: tuple[str, int, str]) -> str:
+        for event, rank, why in happened:
+            write_event(submission.run, event, step=4, rank=rank, why=why)
+        found = submission.explained(killed)
+        assert found is not None
+        return found.how
+
+    assert after(("start", 0, ""), ("fault", 0, late)) == killed.how
+    assert after(("fault", 1, late)) == late
+    assert after(("requeued", 0, "")) == killed.how
+    assert after(("resumed", 0, ""), ("fault", 1, late), ("recovered", 1, "a step after all")) == killed.how
+    assert submission.explained(None) is None
