@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -216,7 +217,11 @@ def test_evaluations_during_training_are_jobs_of_their_own_that_the_batch_script
     where = placement(partition="low", slurm=Slurm(cpus_per_task=1), restart=Restart(signal_seconds=5))
     job = JobSpec("cluster_worker:main", (str(run.root), 5, "well"), run, where, arguments_for(run, where, 2))
     assert SlurmCluster().run(job, wait=True) == 0
-    jobs = [read_json(path) or {} for path in run.logs.glob("submissions/*/job.json")]
+    until = time.monotonic() + 120  # the batch script requests them after it has said how training ended
+    jobs: list[dict[str, Any]] = []
+    while sum("job_id" in job for job in jobs) < 2 and time.monotonic() < until:
+        time.sleep(0.2)
+        jobs = [read_json(path) or {} for path in run.logs.glob("submissions/*/job.json")]
     assert sorted(job["worker"] for job in jobs) == ["cluster_worker:main", EVALUATE]
     (marker,) = run.asked_evaluation(5).parent.iterdir()
     assert marker.name.startswith(run.asked_evaluation(5).name)
