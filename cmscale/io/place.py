@@ -23,8 +23,8 @@ class Place(str):
     `file:///PATH` becomes a local path.
 
     Raises:
-        UserError: an empty text, control characters, a storage that is not known (`gs://`), a URL without its `//`, or
-            the `~` of a user who does not exist.
+        UserError: an empty text, a storage that is not known (`gs://`), a URL without its `//` or with control
+            characters, or the `~` of a user who does not exist.
     """
 
     __slots__ = ()
@@ -119,8 +119,6 @@ def without_folders(text: str) -> str:
 def _normal(text: str) -> str:
     if not text.strip():
         raise UserError("an empty path; give a path or URL")
-    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
-        raise UserError(f"got {text!r}; line breaks and control characters are not allowed in a path")
     found = _SCHEME.match(text)
     if found is not None:
         return _normal_url(text, scheme=found[1].lower(), slashes=found[2] is not None)
@@ -143,6 +141,8 @@ def _normal_url(text: str, *, scheme: str, slashes: bool) -> str:
         raise UserError(f"{text}: {scheme}:// is not supported; give a local path, or one of {known}")
     rest = text.partition("://")[2]
     if scheme != "file":
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in rest):
+            raise UserError(f"got {text!r}; line breaks and control characters are not allowed in a URL")
         url = f"{scheme}://{rest}"
         SCHEMES[scheme](url)  # which refuses what is no URL of its kind
         return url

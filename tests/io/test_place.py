@@ -38,7 +38,7 @@ def test_a_place_is_a_local_path_without_tilde_or_a_url(monkeypatch: pytest.Monk
         ("lsun:folder", "write ./lsun:folder"),
         ("file://host/x", "file:///ABSOLUTE/PATH"),
         ("~nobody-of-this-name/x", "there is no user 'nobody-of-this-name'"),
-        ("a\nb", r"got 'a\\nb'; line breaks"),
+        ("s3://b/a\nb", r"got 's3://b/a\\nb'; line breaks"),
         ("s3://b/a\tb", "line breaks and control characters"),
         ("s3://", "needs a bucket"),
         ("s3://b/a//b.npz", "single slashes; write s3://b/a/b.npz"),
