@@ -115,7 +115,7 @@ def test_every_quoted_command_is_executed_by_a_test() -> None:
 def test_every_option_in_the_text_belongs_to_a_command(document: Path) -> None:
     helps = [help_of(name) for name in [*SCRIPTS, *(f"cmscale {name}" for name in get_command(app).commands)]]
     helps += [(CHECKOUT / "ops" / script).read_text() for script in ("test.sh", "demo.sh", "oldest.sh")]
-    text = re.sub(r"`docker [^`]*`|torchrun [^\n]*(?= launchers/)", "", document.read_text())
+    text = re.sub(r"`docker [^`]*`|container --shm-size|torchrun [^\n]*(?= launchers/)", "", document.read_text())
     for option in sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))):
         assert any(re.search(rf"{option}\b", shown) for shown in helps), option
 
