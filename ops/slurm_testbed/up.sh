@@ -52,7 +52,11 @@ cat >>"$SLURM_CONF" <<EOF
 PartitionName=low Nodes=node[1-$nodes] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=${TESTBED_GRACE:-30} MaxTime=INFINITE State=UP
 PartitionName=high Nodes=node[1-$nodes] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 EOF
-echo "CgroupPlugin=disabled" >"$dir/cgroup.conf" # from 22.11 on slurmd does not start without a hierarchy else
+release="$(slurmd -V)" # such as `slurm-wlm 24.11.5`
+release="${release##* }"
+if [ "${release%%.*}" -ge 23 ]; then # else slurmd would not start without a hierarchy of cgroups; older ones do
+  echo "CgroupPlugin=disabled" >"$dir/cgroup.conf"
+fi
 cat >"$dir/task_prolog.sh" <<EOF
 #!/bin/sh
 echo "export TMPDIR=$dir/\$SLURMD_NODENAME/tmp"
