@@ -91,7 +91,8 @@ def estimate(
         if value is not None and not _LEAST <= value <= _MOST:
             raise UserError(f"{flag} {value}: give a number from {_LEAST:g} to {_MOST:g}")
     settings = read_config(config, overrides)
-    from cmscale.training.estimate.tables import Request, tables
+    from cmscale.training.estimate.request import Request
+    from cmscale.training.estimate.tables import tables
 
     request = Request(
         nodes=nodes,
@@ -107,7 +108,7 @@ def estimate(
     )
     found = list(tables(settings, request))
     if as_json:
-        document = {each.name: each.by_row() for each in found}
+        document = {each.name: each.facts for each in found}
         print_json({**document, "cautions": cautions(settings)})
         return
     _show(found)

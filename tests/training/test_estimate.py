@@ -16,7 +16,8 @@ from cmscale.training.estimate.counts import LiveBytes, forward_flop, image_flop
 from cmscale.training.estimate.duration import Rates, at_scale, best_interval, goodput, kept_checkpoints, sent_bytes
 from cmscale.training.estimate.gpus import GPUS
 from cmscale.training.estimate.memory import Memory
-from cmscale.training.estimate.tables import Request, tables
+from cmscale.training.estimate.request import Request
+from cmscale.training.estimate.tables import tables
 
 CHECKOUT = Path(__file__).parents[2]
 TEXT = """
@@ -290,7 +291,7 @@ def test_a_batch_that_does_not_divide_is_left_out_of_the_scales() -> None:
 
 def test_the_tables_say_whether_it_fits_and_what_is_assumed() -> None:
     shown = {table.title: table for table in tables(config_of(), Request(gpus_per_node=4, gpu="l40s", price=2.0))}
-    names = ["run", "memory per rank", "largest micro-batch", "time and storage", "many GPUs"]
+    names = ["run", "memory_per_rank", "largest_micro_batch", "time_and_storage", "many_gpus"]
     assert [table.name for table in shown.values()] == names  # in JSON: whatever was asked
     memory = {row[0]: row for row in shown["memory per rank, ZeRO-2"].rows}
     assert memory["total"][2] == f"fits in the {GPUS['l40s'].gib} GiB of L40S 48 GB"
@@ -303,6 +304,25 @@ def test_the_tables_say_whether_it_fits_and_what_is_assumed() -> None:
     assert [row[0] for row in shown["many GPUs"].rows] == ["8", "16", "32", "64", "128", "256", "512"]
     assert shown["many GPUs"].rows[0][2] == "the batch does not divide"
     assert all(len(row) == len(table.columns) for table in shown.values() for row in table.rows)
+
+
+def test_facts_are_the_numbers_of_the_tables() -> None:
+    shown = {each.name: each for each in tables(config_of(), Request(nodes=1, gpus_per_node=4, gpu="l40s", price=2.0))}
+    memory = shown["memory_per_rank"]
+    rows = {row[0]: row[1] for row in memory.rows}
+    assert {name: f"{gib:.2f}" for name, gib in memory.facts["gib"].items()}.items() <= rows.items()
+    assert f"{memory.facts['total_gib']:.2f}" == rows["total"]
+    assert math.isclose(sum(memory.facts["gib"].values()), memory.facts["total_gib"])
+    assert memory.facts["fits"] is True
+    time = shown["time_and_storage"].facts
+    assert time["price"] == [2 * 4 * 24 * days for days in time["days"]]
+    assert time["images_per_second"] == tuple(8 / seconds for seconds in reversed(time["step_seconds"]))
+    for row, facts in zip(shown["many_gpus"].rows, shown["many_gpus"].facts, strict=True):
+        assert row[0] == str(facts["gpus"])
+        assert facts["batch_divides"] == (row[2] != "the batch does not divide")
+        assert row[1] == (f"{facts['total_gib']:.2f}" if facts["batch_divides"] else "")
+    for row in shown["largest_micro_batch"].rows:
+        assert row[2] == str(shown["largest_micro_batch"].facts[row[0]]["without_checkpointing"])
 
 
 def test_a_card_without_bf16_is_said_not_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:

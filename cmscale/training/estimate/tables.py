@@ -2,45 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from cmscale.config import Config, accumulation_steps
 from cmscale.training.estimate import counts
 from cmscale.training.estimate.duration import Rates, Scale, at_scale, kept_checkpoints
 from cmscale.training.estimate.gpus import GPU, GPUS
-from cmscale.training.estimate.memory import GIB, Memory, num_averages
+from cmscale.training.estimate.memory import GIB, Memory
+from cmscale.training.estimate.request import Request, checkpoint_bytes, rates_of
 
-SUSTAINED = 0.35  # of the peak rate, where no rate is given
-COPY_RATE = 4e9  # bytes per second from a GPU to the host's memory, where no time of a save is given
 SCALES = (8, 16, 32, 64, 128, 256, 512)
 ALIKE = 8  # ranks at which bytes per parameter are compared
-
-
-@dataclass(frozen=True)
-class Request:
-    """What an estimate is asked for; None stands for an assumption that the tables name.
-
-    Attributes:
-        tflops: TFLOP/s that a GPU sustains on the network.
-        network: GB/s that a GPU sends to others.
-        price: Of a GPU-hour.
-        images_per_core: Images that a processor decodes per second (`ops/bench/data.py`).
-    """
-
-    nodes: int = 1
-    gpus_per_node: int = 8
-    gpu: str = "h100-80g"
-    tflops: float | None = None
-    network: float | None = None
-    price: float | None = None
-    images_per_core: float = 300.0
-    interruption_hours: float = 50_000.0
-    save_seconds: float | None = None
-    restart_seconds: float = 300.0
-
-    @property
-    def num_ranks(self) -> int:
-        """The number of ranks, one per GPU."""
-        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -48,23 +20,16 @@ class Table:
     """A table of texts.
 
     Attributes:
-        name: What it is called in JSON, whatever was asked.
-        of: What the title has besides.
+        name: What its facts are called in JSON, whatever was asked.
+        title: What is printed above it.
+        facts: The numbers of its texts, with their units in their names.
     """
 
     name: str
+    title: str
     columns: tuple[str, ...]
+    facts: Any
     rows: list[tuple[str, ...]] = field(default_factory=list)
-    of: str = ""
-
-    @property
-    def title(self) -> str:
-        """What is printed above it."""
-        return f"{self.name}{self.of}"
-
-    def by_row(self) -> dict[str, dict[str, str]]:
-        """The rows by their first column, for JSON."""
-        return {row[0]: dict(zip(self.columns[1:], row[1:], strict=True)) for row in self.rows}
 
 
 def tables(config: Config, request: Request) -> Iterator[Table]:
@@ -80,9 +45,20 @@ def tables(config: Config, request: Request) -> Iterator[Table]:
     image_flop = counts.image_flop(config, activation_checkpointing=config.model.activation_checkpointing)
     count = counts.num_parameters(config)
     images = config.train.total_steps * config.train.global_batch_size
+    facts = {
+        "parameters": count,
+        "ranks": request.num_ranks,
+        "micro_batch_size": size,
+        "accumulation_steps": accumulation,
+        "forward_flop_per_image": passes,
+        "training_flop_per_image": image_flop,
+        "images": images,
+    }
     yield Table(
         "run",
+        "run",
         ("what", "estimate"),
+        facts,
         [
             ("parameters", f"{count / 1e6:.1f} M"),
             ("ranks, micro-batch, accumulation", f"{request.num_ranks}, {size}, {accumulation}"),
@@ -92,7 +68,7 @@ def tables(config: Config, request: Request) -> Iterator[Table]:
     )
     yield _memory(config, memory, gpu)
     yield _micro_batches(config, memory)
-    rates, notes = _rates(config, request, gpu, count=count)
+    rates, notes = rates_of(config, request, count=count)
     scale = at_scale(config, rates, num_ranks=request.num_ranks, image_flop=image_flop, count=count)
     assert scale is not None
     yield _time(config, request, rates, notes, scale, count=count)
@@ -104,21 +80,33 @@ def _memory(config: Config, memory: Memory, gpu: GPU) -> Table:
     checkpointing = config.model.activation_checkpointing
     size = config.train.micro_batch_size
     terms = memory.terms(size, activation_checkpointing=checkpointing)
-    table = Table("memory per rank", ("term", "GiB", "what it is"), of=f", ZeRO-{config.engine.zero_stage}")
+    total = sum(term.size for term in terms)
+    moments = memory.moments(size, activation_checkpointing=checkpointing)
+    others = [moment for moment in moments if moment not in terms]
+    alike = memory.at(ALIKE).bytes_per_parameter
+    serves = config.engine.precision != "bf16" or gpu.has_bf16
+    facts = {
+        "zero_stage": config.engine.zero_stage,
+        "gib": {term.name: term.size / GIB for term in terms},
+        "total_gib": total / GIB,
+        "gpu_gib": gpu.gib,
+        "fits": serves and total <= gpu.gib * GIB,
+        "gib_at_other_moments": {moment.name: moment.size / GIB for moment in others},
+        f"bytes_per_parameter_at_{ALIKE}_ranks": alike,
+    }
+    title = f"memory per rank, ZeRO-{config.engine.zero_stage}"
+    table = Table("memory_per_rank", title, ("term", "GiB", "what it is"), facts)
     for term in terms:
         table.rows.append((term.name, _gib(term.size), term.remark))
-    total = sum(term.size for term in terms)
-    if config.engine.precision == "bf16" and not gpu.has_bf16:
+    if not serves:
         verdict = f"{gpu.title} has no bf16"
-    elif total <= gpu.gib * GIB:
+    elif facts["fits"]:
         verdict = f"fits in the {gpu.gib} GiB of {gpu.title}"
     else:
         verdict = f"DOES NOT FIT in the {gpu.gib} GiB of {gpu.title}"
     table.rows.append(("total", _gib(total), verdict))
-    for moment in memory.moments(size, activation_checkpointing=checkpointing):
-        if moment not in terms:
-            table.rows.append((f"({moment.name})", _gib(moment.size), f"at another moment: {moment.remark}"))
-    alike = memory.at(ALIKE).bytes_per_parameter
+    for moment in others:
+        table.rows.append((f"({moment.name})", _gib(moment.size), f"at another moment: {moment.remark}"))
     table.rows.append((f"at {ALIKE} ranks", "", f"{alike:.2f} bytes per parameter without activations and buckets"))
     return table
 
@@ -126,38 +114,14 @@ def _memory(config: Config, memory: Memory, gpu: GPU) -> Table:
 def _micro_batches(config: Config, memory: Memory) -> Table:
     """The largest micro-batch of every GPU."""
     columns = ("GPU", "GiB", "without checkpointing", "with checkpointing")
-    table = Table("largest micro-batch", columns)
+    table = Table("largest_micro_batch", "largest micro-batch", columns, facts={})
     for name, gpu in GPUS.items():
         if config.engine.precision == "bf16" and not gpu.has_bf16:
             continue
         sizes = [memory.largest_micro_batch(gpu.gib * GIB, activation_checkpointing=value) for value in (False, True)]
+        table.facts[name] = {"gpu_gib": gpu.gib, "without_checkpointing": sizes[0], "with_checkpointing": sizes[1]}
         table.rows.append((name, f"{gpu.gib}", *(str(size) if size else "does not fit" for size in sizes)))
     return table
-
-
-def _rates(config: Config, request: Request, gpu: GPU, *, count: int) -> tuple[Rates, dict[str, str]]:
-    """What is given, and what is assumed in its place, with a note each."""
-    peak = gpu.peak(config.engine.precision)
-    network = 25.0 if request.nodes > 1 else 150.0
-    saved = checkpoint_bytes(config, count) / request.num_ranks
-    rates = Rates(
-        tflops=SUSTAINED * peak if request.tflops is None else request.tflops,
-        network=network if request.network is None else request.network,
-        interruption_hours=request.interruption_hours,
-        save_seconds=saved / COPY_RATE if request.save_seconds is None else request.save_seconds,
-        restart_seconds=request.restart_seconds,
-    )
-    assumed = f"an assumption: {SUSTAINED:.0%} of {gpu.title}'s {peak:g}; ops/bench/train_step.py measures it"
-    return rates, {
-        "tflops": assumed if request.tflops is None else f"{rates.tflops / peak:.0%} of {gpu.title}'s {peak:g}",
-        "network": "an assumption" if request.network is None else "as given",
-        "save": f"an assumption: {COPY_RATE / 1e9:g} GB/s" if request.save_seconds is None else "as given",
-    }
-
-
-def checkpoint_bytes(config: Config, count: int) -> int:
-    """Bytes of a checkpoint: master weights, two moments, the target, the averages."""
-    return 4 * count * (3 + config.method.facts.has_target + num_averages(config))
 
 
 def _time(
@@ -186,6 +150,26 @@ def _time(
     ]
     if request.price is not None:
         rows.append(("price", _span(tuple(request.price * each for each in hours), ""), "without interruptions"))
+    facts = {
+        "gpus": request.num_ranks,
+        "tflop_per_second_per_gpu": rates.tflops,
+        "network_gb_per_second_per_gpu": rates.network,
+        "step_seconds": scale.seconds,
+        "images_per_second": (slow, fast),
+        "days": scale.days,
+        "gpu_hours": hours,
+        "price": None if request.price is None else [request.price * each for each in hours],
+        "images_per_second_per_node": needed,
+        "processors_per_node": cores,
+        "data_workers_per_node": workers,
+        "checkpoint_gib": size,
+        "checkpoints_kept": kept,
+        "snapshots_kept": _num_snapshots(config),
+        "snapshot_gib": _snapshot_gib(config, count),
+        "save_seconds": rates.save_seconds,
+        "restart_seconds": rates.restart_seconds,
+        "gpu_hours_between_interruptions": rates.interruption_hours,
+    }
     enough = "enough" if workers >= cores else "TOO FEW"
     rows += [
         ("data", f"{needed:.0f} images/s per node", f"{cores:.1f} processors at {request.images_per_core:g} images/s"),
@@ -197,16 +181,23 @@ def _time(
         ("a restart takes", f"{rates.restart_seconds:g} s", "from the interruption to the next step"),
         ("interruptions", f"one in {rates.interruption_hours:,.0f} GPU-hours", "--interruption-hours"),
     ]
-    return Table("time and storage", ("what", "estimate", "how"), rows, of=f" on {request.num_ranks} GPUs")
+    title = f"time and storage on {request.num_ranks} GPUs"
+    return Table("time_and_storage", title, ("what", "estimate", "how"), facts, rows)
 
 
 def _snapshots(config: Config, count: int) -> list[tuple[str, str, str]]:
     """The snapshots of averages by a power function, if the run keeps any."""
-    if not config.ema.snapshot_every:
-        return []
-    number = config.train.total_steps // config.ema.snapshot_every
-    size = number * 4 * count * len(config.ema.lengths) / GIB
-    return [("snapshots", f"{number}, {size:.0f} GiB", "ema.snapshot_every, ema.lengths")]
+    number = _num_snapshots(config)
+    size = number * _snapshot_gib(config, count)
+    return [("snapshots", f"{number}, {size:.0f} GiB", "ema.snapshot_every, ema.lengths")] if number else []
+
+
+def _num_snapshots(config: Config) -> int:
+    return config.train.total_steps // config.ema.snapshot_every if config.ema.snapshot_every else 0
+
+
+def _snapshot_gib(config: Config, count: int) -> float:
+    return 4 * count * len(config.ema.lengths) / GIB
 
 
 def _scales(config: Config, request: Request, memory: Memory, rates: Rates, *, image_flop: float, count: int) -> Table:
@@ -214,12 +205,13 @@ def _scales(config: Config, request: Request, memory: Memory, rates: Rates, *, i
     every = config.checkpoint.every_steps
     columns = ("GPUs", "GiB", "largest micro-batch", "s per step", "days", "hours between", "save every", "goodput")
     columns += (f"goodput at {every}", "days with interruptions", *(["price"] if request.price is not None else []))
-    table = Table("many GPUs", columns)
+    table = Table("many_gpus", "many GPUs", columns, facts=[])
     checkpointing = config.model.activation_checkpointing
     for num_ranks in SCALES:
         scale = at_scale(config, rates, num_ranks=num_ranks, image_flop=image_flop, count=count)
         if scale is None:
             table.rows.append((str(num_ranks), "", "the batch does not divide", *[""] * (len(columns) - 3)))
+            table.facts.append({"gpus": num_ranks, "batch_divides": False})
             continue
         there = memory.at(num_ranks)
         total = there.total(config.train.micro_batch_size, activation_checkpointing=checkpointing)
@@ -237,8 +229,23 @@ def _scales(config: Config, request: Request, memory: Memory, rates: Rates, *, i
             f"{scale.configured:.2%}",
             f"{days:.3g}",
         )
-        price = () if request.price is None else (f"{days * 24 * num_ranks * request.price:,.0f}",)
-        table.rows.append((*row, *price))
+        price = None if request.price is None else days * 24 * num_ranks * request.price
+        table.rows.append((*row, *(() if price is None else (f"{price:,.0f}",))))
+        facts = {
+            "gpus": num_ranks,
+            "batch_divides": True,
+            "total_gib": total / GIB,
+            "largest_micro_batch": largest,
+            "step_seconds": scale.seconds[1],
+            "days": scale.days[1],
+            "hours_between_interruptions": scale.between / 3600,
+            "best_save_every_steps": scale.best_steps,
+            "best_goodput": scale.best,
+            "goodput": scale.configured,
+            "days_with_interruptions": days,
+            "price": price,
+        }
+        table.facts.append(facts)
     return table
 
 
