@@ -33,8 +33,9 @@ class BreakingWandb:
     def define_metric(self, *_: object, **__: object) -> None:
         pass
 
-    def log(self, record: dict[str, float], *, step: int) -> None:
+    def log(self, record: dict[str, float], *, step: int, commit: bool) -> None:
         assert step >= record["step"]
+        assert commit
         if record["step"] >= self.breaks_at:
             raise ConnectionError("wandb went away")
 
