@@ -16,6 +16,7 @@ from cmscale.io.storage import open_storage
 from cmscale.io.wandb_login import find_login
 
 _ANSWER_SECONDS = 5.0  # of a command of Slurm
+_REFUSALS = ("401", "403", "invalid", "unauthorized", "forbidden", "permission")  # in what wandb says of a wrong key
 
 
 def slurm() -> Iterator[Finding]:
@@ -69,22 +70,27 @@ def wandb() -> Iterator[Finding]:
         return
     if why := login.why_silent():
         yield Finding("wandb", "warning", f"a key, but {host} does not answer ({why})", "set wandb.mode=offline")
-    elif why := _why_key_is_refused():
-        yield Finding("wandb", "failure", why, "make another key with `wandb login --relogin`, or in WANDB_API_KEY")
     else:
-        yield Finding("wandb", "ok", f"a key, which {host} takes")
+        yield _key(host)
 
 
-def _why_key_is_refused() -> str:
-    """What wandb says of its key when its server is asked about it; empty if the server takes it."""
+def _key(host: str) -> Finding:
+    """Whether the server takes the key, as wandb says when it asks."""
     import wandb
 
     with contextlib.redirect_stderr(io.StringIO()):  # where it says which key it found
         try:
-            wandb.login(verify=True, prompt=False)
-        except wandb.Error as error:
-            return " ".join(str(error).split())
-    return ""
+            is_taken = wandb.login(verify=True, prompt=False)
+        except wandb.Error as error:  # of whatever kind, so its text must tell
+            why = " ".join(str(error).split())
+            if any(word in why.lower() for word in _REFUSALS):
+                return Finding(
+                    "wandb", "failure", why, "make another key with `wandb login --relogin`, or in WANDB_API_KEY"
+                )
+            return Finding("wandb", "warning", f"a key, which could not be tried: {why}", "set wandb.mode=offline")
+    if not is_taken:
+        return Finding("wandb", "warning", f"wandb does not use the key for {host}", "wandb login --relogin")
+    return Finding("wandb", "ok", f"a key, which {host} takes")
 
 
 def storage(place: Place | None) -> Iterator[Finding]:

@@ -13,6 +13,9 @@ AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) 
 Counts = Annotated[tuple[Count, ...], AsTuple]
 
 
+_CONTROL = ("Cc", "Zl", "Zp")  # categories of Unicode: control characters, line breaks
+
+
 def plain_text(text: str) -> str:
     """Refuses text that would end a line of a batch script, or that a terminal would not show.
 
@@ -21,7 +24,7 @@ def plain_text(text: str) -> str:
     """
     if not text.strip():
         raise ValueError("is empty; leave it out, or give a value")
-    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
+    if any(unicodedata.category(character) in (*_CONTROL, "Cf", "Cs") for character in text):
         raise ValueError(f"got {text!r}; line breaks and control characters are not allowed")
     return text
 
@@ -34,7 +37,11 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _plain(cls, value: Any) -> Any:
-        return plain_text(value) if isinstance(value, str) else value
+        if isinstance(value, str) and value.isspace():
+            raise ValueError("is empty; leave it out, or give a value")
+        if isinstance(value, str) and any(unicodedata.category(character) in _CONTROL for character in value):
+            raise ValueError(f"got {value!r}; line breaks and control characters are not allowed")
+        return value
 
 
 def key(default: Any, description: str, *, unit: str = "", source: str = "", **constraints: Any) -> Any:

@@ -187,7 +187,8 @@ class Checkpoints:
         except Exception as failure:
             error = self._fence.look() or failure  # which may have removed what this start had staged
             self._failure = error
-            self._times_gone = self._times_gone + 1 if isinstance(error, FolderGone) else 0
+            is_gone = isinstance(error, FolderGone) or self._fence.is_gone()  # else it may be what another rank saw
+            self._times_gone = self._times_gone + 1 if is_gone else 0
             with contextlib.suppress(Exception):  # rank 0 may be gone
                 for staged in folders:
                     why = f"rank {self._world.rank}: {type(error).__name__}: {error}"

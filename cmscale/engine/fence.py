@@ -92,6 +92,12 @@ class Fence:
             self.known = Fenced(why)
             raise self.known
 
+    def is_gone(self) -> bool:
+        """Whether the run's folder, as this rank sees it, does not show this start; no if storage does not tell."""
+        with contextlib.suppress(OSError, UserError):
+            return read_generation(self._run) < self.generation
+        return False
+
     def look(self) -> Fenced | None:
         """The error by which this start ends if there is a newer one; None also if storage does not tell."""
         if why := self._went_elsewhere():

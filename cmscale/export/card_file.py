@@ -10,11 +10,17 @@ from cmscale.io.storage import open_parent
 _SEAL = "\n<!-- Written by cmscale, which replaces this card at the next export unless it was edited: "
 
 
-BEGUN = """# An export that has not ended
+def begun(grid: str) -> str:
+    """A card while what it will describe is written over what another one described.
 
-The weights beside this card may be those of another step than the [samples](samples.png). Export them again.
-"""
-"""A card while what it will describe is written over what another one described."""
+    Args:
+        grid: The file of samples that the other one showed, which the next export may remove; empty if it showed none.
+    """
+    other = f" than the [samples]({grid})" if grid else ""
+    return (
+        "# An export that has not ended\n\n"
+        f"The weights beside this card may be those of another step{other}. Export them again.\n"
+    )
 
 
 def sealed(card: str) -> str:

@@ -8,11 +8,12 @@ from cmscale.config import Config
 from cmscale.engine.pending_export import export_pending
 from cmscale.errors import UserError
 from cmscale.export.card import SAMPLES, model_card
-from cmscale.export.card_file import BEGUN, replaceable_card, sealed, write_first_card
+from cmscale.export.card_file import begun, replaceable_card, sealed, write_first_card
 from cmscale.export.metadata import UNKNOWN
 from cmscale.export.target import Format, card_of, copy_settings, is_folder_of
 from cmscale.export.usage import unlike_openai
 from cmscale.interop import (
+    check_folder,
     refuse_another_model,
     refuse_inexpressible,
     write_diffusers,
@@ -46,6 +47,8 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         refuse_another_model(
             open_storage(to), source.config, files=(EXPORTED_WEIGHTS, CARD, SAMPLES), weights=EXPORTED_WEIGHTS
         )
+    if format == "diffusers":
+        check_folder(to, source.config)
     card_file = card_of(format, to)
     before, is_seen = None, True
     try:
@@ -68,9 +71,9 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         has_samples=samples is not None,
     )
     if not is_seen:
-        write_first_card(card_file, BEGUN)  # nothing is written if there is another one
+        write_first_card(card_file, begun(""))  # nothing is written if there is another one
     elif before is not None:
-        card_file.write(sealed(BEGUN).encode())
+        card_file.write(sealed(begun(SAMPLES if _shows_grid(before) else "")).encode())
     what = {"config": source.config, "step": source.step, "weights_name": source.weights_name}
     match format:
         case "safetensors":
@@ -87,9 +90,13 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         open_storage(to).write(SAMPLES, samples)
     if format != "diffusers":
         card_file.write(sealed(card).encode())
-    if is_folder and samples is None and before is not None and f"]({SAMPLES})" in before:
+    if is_folder and samples is None and before is not None and _shows_grid(before):
         open_storage(to).delete(SAMPLES)  # the grid of the weights before
     return unlike_openai(source.config.method) if format == "openai" else []
+
+
+def _shows_grid(card: str) -> bool:
+    return f"]({SAMPLES})" in card
 
 
 def _samples_of(source: Source) -> bytes | None:

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmscale.interop.diffusers_config import pipeline_timesteps, refuse_inexpressible
-    from cmscale.interop.diffusers_folder import holds_config, read_diffusers, refuse_another_model, write_diffusers
+    from cmscale.interop.diffusers_folder import (
+        check_folder,
+        holds_config,
+        read_diffusers,
+        refuse_another_model,
+        write_diffusers,
+    )
     from cmscale.interop.names import parameter_shapes
     from cmscale.interop.nvlabs import EDMNetwork, read_nvlabs
     from cmscale.interop.openai_file import read_openai, write_openai
@@ -13,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EDMNetwork",
+    "check_folder",
     "holds_config",
     "parameter_shapes",
     "pipeline_timesteps",
@@ -28,7 +35,7 @@ __all__ = [
 ]
 _MODULES = {
     "diffusers_config": ("pipeline_timesteps", "refuse_inexpressible"),
-    "diffusers_folder": ("holds_config", "read_diffusers", "refuse_another_model", "write_diffusers"),
+    "diffusers_folder": ("check_folder", "holds_config", "read_diffusers", "refuse_another_model", "write_diffusers"),
     "names": ("parameter_shapes",),
     "nvlabs": ("EDMNetwork", "read_nvlabs"),
     "openai_file": ("read_openai", "write_openai"),

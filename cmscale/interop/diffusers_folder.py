@@ -66,7 +66,7 @@ def write_diffusers(
     """
     storage = folder(target)
     refuse_inexpressible(config, storage.url)
-    refuse_another_model(storage, config, files=_FILES, weights=UNET_WEIGHTS)
+    check_folder(storage, config)
     state = strict_weights(weights, parameter_shapes(config.model), origin="the weights to write")
     renamed = to_diffusers(state, config.model)
     with writable(storage, UNET_WEIGHTS, size=sum(4 * tensor.numel() for tensor in renamed.values())) as path:
@@ -82,6 +82,11 @@ def write_diffusers(
         "unet": ["diffusers", "UNet2DModel"],
     }
     _write_json(storage, INDEX, index)
+
+
+def check_folder(target: str | Path | Storage, config: Config) -> None:
+    """Raises UserError if the folder holds another model than that of a config, which would be replaced."""
+    refuse_another_model(folder(target), config, files=_FILES, weights=UNET_WEIGHTS)
 
 
 def read_diffusers(

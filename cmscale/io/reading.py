@@ -116,7 +116,7 @@ def _begun(descriptor: int, path: str | Path) -> bytes:
         with contextlib.suppress(BlockingIOError):  # a writer is there, and has written nothing yet
             while not (begun := os.read(descriptor, 1 << 16)):
                 if time.monotonic() > until:
-                    raise UserError(f"{path}: is a pipe to which nobody writes; give a file")
+                    raise UserError(f"{path}: is a pipe that holds nothing, or to which nobody writes; give a file")
                 time.sleep(0.05)
     os.set_blocking(descriptor, True)
     return begun

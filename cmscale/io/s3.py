@@ -49,7 +49,7 @@ class S3Storage:
 
     @classmethod
     def from_url(cls, url: str) -> "S3Storage":
-        """Opens `s3://BUCKET/PREFIX`, which may end with a slash.
+        """Opens `s3://BUCKET/PREFIX`; slashes around the prefix do not count.
 
         Raises:
             UserError: there is no bucket, or a part of the prefix is empty, `.` or `..`: to S3 these are names, which
@@ -58,8 +58,7 @@ class S3Storage:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not bucket:
             raise UserError(f"{url}: an S3 URL needs a bucket, s3://BUCKET/PREFIX")
-        *parts, last = prefix.split("/")
-        parts += [last] if last else []
+        parts = prefix.strip("/").split("/") if prefix.strip("/") else []
         if wrong := next((part for part in parts if part in (".", "..")), None):
             raise UserError(f"{url}: an S3 URL has no part {wrong}; write it without")
         if "" in parts:

@@ -25,12 +25,14 @@ class Login:
         address: The server's URL.
         mode: What the user has chosen for all programs: `online`, `offline`, `disabled`; None if nothing.
         mode_from: Where it was chosen: the variable, or the settings file.
+        has_proxy: Whether wandb has a proxy of its own.
     """
 
     address: str
     has_key: bool
     mode: str | None
     mode_from: str
+    has_proxy: bool = False
 
     @property
     def host(self) -> str:
@@ -41,7 +43,7 @@ class Login:
         """Why the server takes no connection; empty if it does, or is behind a proxy."""
         parts = urlsplit(self.address)
         name = parts.hostname or ""
-        if not proxy_bypass(name) and getproxies().keys() & {parts.scheme, "all"}:
+        if self.has_proxy or (not proxy_bypass(name) and getproxies().keys() & {parts.scheme, "all"}):
             return ""
         try:
             port = parts.port or (80 if parts.scheme == "http" else 443)
@@ -71,8 +73,8 @@ def find_login() -> Login:
     mode = _OLD_MODES.get(mode, mode)
     if mode and mode not in _MODES:
         raise UserError(f"{mode_from}: {mode} is no mode of wandb; take {', '.join(_MODES)}")
-    address = f"https://{found}" if found and host in _DEFAULT_HOSTS else address
-    return Login(address, is_given or found is not None, mode or None, mode_from)
+    has_proxy = not settings.keys().isdisjoint({"http_proxy", "https_proxy"})
+    return Login(address, is_given or found is not None, mode or None, mode_from, has_proxy)
 
 
 def _is_url(address: str) -> bool:
@@ -99,7 +101,7 @@ def _settings() -> dict[str, tuple[str, str]]:
             continue
         if parser.has_section("default"):
             found |= {name: (value, str(file)) for name, value in parser["default"].items() if value}
-    for name in ("base_url", "mode"):
+    for name in ("base_url", "mode", "http_proxy", "https_proxy"):
         if value := os.environ.get(variable := f"WANDB_{name.upper()}"):
             found[name] = (value, variable)
     return found

@@ -104,9 +104,15 @@ def compare_runs(runs: Sequence[RunDir]) -> Comparison:
 
 
 def _batches_differ(facts: Sequence[RunFacts]) -> bool:
-    """Whether the runs saw other numbers of images at a step; no, if one did not record it."""
+    """Whether the runs saw other numbers of images at a step; no, if one did not record it.
+
+    Steps that were skipped or repeated count images too: they are far fewer than the 5 percent that are allowed.
+    """
     recorded = [each.measured.of(_IMAGES) for each in facts if each.measured.records]
-    return all(map(len, recorded)) and len({each.values[-1] / max(each.steps[-1], 1) for each in recorded}) > 1
+    if not recorded or not all(map(len, recorded)):
+        return False
+    batches = [each.values[-1] / max(each.steps[-1], 1) for each in recorded]
+    return max(batches) > 1.05 * min(batches)
 
 
 def _drawn(comparison: Comparison, key: str) -> list[tuple[str, Series]]:

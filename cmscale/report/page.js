@@ -108,13 +108,13 @@ if (version) {
   scrollTo(0, Number(kept("scroll")) + (section ? top(section) + scrollY : 0));
   byWords(focusable).get(kept("focus"))?.focus({ preventScroll: true });
   let held = false; // the slider, or a link
-  addEventListener("pointerdown", () => { held = true; });
+  addEventListener("pointerdown", (event) => { held = event.button === 0; });
   for (const ended of ["pointerup", "pointercancel"]) addEventListener(ended, () => { held = false; });
   const told = document.getElementById("unrenewed");
   let since = new Date();
   const renew = async () => {
     try {
-      const answer = await fetch("version", { cache: "no-store" });
+      const answer = await fetch("version", { cache: "no-store", signal: AbortSignal.timeout(10000) });
       const text = await answer.text();
       if (!answer.ok) throw new Error(text);
       if (text === version) {
@@ -122,12 +122,15 @@ if (version) {
         told.hidden = true;
       } else if (!getSelection().isCollapsed) {
         throw new Error("text is selected");
-      } else if (!held) {
+      } else if (held) {
+        throw new Error("a button is held");
+      } else {
         location.reload();
         return;
       }
     } catch (error) { // the page stays as it is
-      const why = error instanceof TypeError ? "its server does not answer" : error.message;
+      const isSilent = error instanceof TypeError || error.name === "TimeoutError";
+      const why = isSilent ? "its server does not answer" : error.message;
       told.textContent = `Not renewed since ${since.toLocaleTimeString()}: ${why}`;
       told.hidden = false;
     }

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cmscale.errors import UserError
+from cmscale.io.patience import GivenUp
 from cmscale.io.process import is_alive, process_space, start_of
 from cmscale.io.protocol import Storage, StorageAway
 from cmscale.runs.manifests import Document, read_document
@@ -197,3 +198,5 @@ class Ownership:
                     return
             except OSError:
                 continue
+            except GivenUp:  # after Ctrl-C
+                return

@@ -107,8 +107,8 @@ class SlurmCluster:
                 raise slurm.Refused(f"{error}; --partition names another than {job.placement.partition}") from None
             raise
         submission.replace_job_id(job_id)
-        job.taken()
         print(f"job {job_id} submitted; log: {job.run.logs}/{job_id}_0_log.out", flush=True)
+        job.taken()
         return wait_for_end(submission) if wait else 0
 
     def enter_rank(self) -> RankPlace:

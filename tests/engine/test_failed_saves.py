@@ -103,6 +103,25 @@ def test_a_run_that_was_moved_while_it_trains_ends_after_two_saves(run: RunDir) 
     assert RunDir(moved).claimed_generation(1).exists()
 
 
+def test_a_run_whose_mount_point_may_not_be_written_ends_after_two_saves(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
+    monkeypatch.setattr("cmscale.engine.checkpoint.write_part", refused)
+    engine = StandIn(0, 1)
+    for step in (10, 20, 30, 40):  # the folder is there: each save fails by itself
+        writer.save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]
+    writer.wait()
+    run.root.rename(run.root.with_name("moved"))
+    for step in (50, 60):
+        writer.save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CheckpointFailed, match="Permission denied"):
+        writer.save(TrainState(step=70, cursor=560), engine)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_folder_that_is_away_during_one_save_ends_nothing(run: RunDir) -> None:
     writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
     engine = StandIn(0, 1)

@@ -363,6 +363,17 @@ def test_a_card_never_describes_weights_that_an_export_had_begun_to_replace(
     assert card.read_text() == whole
 
 
+@pytest.mark.parametrize("format", ["safetensors", "diffusers"])
+def test_another_models_card_stays_where_its_folder_is_refused(format: str, tmp_path: Path) -> None:
+    exported(tmp_path / "model", None, format=format)
+    card = (tmp_path / "model" / "README.md").read_bytes()
+    other = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"num_res_blocks": 3})})
+    source = Source(origin="a run", config=other, weights={}, weights_name="master", step=1, run_dir=None)
+    with pytest.raises(UserError, match="another model"):
+        export_weights(source, format=format, to=Place(tmp_path / "model"))  # pyright: ignore[reportArgumentType]
+    assert (tmp_path / "model" / "README.md").read_bytes() == card
+
+
 def test_files_are_exported_where_s3_does_not_say_that_a_card_is_absent(s3: str, proxy: FaultProxy) -> None:
     """As with credentials that lack s3:ListBucket: it answers 403 to whoever asks for what is not there."""
     place = Place(f"{s3}/one.safetensors")
@@ -389,7 +400,9 @@ def test_files_are_exported_where_s3_does_not_say_that_a_card_is_absent(s3: str,
 
 
 @pytest.mark.parametrize("format", ["safetensors", "diffusers"])
-def test_a_picture_of_somebody_is_neither_replaced_nor_removed(format: str, tmp_path: Path) -> None:
+def test_a_picture_of_somebody_is_neither_replaced_nor_removed(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     picture = tmp_path / "model" / "samples.png"
     picture.parent.mkdir()
     picture.write_bytes(b"mine")
@@ -399,6 +412,12 @@ def test_a_picture_of_somebody_is_neither_replaced_nor_removed(format: str, tmp_
     exported(tmp_path / "model", None, format=format)
     picture.write_bytes(b"mine")  # the card links none
     exported(tmp_path / "model", None, format=format)
+    assert picture.read_bytes() == b"mine"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"cmscale.export.weights.write_{format}", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            exported(tmp_path / "model", None, format=format)
+    exported(tmp_path / "model", None, format=format)  # after a card of an export that had not ended
     assert picture.read_bytes() == b"mine"
 
 

@@ -9,6 +9,7 @@ import pytest
 from cmscale.errors import UserError
 from cmscale.io.fetch import local_file
 from cmscale.io.place import Place, split_hash, without_folders
+from cmscale.io.storage import open_storage
 
 
 def test_a_place_is_a_local_path_without_tilde_or_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,9 +43,6 @@ def test_a_place_is_a_local_path_without_tilde_or_a_url(monkeypatch: pytest.Monk
         ("s3://b/a\tb", "line breaks and control characters"),
         ("s3://", "needs a bucket"),
         ("s3://b/a//b.npz", "single slashes; write s3://b/a/b.npz"),
-        ("s3://b//a", "single slashes; write s3://b/a"),
-        ("s3://b/a//", "single slashes; write s3://b/a"),
-        ("s3://b//", "single slashes; write s3://b"),
         ("s3://b/a/../c", r"has no part \.\.;"),
         ("s3://b/./c", r"has no part \.;"),
     ],
@@ -52,6 +50,12 @@ def test_a_place_is_a_local_path_without_tilde_or_a_url(monkeypatch: pytest.Monk
 def test_what_is_no_place_is_refused_by_name(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Place(text)
+
+
+def test_slashes_around_a_prefix_do_not_count() -> None:
+    urls = ("s3://b/a/c", "s3://b//a/c", "s3://b/a/c/", "s3://b/a/c//")
+    assert {open_storage(Place(url)).url for url in urls} == {"s3://b/a/c"}
+    assert open_storage(Place("s3://b//")).url == "s3://b"
 
 
 def test_a_url_is_refused_where_a_local_path_is_needed() -> None:

@@ -40,7 +40,9 @@ def test_the_output_of_a_command_is_read() -> None:
 def test_a_pipe_to_which_nobody_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_WRITER_SECONDS", 0.1)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match=r"^\S*pipe: is a pipe to which nobody writes; give a file$"):
+    with pytest.raises(
+        UserError, match=r"^\S*pipe: is a pipe that holds nothing, or to which nobody writes; give a file$"
+    ):
         read_small(tmp_path / "pipe", what="a config")
 
 
