@@ -158,7 +158,8 @@ def history(testbed: Path, data: Path, golden: RunDir, tmp_path_factory: pytest.
 def test_a_run_through_preemption_a_killed_rank_and_scancel_ends_as_if_nothing_had_happened(
     history: History, golden: RunDir
 ) -> None:
-    assert history.endings == ["preempted", "fault", "cancelled"]
+    # Slurm 24.11 starts a job once more that was preempted and then submitted anew; that start does nothing.
+    assert [ending for ending in history.endings if ending != "superseded"] == ["preempted", "fault", "cancelled"]
     assert history.statuses == [1, 0]
     assert_equal(history.run, golden)
 
