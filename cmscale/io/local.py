@@ -38,7 +38,7 @@ class LocalStorage:
         except FileNotFoundError:
             return None
         except NotADirectoryError:
-            what = "a file" if self.root.is_file() else "a pipe or device"
+            what = "a pipe or device" if self.root.exists() and not self.root.is_file() else "a file"  # or below one
             raise UserError(f"{self.root}: is {what}, not a folder") from None
         except PermissionError as error:
             raise UserError(
