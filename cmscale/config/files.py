@@ -14,7 +14,7 @@ from cmscale.config.layers import COMMAND_LINE, Layer, make_room, merged
 from cmscale.config.mistakes import Mistake, explain, joined, refusal, unknown
 from cmscale.config.models import Config
 from cmscale.config.renamed import RENAMED, with_current_names
-from cmscale.config.yaml_text import Sections, dump_yaml, parse_sections, parse_yaml, place, read_yaml_text
+from cmscale.config.yaml_text import Sections, dump_yaml, parse_sections, parse_value, place, read_yaml_text
 from cmscale.errors import UserError
 from cmscale.io.place import Place
 
@@ -178,7 +178,7 @@ def _apply(tree: dict[str, Any], override: str, *, among: Sequence[str]) -> str 
         if not isinstance(tree, dict):
             return Mistake(key, f"{section} holds a value in the file; make it a section there")
     try:
-        value = parse_yaml(text, origin=f"override {override!r}") if text else None
+        value = parse_value(text, origin=f"override {override!r}") if text else None
     except UserError as error:
         return Mistake("", str(error))
     others = {name.rpartition(".")[2] for name in (one.partition("=")[0] for one in among)}

@@ -30,12 +30,13 @@ def merged(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for layer in layers:
-        for section, values in layer.tree.items():
+        for section, given in layer.tree.items():
+            values = _copied(given)
             target = tree.get(section)
             if values is None and target is not None:
                 continue
             if not isinstance(values, Mapping) or not isinstance(target, dict):
-                tree[section] = target = dict(values) if isinstance(values, Mapping) else values
+                tree[section] = target = values
             else:
                 make_room(target, section, values)
                 for key, value in values.items():
@@ -44,6 +45,13 @@ def merged(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
             if isinstance(values, Mapping):
                 origins |= dict.fromkeys(_names(section, values), layer.origin)
     return tree, origins
+
+
+def _copied(values: Any) -> Any:
+    """A section's values, so that what is laid over them changes no layer: a site's is read once per process."""
+    if not isinstance(values, Mapping):
+        return values
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def _names(section: str, values: Mapping[str, Any]) -> Iterator[str]:

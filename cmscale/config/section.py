@@ -1,9 +1,10 @@
 """Defines the base class of config sections, and the bounded types of their values."""
 
-import unicodedata
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from cmscale.io.control_characters import has_control_characters
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -11,9 +12,6 @@ NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Counts = Annotated[tuple[Count, ...], AsTuple]
-
-
-_CONTROL = ("Cc", "Zl", "Zp")  # categories of Unicode: control characters, line breaks
 
 
 def plain_text(text: str) -> str:
@@ -24,7 +22,7 @@ def plain_text(text: str) -> str:
     """
     if not text.strip():
         raise ValueError("is empty; leave it out, or give a value")
-    if any(unicodedata.category(character) in (*_CONTROL, "Cf", "Cs") for character in text):
+    if has_control_characters(text, or_unseen=True):
         raise ValueError(f"got {text!r}; line breaks and control characters are not allowed")
     return text
 
@@ -39,7 +37,7 @@ class Section(BaseModel):
     def _plain(cls, value: Any) -> Any:
         if isinstance(value, str) and value.isspace():
             raise ValueError("is empty; leave it out, or give a value")
-        if isinstance(value, str) and any(unicodedata.category(character) in _CONTROL for character in value):
+        if isinstance(value, str) and has_control_characters(value):
             raise ValueError(f"got {value!r}; line breaks and control characters are not allowed")
         return value
 

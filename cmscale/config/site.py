@@ -8,7 +8,7 @@ of a config: default < site file < SBATCH_* < config file < key=value < flag.
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -177,18 +177,23 @@ def _read(path: Path, _: int) -> Site:
         if name != "slurm":
             tree[name] = _expanded(values, name, wrong)
     flags, environment = tree.pop("flags", {}), tree.pop("environment", {})
+    moved = {}
     for key in _FLAGS_OF_SLURM:
         if key in flags:
+            moved[f"slurm.{key}"] = f"flags.{key}"
             if key in tree.setdefault("slurm", {}):
                 wrong.append(Mistake("", f"flags.{key} and slurm.{key} are both given; remove one of them"))
             tree["slurm"][key] = flags.pop(key)
     for name, values in tree.items():
-        wrong += _of_section(name, values)
+        wrong += (replace(each, key=moved.get(each.key, each.key)) for each in _of_section(name, values))
     wrong += _of_model(SiteFlags, flags, "flags")
     wrong += _of_variables(environment)
     if wrong:
         raise refusal(wrong, where)
-    variables = {name: str(value) for name, value in environment.items()}
+    variables = {  # numbers as they are written: 1.10 is no 1.1
+        name: value if isinstance(value, str) else read.texts[f"environment.{name}"]
+        for name, value in environment.items()
+    }
     return Site(origin, tree, SiteFlags.model_validate(flags), variables)
 
 

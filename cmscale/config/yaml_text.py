@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML with the scalars of YAML 1.2, without repeated keys and without values that only look right.
 
     1e-4 is a number and 0o100 is 64. `on`, 010, 24:00:00 and 2024-01-01 are text, where YAML 1.1 reads true, 8, 86400
-    and a date. Besides, 600_000 is a number, as in YAML 1.1. `None` is refused, as it would be text, and so is text
-    that `#1` behind it cuts, which would be a comment.
+    and a date. Besides, 600_000 is a number, as in YAML 1.1, but not 2024_01, which may be an account. `None` is
+    refused, as it would be text, and so is text that `#1` behind it cuts, which would be a comment.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's table with null and << alone)
@@ -91,7 +91,7 @@ class _Dumper(yaml.SafeDumper):
 
 _SCALARS: tuple[tuple[str, str, str], ...] = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("int", r"[-+]?(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     (
         "float",
         r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+|[-+]?(\d+\.\d*|\.\d+)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -124,10 +124,12 @@ class Sections:
     Attributes:
         tree: Values by section and key.
         lines: The line of each, by dotted key, from 1.
+        texts: How each single value is written, without quotes.
     """
 
     tree: dict[str, Any]
     lines: Mapping[str, int]
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def place(origin: str, line: int | None) -> str:
@@ -157,6 +159,18 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     return _parse(text, origin)[0]
 
 
+def parse_value(text: str, *, origin: str) -> Any:
+    """The value in the text of an override.
+
+    Raises:
+        UserError: as `parse_yaml`, or a text in it has several lines, which YAML would join by spaces.
+    """
+    value, node = _parse(text, origin)
+    if any(each.style not in ("|", ">") and each.start_mark.line < each.end_mark.line for each in _scalars(node)):
+        raise UserError(f"{origin}: a text in it has several lines, which YAML would join by spaces; write it in one")
+    return value
+
+
 def parse_sections(text: str, origin: str) -> Sections:
     """The sections in the text of a YAML file.
 
@@ -167,7 +181,12 @@ def parse_sections(text: str, origin: str) -> Sections:
     if not isinstance(tree, dict):
         held = {type(None): "is empty", list: "holds a list"}.get(type(tree), "holds a single value")
         raise UserError(f"{origin}: {held}; write sections (method, model, data, ...)")
-    return Sections(tree, dict(_lines(node)))
+    found = dict(_keys(node))
+    return Sections(
+        tree,
+        {name: _line(key) for name, (key, _) in found.items()},
+        {name: value.value for name, (_, value) in found.items() if isinstance(value, yaml.ScalarNode)},
+    )
 
 
 def dump_yaml(values: Any) -> str:
@@ -234,12 +253,27 @@ def _line(node: yaml.Node) -> int:
     return node.start_mark.line + 1
 
 
-def _lines(node: yaml.Node | None, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, int]]:
-    """The lines of keys by dotted name."""
+def _scalars(whole: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    """The single values in a value, each once, as aliases may hold one a thousand times, or itself."""
+    left: list[Any] = [whole]
+    seen: set[int] = set()
+    while left:
+        node = left.pop()
+        if isinstance(node, yaml.ScalarNode):
+            yield node
+        elif isinstance(node, tuple):  # a key and its value
+            left += node
+        elif node is not None and id(node) not in seen:
+            seen.add(id(node))
+            left += node.value
+
+
+def _keys(node: yaml.Node | None, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, tuple[Any, yaml.Node]]]:
+    """Each key and its value, by dotted name."""
     if not isinstance(node, yaml.MappingNode) or depth > _DEEPEST:
         return
     for key, value in node.value:
         if isinstance(key, yaml.ScalarNode):
             name = f"{prefix}{key.value}"
-            yield name, _line(key)
-            yield from _lines(value, f"{name}.", depth + 1)
+            yield name, (key, value)
+            yield from _keys(value, f"{name}.", depth + 1)

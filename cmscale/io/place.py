@@ -2,13 +2,13 @@
 
 import os
 import re
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import CoreSchema, core_schema
 
 from cmscale.errors import UserError
+from cmscale.io.control_characters import has_control_characters
 from cmscale.io.durable import explained
 from cmscale.io.storage import SCHEMES, open_parent
 
@@ -141,7 +141,7 @@ def _normal_url(text: str, *, scheme: str, slashes: bool) -> str:
         raise UserError(f"{text}: {scheme}:// is not supported; give a local path, or one of {known}")
     rest = text.partition("://")[2]
     if scheme != "file":
-        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in rest):
+        if has_control_characters(rest):
             raise UserError(f"got {text!r}; line breaks and control characters are not allowed in a URL")
         url = f"{scheme}://{rest}"
         SCHEMES[scheme](url)  # which refuses what is no URL of its kind

@@ -52,6 +52,10 @@ def test_a_dumped_config_is_the_same_config() -> None:
         ("engine.precision=fp8", ["engine.precision", "fp8", "bf16"]),
         ("train.seed", ["train.seed", "key=value"]),
         ("data.path=", ["data.path", "null"]),
+        ("data.path=/a\n/b", ["'data.path=/a\\n/b'", "several lines", "write it in one"]),
+        ('data.path="/a\n/b"', ["several lines", "write it in one"]),
+        ("slurm.setup=[module load a\nmodule load b]", ["several lines", "write it in one"]),
+        ("train.seed=2024_01", ["'2024_01'", "whole number"]),
         ("train.seed=[", ["train.seed", "not YAML"]),
         ("method.sigma_min=90", ["method", "90", "80"]),
         ("optimizer.learning_rate=.inf", ["optimizer.learning_rate"]),
@@ -101,6 +105,22 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(text: str, part: str) -
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.yaml: no such file"):
         read_config(tmp_path / "absent.yaml")
+
+
+def test_a_list_and_a_block_may_have_several_lines() -> None:
+    assert parse_config(TEXT, ["slurm.setup=- module load a\n- module load b"]).slurm.setup == (
+        "module load a",
+        "module load b",
+    )
+    assert parse_config(TEXT, ["sampling.times=[80,\n  4.4]"]).sampling.times == (80.0, 4.4)
+    assert parse_config(TEXT, ["slurm.setup=&a [x]"]).slurm.setup == ("x",)
+    with pytest.raises(UserError):
+        parse_config(TEXT, ["slurm.setup=&a [*a]"])
+
+
+def test_underscores_make_a_number_of_thousands_alone() -> None:
+    assert parse_config(TEXT, ["train.total_steps=600_000"]).train.total_steps == 600_000
+    assert parse_config(TEXT, ["slurm.account=2024_01"]).slurm.account == "2024_01"
 
 
 def test_scientific_notation_is_a_number_as_people_write_it() -> None:

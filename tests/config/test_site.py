@@ -81,6 +81,21 @@ def test_flags_and_variables_of_commands(site: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("CMSCALE_CACHE")
 
 
+def test_a_variable_gets_a_number_as_it_is_written(site: Path) -> None:
+    site.write_text("environment: {TOOL_VERSION: 1.10, FRACTION: 0.9, SIZE: 1_000, MASK: 0x10, CODE: '007'}\n")
+    os.utime(site, ns=(1, 10))
+    written = {"TOOL_VERSION": "1.10", "FRACTION": "0.9", "SIZE": "1_000", "MASK": "0x10", "CODE": "007"}
+    assert read_site().environment == written
+
+
+def test_the_values_of_one_command_line_stay_out_of_the_sites(site: Path) -> None:
+    site.write_text("slurm: {extra: {hint: nomultithread}}\n")
+    os.utime(site, ns=(1, 11))
+    changed = parse_config(CONFIG, ["slurm.extra.switches=1"], beneath=site_layers())
+    assert changed.slurm.extra == {"hint": "nomultithread", "switches": 1}
+    assert parse_config(CONFIG, beneath=site_layers()).slurm.extra == {"hint": "nomultithread"}
+
+
 def test_commands_without_a_config_have_the_sections_of_launching(site: Path) -> None:
     settings = read_launch_settings(["slurm.qos=short"])
     assert (settings.slurm.account, settings.slurm.qos, settings.restart.signal_seconds) == ("team", "short", 300)
@@ -121,7 +136,7 @@ def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("data: {cache_dir: $NOWHERE/x}", r"data\.cache_dir: \$NOWHERE is not set"),
         ("flags: {name: x}", r"flags\.name: unknown key"),
         ("flags: {cluster: moon}", r"flags\.cluster: got 'moon'"),
-        ("flags: {time: soon}", r"slurm\.time: got 'soon'; write minutes"),
+        ("slurm: {account: a}\nflags: {time: soon}", r"line 2: flags\.time: got 'soon'; write minutes"),
         ("flags: {partition: a}\nslurm: {partition: b}", r"flags\.partition and slurm\.partition are both given"),
         ("environment: {A-B: x}", r"environment\.A-B: got 'x'; write NAME: text"),
         ('environment: {AB: "x\\ny"}', r"environment\.AB: .*line breaks"),
