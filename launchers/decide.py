@@ -69,6 +69,8 @@ def decide(
     match last.ending:
         case "finished":
             return Decision("done", "finished")
+        case "no_space" if can_requeue and _is_disk_of_node(last):
+            return _after_full_disk(history, max_restarts=max_restarts, backoff_seconds=backoff_seconds)
         case "user_error" | "no_space" | "not_exported":
             return Decision("stop", last.message)
         case "superseded":
@@ -82,7 +84,7 @@ def decide(
         case "fault":
             if is_outage(last):
                 return _after_outage(history, backoff_seconds=backoff_seconds, go_on=go_on)
-            faults = [each for each in history if each.ending == "fault" and not is_outage(each)]
+            faults = _faults(history)
             if can_requeue and _repeats(faults):
                 why = f"the same failure twice at step {max(last.step, 0)}, so a third start would fail too"
                 return Decision("stop", f"{why}: {last.message}")
@@ -103,6 +105,24 @@ def _after_time_limit(history: Sequence[Attempt], *, can_requeue: bool, go_on: s
 def is_outage(attempt: Attempt) -> bool:
     """Whether a start ended as storage did not answer: no fault of the program, however often it comes."""
     return attempt.ending == "fault" and bool(OUTAGE.search(attempt.message))
+
+
+def _faults(history: Sequence[Attempt]) -> list[Attempt]:
+    """The starts that another node might have carried further."""
+    return [each for each in history if (each.ending == "fault" and not is_outage(each)) or _is_disk_of_node(each)]
+
+
+def _is_disk_of_node(attempt: Attempt) -> bool:
+    """Whether a start ended as the disk of one node was full, such as that of its cache: other nodes have their own."""
+    return attempt.ending == "no_space" and bool(attempt.node) and f" on {attempt.node}: " in attempt.message
+
+
+def _after_full_disk(history: Sequence[Attempt], *, max_restarts: int, backoff_seconds: int) -> Decision:
+    """The next start avoids the node; if it met the same full disk nonetheless, or all nodes share it, it is told."""
+    last = history[-1]
+    if any(_is_disk_of_node(earlier) and earlier.node == last.node for earlier in history[:-1]):
+        return Decision("stop", last.message)
+    return _after_fault(_faults(history), max_restarts=max_restarts, backoff_seconds=backoff_seconds)
 
 
 def _after_outage(history: Sequence[Attempt], *, backoff_seconds: int, go_on: str) -> Decision:
@@ -165,9 +185,10 @@ def _starts_without_progress(attempts: Sequence[Attempt]) -> int:
 
 
 def _bad_nodes(faults: Sequence[Attempt]) -> tuple[str, ...]:
-    """Nodes on which two starts failed first; a single failure does not show that the node is at fault."""
+    """Nodes whose disk was full, or on which two starts failed first: one failure does not show whose fault it is."""
     nodes = [fault.node for fault in faults if fault.node]
-    return tuple(sorted({node for node in nodes if nodes.count(node) >= FAULTS_OF_A_BAD_NODE}))
+    full = {fault.node for fault in faults if _is_disk_of_node(fault)}
+    return tuple(sorted(full | {node for node in nodes if nodes.count(node) >= FAULTS_OF_A_BAD_NODE}))
 
 
 def spare_bad_nodes(bad: Sequence[str], responding: Sequence[str], *, wanted: int) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.io import traffic
-from cmscale.io.durable import replace_durably
+from cmscale.io.durable import NO_SPACE, replace_durably
 from cmscale.io.locks import LockTimeout, hold
 from cmscale.io.patience import patience_seconds
 from cmscale.io.place import Place, split_hash
+from cmscale.io.process import node_name
 from cmscale.io.protocol import Entry
 from cmscale.io.reading import why_no_file
 from cmscale.io.storage import Storage, open_parent
@@ -86,6 +87,7 @@ def download_lock(name: str) -> Iterator[None]:
     """Holds the lock file `name` in the cache folder, so that one process per node downloads and the others wait.
 
     Raises:
+        NoSpace: the block found the disk of the cache folder full; the message names the node.
         RuntimeError: another process has held it for half an hour. The user has made no mistake: a restart may help.
     """
     path = cache_folder() / name
@@ -96,7 +98,11 @@ def download_lock(name: str) -> Iterator[None]:
             stack.enter_context(hold(path, timeout=timeout, what=what))
         except LockTimeout as error:
             raise RuntimeError(str(error)) from None
-        yield
+        try:
+            yield
+        except NoSpace as error:
+            where = f"{cache_folder()} on {node_name()}: {NO_SPACE} on the device"
+            raise NoSpace(f"{where}; free some, or let CMSCALE_CACHE name a folder on a larger disk") from error
 
 
 def file_sha256(path: Path, *, shown: bool = False) -> str:

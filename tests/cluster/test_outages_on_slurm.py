@@ -46,6 +46,13 @@ def golden(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.fixture(scope="module")
+def golden_of_one_rank(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run = make_run(tmp_path_factory.mktemp("golden") / "run", data, *IN_ORDER)
+    run_ranks(1, "train_work:to_the_end", str(run.root))
+    return run
+
+
+@pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_certificates(tmp_path_factory.mktemp("certificates"))
 
@@ -243,3 +250,22 @@ def test_a_node_that_loses_the_shared_folder_for_a_while_ends_its_start_and_the_
     assert set(attempts(run)[:-1]) == {"fault"}
     assert attempts(run)[-1] == "finished"
     assert_equal(run, golden)
+
+
+@pytest.mark.slow
+def test_a_node_whose_cache_is_on_a_full_disk_is_left_out_of_the_next_start(
+    slurm: Path, s3: str, remote: str, golden_of_one_rank: RunDir, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    inside = ["nsenter", f"--target={(slurm.parent / 'slurmd-node1.pid').read_text().strip()}", "--mount"]
+    subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", cache], check=True)
+    try:
+        run = make_run(tmp_path / "run", remote, *IN_ORDER, f"data.cache_dir={cache}")
+        submit_training(run, "stay", (), nodes=1)
+        assert wait(run) == 0
+    finally:
+        subprocess.run([*inside, "umount", "--lazy", cache], check=True)
+    assert attempts(run) == ["no_space", "finished"]
+    assert ", without node1" in "".join(path.read_text() for path in run.logs.glob("*_batch.log"))
+    assert_equal(run, golden_of_one_rank)

@@ -12,7 +12,7 @@ import pytest
 from fsyncs import record_fsyncs
 from memory_storage import MemoryStorage
 
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.interop.files import writable
 from cmscale.io.fetch import local_file
 from cmscale.io.local import LocalStorage
@@ -224,3 +224,18 @@ def test_an_asset_is_fetched_once_and_checked(s3: str, tmp_path: Path, monkeypat
         local_file(f"{s3}/absent.pth")
     with pytest.raises(UserError, match="no such file"):
         local_file(str(tmp_path / "absent.pth"))
+
+
+def test_a_full_disk_below_the_cache_of_assets_names_the_node_that_a_restart_can_avoid(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    open_storage(s3).write("weights.pth", b"numbers")
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(NoSpace, match=r"cache on node7: no space left on the device; free some, or let CMSCALE_CACHE"):
+        local_file(f"{s3}/weights.pth")

@@ -30,6 +30,35 @@ def test_what_no_other_start_would_mend_stops_at_once_with_its_message(ending: E
     assert decided([Attempt(ending, "no such file", 0)]) == Decision("stop", "no such file")
 
 
+class TestFullDisksOfNodes:
+    """Starts that ended as a disk was full that belongs to one node, such as that of its cache."""
+
+    FULL = Attempt("no_space", "data.cache_dir: /scratch on node2: no space left on the device", 10, 1, "node2")
+
+    def test_the_next_start_avoids_the_node_at_once(self) -> None:
+        decision = decided([self.FULL])
+        assert (decision.action, decision.why, decision.exclude) == ("restart", self.FULL.message, ("node2",))
+
+    def test_another_node_that_is_full_too_is_avoided_as_well(self) -> None:
+        other = replace(self.FULL, message=self.FULL.message.replace("node2", "node5"), node="node5")
+        assert decided([self.FULL, other]).exclude == ("node2", "node5")
+
+    def test_it_stops_where_the_same_node_is_full_again_as_there_was_no_other(self) -> None:
+        assert decided([self.FULL, fault(12), self.FULL]) == Decision("stop", self.FULL.message)
+
+    def test_it_stops_where_each_node_meets_the_same_full_disk(self) -> None:
+        full = [replace(self.FULL, message=self.FULL.message.replace("node2", node), node=node) for node in "abc"]
+        assert [decided(full[: count + 1]).action for count in range(3)] == ["restart", "restart", "stop"]
+
+    def test_it_uses_up_a_restart_and_needs_a_queue_that_has_other_nodes(self) -> None:
+        assert decided([self.FULL], max_restarts=0).action == "stop"
+        assert decided([self.FULL], can_requeue=False) == Decision("stop", self.FULL.message)
+
+    def test_a_disk_of_all_nodes_is_no_nodes_even_if_its_path_holds_the_name_of_one(self) -> None:
+        full = replace(self.FULL, message="/shared/node2/runs: no space left on the device")
+        assert decided([full]) == Decision("stop", full.message)
+
+
 def test_a_start_that_another_job_took_over_from_stops() -> None:
     assert decided([FAULT, Attempt("superseded", SUPERSEDED, 9)]) == Decision(
         "stop", "another job has started this run since and has taken over; this one has ended and is not started again"
