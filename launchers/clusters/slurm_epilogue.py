@@ -4,6 +4,7 @@ The last command of the batch script, after srun. Slurm by itself requeues only 
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -24,6 +25,9 @@ from launchers.submission import Submission, newest_step
 
 SLACK_SECONDS = 60
 """Slurm may send the signal before a time limit up to this much earlier than requested."""
+
+FOLDER_PATIENCE_SECONDS = 120
+"""How long a run's folder may be away from this node, as while its file system is mounted anew."""
 
 _DURATION = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 _KILL_WAIT_SECONDS = 20.0  # Slurm's KillWait, 30 by default, less what has passed of it
@@ -49,6 +53,7 @@ def _end_start(flags: argparse.Namespace) -> int:
     if superseded(facts):
         print(f"{flags.start}: Slurm has started this job again on other nodes; this earlier start does nothing more")
         return 1
+    _wait_for_folder(submission)
     ends = submission.rank_ends(flags.start)
     attempt = judge(
         ends,
@@ -69,6 +74,22 @@ def _end_start(flags: argparse.Namespace) -> int:
     print(f"{flags.start}: {follows}{in_words(history[-1], decision)}", flush=True)
     again = _start_again(decision, submission, job_id, seconds_left=seconds_left(facts))
     return _report(decision, again, history[-1], submission, job_id)
+
+
+def _wait_for_folder(submission: Submission) -> None:
+    """Returns once the run's folder is there, in which all is written; none is made in its place.
+
+    Raises:
+        UserError: it is gone.
+    """
+    until = time.monotonic() + FOLDER_PATIENCE_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if submission.folder.is_dir():
+                return
+        if time.monotonic() >= until:
+            raise UserError(f"{submission.run.root}: gone from this node (moved, removed or not mounted); find it")
+        time.sleep(1)
 
 
 def _parser() -> argparse.ArgumentParser:

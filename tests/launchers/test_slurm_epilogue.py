@@ -534,6 +534,32 @@ def test_a_disk_that_is_full_in_the_end_is_one_line_and_no_start_is_hidden(
     assert len(commands.calls("sbatch")) == 1  # restarts that are not counted would have no end
 
 
+def test_a_run_whose_folder_was_moved_ends_in_one_line_and_gets_no_folder_anew(
+    commands: FakeSlurm, submission: Submission, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm_epilogue, "FOLDER_PATIENCE_SECONDS", 0)
+    submission.run.root.rename(submission.run.root.with_name("moved"))
+    assert epilogue(submission, status=1) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (
+        f"error: {submission.run.root}: gone from this node (moved, removed or not mounted); find it; "
+        "then continue with --resume"
+    )
+    assert not submission.run.root.exists()
+    assert commands.calls("sbatch") == []
+
+
+def test_a_folder_that_comes_back_meanwhile_is_waited_for(
+    commands: FakeSlurm, submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = submission.run.root.with_name("away")
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    submission.run.root.rename(away)
+    monkeypatch.setattr(slurm_epilogue.time, "sleep", lambda _: away.rename(submission.run.root))
+    assert epilogue(submission, status=1) == 1
+    assert events(submission) == ["requeued"]
+
+
 def test_an_earlier_start_on_a_lost_node_writes_nothing(
     commands: FakeSlurm, submission: Submission, capsys: pytest.CaptureFixture[str]
 ) -> None:
