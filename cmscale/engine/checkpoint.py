@@ -76,6 +76,10 @@ class Checkpoints:
         self._times_gone = 0  # how many saves in a row did not find the run's folder
         self._fence = Fence(run, world, generation, lambda: "" if exporter is None else exporter.went_elsewhere)
 
+    def went_back(self, state: TrainState) -> None:
+        """Notes that training is at the state of a checkpoint again: the steps after it are made and saved anew."""
+        self._saved = state
+
     def maybe_save(self, state: TrainState, engine: Engine) -> bool:
         """Saves if the step is a multiple of `checkpoint.every_steps`. Returns whether it did."""
         if state.step == 0 or state.step % self._config.checkpoint.every_steps:
@@ -84,14 +88,17 @@ class Checkpoints:
         return True
 
     def save(self, state: TrainState, engine: Engine) -> None:
-        """Copies the state and starts to write it; does nothing if this very state was saved last. Collective.
+        """Copies the state and starts to write it; does nothing if this step was saved last. Collective.
+
+        Steps that were not applied since have changed no weights, and a resume makes them again. A second checkpoint of
+        the step would differ from the copy of the first, which stays.
 
         Raises:
             Fenced: on every rank, if a newer start of the run has taken over.
             CheckpointFailed: on every rank, if the previous save failed on any and `checkpoint.stop_on_failure` is
                 set, or if two saves in a row did not find the run's folder: no later one would.
         """
-        if state == self._saved:
+        if self._saved is not None and state.step == self._saved.step:
             return
         self.wait()
         self.end_if_overtaken()

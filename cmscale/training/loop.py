@@ -119,10 +119,12 @@ def train(config: Config, run: RunDir, world: World, *, preemption: Preemption, 
             checkpoints.wait()
             found = newest(run, config, world, data_fingerprint=begun.data_fingerprint)
             assert found is not None, "the first checkpoint is written before the first step"
-            state = TrainState(step=restore(found, engine).step, cursor=cursor)
+            state = restore(found, engine)
+            checkpoints.went_back(state)
+            state = state.advance(cursor, stepped=False)
         if result.applied:
             grids.after(state.step, batch)
-        checkpoints.maybe_save(state, engine)
+            checkpoints.maybe_save(state, engine)
         if checkpoints.overtaken():
             preemption.ask("a newer start of the run")
         watchdog.beat(state.step)

@@ -97,6 +97,7 @@ def test_bad_batches_in_a_row_roll_back_and_are_passed_over(runs: tuple[Path, di
     assert back["step"] == 4
     taken = [(record["step"], record["samples"]) for record in read_lines(run.metrics)]
     assert taken == [(1, 8), (2, 16), (3, 24), (4, 32), (4, 64), (5, 72), (6, 80), (7, 88), (8, 96), (9, 104)]
+    assert [record["step"] for record in events(run, "checkpoint")] == [0, 3, 6, 9]  # as their copies stay
 
 
 def test_going_back_is_bounded(runs: tuple[Path, dict[str, str]]) -> None:

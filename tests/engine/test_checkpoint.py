@@ -424,6 +424,19 @@ def test_the_same_state_is_saved_once(run: RunDir) -> None:
     assert [event["step"] for event in events(run, "checkpoint")] == [10]
 
 
+def test_a_step_is_saved_again_only_after_training_went_back(run: RunDir) -> None:
+    writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
+    engine = StandIn(0, 1)
+    for step, cursor in ((10, 80), (20, 160), (20, 168)):  # the last batch was not applied
+        writer.save(TrainState(step=step, cursor=cursor), engine)  # pyright: ignore[reportArgumentType]
+    writer.went_back(TrainState(step=10, cursor=80))
+    for step, cursor in ((10, 176), (20, 256)):
+        writer.save(TrainState(step=step, cursor=cursor), engine)  # pyright: ignore[reportArgumentType]
+    assert writer.close()
+    assert [event["step"] for event in events(run, "checkpoint")] == [10, 20, 20]
+    assert read_manifest(LocalStorage(run.checkpoint(20))).state.cursor == 256
+
+
 def test_a_node_that_has_lost_the_shared_folder_does_not_take_that_for_a_newer_start(run: RunDir) -> None:
     writer = Checkpoints(run, flat_config(), World(), generation=claim_generation(run), data_fingerprint="data")
     run.generations.rename(run.generations.with_name("elsewhere"))
