@@ -21,6 +21,14 @@ _FROM_OUTSIDE = re.compile(
     r"|[Cc]onnection (was )?(closed|reset|refused|aborted)|[Tt]imed? ?out|[Nn]o space left|[Ii]nput/output error"
     r"|[Ss]tale file handle|temporarily unavailable|[Uu]nreachable|NCCL|[Gg]loo"
 )
+# What CUDA says of a device or driver that fails, and the loader of a library that a node lacks. Left out is what the
+# program does wrong on every node: assertions, arguments, code for other devices.
+_OF_A_NODE = re.compile(
+    r"CUDA error: (?!device-side assert|invalid |misaligned|no kernel image|the provided PTX|operation not )"
+    r"|CUDA (driver|unknown|initialization)|cudaGetDeviceCount|No CUDA GPUs"
+    r"|CU(DNN|BLAS)_STATUS_(INTERNAL_ERROR|EXECUTION_FAILED|MAPPING_ERROR|NOT_INITIALIZED|ALLOC_FAILED)"
+    r"|cannot open shared object file"
+)
 
 Action = Literal["done", "requeue", "restart", "stop"]
 
@@ -153,7 +161,8 @@ def _after_fault(faults: Sequence[Attempt], *, max_restarts: int, backoff_second
 def _repeats(faults: Sequence[Attempt]) -> bool:
     """Whether the last two faults are one exception of the program at one place, such as a loss that is not finite.
 
-    A fault that names its node is not: another node may do better. Nor is one that comes from outside of the program.
+    A fault that names its node is not, nor one of its devices: another node may do better. Nor is one that comes from
+    outside of the program.
     """
     if len(faults) < 2:
         return False
@@ -164,8 +173,8 @@ def _repeats(faults: Sequence[Attempt]) -> bool:
         last.measured,
     )
     names_node = any(fault.node and fault.node in fault.message for fault in (before, last))
-    is_exception = _EXCEPTION.match(last.message) and not _FROM_OUTSIDE.search(last.message)
-    return is_same and bool(is_exception) and not names_node
+    may_pass = names_node or any(cause.search(last.message) for cause in (_FROM_OUTSIDE, _OF_A_NODE))
+    return is_same and bool(_EXCEPTION.match(last.message)) and not may_pass
 
 
 def _without_addresses(message: str) -> str:

@@ -137,7 +137,18 @@ class TestFaults:
         "RuntimeError: after step 450: 3 consecutive batches without finite loss and gradient, after 2 rollbacks"
     )
 
-    @pytest.mark.parametrize("message", [NOT_FINITE, "RuntimeError: rank 1 is out of luck", "KeyError: 'x' at 0x7f00"])
+    @pytest.mark.parametrize(
+        "message",
+        [
+            NOT_FINITE,
+            "RuntimeError: rank 1 is out of luck",
+            "KeyError: 'x' at 0x7f00",
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+            "AcceleratorError: CUDA error: device-side assert triggered",
+            "RuntimeError: CUDA error: no kernel image is available for execution on the device",
+            "RuntimeError: cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+        ],
+    )
     def test_one_that_repeats_identically_is_not_started_a_third_time_through_a_queue(self, message: str) -> None:
         faults = [Attempt("fault", message, 400, rank, f"node{rank}") for rank in (0, 1)]
         faults[1] = replace(faults[1], message=message.replace("0x7f00", "0x7e01"))
@@ -162,6 +173,13 @@ class TestFaults:
             "DistBackendError: NCCL error",
             "TimeoutError: rank 1 has not written its part of the checkpoint",
             "OSError: [Errno 116] Stale file handle",
+            "AcceleratorError: CUDA error: uncorrectable ECC error encountered",
+            "RuntimeError: after step 400: CUDA error: unspecified launch failure",
+            "RuntimeError: No CUDA GPUs are available",
+            "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+            "RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment",
+            "RuntimeError: cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+            "ImportError: libcudart.so.13: cannot open shared object file: No such file or directory",
         ],
     )
     def test_one_whose_cause_may_pass_or_stay_on_its_node_is_started_a_third_time(self, message: str) -> None:
