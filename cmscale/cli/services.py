@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from cmscale.io.storage import open_storage
 from cmscale.io.wandb_login import find_login
 
 _ANSWER_SECONDS = 5.0  # of a command of Slurm
-_REFUSALS = ("401", "403", "invalid", "unauthorized", "forbidden", "permission")  # in what wandb says of a wrong key
+_REFUSED = re.compile(r"\b40[13]\b|invalid|unauthorized|forbidden|permission|not logged in")  # said of a wrong key
 
 
 def slurm() -> Iterator[Finding]:
@@ -83,7 +84,7 @@ def _key(host: str) -> Finding:
             is_taken = wandb.login(verify=True, prompt=False)
         except wandb.Error as error:  # of whatever kind, so its text must tell
             why = " ".join(str(error).split())
-            if any(word in why.lower() for word in _REFUSALS):
+            if _REFUSED.search(why.replace(host, "").lower()):  # also a port may be 403
                 return Finding(
                     "wandb", "failure", why, "make another key with `wandb login --relogin`, or in WANDB_API_KEY"
                 )

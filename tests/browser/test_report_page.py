@@ -210,7 +210,9 @@ def _dom_of(report: ServedReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_open_page_is_renewed_when_the_run_writes(run, tmp_path, monkeypatch) -> None:
-    dom = _dom_of(Growing(run, ()), tmp_path, monkeypatch)
+    report = Growing(run, ())
+    report.first = "dispatchEvent(new PointerEvent('pointerdown', { button: 2 }));"  # of which a menu takes the end
+    dom = _dom_of(report, tmp_path, monkeypatch)
     assert "<div>new</div>" in dom
     assert 'class="status failed"' in dom
     assert 'id="unrenewed" role="status" hidden=""></p>' in dom
@@ -261,13 +263,27 @@ def test_a_page_that_can_not_be_renewed_says_since_when_and_why(run, tmp_path, m
     assert 'class="status finished"' in dom
 
 
-class Selected(Growing):
-    """A report in which a viewer has selected text."""
+class Used(Growing):
+    """A report in which a viewer selects text for a while, then holds a button, and notes why it is not renewed."""
 
-    first = "getSelection().selectAllChildren(document.querySelector('h1'));"
+    first = """
+const line = document.getElementById("unrenewed");
+const reasons = new Set();
+new MutationObserver(() => {
+  reasons.add(line.textContent.split(": ")[1]);
+  sessionStorage.setItem("reasons", [...reasons]);
+}).observe(line, { childList: true });
+getSelection().selectAllChildren(document.querySelector("h1"));
+setTimeout(() => {
+  getSelection().empty();
+  dispatchEvent(new PointerEvent("pointerdown", { button: 0 }));
+}, 8000);
+setTimeout(() => dispatchEvent(new PointerEvent("pointerup")), 16000);
+"""
+    after = "document.title = sessionStorage.getItem('reasons');"
 
 
-def test_a_page_is_not_renewed_while_text_is_selected(run, tmp_path, monkeypatch) -> None:
-    dom = _dom_of(Selected(run, ()), tmp_path, monkeypatch)
-    assert re.search(r"Not renewed since [^<]*: text is selected</p>", dom)
-    assert "<div>new</div>" not in dom
+def test_a_page_is_not_renewed_while_text_is_selected_or_a_button_is_held(run, tmp_path, monkeypatch) -> None:
+    dom = _dom_of(Used(run, ()), tmp_path, monkeypatch)
+    assert "<title>text is selected,a button is held</title>" in dom
+    assert "<div>new</div>" in dom

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -142,43 +142,82 @@ def test_slurm_must_answer_and_tells_how_it_preempts(bin_folder: Path) -> None:
 
 
 class WandbServer(BaseHTTPRequestHandler):
-    """Says whose key it is, which it knows by its first letter."""
+    """Takes the key of a letter k, does not know x, refuses n, and fails for whoever brings b."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"] or 0))
         key = base64.b64decode((self.headers["Authorization"] or "").removeprefix("Basic ")).decode()
         viewer = {"id": "x", "username": "u", "entity": "u", "flags": "{}", "teams": {"edges": []}}
-        answer = json.dumps({"data": {"viewer": viewer if key.startswith("api:k") else None}}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(answer)))
+        status, answer = {
+            "k": (200, {"data": {"viewer": viewer}}),
+            "x": (200, {"data": {"viewer": None}}),
+            "n": (401, {"errors": [{"message": "user is not logged in"}]}),
+            "b": (502, {"errors": [{"message": "bad gateway"}]}),
+        }[key.removeprefix("api:")[0]]
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
-def test_wandb_with_a_key_must_answer_and_take_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def wandb_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The address HOST:PORT of a server of wandb; nobody is logged in."""
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert only(services.wandb()).state == "ok"
-    with HTTPServer(("127.0.0.1", 0), WandbServer) as server:
-        address = f"127.0.0.1:{server.server_port}"
+    for name in ("API_KEY", "BASE_URL", "MODE", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), WandbServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://{address}")
-        for letter, state, words in (("x", "failure", "invalid credentials"), ("k", "ok", "a key, which")):
-            monkeypatch.setenv("WANDB_API_KEY", letter * 40)
-            found = only(services.wandb())
-            assert found.state == state
-            assert words in found.found
-            assert address in found.found
+        yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
-    assert only(services.wandb()).found.startswith(f"a key, but {address} does not answer (")
+
+
+def test_a_wandb_key_is_ok_if_the_server_takes_it(
+    wandb_server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert only(services.wandb()).state == "ok"  # without a key runs log offline
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{wandb_server}")
+    for letter, state, words in (
+        ("x", "failure", "invalid credentials"),
+        ("n", "failure", "user is not logged in"),
+        ("b", "warning", "a key, which could not be tried: "),
+        ("k", "ok", f"a key, which {wandb_server} takes"),  # last, as wandb asks no more then
+    ):
+        monkeypatch.setenv("WANDB_API_KEY", letter * 40)
+        monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2" if state == "warning" else "60")  # which it tries again for
+        found = only(services.wandb())
+        assert (found.state, words in found.found) == (state, True), found
+        assert wandb_server in found.found
     assert capfd.readouterr().err == ""
+
+
+def test_a_server_of_wandb_that_takes_no_connection_and_an_address_that_is_none_are_named(
+    wandb_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert only(services.wandb()).found.startswith("a key, but 127.0.0.1:9 does not answer (")
     monkeypatch.setenv("WANDB_BASE_URL", "wandb.example.org")
     assert only(services.wandb()).found.startswith("WANDB_BASE_URL: wandb.example.org is no URL of a server")
+
+
+@pytest.mark.parametrize("where", ["variable", "settings"])
+def test_wandbs_own_proxy_reaches_a_server_that_takes_no_connection(
+    where: str, wandb_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{where}.invalid")
+    assert f"{where}.invalid does not answer" in only(services.wandb()).found
+    if where == "variable":
+        monkeypatch.setenv("WANDB_HTTP_PROXY", f"http://{wandb_server}")
+    else:
+        monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+        (tmp_path / "settings").write_text(f"[default]\nhttp_proxy = http://{wandb_server}\n")
+    assert only(services.wandb()).found == f"a key, which {where}.invalid takes"
 
 
 def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Two commands on one place in S3: the second is refused before it touches anything; a dead one is taken over."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from data_fixtures import encoded, make, smooth_image
 from prepare_command import call, refused
 
 from cmscale.errors import UserError
+from cmscale.io import interrupts
 from cmscale.io.process import CHECKOUT
 from cmscale.io.protocol import StorageAway
 from cmscale.io.s3 import S3Storage
@@ -134,6 +136,19 @@ def test_a_silent_owner_is_taken_over_and_ends_when_it_wakes(s3: str, elsewhere:
     with pytest.raises(TakenOver):  # nor when the other one is through
         frozen.check()
     frozen.stop()
+
+
+def test_after_ctrl_c_the_signs_of_life_end_without_a_traceback(s3: str, elsewhere: None, monkeypatch) -> None:
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    ownership = owner.Ownership(open_storage(s3), FOLDER, what="x")
+    ownership.claim()
+    assert ownership._thread is not None
+    assert ownership._thread.is_alive()
+    monkeypatch.setattr(interrupts, "received", [signal.SIGINT])
+    ownership._thread.join(60)
+    assert not ownership._thread.is_alive()
+    assert raised == []
 
 
 @pytest.mark.long

@@ -98,6 +98,16 @@ def test_curves_of_other_batches_are_compared_by_images_seen(tmp_path: Path, mon
     assert "by step" in capsys.readouterr().out
 
 
+def test_a_run_that_repeated_some_steps_is_compared_by_step(tmp_path: Path, monkeypatch, capsys) -> None:
+    """It has seen some more images at a step than another run of its batch; up to 5 percent count as the same batch."""
+    runs = [working_run(tmp_path / name, steps=0) for name in ("one", "two")]
+    for seen, by in ((64 * 104, "by step"), (64 * 106, "by images seen")):
+        for each, samples in zip(runs, (64 * 100, seen), strict=True):
+            append_line(each.metrics, {"step": 100, "samples": samples, "loss": 0.5})
+        assert run(monkeypatch, "compare", *(each.root for each in runs)) == 0
+        assert by in capsys.readouterr().out
+
+
 def test_a_damaged_config_is_one_line_whatever_its_mistakes(tmp_path: Path, monkeypatch, capsys) -> None:
     one, damaged = working_run(tmp_path / "one"), working_run(tmp_path / "damaged")
     damaged.config.write_text(damaged.config.read_text() + "newer: {key: 1}\nnewest: {key: 1}\n")
