@@ -72,7 +72,9 @@ class Model(Section):
         source="the released code of Consistency Models",
     )
     attention: Literal["auto", "xformers", "sdpa", "reference"] = operational(
-        "auto", "Attention kernel. auto: xformers on CUDA if it is installed, else PyTorch's own (sdpa)."
+        "auto",
+        "Attention kernel. auto: on CUDA the faster of xformers and PyTorch's own (sdpa), if it agrees with the "
+        "reference; else sdpa.",
     )
     activation_checkpointing: bool = operational(
         False,

@@ -4,6 +4,8 @@ import importlib
 import io
 import re
 import shlex
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -144,3 +146,15 @@ def test_every_quoted_config_key_exists(document: Path) -> None:
     assert [
         f"{section}.{leaf}" for section, leaf in quoted if leaf != "conf" and f"{section}.{leaf}" not in known_keys()
     ] == []
+
+
+@pytest.mark.parametrize("guide", ["adding_a_format", "adding_a_method", "adding_a_metric"])
+def test_the_linter_accepts_the_files_of_a_guide(guide: str) -> None:
+    text = (CHECKOUT / "ops" / f"{guide}.md").read_text()
+    files = re.findall(r"<!-- new file: (\S+) -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert files
+    for path, program in files:
+        for check in (["check"], ["format", "--check"]):
+            command = [sys.executable, "-m", "ruff", *check, "--stdin-filename", str(CHECKOUT / path), "-"]
+            ran = subprocess.run(command, cwd=CHECKOUT, input=program, capture_output=True, text=True, check=False)
+            assert ran.returncode == 0, f"{path}: {ran.stdout}{ran.stderr}"
