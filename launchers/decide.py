@@ -198,14 +198,3 @@ def _bad_nodes(faults: Sequence[Attempt]) -> tuple[str, ...]:
     nodes = [fault.node for fault in faults if fault.node]
     full = {fault.node for fault in faults if _is_disk_of_node(fault)}
     return tuple(sorted(full | {node for node in nodes if nodes.count(node) >= FAULTS_OF_A_BAD_NODE}))
-
-
-def spare_bad_nodes(bad: Sequence[str], responding: Sequence[str], *, wanted: int) -> tuple[str, ...]:
-    """The bad nodes to exclude: all of them if the job still fits on the others, else none.
-
-    Args:
-        bad: Nodes that a restart should avoid.
-        responding: Nodes of the partition that answer.
-        wanted: The number of nodes that the job needs.
-    """
-    return tuple(bad) if len(set(responding) - set(bad)) >= wanted else ()

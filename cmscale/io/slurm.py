@@ -139,6 +139,20 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
     return job_id[1]
 
 
+def could_start(script: Path, *options: str) -> bool:
+    """Whether sbatch finds nodes that are up and have all that a job asks for, busy or not. Submits nothing.
+
+    Args:
+        options: Options of sbatch; they override those in the script.
+    """
+    command = ["sbatch", "--test-only", *options, str(script)]
+    try:
+        ran = subprocess.run(command, capture_output=True, check=False, env=outside_of_jobs(os.environ))
+    except OSError:
+        return False
+    return ran.returncode == 0
+
+
 def refusal(output: str) -> str:
     """The reason in what sbatch printed: its own lines if there are any, else all lines, joined into one."""
     lines = output.strip().splitlines()

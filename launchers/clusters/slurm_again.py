@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from cmscale.errors import UserError
 from cmscale.io import slurm
 from cmscale.io.durable import replace_durably
-from launchers.decide import spare_bad_nodes
 from launchers.submission import Submission
 
 _WAITS = (2, 4, 8, 16, 32, 60)  # seconds between tries: slurmctld may be away for a minute or two
@@ -122,14 +122,14 @@ def _submit(
     """How a job goes on as another one; if Slurm did not accept that, None and why."""
     script = submission.script.read_text()
     given = slurm.options_in(script)
-    excluded = _spare(exclude, given)
-    options = [f"--begin=now+{max(1, delay_seconds)}"]
-    if excluded:
-        options += [f"--exclude={','.join(filter(None, [given.get('exclude'), *excluded]))}"]
     path = submission.script
     if (again := slurm.without_fulfilled_dependency(script)) != script:
         path = submission.script.with_name("job-again.sh")
         replace_durably(path, again.encode())
+    options = [f"--begin=now+{max(1, delay_seconds)}"]
+    excluded = _spare(exclude, path, given)
+    if excluded:
+        options.append(_exclusion(excluded, given))
     try:
         job_id = _retry(lambda: slurm.submit(path, *options), waits=waits)
     except slurm.NoJobIdError as error:
@@ -164,27 +164,23 @@ def _retry(action: Callable[[], T], *, waits: Sequence[float]) -> T:
     raise AssertionError("unreachable")
 
 
-def _spare(bad: Sequence[str], given: dict[str, str]) -> tuple[str, ...]:
-    """The bad nodes, if the partition has enough others, and the job does not insist on them."""
-    if not bad:
-        return ()
-    partition, wanted = os.environ.get("SLURM_JOB_PARTITION", ""), int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    command = ["sinfo", "--noheader", "--Node", "--responding", f"--partition={partition}", "--format=%N"]
-    listed = _hostnames_printed(command)
-    banned, wished = (_expanded(given.get(option, "")) for option in ("exclude", "nodelist"))
-    return spare_bad_nodes([node for node in bad if node not in wished], sorted(listed - banned), wanted=wanted)
+def _spare(bad: Sequence[str], script: Path, given: dict[str, str]) -> list[str]:
+    """The bad nodes on which a job does not insist, if Slurm has enough others for it; else none."""
+    unwished = [node for node in bad if node not in _expanded(given.get("nodelist", ""))]
+    return unwished if unwished and slurm.could_start(script, _exclusion(unwished, given)) else []
+
+
+def _exclusion(nodes: Sequence[str], given: dict[str, str]) -> str:
+    """The option of sbatch that leaves nodes out beside those that the job's script leaves out."""
+    return f"--exclude={','.join(filter(None, [given.get('exclude'), *nodes]))}"
 
 
 def _expanded(hostlist: str) -> set[str]:
     """The hosts of a list as Slurm writes it: `node[1-3],gpu7`."""
     if "[" not in hostlist:
         return set(filter(None, hostlist.split(",")))
-    return _hostnames_printed(["scontrol", "show", "hostnames", hostlist])
-
-
-def _hostnames_printed(command: list[str]) -> set[str]:
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        ran = subprocess.run(["scontrol", "show", "hostnames", hostlist], capture_output=True, text=True, check=False)
     except OSError:
         return set()
     return set(ran.stdout.split())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launchers.decide import Decision, decide, spare_bad_nodes
+from launchers.decide import Decision, decide
 from launchers.judge import SUPERSEDED, Attempt, Ending
 
 FAULT = Attempt("fault", "boom", 10, 1, "node2")
@@ -222,22 +222,3 @@ class TestFaults:
         assert decided([fault(1, node=""), fault(2, node="")]).exclude == ()
         preempted = Attempt("preempted", "", 1, node="a")
         assert decided([preempted, preempted, fault(2, node="a")]).exclude == ()
-
-
-@pytest.mark.parametrize(
-    ("bad", "responding", "wanted", "excluded"),
-    [
-        (("a",), ("a", "b", "c"), 2, ("a",)),
-        (("a",), ("a", "b"), 2, ()),  # excluding it would leave the job in the queue for ever
-        (("a",), ("b", "c"), 2, ("a",)),  # it does not answer any more
-        (("a", "b"), ("a", "b", "c"), 1, ("a", "b")),
-        (("a", "b"), ("a", "b", "c"), 2, ()),
-        (("a",), ("a", "b", "b"), 2, ()),  # sinfo lists a node once per partition
-        (("a",), (), 1, ()),  # sinfo does not answer
-        ((), ("a",), 1, ()),
-    ],
-)
-def test_bad_nodes_are_excluded_only_if_enough_others_are_spare(
-    bad: tuple[str, ...], responding: tuple[str, ...], wanted: int, excluded: tuple[str, ...]
-) -> None:
-    assert spare_bad_nodes(bad, responding, wanted=wanted) == excluded

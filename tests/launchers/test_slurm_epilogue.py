@@ -151,7 +151,6 @@ class FakeSlurm:
         folder.mkdir()
         self.answer("scontrol", '[ "$1" = requeue ] || echo JobState=RUNNING Restarts=0')
         self.answer("sbatch", "echo 8")
-        self.answer("sinfo", "printf 'node1\\nnode2\\nnode3\\n'")
 
     def answer(self, name: str, line: str) -> None:
         file = self.folder / name
@@ -167,8 +166,6 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     fake = FakeSlurm(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     return fake
 
@@ -352,14 +349,15 @@ class TestTwoStarts:
 def test_the_users_own_exclusions_hold_and_wished_nodes_are_not_excluded(
     commands: FakeSlurm, submission: Submission
 ) -> None:
-    commands.answer("sinfo", "printf 'node1\\nnode2\\nnode3\\nnode4\\nnode5\\n'")
     submission.script.write_text("#!/bin/sh\n#SBATCH --exclude=node9\n#SBATCH --nodelist=node3\n")
     for number, start in enumerate(("7.0", "7.1")):
         submission.run.checkpoint(number).mkdir(parents=True)
         (submission.run.checkpoint(number) / "manifest.json").write_text("{}")
         submission.write_rank_end(start, RankEnd(1, "node2", "fault", "boom"))
         assert epilogue(submission, start, status=1) == 1
-    assert "--exclude=node9,node2" in commands.calls("sbatch")[1]
+    _, tried, again = commands.calls("sbatch")
+    assert tried == f"sbatch --test-only --exclude=node9,node2 {submission.script}"
+    assert "--exclude=node9,node2" in again
 
 
 def test_dependencies_that_were_fulfilled_are_not_submitted_again(commands: FakeSlurm, submission: Submission) -> None:
@@ -477,26 +475,25 @@ def test_a_failed_job_is_submitted_again_from_the_same_files(commands: FakeSlurm
     assert events(submission) == ["requeued"]
 
 
-@pytest.mark.parametrize(
-    ("spare", "excluded"), [(["node1", "node2", "node3"], " --exclude=node2"), (["node1", "node2"], "")]
-)
-def test_a_node_that_failed_twice_is_excluded_if_others_are_spare(
-    spare: list[str],
+@pytest.mark.parametrize(("status", "excluded"), [(0, " --exclude=node2"), (1, "")])
+def test_a_node_that_failed_twice_is_excluded_if_slurm_has_others_for_the_job(
+    status: int,
     excluded: str,
     commands: FakeSlurm,
     submission: Submission,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    commands.answer("sinfo", "\n".join(f"echo {node}" for node in spare))
+    commands.answer("sbatch", f'[ "$1" != --test-only ] || exit {status}; echo 8')
     for number, start in enumerate(("7.0", "7.1")):
         submission.run.checkpoint(number).mkdir(parents=True)
         (submission.run.checkpoint(number) / "manifest.json").write_text("{}")
         submission.write_rank_end(start, RankEnd(1, "node2", "fault", "boom"))
         assert epilogue(submission, start, status=1) == 1
-    first, second = commands.calls("sbatch")
-    assert first == f"sbatch --parsable --begin=now+3 {submission.script}"
-    assert second == f"sbatch --parsable --begin=now+3{excluded} {submission.script}"
-    assert "--partition=gpu" in commands.calls("sinfo")[0]
+    assert commands.calls("sbatch") == [
+        f"sbatch --parsable --begin=now+3 {submission.script}",
+        f"sbatch --test-only --exclude=node2 {submission.script}",
+        f"sbatch --parsable --begin=now+3{excluded} {submission.script}",
+    ]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("submitted again")]
     assert lines[0] == "submitted again as job 8 in 3 s"
     assert lines[1] == "submitted again as job 8 in 3 s" + (", without node2" if excluded else "")
