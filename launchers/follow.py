@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never
 
@@ -12,12 +13,18 @@ from launchers.judge import Ending
 
 TAIL_LINES = 20
 _STEP = re.compile(r"step (?P<step>\d+)/(?P<total>\d+) +(?P<numbers>.*)")  # cmscale.training.run_log prints it
+_ENDS = ("error: ", "finished, not exported: ")  # as a rank and `show_end` print it
 
 
 class Follower:
-    """Copies new lines of a log to stdout; on a terminal, lines with a step advance a progress bar instead."""
+    """Copies new lines of a log to stdout; on a terminal, lines with a step advance a progress bar instead.
+
+    Attributes:
+        told: The last lines that a terminal has been shown, if they say why the job ends.
+    """
 
     def __init__(self) -> None:
+        self.told: list[str] = []
         self._path: Path | None = None
         self._offset = 0
         self._bar: Progress | None = None
@@ -49,6 +56,10 @@ class Follower:
             self._bar = None
 
     def _show_on_terminal(self, line: str) -> None:
+        if line.startswith(_ENDS):
+            self.told.append(line)
+        else:
+            self.told.clear()
         found = _STEP.fullmatch(line.strip())
         if found is None:
             (self._bar.console.print if self._bar else print)(line)
@@ -74,8 +85,11 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
         return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
 
-def show_end(ending: Ending, why: str, *, log: Path | None) -> int:
+def show_end(ending: Ending, why: str, *, log: Path | None, told: Sequence[str] = ()) -> int:
     """Prints how a job ended, with the end of its log after a fault.
+
+    Args:
+        told: What a `Follower` has told the terminal of it already, which is not told twice.
 
     Returns:
         The launcher's exit status: 0 if it finished, 2 after a user's mistake, else 1.
@@ -83,12 +97,9 @@ def show_end(ending: Ending, why: str, *, log: Path | None) -> int:
     match ending:
         case "finished":
             return 0
-        case "user_error":
-            print(f"error: {why}", file=sys.stderr, flush=True)
-            return 2
-        case "no_space":
-            print(f"error: {why}", file=sys.stderr, flush=True)
-            return 1
+        case "user_error" | "no_space":
+            _say_once(f"error: {why}", told)
+            return 2 if ending == "user_error" else 1
         case "fault":
             shown = tail(log) if log else ""
             if shown:
@@ -96,10 +107,17 @@ def show_end(ending: Ending, why: str, *, log: Path | None) -> int:
             print(f"fault: {why}" + (f" (log: {log})" if log else ""), file=sys.stderr, flush=True)
             return 1
         case "not_exported":
-            print(f"finished, not exported: {why}", file=sys.stderr, flush=True)
+            _say_once(f"finished, not exported: {why}", told)
             return 1
         case "preempted" | "time_limit" | "cancelled" | "superseded":
             print(f"stopped: {why}", file=sys.stderr, flush=True)
             return 1
         case _:
             assert_never(ending)
+
+
+def _say_once(line: str, told: Sequence[str]) -> None:
+    """Prints a line on stderr, unless its terminal shows it already. Ranks print several mistakes in a line each."""
+    first, *others = told or [""]
+    if "; ".join([first, *(each.removeprefix("error: ") for each in others)]) != line or not sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)

@@ -130,7 +130,7 @@ def _run_once(job: JobSpec, submission: Submission, start: str, interruption: In
     process = interruption.process = _start_controller(job, submission, start)
     if interruption.signal:  # it came before there was a process to pass it to
         process.terminate()
-    _follow(process, job.run.logs / f"{process.pid}_0_log.out")
+    told = _follow(process, job.run.logs / f"{process.pid}_0_log.out")
     _end_group(process)
     minutes, restart = job.placement.minutes, job.placement.restart
     timed_out = minutes is not None and time.monotonic() - began >= minutes * 60 - restart.signal_seconds
@@ -148,7 +148,7 @@ def _run_once(job: JobSpec, submission: Submission, start: str, interruption: In
         if attempt.ending == "fault":
             submission.report("fault", attempt, why=decision.why)
         log = job.run.logs / f"{process.pid}_{attempt.rank}_log.out"
-        status = show_end(attempt.ending, decision.why, log=log)
+        status = show_end(attempt.ending, decision.why, log=log, told=told)
         status = 128 + interruption.signal if interruption.signal and status else status
         return status, attempt.ending in ("finished", "not_exported")
     submission.report("requeued", attempt, why=decision.why)
@@ -184,14 +184,15 @@ def _start_controller(job: JobSpec, submission: Submission, start: str) -> subpr
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
-def _follow(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Shows a log until a process has ended."""
+def _follow(process: subprocess.Popen[bytes], log: Path) -> list[str]:
+    """Shows a log until a process has ended. Returns what it has told of the end: see `Follower`."""
     follower = Follower()
     while process.poll() is None:
         follower.show(log)
         time.sleep(_POLL_SECONDS)
     follower.show(log)
     follower.close()
+    return follower.told
 
 
 def _judged(submission: Submission, start: str, *, cancelled: bool, timed_out: bool) -> Attempt:

@@ -38,7 +38,7 @@ def wait_for_end(submission: Submission) -> int:
         return 130
     finally:
         follower.close()  # first: beside a bar, lines are broken at the terminal's width
-    return show_end(ending, why, log=log)
+    return show_end(ending, why, log=log, told=follower.told)
 
 
 def _follow_to_end(submission: Submission, follower: Follower) -> tuple[Ending, str, Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.follow import Follower
+from launchers.follow import Follower, show_end
 
 
 class Terminal(io.StringIO):
@@ -53,3 +53,20 @@ def test_a_narrow_terminal_shows_all_numbers_and_one_time_left(tmp_path: Path, m
     assert "loss 0.00029103  16.2 images/s  13 min 35 s left" in said
     assert "━" in said
     assert ":" not in said.replace("━", "")
+
+
+@pytest.mark.parametrize(("stream", "times"), [(Terminal, 1), (io.StringIO, 2)])
+def test_a_terminal_shows_a_refusal_once(
+    stream: type[io.StringIO], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = stream()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "stderr", shown)
+    log, follower = tmp_path / "log", Follower()
+    log.write_text("error: one is missing\nhello\nerror: two is wrong\nerror: three is wrong\n")
+    follower.show(log)
+    follower.close()
+    assert show_end("user_error", "two is wrong; three is wrong", log=log, told=follower.told) == 2
+    assert shown.getvalue().count("three is wrong") == times
+    assert show_end("user_error", "one is missing", log=log, told=follower.told) == 2
+    assert shown.getvalue().count("one is missing") == 2  # it was not the end of that log
