@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmscale.io.json_text import parse_json
+from cmscale.io.process import process_space, start_of
 from cmscale.io.reading import read_regular
 from cmscale.runs.folder import RunDir
 
@@ -44,7 +45,8 @@ def machine_id() -> str:
 def beating(run: RunDir) -> Iterator[None]:
     """Gives signs of life for this process while the block runs."""
     path, stop = run.launcher_sign, threading.Event()
-    own = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "machine": machine_id()})
+    who = {"host": socket.gethostname(), "process": os.getpid(), "machine": machine_id()}
+    own = json.dumps(who | {"space": process_space(), "started": start_of(os.getpid())})
     thread = threading.Thread(target=_beat, args=(path, stop), name="heartbeat", daemon=True)
     with contextlib.suppress(OSError):  # a full disk is reported by those who need it
         path.write_text(own)

@@ -45,7 +45,7 @@ def runs(
     as_json: JsonOption = False,
     watch: Annotated[
         float | None,
-        typer.Option(min=1, metavar="SECONDS", help="Print again every so many seconds, until Ctrl-C."),
+        typer.Option(min=1, max=86400, metavar="SECONDS", help="Print again every so many seconds, until Ctrl-C."),
         Use(excludes=("as_json",)),
     ] = None,
 ) -> None:
@@ -59,7 +59,8 @@ def runs(
     if (folder / "config.yaml").is_file():
         raise UserError(f"{runs_dir}: is a run; give the folder that holds runs")
     if as_json:
-        print_json([dataclasses.asdict(each) for each in _overviews(folder)])
+        facts = (dataclasses.asdict(each) for each in _overviews(folder))
+        print_json([{"run": each["name"], **each} for each in facts])  # as `compare` calls it
         return
     console = TableConsole()
     if watch is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cmscale.io.counting import in_words
 from cmscale.io.json_text import parse_json
+from cmscale.io.process import is_alive, process_space
 from cmscale.io.reading import read_regular
 from cmscale.io.slurm import ACTIVE_STATES, clusters_of, job_states, states_of_jobs
 from cmscale.runs.folder import RunDir
@@ -79,14 +80,16 @@ def _launcher(run: RunDir) -> _Life | None:
     """What the file says that a launcher touches while it lives."""
     try:
         sign = parse_json(read_regular(run.launcher_sign))
-        host, process = str(sign["host"]), int(sign["process"])
+        host, process, space = str(sign["host"]), int(sign["process"]), sign.get("space")
         age = max(time.time() - run.launcher_sign.stat().st_mtime, 0.0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
+    if _is_copy(run):
+        return None
     what = f"launcher {process} on {host}"
-    if host == socket.gethostname():
-        is_alive = _lives(process)
-        return _Life(is_alive, "running", what if is_alive else f"{what} has ended")
+    if space == process_space() if space else host == socket.gethostname():  # older releases name the host alone
+        lives = is_alive(process, str(sign.get("started"))) if space else _lives(process)
+        return _Life(lives, "running", what if lives else f"{what} has ended")
     if age < SILENT_SECONDS:
         return _Life(True, "running", f"{what}, alive {age:.0f} s ago")
     return _Life(None, "", f"{what} has been silent for {_span(age)}")
@@ -123,7 +126,26 @@ def ask_slurm_at_once(runs: Iterable[RunDir]) -> JobStates:
 
 
 def _trainings(run: RunDir) -> Iterator[tuple[Path, Any]]:
-    """The folder and the record of each training that was submitted for a run: the last one first.
+    """The folder and the record of each training of a run: the last one first. A copy of a run has none of its own."""
+    for folder, record in _submitted(run):
+        if _is_of(run, record):
+            yield folder, record
+
+
+def _is_copy(run: RunDir) -> bool:
+    """Whether a run's folder is a copy, in which nothing was submitted since, of one that is still there."""
+    return next((not _is_of(run, record) for _, record in _submitted(run)), False)
+
+
+def _is_of(run: RunDir, record: dict[str, Any]) -> bool:
+    """Whether a job trains in this folder, as far as can be told: not in another one that is still there."""
+    with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
+        return Path(record["arguments"][0]).samefile(run.root)
+    return True  # of an older release, or the folder was moved
+
+
+def _submitted(run: RunDir) -> Iterator[tuple[Path, Any]]:
+    """The folder and the record of each training that lies in a run's logs: the last one first.
 
     Their folders have the time when they were submitted, by a clock that may have been set back since.
     """

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from cmscale.runs import standing
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
 from cmscale.runs.overview import overview
+from launchers.heartbeat import beating
 
 
 def sign(found: RunDir, process: int, *, host: str | None = None, age: float = 0.0) -> None:
@@ -54,6 +56,36 @@ def test_a_state_is_known_by_the_launcher_where_there_is_one(tmp_path: Path) -> 
     sign(found, 1, host="elsewhere", age=7200)
     assert overview(found, now=time.time() + 7200).state == "stale"
     assert "launcher 1 on elsewhere has been silent for 2 h" in overview(found, now=time.time() + 7200).known_by
+
+
+def test_another_process_of_a_dead_launchers_number_is_no_sign_of_life(tmp_path: Path) -> None:
+    found = working_run(tmp_path / "one")
+    found.logs.mkdir()
+    with beating(found):
+        assert overview(found).known_by.startswith("launcher ")
+        written = json.loads(found.launcher_sign.read_text())
+    for change, words in (({"started": "1"}, "has ended"), ({"space": "before the machine started again"}, "silent")):
+        found.launcher_sign.write_text(json.dumps(written | change))
+        for path in (found.launcher_sign, found.metrics, found.events):
+            os.utime(path, (time.time() - 7200,) * 2)
+        seen = overview(found)
+        assert seen.state == "stale"
+        assert words in seen.known_by
+
+
+def test_the_copy_of_a_run_that_lives_does_not(tmp_path: Path, monkeypatch) -> None:
+    first = working_run(tmp_path / "first")
+    job = first.logs / "submissions" / "20261129-010000-a" / "job.json"
+    job.parent.mkdir(parents=True)
+    job.write_text(json.dumps({"worker": "train", "arguments": [str(first.root), False], "job_id": "12"}))
+    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: {"RUNNING"})
+    with beating(first):
+        shutil.copytree(first.root, tmp_path / "copy")
+    copy = RunDir(tmp_path / "copy")
+    assert overview(first).known_by == "Slurm job 12 is RUNNING"
+    assert "no launcher or job of it is seen" in overview(copy).known_by
+    first.root.rename(tmp_path / "gone")
+    assert overview(copy).known_by == "Slurm job 12 is RUNNING"  # it was moved, as far as can be told
 
 
 @pytest.mark.parametrize(
@@ -131,7 +163,7 @@ def test_slurm_is_asked_once_about_all_runs(answers: bool, tmp_path: Path, monke
     (commands / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
     assert run(monkeypatch, "runs", tmp_path / "runs", "--json") == 0
-    seen = {each["name"]: each["state"] for each in json.loads(capsys.readouterr().out)}
+    seen = {each["run"]: each["state"] for each in json.loads(capsys.readouterr().out)}
     expected = {"run3": "queued", "run4": "running", "run5": "stale"} if answers else {"run3": "running"}
     assert expected.items() <= seen.items()
     assert len((tmp_path / "asked").read_text().splitlines()) == 1
@@ -190,6 +222,7 @@ def test_damage_in_one_run_never_hides_the_others(tmp_path: Path, monkeypatch, c
     assert run(monkeypatch, "runs", tmp_path, "--json") == 0
     found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
     assert sorted(found) == names
+    assert all(each["run"] == name for name, each in found.items())  # its former key is `name`
     assert not found["good"]["problems"]
     assert found["good"]["best"]["name"] == "FD-EfficientNet"
     assert all(found[f"bad-{number}"]["problems"] for number in (2, 3))
