@@ -261,7 +261,7 @@ def page(comparison: Comparison) -> bytes:
                 basis: {name: title for each in scores for name, title in each.titles.items() if name != FID.name}
                 for basis, scores in _groups(comparison).items()
             },
-            quality=quality_panels(comparison.facts),
+            quality=quality_panels(comparison.facts, by_images=comparison.by_images),
             written=written,
         )
         .encode(errors="backslashreplace")  # names of files that are not UTF-8

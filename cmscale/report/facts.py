@@ -13,7 +13,7 @@ from cmscale.io.reading import files_in, read_regular, utf8
 from cmscale.report.measured import Measured, read_measured
 from cmscale.runs.folder import RunDir, run_meant, step_of
 from cmscale.runs.lineage import Lineage, read_lineage
-from cmscale.runs.log import read_lines
+from cmscale.runs.log import is_beside_training, read_lines
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.runs.standing import how_it_stands
 
@@ -64,11 +64,18 @@ class RunFacts:
         return utf8(self.shown_name or self.run.name)
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """The config's value at a dotted key."""
+        """The config's value at a dotted key; `default` where it is null, or there is no such key."""
+        value = self.written_setting(key)
+        return default if value is None else value
+
+    def written_setting(self, key: str, missing: Any = None) -> Any:
+        """The config's value at a dotted key, null too; `missing` if it has no such key."""
         value: Any = self.config
         for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return default if value is None else value
+            if not isinstance(value, dict) or part not in value:
+                return missing
+            value = value[part]
+        return value
 
     @property
     def method(self) -> str:
@@ -79,9 +86,17 @@ class RunFacts:
 
     @property
     def step(self) -> int:
-        """The last step that metrics or events mention."""
-        steps = [step for event in self.events if type(step := event.get("step")) is int]
-        return max([self.measured.last_step or 0, *steps])
+        """The step that the run has reached: by its metrics, and by its events since it began or last went back."""
+        steps = [self.measured.last_step or 0]
+        for event in reversed(self.events):
+            name = str(event.get("event", ""))
+            if name == "rolled_back":  # from that step
+                break
+            if type(step := event.get("step")) is int and not is_beside_training(name):
+                steps.append(step)
+            if name in ("start", "resumed"):
+                break
+        return max(steps)
 
     @property
     def total_steps(self) -> int:

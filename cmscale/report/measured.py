@@ -36,7 +36,7 @@ class Series:
 
 @dataclass
 class Measured:
-    """The numbers of metrics.jsonl. Of each step the last record counts: those replayed after a resume count once.
+    """The numbers of metrics.jsonl, without those of steps that a run went back behind and may have taken otherwise.
 
     Attributes:
         records: Number of lines that were read.
@@ -79,23 +79,19 @@ def _measured(records: Iterable[dict[str, Any]]) -> Measured:
                 values.setdefault(name, array("d")).append(value)
         steps.append(step)
     of_line = np.array(steps, np.int64)
-    counts = _last_of_each(of_line)
+    counts = _are_of_the_way_taken(of_line)
     columns = {}
     for name, numbers in values.items():
         where, found = np.array(lines[name], np.int64), np.array(numbers)
         kept = counts[where] & np.isfinite(found)
-        at = of_line[where[kept]]
-        order = np.argsort(at, kind="stable")
-        columns[name] = Series(at[order], found[kept][order])
+        columns[name] = Series(of_line[where[kept]], found[kept])
     return Measured(records=len(steps), columns=columns)
 
 
-def _last_of_each(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether each line is the last of its step."""
-    found = np.zeros(len(steps), bool)
-    _, first_from_behind = np.unique(steps[::-1], return_index=True)
-    found[len(steps) - 1 - first_from_behind] = True
-    return found
+def _are_of_the_way_taken(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether each line led to the last one: no line behind it has its step or an earlier one. These steps ascend."""
+    least_behind = np.minimum.accumulate(np.append(steps, _LARGEST_STEP)[::-1])[::-1][1:]
+    return steps < least_behind
 
 
 @dataclass(frozen=True)

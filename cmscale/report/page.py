@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from cmscale.config.keys import written
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.json_text import parse_json
@@ -104,6 +105,7 @@ def _contents(facts: RunFacts, siblings: list[RunFacts]) -> dict[str, Any]:
         "tables": tables,
         "most_rows": evaluations.MOST_ROWS,
         "rule": RULE,
+        "written": written,
         "several_runs": bool(siblings),
         "score_names": list(dict.fromkeys(table.score_name for table in tables)),
         "notes": list(warned.values()),

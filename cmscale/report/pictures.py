@@ -142,7 +142,7 @@ def _shown(path: Path, caption: str, page: Path) -> Shown:
     picture = Image.fromarray(decode_picture(read_regular(path), exif="ignore", formats=("PNG",)).pixels)
     picture = _fitted(picture)
     dense = 2 if max(picture.size) > WIDTH else 1
-    file = quote(os.path.relpath(path, page))
+    file = quote(os.fsencode(os.path.relpath(path, page)))
     return Shown(caption, _data_url(picture), file, -(-picture.width // dense), -(-picture.height // dense))
 
 

@@ -24,6 +24,7 @@ _DASHES = ((5, 3), (1, 2), (6, 2, 1, 2), (10, 3))
 _STYLES = tuple((colour, line) for line in ("-", *((0, dashes) for dashes in _DASHES)) for colour in COLOURS)
 """Colour and line of the curves of a plot, which tell 30 apart."""
 _LETTERS = 66  # of a legend that fit beside each other
+_SAMPLE = 8  # letters that have the room of a sample of a line
 _LINE = 0.17  # inches
 _SETTINGS: Any = {
     "svg.fonttype": "none",
@@ -132,14 +133,19 @@ def steps_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seq
 
 
 def progress_curve(
-    curves: Sequence[Curve], *, name: str, y_label: str, levels: Sequence[tuple[str, float]] = ()
+    curves: Sequence[Curve],
+    *,
+    name: str,
+    y_label: str,
+    levels: Sequence[tuple[str, float]] = (),
+    by: str = "training step",
 ) -> str:
-    """A score against the training step, with error bars; `levels` as in `steps_curve`."""
+    """A score against progress, `by` steps or images, with error bars; `levels` as in `steps_curve`."""
     with mpl.rc_context(_SETTINGS):
         figure, axes = _panel(4.6, 2.7)
         _draw(axes, curves, levels)
         _from_zero(axes)
-        axes.set_xlabel("training step")
+        axes.set_xlabel(by)
         axes.set_ylabel(y_label)
         _thousands(axes)
         _legend(figure, axes)
@@ -180,16 +186,23 @@ def ema_curve(curves: Sequence[Curve], *, name: str, y_label: str, levels: Seque
 def _legend(figure: Figure, axes: Axes) -> None:
     """Names the curves above the axes, where no curve can run through the names; the figure grows by these lines."""
     handles, labels = axes.get_legend_handles_labels()
+    labels = [_in_lines(label) for label in labels]
     rows = next(rows for rows in range(1, len(labels) + 1) if rows == len(labels) or _width(labels, rows) <= _LETTERS)
-    columns = -(-len(labels) // rows)
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.2, borderaxespad=0.0)
-    figure.set_figheight(figure.get_figheight() + _LINE * rows)
+    columns = [labels[start : start + rows] for start in range(0, len(labels), rows)]
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(columns), columnspacing=1.2, borderaxespad=0.0)
+    lines = max(sum(1 + label.count("\n") for label in column) for column in columns)
+    figure.set_figheight(figure.get_figheight() + _LINE * lines)
+
+
+def _in_lines(label: str) -> str:
+    """A label in lines that the figure has room for: its end may be what tells it apart."""
+    return "\n".join(label[at : at + _LETTERS - _SAMPLE] for at in range(0, len(label), _LETTERS - _SAMPLE))
 
 
 def _width(labels: Sequence[str], rows: int) -> int:
     """Letters of the widest lines of a legend's columns, with room for the samples of lines."""
     columns = (labels[start : start + rows] for start in range(0, len(labels), rows))
-    return sum(max(map(len, column)) + 8 for column in columns)
+    return sum(max(len(line) for label in column for line in label.split("\n")) + _SAMPLE for column in columns)
 
 
 def _shown(label: str) -> str:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from cmscale.config.averages import length_of
 from cmscale.report.facts import RunFacts
 from cmscale.report.paper import published_for
@@ -18,10 +20,13 @@ from cmscale.runs.results import EvaluationResult, Metric
 Level = tuple[str, float]
 
 
-def quality_panels(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
+def quality_panels(runs: Sequence[RunFacts], *, by_images: bool = False) -> list[tuple[str, str, str]]:
     """(title, what is compared, svg) of every plot that has at least two points.
 
     The first run is the one that the page is about; others appear where their results may be compared with its own.
+
+    Args:
+        by_images: Whether progress is the images that a run has seen, and not its steps.
     """
     found = []
     # The number in a plot's name keeps the ids of its elements apart from those of other plots of that score.
@@ -30,7 +35,7 @@ def quality_panels(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
         name = group[0].score_name
         for title, plot in (
             (f"{name} against the number of sampling steps", _against_steps(runs, group, number)),
-            (f"{name} over training", _over_training(runs, group, number)),
+            (f"{name} over training", _over_training(runs, group, number, by_images=by_images)),
             (f"{name} against the EMA's length", _against_ema(runs[0], group, number)),
         ):
             if plot is not None:
@@ -66,22 +71,34 @@ def _against_steps(runs: Sequence[RunFacts], group: list[EvaluationResult], numb
     return steps_curve(curves, name=f"{name} against steps, group {number}", y_label=name, levels=levels)
 
 
-def _over_training(runs: Sequence[RunFacts], group: list[EvaluationResult], number: int) -> str | None:
+def _over_training(
+    runs: Sequence[RunFacts], group: list[EvaluationResult], number: int, *, by_images: bool
+) -> str | None:
     """The score of each kind of weights and sampling that was measured at several steps."""
     name = group[0].score_name
     curves = []
     for owner in runs:
+        if by_images and not len(owner.measured.of("samples")):
+            continue  # nothing says how many it had seen
         of_run = f"{owner.name}, " if len(runs) > 1 else ""
         for weights, mine in _grouped(_evaluations(owner, group), lambda each: each.weights or ""):
             plain = [each for each in mine if each.times is None]
             for nfe, same in _grouped(plain, lambda each: each.nfe or 0):
                 if len(same) > 1:
-                    points = [(each.step, each.fid) for each in same]
+                    points = [(_images_at(owner, each.step) if by_images else each.step, each.fid) for each in same]
                     curves.append(_curve(f"{of_run}{weights}, {nfe} NFE", points))
     if not curves:
         return None
     levels = _published(runs[0], group)
-    return progress_curve(curves, name=f"{name} over training, group {number}", y_label=name, levels=levels)
+    title = f"{name} over training, group {number}"
+    by = "images seen" if by_images else "training step"
+    return progress_curve(curves, name=title, y_label=name, levels=levels, by=by)
+
+
+def _images_at(owner: RunFacts, step: int | None) -> float:
+    """The images that a run had seen at a step, between those of the records around it."""
+    seen = owner.measured.of("samples")
+    return float(np.interp(step or 0, [0, *seen.steps], [0, *seen.values]))
 
 
 def _published(owner: RunFacts, group: list[EvaluationResult]) -> list[Level]:

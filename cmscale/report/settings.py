@@ -25,7 +25,7 @@ def settings_of(facts: RunFacts) -> list[Setting]:
     for key in all_keys():
         if key.kinds and kind not in key.kinds:
             continue
-        value = facts.setting(key.name, _MISSING)
+        value = facts.written_setting(key.name, _MISSING)
         if value is _MISSING or (not key.is_required and written(value) == written(key.default)):
             continue
         default = "" if key.is_required else written(key.default)

@@ -12,7 +12,7 @@ import pytest
 from long_run import CHECKPOINTS, FAULT, STEPS, write_long_run
 from run_folder import write_run
 
-from cmscale.report import build_report
+from cmscale.report import build_report, numbers
 from cmscale.report.facts import read_facts
 from cmscale.report.happened import EventRow, grouped, stretches, timeline
 from cmscale.report.measured import Series, decimated, read_measured
@@ -182,6 +182,26 @@ def test_of_each_step_the_last_finite_value_counts(tmp_path) -> None:
     assert found.of("loss").points() == [(1, 1.0), (2, 2.5)]
     assert found.last_step == 4
     assert len(found.of("absent")) == 0
+    assert read_measured(RunDir(tmp_path / "none")).last_step is None
+
+
+def test_a_run_that_went_back_is_where_it_goes_on(tmp_path) -> None:
+    """Its steps, images, loss and time left are those of now; what it had done before it fell back is gone."""
+    run = write_run(tmp_path / "a_run", total_steps=1000)
+    run.events.write_text("")
+    for event, step in (
+        ("start", 0),
+        ("checkpoint", 900),
+        ("rolled_back", 1000),
+        ("checkpoint", 150),
+        ("evaluated", 900),
+    ):
+        append_line(run.events, {"time": time.time() + step / 1e6, "event": event, "step": step, "rank": 0, "why": ""})
+    for step in (110, 210):
+        append_line(run.metrics, {"step": step, "samples": 64 * step, "loss": 7.0, "images_per_second": 210.0})
+    tiles = {each.name: each.value for each in numbers.tiles(read_facts(run), state="running")}
+    assert (tiles["steps"], tiles["images seen"], tiles["time left"]) == ("210", "13,440", "4 min")
+    assert read_facts(run).measured.of("loss").steps.tolist() == [*range(5, 110, 5), 110, 210]
 
 
 def test_a_run_that_wrote_nothing_for_long_is_stale(tmp_path) -> None:

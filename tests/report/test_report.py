@@ -5,7 +5,9 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +22,7 @@ from cmscale.io.process import CHECKOUT
 from cmscale.report import build_report
 from cmscale.report.facts import read_facts
 from cmscale.report.plots import Curve, progress_curve, steps_curve, training_curves
+from cmscale.report.settings import settings_of
 from cmscale.runs import standing
 from cmscale.runs.comparison import once_each
 from cmscale.runs.folder import RunDir
@@ -315,6 +318,37 @@ def test_thirty_curves_differ_in_colour_or_line_and_no_name_of_theirs_is_cut_off
     names = re.findall(r"<text [^>]*(?:x=\"|translate\()([0-9.]+)[^>]*>(run_[^<]*)<", drawn)
     assert len(names) == 30
     assert all(float(x) + 5 * len(name) <= width for x, name in names)
+
+
+def test_a_long_name_is_whole_in_a_legend() -> None:
+    names = [f"/a/{'deep/' * 30}{end}" for end in ("first", "last")]
+    drawn = training_curves([Curve(name, [1, 2], [3, 4]) for name in names], name="Loss")
+    width, height = map(float, re.findall(r"viewBox=\"0 0 ([0-9.]+) ([0-9.]+)", drawn)[0])
+    lines = re.findall(r"<text [^>]*(?:x=\"|translate\()([0-9.]+)[^>]*>([^<]*[a-z/]{3}[^<]*)<", drawn)
+    assert all(float(x) + 4.4 * len(line) <= width for x, line in lines)
+    assert "".join(line for _, line in lines[-6:]) == "".join(names)
+    assert height > 180 + 6 * 10  # the curves keep their room
+
+
+def test_a_value_of_null_is_no_default_where_that_is_another(run) -> None:
+    run.config.write_text(run.config.read_text() + "slurm: {cpus_per_task: null, account: null}\n")
+    shown = {each.key: (each.value, each.default) for each in settings_of(read_facts(run))}
+    assert shown["slurm.cpus_per_task"] == ("null", "8")
+    assert "slurm.account" not in shown
+
+
+def test_changed_values_of_a_branch_are_as_a_config_has_them(run) -> None:
+    lineage = {"parent": "/a", "step": 3, "samples": 3, "generation": 1, "manifest_sha256": "ab", "averages": {}}
+    changed = {"data.flip": [True, False], "model.dropout_resolutions": [None, [8, 16]]}
+    run.provenance.write_text(json.dumps({"starts": [], "branch": lineage | {"changed": changed}}))
+    told = re.findall(r'data-label="(?:parent|here)">([^<]*)', _page(run))
+    assert told[:4] == ["true", "false", "null", "[8, 16]"]
+
+
+def test_a_picture_whose_name_is_not_utf_8_is_linked(run) -> None:
+    run.edits.mkdir()
+    shutil.copy(run.sample_grid(0), os.fsencode(run.edits) + b"/caf\xe9.png")
+    assert 'href="../edits/caf%E9.png"' in _page(run)
 
 
 def test_a_curve_of_one_run_among_several_has_a_name(run, tmp_path) -> None:

@@ -10,6 +10,8 @@ from commands import run
 from run_folder import working_run, write_evaluation
 
 from cmscale.report.comparison import bars
+from cmscale.report.facts import read_several
+from cmscale.report.quality import quality_panels
 from cmscale.runs.log import append_line
 
 
@@ -93,6 +95,15 @@ def test_curves_of_other_batches_are_compared_by_images_seen(tmp_path: Path, mon
     assert [curves[key]["two"][0] for key in ("loss", "samples")] == [[10, 0.1], [10, 2560]]
     assert run(monkeypatch, "compare", *folders, "--out", tmp_path / "page.html") == 0
     assert ">images seen</text>" in (tmp_path / "page.html").read_text()
+    for each in runs:
+        for step in (40, 80):
+            write_evaluation(each, step=step, nfe=1, values=(1000.0 / step,))
+    quality = quality_panels(read_several(runs), by_images=True)
+    (drawn,) = [svg for title, _, svg in quality if title.endswith("over training")]
+    assert ">images seen</text>" in drawn
+    assert ">20k</text>" in drawn  # two had seen 256 * 80 images at step 80
+    assert run(monkeypatch, "compare", *folders, "--out", tmp_path / "page.html") == 0
+    assert ">training step</text>" not in (tmp_path / "page.html").read_text()
     append_line(runs[0].metrics, {"step": 101, "samples": 64 * 101, "loss": 0.5})
     assert run(monkeypatch, "compare", runs[0].root, working_run(tmp_path / "unknown").root) == 0
     assert "by step" in capsys.readouterr().out
