@@ -241,11 +241,15 @@ def _worded(error: yaml.MarkedYAMLError, text: str) -> str:
     """What is wrong with text that is no YAML; the commonest slips by what was meant."""
     if error.problem == "but found another document":
         return "a second document begins here (---); write one config a file"
-    mark = error.problem_mark
-    if mark is not None and error.problem in ("could not find expected ':'", "mapping values are not allowed here"):
-        number = mark.line  # of the line before, from 1
-        if number and (slip := _NO_SPACE.match(text.splitlines()[number - 1].strip())) is not None:
-            return f"not YAML: a space is missing; line {number}: write {slip[1]}: {slip[2]}"
+    lines, number = text.splitlines(), 0 if error.problem_mark is None else error.problem_mark.line  # from 0
+    for at in (each for each in (number, number - 1) if 0 <= each < len(lines)):
+        indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
+        if odd := indent.strip(" "):
+            named = "a tab" if odd[0] == "\t" else f"U+{ord(odd[0]):04X}, which looks like a space"
+            return f"not YAML: line {at + 1} is indented by {named}; indent by spaces"
+    is_unspaced = error.problem in ("could not find expected ':'", "mapping values are not allowed here")
+    if number and is_unspaced and (slip := _NO_SPACE.match(lines[number - 1].strip())) is not None:
+        return f"not YAML: a space is missing; line {number}: write {slip[1]}: {slip[2]}"
     return f"not YAML: {error.problem or error.context}"
 
 

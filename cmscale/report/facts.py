@@ -18,12 +18,6 @@ from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.runs.standing import how_it_stands
 
 T = TypeVar("T")
-_ENDINGS = {
-    "finished": "finished",
-    "not_exported": "finished, not exported",
-    "preempted": "preempted",
-    "fault": "failed",
-}
 
 
 @dataclass(frozen=True)
@@ -104,21 +98,8 @@ class RunFacts:
         total = self.setting("train.total_steps")
         return total if type(total) is int else 0
 
-    @property
-    def status(self) -> str:
-        """By the last event that determines it: a value of `_ENDINGS`, `running`, `never started`."""
-        for event in reversed(self.events):
-            if (name := event.get("event")) in _ENDINGS:
-                return _ENDINGS[name]
-            if name in ("start", "resumed", "requeued", "checkpoint", "recovered"):
-                return "running"
-        return "running" if self.measured.records else "never started"
-
     def state(self) -> tuple[str, str]:
-        """How the run stands now, and how that is known: `status`, or `stale` or `queued` in place of it."""
-        status = self.status
-        if status not in ("running", "failed", "preempted", "never started"):
-            return status, "events.jsonl"
+        """How the run stands now, and how that is known; `failed` after a fault, else as `cmscale runs` says it."""
         state, known_by = how_it_stands(self.run, self.events)
         return ("failed" if state == "fault" else state), known_by
 

@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _in_lines(label: str) -> str:
     """A label in lines that the figure has room for: its end may be what tells it apart."""
-    return "\n".join(label[at : at + _LETTERS - _SAMPLE] for at in range(0, len(label), _LETTERS - _SAMPLE))
+    return "\n".join(textwrap.wrap(label, _LETTERS - _SAMPLE + 2, break_on_hyphens=False)) or label
 
 
 def _width(labels: Sequence[str], rows: int) -> int:

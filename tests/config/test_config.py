@@ -93,6 +93,8 @@ def test_compiled_blocks_are_refused_where_a_loss_takes_forward_mode_derivatives
         (TEXT.replace("data: {path: s3://bucket/data}\n", ""), "data: is missing"),
         ("- a\n- b\n", "holds a list; write sections"),
         ("method: [\n", "not YAML"),
+        (TEXT + "ema:\n\trates: [0.9]\n", "is indented by a tab; indent by spaces"),
+        (TEXT + "ema:\n\u00a0\u00a0rates: [0.9]\n  lengths: []\n", "is indented by U+00A0, which looks like a space;"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_in_one_line(text: str, part: str) -> None:

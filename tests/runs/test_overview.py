@@ -325,6 +325,8 @@ def test_watching_prints_again(tmp_path: Path, monkeypatch, capsys) -> None:
     assert run(monkeypatch, "runs", tmp_path, "--watch", 3) == 130
     assert slept == [3, 3]
     assert capsys.readouterr().out.count(" good ") == 2
+    assert run(monkeypatch, "runs", tmp_path, "--watch", "inf") == 2
+    assert "--watch" in capsys.readouterr().err
 
 
 def test_a_narrow_terminal_has_whole_words(tmp_path: Path, monkeypatch, capsys) -> None:
