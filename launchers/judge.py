@@ -28,9 +28,12 @@ class RankEnd:
 
 @dataclass(frozen=True)
 class RankFailure:
-    """The rank that failed first, as the cluster saw it: `how` is a signal or an exit status, in words."""
+    """The rank that failed first, as the cluster saw it: `how` is a signal or an exit status, in words.
 
-    rank: int
+    `rank` is None where the cluster could not even start the ranks of the node.
+    """
+
+    rank: int | None
     node: str
     how: str
 
@@ -90,6 +93,9 @@ def judge(
     if outage:  # other ranks that lose it report errors that mean nothing
         return _blamed("fault", outage, step)
     if first_failure:
+        if first_failure.rank is None:
+            message = f"{first_failure.node}: no rank could be started there: {first_failure.how}"
+            return Attempt("fault", message, step, node=first_failure.node)
         report = next((end for end in ends if end.rank == first_failure.rank), None)
         if report is not None and report.end == "fault":
             return _blamed("fault", report, step)

@@ -32,6 +32,7 @@ FOLDER_PATIENCE_SECONDS = 120
 _DURATION = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 _KILL_WAIT_SECONDS = 20.0  # Slurm's KillWait, 30 by default, less what has passed of it
 _FIRST_FAILURE = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<how>.+)")
+_NOT_LAUNCHED = re.compile(r"srun: error: Task launch for \S+ failed on node (?P<node>[^\s:]+): (?P<how>.+)")
 _NO_MEMORY = "out of memory; request more with slurm.mem_gb"
 # srun's message where Slurm limits memory by cgroups, slurmstepd's where it polls, the kernel's through slurmstepd.
 _OUT_OF_MEMORY = re.compile(r"Out Of Memory|[Ee]xceeded (job |step )?memory limit|oom[-_ ]kill")
@@ -201,7 +202,9 @@ def first_failure(run: RunDir, job_id: str, ends: Sequence[RankEnd]) -> RankFail
 
 
 def parse_first_failure(log: str) -> RankFailure | None:
-    """The rank that srun reports first in a batch log."""
+    """The rank that srun reports first in a batch log; rather a node where it could start none, if there is one."""
+    if launch := _NOT_LAUNCHED.search(log):
+        return RankFailure(None, launch["node"], launch["how"])
     found = _FIRST_FAILURE.search(log)
     if found is None:
         return None

@@ -49,6 +49,14 @@ class TestFirstFailure:
     def test_memory_that_ran_out_is_named(self, log: str) -> None:
         assert parse_first_failure(log) == RankFailure(1, "node2", NO_MEMORY)
 
+    def test_a_node_whose_ranks_srun_could_not_start_is_the_cause_of_what_the_others_say(self) -> None:
+        log = (
+            "srun: error: Task launch for StepId=7.0 failed on node node2: Socket timed out on send/recv operation\n"
+            "srun: error: Application launch failed: Socket timed out on send/recv operation\n"
+            "srun: Job step aborted\nsrun: error: node1: task 0: Killed\n"
+        )
+        assert parse_first_failure(log) == RankFailure(None, "node2", "Socket timed out on send/recv operation")
+
     def test_of_ranks_that_are_killed_together_the_one_that_used_the_memory_is_named(self, tmp_path: Path) -> None:
         run = RunDir(tmp_path)
         run.logs.mkdir()
@@ -529,6 +537,20 @@ def test_a_disk_that_is_full_in_the_end_is_one_line_and_no_start_is_hidden(
     assert said.startswith("error: attempts.jsonl: no space left on the device")
     assert said.endswith("; then continue with --resume")
     assert len(commands.calls("sbatch")) == 1  # restarts that are not counted would have no end
+
+
+def test_a_node_on_which_slurm_can_start_no_rank_is_excluded_as_others_that_fail_twice(
+    commands: FakeSlurm, submission: Submission
+) -> None:
+    submission.run.logs.mkdir(exist_ok=True)
+    for start in ("7.0", "7.1"):
+        submission.write_rank_end(start, RankEnd(0, "node1", "running"))
+        log = "srun: error: Task launch for StepId=7.0 failed on node node2: Invalid job credential\n"
+        (submission.run.logs / "7_batch.log").write_text(log)
+        assert epilogue(submission, start, status=140) == 1
+    assert "--exclude=node2" in commands.calls("sbatch")[-1]
+    why = {record["why"] for record in read_lines(submission.run.events)}
+    assert any("node2: no rank could be started there: Invalid job credential" in line for line in why)
 
 
 def test_a_run_whose_folder_was_moved_ends_in_one_line_and_gets_no_folder_anew(
