@@ -36,6 +36,7 @@ from cmscale.errors import NoSpace, NotExported, UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.place import Place
 from cmscale.io.process import exit_at_once, note_early_signals
+from cmscale.io.remarks import say
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> NoReturn:
     except Exception:
         traceback.print_exc()
         exit_at_once(1)
-    print(end, flush=True)
+    say(end)
     exit_at_once(STOPPED if end == "preempted" else 0)
 
 

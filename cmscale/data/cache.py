@@ -18,6 +18,7 @@ from cmscale.io.durable import NO_SPACE, explained
 from cmscale.io.own_folder import own_folder
 from cmscale.io.process import node_name
 from cmscale.io.protocol import ArrivedChanged, Storage, StorageAway
+from cmscale.io.remarks import say
 from cmscale.runs.manifests import FileEntry
 
 ATTEMPTS = 4
@@ -273,7 +274,7 @@ class FileCache:
             room = min(limit, used + shutil.disk_usage(self.root).free)
             if used + size > room < self.limit and not self._was_full:
                 self._was_full = True
-                print(f"{self._full()}, before data.cache_gb is used; the oldest shards make room", flush=True)
+                say(f"{self._full()}, before data.cache_gb is used; the oldest shards make room")
             for _, length, path in sorted(complete):
                 if used + size <= room:
                     break

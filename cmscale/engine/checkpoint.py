@@ -21,6 +21,7 @@ from cmscale.engine.fence import CheckpointFailed, Fence, FolderGone
 from cmscale.engine.staged import Staged, record, remove, write_part
 from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import NO_SPACE
+from cmscale.io.remarks import say
 from cmscale.runs.checkpoints import committed_steps, kept_steps
 from cmscale.runs.folder import RunDir, step_name
 from cmscale.runs.log import write_event
@@ -203,7 +204,7 @@ class Checkpoints:
             if self._world.is_main:
                 for staged in folders:
                     shutil.rmtree(staged.folder, ignore_errors=True)  # first: its space may be what the event needs
-                print(f"checkpoint of step {step} was not written: {error}", flush=True)
+                say(f"checkpoint of step {step} was not written: {error}")
             self._report("checkpoint_failed", step, why=f"{type(error).__name__}: {error}")
 
     def _await_parts(self, staged: Path) -> tuple[RankPart, ...]:

@@ -19,6 +19,7 @@ from cmscale.errors import UserError
 from cmscale.io.durable import NO_SPACE
 from cmscale.io.local import LocalStorage
 from cmscale.io.patience import is_waiting
+from cmscale.io.remarks import say
 from cmscale.io.storage import Storage
 from cmscale.runs.checkpoint_copy import same_contents
 from cmscale.runs.copies import Copied, committed, exported_run, wanted_copies
@@ -158,7 +159,7 @@ class Exporter:
                 if isinstance(error, ConnectionError):  # it would answer about the others neither
                     break
         if first is None and self._said and not self._lost:
-            self._print(f"checkpoints are exported to {self._export_to} again")
+            say(f"checkpoints are exported to {self._export_to} again")
             self._said.clear()
         if self._prunes:
             self._prune(storage)
@@ -209,7 +210,7 @@ class Exporter:
                 remove_copy(storage.sub(each.key))
             except UserError as error:  # not allowed: nobody will change that soon
                 self._prunes = False
-                self._print(f"old copies stay in {self._export_to}: {error}")
+                say(f"old copies stay in {self._export_to}: {error}")
                 return
             self._there.discard(each)
             self._event("export_pruned", step=each.step)
@@ -228,12 +229,8 @@ class Exporter:
     def _say(self, problem: str, *, then: str = "") -> None:
         """Prints a problem, and not again until copies work again."""
         if problem not in self._said:
-            self._print(f"checkpoints are not exported to {self._export_to}: {problem}{then}")
+            say(f"checkpoints are not exported to {self._export_to}: {problem}{then}")
         self._said[problem] = None
-
-    def _print(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # the job's log may be on a full disk, too
-            print(line, flush=True)
 
     def _forget(self, each: Copied, *, lost: bool = False) -> None:
         with self._changed:

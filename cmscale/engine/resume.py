@@ -13,6 +13,7 @@ from cmscale.engine.checkpoint_reader import FlatReader, parts_problems, read_ma
 from cmscale.engine.engine import Engine
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
+from cmscale.io.remarks import say
 from cmscale.runs.checkpoints import named_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir, step_of
 from cmscale.runs.lineage import read_lineage
@@ -58,7 +59,7 @@ def newest(
         if not problems:
             found = Found(folder, read_manifest(LocalStorage(folder)))
             if world.is_main and not found.manifest.is_sealed:
-                print(f"{folder.name}: {NOT_SEALED}; the next one will have it", flush=True)
+                say(f"{folder.name}: {NOT_SEALED}; the next one will have it")
             must_continue(found.manifest, config, run, data_fingerprint=data_fingerprint)
             on_main(partial(_set_aside, folders[:number]))
             return found

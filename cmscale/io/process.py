@@ -39,8 +39,9 @@ def _note_signal(number: int, _: FrameType | None) -> None:
 
 def exit_at_once(status: int) -> NoReturn:
     """Ends the process at once: threads and children left by a worker (an upload that hangs) must not delay it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # of a full disk, which must not change the status
+            stream.flush()
     os._exit(status)
 
 

@@ -2,13 +2,14 @@
 
 import math
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cmscale.config import Config
 from cmscale.data import Batch
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
-from cmscale.io.durable import follow_umask
+from cmscale.io.durable import replace_durably
+from cmscale.io.remarks import dispensable
 from cmscale.runs.folder import RunDir, step_name
 from cmscale.runs.log import write_event
 from cmscale.runs.manifests import TrainState
@@ -48,19 +49,16 @@ class BadSteps:
         self._rollbacks += 1
         self._consecutive = 0
         if self._world.is_main:
-            write_event(self._run, "rolled_back", step=state.step, rank=0, why=problem)
+            with dispensable("rolled_back"):
+                write_event(self._run, "rolled_back", step=state.step, rank=0, why=problem)
         return True
 
     def _save(self, batch: Batch, state: TrainState) -> None:
         """Saves this rank's part of the batch in logs/, with the positions that key its noise."""
         name = f"nonfinite-{step_name(state.step)}-cursor-{state.cursor}-rank-{self._world.rank:04d}.safetensors"
-        self._run.logs.mkdir(exist_ok=True)
-        save_file(
-            {"images": batch.images.contiguous(), "flips": batch.flips},
-            self._run.logs / name,
-            metadata={"positions": ",".join(map(str, batch.positions)), "keys": ",".join(batch.keys)},
-        )
-        follow_umask(self._run.logs / name)
-        write_event(
-            self._run, "nonfinite_step", step=state.step, rank=self._world.rank, why=f"batch saved in logs/{name}"
-        )
+        tensors = {"images": batch.images.contiguous(), "flips": batch.flips}
+        metadata = {"positions": ",".join(map(str, batch.positions)), "keys": ",".join(batch.keys)}
+        with dispensable(f"logs/{name}"):
+            replace_durably(self._run.logs / name, save(tensors, metadata))
+            why = f"batch saved in logs/{name}"
+            write_event(self._run, "nonfinite_step", step=state.step, rank=self._world.rank, why=why)

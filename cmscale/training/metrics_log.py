@@ -7,6 +7,7 @@ from typing import Any
 from cmscale.config import Config, Prometheus, Tensorboard, Wandb
 from cmscale.errors import UserError
 from cmscale.io.durable import sync_file
+from cmscale.io.remarks import say
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line
 from cmscale.training.mirror import Mirror
@@ -55,7 +56,7 @@ class MetricsLog:
             try:
                 self._append()
             except (OSError, UserError) as error:
-                print(f"metrics of step {record['step']} are not written yet: {error}", flush=True)
+                say(f"metrics of step {record['step']} are not written yet: {error}")
         for mirror in self._mirrors:
             mirror.look()
 
@@ -80,7 +81,7 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the mirrors; waits at most a few seconds for each."""
         if self._unwritten:
-            print(f"{self._run.metrics}: the last {len(self._unwritten)} records are lost", flush=True)
+            say(f"{self._run.metrics}: the last {len(self._unwritten)} records are lost")
         for mirror in self._mirrors:
             mirror.close()
 

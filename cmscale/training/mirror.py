@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from cmscale.errors import NoSpace, UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.json_text import parse_json
+from cmscale.io.remarks import say
 from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.log import write_event
 from cmscale.runs.results import EvaluationResult, read_evaluation_files
@@ -235,7 +236,7 @@ class Mirror:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.failure = " ".join(why.split())  # some packages' are several lines
             later = f"the run's next start or `cmscale mirror {self._run.root}` sends the rest"
-            print(f"{self.name}: no more is sent ({self.failure}); {later}", flush=True)
+            say(f"{self.name}: no more is sent ({self.failure}); {later}")
             with contextlib.suppress(OSError, UserError):
                 if not self.leaving():
                     write_event(self._run, f"{self.name}_failed", step=-1, rank=0, why=self.failure)

@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity
 
 from cmscale.config import Config
 from cmscale.distributed.world import World
-from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
+from cmscale.io.remarks import dispensable
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
 
@@ -44,10 +44,8 @@ class Profiler:
             return
         recorded, self._recorded = self._recorded, None
         self._stack.close()
-        try:
+        with dispensable("the profile"):
             self._write(recorded)
-        except (OSError, UserError) as error:  # a full disk ends a run where its checkpoint can't be written
-            print(f"the profile is not written: {error}", flush=True)
 
     def _write(self, recorded: Any) -> None:
         trace, operators = self._run.profile_trace(self._first), self._run.profile_table(self._first)

@@ -11,8 +11,8 @@ from cmscale.data.batches import worker_cautions
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
 from cmscale.engine.settings import precision_cautions
-from cmscale.errors import UserError
 from cmscale.io.counting import in_words
+from cmscale.io.remarks import dispensable, say
 from cmscale.model.attention_choice import Choice
 from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import read_lineage
@@ -74,10 +74,8 @@ class RunLog:
             "resumed" if state.step else "start", state, why=why, attention=str(attention), ranks=self._world.num_ranks
         )
         if self._world.is_main:
-            try:
+            with dispensable(f"the attention in {self._run.provenance.name}"):
                 add_to_newest_start(self._run, attention=str(attention))
-            except (OSError, UserError) as error:
-                print(f"the attention is not in {self._run.provenance.name}: {error}", flush=True)
 
     def stepped(
         self,
@@ -131,7 +129,7 @@ class RunLog:
             if self._has_logged or images > self._config.train.global_batch_size:  # a start's first step takes long
                 left = in_words((total - state.step) * self._config.train.global_batch_size / speed)
                 line += f"  {speed:.1f} images/s  {left} left"
-            print(line, flush=True)
+            say(line)
         self._has_logged = True
 
     def sync(self) -> None:
@@ -149,12 +147,11 @@ class RunLog:
         for event, found in (("bad_sample", self._batches.bad), ("bad_shard", self._batches.bad_shards)):
             for name in found.keys() - self._replaced:
                 self._replaced.add(name)
-                write_event(self._run, event, step=state.step, rank=self._world.rank, why=f"{name}: {found[name]}")
+                with dispensable(f"{event} at step {state.step}"):
+                    write_event(self._run, event, step=state.step, rank=self._world.rank, why=f"{name}: {found[name]}")
 
     def _event(self, event: str, state: TrainState, *, why: str = "", **more: object) -> None:
         if not self._world.is_main:
             return
-        try:
+        with dispensable(f"{event} at step {state.step}"):
             write_event(self._run, event, step=state.step, rank=0, why=why, **more)
-        except (OSError, UserError) as error:  # a full disk ends a run where its last checkpoint can't be written
-            print(f"{event} at step {state.step} is not in {self._run.events.name}: {error}", flush=True)

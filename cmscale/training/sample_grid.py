@@ -1,8 +1,10 @@
 """Saves grids during training: samples from fixed seeds, and training images to see them beside."""
 
 from functools import partial
+from pathlib import Path
 
 import torch
+from PIL import Image
 
 from cmscale.config import Config, schedules
 from cmscale.consistency.sampler import sample
@@ -11,6 +13,7 @@ from cmscale.distributed import collectives
 from cmscale.distributed.world import World
 from cmscale.engine.engine import Engine
 from cmscale.io import image_tensors
+from cmscale.io.remarks import dispensable
 from cmscale.model.precondition import denoiser_for
 from cmscale.runs.folder import RunDir
 
@@ -36,7 +39,7 @@ class Grids:
         train = self._config.train
         if self._is_real_missing:
             self._is_real_missing = False
-            image_tensors.save_png(image_tensors.grid(batch.images[: train.sample_count]), self._run.real_images)
+            _save(image_tensors.grid(batch.images[: train.sample_count]), self._run.real_images)
         if schedules.is_due(step, train.sample_every, train.total_steps):
             save_sample_grid(self._config, self._run, self._world, self._engine, step=step)
 
@@ -54,4 +57,9 @@ def save_sample_grid(config: Config, run: RunDir, world: World, engine: Engine, 
         images = [draw(indices=indices[start : start + batch_size]) for start in range(0, share, batch_size)]
     drawn = torch.cat(collectives.gather(torch.cat(images).cpu()))[:count]
     if world.is_main and bool(torch.isfinite(drawn).all()):
-        image_tensors.save_png(image_tensors.grid(image_tensors.to_uint8(drawn)), run.sample_grid(step))
+        _save(image_tensors.grid(image_tensors.to_uint8(drawn)), run.sample_grid(step))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with dispensable(path.name):
+        image_tensors.save_png(picture, path)

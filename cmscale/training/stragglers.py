@@ -5,6 +5,7 @@ import time
 
 from cmscale.distributed.collectives import gather
 from cmscale.distributed.world import World
+from cmscale.io.remarks import dispensable
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import write_event
 
@@ -44,7 +45,8 @@ class Stragglers:
                 f"rank {rank} needs {means[rank]:.3f} s per step before the first collective, "
                 f"the median rank {statistics.median_low(means):.3f} s"
             )
-            write_event(self._run, "straggler", step=step, rank=rank, why=why)
+            with dispensable(f"straggler at step {step}"):
+                write_event(self._run, "straggler", step=step, rank=rank, why=why)
 
 
 def slowest(means: list[float]) -> int | None:
