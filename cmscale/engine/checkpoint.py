@@ -188,9 +188,9 @@ class Checkpoints:
                     staged.commit(its_parts, fence=self._fence.must_be_newest)
                 seconds = round(time.monotonic() - began, 3)
                 self._report("checkpoint", step, seconds=seconds)
-                self._retain()
                 if self._exporter is not None:
                     self._exporter.offer(step)
+                self._retain()
             self._times_gone = 0
         except Exception as failure:
             error = self._fence.look() or failure  # which may have removed what this start had staged
@@ -244,7 +244,11 @@ class Checkpoints:
             if step in staying or (step in waiting and step in patient):
                 continue
             hidden = self._run.checkpoints / f".{step_name(step)}.removed-{self._fence.generation}"
-            self._run.checkpoint(step).rename(hidden)  # renamed first, so that nobody reads half of it
+            try:
+                self._run.checkpoint(step).rename(hidden)  # renamed first, so that nobody reads half of it
+            except OSError as error:  # the new checkpoint is there, and the next save tries again
+                say(f"{self._run.checkpoint(step)}: is not removed ({error.strerror})")
+                continue
             remove(hidden)
 
     def _report(self, event: str, step: int, *, why: str = "", **more: Any) -> None:

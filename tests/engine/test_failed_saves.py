@@ -15,7 +15,9 @@ from cmscale.engine.checkpoint import Checkpoints
 from cmscale.engine.fence import CheckpointFailed, claim_generation
 from cmscale.errors import NoSpace
 from cmscale.io.durable import NO_SPACE
+from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines
 from cmscale.runs.manifests import TrainState
 
 LENGTHS = (0.1,)
@@ -120,6 +122,44 @@ def test_a_run_whose_mount_point_may_not_be_written_ends_after_two_saves(
         writer.save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]
     with pytest.raises(CheckpointFailed, match="Permission denied"):
         writer.save(TrainState(step=70, cursor=560), engine)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_old_checkpoint_that_can_not_be_removed_fails_no_save(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = flat_config("checkpoint.keep_last=1")
+    exporter = Offered()
+    writer = Checkpoints(
+        run,
+        config,
+        World(),
+        generation=claim_generation(run),
+        data_fingerprint="data",
+        exporter=exporter,  # pyright: ignore[reportArgumentType]
+    )
+    (run.checkpoints / ".step-000000010.removed-1" / "of an earlier one").mkdir(parents=True)
+    for step in (10, 20, 30):
+        writer.save(TrainState(step=step, cursor=8 * step), StandIn(0, 1))  # pyright: ignore[reportArgumentType]
+    assert writer.close()
+    assert exporter.steps == [10, 20, 30]
+    assert f"{run.checkpoint(10)}: is not removed (Directory not empty)" in capsys.readouterr().out
+    assert committed_steps(run) == [10, 30]
+    assert [record["event"] for record in read_lines(run.events)] == ["checkpoint"] * 3
+
+
+class Offered:
+    """An exporter that copies nothing."""
+
+    went_elsewhere = ""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def offer(self, step: int) -> None:
+        self.steps.append(step)
+
+    def waiting(self) -> set[int]:
+        return set()
 
 
 def test_a_folder_that_is_away_during_one_save_ends_nothing(run: RunDir) -> None:
