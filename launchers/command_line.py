@@ -118,9 +118,7 @@ def parsed_by(parse: Callable[[str], T], *, keep: bool = False) -> Callable[[str
 
 def runs_dir(flags: argparse.Namespace) -> Place:
     """The folder of runs: the flag's, the site's, else `runs`."""
-    if flags.runs_dir is not None:
-        return flags.runs_dir
-    return Place(read_site().flags.runs_dir or "runs")
+    return read_site().runs_dir if flags.runs_dir is None else flags.runs_dir
 
 
 def describe_training(placement: Placement, config: Config, *, root: Path, code: str) -> str:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer()
 _LEAST, _MOST = 1e-9, 1e9  # of what is estimated with: quotients of them are numbers
 console = Console(stderr=True)
-RUNS = Place("runs")
 
 
 @command(app)
@@ -32,7 +31,11 @@ def doctor(
         ),
         USED,
     ] = None,
-    runs_dir: Annotated[Place, typer.Option(help="The folder of runs, whose room and locks are tried."), USED] = RUNS,
+    runs_dir: Annotated[
+        Place | None,
+        typer.Option(help="The folder of runs, whose room and locks are tried. Default: the site's, or ./runs."),
+        USED,
+    ] = None,
     nodes: Annotated[
         int | None,
         typer.Option(min=1, help="Try as many nodes of a Slurm job, and show in what they differ."),
@@ -47,8 +50,9 @@ def doctor(
     Exits with 1 if something fails; each warning and failure says what to do.
     """
     from cmscale.cli import diagnosis
+    from cmscale.config.site import read_site
 
-    folder = runs_dir.local("the folder of runs")
+    folder = (runs_dir or read_site().runs_dir).local("the folder of runs")
     if of_node:
         diagnosis.report_node([*diagnosis.found_here(place, folder, is_of_many=True), *diagnosis.shared(sign)])
         return
@@ -80,6 +84,7 @@ def estimate(
     """Estimates the cost of a config: memory, the largest micro-batch, time, price, goodput on 8 to 512 GPUs."""
     from cmscale.config import read_config
     from cmscale.config.cautions import cautions
+    from cmscale.config.site import read_site
     from cmscale.training.estimate.gpus import GPUS
 
     if gpu not in GPUS:
@@ -90,7 +95,7 @@ def estimate(
     for flag, value in positive.items():
         if value is not None and not _LEAST <= value <= _MOST:
             raise UserError(f"{flag} {value}: give a number from {_LEAST:g} to {_MOST:g}")
-    settings = read_config(config, overrides)
+    settings = read_config(config, overrides, beneath=[read_site().layer])  # as submit.py reads it
     from cmscale.training.estimate.request import Request
     from cmscale.training.estimate.tables import tables
 

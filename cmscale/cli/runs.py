@@ -41,7 +41,9 @@ _ROOM_OF_LONG = 60  # columns that they need beside the others, or they are in a
 
 @command(app)
 def runs(
-    runs_dir: Annotated[Place, typer.Argument(help="The folder that holds runs."), USED] = Place("runs"),  # noqa: B008
+    runs_dir: Annotated[
+        Place | None, typer.Argument(help="The folder that holds runs. Default: the site's, or ./runs."), USED
+    ] = None,
     as_json: JsonOption = False,
     watch: Annotated[
         float | None,
@@ -53,6 +55,9 @@ def runs(
 
     The score is the lowest Fréchet distance of the evaluations with the most samples. It says what it was measured on.
     """
+    from cmscale.config.site import read_site
+
+    runs_dir = runs_dir or read_site().runs_dir
     folder = runs_dir.local("the folder of runs")
     if not folder.is_dir():
         raise UserError(f"{runs_dir}: no such folder")

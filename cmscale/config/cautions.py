@@ -1,5 +1,8 @@
 """Names what in a config its user may not expect. None of it stops a run."""
 
+import math
+from collections.abc import Iterator
+
 from cmscale.config.models import Config
 
 _ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 0.0}
@@ -27,4 +30,16 @@ def cautions(config: Config) -> list[str]:
             f"neighbouring times differ by {gap:.2%}: rounding hides much of the difference that method.kind "
             f"{config.method.kind} learns from (for iCT at N = 1281, 50 to 73 %); set engine.precision=fp16 or fp32"
         )
-    return found
+    return [*found, *_rarely_kept(config)]
+
+
+def _rarely_kept(config: Config) -> Iterator[str]:
+    """Steps at which checkpoints would be kept, were any written then."""
+    saved = config.checkpoint.every_steps
+    for name in ("keep_every", "export_keep_every"):
+        every = getattr(config.checkpoint, name)
+        if every and (met := math.lcm(every, saved)) > max(every, saved):
+            yield (
+                f"checkpoint.{name}: {every} is no multiple of checkpoint.every_steps, {saved}, so that of the regular "
+                f"checkpoints one is kept every {met} steps; set checkpoint.{name} to a multiple of {saved}"
+            )

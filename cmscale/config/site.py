@@ -27,6 +27,7 @@ from cmscale.config.slurm import Slurm, Text
 from cmscale.config.storage import StorageKeys
 from cmscale.config.yaml_text import parse_sections, place, read_yaml_text
 from cmscale.errors import UserError
+from cmscale.io.place import Place
 from cmscale.io.reading import why_no_file
 
 SECTIONS: dict[str, type[Section]] = {
@@ -74,6 +75,11 @@ class Site:
     def layer(self) -> Layer:
         """The site's values, as configs lie on them."""
         return Layer(self.origin, self.tree)
+
+    @property
+    def runs_dir(self) -> Place:
+        """The folder of runs, where a command names no other."""
+        return Place(self.flags.runs_dir or "runs")
 
     @property
     def storage(self) -> StorageKeys:

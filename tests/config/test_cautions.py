@@ -47,6 +47,14 @@ def test_a_fast_embedding_that_meets_the_jvp_is_named(kind: str, more: list[str]
     assert not warned or "method.tangent=auto" in found[0]
 
 
+def test_a_step_at_which_no_checkpoint_is_written_is_named_where_it_should_be_kept():
+    (found,) = cautions(config_of(*WIDE, "checkpoint.keep_every=2500"))
+    assert "2500 is no multiple of checkpoint.every_steps, 1000, so" in found
+    assert "every 5000 steps; set checkpoint.keep_every to a multiple of 1000" in found
+    for every in (0, 500, 1000, 3000):
+        assert cautions(config_of(*WIDE, f"checkpoint.keep_every={every}")) == []
+
+
 def test_noise_that_hardly_reaches_where_sampling_starts_is_named_with_the_values_to_set():
     (found,) = cautions(config_of())
     assert "0.46 of the 2048 images of a step have a sigma above 50, but sampling starts at 80" in found

@@ -1,9 +1,12 @@
 """The site file and the variables of sbatch: what they set, what lies over them, and mistakes in them."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from commands import run
+from run_folder import working_run
 
 from cmscale.config import parse_config
 from cmscale.config.sbatch_variables import environment_layers, unused_variables
@@ -101,6 +104,26 @@ def test_commands_without_a_config_have_the_sections_of_launching(site: Path) ->
     assert (settings.slurm.account, settings.slurm.qos, settings.restart.signal_seconds) == ("team", "short", 300)
     with pytest.raises(UserError, match="only keys of slurm and restart"):
         read_launch_settings(["train.seed=1"])
+
+
+def test_an_estimate_counts_with_the_sites_values(site: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    site.write_text("engine: {zero_stage: 3}\n")
+    os.utime(site, ns=(1, 12))
+    file = tmp_path / "c.yaml"
+    for text, stage in ((CONFIG, 3), (f"{CONFIG}engine: {{zero_stage: 1}}\n", 1)):
+        file.write_text(text)
+        assert run(monkeypatch, "estimate", file, "train.micro_batch_size=1", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["memory_per_rank"]["zero_stage"] == stage
+
+
+def test_runs_are_listed_where_the_site_keeps_them(site: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    site.write_text(f"flags: {{runs_dir: {tmp_path}/shared}}\n")
+    os.utime(site, ns=(1, 13))
+    working_run(tmp_path / "shared" / "one")
+    assert run(monkeypatch, "runs", "--json") == 0
+    assert [each["run"] for each in json.loads(capsys.readouterr().out)] == ["one"]
+    assert run(monkeypatch, "runs", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
 
 
 def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
