@@ -1,9 +1,9 @@
 """Compares the nearest neighbours of two sets of features, in blocks, without an N x N matrix in memory.
 
-Distances come from float32 matrix products of centred features, a block of rows at a time. Comparisons that such a
-product cannot decide (a distance within rounding of a radius, above all for duplicates) are repeated in float64. So
-the results are those of exact distances, at the speed of a matrix product. Features stay float32: rounded to float16
-they would have other nearest neighbours.
+Distances come from float32 matrix products of centred features, a block of rows at a time. What such a product cannot
+decide (a distance within rounding of a radius, which neighbours are the nearest among near duplicates) is repeated in
+float64. So the results are those of exact distances, at the speed of a matrix product. Features stay float32: rounded
+to float16 they would have other nearest neighbours.
 
 The blocks depend on the numbers of features only and are distributed over the ranks. The ranks' results are integer
 counts and flags, so every number of ranks gives the same bits.
@@ -67,19 +67,27 @@ class Manifold:
         """Squared distances from each feature to its K-th and DENSITY_K-th neighbour, float64 [N] each. Collective."""
         centre = _centre(self.features)
         points, norms = _centred(self.features, centre)
-        wanted = min(DENSITY_K + 1 + _SLACK, len(points))
         mine = _of_rank(_row_blocks(len(points), len(points)), self.world)
         found = [torch.empty(0, 2, dtype=torch.float64, device=points.device)]
         for rows in _counted(mine, self.world):
-            near = _squared_distances(points[rows], norms[rows], points, norms).topk(wanted, largest=False).indices
-            own = torch.arange(rows.start, rows.stop, device=near.device)[:, None].expand_as(near)
-            exact = _exact(self.features, own.flatten(), self.features, near.flatten()).view_as(near)
-            found.append(exact.sort(dim=1).values[:, [K, DENSITY_K]])  # the nearest of all is the feature itself
+            near = _nearest(_squared_distances(points[rows], norms[rows], points, norms))
+            own = torch.arange(rows.start, rows.stop, device=points.device)
+            exact = self._sorted(own, near.indices)
+            unsure = _is_unsure(near.values[:, -1], exact[:, DENSITY_K], norms[rows])
+            if bool(unsure.any()) and near.values.shape[1] < len(points):
+                again = own[unsure]
+                exact[unsure] = self._sorted(again, _nearest(_distances64(self.features, again, centre)).indices)
+            found.append(exact[:, [K, DENSITY_K]])  # the nearest of all is the feature itself
         both = np.empty((len(points), 2))
         for blocks, theirs in _gathered((mine, torch.cat(found).cpu().numpy()), self.world):
             both[[row for rows in blocks for row in range(rows.start, rows.stop)]] = theirs
         radii = torch.from_numpy(both).to(self.features.device)
         return radii[:, 0], radii[:, 1]
+
+    def _sorted(self, rows: Tensor, near: Tensor) -> Tensor:
+        """Exact squared distances from the features `rows` [B] to the features `near` [B, n], ascending, float64."""
+        pairs = _exact(self.features, rows[:, None].expand_as(near).flatten(), self.features, near.flatten())
+        return pairs.view_as(near).sort(dim=1).values
 
 
 def compare(samples: Manifold, reference: Manifold) -> Neighbourhood:
@@ -200,6 +208,32 @@ def _squared_distances(x: Tensor, x_norms: Tensor, y: Tensor, y_norms: Tensor) -
     finally:
         torch.backends.cuda.matmul.allow_tf32 = was
     return distances.add_(x_norms[:, None])
+
+
+def _nearest(distances: Tensor) -> "torch.return_types.topk":
+    """Of each row of distances the smallest, more of them than are needed, and their columns."""
+    return distances.topk(min(DENSITY_K + 1 + _SLACK, distances.shape[1]), largest=False)
+
+
+def _is_unsure(last: Tensor, radius: Tensor, norms: Tensor) -> Tensor:
+    """Whether a feature that is not among the nearest by rounded distances may be nearer than the exact radius, [B].
+
+    Args:
+        last: The largest rounded distance of those nearest.
+        norms: Squared norms of the rows; a feature within the radius has a norm of at most theirs and the radius.
+    """
+    scale = norms + (norms.double().sqrt() + radius.sqrt()).square()
+    return (radius > 0) & (last - _ROUNDING * scale < radius)
+
+
+def _distances64(features: Tensor, rows: Tensor, centre: Tensor) -> Tensor:
+    """Squared distances of the features `rows` [B] from all [N], by products in float64: [B, N]."""
+    x = features[rows].double() - centre
+    parts = []
+    for part in features.split(_ROWS):
+        y = part.double() - centre
+        parts.append(torch.addmm(y.square().sum(dim=1)[None].expand(len(x), -1), x, y.T, alpha=-2))
+    return torch.cat(parts, dim=1).add_(x.square().sum(dim=1)[:, None])
 
 
 def _exact(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:

@@ -20,6 +20,10 @@ PAIRS = {
     "samples that copy the reference": (np.concatenate([_X[:50], _Y[:70]]), _Y),
     "every sample seven times": (np.repeat(_X[:20], 7, axis=0), _Y),
     "a collapsed model": (np.repeat(_Y[:1], 60, axis=0), _Y),
+    "near duplicates far from the centre": (
+        np.repeat(_X[:6], 30, axis=0) * 1000 + _features(180, seed=3),
+        np.repeat(_X[:6], 30, axis=0) * 1000 + _features(180, seed=4),
+    ),
     "both sides duplicated": (np.repeat(_Y[:9], 6, axis=0), np.repeat(_Y, 6, axis=0)),
 }
 
