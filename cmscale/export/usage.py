@@ -28,7 +28,7 @@ def usage(format: Format, method: MethodSection, *, file: str) -> Iterator[str]:
 
 def _with_cmscale(method: MethodSection, file: str) -> Iterator[str]:
     """How this project loads the file, whose metadata hold the config."""
-    steps = "" if method.facts.sampler == "euler" else ", steps=1"
+    steps = ", steps=1" if method.facts.sampler == "multistep" else ""  # others take the steps of their training
     yield "## Use"
     yield ""
     yield "```python"

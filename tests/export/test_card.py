@@ -263,6 +263,9 @@ def test_a_licence_that_nobody_stated_is_named_so() -> None:
 def test_usage_names_the_file_beside_the_card() -> None:
     card = model_card(CONFIG, step=60, weights_name="m", file="cd.safetensors")
     assert 'model = cmscale.load("cd.safetensors")' in card
+    assert "model.sample(4, steps=1)" in card
+    teacher = model_card(small_config(small_model("as LSUN 256"), {"kind": "edm"}), step=60, weights_name="m")
+    assert "model.sample(4)" in teacher  # one step of its ODE gives a grey picture
     assert "samples.png)" not in card
     assert "](samples.png)" in model_card(CONFIG, step=60, weights_name="m", has_samples=True)
 
