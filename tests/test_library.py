@@ -310,6 +310,14 @@ def test_arrays_are_images(model: cmscale.Model, photograph: Path) -> None:
     assert len(model.sample(np.int64(2), seed=torch.tensor(3))) == 2
 
 
+def test_an_image_with_damaged_exif_data_is_one_without(model: cmscale.Model, photograph: Path, tmp_path: Path) -> None:
+    with Image.open(photograph) as whole:
+        whole.save(tmp_path / "damaged.png", exif=b"no TIFF file")
+    expected = np.asarray(model.stroke(photograph))
+    for given in (tmp_path / "damaged.png", Image.open(tmp_path / "damaged.png")):
+        assert np.array_equal(np.asarray(model.stroke(given)), expected)
+
+
 def test_a_diffusion_model_samples_and_does_not_edit(tmp_path: Path) -> None:
     teacher = cmscale.load(_saved(tmp_path, {"kind": "edm", "sampler_steps": 3}), device="cpu")
     assert len(teacher.sample(2, sampler="euler", steps=2)) == 2
@@ -339,9 +347,10 @@ def test_the_home_folder_is_known_in_names_of_images(
     assert np.array_equal(np.asarray(edited), np.asarray(model.inpaint(photograph, hole, steps=2)))
 
 
-def test_torch_s_default_dtype_changes_no_sample(model: cmscale.Model, file: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torch_s_default_dtype_changes_no_sample(dtype: torch.dtype, model: cmscale.Model, file: Path) -> None:
     expected = model.sample(2, seed=4, tensors=True)
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         assert torch.equal(model.sample(2, seed=4, tensors=True), expected)
         assert torch.equal(cmscale.load(file, device="cpu").sample(2, seed=4, tensors=True), expected)

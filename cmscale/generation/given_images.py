@@ -107,13 +107,21 @@ def _picture(given: object, name: Path) -> Picture:
         given.load()  # a file that PIL has only opened
     buffer = io.BytesIO()  # written and read again, so that a PIL image and its file give the same pixels
     try:
-        given.save(buffer, "PNG" if given.mode in _PNG_MODES else "TIFF", exif=given.getexif())
+        given.save(buffer, "PNG" if given.mode in _PNG_MODES else "TIFF", exif=_exif(given))
     except OSError:
         raise UserError(f"{name}: a PIL image of mode {given.mode}; convert it to RGB") from None
     try:
         return decode_picture(buffer.getvalue(), exif="apply")
     except BadImage as error:
         raise UserError(f"{name}: not an image that can be used ({error})") from None
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """The EXIF data of an image; none where they are damaged, as in its file."""
+    try:
+        return image.getexif()
+    except Exception:  # Pillow raises all kinds
+        return Image.Exif()
 
 
 def _mask(given: Missing | None) -> Mask:

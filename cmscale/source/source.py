@@ -38,8 +38,9 @@ class Source:
         """The network in evaluation mode on a device, with its method's preconditioning."""
         attention = choose(self.config.model, device, torch.float32).kind
         network = build_unet(self.config.model.model_copy(update={"attention": attention}))
+        network.to(torch.float32)  # parameters of a program's default dtype would round the weights
         network.load_state_dict(self.weights)
-        network.to(device, torch.float32).eval().requires_grad_(False)
+        network.to(device).eval().requires_grad_(False)
         return denoiser_for(self.config.method, network)
 
     def __getstate__(self) -> dict[str, Any]:
