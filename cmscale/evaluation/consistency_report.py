@@ -16,6 +16,7 @@ from cmscale.consistency.consistency_error import TIMES
 from cmscale.consistency.solver import Denoise
 from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
+from cmscale.evaluation.progress import must_be_there
 from cmscale.generation.draw import advancing
 from cmscale.io.counting import Counting
 from cmscale.io.json_text import parse_json
@@ -88,6 +89,8 @@ def measure_consistency_error(
                 device=device,
             )
             counting.set(num)
+        if out is None:
+            must_be_there(source.run_dir)
         result = _document(source, followed, curve, data=url, identity=identity, key=key)
         path.write(json.dumps(result, indent=1).encode())
     if plot is not None:

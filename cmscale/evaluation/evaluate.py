@@ -23,13 +23,12 @@ from cmscale.errors import UserError
 from cmscale.evaluation.finished_samples import evaluate_images
 from cmscale.evaluation.kept import KeptSets, nfe_of
 from cmscale.evaluation.outcome import known_result, make_result, print_result, summary, write_result
-from cmscale.evaluation.progress import Progress
+from cmscale.evaluation.progress import Progress, must_be_there, work_folder
 from cmscale.evaluation.session import (
     TIMEOUT_MINUTES,
     EvaluationSession,
     describe_step,
     with_classes,
-    work_folder,
 )
 from cmscale.generation.draw import SampleRequest, protocol_of, used_sigmas
 from cmscale.io.place import Place
@@ -155,6 +154,7 @@ def _evaluate_one(
 
     def write() -> None:
         result = _result(source, session, draw, measured, key=key, seconds=seconds, kept=kept.records())
+        must_be_there(source.run_dir)
         write_result(result, out)
         progress.finish(key)
         print_result(result, title=title)

@@ -7,11 +7,34 @@ from typing import TypeVar
 
 from cmscale.config.requests import MeasuringRequest
 from cmscale.errors import UserError
+from cmscale.io.fetch import cache_folder
 from cmscale.io.storage import open_parent
+from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import Document, read_document
 from cmscale.runs.results import hash_of
+from cmscale.source import Source
 
 D = TypeVar("D", bound=Document)
+
+
+def work_folder(source: Source, run_dir: str | None) -> Path:
+    """Where blocks are stored: in the source's run, else in `run_dir`, else in the cache."""
+    home = source.run_dir or (None if run_dir is None else Path(run_dir))
+    return cache_folder() / "evaluations" if home is None else RunDir(home).evaluation_progress
+
+
+def is_gone(run_dir: Path | None) -> bool:
+    """Whether a run that is measured was moved or removed meanwhile: what is written there would make it anew."""
+    return run_dir is not None and not RunDir(run_dir).checkpoints.is_dir()
+
+
+def must_be_there(run_dir: Path | None, *, gone: bool | None = None) -> None:
+    """Raises UserError if a run that is measured `is_gone`: as this rank sees it now, or as the ranks have agreed."""
+    if is_gone(run_dir) if gone is None else gone:
+        raise UserError(
+            f"{run_dir}: is gone: was it moved or removed, or is it not mounted? What was measured is in it; the same "
+            "command goes on where it is now"
+        )
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ from cmscale.distributed import collectives
 from cmscale.distributed import world as worlds
 from cmscale.engine.preemption import Preemption
 from cmscale.errors import UserError
-from cmscale.evaluation.progress import Progress, existing
+from cmscale.evaluation.progress import Progress, existing, must_be_there, work_folder
 from cmscale.evaluation.session import (
     TIMEOUT_MINUTES,
     EvaluationSession,
     describe_step,
-    work_folder,
 )
 from cmscale.evaluation.ternary_search import Indices, most_trials, search
 from cmscale.generation.draw import SampleRequest
@@ -192,7 +191,12 @@ class Trials:
 
     def _write(self, **changes: object) -> None:
         self.document = self.document.model_copy(update=changes)
-        collectives.on_main(lambda: replace_durably(self._written_to, self.document.to_bytes()))
+
+        def write() -> None:
+            must_be_there(self._source.run_dir)
+            replace_durably(self._written_to, self.document.to_bytes())
+
+        collectives.on_main(write)
 
 
 def _start(config: Config) -> Indices:

@@ -20,16 +20,17 @@ from cmscale.evaluation.blocks import BLOCK, BlockStore
 from cmscale.evaluation.features.extractor import FeatureExtractor, build_features
 from cmscale.evaluation.manifold import DENSITY_K, Manifold
 from cmscale.evaluation.measure import measure_distributions, measure_neighbours
+from cmscale.evaluation.progress import is_gone, must_be_there
 from cmscale.evaluation.reference.reference import Reference, reference_from_images
 from cmscale.evaluation.reference.registry import is_reference_file, read_reference
 from cmscale.generation.draw import SampleRequest, advancing, draw_batch, evaluations_of, machine_of, protocol_of
 from cmscale.generation.sample_set import Making
 from cmscale.io.counting import Counting, counted
-from cmscale.io.fetch import cache_folder, local_file
+from cmscale.io.fetch import local_file
 from cmscale.io.image_tensors import to_uint8
 from cmscale.io.place import Place
 from cmscale.io.storage import open_storage
-from cmscale.runs.folder import RunDir, step_name
+from cmscale.runs.folder import step_name
 from cmscale.runs.manifests import DATASET_MANIFEST, read_dataset_manifest
 from cmscale.runs.named_files import refuse_too_many
 from cmscale.source import Source
@@ -123,6 +124,7 @@ class EvaluationSession:
             todo = sorted({*todo, *keeps.missing()}, key=lambda block: block.start)
         mine = todo[self.world.rank :: self.world.num_ranks]
         done, num_ranks = draw.num - sum(map(len, todo)), self.world.num_ranks
+        gone = False
         counting = Counting(label, total=draw.num, done=done, unit="samples", active=self.world.is_main)
         with counting:  # what all ranks have drawn follows from rank 0's, as their shares are equal
             drawing = advancing(
@@ -136,14 +138,18 @@ class EvaluationSession:
                 images = draw_block(source, drawing, draw, block, device=self.world.device)
                 if keeps is not None:
                     keeps.commit(block, np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy()))
-                store.commit(block, self.extractor(images))
+                features = self.extractor(images)
+                if gone := is_gone(source.run_dir):
+                    break
+                store.commit(block, features)
                 done += len(block) * num_ranks
                 counting.set(done)
+        must_be_there(source.run_dir, gone=collectives.any_rank(gone))
         if self.preemption.requested():
             return None
         if keeps is not None:
             keeps.finish({"source": source.origin, **kept_protocol(source, draw)})
-        return self._measured(store)
+        return self._measured(store, source)
 
     def identity(self, source: Source, draw: SampleRequest) -> dict[str, Any]:
         """What determines the metrics of the samples that `draw` describes, except their number and seeds."""
@@ -168,18 +174,23 @@ class EvaluationSession:
             "cmscale": __version__,
         }
 
-    def _measured(self, store: BlockStore) -> dict[str, float]:
+    def _measured(self, store: BlockStore, source: Source) -> dict[str, float]:
         """Computes distributions on rank 0, where the reference is, and neighbours on all ranks. Collective."""
-        found, pooled = collectives.on_main(lambda: self._distributions(store)) or ({}, None)
+        found, pooled = collectives.on_main(lambda: self._distributions(store, source)) or ({}, None)
         if collectives.from_main(self.world.is_main and pooled is None):
             return collectives.from_main(found)
         if self.manifold is not None and store.num_samples > DENSITY_K:
             features = collectives.array_from_main(pooled)
             found |= measure_neighbours(Manifold(features, device=self.world.device, world=self.world), self.manifold)
-        collectives.on_main(lambda: store.finish(found))
+
+        def finish() -> None:
+            must_be_there(source.run_dir)
+            store.finish(found)
+
+        collectives.on_main(finish)
         return collectives.from_main(found)
 
-    def _distributions(self, store: BlockStore) -> tuple[dict[str, float], np.ndarray | None]:
+    def _distributions(self, store: BlockStore, source: Source) -> tuple[dict[str, float], np.ndarray | None]:
         """The metrics of distributions and the pooled features; all metrics, without features, if they are stored.
 
         They are stored by now if another command measured the same meanwhile and removed the blocks.
@@ -188,6 +199,7 @@ class EvaluationSession:
         try:
             return self._measured_distributions(store)
         except FileNotFoundError:
+            must_be_there(source.run_dir)
             if (known := store.metrics()) is None:
                 raise
             store.discard_blocks()
@@ -276,12 +288,6 @@ def load_reference(named: str | None, extractor: FeatureExtractor) -> Reference:
 def machine_protocol(world: World) -> dict[str, Any]:
     """Torch and the device, which change a result by rounding, and the number of ranks."""
     return {**machine_of(world.device), "num_ranks": world.num_ranks}
-
-
-def work_folder(source: Source, run_dir: str | None) -> Path:
-    """Where blocks are stored: in the source's run, else in `run_dir`, else in the cache."""
-    home = source.run_dir or (None if run_dir is None else Path(run_dir))
-    return cache_folder() / "evaluations" if home is None else RunDir(home).evaluation_progress
 
 
 def describe_step(source: Source) -> str:

@@ -15,6 +15,7 @@ from cmscale.config import Config, parse_config
 from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.consistency_error import consistency_error
 from cmscale.data.first_images import first_images
+from cmscale.errors import UserError
 from cmscale.evaluation import consistency_report
 from cmscale.evaluation.consistency_report import measure_consistency_error
 from cmscale.interop import write_safetensors
@@ -102,6 +103,7 @@ def test_a_distilled_source_is_followed_along_its_teachers_ode(data, tmp_path, m
 
 def test_a_runs_result_lies_in_its_folder_and_on_its_page(data, tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", kind="ct")
+    folder.checkpoints.mkdir(exist_ok=True)
     model = load_source(str(saved(tmp_path, "{kind: ict}", data)))
     source = dataclasses.replace(model, run_dir=folder.root)
     asked = {"data": str(data), "seed": 0, "teacher": None, "out": None, "plot": None, "batch_size": 2, "device": CPU}
@@ -120,6 +122,10 @@ def test_a_runs_result_lies_in_its_folder_and_on_its_page(data, tmp_path, monkey
     assert path.read_bytes() == before
     page = build_report(folder).read_text()
     assert "Consistency error against time, step 10, ema_0.9, 3 images" in page
+    monkeypatch.setattr(consistency_report, "error_curve", lambda *_, **__: folder.root.rename(tmp_path / "moved"))
+    with pytest.raises(UserError, match="is gone: was it moved or removed"):
+        measure_consistency_error(source, num=4, **asked)
+    assert not folder.root.exists()
 
 
 def test_asked_again_a_result_is_returned_and_with_force_measured_anew(data, tmp_path, monkeypatch, capsys):

@@ -1,11 +1,13 @@
 """`cmscale evaluate` and `search-times`: what they leave, what they refuse in one line, where they go on."""
 
 import hashlib
+import importlib
 import json
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,6 +300,35 @@ def _sign(run: RunDir, *, step: int) -> None:
     data = (run.checkpoint(step) / entry["name"]).read_bytes()
     entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest.write_bytes(CheckpointManifest.model_validate(document).to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("command", "meanwhile"),
+    [
+        ("evaluate", "session.draw_block"),
+        ("evaluate", "session.measure_distributions"),
+        ("evaluate", "session.measure_neighbours"),
+        ("evaluate", "evaluate.make_result"),
+        ("search-times", "session.draw_block"),
+    ],
+)
+def test_a_run_that_is_moved_away_meanwhile_is_not_made_anew(
+    command: str, meanwhile: str, run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, name = meanwhile.rpartition(".")
+    patched = importlib.import_module(f"cmscale.evaluation.{module}")
+    work, moved = getattr(patched, name), run.root.with_name("moved")
+
+    def moving(*arguments: Any, **keywords: Any) -> Any:
+        if run.root.exists():
+            run.root.rename(moved)
+        return work(*arguments, **keywords)
+
+    monkeypatch.setattr(patched, name, moving)
+    assert cmscale(monkeypatch, command, run.root, "--samples", 150, "--device", "cpu") == 2
+    assert f"{run.root}: is gone: was it moved or removed" in capsys.readouterr().err.splitlines()[-1]
+    assert not run.root.exists()
+    monkeypatch.undo()
 
 
 def test_a_search_is_interrupted_goes_on_without_a_trial_made_twice_and_its_times_are_taken(
