@@ -209,9 +209,6 @@ def make_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cmscale.cli.diagnosis.findings", lambda folder, **more: [Finding("runs", "ok", str(folder))])
     monkeypatch.setattr("cmscale.report.build_report", lambda run, *, siblings: (run, siblings))
     monkeypatch.setattr("cmscale.report.serve.serve", lambda run, **where: print(run, where))
-    blocks = "cmscale.training.estimate.counts"
-    monkeypatch.setattr(f"{blocks}.image_flop", lambda config, **more: 1e12 * config.model.num_res_blocks)
-    monkeypatch.setattr(f"{blocks}.micro_batch_peak", lambda config, **more: 1e9 * more["size"])
 
 
 def photograph(name: str) -> Image.Image:

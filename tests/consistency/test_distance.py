@@ -59,9 +59,8 @@ def network(weights: Path, *, average: bool, resize: bool = False) -> perceptual
     return built
 
 
-@pytest.mark.parametrize("size", [32, 48])
 @pytest.mark.long
-def test_lpips_with_max_pooling_is_the_lpips_package(features: nn.Sequential, weights: Path, size: int):
+def test_lpips_with_max_pooling_is_the_lpips_package(features: nn.Sequential, weights: Path):
     import lpips
 
     reference = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
@@ -71,7 +70,7 @@ def test_lpips_with_max_pooling_is_the_lpips_package(features: nn.Sequential, we
         if isinstance(layer[1], nn.Conv2d):
             layer[1].load_state_dict(features[int(layer[0])].state_dict())
     ours = network(weights, average=False)
-    for a, b in pairs(5, size):
+    for a, b in (*pairs(5, 32), *pairs(5, 48)):
         torch.testing.assert_close(ours(a, b), reference(a, b).flatten(), rtol=2e-6, atol=0)
 
 

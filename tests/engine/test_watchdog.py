@@ -1,9 +1,11 @@
 """The watchdog: a rank that makes no step is recorded with its stacks and killed, whatever blocks it."""
 
+import json
 import os
 import select
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,24 @@ from cmscale.runs.log import read_lines
 HERE = Path(__file__).parents[1] / "support"
 
 
-def run_watched(how: str, folder: Path, *, minutes: float = 0.01) -> tuple[int, int]:
-    """The exit status of the watched process, and the watch's process id."""
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[subprocess.Popen[str]]:
+    """A process that forks the watched ranks, so that torch is imported once for all."""
     environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
-    command = [sys.executable, str(HERE / "watched.py"), how, str(folder), str(minutes)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    out, _ = process.communicate(timeout=100)
-    return process.returncode, int(out)
+    command = [sys.executable, str(HERE / "watched.py")]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+
+
+def run_watched(ranks: subprocess.Popen[str], how: str, folder: Path, *, minutes: float = 0.01) -> tuple[int, int]:
+    """The exit status of the watched process, and the watch's process id."""
+    assert ranks.stdin is not None
+    assert ranks.stdout is not None
+    print(json.dumps([how, str(folder), minutes]), file=ranks.stdin, flush=True)
+    status, watch = ranks.stdout.readline().split()
+    return int(status), int(watch)
 
 
 def wait_for_end(process: int) -> None:
@@ -34,8 +47,10 @@ def wait_for_end(process: int) -> None:
 
 @pytest.mark.parametrize("how", ["waits", "stopped", "gil"])
 @pytest.mark.long
-def test_a_rank_that_makes_no_step_is_named_its_stacks_kept_and_killed(how: str, tmp_path: Path) -> None:
-    status, watch = run_watched(how, tmp_path)
+def test_a_rank_that_makes_no_step_is_named_its_stacks_kept_and_killed(
+    how: str, ranks: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    status, watch = run_watched(ranks, how, tmp_path)
     assert status == -9
     (event,) = read_lines(tmp_path / "events.jsonl")
     assert (event["event"], event["rank"], event["step"]) == ("fault", 3, 2)
@@ -48,22 +63,22 @@ def test_a_rank_that_makes_no_step_is_named_its_stacks_kept_and_killed(how: str,
 
 
 @pytest.mark.long
-def test_a_rank_that_steps_is_left_alone_and_may_end_the_watch(tmp_path: Path) -> None:
-    status, watch = run_watched("beats", tmp_path)
+def test_a_rank_that_steps_is_left_alone_and_may_end_the_watch(ranks: subprocess.Popen[str], tmp_path: Path) -> None:
+    status, watch = run_watched(ranks, "beats", tmp_path)
     assert status == 0
     assert list(read_lines(tmp_path / "events.jsonl")) == []
     wait_for_end(watch)
 
 
 @pytest.mark.long
-def test_a_rank_that_was_stopped_and_goes_on_is_not_killed_for_it(tmp_path: Path) -> None:
-    status, watch = run_watched("wakes", tmp_path, minutes=0.02)
+def test_a_rank_that_was_stopped_and_goes_on_is_not_killed_for_it(ranks: subprocess.Popen[str], tmp_path: Path) -> None:
+    status, watch = run_watched(ranks, "wakes", tmp_path, minutes=0.02)
     assert status == 0
     assert {event["event"] for event in read_lines(tmp_path / "events.jsonl")} <= {"fault", "recovered"}
     wait_for_end(watch)
 
 
-def test_the_watch_ends_with_its_rank(tmp_path: Path) -> None:
-    status, watch = run_watched("dies", tmp_path, minutes=10)
+def test_the_watch_ends_with_its_rank(ranks: subprocess.Popen[str], tmp_path: Path) -> None:
+    status, watch = run_watched(ranks, "dies", tmp_path, minutes=10)
     assert status == -9
     wait_for_end(watch)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run
+from evaluation_fixtures import build_cheap_features
 from networks import small_config, small_model
 from PIL import Image
 from run_folder import write_run
@@ -104,7 +105,7 @@ def install(folder: Path, *, name: str = "toy", needs: str = "", value: str = "1
 
 def measured() -> tuple[dict[str, float], list[str]]:
     """What is measured of images against statistics without single images, and the reasons for what is missing."""
-    extractor = build_features("efficientnet")
+    extractor = build_cheap_features("efficientnet")  # of few dimensions, so that an FID takes no seconds
     reference = reference_from_images(IMAGES, extractor, name="images", count=len(IMAGES), subset=0)
     found = measure(image_blocks(IMAGES, extractor), num_samples=len(IMAGES), reference=reference)
     return found, left_out(found, reference=reference)
