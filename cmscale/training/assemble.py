@@ -136,8 +136,12 @@ def first_weights(config: Config, teacher: dict[str, torch.Tensor] | None) -> di
 
 def network_builder(config: Config) -> Callable[[], UNet]:
     """Returns new networks as a run trains them, with their initial weights."""
-    build = build_weighted_unet if config.method.facts.learns_weighting else build_unet
-    return partial(build, config.model, seed=config.train.seed)
+    return partial(network_function(config), config.model, seed=config.train.seed)
+
+
+def network_function(config: Config) -> Callable[..., UNet]:
+    """The function that makes a run's network from the section `model`."""
+    return build_weighted_unet if config.method.facts.learns_weighting else build_unet
 
 
 def in_training(config: Config, world: World, build: Callable[[], UNet]) -> Callable[[], UNet]:

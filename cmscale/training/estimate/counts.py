@@ -7,7 +7,7 @@ derived from a rule of thumb: another method, distance, or activation checkpoint
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmscale.config import Config, schedules
+from cmscale.config import Config, Model, schedules
 from cmscale.consistency.distance import Distance, build_distance, lpips_network
 from cmscale.consistency.losses import build_loss
 from cmscale.consistency.networks import Networks
@@ -25,9 +25,9 @@ from cmscale.engine.float32_values import Float32Values
 from cmscale.engine.optimizer import build_optimizer
 from cmscale.engine.settings import COMPUTE_DTYPES
 from cmscale.model.precondition import denoiser_for, teacher_denoiser_for
-from cmscale.model.unet import build_unet
+from cmscale.model.unet import UNet, build_unet
 from cmscale.rng import sample_randomness
-from cmscale.training.assemble import network_builder
+from cmscale.training.assemble import network_builder, network_function
 
 META = torch.device("meta")
 _NORMS = torch.ops.aten.native_group_norm.default, torch.ops.aten.native_group_norm_backward.default
@@ -111,18 +111,26 @@ def _kind(argument: Any) -> Any:
 
 def num_parameters(config: Config) -> int:
     """The parameters that a run trains, counted without allocating them."""
-    with META:
-        return sum(parameter.numel() for parameter in network_builder(config)().parameters())
+    return _numbers(config)[0]
 
 
 def num_float32_values(config: Config) -> int:
     """The parameters that a network in a lower precision also holds in float32."""
+    return 0 if config.engine.precision == "fp32" else _numbers(config)[1]
+
+
+def _numbers(config: Config) -> tuple[int, int]:
+    """All parameters of a run's network, and those that are float32 in any precision."""
+    return _numbers_of(network_function(config), config.model)  # pyright: ignore[reportArgumentType]  # it is frozen
+
+
+@lru_cache(maxsize=16)
+def _numbers_of(build: Callable[..., UNet], model: Model) -> tuple[int, int]:
+    """The numbers of a network, which is made once: a large one takes a while."""
     with META:
-        network = network_builder(config)()
-    if config.engine.precision == "fp32":
-        return 0
-    parameters = dict(network.named_parameters())
-    return sum(parameters[name].numel() for name in network.float32_parameters)
+        network = build(model)
+    parameters = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    return sum(parameters.values()), sum(parameters[name] for name in network.float32_parameters)
 
 
 def forward_flop(config: Config) -> int:
