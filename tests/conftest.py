@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TERM"] = "xterm"
 for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
     os.environ.pop(name, None)  # what the terminal of whoever runs the tests can do changes no test
+# Nor do a job in which they run, its launcher, credentials, and a site file.
+_OTHERS = ("AWS_", "LOCAL_", "MASTER_", "OMPI_", "PMI_", "RANK", "SALLOC_", "SBATCH_", "SLURM_", "WANDB_", "WORLD_SIZE")
+for name in [name for name in os.environ if name.startswith(_OTHERS)]:
+    del os.environ[name]
+os.environ["CMSCALE_SITE"] = ""
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell, whose children ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
