@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmscale.config import Config, parse_config
-from cmscale.model.unet import build_unet
+from cmscale.config import Config, Model, parse_config
+from cmscale.model.unet import UNet, build_unet
 from cmscale.training.estimate import counts
 from cmscale.training.estimate.counts import LiveBytes, forward_flop, image_flop, num_parameters
 from cmscale.training.estimate.duration import Rates, at_scale, best_interval, goodput, kept_checkpoints, sent_bytes
@@ -304,6 +304,20 @@ def test_the_tables_say_whether_it_fits_and_what_is_assumed() -> None:
     assert [row[0] for row in shown["many GPUs"].rows] == ["8", "16", "32", "64", "128", "256", "512"]
     assert shown["many GPUs"].rows[0][2] == "the batch does not divide"
     assert all(len(row) == len(table.columns) for table in shown.values() for row in table.rows)
+
+
+def test_a_network_is_made_once_to_count_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def build(model: Model) -> UNet:
+        made.append(model)
+        return build_unet(model)
+
+    monkeypatch.setattr(counts, "network_function", lambda config: build)
+    monkeypatch.setattr(counts, "micro_batch_peak", lambda config, **more: 1000 * more["size"])
+    monkeypatch.setattr(counts, "image_flop", lambda config, **more: 1e9)
+    assert list(tables(config_of(), Request(gpus_per_node=4, gpu="l40s")))
+    assert len(made) == 1
 
 
 def test_facts_are_the_numbers_of_the_tables() -> None:
