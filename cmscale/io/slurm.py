@@ -29,9 +29,10 @@ ACTIVE_STATES = frozenset(
     }
 )
 """States in which a job still runs or will run (squeue's names)."""
+States = dict[str, str]
+"""Of a job or the tasks of an array: squeue's names such as `PENDING`, each with its reason such as `Priority`."""
 
-_STATE = re.compile(r"^\s*([A-Z_]+)\s*$", re.MULTILINE)
-_JOB_AND_STATE = re.compile(r"^\s*(\d+)\s+([A-Z_]+)\s*$", re.MULTILINE)
+_STATE = re.compile(r"^[ ]*(?P<job>\d+)[ ]+(?P<state>[A-Z_]+)[ ]*(?P<reason>.*)$", re.MULTILINE)
 _OF_JOBS = (
     *("SLURM_", "SLURMD_", "SLURMSTEPD_", "SBATCH_", "SRUN_", "SALLOC_", "SUBMITIT_", "PMI_", "PMIX_", "OMPI_"),
     "TORCHELASTIC_",  # with torchrun's, rank 0 would wait for a store that nobody opens
@@ -171,43 +172,50 @@ def cancel_command(job_id: str, clusters: str | None = None) -> list[str]:
     return ["scancel", *([f"--clusters={clusters}"] if clusters else []), job_id]
 
 
-def job_states(job_id: str, clusters: str | None = None) -> set[str] | None:
-    """The states of a job or of an array's tasks, such as `RUNNING`.
+def job_states(job_id: str, clusters: str | None = None) -> States | None:
+    """The states of a job or of an array's tasks.
 
     Args:
         clusters: Those of a multi-cluster site that may have the job; None is this host's.
 
     Returns:
-        An empty set if Slurm knows no such job (any more), None if Slurm does not answer.
+        None if Slurm does not answer; no state if it knows no such job (any more).
 
     Raises:
         FileNotFoundError: there is no squeue on the PATH.
     """
-    asked = _squeue(job_id, clusters, "--states=all", "--format=%T")
-    if asked.returncode == 0:
-        return set(_STATE.findall(asked.stdout))  # with clusters there are lines such as `CLUSTER: c1`, too
-    return set() if "Invalid job id" in asked.stderr else None
+    return states_of_jobs([job_id], clusters)[job_id]
 
 
-def states_of_jobs(job_ids: Collection[str], clusters: str | None = None) -> dict[str, set[str] | None]:
+def states_of_jobs(job_ids: Collection[str], clusters: str | None = None) -> dict[str, States | None]:
     """`job_states` of many jobs, about which Slurm is asked once. An array is named by its number alone.
 
     Raises:
         FileNotFoundError: there is no squeue on the PATH.
     """
-    asked = _squeue(",".join(job_ids), clusters, "--states=all", "--format=%F %T")
+    asked = _squeue(",".join(job_ids), clusters, "--states=all", "--format=%F %T %r")
     unknown = "Invalid job id" in asked.stderr  # printed of a single one alone
     if asked.returncode and not unknown:
         return dict.fromkeys(job_ids)
-    found = _JOB_AND_STATE.findall(asked.stdout)
-    return {job_id: {state for known, state in found if known == job_id} for job_id in job_ids}
+    found: dict[str, States | None] = {job_id: {} for job_id in job_ids}
+    for line in _STATE.finditer(asked.stdout):  # with clusters there are lines such as `CLUSTER: c1`, too
+        states = found.get(line["job"])
+        if states is not None:
+            states[line["state"]] = line["reason"].strip()
+    return found
 
 
-def pending_reason(job_id: str, clusters: str | None = None) -> str:
-    """Why a job waits in the queue, in Slurm's words: `Priority`, `DependencyNeverSatisfied`."""
-    asked = _squeue(job_id, clusters, "--states=PENDING", "--format=%r")
-    lines = [line.strip() for line in asked.stdout.splitlines() if not line.startswith("CLUSTER:")]
-    return next(filter(None, lines), "Slurm gives no reason")
+def is_held(reason: str) -> bool:
+    """Whether a job waits until somebody releases it, as `JobHeldUser` and `launch failed requeued held` say."""
+    return "held" in reason.lower()
+
+
+def why_it_waits(job_id: str, reason: str, clusters: str | None = None) -> str:
+    """Slurm's reason why a job waits in the queue; of one that is held also how it goes on."""
+    if not is_held(reason):
+        return reason or "Slurm gives no reason"
+    release = ["scontrol", *([f"--cluster={clusters}"] if clusters else []), "release", job_id]
+    return f"{reason}; {' '.join(release)} lets it go on"
 
 
 def _squeue(job_ids: str, clusters: str | None, *options: str) -> subprocess.CompletedProcess[str]:

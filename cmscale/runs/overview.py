@@ -46,7 +46,8 @@ class Overview:
     """What is known of a run; None for what is not.
 
     Attributes:
-        state: `running`, `queued`, `finished`, `stale`, `cancelled`, or what happened last: `preempted`, `fault`, ...
+        state: `running`, `queued`, `held`, `finished`, `stale`, `cancelled`, or what happened last: `preempted`,
+            `fault`, ...
         known_by: How the state is known, in words.
         age_seconds: Since the first start.
         quiet_seconds: Since anything was written last.

@@ -13,7 +13,7 @@ from cmscale.io.counting import in_words
 from cmscale.io.json_text import parse_json
 from cmscale.io.process import is_alive, process_space
 from cmscale.io.reading import read_regular
-from cmscale.io.slurm import ACTIVE_STATES, clusters_of, job_states, states_of_jobs
+from cmscale.io.slurm import ACTIVE_STATES, States, clusters_of, is_held, job_states, states_of_jobs, why_it_waits
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines, state_of
 
@@ -21,7 +21,7 @@ SILENT_SECONDS = 60.0
 """A launcher on another machine that has not touched its file for so long is dead, or its machine is."""
 QUIET_SECONDS = 600.0
 """A run that has written nothing for so long, and whose launcher or job is not seen, is called stale."""
-JobStates = Callable[[str, str | None], set[str] | None]
+JobStates = Callable[[str, str | None], States | None]
 """Says the states of a Slurm job, given its number and its clusters, as `cmscale.io.slurm.job_states` does."""
 _ENDED = ("finished", "finished, not exported", "superseded")
 _STOPPED = ("preempted", "fault")
@@ -111,13 +111,13 @@ def ask_slurm_at_once(runs: Iterable[RunDir]) -> JobStates:
     for run in runs:
         for number, clusters in filter(lambda job: job[0].isdecimal(), _unreported_jobs(run)):
             wanted.setdefault(clusters, set()).add(number)
-    known: dict[tuple[str, str | None], set[str] | None] = {}
+    known: dict[tuple[str, str | None], States | None] = {}
     with contextlib.suppress(FileNotFoundError):  # there is no squeue here
         for clusters, numbers in wanted.items():
             states = states_of_jobs(sorted(numbers), clusters)
             known.update({(number, clusters): states[number] for number in numbers})
 
-    def answer(number: str, clusters: str | None) -> set[str] | None:
+    def answer(number: str, clusters: str | None) -> States | None:
         if (number, clusters) in known:
             return known[number, clusters]
         return job_states(number, clusters)  # one that was submitted in the meantime
@@ -189,11 +189,15 @@ def _slurm_job(run: RunDir, states_of: JobStates) -> _Life | None:
             return None
         if states is None:
             return _Life(None, "", f"Slurm does not answer about job {number}")  # nor about another
-        active = sorted(states & ACTIVE_STATES)
+        active = sorted(states.keys() & ACTIVE_STATES)
         if not active:
             gone = gone or _Life(False, "", f"Slurm has no job {number} any more")
             continue
-        state = "running" if "RUNNING" in active else "queued" if "PENDING" in active else active[0].lower()
+        if "PENDING" in active and "RUNNING" not in active:
+            reason = states["PENDING"]
+            why = why_it_waits(number, reason, clusters)
+            return _Life(True, "held" if is_held(reason) else "queued", f"Slurm job {number} is PENDING ({why})")
+        state = "running" if "RUNNING" in active else active[0].lower()
         return _Life(True, state, f"Slurm job {number} is {active[0]}")
     return gone
 

@@ -223,7 +223,7 @@ def _active(array: ArrayRecord) -> bool:
         states = job_states(array.job_id, array.clusters)
     except FileNotFoundError:
         raise UserError("--slurm: no squeue on the PATH; run this on a login node, or without --slurm") from None
-    return states is None or bool(states & ACTIVE_STATES)
+    return states is None or bool(states.keys() & ACTIVE_STATES)
 
 
 def _refusals(preparation: Preparation) -> Iterator[TaskRefusal]:

@@ -92,7 +92,7 @@ class SlurmCluster:
                 raise UserError(f"{silent} Slurm does not answer; try again later; {gone}")
             if not states and (owner := _other_owner(submission)):  # PrivateData=jobs shows each user's own jobs alone
                 raise UserError(f"{silent} Slurm shows this user no such job, which is {owner}'s; {gone}")
-            for state in sorted(states & slurm.ACTIVE_STATES):
+            for state in sorted(states.keys() & slurm.ACTIVE_STATES):
                 cancel = " ".join(slurm.cancel_command(job_id, clusters))
                 raise UserError(f"{run.root}: job {job_id} of this run is {state}; end it first: {cancel}")
 

@@ -58,15 +58,15 @@ def _follow_to_end(submission: Submission, follower: Follower) -> tuple[Ending, 
         silent_since = (silent_since or time.monotonic()) if states is None else None
         if silent_since is not None and time.monotonic() - silent_since > LONGEST_SILENCE_SECONDS:
             return "fault", f"Slurm does not answer about job {job_id}", log
-        if states is not None and (not states or states & _OVER) and not _goes_on(submission, job_id, states):
-            how = states.pop().lower() if states else "Slurm no longer knows it, and it reported no end"
+        if states is not None and (not states or states.keys() & _OVER) and not _goes_on(submission, job_id, states):
+            how = next(iter(states)).lower() if states else "Slurm no longer knows it, and it reported no end"
             return "cancelled", f"job {job_id}: {how}; {submission.how_to_go_on}", log
         if states is not None and "PENDING" in states:
-            queue.show(job_id)
+            queue.show(job_id, states["PENDING"])
         time.sleep(POLL_SECONDS)
 
 
-def _goes_on(submission: Submission, job_id: str, states: set[str]) -> bool:
+def _goes_on(submission: Submission, job_id: str, states: slurm.States) -> bool:
     """Whether a job that is over has said how it ended, or is another job now; its epilogue may still be writing so."""
     until = time.monotonic() + (CANCELLED_SECONDS if "CANCELLED" in states else SETTLE_SECONDS)
     while True:
@@ -89,11 +89,11 @@ class _Queue:
         self._looks_at = time.monotonic() + REASON_SECONDS
         self._said = ""
 
-    def show(self, job_id: str) -> None:
+    def show(self, job_id: str, reason: str) -> None:
         if time.monotonic() < self._looks_at:
             return
         self._looks_at = time.monotonic() + REASON_SECONDS
-        said = f"job {job_id} waits in the queue: {slurm.pending_reason(job_id, self._clusters)}"
+        said = f"job {job_id} waits in the queue: {slurm.why_it_waits(job_id, reason, self._clusters)}"
         if said != self._said:
             print(said, flush=True)
         self._said = said

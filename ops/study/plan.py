@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cmscale.config import parse_config
-from cmscale.config.files import dump_yaml, parse_yaml, read_yaml_text
+from cmscale.config.files import dump_yaml, read_yaml_text
+from cmscale.config.yaml_text import parse_yaml
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 

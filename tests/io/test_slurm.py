@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from cmscale.io.slurm import (
     refusal,
     states_of_jobs,
     submit,
+    why_it_waits,
 )
 
 
@@ -77,23 +79,26 @@ def test_sbatch_gets_the_environment_that_is_given(bin_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "states"),
     [
-        ("echo RUNNING", {"RUNNING"}),
-        ("printf 'COMPLETED\\nPENDING\\nCOMPLETED\\n'", {"COMPLETED", "PENDING"}),
-        ("", set()),
-        ("printf 'CLUSTER: C1\\nRUNNING\\n\\nCLUSTER: C2\\n'", {"RUNNING"}),
-        ("printf 'CLUSTER: C1\\n'", set()),
-        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", set()),
+        ("echo 7 RUNNING None", {"RUNNING": "None"}),
+        (
+            "printf '7 COMPLETED None\\n7 PENDING job requeued in held state\\n7 COMPLETED None\\n'",
+            {"COMPLETED": "None", "PENDING": "job requeued in held state"},
+        ),
+        ("", {}),
+        ("printf 'CLUSTER: C1\\n7 RUNNING None\\n\\nCLUSTER: C2\\n'", {"RUNNING": "None"}),
+        ("printf 'CLUSTER: C1\\n'", {}),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", {}),
         ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", None),
     ],
 )
-def test_states_of_a_job_or_of_an_arrays_tasks(lines: str, states: set[str] | None, bin_folder: Path) -> None:
+def test_states_of_a_job_or_of_an_arrays_tasks(lines: str, states: dict[str, str] | None, bin_folder: Path) -> None:
     install(bin_folder, "squeue", lines)
     assert job_states("7") == states
 
 
 def test_a_job_of_another_cluster_is_asked_about_and_ended_there(bin_folder: Path) -> None:
-    install(bin_folder, "squeue", '[ "$5 $6" = "7 --clusters=c1" ] && echo RUNNING')
-    assert job_states("7", "c1") == {"RUNNING"}
+    install(bin_folder, "squeue", '[ "$5 $6" = "7 --clusters=c1" ] && echo 7 RUNNING None')
+    assert job_states("7", "c1") == {"RUNNING": "None"}
     (bin_folder / "job.sh").write_text("#!/bin/sh\n#SBATCH --clusters=c1\n")
     assert clusters_of(bin_folder / "job.sh") == "c1"
     assert clusters_of(bin_folder / "none.sh") is None
@@ -104,6 +109,13 @@ def test_a_job_of_another_cluster_is_asked_about_and_ended_there(bin_folder: Pat
 def test_without_squeue_there_is_no_answer(bin_folder: Path) -> None:
     with pytest.raises(FileNotFoundError):
         job_states("7")
+
+
+def test_of_a_job_that_is_held_it_is_said_how_it_goes_on() -> None:
+    assert why_it_waits("7", "Priority") == "Priority"
+    assert why_it_waits("7", "") == "Slurm gives no reason"
+    assert why_it_waits("7", "JobHeldUser") == "JobHeldUser; scontrol release 7 lets it go on"
+    assert why_it_waits("7", "JobHeldAdmin", "c1").endswith("; scontrol --cluster=c1 release 7 lets it go on")
 
 
 def test_jobs_that_are_over_are_not_active() -> None:
@@ -150,8 +162,8 @@ def test_a_job_is_asked_about_whatever_the_users_squeue_shows(
     bin_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SQUEUE_PARTITION", "other")
-    install(bin_folder, "squeue", '[ -z "$SQUEUE_PARTITION" ] && echo RUNNING')
-    assert job_states("7") == {"RUNNING"}
+    install(bin_folder, "squeue", '[ -z "$SQUEUE_PARTITION" ] && echo 7 RUNNING None')
+    assert job_states("7") == {"RUNNING": "None"}
 
 
 def test_the_options_of_a_script_are_read_as_sbatch_reads_them() -> None:
@@ -204,15 +216,15 @@ def test_a_job_without_a_memory_limit_requests_all_memory_of_a_node() -> None:
     ("lines", "states"),
     [
         (
-            "printf '12 RUNNING\\n7 PENDING\\n7 COMPLETED\\n'",
-            {"7": {"PENDING", "COMPLETED"}, "12": {"RUNNING"}, "9": set()},
+            "printf '12 RUNNING None\\n7 PENDING Priority\\n7 COMPLETED None\\n'",
+            {"7": {"PENDING": "Priority", "COMPLETED": "None"}, "12": {"RUNNING": "None"}, "9": {}},
         ),
-        ("printf 'CLUSTER: C1\\n9 RUNNING\\n'", {"7": set(), "12": set(), "9": {"RUNNING"}}),
-        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", {"7": set(), "12": set(), "9": set()}),
+        ("printf 'CLUSTER: C1\\n9 RUNNING\\n'", {"7": {}, "12": {}, "9": {"RUNNING": ""}}),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", {"7": {}, "12": {}, "9": {}}),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", {"7": None, "12": None, "9": None}),
     ],
 )
-def test_states_of_many_jobs_are_one_question(lines: str, states: dict[str, set[str] | None], bin_folder: Path) -> None:
+def test_states_of_many_jobs_are_one_question(lines: str, states: dict[str, Any], bin_folder: Path) -> None:
     install(bin_folder, "squeue", f'[ "$5" = 7,12,9 ] && {{ echo asked >>{bin_folder}/asked; {lines}; }}')
     assert states_of_jobs(["7", "12", "9"]) == states
     assert (bin_folder / "asked").read_text() == "asked\n"

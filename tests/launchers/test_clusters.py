@@ -129,14 +129,18 @@ class TestRefusals:
     @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED"])
     def test_a_job_that_waits_or_runs_is_refused_with_what_to_do(self, state: str, run: RunDir, commands: Path) -> None:
         self.submitted(run)
-        install(commands, "squeue", f"echo {state}")
+        install(commands, "squeue", f"echo 7 {state} None")
         refused = pytest.raises(UserError, match=rf"job 7 of this run is {state}; end it first: scancel 7")
         with refused, only_launcher(run, TRAIN):
             pytest.fail("started")
 
     @pytest.mark.parametrize(
         "answer",
-        ["echo COMPLETED", "echo CANCELLED", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"],
+        [
+            "echo 7 COMPLETED None",
+            "echo 7 CANCELLED None",
+            "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
+        ],
     )
     def test_a_job_that_is_over_is_not(self, answer: str, run: RunDir, commands: Path) -> None:
         self.submitted(run)
@@ -157,7 +161,7 @@ class TestRefusals:
             pass
 
     def test_jobs_that_ended_or_evaluate_and_damaged_records_are_passed_over(self, run: RunDir, commands: Path) -> None:
-        install(commands, "squeue", "echo RUNNING")
+        install(commands, "squeue", "echo 7 RUNNING None")
         submission = self.submitted(run, EVALUATE)
         with only_launcher(run, TRAIN):
             pass
@@ -198,7 +202,7 @@ class TestRefusals:
             pass
 
     def test_jobs_that_older_versions_submitted_are_refused_too(self, run: RunDir, commands: Path) -> None:
-        install(commands, "squeue", "echo RUNNING")
+        install(commands, "squeue", "echo 7 RUNNING None")
         submission = self.submitted(run)
         submission.job_file.write_text(json.dumps({"job_id": "7", "worker": "cmscale.train:main"}))
         with pytest.raises(UserError, match="job 7 of this run is RUNNING"), only_launcher(run, TRAIN):
@@ -228,9 +232,7 @@ class TestWaiting:
         finished = f'echo \'{{"ending": "finished", "why": "", "rank": 0}}\' >{submission.ending_file}'
         looks = f"if [ -e two ]; then {finished}; elif [ -e one ]; then : >two; else : >one; fi"
         monkeypatch.chdir(commands)
-        install(
-            commands, "squeue", f'case "$*" in *%T*) echo PENDING;; *) {looks}; echo DependencyNeverSatisfied;; esac'
-        )
+        install(commands, "squeue", f"{looks}; echo 7 PENDING DependencyNeverSatisfied")
         assert wait_for_end(submission) == 0
         assert capsys.readouterr().out.count("job 7 waits in the queue: DependencyNeverSatisfied\n") == 1
 
@@ -247,8 +249,10 @@ class TestWaiting:
             return []
 
         monkeypatch.setattr(slurm_waiting.os, "listdir", listed)
-        done = f'echo \'{{"ending": "finished", "why": "", "rank": 0}}\' >{submission.ending_file}; echo COMPLETED'
-        install(commands, "squeue", f'case "$*" in *"--jobs 7"*) echo FAILED;; *) {done};; esac')
+        done = (
+            f'echo \'{{"ending": "finished", "why": "", "rank": 0}}\' >{submission.ending_file}; echo 8 COMPLETED None'
+        )
+        install(commands, "squeue", f'case "$*" in *"--jobs 7"*) echo 7 FAILED NonZeroExitCode;; *) {done};; esac')
         assert wait_for_end(submission) == 0
         assert len(looks) == 5
 
@@ -262,7 +266,7 @@ class TestWaiting:
         def press(_: float) -> None:
             raise KeyboardInterrupt
 
-        install(commands, "squeue", "echo RUNNING")
+        install(commands, "squeue", "echo 7 RUNNING None")
         monkeypatch.setattr(slurm_waiting.time, "sleep", press)
         assert wait_for_end(submission) == 130
         assert capsys.readouterr().err == "\nno longer waiting; the job goes on; to end it: scancel 7\n"
@@ -271,10 +275,10 @@ class TestWaiting:
         self, submission: Submission, commands: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Beside a bar, lines are broken at the terminal's width."""
-        install(commands, "squeue", "echo COMPLETED")
+        install(commands, "squeue", "echo 7 COMPLETED None")
         said: list[str] = []
         monkeypatch.setattr(slurm_waiting.Follower, "close", lambda _: said.append("closed"))
-        monkeypatch.setattr(slurm_waiting, "show_end", lambda *_, log: said.append("shown") or 1)
+        monkeypatch.setattr(slurm_waiting, "show_end", lambda *_, **__: said.append("shown") or 1)
         submission.ending_file.write_text('{"ending": "fault", "why": "x", "rank": 0}')
         assert wait_for_end(submission) == 1
         assert said == ["closed", "shown"]

@@ -78,7 +78,7 @@ def test_the_copy_of_a_run_that_lives_does_not(tmp_path: Path, monkeypatch) -> N
     job = first.logs / "submissions" / "20261129-010000-a" / "job.json"
     job.parent.mkdir(parents=True)
     job.write_text(json.dumps({"worker": "train", "arguments": [str(first.root), False], "job_id": "12"}))
-    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: {"RUNNING"})
+    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: {"RUNNING": "None"})
     with beating(first):
         shutil.copytree(first.root, tmp_path / "copy")
     copy = RunDir(tmp_path / "copy")
@@ -91,9 +91,14 @@ def test_the_copy_of_a_run_that_lives_does_not(tmp_path: Path, monkeypatch) -> N
 @pytest.mark.parametrize(
     ("states", "state", "words"),
     [
-        ({"RUNNING"}, "running", "Slurm job 12 is RUNNING"),
-        ({"PENDING"}, "queued", "Slurm job 12 is PENDING"),
-        (set(), "stale", "Slurm has no job 12 any more"),
+        ({"RUNNING": "None"}, "running", "Slurm job 12 is RUNNING"),
+        ({"PENDING": "Resources"}, "queued", "Slurm job 12 is PENDING (Resources)"),
+        (
+            {"PENDING": "JobHeldAdmin"},
+            "held",
+            "Slurm job 12 is PENDING (JobHeldAdmin; scontrol release 12 lets it go on)",
+        ),
+        ({}, "stale", "Slurm has no job 12 any more"),
         (None, "running", "Slurm does not answer about job 12"),  # it wrote just now
     ],
 )
@@ -116,20 +121,32 @@ def test_the_job_that_is_alive_counts_whatever_the_clock_said_when_it_was_submit
         job = found.logs / "submissions" / name / "job.json"
         job.parent.mkdir(parents=True)
         job.write_text(json.dumps({"worker": "train", "job_id": job_id}))
-    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: {"RUNNING"} if job_id == "13" else set())
+    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: {"RUNNING": "None"} if job_id == "13" else {})
     assert overview(found).known_by == "Slurm job 13 is RUNNING"
 
 
 @pytest.mark.parametrize(
     ("worker", "states", "launcher", "state", "words"),
     [
-        ("train", {"RUNNING"}, "ended", "running", "Slurm job 12 is RUNNING"),  # the terminal of `--wait` was closed
-        ("train", {"PENDING"}, "alive", "queued", "Slurm job 12 is PENDING"),  # `--wait` waits for the queue
-        ("train", set(), "alive", "running", "launcher"),
+        (
+            "train",
+            {"RUNNING": "None"},
+            "ended",
+            "running",
+            "Slurm job 12 is RUNNING",
+        ),  # the terminal of `--wait` was closed
+        (
+            "train",
+            {"PENDING": "Resources"},
+            "alive",
+            "queued",
+            "Slurm job 12 is PENDING (Resources)",
+        ),  # `--wait` waits for the queue
+        ("train", {}, "alive", "running", "launcher"),
         ("train", None, "ended", "running", "Slurm does not answer about job 12"),
-        ("train", set(), "ended", "stale", "Slurm has no job 12 any more"),
-        ("sample", {"RUNNING"}, "ended", "stale", "launcher"),
-        ("evaluate", {"RUNNING"}, "ended", "stale", "launcher"),
+        ("train", {}, "ended", "stale", "Slurm has no job 12 any more"),
+        ("sample", {"RUNNING": "None"}, "ended", "stale", "launcher"),
+        ("evaluate", {"RUNNING": "None"}, "ended", "stale", "launcher"),
     ],
 )
 def test_a_training_job_counts_beside_the_launcher_that_waits_for_it(
