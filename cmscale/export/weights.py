@@ -41,14 +41,8 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         UserError: The format cannot express the network, the file's name has another ending, the target cannot be
             written or holds another model or a card that was edited, or an evaluation of the run is not readable.
     """
-    _refuse_inexpressible(source.config, format, to)
-    is_folder = format == "diffusers" or is_folder_of(format, to)
-    if is_folder and format == "safetensors":
-        refuse_another_model(
-            open_storage(to), source.config, files=(EXPORTED_WEIGHTS, CARD, SAMPLES), weights=EXPORTED_WEIGHTS
-        )
-    if format == "diffusers":
-        check_folder(to, source.config)
+    is_folder = is_folder_of(format, to)
+    _check(source.config, format, to, is_folder=is_folder)
     card_file = card_of(format, to)
     before, is_seen = None, True
     try:
@@ -74,18 +68,7 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         write_first_card(card_file, begun(""))  # nothing is written if there is another one
     elif before is not None:
         card_file.write(sealed(begun(SAMPLES if _shows_grid(before) else "")).encode())
-    what = {"config": source.config, "step": source.step, "weights_name": source.weights_name}
-    match format:
-        case "safetensors":
-            write_safetensors(
-                Place(open_storage(to).join(EXPORTED_WEIGHTS)) if is_folder else to, source.weights, **what
-            )
-        case "openai":
-            write_openai(to, source.weights, model=source.config.model)
-        case "diffusers":
-            write_diffusers(to, source.weights, **what, card=sealed(card))
-        case _:
-            assert_never(format)
+    _write(source, format, to, is_folder=is_folder, card=sealed(card))
     if samples is not None:
         open_storage(to).write(SAMPLES, samples)
     if format != "diffusers":
@@ -93,6 +76,32 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
     if is_folder and samples is None and before is not None and _shows_grid(before):
         open_storage(to).delete(SAMPLES)  # the grid of the weights before
     return unlike_openai(source.config.method) if format == "openai" else []
+
+
+def _check(config: Config, format: Format, to: Place, *, is_folder: bool) -> None:
+    """Raises UserError if the format can't express the network, or a folder holds another model."""
+    _refuse_inexpressible(config, format, to)
+    if format == "diffusers":
+        check_folder(to, config)
+    elif is_folder:
+        refuse_another_model(
+            open_storage(to), config, files=(EXPORTED_WEIGHTS, CARD, SAMPLES), weights=EXPORTED_WEIGHTS
+        )
+
+
+def _write(source: Source, format: Format, to: Place, *, is_folder: bool, card: str) -> None:
+    """Writes the weights; a folder of diffusers' with its card, as its index comes last."""
+    what = {"config": source.config, "step": source.step, "weights_name": source.weights_name}
+    match format:
+        case "safetensors":
+            file = Place(open_storage(to).join(EXPORTED_WEIGHTS)) if is_folder else to
+            write_safetensors(file, source.weights, **what)
+        case "openai":
+            write_openai(to, source.weights, model=source.config.model)
+        case "diffusers":
+            write_diffusers(to, source.weights, **what, card=card)
+        case _:
+            assert_never(format)
 
 
 def _shows_grid(card: str) -> bool:
