@@ -152,6 +152,11 @@ def weights_file(storage: Storage) -> str:
     """
     there = {entry.key for entry in storage.list("unet/")}
     found = next((key for key in UNET_VARIANTS if key in there), None)
+    if found is None and any(key.endswith(".index.json") for key in there):
+        raise UserError(
+            f"{storage.join('unet')}: the weights are in several files; save them as one, with diffusers' "
+            "save_pretrained(..., max_shard_size='100GB')"
+        )
     if found is None:
         raise UserError(f"{storage.join(UNET_WEIGHTS)}: no such file, nor one of {', '.join(UNET_VARIANTS[1:])}")
     return found

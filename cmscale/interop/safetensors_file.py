@@ -16,7 +16,7 @@ from cmscale.errors import UserError
 from cmscale.interop.files import located, readable, writable
 from cmscale.interop.fingerprint import weights_fingerprint
 from cmscale.interop.names import Weights, parameter_shapes
-from cmscale.interop.strict import strict_weights
+from cmscale.interop.strict import strict_weights, without_wrappers
 from cmscale.io.reading import reading
 
 
@@ -64,7 +64,9 @@ def read_safetensors(source: str | Path, *, model: Model | None = None) -> tuple
     with readable(storage, key) as path:
         found, metadata = load_with_metadata(path, origin=origin)
     card = own_card(metadata)
-    if card is not None:
+    if card is None:
+        found = without_wrappers(found)
+    else:
         model = parse_config(card["config"], origin=f"config in {origin}", resolved=True).model
     if model is None:
         raise UserError(f"{origin}: holds no config, as cmscale did not write it; give --config CONFIG [key=value ...]")

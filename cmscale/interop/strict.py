@@ -1,13 +1,15 @@
 """Checks that weights are exactly those of the configured network."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cmscale.errors import UserError
 
+T = TypeVar("T")
+_WRAPPERS = ("module.", "_orig_mod.")
 MAX_NAMES = 3  # per problem in a message
 
 
@@ -32,7 +34,21 @@ def strict_weights(
         raise UserError(
             f"{origin}: do not fit the config's model section ({'; '.join(problems)}); give the config of these weights"
         )
-    return {name: found[name].detach().to("cpu", torch.float32).contiguous() for name in expected}
+    weights: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name in expected:
+        tensor = found[name].detach().to("cpu", torch.float32).contiguous()
+        weights[name] = tensor.clone() if tensor.data_ptr() in places else tensor  # equal ones may be stored once
+        places.add(weights[name].data_ptr())
+    return weights
+
+
+def without_wrappers(found: Mapping[Any, T]) -> dict[Any, T]:
+    """The values by their names without what torch's DistributedDataParallel and torch.compile put before all."""
+    for wrapper in _WRAPPERS * 2:  # one may hold the other
+        if found and all(str(name).startswith(wrapper) for name in found):
+            found = {str(name).removeprefix(wrapper): value for name, value in found.items()}
+    return dict(found)
 
 
 def _misshaped(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> Iterable[str]:

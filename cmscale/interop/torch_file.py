@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from cmscale.errors import UserError
+from cmscale.interop.strict import without_wrappers
 from cmscale.io.pickles import Call, Name, Persistent, PickleError, plain, read_pickle
 from cmscale.io.reading import check_regular, reading
 
@@ -137,7 +138,7 @@ def read_state_dict(path: Path, shapes: Mapping[str, Collection[tuple[int, ...]]
             named = state.name if isinstance(state, Call) else type(state).__name__
             raise UserError(f"{origin}: holds {named}; give a state dict of tensors")
         found: dict[str, Any] = {}
-        for name, value in state.items():
+        for name, value in without_wrappers(state).items():
             tensor = file.tensor(value)
             if tensor is None:
                 found[str(name)] = value

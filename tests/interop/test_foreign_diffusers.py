@@ -120,6 +120,15 @@ def test_what_their_configs_state_must_be_the_network_and_the_method(
         load_source(str(lsun), **arguments)
 
 
+def test_weights_in_several_files_are_refused_with_the_way_to_one(tmp_path: Path) -> None:
+    write_diffusers(tmp_path, random_weights(MODEL), config=CONFIG, step=0, weights_name="imported")
+    weights = tmp_path / UNET_VARIANTS[0]
+    weights.with_name(f"{weights.name}.index.json").write_text("{}")
+    weights.rename(weights.with_name("diffusion_pytorch_model-00001-of-00001.safetensors"))
+    with pytest.raises(UserError, match="several files; save them as one, with diffusers'"):
+        read_diffusers(tmp_path, model=MODEL)
+
+
 def test_another_models_folder_is_not_written_over(lsun: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in lsun.rglob("*") if path.is_file()}
     weights = random_weights(MODEL)

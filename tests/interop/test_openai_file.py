@@ -6,11 +6,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from networks import VARIANTS, random_weights, relative, small_model
+from networks import VARIANTS, random_weights, relative, small_config, small_model
+from safetensors.torch import save_file
 
 from cmscale.config import Model
 from cmscale.errors import UserError
-from cmscale.interop import parameter_shapes, read_openai, write_openai
+from cmscale.interop import parameter_shapes, read_openai, read_safetensors, write_openai, write_safetensors
 from cmscale.interop.names import Layout, reorder_qkv
 from cmscale.model import build_unet
 
@@ -51,6 +52,25 @@ def test_half_precision_files_are_read_as_float32(tmp_path):
     halved = {name: tensor.half() for name, tensor in random_weights(model).items()}
     torch.save(halved, tmp_path / "x.pt")
     assert equal(read_openai(tmp_path / "x.pt", model), {name: tensor.float() for name, tensor in halved.items()})
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_that_a_wrapper_of_torchs_changed_are_taken(tmp_path, wrapper):
+    model = small_model()
+    weights = random_weights(model)
+    torch.save({wrapper + name: tensor for name, tensor in weights.items()}, tmp_path / "x.pt")
+    assert equal(read_openai(tmp_path / "x.pt", model), weights)
+    save_file({wrapper + name: tensor for name, tensor in weights.items()}, tmp_path / "x.safetensors")
+    assert equal(read_safetensors(tmp_path / "x.safetensors", model=model)[0], weights)
+
+
+def test_parameters_that_were_saved_as_one_are_exported(tmp_path):
+    config = small_config(small_model())
+    weights = random_weights(config.model)
+    torch.save({**weights, "time_embed.2.bias": weights["time_embed.0.bias"]}, tmp_path / "x.pt")
+    found = read_openai(tmp_path / "x.pt", config.model)
+    write_safetensors(tmp_path / "y.safetensors", found, config=config, step=0, weights_name="imported")
+    assert equal(read_safetensors(tmp_path / "y.safetensors")[0], found)
 
 
 def test_attention_saved_as_one_dimensional_convolutions_is_taken(tmp_path):
