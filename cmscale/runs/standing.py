@@ -193,12 +193,12 @@ def _slurm_job(run: RunDir, states_of: JobStates) -> _Life | None:
         if not active:
             gone = gone or _Life(False, "", f"Slurm has no job {number} any more")
             continue
-        if "PENDING" in active and "RUNNING" not in active:
-            reason = states["PENDING"]
-            why = why_it_waits(number, reason, clusters)
-            return _Life(True, "held" if is_held(reason) else "queued", f"Slurm job {number} is PENDING ({why})")
-        state = "running" if "RUNNING" in active else active[0].lower()
-        return _Life(True, state, f"Slurm job {number} is {active[0]}")
+        state = next((one for one in ("RUNNING", "PENDING") if one in active), active[0])
+        reason, why = states[state], ""
+        if state == "PENDING" or is_held(reason):
+            why = f" ({why_it_waits(number, reason, clusters)})"
+        name = "held" if is_held(reason) else {"PENDING": "queued"}.get(state, state.lower())
+        return _Life(True, name, f"Slurm job {number} is {state}{why}")
     return gone
 
 

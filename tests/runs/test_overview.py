@@ -98,6 +98,8 @@ def test_the_copy_of_a_run_that_lives_does_not(tmp_path: Path, monkeypatch) -> N
             "held",
             "Slurm job 12 is PENDING (JobHeldAdmin; scontrol release 12 lets it go on)",
         ),
+        ({"SPECIAL_EXIT": "job requeued in held state"}, "held", "; scontrol release 12 lets it go on)"),
+        ({"COMPLETING": "None"}, "completing", "Slurm job 12 is COMPLETING"),
         ({}, "stale", "Slurm has no job 12 any more"),
         (None, "running", "Slurm does not answer about job 12"),  # it wrote just now
     ],
