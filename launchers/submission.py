@@ -14,6 +14,7 @@ from cmscale.config.source_request import request_from
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.json_text import parse_json
+from cmscale.io.local import LocalStorage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import RunDir
 from cmscale.runs.generations import claimed_by, highest_claimed
@@ -22,8 +23,6 @@ from cmscale.runs.sample_sets import SetPlace, place_of_seed, set_place, stored_
 from launchers import jobs
 from launchers.judge import SUPERSEDED, Attempt, RankEnd, RankFailure
 
-NO_STEP = "no step within "
-"""How the reason begins for which `cmscale.engine.watch` kills a rank."""
 _READ_AT_ONCE = 16  # reports of ranks
 _BESIDE = {jobs.EVALUATE: "evaluation", jobs.SAMPLE: "sampling"}
 
@@ -72,6 +71,12 @@ class Submission:
     def write_job(
         self, worker: str, arguments: tuple[Any, ...], *, job_id: str | None = None, code: Path | str | None = None
     ) -> None:
+        """Writes the job, whose starts run it.
+
+        Raises:
+            UserError: it can't be written, or the ranks' logs could not be.
+        """
+        LocalStorage(self.run.logs).check_writable("JOB_0_log.out")
         code = None if code is None else str(code)
         self._write(JobRecord(worker, arguments, job_id, after=highest_claimed(self.run), code=code))
 
@@ -134,17 +139,19 @@ class Submission:
             reports = sorted(found, key=lambda report: report[0])
         return [RankEnd(**value) for _, value in reports if value is not None]
 
-    def explained(self, failure: RankFailure | None) -> RankFailure | None:
-        """The failure, with what a rank's watch recorded before it killed the rank, which hung and could not."""
+    def explained(self, start: str, failure: RankFailure | None) -> RankFailure | None:
+        """The failure, with what a rank's watch recorded before it killed the rank, which hung and could not.
+
+        Args:
+            start: The start in which the rank failed; watches of other starts say nothing about it.
+        """
         if failure is None or self.beside or "killed" not in failure.how.lower():
             return failure
         why = ""
         for event in read_lines(self.run.events):
-            if event.get("event") in ("start", "resumed", "requeued"):
-                why = ""
-            elif event.get("rank") == failure.rank and event.get("event") in ("fault", "recovered"):
-                why = str(event.get("why", "")) if event["event"] == "fault" else ""
-        return replace(failure, how=why) if why.startswith(NO_STEP) else failure
+            if (event.get("start"), event.get("rank")) == (f"{self.name}/{start}", failure.rank):
+                why = str(event.get("why", "")) if event.get("event") == "fault" else ""
+        return replace(failure, how=why) if why else failure
 
     def record(self, attempt: Attempt) -> list[Attempt]:
         """Appends a start that ended to the history. Returns the whole history, oldest first."""

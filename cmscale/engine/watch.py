@@ -20,7 +20,7 @@ def main() -> None:
     stopped gets the whole limit once it goes on.
     """
     rank_process, limit, rank = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-    events, stacks = sys.argv[4], sys.argv[5]
+    events, stacks, start = sys.argv[4:7]
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Slurm sends them to every process of a step
     pause = min(1.0, limit / 10)
@@ -33,7 +33,7 @@ def main() -> None:
         if beats == b"":
             return
         if beats is None and silent > limit:
-            beats = end(rank_process, rank=rank, step=step, limit=limit, events=events, stacks=stacks)
+            beats = end(rank_process, rank=rank, step=step, limit=limit, events=events, stacks=stacks, start=start)
             if not beats:
                 return
             looked = time.monotonic()
@@ -50,11 +50,14 @@ def read_beats(timeout: float) -> bytes | None:
     return os.read(0, 4096) if ready else None
 
 
-def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks: str) -> bytes | None:
+def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks: str, start: str) -> bytes | None:
     """Has the rank write its stacks, records a `fault` in events.jsonl, and kills the rank.
 
     The first kill ends the job. If one rank hangs, all others wait for it and are late within moments, and only their
     stacks show which one it is: so the kill waits for them.
+
+    Args:
+        start: Names the start of the job in the record, by which the launcher finds it; empty outside a job.
 
     Returns:
         The heartbeats of a rank that went on before the kill, as a stopped one may once it is continued here.
@@ -70,6 +73,8 @@ def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks
         time.sleep(0.02)
     time.sleep(0.2)  # the stacks of the other threads
     record = {"time": time.time(), "event": "fault", "step": step, "rank": rank}
+    if start:
+        record["start"] = start
     beats = None
     try:
         append = load_append()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cmscale.config import Config
 from cmscale.distributed.world import World
+from cmscale.io.process import START
 from cmscale.runs.folder import RunDir
 
 WATCH = Path(__file__).with_name("watch.py")
@@ -28,6 +29,7 @@ class Watchdog:
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
         limit = 60.0 * config.engine.step_timeout_minutes
         arguments = [str(os.getpid()), str(limit), str(world.rank), str(run.events), self._stacks.name]
+        arguments.append(os.environ.get(START, ""))
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(WATCH), *arguments],
             stdin=subprocess.PIPE,

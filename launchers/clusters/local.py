@@ -200,7 +200,7 @@ def _judged(submission: Submission, start: str, *, cancelled: bool, timed_out: b
     return judge(
         submission.rank_ends(start),
         status=exits["status"],
-        first_failure=submission.explained(_first_failure(exits["first"])) if exits["first"] else None,
+        first_failure=submission.explained(start, _first_failure(exits["first"])) if exits["first"] else None,
         step=newest_step(submission.run),
         leaving="cancelled" if cancelled else "time_limit" if timed_out else None,
     )

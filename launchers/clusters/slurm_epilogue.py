@@ -59,7 +59,7 @@ def _end_start(flags: argparse.Namespace) -> int:
     attempt = judge(
         ends,
         status=flags.status,
-        first_failure=submission.explained(first_failure(submission.run, job_id, ends)),
+        first_failure=submission.explained(flags.start, first_failure(submission.run, job_id, ends)),
         step=newest_step(submission.run),
         leaving=leaving(facts, signal_seconds=flags.signal_seconds),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cmscale.io.process import START
 from cmscale.runs.log import read_lines
 
 HERE = Path(__file__).parents[1] / "support"
@@ -18,7 +19,7 @@ HERE = Path(__file__).parents[1] / "support"
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[subprocess.Popen[str]]:
     """A process that forks the watched ranks, so that torch is imported once for all."""
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", START: "submission/attempt-0"}
     command = [sys.executable, str(HERE / "watched.py")]
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -54,6 +55,7 @@ def test_a_rank_that_makes_no_step_is_named_its_stacks_kept_and_killed(
     assert status == -9
     (event,) = read_lines(tmp_path / "events.jsonl")
     assert (event["event"], event["rank"], event["step"]) == ("fault", 3, 2)
+    assert event["start"] == "submission/attempt-0"  # by which the launcher finds it
     assert "no step within 0.6 s" in event["why"]
     assert ("was stopped" in event["why"]) == (how == "stopped")
     stacks = (tmp_path / "logs" / "stacks-rank-3.txt").read_text()

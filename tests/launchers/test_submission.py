@@ -1,6 +1,8 @@
 """The files of a submission: the job that ranks read, its history, and files that older versions wrote."""
 
+import errno
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -136,15 +138,27 @@ def test_of_a_rank_that_its_watch_has_killed_the_watchs_reason_counts(submission
     killed = RankFailure(1, "node1", "killed by SIGKILL (by hand, or the machine ran out of memory: see dmesg)")
     late = "no step within 1800 s; stacks in logs/stacks-rank-1.txt"
 
-    def after(*happened: tuple[str, int, str]) -> str:
-        for event, rank, why in happened:
-            write_event(submission.run, event, step=4, rank=rank, why=why)
-        found = submission.explained(killed)
+    def after(event: str, rank: int, why: str, *, start: str = "attempt-0") -> str:
+        write_event(submission.run, event, step=4, rank=rank, why=why, start=f"{submission.name}/{start}")
+        found = submission.explained("attempt-0", killed)
         assert found is not None
         return found.how
 
-    assert after(("start", 0, ""), ("fault", 0, late)) == killed.how
-    assert after(("fault", 1, late)) == late
-    assert after(("requeued", 0, "")) == killed.how
-    assert after(("resumed", 0, ""), ("fault", 1, late), ("recovered", 1, "a step after all")) == killed.how
-    assert submission.explained(None) is None
+    assert after("fault", 0, late) == killed.how
+    assert after("fault", 1, late, start="attempt-1") == killed.how  # in which rank 1 was killed before any event
+    assert after("fault", 1, late) == late
+    write_event(submission.run, "fault", step=4, rank=1, why="the launcher's own event of another start")
+    assert after("recovered", 1, "a step after all") == killed.how
+    assert submission.explained("attempt-0", None) is None
+
+
+def test_a_job_whose_ranks_could_write_no_logs_is_refused(submission: Submission, monkeypatch) -> None:
+    submission.folder.mkdir(parents=True)  # of an earlier start; a file system may have become read-only since
+
+    def only_there(*_: object, dir: Path, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", only_there)
+    with pytest.raises(UserError, match=rf"^{submission.run.logs}/JOB_0_log.out: not allowed to write there"):
+        submission.write_job(TRAIN, ("run",))
+    assert not submission.job_file.exists()
