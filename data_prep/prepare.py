@@ -74,12 +74,14 @@ def prepare(
     try:
         finished = preparation.published(check_source=check_source)
         if finished is not None:
-            report("already prepared")
-            preparation.forget()
-            return finished
+            return _already(preparation, finished, report)
         running = running_array(preparation) if placement else None
         preparation.begin()
         with preparation.exclusive():
+            # The command that was waited for may have published meanwhile: then there are no records of its shards.
+            finished = preparation.published()
+            if finished is not None:
+                return _already(preparation, finished, report)
             records = preparation.finished(is_running=running is not None, check_source=check_source)
             if records and not running:
                 report(f"continuing: {len(records)} of {preparation.num_shards} shards are finished")
@@ -96,6 +98,12 @@ def prepare(
                 raise
     finally:
         preparation.read.close()
+
+
+def _already(preparation: Preparation, manifest: DatasetManifest, report: Callable[[str], None]) -> DatasetManifest:
+    report("already prepared")
+    preparation.forget()
+    return manifest
 
 
 def _make(

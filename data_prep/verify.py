@@ -33,7 +33,7 @@ from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, FileEntry, read_dataset_manifest, read_document
 from data_prep.making.documents import PREPARATION, PreparationDocument, as_begun
 from data_prep.making.progress import ProgressCounter
-from data_prep.making.shards import DatasetSettings, build_shard
+from data_prep.making.shards import DatasetSettings, TooManyBad, build_shard
 from data_prep.sources import SourceReader, open_source, source_usage
 
 
@@ -45,6 +45,10 @@ def fault_of(storage: Storage, entry: FileEntry) -> str | None:
         return "missing"
     except ArrivedChanged as error:
         return str(error)
+    except ConnectionError:
+        raise
+    except OSError as error:  # a bad place of the disk, or a folder in the file's place: the other files are checked too
+        return f"can't be read ({error.strerror or error})"
     if len(data) != entry.size:
         return f"{len(data)} bytes, expected {entry.size}"
     found = hashlib.sha256(data).hexdigest()
@@ -102,19 +106,23 @@ def _make_again(
             name = format.shard_name(number)
             if name not in entries or not (name in bad or needs_spans):
                 continue
-            record, path = build_shard(
-                keys[number * size : (number + 1) * size],
-                read,
-                settings=settings,
-                number=number,
-                folder=Path(folder),
-                max_bad=manifest.skipped,
+            differs = (
+                f"{storage.join(name)}: made again, it differs from what was published (other images, or another "
+                "version of an encoder); it is not replaced; prepare the data set again"
             )
-            if record.entry != entries[name]:
-                raise UserError(
-                    f"{storage.join(name)}: made again, it differs from what was published (other images, or "
-                    f"another version of an encoder); it is not replaced; prepare the data set again"
+            try:
+                record, path = build_shard(
+                    keys[number * size : (number + 1) * size],
+                    read,
+                    settings=settings,
+                    number=number,
+                    folder=Path(folder),
+                    max_bad=manifest.skipped,
                 )
+            except TooManyBad as error:
+                raise UserError(f"{differs}; unusable: {'; '.join(map(': '.join, error.bad[:5]))}") from None
+            if record.entry != entries[name]:
+                raise UserError(differs)
             spans.extend(record.spans)
             if name in bad:
                 storage.upload(name, path)

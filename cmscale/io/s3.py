@@ -180,6 +180,8 @@ class S3Storage:
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for page in self._pages(prefix):
             for item in page.get("Contents", []):
+                if item["Key"].endswith("/"):  # an empty object, by which consoles and mounts show a folder
+                    continue
                 yield Entry(self._relative(item["Key"]), item["Size"], item["ETag"])
 
     def folders(self, prefix: str = "") -> "list[str]":

@@ -28,6 +28,8 @@ def make_missing(
     check_bad(records.values(), max_bad)
     done = sum(len(preparation.keys(n)) for n in records)
     total = done + sum(len(preparation.keys(n)) for n in missing)
+    if missing:
+        preparation.format.preload()  # first: the time left is computed from that of the images
     with ProgressCounter("preparing", total=total, done=done) as counter:
         if workers > 1 and len(missing) > 1:
             with _pool(preparation, min(workers, len(missing)), max_bad, counter) as submit:
@@ -61,7 +63,6 @@ def _pool(
     Raises:
         UserError: a process ended without an exception.
     """
-    preparation.format.preload()
     # Forked: the source's list of keys is shared instead of copied, and modules are already imported.
     pool = ProcessPoolExecutor(
         workers,

@@ -12,6 +12,7 @@ from PIL import Image
 from prepare_command import call, refused
 
 from cmscale.data import read_images
+from cmscale.io.s3 import S3Storage
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import read_dataset_manifest
 from data_prep import verify
@@ -55,6 +56,34 @@ def test_files_of_somebody_else_are_never_touched(source: Path, tmp_path, s3, ca
     for format in ("mds", "webdataset"):
         assert "/out" in refused(capsys, call(f"lsun:{source}", url, format=format))
     assert {entry.key: storage.read(entry.key) for entry in storage.list()} == FOREIGN[what]
+
+
+def test_a_folder_that_a_console_has_made_on_s3_is_empty(source: Path, s3: str) -> None:
+    folder = S3Storage.from_url(f"{s3}/out")
+    folder.client.put_object(Bucket=folder.bucket, Key=f"{folder.prefix}/", Body=b"")
+    assert list(folder.list()) == []
+    assert call(f"lsun:{source}", f"{s3}/out") == 0
+    assert verify.main([f"{s3}/out"]) == 0
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_a_command_that_waits_for_another_finds_what_that_has_published(
+    tmp_path: Path, s3: str, capsys, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    root, url = _folder(tmp_path / "in"), str(tmp_path / "out") if place == "folder" else f"{s3}/out"
+    (root / "03.png").write_bytes(b"no picture")
+    exclusive, others = Preparation.exclusive, ["--max-bad 1"]
+
+    def after_another(self):
+        if others:  # of the first command, which would begin anew, refuse the picture, and remove all shards
+            assert call(f"folder:{root}", url, *others.pop().split()) == 0
+        return exclusive(self)
+
+    monkeypatch.setattr(Preparation, "exclusive", after_another)
+    assert call(f"folder:{root}", url) == 0
+    assert "already prepared" in capsys.readouterr().out
+    assert verify.main([url]) == 0
+    assert not [entry for entry in open_storage(url).list() if entry.key.startswith(".progress")]
 
 
 def test_a_place_inside_the_source_or_the_source_itself_is_refused(tmp_path: Path, capsys) -> None:

@@ -16,11 +16,13 @@ from prepare_command import call
 
 from cmscale.data import read_images
 from cmscale.data.decode import decode
+from cmscale.data.formats.mds import MDSFormat
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import read_dataset_manifest
 from data_prep import verify
 from data_prep.making.convert import crop
 from data_prep.making.preparation import Preparation
+from data_prep.making.progress import ProgressCounter
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +77,7 @@ _KILLED_AFTER = """
 import os, signal, sys
 from data_prep import prepare
 from data_prep.making.preparation import Preparation
+from data_prep.making.progress import ProgressCounter
 make = Preparation.make
 def make_or_die(self, number, **kwargs):
     if number == int(sys.argv[1]):
@@ -206,3 +209,13 @@ def test_lossless_encodings_keep_every_pixel(tmp_path: Path, encoding: str) -> N
     (found, key) = next(read_images(str(tmp_path / "out")))
     assert key == "a.b.png"
     np.testing.assert_array_equal(found, image)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_time_left_counts_images_and_no_imports(source: Path, tmp_path: Path, monkeypatch, workers: str) -> None:
+    happened: list[str] = []
+    count = ProgressCounter.__init__
+    monkeypatch.setattr(MDSFormat, "preload", lambda _: happened.append("import"))
+    monkeypatch.setattr(ProgressCounter, "__init__", lambda *a, **k: happened.append("count") or count(*a, **k))
+    assert call(f"lsun:{source}", tmp_path / "out", "--workers", workers, format="mds") == 0
+    assert happened == ["count", "import", "count"]  # comparing, which finds nothing to compare, and preparing

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from data_fixtures import FORMATS, encoded_images, write_lmdb
+from data_fixtures import FORMATS, encoded, encoded_images, smooth_image, write_lmdb
 from prepare_command import call, refused
 
 from cmscale.io.storage import open_storage
@@ -55,3 +55,27 @@ def test_a_manifest_that_does_not_match_is_refused(source: Path, tmp_path: Path,
     storage.write("manifest.json", storage.read("manifest.json").replace(b'"count": 4', b'"count": 5'))
     capsys.readouterr()
     assert "does not match" in refused(capsys, verify.main([str(tmp_path / "out")]))
+
+
+def test_a_file_that_cannot_be_read_is_named_beside_the_others(source: Path, tmp_path: Path, capsys) -> None:
+    assert call(f"lsun:{source}", tmp_path / "out") == 0
+    (tmp_path / "out" / "shard-00001.tar").unlink()
+    (tmp_path / "out" / "shard-00001.tar").mkdir()  # reading it fails as on a bad place of a disk
+    (tmp_path / "out" / "shard-00003.tar").unlink()
+    capsys.readouterr()
+    assert verify.main([str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["bad: shard-00001.tar: can't be read (Is a directory)", "bad: shard-00003.tar: missing"]
+
+
+def test_repair_from_images_that_have_been_damaged_since_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.png").write_bytes(encoded(smooth_image(number), "png"))
+    assert call(f"folder:{tmp_path}/in", tmp_path / "out") == 0
+    (tmp_path / "out" / "shard-00001.tar").write_bytes(b"bad")
+    (tmp_path / "in" / "5.png").write_bytes(b"no picture")
+    capsys.readouterr()
+    error = refused(capsys, verify.main([str(tmp_path / "out"), "--repair"]))
+    assert "shard-00001.tar: made again, it differs" in error
+    assert "unusable: 5.png: no picture" in error

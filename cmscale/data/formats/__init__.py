@@ -83,7 +83,7 @@ class ShardFormat(ABC):
         """
 
     def preload(self) -> None:  # noqa: B027
-        """Imports what `write_shard` needs where that takes long: called once before processes are forked."""
+        """Imports what `write_shard` needs where that takes long: called once before any shard is made."""
 
 
 def shard_format(name: str) -> ShardFormat:
