@@ -101,7 +101,7 @@ def end_early_interrupts() -> None:
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
     """Does as Python does on Ctrl-C, and notes it: a library may swallow the exception and fail of what it left."""
-    interrupts.received.append(number)
+    interrupts.note(number)
     raise KeyboardInterrupt
 
 

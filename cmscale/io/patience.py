@@ -66,9 +66,9 @@ def patiently(call: Callable[[], T], *, given_up: threading.Event | None = None)
             began = now if began is None else began
             patience = 60.0 * storage_settings().patience_minutes
             left = began + patience - now
-            if left <= 0:
+            if left <= 0 or interrupts.received:
                 _mark(0.0)
-                if not patience:
+                if not patience or interrupts.received:
                     raise
                 waited = f"{error}; waited {patience / 60:g} minutes (storage.patience_minutes)"
                 raise StorageAway(waited) from error

@@ -2,14 +2,20 @@
 
 A socket's own timeout begins anew with every byte: a server, or a proxy before it, that sends a byte a minute would
 hold a reader for years. And urllib3 gives a whole request body the time for connecting, which no slow line keeps.
+Ctrl-C ends the exchanges of other threads than the main one at once, and leaves that a few seconds for all of its own.
 
 This is the one module that uses private parts of botocore: it replaces the classes of a client's connections.
 """
 
+import contextlib
 import io
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from cmscale.io import interrupts
 
 LEAST_BYTES_PER_SECOND = 4096
 """What an answer brings at least, over each `WINDOW_SECONDS` of waiting for it, unless it ends before."""
@@ -21,6 +27,9 @@ if TYPE_CHECKING:
     from botocore.awsrequest import AWSHTTPConnection as _Base
 else:
     _Base = object
+
+
+_waited_for: set[socket.socket] = set()  # by a thread of this process, at the moment
 
 
 class TooSlow(TimeoutError):
@@ -51,6 +60,7 @@ class _Paced(_Base):
     windows = 1
 
     def connect(self) -> None:
+        self.timeout: Any = _bounded(self.timeout)
         super().connect()
         self.sock: Any = _PacedSocket(self.sock, self)
 
@@ -69,22 +79,28 @@ class _PacedSocket:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
 
+    def settimeout(self, seconds: float | None) -> None:
+        self._socket.settimeout(_bounded(seconds))
+
     def makefile(self, mode: str, buffering: int | None = None) -> io.RawIOBase | io.BufferedReader:
-        raw = _PacedReader(self._socket.makefile(mode, 0), window=WINDOW_SECONDS * self._connection.windows)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        answer: Any = self._socket.makefile(mode, 0)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        raw = _PacedReader(answer, self._socket, window=WINDOW_SECONDS * self._connection.windows)
         return raw if buffering == 0 else io.BufferedReader(raw)
 
     def sendall(self, data: Any) -> None:
         left = memoryview(data).cast("B")
         while left:
-            self._socket.sendall(left[:_PIECE_BYTES])
+            with _waiting(self._socket):
+                self._socket.sendall(left[:_PIECE_BYTES])
             left = left[_PIECE_BYTES:]
 
 
 class _PacedReader(io.RawIOBase):
     """Reads one answer. The time that passes in waiting for bytes counts, not what the caller does between."""
 
-    def __init__(self, raw: Any, *, window: float) -> None:
+    def __init__(self, raw: Any, connected: socket.socket, *, window: float) -> None:
         self._raw = raw
+        self._socket = connected
         self._window = window
         self._waited = 0.0
         self._bytes = 0
@@ -94,7 +110,8 @@ class _PacedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int | None:
         began = time.monotonic()
-        count = self._raw.readinto(buffer)
+        with _waiting(self._socket):
+            count = self._raw.readinto(buffer)
         self._waited += time.monotonic() - began
         self._bytes += count or 0
         if self._waited >= self._window:
@@ -107,3 +124,32 @@ class _PacedReader(io.RawIOBase):
         if not self.closed:
             self._raw.close()
         super().close()
+
+
+@contextmanager
+def _waiting(connected: socket.socket) -> Iterator[None]:
+    """Lets Ctrl-C end what the block waits for. Raises TooSlow if it has come already."""
+    _waited_for.add(connected)  # before the question: a signal between the two finds it here
+    try:
+        _bounded(None)
+        yield
+    finally:
+        _waited_for.discard(connected)
+
+
+def _bounded(seconds: float | None) -> float | None:
+    """A time-out, no longer than Ctrl-C leaves this thread. Raises TooSlow if that is nothing."""
+    left = interrupts.seconds_left()
+    if left == 0.0:
+        raise TooSlow("interrupted")
+    return seconds if left is None or (isinstance(seconds, float | int) and seconds <= left) else left
+
+
+def _end_waits() -> None:
+    """Ends the exchanges that threads wait for. The main thread, whose handler this is, gets an exception anyway."""
+    for connected in tuple(_waited_for):
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(connected, socket.SHUT_RDWR)  # TLS's own would change what its thread uses
+
+
+interrupts.ending.append(_end_waits)

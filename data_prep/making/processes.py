@@ -7,8 +7,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from types import FrameType
 
 from cmscale.errors import UserError
+from cmscale.io import interrupts
 from cmscale.io.process import die_with_parent
 from data_prep.making.preparation import Preparation
 from data_prep.making.progress import ProgressCounter
@@ -82,6 +84,10 @@ def _pool(
         yield submit
     except BrokenProcessPool:
         raise _worker_died(started, preparation) from None
+    except KeyboardInterrupt:
+        for worker in started:
+            worker.terminate()  # it removes what it has of its shard
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -131,19 +137,36 @@ def _worker_died(workers: Iterable[BaseProcess], preparation: Preparation) -> Us
 
 
 _worker: tuple[Preparation, int, Callable[[], None]] | None = None
+_is_making = False
 
 
 def _start_worker(preparation: Preparation, max_bad: int, tick: Callable[[], None]) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGTERM, _stop)
     die_with_parent(signal.SIGKILL)  # otherwise the workers of a killed parent would go on writing
     _worker = (preparation, max_bad, tick)
 
 
+def _stop(number: int, _: FrameType | None) -> None:
+    """Ends the shard that is being made, and all that a worker would make after it."""
+    is_first = not interrupts.received
+    interrupts.note(number)
+    if is_first and _is_making:
+        raise KeyboardInterrupt
+
+
 def _make_in_worker(number: int) -> ShardRecord:
+    global _is_making
     assert _worker is not None
     preparation, max_bad, tick = _worker
-    return _make_one(preparation, number, max_bad, tick)
+    try:
+        _is_making = True
+        if interrupts.received:
+            raise KeyboardInterrupt
+        return _make_one(preparation, number, max_bad, tick)
+    finally:
+        _is_making = False
 
 
 def _make_one(preparation: Preparation, number: int, max_bad: int, tick: Callable[[], None]) -> ShardRecord:

@@ -219,3 +219,34 @@ def test_the_time_left_counts_images_and_no_imports(source: Path, tmp_path: Path
     monkeypatch.setattr(ProgressCounter, "__init__", lambda *a, **k: happened.append("count") or count(*a, **k))
     assert call(f"lsun:{source}", tmp_path / "out", "--workers", workers, format="mds") == 0
     assert happened == ["count", "import", "count"]  # comparing, which finds nothing to compare, and preparing
+
+
+_SLOW = r"""
+import time
+from cmscale.commands.ending import end_early_interrupts, leave
+end_early_interrupts()
+from data_prep import prepare
+from data_prep.making import shards
+convert = shards.convert
+shards.convert = lambda *a, **k: print("converts\n", end="", flush=True) or time.sleep(100) or convert(*a, **k)
+leave(prepare.main())
+"""
+
+
+@pytest.mark.long
+def test_ctrl_c_does_not_wait_for_the_shards_that_are_being_made(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _SLOW, "--source", f"lsun:{source}", "--format", "webdataset", "--image-size", "16"]
+    command += ["--samples-per-shard", "4", "--workers", "2", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == [b"converts\n"] * 2
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=60) == 130
+    assert sorted(path.name for path in (tmp_path / "out" / ".progress").rglob("*.tar")) == []
+    assert list((tmp_path / "out" / ".progress" / "scratch").iterdir()) == []

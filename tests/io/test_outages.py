@@ -131,11 +131,13 @@ def test_an_upload_in_parts_goes_on_with_the_part_that_failed(
     assert len(sent) == 1
 
 
-def seconds_until_interrupted(action: Callable[[], object]) -> float:
+def seconds_until_interrupted(
+    action: Callable[[], object], *, is_waiting: Callable[[], bool] = patience.is_waiting
+) -> float:
     """Presses Ctrl-C as soon as an action waits for storage. Returns how long the action took."""
 
     def interrupt() -> None:
-        while not patience.is_waiting():
+        while not is_waiting():
             time.sleep(0.05)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
@@ -176,6 +178,28 @@ def test_an_interrupted_upload_in_parts_ends_at_once_and_leaves_no_part(
     storage = open_storage(s3)
     assert seconds_until_interrupted(lambda: storage.upload("large", path)) < 100
     assert storage.abort_uploads(lambda key: True) == 0
+    assert list(storage.list()) == []
+
+
+@pytest.mark.parametrize("hangs", ["PUT .*partNumber", "uploadId"])
+def test_ctrl_c_ends_an_upload_to_a_server_that_takes_requests_and_says_nothing(
+    s3: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    use_patience(30)
+    monkeypatch.setattr(s3_upload, "PART_BYTES", 5 << 20)
+    path = tmp_path / "large"
+    path.write_bytes(bytes(11 << 20))
+    rule, storage = proxy.add("stall", match=hangs), open_storage(s3)
+    monkeypatch.setattr(interrupts, "received", [])
+    before = signal.signal(signal.SIGINT, ending._interrupt)
+    try:
+        took = seconds_until_interrupted(lambda: storage.upload("large", path), is_waiting=lambda: rule.used >= 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert took < 40  # one request takes three minutes, if nothing ends it
+    monkeypatch.setattr(interrupts, "received", [])
+    proxy.clear()
+    assert storage.abort_uploads(lambda key: True) == int(hangs == "uploadId")  # nobody could tell that server more
     assert list(storage.list()) == []
 
 
