@@ -47,7 +47,7 @@ def fault_of(storage: Storage, entry: FileEntry) -> str | None:
         return str(error)
     except ConnectionError:
         raise
-    except OSError as error:  # a bad place of the disk, or a folder in the file's place: the other files are checked too
+    except OSError as error:  # a bad place of the disk, or a folder there; the other files are checked, too
         return f"can't be read ({error.strerror or error})"
     if len(data) != entry.size:
         return f"{len(data)} bytes, expected {entry.size}"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cmscale.data.cache_lock import locked
+from cmscale.data.cache_lock import inventory, lock_of, locked
 from cmscale.errors import DamagedInput, NoSpace, UserError
 from cmscale.io.durable import NO_SPACE, explained
 from cmscale.io.own_folder import own_folder
@@ -23,6 +23,7 @@ from cmscale.runs.manifests import FileEntry
 
 ATTEMPTS = 4
 _TOUCH_SECONDS = 60.0
+_OTHERS_SECONDS = 1.0  # between two looks whether other processes' downloads have ended
 _MAX_EVICTIONS = 10
 _IDENTITY = struct.Struct("<Q")
 _UNKNOWN, _VERIFIED, _MISSING, _DAMAGED = range(4)
@@ -109,7 +110,7 @@ class FileCache:
         self._state = mmap.mmap(-1, max(1, len(entries)))  # anonymous shared memory: forked workers see the same
         self._identities = mmap.mmap(-1, _IDENTITY.size * max(1, len(entries)))
         self._touched: dict[str, float] = {}
-        self._was_full = False
+        self._has_said_full = mmap.mmap(-1, 1)  # shared, too: once for all workers of a rank
         largest = max((entry.size for entry in entries.values()), default=0)
         if not self.in_place and largest > limit:
             raise UserError(
@@ -189,7 +190,7 @@ class FileCache:
     def _obtain(self, name: str, path: Path) -> None:
         """Verifies or fetches a file and records the result, so that a bad file is not fetched for each sample."""
         number, entry = self._number[name], self.entries[name]
-        with contextlib.nullcontext() if self.in_place else locked(path.with_name(f".{path.name}.lock")):
+        with contextlib.nullcontext() if self.in_place else locked(lock_of(path)):
             if self._state[number] not in _BAD:
                 found = self._check(path, entry) if self.in_place else self._bring(name, path, entry)
                 self._record(number, *found)
@@ -215,26 +216,37 @@ class FileCache:
             for leftover in path.parent.glob(f"{dots}{path.name}.part*"):
                 leftover.unlink(missing_ok=True)
         part = path.with_name(f".{path.name}.part")
-        limit = self.limit
-        while True:
-            try:
-                self._make_room(part, entry.size, limit)
-                return self._fetch(name, path, entry, part)
-            except NoSpace as error:
-                limit = self._limit_of_full_disk(error)
-            finally:
-                part.unlink(missing_ok=True)
+        try:
+            with locked(self.root / ".lock"):
+                self._make_room(part, entry.size, self.limit)
+            return self._fetch(name, path, entry, part)
+        except NoSpace:
+            part.unlink(missing_ok=True)
+            with locked(self.root / ".lock"):  # no other download begins: all at once would fill any disk
+                return self._bring_alone(name, path, entry, part)
+        finally:
+            part.unlink(missing_ok=True)
 
-    def _limit_of_full_disk(self, error: NoSpace) -> int:
-        """The bytes used, as the limit where a disk is full before `data.cache_gb` is: older files are deleted then.
+    def _bring_alone(self, name: str, path: Path, entry: FileEntry, part: Path) -> tuple[int, int | None]:
+        """As `_bring`, where a disk is full before `data.cache_gb` is: older files, and downloads that end, make room.
 
         Raises:
             NoSpace: there are none.
         """
-        _, complete = self._inventory()
-        if not complete:
-            raise NoSpace(f"{self._full()}; free some, or name a folder on a larger disk") from error
-        return sum(length for _, length, _ in complete)
+        limit = self.limit
+        while True:
+            used, complete = self._inventory()
+            if used and not complete:
+                self.wait(_OTHERS_SECONDS)  # for the end of downloads that began before
+                continue
+            try:
+                self._make_room(part, entry.size, limit)
+                return self._fetch(name, path, entry, part)
+            except NoSpace as error:
+                part.unlink(missing_ok=True)
+                if not used:
+                    raise NoSpace(f"{self._full()}; free some, or name a folder on a larger disk") from error
+                limit = used
 
     def _full(self) -> str:
         return f"data.cache_dir: {self.root} on {node_name()}: {NO_SPACE} on the device"
@@ -267,32 +279,21 @@ class FileCache:
     def _make_room(self, part: Path, size: int, limit: int) -> None:
         """Deletes the least recently used files until `size` more bytes fit into `limit`; reserves them for `part`.
 
-        The reservation is an empty file of this length, which other processes count until the download is complete.
+        The reservation is an empty file of this length, which other processes count until the download is complete. The
+        caller holds the cache's lock.
         """
-        with locked(self.root / ".lock"):
-            used, complete = self._inventory()
-            room = min(limit, used + shutil.disk_usage(self.root).free)
-            if used + size > room < self.limit and not self._was_full:
-                self._was_full = True
-                say(f"{self._full()}, before data.cache_gb is used; the oldest shards make room")
-            for _, length, path in sorted(complete):
-                if used + size <= room:
-                    break
-                path.unlink(missing_ok=True)
-                used -= length
-            with explained(part), part.open("wb") as file:
-                file.truncate(size)
+        used, complete = self._inventory()
+        room = min(limit, used + shutil.disk_usage(self.root).free)
+        if complete and used + size > room < self.limit and not self._has_said_full[0]:
+            self._has_said_full[0] = 1
+            say(f"{self._full()}, before data.cache_gb is used; the oldest shards make room")
+        for _, length, path in sorted(complete):
+            if used + size <= room:
+                break
+            path.unlink(missing_ok=True)
+            used -= length
+        with explained(part), part.open("wb") as file:
+            file.truncate(size)
 
     def _inventory(self) -> tuple[int, list[tuple[int, int, Path]]]:
-        """Bytes used and reserved in the cache, and its complete files as (modification time, bytes, path)."""
-        complete: list[tuple[int, int, Path]] = []
-        reserved: dict[tuple[Path, str], int] = {}
-        for path in self.root.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process deletes too
-                status = path.stat()
-                if not path.name.startswith("."):
-                    complete.append((status.st_mtime_ns, status.st_size, path))
-                elif ".part" in path.name:  # a download may use several temporary files: the longest counts
-                    target = path.parent, path.name.lstrip(".").partition(".part")[0]
-                    reserved[target] = max(reserved.get(target, 0), status.st_size)
-        return sum(length for _, length, _ in complete) + sum(reserved.values()), complete
+        return inventory(self.root)

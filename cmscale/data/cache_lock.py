@@ -1,4 +1,4 @@
-"""Holds the locks of a node's cache of shards."""
+"""Holds the locks of a node's cache of shards, and counts what is in it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -28,3 +28,34 @@ def locked(path: Path) -> Iterator[None]:
         except LockTimeout as error:
             raise RuntimeError(str(error)) from None  # a fault of the node, not the user's mistake
         yield
+
+
+def lock_of(path: Path) -> Path:
+    """The lock of whoever brings a file into the cache."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def inventory(root: Path) -> tuple[int, list[tuple[int, int, Path]]]:
+    """Bytes used and reserved in the cache, and its complete files as (modification time, bytes, path)."""
+    complete: list[tuple[int, int, Path]] = []
+    reserved: dict[Path, list[tuple[int, Path]]] = {}
+    for path in root.glob("*/*"):
+        with contextlib.suppress(FileNotFoundError):  # another process deletes too
+            status = path.stat()
+            if not path.name.startswith("."):
+                complete.append((status.st_mtime_ns, status.st_size, path))
+            elif ".part" in path.name:
+                target = path.with_name(path.name.lstrip(".").partition(".part")[0])
+                reserved.setdefault(target, []).append((status.st_size, path))
+    # A download may use several temporary files: the longest counts.
+    of_others = sum(max(parts)[0] for target, parts in reserved.items() if not _removed_as_left(target, parts))
+    return sum(length for _, length, _ in complete) + of_others, complete
+
+
+def _removed_as_left(target: Path, parts: list[tuple[int, Path]]) -> bool:
+    """Removes what a killed process left of a download: nobody holds its lock. Returns whether that was so."""
+    with contextlib.suppress(LockTimeout), hold(lock_of(target), timeout=0, what="data.cache_dir"):
+        for _, path in parts:
+            path.unlink(missing_ok=True)
+        return True
+    return False

@@ -2,11 +2,13 @@
 
 import collections
 import hashlib
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -270,7 +272,7 @@ def test_a_cache_smaller_than_a_shard_is_refused(tmp_path: Path) -> None:
         cache_of(Counting(FILES), tmp_path, limit=999)
 
 
-def test_on_a_disk_that_is_full_before_the_limit_older_files_make_room(tmp_path: Path, capsys) -> None:
+def test_on_a_disk_that_is_full_before_the_limit_older_files_make_room(tmp_path: Path, capfd) -> None:
     storage, room = Counting(FILES), 3000
     some = cache_of(storage, tmp_path, limit=10_000)
 
@@ -280,10 +282,12 @@ def test_on_a_disk_that_is_full_before_the_limit_older_files_make_room(tmp_path:
 
     storage.during = fill
     for at, number in enumerate([0, 1, 2, 3, 4]):
-        path = some.path(f"shard-{number}")
-        os.utime(path, (at, at))
+        worker = multiprocessing.get_context("fork").Process(target=some.path, args=(f"shard-{number}",))
+        worker.start()
+        worker.join()
+        os.utime(some.folder / f"shard-{number}", (at, at))
     assert sorted(path.name for path in some.folder.glob("shard*")) == ["shard-2", "shard-3", "shard-4"]
-    assert capsys.readouterr().out.count("no space left on the device, before data.cache_gb is used") == 1
+    assert capfd.readouterr().out.count("no space left on the device, before data.cache_gb is used") == 1
     room = 0
     with pytest.raises(
         NoSpace, match=rf"^data.cache_dir: {tmp_path} on \S+: no space left on the device; free some, or"
@@ -303,6 +307,38 @@ def test_the_room_that_the_disk_has_is_kept_before_a_download_fails(tmp_path: Pa
         some.path(f"shard-{number}")
         assert used() <= 3000
     assert used() == 3000
+
+
+def test_workers_that_fill_a_disk_at_once_go_on_one_after_the_other(tmp_path: Path) -> None:
+    storage, all_at_once = Counting(FILES), threading.Barrier(4)
+    caches = [cache_of(storage, tmp_path, limit=10_000) for _ in range(4)]
+
+    def fill(_: str) -> None:  # room for two; four at once end at half of a shard each
+        if len(storage.downloads) <= 4:
+            all_at_once.wait(timeout=60)
+            raise NoSpace("shard.part: no space left on the device")
+        if sum(path.stat().st_size for path in tmp_path.glob("*/*shard-?*") if "lock" not in path.name) > 2000:
+            raise NoSpace("shard.part: no space left on the device")
+
+    storage.during = fill
+    with ThreadPoolExecutor(4) as threads:
+        paths = list(threads.map(lambda number: caches[number].path(f"shard-{number}"), range(4)))
+    assert [path.name for path in paths] == [f"shard-{number}" for number in range(4)]
+    assert len(list(tmp_path.glob("*/shard*"))) == 2
+
+
+def test_what_killed_downloads_have_reserved_is_given_back(tmp_path: Path) -> None:
+    left = tmp_path / "another set" / ".shard-7.part"
+    left.parent.mkdir()
+    left.write_bytes(bytes(2000))
+    some = cache_of(Counting(FILES), tmp_path, limit=3000)
+    with hold(left.with_name(".shard-7.lock"), timeout=0, what="its download is alive"):
+        for at, number in enumerate([0, 1]):
+            os.utime(some.path(f"shard-{number}"), (at, at))
+    assert [path.name for path in some.folder.glob("shard*")] == ["shard-1"]
+    some.path("shard-2")
+    assert sorted(path.name for path in some.folder.glob("shard*")) == ["shard-1", "shard-2"]
+    assert not left.exists()
 
 
 def test_leftovers_of_a_killed_download_are_removed(tmp_path: Path) -> None:

@@ -235,7 +235,17 @@ leave(prepare.main())
 
 @pytest.mark.long
 def test_ctrl_c_does_not_wait_for_the_shards_that_are_being_made(source: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _SLOW, "--source", f"lsun:{source}", "--format", "webdataset", "--image-size", "16"]
+    command = [
+        sys.executable,
+        "-c",
+        _SLOW,
+        "--source",
+        f"lsun:{source}",
+        "--format",
+        "webdataset",
+        "--image-size",
+        "16",
+    ]
     command += ["--samples-per-shard", "4", "--workers", "2", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         command,
