@@ -7,7 +7,12 @@ class UserError(ValueError):
     """A user's mistakes, in one line each: what is wrong, which value, what to do.
 
     Every other exception is a fault of the program or of the machine: a traceback, exit status 1.
+
+    Attributes:
+        status: The exit status of a command that ends by it.
     """
+
+    status = 2
 
     def __init__(self, message: str, *more: str) -> None:
         super().__init__(*map(one_line, (message, *more)))
@@ -21,6 +26,8 @@ class NoSpace(UserError):
 
     A job that meets it is not started again, as it would meet it again.
     """
+
+    status = 1
 
 
 class DamagedInput(RuntimeError):

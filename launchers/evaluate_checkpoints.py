@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def request_due(run: RunDir, *, every: int, flags: list[str]) -> None:
-    """Starts the evaluation of each checkpoint that is due. One that Slurm did not accept is due again.
+    """Starts the evaluation of each checkpoint that is due. One about which Slurm did not answer is due again.
 
     So is one on this machine that a signal ended. One that failed by itself is not: its own launcher has tried again.
     """

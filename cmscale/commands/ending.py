@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
-from cmscale.errors import DamagedInput, NoSpace, UserError
+from cmscale.errors import DamagedInput, UserError
 from cmscale.io import interrupts
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -63,7 +63,7 @@ def guarded(
         raise
     except (UserError, DamagedInput) as error:
         said = "\n".join(f"{label}: {line}" for line in str(error).splitlines() or [""])
-        return _said(said, 1 if isinstance(error, NoSpace) else 2)
+        return _said(said, error.status if isinstance(error, UserError) else 2)
     except KeyboardInterrupt:
         return _said(interrupted, INTERRUPTED)
     except (OSError, subprocess.SubprocessError, *faults) as error:

@@ -32,6 +32,12 @@ ACTIVE_STATES = frozenset(
 States = dict[str, str]
 """Of a job or the tasks of an array: squeue's names such as `PENDING`, each with its reason such as `Priority`."""
 
+TRANSIENT = re.compile(
+    r"[Uu]nable to contact|[Tt]imed out|[Cc]onnection (refused|reset|failure)|[Cc]ommunication|[Tt]emporarily|try again"
+    r"|[Ss]tandby|[Zz]ero [Bb]ytes|[Tt]ransport endpoint|[Uu]nexpected message|[Aa]uthentication|[Tt]ransition|[Bb]usy"
+)
+"""What Slurm's commands print if slurmctld did not get a request or can't act on it now. All else is a refusal."""
+
 _STATE = re.compile(r"^[ ]*(?P<job>\d+)[ ]+(?P<state>[A-Z_]+)[ ]*(?P<reason>.*)$", re.MULTILINE)
 _OF_JOBS = (
     *("SLURM_", "SLURMD_", "SLURMSTEPD_", "SBATCH_", "SRUN_", "SALLOC_", "SUBMITIT_", "PMI_", "PMIX_", "OMPI_"),
@@ -53,6 +59,12 @@ def python_path(code: Path = CHECKOUT) -> str:
 
 class Refused(UserError):
     """Raised when Slurm does not accept a job: nothing was submitted."""
+
+
+class NoAnswer(Refused):
+    """Raised when slurmctld can't be asked now: nobody made a mistake."""
+
+    status = 1
 
 
 class NoJobIdError(UserError):
@@ -120,7 +132,7 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
         environment: The variables that sbatch and the job get, but for those of jobs; None is this process's.
 
     Raises:
-        Refused: Slurm refuses the job or does not answer, or there is no sbatch.
+        Refused: Slurm refuses the job or does not answer (NoAnswer), or there is no sbatch.
         NoJobIdError: sbatch accepted the job, but what it printed holds no job id; do not submit it again.
     """
     command = ["sbatch", "--parsable", *options, str(script)]
@@ -130,7 +142,10 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
     except FileNotFoundError:
         raise Refused("no sbatch on the PATH; run this on a login node of the cluster") from None
     if ran.returncode:
-        raise Refused(f"Slurm refuses the job: {refusal(ran.stderr or ran.stdout)}")
+        why = refusal(ran.stderr or ran.stdout)
+        if TRANSIENT.search(why):
+            raise NoAnswer(f"Slurm does not take jobs at the moment: {why}; give the same command again later")
+        raise Refused(f"Slurm refuses the job: {why}")
     # A site's wrapper of sbatch may print lines of its own before or after the id.
     job_id = re.search(r"^(\d+)(;\S*)?\s*$", ran.stdout, re.MULTILINE)
     if job_id is None:

@@ -21,11 +21,6 @@ from launchers.submission import Submission
 
 _WAITS = (2, 4, 8, 16, 32, 60)  # seconds between tries: slurmctld may be away for a minute or two
 _LAST_SECONDS = 5.0  # for writing how the job ended
-# What scontrol prints if slurmctld did not get the request or could not act on it now. All else is a refusal.
-_TRANSIENT = re.compile(
-    r"[Uu]nable to contact|[Tt]imed out|[Cc]onnection (refused|reset|failure)|[Cc]ommunication|[Tt]emporarily|try again"
-    r"|[Ss]tandby|[Zz]ero [Bb]ytes|[Tt]ransport endpoint|[Uu]nexpected message|[Aa]uthentication|[Tt]ransition|[Bb]usy"
-)
 # Why sbatch refuses what it would refuse in a minute, too: limits count the job that is ending, and some sites let no
 # job submit another.
 _FOR_GOOD = re.compile(r"QOS|[Ll]imit|[Pp]olicy|[Pp]ermission denied|no sbatch|[Ii]nvalid (partition|account|qos)")
@@ -97,7 +92,7 @@ def _requeue_once(job_id: str) -> tuple[Answer, str]:
     if ran.returncode == 0 or _DONE_ALREADY.search(said):
         return "done", said
     message = f"{' '.join(command)}: {said or f'exit status {ran.returncode}'}"
-    return ("transient" if _TRANSIENT.search(said) else "refused"), message
+    return ("transient" if slurm.TRANSIENT.search(said) else "refused"), message
 
 
 def submit_again(

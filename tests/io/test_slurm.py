@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cmscale.commands.ending import guarded
 from cmscale.errors import UserError
 from cmscale.io.slurm import (
     ACTIVE_STATES,
@@ -58,6 +59,15 @@ def test_a_job_that_slurm_refuses_is_one_line(lines: str, reason: str, bin_folde
     install(bin_folder, "sbatch", lines)
     with pytest.raises(UserError, match=f"Slurm refuses the {reason}" if reason.startswith("job") else reason):
         submit(Path("job.sh"))
+
+
+@pytest.mark.parametrize(("said", "status"), [("Unable to contact slurm controller", 1), ("Invalid account", 2)])
+def test_a_slurm_that_does_not_answer_is_a_fault_and_a_refusal_a_mistake(
+    said: str, status: int, bin_folder: Path
+) -> None:
+    """`launchers.evaluate_checkpoints` asks again after the one, and not after the other."""
+    install(bin_folder, "sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1")
+    assert guarded(lambda _: submit(Path("job.sh")) and None, []) == status
 
 
 def test_a_job_that_slurm_accepts_without_an_id_is_another_error(bin_folder: Path) -> None:
