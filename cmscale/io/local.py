@@ -1,9 +1,10 @@
 """Stores objects as files in a folder of a local or mounted file system."""
 
+import contextlib
 import os
+import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class LocalStorage:
 
     def write_if_absent(self, key: str, data: bytes) -> bool:
         path = self.root / key
-        staged = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+        staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         replace_durably(staged, data)
         try:
             os.link(staged, path)  # unlike a rename, fails atomically if the file exists
@@ -70,7 +71,7 @@ class LocalStorage:
     def _copy(self, source: Path, target: Path) -> None:
         with explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            staged = target.with_name(f".{target.name}.{os.getpid()}")
+            staged = target.with_name(f".{target.name}.{secrets.token_hex(4)}")  # process ids of nodes are alike
             try:
                 shutil.copyfile(source, staged)
                 traffic.moved(staged.stat().st_size)
@@ -82,13 +83,16 @@ class LocalStorage:
             sync_folder(target.parent)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        if not self.root.is_dir():
+        folder = self.root / prefix.rpartition("/")[0]
+        if not folder.is_dir():
             return
         found = []
-        for path in _files(self.root):
+        for path in _files(folder):
             key = path.relative_to(self.root).as_posix()
             if key.startswith(prefix):
-                found.append(Entry(key, path.stat().st_size, str(path.stat().st_mtime_ns)))
+                with contextlib.suppress(FileNotFoundError):  # another process has removed it meanwhile
+                    status = path.stat()
+                    found.append(Entry(key, status.st_size, str(status.st_mtime_ns)))
         yield from sorted(found, key=lambda entry: entry.key)
 
     def folders(self, prefix: str = "") -> "list[str]":
@@ -129,4 +133,12 @@ class LocalStorage:
 
 def _files(folder: Path) -> Iterator[Path]:
     """What counts as an object: any file but the hidden ones, which are being written."""
-    return (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """A folder that another process has removed meanwhile, or that may not be read, has no objects."""
+    if not isinstance(error, FileNotFoundError | PermissionError):
+        raise error

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import shutil
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -97,6 +100,39 @@ def test_the_committed_copies_cost_an_answer_each_however_many_files_they_have(s
     with patch.object(S3Storage, "sub", lambda *_: copies):
         assert committed_steps(storage) == [0, 1, 3]
     assert len(asked) == 1 + 4
+
+
+def test_what_others_remove_while_a_folder_is_listed_is_not_there(tmp_path: Path, monkeypatch) -> None:
+    storage, is_file = LocalStorage(tmp_path), Path.is_file
+    for key in ("a/1", "b/1", "c"):
+        storage.write(key, b"x")
+
+    def removing(path: Path) -> bool:
+        found = is_file(path)
+        if path.name == "c" and found:
+            shutil.rmtree(tmp_path / "b")
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", removing)
+    assert [entry.key for entry in storage.list()] == ["a/1"]
+    assert storage.folders() == ["a"]
+    assert list(storage.list("gone/")) == []
+
+
+def test_two_nodes_that_upload_one_file_at_once_do_not_meet(tmp_path: Path, monkeypatch) -> None:
+    """Process ids of two nodes, as of these two threads, may be alike."""
+    storage, copy, both = LocalStorage(tmp_path / "shared"), shutil.copyfile, threading.Barrier(2)
+    (tmp_path / "file").write_bytes(b"content")
+
+    def copied(source: Path, target: Path) -> None:
+        copy(source, target)
+        both.wait(timeout=60)
+
+    monkeypatch.setattr(shutil, "copyfile", copied)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: storage.upload("file", tmp_path / "file"), range(2)))
+    assert storage.read("file") == b"content"
 
 
 def test_the_first_of_two_conditional_writers_wins(storage: Storage) -> None:
