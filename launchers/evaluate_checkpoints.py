@@ -46,10 +46,25 @@ def main(arguments: list[str]) -> int:
         stop.set()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     die_with_parent(signal.SIGTERM)
+    problem = ""
     while not stop.wait(LOOK_SECONDS):
-        request_due(run, every=given.every, flags=flags)
-    request_due(run, every=given.every, flags=flags)
-    return 0
+        problem = look(run, every=given.every, flags=flags, before=problem)
+    return int(bool(look(run, every=given.every, flags=flags, before=problem)))
+
+
+def look(run: RunDir, *, every: int, flags: list[str], before: str) -> str:
+    """Calls `request_due`. Returns why that failed, and says so if it is another reason than before; empty if not.
+
+    A file system that fails for a moment, or is full, ends no looking for days.
+    """
+    try:
+        request_due(run, every=every, flags=flags)
+    except (OSError, UserError) as error:
+        problem = " ".join(str(error).split())
+        if problem != before:
+            print(f"no evaluations are asked for at the moment: {problem}", file=sys.stderr, flush=True)
+        return problem
+    return ""
 
 
 def request_due(run: RunDir, *, every: int, flags: list[str]) -> None:

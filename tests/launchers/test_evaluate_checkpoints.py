@@ -90,6 +90,26 @@ def test_an_evaluation_that_was_refused_is_not_asked_for_again(
     assert list(due(run, every=2)) == []
 
 
+def test_a_look_that_fails_is_not_the_last_one(
+    run: RunDir, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, looks = run.config.read_text(), iter([False, False, False, True])
+    run.config.write_text("method: {")
+
+    def next_look(self: object, seconds: float) -> bool:
+        if (is_last := next(looks)) is True:
+            run.config.write_text(config)
+        return is_last
+
+    monkeypatch.setattr(evaluate_checkpoints.threading.Event, "wait", next_look)
+    monkeypatch.setattr(evaluate_checkpoints.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(evaluate_checkpoints, "die_with_parent", lambda _: None)
+    assert evaluate_checkpoints.main(list(arguments_for(run, PLACEMENT, 2))) == 0
+    assert [command[-1] for command in asked] == ["2", "5"]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"no evaluations are asked for at the moment: {run.config}")
+
+
 def test_the_batch_script_looks_while_ranks_run_and_once_after_them(run: RunDir) -> None:
     job = JobSpec(TRAIN, (), run, PLACEMENT, arguments_for(run, PLACEMENT, 1000))
     lines = script_text(job).splitlines()
