@@ -138,7 +138,8 @@ def bring_back(exports: Exports, config: Config, code: Code) -> None:
     """
     run = exports.run
     step = _take_over(exports, run)
-    exports.storage.download(run.metrics.name, run.metrics)
+    with suppress(FileNotFoundError):  # a checkpoint may come before the first line
+        exports.storage.download(run.metrics.name, run.metrics)
     replace_durably(run.config, dump_config(config).encode())
     _record(exports, run, code, step)
 

@@ -11,6 +11,7 @@ from cmscale.config.source_request import SourceRequest
 from cmscale.errors import UserError
 from cmscale.io.durable import explained
 from cmscale.io.place import Place
+from cmscale.io.slurm import Refused
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
 from cmscale.runs.source_kind import kind_of_source
@@ -18,7 +19,7 @@ from launchers.clusters import CLUSTERS
 from launchers.command_line import as_table, describe_placement, runs_dir
 from launchers.jobs import JobSpec
 from launchers.placement import Device
-from launchers.run_folders import new_run, run_named
+from launchers.run_folders import new_run, remove_run, run_named
 from launchers.where import Where, decide_where, describe_origins
 
 
@@ -74,10 +75,16 @@ class SourceJob:
 
     def start(self, job: JobSpec) -> int:
         """Submits or runs a job, and prints the plan as it is taken. Returns its exit status, 0 once submitted."""
+        is_new = not self.run.root.exists()
         with explained(self.run.root):
             self.run.logs.mkdir(parents=True, exist_ok=True)
         take_snapshot(self._code, self.run.code)
-        status = CLUSTERS[job.placement.cluster].run(job, wait=self._flags.wait)
+        try:
+            status = CLUSTERS[job.placement.cluster].run(job, wait=self._flags.wait)
+        except Refused:
+            if is_new:
+                remove_run(self.run)
+            raise
         print(f"run: {self.run.root}", flush=True)
         return status
 

@@ -264,6 +264,16 @@ def test_a_run_comes_back_unless_its_folder_has_trained_on(here: RunDir, s3: str
         must_be_home(exported(s3), there)
 
 
+def test_a_run_whose_exports_have_no_metrics_comes_back(here: RunDir, s3: str, tmp_path: Path) -> None:
+    there = resume(f"{s3}/runs/one", tmp_path / "there")
+    fingerprint = read_dataset_manifest(open_storage(tmp_path / "data")).fingerprint
+    write_checkpoint(there, read_config(there.config), step=12, data_fingerprint=fingerprint)
+    assert Exporter(there, f"{s3}/runs").close(patience=60) == set()
+    exported(s3).delete(there.metrics.name)
+    assert resume(f"{s3}/runs/one", here.root.parent) == here
+    assert committed_steps(here) == [3, 7, 12]
+
+
 def test_two_folders_that_claim_at_once_get_different_numbers(tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "exports")
     runs = [RunDir(tmp_path / name) for name in ("a", "b")]

@@ -8,6 +8,7 @@ from launch_fixtures import CONFIG
 from cmscale.commands.ending import guarded
 from cmscale.config.draw_request import DrawRequest
 from cmscale.io.place import Place
+from cmscale.io.slurm import Refused
 from cmscale.runs.folder import RunDir
 from cmscale.runs.sample_sets import part_name
 from launchers import sample
@@ -88,3 +89,19 @@ def test_starts_are_compared_by_the_parts_that_are_drawn(tmp_path: Path) -> None
     assert attempt.measured == attempt.message == "1 parts of samples"
     submission.report("requeued", attempt, why="preempted")
     assert '"sampling_requeued"' in submission.run.events.read_text()
+
+
+@pytest.mark.parametrize("source", ["runs/one", "s3://bucket/model.safetensors"])
+def test_a_job_that_slurm_refuses_leaves_no_new_folder(
+    asked: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    class Refusing(LocalMachine):
+        def run(self, job: JobSpec, *, wait: bool) -> int:
+            raise Refused("Slurm refuses the job: invalid account")
+
+    monkeypatch.setitem(CLUSTERS, "local", Refusing())
+    monkeypatch.setattr(sample, "check_source", lambda *_, **__: None)
+    monkeypatch.setattr(sample, "check_request", lambda _: None)
+    assert run(source, "--samples", "4", "--out", "x") == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
+    assert asked == []
