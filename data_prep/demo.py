@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
     end_early_interrupts()
 
+import errno
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ from cmscale.commands.parser import CommandParser, Output, whole_number
 from cmscale.commands.use import USED, Use
 from cmscale.errors import UserError
 from cmscale.io.place import Place
+
+_LARGEST_BYTES = 1 << 40  # of an LMDB; the file is as large as its images
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,19 @@ def write_lmdb(folder: Path, images: Iterator[Image.Image]) -> int:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: the folder is not empty; remove it or name another one")
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _write_lmdb(folder, images)
+    except BaseException as error:
+        for path in folder.iterdir():  # nothing else was in it
+            path.unlink()
+        if isinstance(error, lmdb.Error):
+            raise OSError(errno.EIO, f"can't be written ({error})", str(folder)) from error
+        raise
+
+
+def _write_lmdb(folder: Path, images: Iterator[Image.Image]) -> int:
     count = 0
-    with lmdb.open(str(folder), map_size=1 << 32) as database, database.begin(write=True) as transaction:
+    with lmdb.open(str(folder), map_size=_LARGEST_BYTES) as database, database.begin(write=True) as transaction:
         for count, image in enumerate(images, start=1):
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=95)

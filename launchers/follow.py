@@ -27,11 +27,13 @@ class Follower:
         self.told: list[str] = []
         self._path: Path | None = None
         self._offset = 0
+        self._begun = b""  # of a line whose end is not written yet
         self._bar: Progress | None = None
 
     def show(self, path: Path) -> None:
-        """Prints what was added to a log since the last call; a log with another path is shown from its beginning."""
+        """Prints the lines that were added to a log since the last call; another log is shown from its beginning."""
         if path != self._path:
+            self._show_begun()
             self._path, self._offset = path, 0
         if not path.exists():
             return
@@ -39,7 +41,15 @@ class Follower:
             file.seek(self._offset)
             added = file.read()
         self._offset += len(added)
-        lines = added.decode(errors="replace")
+        whole, end, self._begun = (self._begun + added).rpartition(b"\n")
+        self._show((whole + end).decode(errors="replace"))
+
+    def _show_begun(self) -> None:
+        """Prints the beginning of a line that will have no end."""
+        self._show(self._begun.decode(errors="replace"))
+        self._begun = b""
+
+    def _show(self, lines: str) -> None:
         if not lines:
             return
         if sys.stdout.isatty():
@@ -50,7 +60,8 @@ class Follower:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Ends the progress bar."""
+        """Prints what is left, and ends the progress bar."""
+        self._show_begun()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -20,12 +20,12 @@ class ProgressCounter:
 
     def set(self, done: int) -> None:
         """Sets the number of finished items and shows it."""
-        self._count.value = done
+        self._count.get_obj().value = done
         self.show()
 
     def show(self) -> None:
         """Shows the count; call it in the process that made the counter."""
-        self._counting.set(self._count.value)
+        self._counting.set(self._count.get_obj().value)  # without its lock: who held it may have been killed
 
     def __enter__(self) -> "ProgressCounter":
         self._counting.__enter__()

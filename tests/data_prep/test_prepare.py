@@ -1,10 +1,12 @@
 """data_prep/prepare.py: the same bytes in all circumstances, and the images that the source has."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from cmscale.data.decode import decode
 from cmscale.data.formats.mds import MDSFormat
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import read_dataset_manifest
-from data_prep import verify
+from data_prep import demo, verify
 from data_prep.making.convert import crop
 from data_prep.making.preparation import Preparation
 from data_prep.making.progress import ProgressCounter
@@ -260,3 +262,23 @@ def test_ctrl_c_does_not_wait_for_the_shards_that_are_being_made(source: Path, t
     assert process.wait(timeout=60) == 130
     assert sorted(path.name for path in (tmp_path / "out" / ".progress").rglob("*.tar")) == []
     assert list((tmp_path / "out" / ".progress" / "scratch").iterdir()) == []
+
+
+def test_a_worker_that_is_killed_while_it_counts_holds_up_nobody() -> None:
+    counter = ProgressCounter("preparing", total=2)
+    worker = multiprocessing.get_context("fork").Process(
+        target=lambda: counter._count.get_lock().acquire() and os.kill(os.getpid(), signal.SIGKILL)
+    )
+    worker.start()
+    worker.join()
+    shown = threading.Thread(target=counter.show, daemon=True)
+    shown.start()
+    shown.join(timeout=20)
+    assert not shown.is_alive()
+
+
+def test_a_demo_that_cannot_be_written_leaves_the_folder_empty(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(demo, "_LARGEST_BYTES", 1 << 16)
+    assert demo.main([str(tmp_path / "new"), "--view", "cat", "--samples", "99"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/new: can't be written (")
+    assert list((tmp_path / "new").iterdir()) == []

@@ -39,6 +39,29 @@ def test_lines_are_shown_as_they_come_and_steps_move_the_bar(
         assert said == log.read_text()
 
 
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_line_that_is_written_in_pieces_is_shown_whole(
+    stream: type[io.StringIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python writes a line and its end by two calls, and a file system shows what it has, half a character too."""
+    shown = stream()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    log, follower = tmp_path / "log", Follower()
+    written = "Grüße\nstep 1/4  loss 0.5  10.0 images/s\nlast".encode()
+    with log.open("ab", buffering=0) as file:
+        for byte in written:
+            file.write(bytes([byte]))
+            follower.show(log)
+    assert "last" not in shown.getvalue()
+    follower.close()
+    said = shown.getvalue()
+    assert "Grüße\n" in said
+    assert "last" in said
+    assert ("step 1/4  loss" in said) != shown.isatty()  # there it is a bar's
+    assert "\n\n" not in said
+
+
 def test_a_narrow_terminal_shows_all_numbers_and_one_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Terminal()
     monkeypatch.setattr(sys, "stdout", shown)
