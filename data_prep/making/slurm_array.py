@@ -101,7 +101,11 @@ def make_with_array(
         preparation.storage.delete_all([entry.key for entry in preparation.storage.list(_REFUSED)])
         job_id = _submit(preparation, placement, max_bad=max_bad)
         array = ArrayRecord(job_id=job_id, clusters=_clusters(placement))
-        preparation.storage.write(_ARRAY, array.to_bytes())
+        try:
+            preparation.storage.write(_ARRAY, array.to_bytes())
+        except BaseException:  # no later command could know of it
+            _cancel(array)
+            raise
         tasks = min(placement.nodes, preparation.num_shards)
         of_tasks = "1 task" if tasks == 1 else f"{tasks} tasks"
         print(f"array {array.job_id} submitted with {of_tasks}; logs: {logs}", flush=True)
@@ -111,7 +115,7 @@ def make_with_array(
     try:
         _wait(preparation, array)
     except KeyboardInterrupt:
-        subprocess.run(cancel_command(array.job_id, array.clusters), check=False)
+        _cancel(array)
         raise
     for told in _refusals(preparation):
         raise told.error()
@@ -226,6 +230,10 @@ def _active(array: ArrayRecord) -> bool:
     return states is None or bool(states.keys() & ACTIVE_STATES)
 
 
+def _cancel(array: ArrayRecord) -> None:
+    subprocess.run(cancel_command(array.job_id, array.clusters), check=False)
+
+
 def _refusals(preparation: Preparation) -> Iterator[TaskRefusal]:
     """What tasks have refused; a listing may still show what an earlier array did."""
     for entry in preparation.storage.list(_REFUSED):
@@ -244,7 +252,7 @@ def _wait(preparation: Preparation, array: ArrayRecord, pause: Callable[[float],
     with ProgressCounter("preparing", total=preparation.plan.keys, done=finished()) as counter:
         while _active(array):
             if next(_refusals(preparation), None):
-                subprocess.run(cancel_command(array.job_id, array.clusters), check=False)
+                _cancel(array)
                 while _active(array):
                     pause(POLL_SECONDS)
                 return

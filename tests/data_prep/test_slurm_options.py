@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cmscale.errors import NoSpace, UserError
+from cmscale.io.local import LocalStorage
 from data_prep.making import slurm_array
 from data_prep.making.preparation import Preparation
 from data_prep.making.slurm_array import ArrayPlacement, ArrayTask
@@ -113,3 +114,22 @@ def test_what_ends_a_task_ends_the_command_as_without_slurm(
     command = ["--source", f"lsun:{source}", "--format", "mds", "--out", str(tmp_path / "out"), "--slurm"]
     assert main(command) == status
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_array_that_cannot_be_recorded_does_not_go_on_unknown(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled: list[str] = []
+
+    def interrupted(storage: LocalStorage, key: str, data: bytes) -> None:
+        if key.endswith("array.json"):
+            raise KeyboardInterrupt
+        write(storage, key, data)
+
+    write = LocalStorage.write
+    monkeypatch.setattr(slurm_array, "_submit", lambda *_, **__: "17")
+    monkeypatch.setattr(slurm_array, "_cancel", lambda array: cancelled.append(array.job_id))
+    monkeypatch.setattr(LocalStorage, "write", interrupted)
+    command = ["--source", f"lsun:{source}", "--format", "webdataset", "--out", str(tmp_path / "out"), "--slurm"]
+    assert main(command) == 130
+    assert cancelled == ["17"]

@@ -140,7 +140,7 @@ def test_an_evaluation_that_is_killed_again_and_again_leaves_its_finished_run_fi
     assert not any(alive(start[0]) for rank in (0, 1) for start in starts(run.root, rank))
     names = [event["event"] for event in read_lines(run.events)]
     assert names == ["finished", "evaluation_requeued", "evaluation_requeued", "evaluation_fault"]
-    assert read_facts(run).status == "finished"
+    assert read_facts(run).state()[0] == "finished"
     monkeypatch.setattr(sys, "argv", ["cmscale", "runs", str(tmp_path)])
     with pytest.raises(SystemExit):
         cli.main()
