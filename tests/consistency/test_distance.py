@@ -94,7 +94,7 @@ def test_lpips_with_average_pooling_is_piq_with_replaced_pooling(
 @pytest.mark.long
 def test_small_images_are_resized_to_224_bilinearly(weights: Path):
     plain, resizing = network(weights, average=True), network(weights, average=True, resize=True)
-    a, b = pairs(1, 64)[0]
+    a, b = (images[:1] for images in pairs(1, 64)[0])
     larger = [nn.functional.interpolate(x, size=224, mode="bilinear", align_corners=False) for x in (a, b)]
     assert torch.equal(resizing(a, b), plain(*larger))
 

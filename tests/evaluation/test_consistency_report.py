@@ -12,8 +12,10 @@ from networks import random_weights
 from run_folder import write_run
 
 from cmscale.config import Config, parse_config
+from cmscale.consistency import grid
 from cmscale.consistency.consistency_curve import ErrorCurve, error_curve
 from cmscale.consistency.consistency_error import consistency_error
+from cmscale.consistency.grid import off_grid_times
 from cmscale.data.first_images import first_images
 from cmscale.errors import UserError
 from cmscale.evaluation import consistency_report
@@ -77,7 +79,14 @@ def test_the_command_writes_mean_curves_of_straight_trajectories_and_a_plot(data
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture
+def few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves have 10 times and not 100, where it does not matter how many."""
+    monkeypatch.setattr(grid, "off_grid_times", lambda method, count: off_grid_times(method, min(count, 10)))
+
+
 @pytest.mark.long
+@pytest.mark.usefixtures("few_times")
 def test_a_distilled_source_is_followed_along_its_teachers_ode(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the teacher is named by a relative path, which exported weights keep
     teacher = saved(tmp_path, "{kind: edm}", data, seed=1)
@@ -128,6 +137,7 @@ def test_a_runs_result_lies_in_its_folder_and_on_its_page(data, tmp_path, monkey
     assert not folder.root.exists()
 
 
+@pytest.mark.usefixtures("few_times")
 def test_asked_again_a_result_is_returned_and_with_force_measured_anew(data, tmp_path, monkeypatch, capsys):
     model, out, plot = saved(tmp_path, "{kind: ict}", data), tmp_path / "error.json", tmp_path / "error.png"
     command = ["consistency-error", model, "--data", data, "--samples", 1, "--out", out]
