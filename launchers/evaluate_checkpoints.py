@@ -22,7 +22,7 @@ from cmscale.config import Config, read_config
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
 from cmscale.io.local import LocalStorage
-from cmscale.io.process import CHECKOUT, die_with_parent, node_name
+from cmscale.io.process import CHECKOUT, die_with_parent, is_alive, node_name, start_of
 from cmscale.io.slurm import outside_of_jobs
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
@@ -121,18 +121,19 @@ def _hash_of_file(path: Path, changed: int, size: int) -> str:
 
 def _asking() -> str:
     """What a marker holds while an evaluation is submitted, or runs on this machine; afterwards it is empty."""
-    return f"{node_name()} {os.getpid()}"
+    return f"{node_name()} {os.getpid()} {start_of(os.getpid())}"
 
 
 def _is_abandoned(marker: Path) -> bool:
     """Whether the process that asked for an evaluation ended before that was over."""
     try:
-        node, _, process = marker.read_text().partition(" ")
+        node, process, started, *_ = [*marker.read_text().split(), "", "", ""]
     except FileNotFoundError:
         return False
     if not process:
         return False
-    return node != node_name() or not Path("/proc", process).exists()
+    started = started or start_of(int(process))  # of an earlier release
+    return node != node_name() or not is_alive(int(process), started)
 
 
 def with_kept_checkpoints(config: Config, every: int) -> Config:

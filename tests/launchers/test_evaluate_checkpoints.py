@@ -1,5 +1,6 @@
 """Evaluations during training: each due checkpoint gets one job, without anybody logged in, and is kept until then."""
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from launch_fixtures import CHECKOUT, CONFIG, placement
 
 from cmscale.config import Config, parse_config
 from cmscale.errors import UserError
+from cmscale.io.process import node_name, start_of
 from cmscale.runs.folder import RunDir
 from launchers import evaluate_checkpoints
 from launchers.clusters.slurm import script_text
@@ -88,6 +90,18 @@ def test_an_evaluation_that_was_refused_is_not_asked_for_again(
     request_due(run, every=2, flags=["--cluster", "slurm"])
     assert capsys.readouterr().out.count("exit status 2") == 2
     assert list(due(run, every=2)) == []
+
+
+@pytest.mark.parametrize(
+    ("started", "steps"), [(start_of(os.getpid()), [5]), ("", [5]), ("17", [2, 5])], ids=["alive", "older", "reused"]
+)
+def test_a_process_that_has_got_the_number_of_one_that_ended_evaluates_nothing(
+    run: RunDir, started: str, steps: list[int]
+) -> None:
+    marker = run.asked_evaluation(2)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.write_text(f"{node_name()} {os.getpid()} {started}".strip())
+    assert list(due(run, every=2)) == steps
 
 
 def test_a_look_that_fails_is_not_the_last_one(
