@@ -142,7 +142,7 @@ def test_storage_away_through_the_exit_holds_up_neither_training_nor_its_end(
     last = output.splitlines()[-1]
     assert last.startswith(f"finished, not exported: step 0, 3, 6, 9 is not in {s3}: ")
     assert "--resume copies the rest" in last
-    assert read_facts(run).status == state_of(read_lines(run.events)) == "finished, not exported"
+    assert read_facts(run).state()[0] == state_of(read_lines(run.events)) == "finished, not exported"
     assert rule.used
     assert events(run, "requeued") == events(run, "fault") == []
     (finished,) = events(run, "finished")
