@@ -196,7 +196,8 @@ def _table(group: Sequence[EvaluationResult]) -> Iterator[str]:
 
 def _times(evaluation: EvaluationResult) -> str:
     """The noise levels at which the network was evaluated; their number if they are many."""
-    times = evaluation.times or evaluation.protocol.get("sigmas") or ()
+    stated = evaluation.times or evaluation.protocol.get("sigmas") or ()
+    times = [time for time in stated if time > 0]  # a diffusion model's times end with 0, where nothing is evaluated
     return ", ".join(f"{time:.4g}" for time in times) if len(times) <= SHOWN_TIMES else f"{len(times)} times"
 
 

@@ -88,6 +88,12 @@ def test_evaluations_of_these_weights_are_a_table_and_others_are_left_out() -> N
     ]
 
 
+def test_a_diffusion_models_times_are_those_at_which_it_is_evaluated() -> None:
+    two = evaluation(nfe=3).model_copy(update={"protocol": {"sigmas": [80.0, 4.0, 0.0]}})
+    many = evaluation(nfe=79).model_copy(update={"protocol": {"sigmas": [float(time) for time in range(40, -1, -1)]}})
+    assert [row[1] for row in quality_table(two, many)[1:]] == ["80, 4", "40 times"]
+
+
 @pytest.mark.parametrize("metric", all_metrics(), ids=lambda metric: metric.name)
 def test_every_metric_is_a_column(metric) -> None:
     header, row = quality_table(evaluation(**{metric.name: (0.25,)}))
