@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from launchers.judge import OUTAGE, Attempt
+from launchers.judge import FULL_DISK_OF_NODE, OUTAGE, Attempt
 
 MAX_STARTS_WITHOUT_PROGRESS = 3
 MAX_OUTAGES_IN_A_ROW = 6
@@ -24,7 +24,8 @@ _FROM_OUTSIDE = re.compile(
 # What CUDA says of a device or driver that fails, and the loader of a library that a node lacks. Left out is what the
 # program does wrong on every node: assertions, arguments, code for other devices.
 _OF_A_NODE = re.compile(
-    r"CUDA error: (?!device-side assert|invalid |misaligned|no kernel image|the provided PTX|operation not )"
+    r"CUDA error: (?!device-side assert|invalid (?!device ordinal)|misaligned|no kernel image|the provided PTX"
+    r"|operation not|CUBLAS_STATUS_(INVALID_VALUE|NOT_SUPPORTED|ARCH_MISMATCH))"
     r"|CUDA (driver|unknown|initialization)|cudaGetDeviceCount|No CUDA GPUs"
     r"|CU(DNN|BLAS)_STATUS_(INTERNAL_ERROR|EXECUTION_FAILED|MAPPING_ERROR|NOT_INITIALIZED|ALLOC_FAILED)"
     r"|cannot open shared object file"
@@ -122,7 +123,7 @@ def _faults(history: Sequence[Attempt]) -> list[Attempt]:
 
 def _is_disk_of_node(attempt: Attempt) -> bool:
     """Whether a start ended as the disk of one node was full, such as that of its cache: other nodes have their own."""
-    return attempt.ending == "no_space" and bool(attempt.node) and f" on {attempt.node}: " in attempt.message
+    return attempt.ending == "no_space" and bool(FULL_DISK_OF_NODE.search(attempt.message))
 
 
 def _after_full_disk(history: Sequence[Attempt], *, max_restarts: int, backoff_seconds: int) -> Decision:

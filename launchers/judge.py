@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cmscale.io.durable import NO_SPACE
+
 Ending = Literal[
     "finished", "not_exported", "preempted", "time_limit", "cancelled", "superseded", "user_error", "no_space", "fault"
 ]
@@ -12,6 +14,8 @@ SUPERSEDED = "another job has started this run since and has taken over"
 RankState = Literal["running", "finished", "not_exported", "preempted", "superseded", "user_error", "no_space", "fault"]
 
 
+FULL_DISK_OF_NODE = re.compile(rf" on (?P<node>[^\s:]+): {NO_SPACE}")
+"""In the message of a rank about a full disk that is a node's own, such as that of its cache."""
 OUTAGE = re.compile(r"\bStorageAway: ")
 """In the message of a rank that has waited for storage in vain."""
 
@@ -77,9 +81,11 @@ def judge(
         step: The step of the newest checkpoint; -1 if there is none.
         leaving: `preempted`, `time_limit` or `cancelled` if the cluster was ending the job; None otherwise.
     """
-    for ending in ("user_error", "no_space"):  # no other start would mend these
-        if blamed := _first(ends, ending):
-            return _blamed(ending, blamed, step)
+    if blamed := _first(ends, "user_error"):  # no other start would mend it
+        return _blamed("user_error", blamed, step)
+    if (full := _first(ends, "no_space")) and leaving != "cancelled":
+        found = FULL_DISK_OF_NODE.search(full.message)  # ranks may hear it from the one on the node
+        return Attempt("no_space", full.message, step, full.rank, found["node"] if found else full.host)
     if _first(ends, "superseded"):  # ranks that it takes by surprise may fail
         return Attempt("superseded", SUPERSEDED, step)
     if status == 0 and ends and all(end.end == "finished" for end in ends):

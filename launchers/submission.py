@@ -155,7 +155,7 @@ class Submission:
 
     def record(self, attempt: Attempt) -> list[Attempt]:
         """Appends a start that ended to the history. Returns the whole history, oldest first."""
-        if attempt.ending not in ("finished", "user_error", "no_space") and self.overtaken():
+        if attempt.ending not in ("finished", "user_error") and self.overtaken():
             attempt = replace(attempt, ending="superseded", message=SUPERSEDED)
         if self.beside:
             measured = self._stored()

@@ -29,14 +29,14 @@ ACTIVE_STATES = frozenset(
     }
 )
 """States in which a job still runs or will run (squeue's names)."""
+NO_NODES = "Slurm has no other nodes for the job"
 States = dict[str, str]
 """Of a job or the tasks of an array: squeue's names such as `PENDING`, each with its reason such as `Priority`."""
 
-TRANSIENT = re.compile(
+_TRANSIENT = re.compile(
     r"[Uu]nable to contact|[Tt]imed out|[Cc]onnection (refused|reset|failure)|[Cc]ommunication|[Tt]emporarily|try again"
     r"|[Ss]tandby|[Zz]ero [Bb]ytes|[Tt]ransport endpoint|[Uu]nexpected message|[Aa]uthentication|[Tt]ransition|[Bb]usy"
 )
-"""What Slurm's commands print if slurmctld did not get a request or can't act on it now. All else is a refusal."""
 
 _STATE = re.compile(r"^[ ]*(?P<job>\d+)[ ]+(?P<state>[A-Z_]+)[ ]*(?P<reason>.*)$", re.MULTILINE)
 _OF_JOBS = (
@@ -135,38 +135,46 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
         Refused: Slurm refuses the job or does not answer (NoAnswer), or there is no sbatch.
         NoJobIdError: sbatch accepted the job, but what it printed holds no job id; do not submit it again.
     """
-    command = ["sbatch", "--parsable", *options, str(script)]
-    variables = outside_of_jobs(os.environ if environment is None else environment)
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
-    except FileNotFoundError:
-        raise Refused("no sbatch on the PATH; run this on a login node of the cluster") from None
-    if ran.returncode:
-        why = refusal(ran.stderr or ran.stdout)
-        if TRANSIENT.search(why):
-            raise NoAnswer(f"Slurm does not take jobs at the moment: {why}; give the same command again later")
-        raise Refused(f"Slurm refuses the job: {why}")
+    printed = _sbatch(["--parsable", *options, str(script)], environment, "Slurm refuses the job")
     # A site's wrapper of sbatch may print lines of its own before or after the id.
-    job_id = re.search(r"^(\d+)(;\S*)?\s*$", ran.stdout, re.MULTILINE)
+    job_id = re.search(r"^(\d+)(;\S*)?\s*$", printed, re.MULTILINE)
     if job_id is None:
         raise NoJobIdError(
-            f"sbatch accepted the job, but printed no job id: {refusal(ran.stdout)}; find the job with squeue"
+            f"sbatch accepted the job, but printed no job id: {refusal(printed)}; find the job with squeue"
         )
     return job_id[1]
 
 
-def could_start(script: Path, *options: str) -> bool:
-    """Whether sbatch finds nodes that are up and have all that a job asks for, busy or not. Submits nothing.
+def find_nodes(script: Path, *options: str) -> None:
+    """Has sbatch look for nodes that are up and have all that a job asks for, busy or not. Submits nothing.
 
     Args:
         options: Options of sbatch; they override those in the script.
+
+    Raises:
+        Refused: Slurm has no such nodes, or does not answer (NoAnswer), or there is no sbatch.
     """
-    command = ["sbatch", "--test-only", *options, str(script)]
+    _sbatch(["--test-only", *options, str(script)], None, NO_NODES)
+
+
+def _sbatch(arguments: list[str], environment: Mapping[str, str] | None, refused: str) -> str:
+    """What sbatch prints. Raises Refused, whose message begins with `refused`, or NoAnswer."""
+    variables = outside_of_jobs(os.environ if environment is None else environment)
     try:
-        ran = subprocess.run(command, capture_output=True, check=False, env=outside_of_jobs(os.environ))
-    except OSError:
-        return False
-    return ran.returncode == 0
+        ran = subprocess.run(["sbatch", *arguments], capture_output=True, text=True, check=False, env=variables)
+    except FileNotFoundError:
+        raise Refused("no sbatch on the PATH; run this on a login node of the cluster") from None
+    if ran.returncode:
+        why = refusal(ran.stderr or ran.stdout)
+        if is_silence(why):
+            raise NoAnswer(f"Slurm does not take jobs at the moment: {why}; give the same command again later")
+        raise Refused(f"{refused}: {why}")
+    return ran.stdout
+
+
+def is_silence(said: str) -> bool:
+    """Whether a command of Slurm says that slurmctld did not get a request or can't act on it now. Else it refuses."""
+    return bool(_TRANSIENT.search(said)) and "nvalid" not in said
 
 
 def refusal(output: str) -> str:
@@ -215,7 +223,7 @@ def states_of_jobs(job_ids: Collection[str], clusters: str | None = None) -> dic
     found: dict[str, States | None] = {job_id: {} for job_id in job_ids}
     for line in _STATE.finditer(asked.stdout):  # with clusters there are lines such as `CLUSTER: c1`, too
         states = found.get(line["job"])
-        if states is not None:
+        if states is not None and not is_held(states.get(line["state"], "")):
             states[line["state"]] = line["reason"].strip()
     return found
 
@@ -223,6 +231,14 @@ def states_of_jobs(job_ids: Collection[str], clusters: str | None = None) -> dic
 def is_held(reason: str) -> bool:
     """Whether a job waits until somebody releases it, as `JobHeldUser` and `launch failed requeued held` say."""
     return "held" in reason.lower()
+
+
+def reason_to_wait(states: States) -> str | None:
+    """Slurm's reason why a job waits in the queue, or will once it has ended as it was requeued on hold; else None."""
+    if "RUNNING" in states:
+        return None
+    held = (reason for state, reason in states.items() if state in ACTIVE_STATES and is_held(reason))
+    return next(held, states.get("PENDING"))
 
 
 def why_it_waits(job_id: str, reason: str, clusters: str | None = None) -> str:

@@ -13,7 +13,16 @@ from cmscale.io.counting import in_words
 from cmscale.io.json_text import parse_json
 from cmscale.io.process import is_alive, process_space
 from cmscale.io.reading import read_regular
-from cmscale.io.slurm import ACTIVE_STATES, States, clusters_of, is_held, job_states, states_of_jobs, why_it_waits
+from cmscale.io.slurm import (
+    ACTIVE_STATES,
+    States,
+    clusters_of,
+    is_held,
+    job_states,
+    reason_to_wait,
+    states_of_jobs,
+    why_it_waits,
+)
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import read_lines, state_of
 
@@ -194,11 +203,11 @@ def _slurm_job(run: RunDir, states_of: JobStates) -> _Life | None:
             gone = gone or _Life(False, "", f"Slurm has no job {number} any more")
             continue
         state = next((one for one in ("RUNNING", "PENDING") if one in active), active[0])
-        reason, why = states[state], ""
-        if state == "PENDING" or is_held(reason):
-            why = f" ({why_it_waits(number, reason, clusters)})"
-        name = "held" if is_held(reason) else {"PENDING": "queued"}.get(state, state.lower())
-        return _Life(True, name, f"Slurm job {number} is {state}{why}")
+        name, is_so = {"PENDING": "queued"}.get(state, state.lower()), f"Slurm job {number} is {state}"
+        if (reason := reason_to_wait(states)) is not None:
+            name = "held" if is_held(reason) else name
+            is_so += f" ({why_it_waits(number, reason, clusters)})"
+        return _Life(True, name, is_so)
     return gone
 
 

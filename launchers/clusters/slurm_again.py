@@ -23,7 +23,9 @@ _WAITS = (2, 4, 8, 16, 32, 60)  # seconds between tries: slurmctld may be away f
 _LAST_SECONDS = 5.0  # for writing how the job ended
 # Why sbatch refuses what it would refuse in a minute, too: limits count the job that is ending, and some sites let no
 # job submit another.
-_FOR_GOOD = re.compile(r"QOS|[Ll]imit|[Pp]olicy|[Pp]ermission denied|no sbatch|[Ii]nvalid (partition|account|qos)")
+_FOR_GOOD = re.compile(
+    rf"QOS|[Ll]imit|[Pp]olicy|[Pp]ermission denied|no sbatch|[Ii]nvalid (partition|account|qos)|{slurm.NO_NODES}"
+)
 _DONE_ALREADY = re.compile(r"pending", re.IGNORECASE)  # of two tries the first was carried out, but not answered
 
 T = TypeVar("T")
@@ -92,7 +94,7 @@ def _requeue_once(job_id: str) -> tuple[Answer, str]:
     if ran.returncode == 0 or _DONE_ALREADY.search(said):
         return "done", said
     message = f"{' '.join(command)}: {said or f'exit status {ran.returncode}'}"
-    return ("transient" if slurm.TRANSIENT.search(said) else "refused"), message
+    return ("transient" if slurm.is_silence(said) else "refused"), message
 
 
 def submit_again(
@@ -122,7 +124,7 @@ def _submit(
         path = submission.script.with_name("job-again.sh")
         replace_durably(path, again.encode())
     options = [f"--begin=now+{max(1, delay_seconds)}"]
-    excluded = _spare(exclude, path, given)
+    excluded = _spare(exclude, path, given, waits=waits[:-2])
     if excluded:
         options.append(_exclusion(excluded, given))
     try:
@@ -159,10 +161,17 @@ def _retry(action: Callable[[], T], *, waits: Sequence[float]) -> T:
     raise AssertionError("unreachable")
 
 
-def _spare(bad: Sequence[str], script: Path, given: dict[str, str]) -> list[str]:
-    """The bad nodes on which a job does not insist, if Slurm has enough others for it; else none."""
+def _spare(bad: Sequence[str], script: Path, given: dict[str, str], *, waits: Sequence[float]) -> list[str]:
+    """The bad nodes on which a job does not insist, if Slurm has enough others for it; else none, and says why."""
     unwished = [node for node in bad if node not in _expanded(given.get("nodelist", ""))]
-    return unwished if unwished and slurm.could_start(script, _exclusion(unwished, given)) else []
+    if not unwished:
+        return []
+    try:
+        _retry(lambda: slurm.find_nodes(script, _exclusion(unwished, given)), waits=waits)
+    except slurm.Refused:
+        print(f"so {', '.join(unwished)} can't be left out", file=sys.stderr, flush=True)
+        return []
+    return unwished
 
 
 def _exclusion(nodes: Sequence[str], given: dict[str, str]) -> str:

@@ -51,10 +51,10 @@ def main(arguments: list[str]) -> int:
 def _end_start(flags: argparse.Namespace) -> int:
     submission, job_id = Submission(RunDir(flags.run), flags.submission), os.environ["SLURM_JOB_ID"]
     facts = _job_facts(job_id)
-    if superseded(facts):
+    facts_now = _job_facts(job_id) if _waited_for_folder(submission) else facts
+    if superseded(facts_now):
         print(f"{flags.start}: Slurm has started this job again on other nodes; this earlier start does nothing more")
         return 1
-    _wait_for_folder(submission)
     ends = submission.rank_ends(flags.start)
     attempt = judge(
         ends,
@@ -73,21 +73,22 @@ def _end_start(flags: argparse.Namespace) -> int:
     )
     follows = "" if decision.action == "done" else f"{decision.action}: "
     print(f"{flags.start}: {follows}{in_words(history[-1], decision)}", flush=True)
-    again = _start_again(decision, submission, job_id, seconds_left=seconds_left(facts))
+    again = _start_again(decision, submission, job_id, seconds_left=seconds_left(facts_now))
     return _report(decision, again, history[-1], submission, job_id)
 
 
-def _wait_for_folder(submission: Submission) -> None:
-    """Returns once the run's folder is there, in which all is written; none is made in its place.
+def _waited_for_folder(submission: Submission) -> bool:
+    """Whether it had to be waited for the run's folder, in which all is written; none is made in its place.
 
     Raises:
         UserError: it is gone.
     """
-    until = time.monotonic() + FOLDER_PATIENCE_SECONDS
+    until, waited = time.monotonic() + FOLDER_PATIENCE_SECONDS, False
     while True:
         with contextlib.suppress(OSError):
             if submission.folder.is_dir():
-                return
+                return waited
+        waited = True
         if time.monotonic() >= until:
             raise UserError(f"{submission.run.root}: gone from this node (moved, removed or not mounted); find it")
         time.sleep(1)

@@ -61,8 +61,8 @@ def _follow_to_end(submission: Submission, follower: Follower) -> tuple[Ending, 
         if states is not None and (not states or states.keys() & _OVER) and not _goes_on(submission, job_id, states):
             how = next(iter(states)).lower() if states else "Slurm no longer knows it, and it reported no end"
             return "cancelled", f"job {job_id}: {how}; {submission.how_to_go_on}", log
-        if states is not None and "PENDING" in states:
-            queue.show(job_id, states["PENDING"])
+        if states is not None and (reason := slurm.reason_to_wait(states)) is not None:
+            queue.show(job_id, reason)
         time.sleep(POLL_SECONDS)
 
 

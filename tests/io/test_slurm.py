@@ -16,11 +16,13 @@ from cmscale.io.slurm import (
     clusters_of,
     common_parameters,
     exports,
+    is_silence,
     job_states,
     options_in,
     outside_of_jobs,
     outside_of_this_job,
     python_path,
+    reason_to_wait,
     refusal,
     states_of_jobs,
     submit,
@@ -119,6 +121,26 @@ def test_a_job_of_another_cluster_is_asked_about_and_ended_there(bin_folder: Pat
 def test_without_squeue_there_is_no_answer(bin_folder: Path) -> None:
     with pytest.raises(FileNotFoundError):
         job_states("7")
+
+
+def test_a_job_waits_if_it_is_pending_or_held_in_any_of_its_tasks_and_none_runs() -> None:
+    assert reason_to_wait({"PENDING": "Priority"}) == "Priority"
+    assert reason_to_wait({"SPECIAL_EXIT": "job requeued in held state"}) == "job requeued in held state"
+    assert reason_to_wait({"PENDING": "JobHeldUser", "RUNNING": "None"}) is None
+    assert reason_to_wait({"COMPLETING": "None", "COMPLETED": "None"}) is None
+
+
+@pytest.mark.parametrize("first", ["JobHeldUser", "Priority"])
+def test_one_held_task_of_an_array_is_enough(first: str, bin_folder: Path) -> None:
+    second = {"JobHeldUser": "Priority", "Priority": "JobHeldUser"}[first]
+    install(bin_folder, "squeue", f"echo 7 PENDING {first}; echo 7 PENDING {second}")
+    assert job_states("7") == {"PENDING": "JobHeldUser"}
+
+
+def test_a_refusal_that_sounds_like_silence_is_none() -> None:
+    assert is_silence("sbatch: error: Batch job submission failed: Unable to contact slurm controller")
+    assert is_silence("sbatch: error: Socket timed out on send/recv operation")
+    assert not is_silence("sbatch: error: invalid partition specified: standby")
 
 
 def test_of_a_job_that_is_held_it_is_said_how_it_goes_on() -> None:

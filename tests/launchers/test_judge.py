@@ -52,7 +52,15 @@ def test_one_users_mistake_decides_whatever_else_was_seen() -> None:
         assert attempt == Attempt("user_error", "rank 1: user_error", 3, 1, "node1")
 
 
-def test_a_full_disk_is_one_rank_s_end_that_no_other_start_would_mend() -> None:
+def test_a_full_disk_is_that_of_the_node_that_the_message_names_whichever_rank_reports_it_first() -> None:
+    message = "data.cache_dir: /scratch on n1: no space left on the device"
+    ends = [RankEnd(1, "n2", "no_space", message), RankEnd(0, "n1", "no_space", message)]
+    of_a_node: dict[str, Any] = {"status": 1, "first_failure": None, "step": 3}
+    assert judge(ends, leaving=None, **of_a_node) == Attempt("no_space", message, 3, 1, "n1")
+    assert judge(ends, leaving="cancelled", **of_a_node).ending == "cancelled"
+
+
+def test_a_full_disk_is_one_rank_s_end() -> None:
     for other in ({}, {"leaving": "preempted"}, {"first_failure": RankFailure(0, "node0", "Killed")}):
         attempt = judged("fault", "no_space", "finished", status=1, **other)
         assert attempt == Attempt("no_space", "rank 1: no_space", 3, 1, "node1")

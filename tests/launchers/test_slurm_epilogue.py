@@ -323,14 +323,14 @@ class TestTwoStarts:
         monkeypatch.setenv("CMSCALE_START", start)
         claim_next(submission.run)
 
-    @pytest.mark.parametrize("state", ["fault", "preempted", "superseded"])
+    @pytest.mark.parametrize("state", ["fault", "no_space", "preempted", "superseded"])
     def test_a_start_that_another_job_took_over_from_submits_nothing(
         self, state: str, commands: FakeSlurm, submission: Submission, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.claim(submission, "one/7.0", monkeypatch)
         self.claim(submission, "two/9.0", monkeypatch)
-        submission.write_rank_end("7.0", RankEnd(0, "node1", state, "boom"))  # pyright: ignore[reportArgumentType]
-        assert epilogue(submission, status=int(state == "fault")) == 1
+        submission.write_rank_end("7.0", RankEnd(0, "node1", state, " on node1: no space left"))  # pyright: ignore[reportArgumentType]
+        assert epilogue(submission, status=int(state in ("fault", "no_space"))) == 1
         assert commands.calls("sbatch") + commands.calls("scontrol requeue") == []
         assert ending(submission)["ending"] == "superseded"
         assert events(submission) == []
@@ -507,6 +507,19 @@ def test_a_node_that_failed_twice_is_excluded_if_slurm_has_others_for_the_job(
     assert lines[1] == "submitted again as job 8 in 3 s" + (", without node2" if excluded else "")
 
 
+def test_a_silence_of_slurm_loses_no_exclusion(
+    commands: FakeSlurm, submission: Submission, waits: list[float], tmp_path: Path
+) -> None:
+    refusal = "echo 'sbatch: Unable to contact slurm controller' >&2; exit 1"
+    commands.answer("sbatch", f"[ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; {refusal}; }}; echo 8")
+    full = "data.cache_dir: /scratch on node2: no space left on the device"
+    submission.write_rank_end("7.0", RankEnd(0, "node1", "no_space", full))  # which heard it from the rank on node2
+    assert epilogue(submission, status=1) == 1
+    assert waits == [2]
+    assert [call.split()[1] for call in commands.calls("sbatch")] == ["--test-only", "--test-only", "--parsable"]
+    assert "--exclude=node2" in commands.calls("sbatch")[-1]
+
+
 def test_variables_of_this_job_do_not_reach_the_next(
     commands: FakeSlurm, submission: Submission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -577,6 +590,23 @@ def test_a_folder_that_comes_back_meanwhile_is_waited_for(
     monkeypatch.setattr(slurm_epilogue.time, "sleep", lambda _: away.rename(submission.run.root))
     assert epilogue(submission, status=1) == 1
     assert events(submission) == ["requeued"]
+
+
+def test_a_job_that_slurm_starts_elsewhere_while_its_folder_is_waited_for_is_left_alone(
+    commands: FakeSlurm, submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = submission.run.root.with_name("away")
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    submission.run.root.rename(away)
+
+    def meanwhile(_: float) -> None:
+        away.rename(submission.run.root)
+        commands.answer("scontrol", "echo JobState=RUNNING Restarts=1")
+
+    monkeypatch.setattr(slurm_epilogue.time, "sleep", meanwhile)
+    assert epilogue(submission, status=1) == 1
+    assert events(submission) == []
+    assert commands.calls("sbatch") == []
 
 
 def test_an_earlier_start_on_a_lost_node_writes_nothing(
