@@ -1,6 +1,7 @@
 """Makes the missing shards of a preparation on this machine, in one process or several."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -149,11 +150,11 @@ def _start_worker(preparation: Preparation, max_bad: int, tick: Callable[[], Non
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    """Ends the shard that is being made, and all that a worker would make after it."""
-    is_first = not interrupts.received
+    """Ends the worker: at once if it waits for a shard, else once what it has of its shard is removed."""
+    if not _is_making or interrupts.received:
+        os._exit(128 + number)
     interrupts.note(number)
-    if is_first and _is_making:
-        raise KeyboardInterrupt
+    raise KeyboardInterrupt
 
 
 def _make_in_worker(number: int) -> ShardRecord:
@@ -161,12 +162,14 @@ def _make_in_worker(number: int) -> ShardRecord:
     assert _worker is not None
     preparation, max_bad, tick = _worker
     try:
-        _is_making = True
-        if interrupts.received:
-            raise KeyboardInterrupt
-        return _make_one(preparation, number, max_bad, tick)
+        try:
+            _is_making = True
+            return _make_one(preparation, number, max_bad, tick)
+        finally:
+            _is_making = False
     finally:
-        _is_making = False
+        if interrupts.received:  # whatever became of the exception: the pool waits for this end
+            os._exit(128 + interrupts.received[0])
 
 
 def _make_one(preparation: Preparation, number: int, max_bad: int, tick: Callable[[], None]) -> ShardRecord:

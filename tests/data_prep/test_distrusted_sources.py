@@ -1,7 +1,10 @@
 """Sources of images that are damaged, vanish or end their reader: one line, and the rest with `--max-bad`."""
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from data_fixtures import encoded, smooth_image, write_lmdb
 from prepare_command import call
 
 from cmscale.data import read_images
+from cmscale.io.process import CHECKOUT
 from data_prep.making import shards
 
 
@@ -97,6 +101,54 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path, monkeypatch, capsys, numb
     assert line in printed
     assert printed.count("\n") == 1
     assert call(f"lsun:{source}", out, "--workers", "2", format="webdataset") == 0
+
+
+_KILLED = r"""
+import multiprocessing, os, signal, threading, time
+from cmscale.commands.ending import end_early_interrupts, leave
+end_early_interrupts()
+from data_prep import prepare
+from data_prep.making import shards
+convert, first, others = shards.convert, multiprocessing.Value("i", 0), multiprocessing.Value("i", 0)
+
+def converted(*arguments, **keywords):
+    with first.get_lock():
+        first.value = first.value or os.getpid()
+    if first.value != os.getpid():
+        with others.get_lock():
+            others.value += 1
+        time.sleep(100)
+    while others.value < 2:
+        time.sleep(0.01)
+    IDLE or os.kill(os.getpid(), signal.SIGKILL)
+    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return convert(*arguments, **keywords)
+
+shards.convert = converted
+leave(prepare.main())
+"""
+
+
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "making a shard"])
+def test_a_worker_that_is_killed_ends_the_others_while_they_make_shards(tmp_path: Path, idle: bool) -> None:
+    source = write_lmdb(tmp_path / "lsun/x_train_lmdb", pictures(12))
+    command = [sys.executable, "-c", _KILLED.replace("IDLE", str(idle)), "--source", f"lsun:{source}"]
+    command += ["--format", "webdataset", "--image-size", "16", "--samples-per-shard", "4", "--workers", "3"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, printed = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 2
+    assert "a worker was killed, as the system does when memory runs out" in printed
+    assert list((tmp_path / "out").rglob("scratch/*")) == []
 
 
 def test_names_that_are_not_utf8_are_prepared_and_written_out(tmp_path, capsys) -> None:
