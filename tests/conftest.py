@@ -12,7 +12,7 @@ import pytest
 from fault_proxy import FaultProxy
 from hypothesis import settings
 
-from cmscale.io import patience
+from cmscale.io import interrupts, patience
 from cmscale.io.published import INCEPTION, VGG16, hub_checkpoints
 from cmscale.io.settings import StorageSettings, use_settings
 
@@ -58,6 +58,17 @@ def storage_as_in_a_new_process() -> Iterator[None]:
     yield
     use_settings(StorageSettings())
     patience.forget_waits()
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_new_process() -> Iterator[None]:
+    """Handlers that a test installs, as a training does, and the signals that they note, end with it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    interrupts.received.clear()
 
 
 @pytest.fixture(scope="session")
