@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cmscale.data.cache_lock import inventory, lock_of, locked
+from cmscale.data.cache_lock import full, inventory, lock_of, locked, make_own
 from cmscale.errors import DamagedInput, NoSpace, UserError
 from cmscale.io.durable import NO_SPACE, explained
-from cmscale.io.own_folder import own_folder
 from cmscale.io.process import node_name
 from cmscale.io.protocol import ArrivedChanged, Storage, StorageAway
 from cmscale.io.remarks import say
@@ -103,7 +102,7 @@ class FileCache:
         self.root = folder if folder is not None else default_cache_dir()
         original = storage.local_path("") if folder is None else None
         if folder is None and original is None:
-            own_folder(self.root, advice="set data.cache_dir to a folder of your own")
+            make_own(self.root)
         self.in_place = original is not None
         self.folder = original if original is not None else self.root / name[:16]
         self._number = {name: number for number, name in enumerate(entries)}
@@ -190,7 +189,7 @@ class FileCache:
     def _obtain(self, name: str, path: Path) -> None:
         """Verifies or fetches a file and records the result, so that a bad file is not fetched for each sample."""
         number, entry = self._number[name], self.entries[name]
-        with contextlib.nullcontext() if self.in_place else locked(lock_of(path)):
+        with contextlib.nullcontext() if self.in_place else locked(lock_of(path), root=self.root):
             if self._state[number] not in _BAD:
                 found = self._check(path, entry) if self.in_place else self._bring(name, path, entry)
                 self._record(number, *found)
@@ -217,12 +216,12 @@ class FileCache:
                 leftover.unlink(missing_ok=True)
         part = path.with_name(f".{path.name}.part")
         try:
-            with locked(self.root / ".lock"):
+            with locked(self.root / ".lock", root=self.root):
                 self._make_room(part, entry.size, self.limit)
             return self._fetch(name, path, entry, part)
         except NoSpace:
             part.unlink(missing_ok=True)
-            with locked(self.root / ".lock"):  # no other download begins: all at once would fill any disk
+            with locked(self.root / ".lock", root=self.root):  # no other download begins: all would fill any disk
                 return self._bring_alone(name, path, entry, part)
         finally:
             part.unlink(missing_ok=True)
@@ -245,11 +244,8 @@ class FileCache:
             except NoSpace as error:
                 part.unlink(missing_ok=True)
                 if not used:
-                    raise NoSpace(f"{self._full()}; free some, or name a folder on a larger disk") from error
+                    raise full(self.root, error) from error
                 limit = used
-
-    def _full(self) -> str:
-        return f"data.cache_dir: {self.root} on {node_name()}: {NO_SPACE} on the device"
 
     def _fetch(self, name: str, path: Path, entry: FileEntry, part: Path) -> tuple[int, int | None]:
         outcome: int | ConnectionError = _MISSING
@@ -286,7 +282,8 @@ class FileCache:
         room = min(limit, used + shutil.disk_usage(self.root).free)
         if complete and used + size > room < self.limit and not self._has_said_full[0]:
             self._has_said_full[0] = 1
-            say(f"{self._full()}, before data.cache_gb is used; the oldest shards make room")
+            where = f"data.cache_dir: {self.root} on {node_name()}"
+            say(f"{where}: {NO_SPACE} on the device, before data.cache_gb is used; the oldest shards make room")
         for _, length, path in sorted(complete):
             if used + size <= room:
                 break

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmscale.errors import NoSpace, UserError
+from cmscale.io.process import node_name
 
 NO_SPACE = "no space left"
 """In every message about a full disk or quota, the system's own among them (there with a capital)."""
@@ -31,6 +32,17 @@ def explained(path: Path) -> Iterator[None]:
             case errno.ENAMETOOLONG | errno.ELOOP | errno.ENXIO:
                 raise UserError(f"{path}: can't be written ({error.strerror}); name another place") from error
         raise
+
+
+def no_space_for(what: str, error: OSError | NoSpace, *, advice: str) -> NoSpace:
+    """The error for a folder without space that may be this node's own, as that of a cache.
+
+    A full disk names the node, as another node may have room. A quota is used up on all of them.
+    """
+    cause = error.__cause__ if isinstance(error, NoSpace) else error
+    is_quota = isinstance(cause, OSError) and cause.errno == errno.EDQUOT
+    where = f"{what}: {NO_SPACE} in the quota" if is_quota else f"{what} on {node_name()}: {NO_SPACE} on the device"
+    return NoSpace(f"{where}; free some, or {advice}")
 
 
 def replace_durably(path: Path, data: bytes) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from cmscale.errors import NoSpace, UserError
 from cmscale.io import traffic
-from cmscale.io.durable import NO_SPACE, replace_durably
+from cmscale.io.durable import no_space_for, replace_durably
 from cmscale.io.locks import LockTimeout, hold
 from cmscale.io.patience import patience_seconds
 from cmscale.io.place import Place, split_hash
-from cmscale.io.process import node_name
 from cmscale.io.protocol import Entry
 from cmscale.io.reading import why_no_file
 from cmscale.io.storage import Storage, open_parent
@@ -60,7 +59,7 @@ def local_file(url: str) -> Path:
     name = hashlib.sha256(f"{plain} {entry.size} {entry.version}".encode()).hexdigest()[:16]
     target = cache_folder() / "files" / f"{name}-{key}"
     recorded = target.with_name(f"{target.name}.sha256")
-    with download_lock(f"files/{target.name}.lock"):
+    with download_lock(f"files/{target.name}.lock", into=target.parent, setting="CMSCALE_CACHE"):
         actual = file_sha256(target, shown=True) if target.is_file() and recorded.is_file() else None
         if actual is None or recorded.read_text() != actual:
             actual = _download(storage, entry, target)
@@ -83,11 +82,15 @@ def _download(storage: Storage, entry: Entry, target: Path) -> str:
 
 
 @contextmanager
-def download_lock(name: str) -> Iterator[None]:
+def download_lock(name: str, *, into: Path, setting: str) -> Iterator[None]:
     """Holds the lock file `name` in the cache folder, so that one process per node downloads and the others wait.
 
+    Args:
+        into: The folder that the block writes.
+        setting: The variable that chooses it.
+
     Raises:
-        NoSpace: the block found the disk of the cache folder full; the message names the node.
+        NoSpace: a folder has no space left; of a full disk the message names the node.
         RuntimeError: another process has held it for half an hour. The user has made no mistake: a restart may help.
     """
     path = cache_folder() / name
@@ -98,11 +101,16 @@ def download_lock(name: str) -> Iterator[None]:
             stack.enter_context(hold(path, timeout=timeout, what=what))
         except LockTimeout as error:
             raise RuntimeError(str(error)) from None
+        except NoSpace as error:
+            raise _full(cache_folder(), "CMSCALE_CACHE", error) from error
         try:
             yield
         except NoSpace as error:
-            where = f"{cache_folder()} on {node_name()}: {NO_SPACE} on the device"
-            raise NoSpace(f"{where}; free some, or let CMSCALE_CACHE name a folder on a larger disk") from error
+            raise _full(into, setting, error) from error
+
+
+def _full(folder: Path, setting: str, error: NoSpace) -> NoSpace:
+    return no_space_for(str(folder), error, advice=f"let {setting} name a folder on a larger disk")
 
 
 def file_sha256(path: Path, *, shown: bool = False) -> str:

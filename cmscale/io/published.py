@@ -69,7 +69,7 @@ def published_file(wanted: Published) -> Path:
         return path
     from http.client import HTTPException  # takes longer to import than most commands need
 
-    with download_lock(f"{wanted.name}.lock"):
+    with download_lock(f"{wanted.name}.lock", into=path.parent, setting="TORCH_HOME"):
         if not (path.is_file() and path.stat().st_size):
             try:
                 _download(wanted, path)

@@ -1,6 +1,7 @@
 """The shard cache: files are fetched once, verified, limited in size and retried, and no wait is without end."""
 
 import collections
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from cmscale.data import cache, cache_lock, open_batches
 from cmscale.data.cache import FileCache
 from cmscale.data.workers import with_advice
 from cmscale.errors import NoSpace, UserError
+from cmscale.io.durable import explained
 from cmscale.io.local import LocalStorage
 from cmscale.io.locks import LockTimeout, hold
 from cmscale.runs.manifests import FileEntry
@@ -341,6 +343,42 @@ def test_what_killed_downloads_have_reserved_is_given_back(tmp_path: Path) -> No
     assert not left.exists()
 
 
+def test_a_file_that_is_named_as_a_part_keeps_its_lock_and_what_it_has_reserved(tmp_path: Path) -> None:
+    some = cache_of(Counting(FILES), tmp_path)
+    lock, part = some.folder / ".a.part1.tar.lock", some.folder / ".a.part1.tar.part"
+    with hold(lock, timeout=0, what="its download is alive"):
+        part.write_bytes(bytes(1000))
+        some.path("shard-0")
+        assert lock.exists()
+        assert part.exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("what", ["folder", "lock", "root", "part"])
+def test_a_disk_that_is_full_before_the_start_names_its_node_and_a_quota_none(
+    what: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        with explained(tmp_path) if what == "part" else nullcontext():
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    monkeypatch.setattr(cache, "default_cache_dir", lambda: tmp_path / "own")
+    some = cache_of(Counting(FILES), tmp_path)
+    if what == "part":
+        monkeypatch.setattr(FileCache, "_make_room", lambda *_: full())
+    elif what == "lock":
+        monkeypatch.setattr("cmscale.io.locks._acquire", full)
+    else:
+        monkeypatch.setattr(Path, "mkdir", full)
+
+    with pytest.raises(NoSpace) as caught:
+        FileCache(Counting(FILES), {}, folder=None, name="set", limit=1) if what == "root" else some.path("shard-0")
+    root = tmp_path / "own" if what == "root" else tmp_path
+    where = " on node7: no space left on the device" if code == errno.ENOSPC else ": no space left in the quota"
+    assert str(caught.value) == f"data.cache_dir: {root}{where}; free some, or name a folder on a larger disk"
+
+
 def test_leftovers_of_a_killed_download_are_removed(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     leftovers = [tmp_path / "set" / name for name in (".shard-2.part.1234abcd", "..shard-2.part.99", ".shard-2.part")]
@@ -363,7 +401,8 @@ def test_a_lock_held_for_too_long_is_a_fault_not_a_wait_for_ever(tmp_path: Path,
     monkeypatch.setattr(cache_lock, "LOCK_MINUTES", 0.0)
     use_patience(0)
     lock = tmp_path / ".lock"
-    with cache_lock.locked(lock), pytest.raises(RuntimeError, match="another process"), cache_lock.locked(lock):
+    once, again = (cache_lock.locked(lock, root=tmp_path) for _ in range(2))
+    with once, pytest.raises(RuntimeError, match="another process"), again:
         pass
 
 

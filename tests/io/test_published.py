@@ -1,5 +1,6 @@
 """Published weights are taken from torch hub's cache, or fetched whole, once per node, or it is said why not."""
 
+import errno
 import fcntl
 import hashlib
 import re
@@ -16,7 +17,7 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchvision.models import VGG16_Weights
 
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.io import published
 from cmscale.io.published import INCEPTION, VGG16, Published, hub_checkpoints, published_file
 
@@ -90,6 +91,20 @@ def test_a_file_is_fetched_once_and_then_taken_from_the_cache(web: Web) -> None:
     assert published_file(web.file()) == path
     assert len(web.asked) == 1
     assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_full_disk_names_the_folder_that_is_written_and_its_variable(web: Web, monkeypatch) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    monkeypatch.setattr(published, "follow_umask", full)
+    with pytest.raises(NoSpace) as caught:
+        published_file(web.file())
+    assert str(caught.value) == (
+        f"{hub_checkpoints()} on node7: no space left on the device; free some, or let TORCH_HOME name a folder on a "
+        "larger disk"
+    )
 
 
 def test_where_the_length_is_unknown_what_has_come_is_shown(web: Web, monkeypatch, capsys) -> None:

@@ -262,16 +262,20 @@ def test_an_asset_is_fetched_once_and_checked(s3: str, tmp_path: Path, monkeypat
         local_file(str(tmp_path / "absent.pth"))
 
 
-def test_a_full_disk_below_the_cache_of_assets_names_the_node_that_a_restart_can_avoid(
-    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("code", "where"),
+    [(errno.ENOSPC, " on node7: no space left on the device"), (errno.EDQUOT, ": no space left in the quota")],
+)
+def test_a_full_disk_below_the_cache_of_assets_names_the_node_that_a_restart_can_avoid_and_a_quota_none(
+    code: int, where: str, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     open_storage(s3).write("weights.pth", b"numbers")
 
     def no_space(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(NoSpace, match=r"cache on node7: no space left on the device; free some, or let CMSCALE_CACHE"):
+    with pytest.raises(NoSpace, match=rf"^{tmp_path}/cache/files{where}; free some, or let CMSCALE_CACHE name a"):
         local_file(f"{s3}/weights.pth")
