@@ -46,7 +46,9 @@ def beating(run: RunDir) -> Iterator[None]:
     """Gives signs of life for this process while the block runs."""
     path, stop = run.launcher_sign, threading.Event()
     who = {"host": socket.gethostname(), "process": os.getpid(), "machine": machine_id()}
-    own = json.dumps(who | {"space": process_space(), "started": start_of(os.getpid())})
+    own = json.dumps(
+        who | {"space": process_space(), "started": start_of(os.getpid()), "run": str(run.root.absolute())}
+    )
     thread = threading.Thread(target=_beat, args=(path, stop), name="heartbeat", daemon=True)
     with contextlib.suppress(OSError):  # a full disk is reported by those who need it
         path.write_text(own)

@@ -93,7 +93,7 @@ def _launcher(run: RunDir) -> _Life | None:
         age = max(time.time() - run.launcher_sign.stat().st_mtime, 0.0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
-    if _is_copy(run):
+    if not _is_at(run, sign["run"]) if "run" in sign else _is_copy(run):  # older releases name no run
         return None
     what = f"launcher {process} on {host}"
     if space == process_space() if space else host == socket.gethostname():  # older releases name the host alone
@@ -148,9 +148,16 @@ def _is_copy(run: RunDir) -> bool:
 
 def _is_of(run: RunDir, record: dict[str, Any]) -> bool:
     """Whether a job trains in this folder, as far as can be told: not in another one that is still there."""
-    with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
-        return Path(record["arguments"][0]).samefile(run.root)
-    return True  # of an older release, or the folder was moved
+    with contextlib.suppress(LookupError, TypeError):  # of an older release
+        return _is_at(run, record["arguments"][0])
+    return True
+
+
+def _is_at(run: RunDir, path: Any) -> bool:
+    """Whether a run had this path when it was written, as far as can be told: it is none of another folder."""
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        return Path(path).samefile(run.root)
+    return True  # the folder was moved
 
 
 def _submitted(run: RunDir) -> Iterator[tuple[Path, Any]]:

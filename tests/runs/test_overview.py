@@ -88,6 +88,20 @@ def test_the_copy_of_a_run_that_lives_does_not(tmp_path: Path, monkeypatch) -> N
     assert overview(copy).known_by == "Slurm job 12 is RUNNING"  # it was moved, as far as can be told
 
 
+def test_a_copy_that_torchrun_continues_is_alive(tmp_path: Path, monkeypatch) -> None:
+    """It has a launcher of its own, and the original's submissions alone."""
+    first = working_run(tmp_path / "first")
+    job = first.logs / "submissions" / "20261129-010000-a" / "job.json"
+    job.parent.mkdir(parents=True)
+    job.write_text(json.dumps({"worker": "train", "arguments": [str(first.root), False], "job_id": "12"}))
+    monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: {})
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(first.root, copy.root)
+    with beating(copy):
+        seen = overview(copy, now=time.time() + 7200)
+    assert (seen.state, seen.known_by) == ("running", f"launcher {os.getpid()} on {socket.gethostname()}")
+
+
 @pytest.mark.parametrize(
     ("states", "state", "words"),
     [
