@@ -45,8 +45,9 @@ class Follower:
         self._show((whole + end).decode(errors="replace"))
 
     def _show_begun(self) -> None:
-        """Prints the beginning of a line that will have no end."""
-        self._show(self._begun.decode(errors="replace"))
+        """Prints the beginning of a line that will have no end of its own."""
+        if self._begun:
+            self._show(self._begun.decode(errors="replace") + "\n")
         self._begun = b""
 
     def _show(self, lines: str) -> None:

@@ -62,6 +62,20 @@ def test_a_line_that_is_written_in_pieces_is_shown_whole(
     assert "\n\n" not in said
 
 
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_the_first_line_of_the_next_log_does_not_follow_on_half_a_line_of_the_last(
+    stream: type[io.StringIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = stream()
+    monkeypatch.setattr(sys, "stdout", shown)
+    follower = Follower()
+    for name, text in (("1", "one\nha"), ("2", "two\nlf")):
+        (tmp_path / name).write_text(text)
+        follower.show(tmp_path / name)
+    follower.close()
+    assert shown.getvalue() == "one\nha\ntwo\nlf\n"
+
+
 def test_a_narrow_terminal_shows_all_numbers_and_one_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Terminal()
     monkeypatch.setattr(sys, "stdout", shown)
