@@ -23,6 +23,7 @@ from cmscale.runs.snapshot import Code, take_snapshot
 from launchers.clusters import CLUSTERS
 from launchers.heartbeat import beating, sign_from_elsewhere
 from launchers.provenance import record_start
+from launchers.submission import submissions_of
 
 _PATHS = (
     "data.path",
@@ -181,9 +182,14 @@ def _refuse_existing(run: RunDir) -> None:
         raise UserError(f"{run.root} exists and is no run (no config.yaml); move it away, or give another --name")
 
 
-def remove_run(run: RunDir) -> None:
-    """Removes the folder of a new run whose job was refused; one in which anything was started stays."""
-    if not (run.events.exists() or run.generations.exists()):
+def remove_run(run: RunDir, *, refused: str) -> None:
+    """Removes the folder of a new run whose job was refused; one in which anything was started or submitted stays.
+
+    Args:
+        refused: The name of the submission.
+    """
+    others = any(each.name != refused for each in submissions_of(run))
+    if not (others or run.events.exists() or run.generations.exists()):
         shutil.rmtree(run.root, ignore_errors=True)
 
 

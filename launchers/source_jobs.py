@@ -11,7 +11,7 @@ from cmscale.config.source_request import SourceRequest
 from cmscale.errors import UserError
 from cmscale.io.durable import explained
 from cmscale.io.place import Place
-from cmscale.io.slurm import Refused
+from cmscale.io.slurm import NoAnswer, Refused
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
 from cmscale.runs.source_kind import kind_of_source
@@ -81,9 +81,11 @@ class SourceJob:
         take_snapshot(self._code, self.run.code)
         try:
             status = CLUSTERS[job.placement.cluster].run(job, wait=self._flags.wait)
+        except NoAnswer:  # it may have the job
+            raise
         except Refused:
             if is_new:
-                remove_run(self.run)
+                remove_run(self.run, refused=job.submission)
             raise
         print(f"run: {self.run.root}", flush=True)
         return status

@@ -113,7 +113,7 @@ def _launch(
             status = CLUSTERS[job.placement.cluster].run(job, wait=flags.wait)
         except Refused:
             if not flags.resume:  # so that the corrected command finds no run of this name
-                remove_run(run)
+                remove_run(run, refused=job.submission)
             raise
     print(f"run: {run.root}", flush=True)
     return status

@@ -8,7 +8,7 @@ from launch_fixtures import CONFIG
 from cmscale.commands.ending import guarded
 from cmscale.config.draw_request import DrawRequest
 from cmscale.io.place import Place
-from cmscale.io.slurm import Refused
+from cmscale.io.slurm import NoAnswer, Refused
 from cmscale.runs.folder import RunDir
 from cmscale.runs.sample_sets import part_name
 from launchers import sample
@@ -105,3 +105,29 @@ def test_a_job_that_slurm_refuses_leaves_no_new_folder(
     assert run(source, "--samples", "4", "--out", "x") == 2
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("error", "by_another", "stays"), [(Refused, False, False), (Refused, True, True), (NoAnswer, False, True)]
+)
+def test_a_new_folder_stays_where_slurm_may_have_a_job_of_it(
+    asked: list,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Refused],
+    by_another: bool,
+    stays: bool,
+) -> None:
+    """Slurm may have taken what it did not answer about, and two commands of one second share a folder."""
+
+    class Refusing(LocalMachine):
+        def run(self, job: JobSpec, *, wait: bool) -> int:
+            for name in [job.submission, *(["of another command"] if by_another else [])]:
+                Submission(job.run, name).write_job(job.worker, job.arguments)
+            raise error("sbatch said something")
+
+    monkeypatch.setitem(CLUSTERS, "local", Refusing())
+    monkeypatch.setattr(sample, "check_source", lambda *_, **__: None)
+    monkeypatch.setattr(sample, "check_request", lambda _: None)
+    assert run("s3://bucket/model.safetensors", "--samples", "4", "--out", "x", "--name", "new") == error.status
+    assert (tmp_path / "runs" / "new").exists() == stays
