@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,9 +23,12 @@ def ranks() -> Iterator[subprocess.Popen[str]]:
     environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", START: "submission/attempt-0"}
     command = [sys.executable, str(HERE / "watched.py")]
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        yield process
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # with a rank that its watch has left alive
 
 
 def run_watched(ranks: subprocess.Popen[str], how: str, folder: Path, *, minutes: float = 0.01) -> tuple[int, int]:
@@ -32,6 +36,7 @@ def run_watched(ranks: subprocess.Popen[str], how: str, folder: Path, *, minutes
     assert ranks.stdin is not None
     assert ranks.stdout is not None
     print(json.dumps([how, str(folder), minutes]), file=ranks.stdin, flush=True)
+    assert select.select([ranks.stdout], [], [], 120)[0], "the rank lives, or the process that forks it did not start"
     status, watch = ranks.stdout.readline().split()
     return int(status), int(watch)
 
