@@ -13,7 +13,7 @@ from cmscale.io.reading import files_in, read_regular, utf8
 from cmscale.report.measured import Measured, read_measured
 from cmscale.runs.folder import RunDir, run_meant, step_of
 from cmscale.runs.lineage import Lineage, read_lineage
-from cmscale.runs.log import is_beside_training, read_lines
+from cmscale.runs.log import read_lines, step_now
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.runs.standing import how_it_stands
 
@@ -80,17 +80,8 @@ class RunFacts:
 
     @property
     def step(self) -> int:
-        """The step that the run has reached: by its metrics, and by its events since it began or last went back."""
-        steps = [self.measured.last_step or 0]
-        for event in reversed(self.events):
-            name = str(event.get("event", ""))
-            if name == "rolled_back":  # from that step
-                break
-            if type(step := event.get("step")) is int and not is_beside_training(name):
-                steps.append(step)
-            if name in ("start", "resumed"):
-                break
-        return max(steps)
+        """The step where the run is now, also after it went back."""
+        return step_now(self.run, self.events, logged=self.measured.last_step or 0)
 
     @property
     def total_steps(self) -> int:

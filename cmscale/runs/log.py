@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def is_beside_training(event: str) -> bool:
     return event == "evaluated" or event.startswith(("evaluation_", "sampling_"))
 
 
+_BEGIN_AT = ("start", "resumed", "checkpoint")
+_CLOCKS_DIFFER_SECONDS = 1.0  # that of a file system from the machine's, at least: it may stand still for some ms
 _STATES = {"not_exported": "finished, not exported"}
 
 
@@ -65,6 +67,35 @@ def state_of(events: Iterable[dict[str, Any]]) -> str:
         if not (is_beside_training(event) or is_copy or event == "superseded"):
             last = event
     return _STATES.get(last, last) or "never started"
+
+
+def step_now(run: RunDir, events: Sequence[dict[str, Any]], *, logged: int) -> int:
+    """The step where a run is: by its events since it began, resumed or rolled back, and its metrics since then.
+
+    Args:
+        logged: The step of the newest record of its metrics.
+    """
+    found = [0]
+    backwards = (each for each in reversed(events) if not is_beside_training(str(each.get("event", ""))))
+    for event in backwards:
+        name, step = event.get("event"), event.get("step")
+        if type(step) is int and name != "rolled_back":  # from that step
+            found.append(step)
+        if name in ("start", "resumed", "rolled_back"):
+            if _has_logged_since(run, event.get("time")):
+                break
+            if name == "rolled_back":  # to the last checkpoint
+                step = next((each.get("step") for each in backwards if each.get("event") in _BEGIN_AT), 0)
+                found.append(step if type(step) is int else 0)
+            return max(found)
+    return max(*found, logged)
+
+
+def _has_logged_since(run: RunDir, moment: Any) -> bool:
+    """Whether the metrics of a run were written after a moment, as far as can be told."""
+    with contextlib.suppress(OSError, TypeError):
+        return run.metrics.stat().st_mtime >= moment - _CLOCKS_DIFFER_SECONDS
+    return True
 
 
 def write_event(run: RunDir, event: str, *, step: int, rank: int, why: str = "", **more: Any) -> None:

@@ -22,7 +22,7 @@ from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.comparison import best_of, describe_basis
 from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import read_lineage
-from cmscale.runs.log import read_lines, state_of
+from cmscale.runs.log import read_lines, state_of, step_now
 from cmscale.runs.results import read_evaluations
 from cmscale.runs.standing import JobStates, quiet_seconds, state_and_reason
 
@@ -110,10 +110,11 @@ def overview(run: RunDir, *, now: float | None = None, states_of: JobStates | No
     now = time.time() if now is None else now
     quiet = quiet_seconds(run, now)
     state, known_by = state_and_reason(run, state_of(events), quiet, states_of)
-    steps = [_number(each, "step") or 0 for each in (*metrics[-1:], *events[-1:])]
-    with contextlib.suppress(OSError, UserError):
-        steps += committed_steps(run)[-1:]
-    step, total = int(max(steps, default=0)), settings.get("total_steps")
+    logged = _number(metrics[-1], "step") if metrics else None
+    step, total = step_now(run, events, logged=int(logged or 0)), settings.get("total_steps")
+    if not step:
+        with contextlib.suppress(OSError, UserError):
+            step = max(committed_steps(run), default=0)
     images_per_second = _rate(metrics)
     batch = settings.get("global_batch_size")
     rate = images_per_second / batch if images_per_second and batch else None

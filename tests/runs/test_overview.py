@@ -16,9 +16,10 @@ import pytest
 from commands import run
 from run_folder import working_run, write_run
 
+from cmscale.report.facts import read_facts
 from cmscale.runs import standing
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import write_event
+from cmscale.runs.log import append_line, write_event
 from cmscale.runs.overview import overview
 from launchers.heartbeat import beating
 
@@ -40,6 +41,22 @@ def test_rate_and_time_left_are_those_of_the_last_records(tmp_path: Path) -> Non
     assert seen.loss == 0.01
     assert seen.age_seconds is not None
     assert seen.age_seconds < 600
+
+
+@pytest.mark.parametrize(("event", "at"), [("resumed", 20), ("rolled_back", 100)])
+def test_a_run_that_goes_back_is_where_it_goes_on(event: str, at: int, tmp_path: Path) -> None:
+    """In the page and in `cmscale runs`: also before it writes its next line of metrics."""
+    found = working_run(tmp_path / "one")
+    write_event(found, "checkpoint", step=20, rank=0)
+    assert overview(found).step == read_facts(found).step == 100
+    write_event(found, event, step=at, rank=0)
+    long_ago = time.time() - 60
+    os.utime(found.metrics, (long_ago, long_ago))
+    assert overview(found).step == read_facts(found).step == 20
+    write_event(found, "checkpoint", step=25, rank=0)
+    assert overview(found).step == read_facts(found).step == 25
+    append_line(found.metrics, {"step": 30, "loss": 1.0})
+    assert overview(found).step == read_facts(found).step == 30
 
 
 def test_a_state_is_known_by_the_launcher_where_there_is_one(tmp_path: Path) -> None:
