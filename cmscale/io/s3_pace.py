@@ -148,7 +148,7 @@ def _bounded(seconds: float | None) -> float | None:
 def _end_waits() -> None:
     """Ends the exchanges that threads wait for. The main thread, whose handler this is, gets an exception anyway."""
     for connected in tuple(_waited_for):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TypeError):  # TLS within the TLS of a proxy is no socket
             socket.socket.shutdown(connected, socket.SHUT_RDWR)  # TLS's own would change what its thread uses
 
 

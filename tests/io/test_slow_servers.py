@@ -1,6 +1,7 @@
 """A server that answers, but so slowly that it would never be over, is taken for one that does not answer."""
 
 import io
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,14 @@ BODY = bytes(range(256)) * 40
 def download(storage: Storage, folder: Path) -> bytes:
     storage.download("a", folder / "a")
     return (folder / "a").read_bytes()
+
+
+def test_ctrl_c_ends_the_wait_beside_a_connection_that_is_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        monkeypatch.setattr(s3_pace, "_waited_for", {0: object(), 1: here}.values())
+        s3_pace._end_waits()
+        assert there.recv(1) == b""
 
 
 WAYS: dict[str, tuple[Callable[[Storage, Path], Any], Any]] = {
