@@ -79,12 +79,16 @@ def request_due(run: RunDir, *, every: int, flags: list[str]) -> None:
         if not LocalStorage(marker.parent).write_if_absent(marker.name, _asking().encode()):
             continue  # another start of the job was faster
         command = [sys.executable, str(CHECKOUT / "launchers" / "evaluate.py"), *flags, str(run.root)]
-        status = subprocess.run(
-            [*command, "--checkpoint", str(step)],
-            env=outside_of_jobs(),
-            check=False,
-            preexec_fn=partial(die_with_parent, signal.SIGTERM),
-        ).returncode
+        try:
+            status = subprocess.run(
+                [*command, "--checkpoint", str(step)],
+                env=outside_of_jobs(),
+                check=False,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
+            ).returncode
+        except BaseException:  # such as no memory for a process: else the marker would name this one, which lives on
+            marker.unlink(missing_ok=True)
+            raise
         print(f"evaluation of step {step}: exit status {status}", flush=True)
         is_over = status in (0, 1, 2) if "local" in flags else status in (0, 2)
         if is_over:

@@ -1,5 +1,6 @@
 """Evaluations during training: each due checkpoint gets one job, without anybody logged in, and is kept until then."""
 
+import errno
 import os
 import subprocess
 from dataclasses import replace
@@ -15,7 +16,7 @@ from cmscale.io.process import node_name, start_of
 from cmscale.runs.folder import RunDir
 from launchers import evaluate_checkpoints
 from launchers.clusters.slurm import script_text
-from launchers.evaluate_checkpoints import arguments_for, due, evaluating, request_due, with_kept_checkpoints
+from launchers.evaluate_checkpoints import arguments_for, due, evaluating, look, request_due, with_kept_checkpoints
 from launchers.jobs import TRAIN, JobSpec
 
 PLACEMENT = placement(nodes=4, ranks_per_node=8, gpus=True, partition="gpu")
@@ -90,6 +91,17 @@ def test_an_evaluation_that_was_refused_is_not_asked_for_again(
     request_due(run, every=2, flags=["--cluster", "slurm"])
     assert capsys.readouterr().out.count("exit status 2") == 2
     assert list(due(run, every=2)) == []
+
+
+def test_an_evaluation_for_which_no_process_can_be_started_is_asked_for_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(evaluate_checkpoints.subprocess, "run", no_memory)
+    assert "Cannot allocate memory" in look(run, every=2, flags=["local"], before="")
+    assert list(due(run, every=2)) == [2, 5]
 
 
 @pytest.mark.parametrize(
