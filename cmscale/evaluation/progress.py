@@ -1,6 +1,7 @@
 """Keeps what a command has measured so far, and decides whether results that exist are returned or made anew."""
 
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,10 @@ from cmscale.runs.manifests import Document, read_document
 from cmscale.runs.results import hash_of
 from cmscale.source import Source
 
+AWAY_SECONDS = 60.0
+"""For so long a run's folder may be away, as when its storage is mounted anew."""
+_LOOK_SECONDS = 1.0
+
 D = TypeVar("D", bound=Document)
 
 
@@ -24,8 +29,16 @@ def work_folder(source: Source, run_dir: str | None) -> Path:
 
 
 def is_gone(run_dir: Path | None) -> bool:
-    """Whether a run that is measured was moved or removed meanwhile: what is written there would make it anew."""
-    return run_dir is not None and not RunDir(run_dir).checkpoints.is_dir()
+    """Whether a run that is measured was moved or removed meanwhile: what is written there would make it anew.
+
+    A folder that is away is waited for, `AWAY_SECONDS` long.
+    """
+    until = time.monotonic() + AWAY_SECONDS
+    while run_dir is not None and not RunDir(run_dir).checkpoints.is_dir():
+        if (left := until - time.monotonic()) <= 0:
+            return True
+        time.sleep(min(left, _LOOK_SECONDS))
+    return False
 
 
 def must_be_there(run_dir: Path | None, *, gone: bool | None = None) -> None:

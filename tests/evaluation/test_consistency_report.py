@@ -132,6 +132,7 @@ def test_a_runs_result_lies_in_its_folder_and_on_its_page(data, tmp_path, monkey
     page = build_report(folder).read_text()
     assert "Consistency error against time, step 10, ema_0.9, 3 images" in page
     monkeypatch.setattr(consistency_report, "error_curve", lambda *_, **__: folder.root.rename(tmp_path / "moved"))
+    monkeypatch.setattr("cmscale.evaluation.progress.AWAY_SECONDS", 0.0)
     with pytest.raises(UserError, match="is gone: was it moved or removed"):
         measure_consistency_error(source, num=4, **asked)
     assert not folder.root.exists()

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from cmscale.cli import main as cli
 from cmscale.config import read_config
 from cmscale.consistency.grid import indexed_sigmas
 from cmscale.engine.preemption import Preemption
-from cmscale.evaluation import finished_samples, search_times
+from cmscale.errors import UserError
+from cmscale.evaluation import finished_samples, progress, search_times
 from cmscale.evaluation import session as measuring
 from cmscale.evaluation.blocks import BlockStore
 from cmscale.generation.draw import draw_batch
@@ -318,6 +320,7 @@ def test_a_run_that_is_moved_away_meanwhile_is_not_made_anew(
     module, _, name = meanwhile.rpartition(".")
     patched = importlib.import_module(f"cmscale.evaluation.{module}")
     work, moved = getattr(patched, name), run.root.with_name("moved")
+    monkeypatch.setattr(progress, "AWAY_SECONDS", 0.0)
 
     def moving(*arguments: Any, **keywords: Any) -> Any:
         if run.root.exists():
@@ -329,6 +332,23 @@ def test_a_run_that_is_moved_away_meanwhile_is_not_made_anew(
     assert f"{run.root}: is gone: was it moved or removed" in capsys.readouterr().err.splitlines()[-1]
     assert not run.root.exists()
     monkeypatch.undo()
+
+
+def test_a_run_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    def back_at_the_third(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            RunDir(tmp_path).checkpoints.mkdir()
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: sum(waits), sleep=back_at_the_third))
+    progress.must_be_there(tmp_path)
+    assert len(waits) == 3
+    RunDir(tmp_path).checkpoints.rmdir()
+    with pytest.raises(UserError, match="is gone"):
+        progress.must_be_there(tmp_path)
+    assert sum(waits) == 3 + progress.AWAY_SECONDS
 
 
 def test_a_search_is_interrupted_goes_on_without_a_trial_made_twice_and_its_times_are_taken(
