@@ -59,6 +59,8 @@ class BadSteps:
         tensors = {"images": batch.images.contiguous(), "flips": batch.flips}
         metadata = {"positions": ",".join(map(str, batch.positions)), "keys": ",".join(batch.keys)}
         with dispensable(f"logs/{name}"):
+            if not self._run.logs.is_dir():  # the run was moved or removed: its old folder is not made anew for this
+                raise FileNotFoundError(f"there is no folder {self._run.logs}")
             replace_durably(self._run.logs / name, save(tensors, metadata))
             why = f"batch saved in logs/{name}"
             write_event(self._run, "nonfinite_step", step=state.step, rank=self._world.rank, why=why)

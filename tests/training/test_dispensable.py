@@ -50,6 +50,14 @@ def test_a_batch_without_a_finite_loss_need_not_be_saved(run: RunDir, capsys: py
     assert said[3].startswith("rolled_back is not written: ")
 
 
+def test_a_batch_of_a_run_that_was_moved_away_does_not_make_its_folder_anew(tmp_path: Path, capsys) -> None:
+    bad = StepResult(applied=False, loss=math.nan, grad_norm=math.inf, loss_scale=1.0)
+    gone = RunDir(tmp_path / "moved")
+    assert not BadSteps(config(), gone, World()).must_roll_back(bad, BATCH, TrainState(step=4, cursor=10))
+    assert f"is not written: there is no folder {gone.logs}" in capsys.readouterr().out
+    assert not gone.root.exists()
+
+
 def test_a_grid_of_samples_need_not_be_saved(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     Grids(config(), run, World(), engine=None).after(1, BATCH)  # pyright: ignore[reportArgumentType]
     assert capsys.readouterr().out.startswith("real.png is not written: ")
