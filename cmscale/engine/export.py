@@ -154,7 +154,7 @@ class Exporter:
             except Exception as error:
                 if isinstance(error, WentElsewhere):
                     self.went_elsewhere = str(error)
-                self._failed(each.step, error, say=first is None)
+                self._failed(each.step, error, said=first is not None)
                 first = first or error
                 if isinstance(error, ConnectionError):  # it would answer about the others neither
                     break
@@ -215,9 +215,9 @@ class Exporter:
             self._there.discard(each)
             self._event("export_pruned", step=each.step)
 
-    def _failed(self, step: int, error: Exception, *, say: bool = True) -> Exception:
+    def _failed(self, step: int, error: Exception, *, said: bool = False) -> Exception:
         """Records an error, and prints it unless the same round has printed one."""
-        if say:
+        if not said:
             self._say(str(error), then=f"; tried again every {self._retry_seconds:g} s")
         self._event("export_failed", step=step, why=f"{type(error).__name__}: {error}")
         return error
