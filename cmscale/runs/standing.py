@@ -213,7 +213,7 @@ def _slurm_job(run: RunDir, states_of: JobStates) -> _Life | None:
         name, is_so = {"PENDING": "queued"}.get(state, state.lower()), f"Slurm job {number} is {state}"
         if (reason := reason_to_wait(states)) is not None:
             name = "held" if is_held(reason) else name
-            is_so += f" ({why_it_waits(number, reason, clusters)})"
+            is_so += f": {why_it_waits(number, reason, clusters)}"
         return _Life(True, name, is_so)
     return gone
 

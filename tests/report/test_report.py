@@ -382,7 +382,7 @@ def test_a_run_that_waits_in_the_queue_for_its_first_start_is_called_queued(tmp_
     monkeypatch.setattr(standing, "job_states", lambda job_id, clusters: {"PENDING": "Priority"})
     page = _page(run)
     assert '<span class="status queued">queued</span>' in page
-    assert "Known by Slurm job 12 is PENDING (Priority)" in page
+    assert "Known by Slurm job 12 is PENDING: Priority" in page
 
 
 def test_the_status_is_what_happened_last(run) -> None:

@@ -123,13 +123,13 @@ def test_a_copy_that_torchrun_continues_is_alive(tmp_path: Path, monkeypatch) ->
     ("states", "state", "words"),
     [
         ({"RUNNING": "None"}, "running", "Slurm job 12 is RUNNING"),
-        ({"PENDING": "Resources"}, "queued", "Slurm job 12 is PENDING (Resources)"),
+        ({"PENDING": "Resources"}, "queued", "Slurm job 12 is PENDING: Resources"),
         (
             {"PENDING": "JobHeldAdmin"},
             "held",
-            "Slurm job 12 is PENDING (JobHeldAdmin; scontrol release 12 lets it go on)",
+            "Slurm job 12 is PENDING: JobHeldAdmin; scontrol release 12 lets it go on",
         ),
-        ({"SPECIAL_EXIT": "job requeued in held state"}, "held", "; scontrol release 12 lets it go on)"),
+        ({"SPECIAL_EXIT": "job requeued in held state"}, "held", "; scontrol release 12 lets it go on"),
         ({"COMPLETING": "None"}, "completing", "Slurm job 12 is COMPLETING"),
         ({}, "stale", "Slurm has no job 12 any more"),
         (None, "running", "Slurm does not answer about job 12"),  # it wrote just now
@@ -173,7 +173,7 @@ def test_the_job_that_is_alive_counts_whatever_the_clock_said_when_it_was_submit
             {"PENDING": "Resources"},
             "alive",
             "queued",
-            "Slurm job 12 is PENDING (Resources)",
+            "Slurm job 12 is PENDING: Resources",
         ),  # `--wait` waits for the queue
         ("train", {}, "alive", "running", "launcher"),
         ("train", None, "ended", "running", "Slurm does not answer about job 12"),
