@@ -103,7 +103,8 @@ class SlurmCluster:
         try:
             job_id = slurm.submit(submission.script)
         except slurm.Refused as error:
-            if job.placement.partition and "partition" in str(error).lower():
+            is_about_it = "partition" in str(error).lower() and not isinstance(error, slurm.NoAnswer)
+            if job.placement.partition and is_about_it:
                 raise slurm.Refused(f"{error}; --partition names another than {job.placement.partition}") from None
             raise
         submission.replace_job_id(job_id)
