@@ -176,23 +176,36 @@ def wandb_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[st
         server.shutdown()
 
 
-def test_a_wandb_key_is_ok_if_the_server_takes_it(
-    wandb_server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+OF_KEYS = """
+import json, os, sys
+from cmscale.cli import services
+for letter in sys.argv[1:]:
+    os.environ["WANDB_API_KEY"] = letter * 40
+    os.environ["WANDB_HTTP_TIMEOUT"] = "2" if letter == "b" else "60"  # in which it tries again
+    (found,) = services.wandb()
+    print(json.dumps([found.state, found.found]))
+"""
+
+
+def found_of_keys(letters: str) -> list[tuple[str, str]]:
+    """State and text for keys of these letters, in a new process: wandb remembers what it once was told."""
+    ran = subprocess.run([sys.executable, "-c", OF_KEYS, *letters], capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
+    return [tuple(json.loads(line)) for line in ran.stdout.splitlines()]
+
+
+def test_a_wandb_key_is_ok_if_the_server_takes_it(wandb_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(services.wandb()).state == "ok"  # without a key runs log offline
     monkeypatch.setenv("WANDB_BASE_URL", f"http://{wandb_server}")
-    for letter, state, words in (
-        ("x", "failure", "invalid credentials"),
-        ("n", "failure", "user is not logged in"),
-        ("b", "warning", "a key, which could not be tried: "),
-        ("k", "ok", f"a key, which {wandb_server} takes"),  # last, as wandb asks no more then
-    ):
-        monkeypatch.setenv("WANDB_API_KEY", letter * 40)
-        monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2" if state == "warning" else "60")  # which it tries again for
-        found = only(services.wandb())
-        assert (found.state, words in found.found) == (state, True), found
-        assert wandb_server in found.found
-    assert capfd.readouterr().err == ""
+    expected = (
+        ("failure", "invalid credentials"),
+        ("failure", "user is not logged in"),
+        ("warning", "a key, which could not be tried: "),
+        ("ok", f"a key, which {wandb_server} takes"),  # last, as wandb asks no more then
+    )
+    for (state, found), (as_wanted, words) in zip(found_of_keys("xnbk"), expected, strict=True):
+        assert (state, words in found) == (as_wanted, True), found
+        assert wandb_server in found
 
 
 def test_a_server_of_wandb_that_takes_no_connection_and_an_address_that_is_none_are_named(
@@ -217,7 +230,7 @@ def test_wandbs_own_proxy_reaches_a_server_that_takes_no_connection(
     else:
         monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
         (tmp_path / "settings").write_text(f"[default]\nhttp_proxy = http://{wandb_server}\n")
-    assert only(services.wandb()).found == f"a key, which {where}.invalid takes"
+    assert found_of_keys("k") == [("ok", f"a key, which {where}.invalid takes")]
 
 
 def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
