@@ -21,9 +21,9 @@ from pathlib import Path
 from cmscale.config import Config, read_config
 from cmscale.errors import UserError
 from cmscale.io.durable import replace_durably
+from cmscale.io.job_environment import outside_of_jobs
 from cmscale.io.local import LocalStorage
 from cmscale.io.process import CHECKOUT, die_with_parent, is_alive, node_name, start_of
-from cmscale.io.slurm import outside_of_jobs
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from launchers.placement import Placement

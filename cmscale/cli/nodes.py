@@ -16,9 +16,9 @@ from cmscale.cli.machine import nearest
 from cmscale.config.site import read_launch_settings
 from cmscale.errors import UserError
 from cmscale.io.counting import Counting
+from cmscale.io.job_environment import outside_of_jobs
 from cmscale.io.json_text import parse_json
 from cmscale.io.process import node_name
-from cmscale.io.slurm import outside_of_jobs
 
 _SIGN = "doctor-of-node "
 _SHARED = "sharing of the folder of runs"

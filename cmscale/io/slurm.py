@@ -1,55 +1,23 @@
-"""Calls Slurm's commands: submission, states of jobs, and the sbatch parameters that all our jobs share."""
+"""Submits jobs to Slurm: calls sbatch, with the parameters that all our jobs share, and reads its answers."""
 
 import os
 import re
 import shlex
 import subprocess
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cmscale.errors import UserError
-from cmscale.io.process import CHECKOUT, EARLY_SIGNAL, START
+from cmscale.io.job_environment import outside_of_jobs
+from cmscale.io.process import CHECKOUT
 
-ACTIVE_STATES = frozenset(
-    {
-        "PENDING",
-        "RUNNING",
-        "SUSPENDED",
-        "COMPLETING",
-        "CONFIGURING",
-        "REQUEUED",
-        "REQUEUE_HOLD",
-        "RESIZING",
-        "SIGNALING",
-        "SPECIAL_EXIT",
-        "STAGE_OUT",
-        "STOPPED",
-    }
-)
-"""States in which a job still runs or will run (squeue's names)."""
 NO_NODES = "Slurm has no other nodes for the job"
-States = dict[str, str]
-"""Of a job or the tasks of an array: squeue's names such as `PENDING`, each with its reason such as `Priority`."""
 
 _TRANSIENT = re.compile(
     r"[Uu]nable to contact|[Tt]imed out|[Cc]onnection (refused|reset|failure)|[Cc]ommunication|[Tt]emporarily|try again"
     r"|[Ss]tandby|[Zz]ero [Bb]ytes|[Tt]ransport endpoint|[Uu]nexpected message|[Aa]uthentication|[Tt]ransition|[Bb]usy"
 )
-
-_STATE = re.compile(r"^[ ]*(?P<job>\d+)[ ]+(?P<state>[A-Z_]+)[ ]*(?P<reason>.*)$", re.MULTILINE)
-_OF_JOBS = (
-    *("SLURM_", "SLURMD_", "SLURMSTEPD_", "SBATCH_", "SRUN_", "SALLOC_", "SUBMITIT_", "PMI_", "PMIX_", "OMPI_"),
-    "TORCHELASTIC_",  # with torchrun's, rank 0 would wait for a store that nobody opens
-)
-_OF_RANKS = frozenset(
-    {
-        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"),
-        *("ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", START, EARLY_SIGNAL),
-    }
-)
-_DEVICES = frozenset({"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "GPU_DEVICE_ORDINAL"})
 
 
 def python_path(code: Path = CHECKOUT) -> str:
@@ -181,111 +149,6 @@ def refusal(output: str) -> str:
     """The reason in what sbatch printed: its own lines if there are any, else all lines, joined into one."""
     lines = output.strip().splitlines()
     return "; ".join([line for line in lines if line.startswith("sbatch:")] or lines or ["sbatch gave no reason"])
-
-
-def clusters_of(script: Path) -> str | None:
-    """The clusters of a multi-cluster site that a batch script names, to one of which its job went."""
-    with suppress(OSError):
-        return options_in(script.read_text()).get("clusters")
-    return None
-
-
-def cancel_command(job_id: str, clusters: str | None = None) -> list[str]:
-    """The command that ends a job."""
-    return ["scancel", *([f"--clusters={clusters}"] if clusters else []), job_id]
-
-
-def job_states(job_id: str, clusters: str | None = None) -> States | None:
-    """The states of a job or of an array's tasks.
-
-    Args:
-        clusters: Those of a multi-cluster site that may have the job; None is this host's.
-
-    Returns:
-        None if Slurm does not answer; no state if it knows no such job (any more).
-
-    Raises:
-        FileNotFoundError: there is no squeue on the PATH.
-    """
-    return states_of_jobs([job_id], clusters)[job_id]
-
-
-def states_of_jobs(job_ids: Collection[str], clusters: str | None = None) -> dict[str, States | None]:
-    """`job_states` of many jobs, about which Slurm is asked once. An array is named by its number alone.
-
-    Raises:
-        FileNotFoundError: there is no squeue on the PATH.
-    """
-    asked = _squeue(",".join(job_ids), clusters, "--states=all", "--format=%F %T %r")
-    unknown = "Invalid job id" in asked.stderr  # printed of a single one alone
-    if asked.returncode and not unknown:
-        return dict.fromkeys(job_ids)
-    found: dict[str, States | None] = {job_id: {} for job_id in job_ids}
-    for line in _STATE.finditer(asked.stdout):  # with clusters there are lines such as `CLUSTER: c1`, too
-        states = found.get(line["job"])
-        if states is not None and not is_held(states.get(line["state"], "")):
-            states[line["state"]] = line["reason"].strip()
-    return found
-
-
-def is_held(reason: str) -> bool:
-    """Whether a job waits until somebody releases it, as `JobHeldUser` and `launch failed requeued held` say."""
-    return "held" in reason.lower()
-
-
-def reason_to_wait(states: States) -> str | None:
-    """Slurm's reason why a job waits in the queue, or will once it has ended as it was requeued on hold; else None."""
-    if "RUNNING" in states:
-        return None
-    held = (reason for state, reason in states.items() if state in ACTIVE_STATES and is_held(reason))
-    return next(held, states.get("PENDING"))
-
-
-def why_it_waits(job_id: str, reason: str, clusters: str | None = None) -> str:
-    """Slurm's reason why a job waits in the queue; of one that is held also how it goes on."""
-    if not is_held(reason):
-        return reason or "Slurm gives no reason"
-    release = ["scontrol", *([f"--cluster={clusters}"] if clusters else []), "release", job_id]
-    return f"{reason}; {' '.join(release)} lets it go on"
-
-
-def _squeue(job_ids: str, clusters: str | None, *options: str) -> subprocess.CompletedProcess[str]:
-    """Asks about jobs, whose numbers commas separate.
-
-    Raises:
-        FileNotFoundError: there is no squeue on the PATH.
-    """
-    command = ["squeue", "--noheader", *options, "--jobs", job_ids]
-    command += [f"--clusters={clusters}"] if clusters else []
-    # SQUEUE_PARTITION and the like would hide the job.
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
-
-
-def outside_of_jobs(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment without variables of jobs and ranks, which sbatch and srun would read as options of another job.
-
-    SLURM_CONF stays: it says which Slurm this is, and SLURM_JWT, by which some log in. Inside of a job its devices are
-    left out, too.
-    """
-    of_this_job = _OF_RANKS | _DEVICES if "SLURM_JOB_ID" in environment else _OF_RANKS
-    return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(("SLURM_CONF", "SLURM_JWT")) or not (name.startswith(_OF_JOBS) or name in of_this_job)
-    }
-
-
-@contextmanager
-def outside_of_this_job() -> Iterator[None]:
-    """Takes the variables of jobs and ranks out of this process's environment while the block runs."""
-    before, kept = dict(os.environ), outside_of_jobs()
-    for name in before.keys() - kept.keys():
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(before)
 
 
 def options_in(script: str) -> dict[str, str]:

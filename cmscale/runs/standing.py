@@ -13,7 +13,7 @@ from cmscale.io.counting import in_words
 from cmscale.io.json_text import parse_json
 from cmscale.io.process import is_alive, process_space
 from cmscale.io.reading import read_regular
-from cmscale.io.slurm import (
+from cmscale.io.slurm_jobs import (
     ACTIVE_STATES,
     States,
     clusters_of,
@@ -31,7 +31,7 @@ SILENT_SECONDS = 60.0
 QUIET_SECONDS = 600.0
 """A run that has written nothing for so long, and whose launcher or job is not seen, is called stale."""
 JobStates = Callable[[str, str | None], States | None]
-"""Says the states of a Slurm job, given its number and its clusters, as `cmscale.io.slurm.job_states` does."""
+"""Says the states of a Slurm job, given its number and its clusters, as `cmscale.io.slurm_jobs.job_states` does."""
 _ENDED = ("finished", "finished, not exported", "superseded")
 _STOPPED = ("preempted", "fault")
 

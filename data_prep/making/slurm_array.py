@@ -14,15 +14,9 @@ from cmscale.config import Slurm
 from cmscale.config.site import read_site
 from cmscale.config.storage import StorageKeys
 from cmscale.errors import NoSpace, UserError
-from cmscale.io.slurm import (
-    ACTIVE_STATES,
-    cancel_command,
-    common_parameters,
-    exports,
-    job_states,
-    outside_of_this_job,
-    refusal,
-)
+from cmscale.io.job_environment import outside_of_this_job
+from cmscale.io.slurm import common_parameters, exports, refusal
+from cmscale.io.slurm_jobs import ACTIVE_STATES, cancel_command, job_states
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import Document, read_document
 from cmscale.runs.snapshot import read_code, take_snapshot

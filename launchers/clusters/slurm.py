@@ -11,7 +11,7 @@ import submitit
 
 from cmscale.config.site import read_site
 from cmscale.errors import UserError
-from cmscale.io import slurm
+from cmscale.io import slurm, slurm_jobs
 from cmscale.io.durable import replace_durably
 from cmscale.io.packages import check_tested, private
 from cmscale.runs.folder import RunDir
@@ -79,11 +79,11 @@ class SlurmCluster:
             job_id = _unfinished_job(submission, worker)
             if job_id is None:
                 continue
-            clusters = slurm.clusters_of(submission.script)
+            clusters = slurm_jobs.clusters_of(submission.script)
             silent = f"{run.root}: job {job_id} of this run has not reported its end, and"
             gone = "if the job is gone, add --take-over"
             try:
-                states = slurm.job_states(job_id, clusters)
+                states = slurm_jobs.job_states(job_id, clusters)
             except FileNotFoundError:
                 raise UserError(
                     f"{silent} there is no squeue on the PATH to ask; run this on a login node of its cluster; {gone}"
@@ -92,8 +92,8 @@ class SlurmCluster:
                 raise UserError(f"{silent} Slurm does not answer; try again later; {gone}")
             if not states and (owner := _other_owner(submission)):  # PrivateData=jobs shows each user's own jobs alone
                 raise UserError(f"{silent} Slurm shows this user no such job, which is {owner}'s; {gone}")
-            for state in sorted(states.keys() & slurm.ACTIVE_STATES):
-                cancel = " ".join(slurm.cancel_command(job_id, clusters))
+            for state in sorted(states.keys() & slurm_jobs.ACTIVE_STATES):
+                cancel = " ".join(slurm_jobs.cancel_command(job_id, clusters))
                 raise UserError(f"{run.root}: job {job_id} of this run is {state}; end it first: {cancel}")
 
     def run(self, job: JobSpec, *, wait: bool) -> int:

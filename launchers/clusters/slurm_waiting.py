@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cmscale.io import slurm
+from cmscale.io import slurm_jobs
 from launchers.follow import Follower, show_end
 from launchers.judge import Ending
 from launchers.submission import Submission, read_json
@@ -33,7 +33,7 @@ def wait_for_end(submission: Submission) -> int:
     except KeyboardInterrupt:
         follower.close()
         job_id = (read_json(submission.job_file) or {}).get("job_id", "JOB")
-        cancel = " ".join(slurm.cancel_command(job_id, slurm.clusters_of(submission.script)))
+        cancel = " ".join(slurm_jobs.cancel_command(job_id, slurm_jobs.clusters_of(submission.script)))
         print(f"\nno longer waiting; the job goes on; to end it: {cancel}", file=sys.stderr)
         return 130
     finally:
@@ -44,13 +44,13 @@ def wait_for_end(submission: Submission) -> int:
 def _follow_to_end(submission: Submission, follower: Follower) -> tuple[Ending, str, Path]:
     """Shows rank 0's log. Returns how the job ended, why, and the log of the rank that it ended by."""
     logs, silent_since = submission.run.logs, None
-    clusters = slurm.clusters_of(submission.script)
+    clusters = slurm_jobs.clusters_of(submission.script)
     queue = _Queue(clusters)
     job_id = "unknown"  # until a record that can be read names it
     while True:
         job_id = (read_json(submission.job_file) or {}).get("job_id", job_id)
         log = logs / f"{job_id}_0_log.out"
-        states = slurm.job_states(job_id, clusters) if job_id.isdecimal() else None
+        states = slurm_jobs.job_states(job_id, clusters) if job_id.isdecimal() else None
         follower.show(log)
         if ending := read_json(submission.ending_file):
             rank_log = logs / f"{job_id}_{ending['rank']}_log.out"
@@ -61,12 +61,12 @@ def _follow_to_end(submission: Submission, follower: Follower) -> tuple[Ending, 
         if states is not None and (not states or states.keys() & _OVER) and not _goes_on(submission, job_id, states):
             how = next(iter(states)).lower() if states else "Slurm no longer knows it, and it reported no end"
             return "cancelled", f"job {job_id}: {how}; {submission.how_to_go_on}", log
-        if states is not None and (reason := slurm.reason_to_wait(states)) is not None:
+        if states is not None and (reason := slurm_jobs.reason_to_wait(states)) is not None:
             queue.show(job_id, reason)
         time.sleep(POLL_SECONDS)
 
 
-def _goes_on(submission: Submission, job_id: str, states: slurm.States) -> bool:
+def _goes_on(submission: Submission, job_id: str, states: slurm_jobs.States) -> bool:
     """Whether a job that is over has said how it ended, or is another job now; its epilogue may still be writing so."""
     until = time.monotonic() + (CANCELLED_SECONDS if "CANCELLED" in states else SETTLE_SECONDS)
     while True:
@@ -93,7 +93,7 @@ class _Queue:
         if time.monotonic() < self._looks_at:
             return
         self._looks_at = time.monotonic() + REASON_SECONDS
-        said = f"job {job_id} waits in the queue: {slurm.why_it_waits(job_id, reason, self._clusters)}"
+        said = f"job {job_id} waits in the queue: {slurm_jobs.why_it_waits(job_id, reason, self._clusters)}"
         if said != self._said:
             print(said, flush=True)
         self._said = said

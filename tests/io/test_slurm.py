@@ -9,23 +9,24 @@ import pytest
 
 from cmscale.commands.ending import guarded
 from cmscale.errors import UserError
+from cmscale.io.job_environment import outside_of_jobs, outside_of_this_job
 from cmscale.io.slurm import (
-    ACTIVE_STATES,
     NoJobIdError,
-    cancel_command,
-    clusters_of,
     common_parameters,
     exports,
     is_silence,
-    job_states,
     options_in,
-    outside_of_jobs,
-    outside_of_this_job,
     python_path,
-    reason_to_wait,
     refusal,
-    states_of_jobs,
     submit,
+)
+from cmscale.io.slurm_jobs import (
+    ACTIVE_STATES,
+    cancel_command,
+    clusters_of,
+    job_states,
+    reason_to_wait,
+    states_of_jobs,
     why_it_waits,
 )
 
