@@ -1,9 +1,11 @@
 """Defines the base class of config sections, and the bounded types of their values."""
 
-from typing import Annotated, Any, ClassVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from cmscale.config.written import as_written
 from cmscale.io.control_characters import has_control_characters
 
 Positive = Annotated[float, Field(gt=0)]
@@ -12,6 +14,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Counts = Annotated[tuple[Count, ...], AsTuple]
+AsWritten = BeforeValidator(as_written)
+"""Makes a number the text that it is written as: for texts in lists, and outside of sections."""
 
 
 def plain_text(text: str) -> str:
@@ -32,6 +36,15 @@ class Section(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_text(cls, given: Any) -> Any:
+        """A number, for a key that takes text alone, as it is written."""
+        if not isinstance(given, dict):
+            return given
+        texts = {name for name, field in cls.model_fields.items() if _is_text(field.annotation)}
+        return {name: as_written(value) if name in texts else value for name, value in given.items()}
+
     @field_validator("*")
     @classmethod
     def _plain(cls, value: Any) -> Any:
@@ -40,6 +53,12 @@ class Section(BaseModel):
         if isinstance(value, str) and has_control_characters(value):
             raise ValueError(f"got {value!r}; line breaks and control characters are not allowed")
         return value
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a type is text alone, or text or null."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return all((get_args(part)[0] if get_origin(part) is Annotated else part) in (str, NoneType) for part in parts)
 
 
 def key(default: Any, description: str, *, unit: str = "", source: str = "", **constraints: Any) -> Any:

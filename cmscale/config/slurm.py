@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, field_validator, model_validator
 
-from cmscale.config.section import AsTuple, Count, NonNegative, Section, operational, plain_text
+from cmscale.config.section import AsTuple, AsWritten, Count, NonNegative, Section, operational, plain_text
+from cmscale.config.written import WrittenFloat, WrittenInt, as_written
 
 Scalar = str | int | float | bool | None
 
@@ -76,14 +77,8 @@ def _checked_gpus(value: Any) -> Any:
 
 def _joined(value: Any) -> Any:
     """A list as Slurm writes it: `[node1, node2]` is `node1,node2`."""
-    if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
-        return ",".join(value)
-    return _written(value)
-
-
-def _written(value: Any) -> Any:
-    """A whole number as text: accounts may be numbers, and so may sizes in MB."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    parts = [as_written(part) for part in value] if isinstance(value, (list, tuple)) else []
+    return ",".join(parts) if parts and all(isinstance(part, str) for part in parts) else as_written(value)
 
 
 def _one_of_exclusive(value: Any) -> Any:
@@ -92,7 +87,7 @@ def _one_of_exclusive(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, BeforeValidator(_written), AfterValidator(plain_text)]
+Text = Annotated[str, AsWritten, AfterValidator(plain_text)]
 TextList = Annotated[str, BeforeValidator(_joined), AfterValidator(plain_text)]
 Lines = Annotated[tuple[Text, ...], AsTuple]
 
@@ -177,6 +172,7 @@ class Slurm(Section):
             if value is not None and not isinstance(value, (str, int, float, bool)):
                 raise ValueError(f"{name}: got {type(value).__name__}; write one value, as in sbatch --{option}=VALUE")
             try:
+                value = value.text if isinstance(value, (WrittenInt, WrittenFloat)) else value
                 found[option] = plain_text(value) if isinstance(value, str) else value
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None

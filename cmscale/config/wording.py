@@ -19,6 +19,7 @@ _WANTED = {
     "float_parsing": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_pattern_mismatch": "two numbers, such as 10:15",  # of train.profile_steps, the one key with a pattern
     "tuple_type": "a list, such as [a, b]",
     "list_type": "a list, such as [a, b]",
     **dict.fromkeys(_SECTION_TYPES, "a section of keys with values"),
@@ -53,8 +54,8 @@ def what_is_wrong(error: dict[str, Any]) -> str:
 
 def _hint(value: Any, kind: str) -> str:
     """What is meant, perhaps, by text in place of a number, or by a number in place of text."""
-    if kind == "string_type" and isinstance(value, (int, float)):
-        return f"; quote it: '{shown(value)}'"
+    if kind == "string_type" and isinstance(value, bool):
+        return f"; quote it: '{shown(value)}' (in key=value: \"'{shown(value)}'\")"
     if kind == "int_type" and isinstance(value, float) and math.isfinite(value) and value == int(value):
         return f"; write {int(value)}"
     if kind not in ("int_type", "float_type") or not isinstance(value, str):

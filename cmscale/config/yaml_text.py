@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from cmscale.config.written import with_text
 from cmscale.errors import UserError
 from cmscale.io.reading import read_small, reason
 
@@ -104,17 +105,25 @@ for _name, _pattern, _first in _SCALARS:
 _Dumper.add_implicit_resolver(f"{_TAG}null", re.compile(r"^(?:None|none)$"), ["N", "n"])
 
 
-def _construct_integer(loader: Any, node: yaml.ScalarNode) -> int:
-    text = str(loader.construct_scalar(node)).replace("_", "")
+def _construct_integer(loader: Any, node: yaml.ScalarNode) -> int | float:
+    written = str(loader.construct_scalar(node))
+    text = written.replace("_", "")
     base = {"0o": 8, "0x": 16}.get(text[:2].lower(), 10)
     value = int(text[2:] if base != 10 else text, base)
     if not -(2**63) <= value < 2**63:
-        raise ValueError("a whole number of more than 64 bits")
-    return value
+        raise ValueError("a whole number of more than 64 bits; quote it if it is text")
+    return with_text(value, written)
+
+
+def _construct_float(loader: Any, node: yaml.ScalarNode) -> int | float:
+    return with_text(loader.construct_yaml_float(node), str(node.value))
 
 
 for _class in (_Loader, _FastLoader):
     _class.add_constructor(f"{_TAG}int", _construct_integer)
+    _class.add_constructor(f"{_TAG}float", _construct_float)
+_Dumper.add_multi_representer(int, _Dumper.represent_int)
+_Dumper.add_multi_representer(float, _Dumper.represent_float)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def test_what_looks_like_a_number_is_refused_with_its_line(value: str, said: str
     [
         ("evaluate: {num_samples: 5e3}", "evaluate.num_samples: got 5000.0; it should be a whole number; write 5000"),
         ("evaluate: {num_samples: '5'}", "got '5'; it should be a whole number: in quotes it is text, remove them"),
-        ("evaluate: {reference: 7}", "evaluate.reference: got 7; it should be text; quote it: '7'"),
+        ("evaluate: {reference: true}", "evaluate.reference: got true; it should be text; quote it: 'true' (in key="),
         ("engine: {device: {a: 1}}", "engine.device: got a mapping; "),
         ("ema: {rates: 0.9}", "ema.rates: got 0.9; it should be a list, such as [a, b]"),
         ("evaluate:", "evaluate: is an empty section; write its keys below it, indented, or remove it"),
