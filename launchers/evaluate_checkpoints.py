@@ -26,9 +26,12 @@ from cmscale.io.local import LocalStorage
 from cmscale.io.process import CHECKOUT, die_with_parent, is_alive, node_name, start_of
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
+from cmscale.runs.log import write_event
 from launchers.placement import Placement
 
 LOOK_SECONDS = 10.0
+AGAIN_SECONDS = 120.0
+"""After a look in which an evaluation could not be submitted, as Slurm did not answer or the queue was full."""
 
 
 def main(arguments: list[str]) -> int:
@@ -47,9 +50,12 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     die_with_parent(signal.SIGTERM)
     problem = ""
-    while not stop.wait(LOOK_SECONDS):
+    while not stop.wait(AGAIN_SECONDS if problem else LOOK_SECONDS):
         problem = look(run, every=given.every, flags=flags, before=problem)
-    return int(bool(look(run, every=given.every, flags=flags, before=problem)))
+    problem = look(run, every=given.every, flags=flags, before=problem)
+    if given.once and "local" not in flags:
+        tell_missing(run, every=given.every)
+    return int(bool(problem))
 
 
 def look(run: RunDir, *, every: int, flags: list[str], before: str) -> str:
@@ -58,20 +64,31 @@ def look(run: RunDir, *, every: int, flags: list[str], before: str) -> str:
     A file system that fails for a moment, or is full, ends no looking for days.
     """
     try:
-        request_due(run, every=every, flags=flags)
+        steps = request_due(run, every=every, flags=flags)
     except (OSError, UserError) as error:
         problem = " ".join(str(error).split())
         if problem != before:
             print(f"no evaluations are asked for at the moment: {problem}", file=sys.stderr, flush=True)
         return problem
-    return ""
+    return f"not submitted: {steps}" if steps else ""
 
 
-def request_due(run: RunDir, *, every: int, flags: list[str]) -> None:
-    """Starts the evaluation of each checkpoint that is due. One about which Slurm did not answer is due again.
+def tell_missing(run: RunDir, *, every: int) -> None:
+    """Writes an event for each evaluation of a finished training that could not be submitted: nobody looks again."""
+    with contextlib.suppress(OSError, UserError):
+        if read_config(run.config).train.total_steps in committed_steps(run):
+            for step in due(run, every=every):
+                why = f"Slurm did not take it before the training ended; launchers/evaluate.py RUN --checkpoint {step}"
+                write_event(run, "evaluation_not_submitted", step=step, rank=0, why=why)
 
-    So is one on this machine that a signal ended. One that failed by itself is not: its own launcher has tried again.
+
+def request_due(run: RunDir, *, every: int, flags: list[str]) -> list[int]:
+    """Starts the evaluation of each checkpoint that is due. Returns the steps of those that are due again.
+
+    That is one about which Slurm did not answer, or which a full queue refused, and one on this machine that a signal
+    ended. One that failed by itself is not: its own launcher has tried again.
     """
+    again = []
     for step in due(run, every=every):
         marker = run.asked_evaluation(step, checkpoint_hash(run, step))
         if _is_abandoned(marker):
@@ -94,7 +111,9 @@ def request_due(run: RunDir, *, every: int, flags: list[str]) -> None:
         if is_over:
             replace_durably(marker, b"")
         else:
-            marker.unlink()
+            marker.unlink(missing_ok=True)
+            again.append(step)
+    return again
 
 
 def due(run: RunDir, *, every: int) -> Iterator[int]:

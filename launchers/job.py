@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> NoReturn:
         check_code(job)
         if place.rank == 0:
             record_code(submission, flags.start, job)
+            record_job_id(submission, job)
         end = load_worker(job.worker)(*job.arguments)
     except UserError as error:
         is_full = isinstance(error, NoSpace)
@@ -93,6 +94,13 @@ def record_code(submission: Submission, start: str, job: JobRecord) -> None:
         record_start(submission.run, read_code(), CHECKOUT, **facts)
     except (OSError, UserError) as error:
         print(f"this start is not in {submission.run.provenance.name}: {error}", file=sys.stderr, flush=True)
+
+
+def record_job_id(submission: Submission, job: JobRecord) -> None:
+    """Records the id of a Slurm job that its launcher never learned: Slurm had given no answer to sbatch."""
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if job_id and job.job_id is None and submission.script.exists():
+        submission.replace_job_id(job_id)
 
 
 def set_rank_environment(place: RankPlace) -> None:

@@ -11,7 +11,7 @@ from cmscale.config.source_request import SourceRequest
 from cmscale.errors import UserError
 from cmscale.io.durable import explained
 from cmscale.io.place import Place
-from cmscale.io.slurm import NoAnswer, Refused
+from cmscale.io.slurm import MaybeTaken, Refused
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
 from cmscale.runs.source_kind import kind_of_source
@@ -81,7 +81,7 @@ class SourceJob:
         take_snapshot(self._code, self.run.code)
         try:
             status = CLUSTERS[job.placement.cluster].run(job, wait=self._flags.wait)
-        except NoAnswer:  # it may have the job
+        except MaybeTaken:
             raise
         except Refused:
             if is_new:

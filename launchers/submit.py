@@ -22,7 +22,7 @@ from cmscale.config.cautions import cautions
 from cmscale.config.sbatch_variables import unused_variables
 from cmscale.config.site import LaunchSettings
 from cmscale.io.durable import replace_durably
-from cmscale.io.slurm import Refused
+from cmscale.io.slurm import MaybeTaken, Refused
 from cmscale.runs.copies import exported_run, pending_copies
 from cmscale.runs.folder import RunDir
 from cmscale.runs.homes import must_be_home
@@ -111,6 +111,8 @@ def _launch(
         Recorded.of(job.placement, evaluate_every=every).write(run)
         try:
             status = CLUSTERS[job.placement.cluster].run(job, wait=flags.wait)
+        except MaybeTaken:
+            raise
         except Refused:
             if not flags.resume:  # so that the corrected command finds no run of this name
                 remove_run(run, refused=job.submission)

@@ -18,6 +18,8 @@ _TRANSIENT = re.compile(
     r"[Uu]nable to contact|[Tt]imed out|[Cc]onnection (refused|reset|failure)|[Cc]ommunication|[Tt]emporarily|try again"
     r"|[Ss]tandby|[Zz]ero [Bb]ytes|[Tt]ransport endpoint|[Uu]nexpected message|[Aa]uthentication|[Tt]ransition|[Bb]usy"
 )
+_NOT_TAKEN = re.compile(r"connect failure|[Cc]onnection (refused|failure)|[Ss]tandby|[Tt]emporarily")
+_QUEUE_FULL = re.compile(r"SubmitJobs?(Per[A-Z]\w*)?Limit")  # AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, ...
 
 
 def python_path(code: Path = CHECKOUT) -> str:
@@ -29,10 +31,20 @@ class Refused(UserError):
     """Raised when Slurm does not accept a job: nothing was submitted."""
 
 
+class QueueFull(Refused):
+    """Raised when a limit counts too many jobs in the queue now: nobody made a mistake."""
+
+    status = 1
+
+
 class NoAnswer(Refused):
     """Raised when slurmctld can't be asked now: nobody made a mistake."""
 
     status = 1
+
+
+class MaybeTaken(NoAnswer):
+    """Raised when a job was sent and no answer came: Slurm may have it all the same."""
 
 
 class NoJobIdError(UserError):
@@ -100,7 +112,8 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
         environment: The variables that sbatch and the job get, but for those of jobs; None is this process's.
 
     Raises:
-        Refused: Slurm refuses the job or does not answer (NoAnswer), or there is no sbatch.
+        Refused: Slurm refuses the job, for now (QueueFull) or for good, or does not answer (NoAnswer; MaybeTaken where
+            it may have the job nonetheless), or there is no sbatch.
         NoJobIdError: sbatch accepted the job, but what it printed holds no job id; do not submit it again.
     """
     printed = _sbatch(["--parsable", *options, str(script)], environment, "Slurm refuses the job")
@@ -134,8 +147,12 @@ def _sbatch(arguments: list[str], environment: Mapping[str, str] | None, refused
         raise Refused("no sbatch on the PATH; run this on a login node of the cluster") from None
     if ran.returncode:
         why = refusal(ran.stderr or ran.stdout)
-        if is_silence(why):
+        if is_silence(why) and (_NOT_TAKEN.search(why) or "--test-only" in arguments):
             raise NoAnswer(f"Slurm does not take jobs at the moment: {why}; give the same command again later")
+        if is_silence(why):
+            raise MaybeTaken(f"Slurm does not answer, and may have taken the job all the same: {why}")
+        if _QUEUE_FULL.search(why):
+            raise QueueFull(f"{refused}: {why}; give the same command again when fewer jobs are in the queue")
         raise Refused(f"{refused}: {why}")
     return ran.stdout
 

@@ -29,7 +29,7 @@ ACTIVE_STATES = frozenset(
 States = dict[str, str]
 """Of a job or the tasks of an array: squeue's names such as `PENDING`, each with its reason such as `Priority`."""
 
-_STATE = re.compile(r"^[ ]*(?P<job>\d+)[ ]+(?P<state>[A-Z_]+)[ ]*(?P<reason>.*)$", re.MULTILINE)
+_STATE = re.compile(r"^[ ]*(?P<job>\d+)[ ]+(?P<state>[A-Z_]+)[ ]*(?P<rest>.*)$", re.MULTILINE)
 
 
 def clusters_of(script: Path) -> str | None:
@@ -65,7 +65,7 @@ def states_of_jobs(job_ids: Collection[str], clusters: str | None = None) -> dic
     Raises:
         FileNotFoundError: there is no squeue on the PATH.
     """
-    asked = _squeue(",".join(job_ids), clusters, "--states=all", "--format=%F %T %r")
+    asked = _squeue(clusters, "--states=all", "--format=%F %T %r", "--jobs", ",".join(job_ids))
     unknown = "Invalid job id" in asked.stderr  # printed of a single one alone
     if asked.returncode and not unknown:
         return dict.fromkeys(job_ids)
@@ -73,8 +73,32 @@ def states_of_jobs(job_ids: Collection[str], clusters: str | None = None) -> dic
     for line in _STATE.finditer(asked.stdout):  # with clusters there are lines such as `CLUSTER: c1`, too
         states = found.get(line["job"])
         if states is not None and not is_held(states.get(line["state"], "")):
-            states[line["state"]] = line["reason"].strip()
+            states[line["state"]] = line["rest"].strip()
     return found
+
+
+def job_of_script(script: Path) -> str | None:
+    """The id of the newest job that waits or runs and was submitted with a script; empty if there is none.
+
+    Args:
+        script: Known by its last two names, as another path may lead to its folder by now.
+
+    Returns:
+        None if Slurm does not answer.
+
+    Raises:
+        FileNotFoundError: there is no squeue on the PATH, or no script.
+    """
+    options = options_in(script.read_text())
+    asked = _squeue(options.get("clusters"), "--states=all", "--format=%F %T %o", "--name", options["job-name"])
+    if asked.returncode:
+        return None
+    mine = [
+        int(line["job"])
+        for line in _STATE.finditer(asked.stdout)
+        if line["state"] in ACTIVE_STATES and Path(line["rest"].strip()).parts[-2:] == script.parts[-2:]
+    ]
+    return str(max(mine)) if mine else ""
 
 
 def is_held(reason: str) -> bool:
@@ -98,13 +122,13 @@ def why_it_waits(job_id: str, reason: str, clusters: str | None = None) -> str:
     return f"{reason}; {' '.join(release)} lets it go on"
 
 
-def _squeue(job_ids: str, clusters: str | None, *options: str) -> subprocess.CompletedProcess[str]:
-    """Asks about jobs, whose numbers commas separate.
+def _squeue(clusters: str | None, *options: str) -> subprocess.CompletedProcess[str]:
+    """Asks about jobs.
 
     Raises:
         FileNotFoundError: there is no squeue on the PATH.
     """
-    command = ["squeue", "--noheader", *options, "--jobs", job_ids]
+    command = ["squeue", "--noheader", *options]
     command += [f"--clusters={clusters}"] if clusters else []
     # SQUEUE_PARTITION and the like would hide the job.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}

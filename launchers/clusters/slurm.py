@@ -5,6 +5,7 @@ import shlex
 import shutil
 import socket
 import sys
+import time
 from contextlib import suppress
 
 import submitit
@@ -23,6 +24,7 @@ from launchers.submission import Submission, submissions_of
 
 DEFAULT_MINUTES = 24 * 60
 DEFAULT_GPUS_PER_NODE = 8
+_LOOKS_AFTER_SECONDS = (1, 4, 10)  # slurmctld is slow where it lets sbatch wait in vain
 
 
 class SlurmCluster:
@@ -76,19 +78,22 @@ class SlurmCluster:
 
     def refuse_if_running(self, run: RunDir, worker: str) -> None:
         for submission in submissions_of(run):
-            job_id = _unfinished_job(submission, worker)
-            if job_id is None:
+            if not _is_unfinished(submission, worker):
                 continue
-            clusters = slurm_jobs.clusters_of(submission.script)
-            silent = f"{run.root}: job {job_id} of this run has not reported its end, and"
+            job_id, clusters = submission.read_job().job_id, slurm_jobs.clusters_of(submission.script)
+            what = f"job {job_id} of this run" if job_id else f"the job of {submission.folder}"
+            silent = f"{run.root}: {what} has not reported its end, and"
             gone = "if the job is gone, add --take-over"
             try:
-                states = slurm_jobs.job_states(job_id, clusters)
+                job_id = job_id or slurm_jobs.job_of_script(submission.script)
+                if job_id == "":  # Slurm did not take it, or it is over
+                    continue
+                states = job_id and slurm_jobs.job_states(job_id, clusters)
             except FileNotFoundError:
                 raise UserError(
                     f"{silent} there is no squeue on the PATH to ask; run this on a login node of its cluster; {gone}"
                 ) from None
-            if states is None:
+            if job_id is None or states is None:
                 raise UserError(f"{silent} Slurm does not answer; try again later; {gone}")
             if not states and (owner := _other_owner(submission)):  # PrivateData=jobs shows each user's own jobs alone
                 raise UserError(f"{silent} Slurm shows this user no such job, which is {owner}'s; {gone}")
@@ -102,10 +107,13 @@ class SlurmCluster:
         replace_durably(submission.script, script_text(job).encode())
         try:
             job_id = slurm.submit(submission.script)
+        except slurm.MaybeTaken as error:
+            job_id = _found(submission, error)
         except slurm.Refused as error:
+            shutil.rmtree(submission.folder, ignore_errors=True)  # else its job would be looked for
             is_about_it = "partition" in str(error).lower() and not isinstance(error, slurm.NoAnswer)
             if job.placement.partition and is_about_it:
-                raise slurm.Refused(f"{error}; --partition names another than {job.placement.partition}") from None
+                raise type(error)(f"{error}; --partition names another than {job.placement.partition}") from None
             raise
         submission.replace_job_id(job_id)
         print(f"job {job_id} submitted; log: {job.run.logs}/{job_id}_0_log.out", flush=True)
@@ -198,13 +206,26 @@ def _evaluation_lines(job: JobSpec, interpreter: list[str]) -> tuple[list[str], 
     return [f"{shlex.join([*command, *job.evaluations])} &"], [shlex.join([*command, "--once", *job.evaluations])]
 
 
-def _unfinished_job(submission: Submission, worker: str) -> str | None:
-    """The id of a submission's job if it is this worker's and has not reported its end."""
+def _found(submission: Submission, error: slurm.MaybeTaken) -> str:
+    """The id of a job about which sbatch got no answer, once the queue shows it. Raises `error` if it does not."""
+    print(f"{error}; looking for it in the queue", file=sys.stderr, flush=True)
+    for wait in _LOOKS_AFTER_SECONDS:
+        time.sleep(wait)
+        with suppress(FileNotFoundError):
+            if job_id := slurm_jobs.job_of_script(submission.script):
+                return job_id
+    see = f"see squeue --name={submission.run.name}; without a job there, {submission.how_to_go_on}"
+    raise slurm.MaybeTaken(f"{error}; {see}")
+
+
+def _is_unfinished(submission: Submission, worker: str) -> bool:
+    """Whether a submission's job is this worker's and has not reported its end: of a local one nobody would know."""
     try:
         record = submission.read_job()
     except UserError:  # damaged: ranks refuse to start from it, too
-        return None
-    return None if record.worker != worker or submission.ending_file.exists() else record.job_id
+        return False
+    was_submitted = record.job_id is not None or submission.script.exists()
+    return record.worker == worker and was_submitted and not submission.ending_file.exists()
 
 
 def _other_owner(submission: Submission) -> str:

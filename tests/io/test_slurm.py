@@ -11,6 +11,8 @@ from cmscale.commands.ending import guarded
 from cmscale.errors import UserError
 from cmscale.io.job_environment import outside_of_jobs, outside_of_this_job
 from cmscale.io.slurm import (
+    MaybeTaken,
+    NoAnswer,
     NoJobIdError,
     common_parameters,
     exports,
@@ -24,6 +26,7 @@ from cmscale.io.slurm_jobs import (
     ACTIVE_STATES,
     cancel_command,
     clusters_of,
+    job_of_script,
     job_states,
     reason_to_wait,
     states_of_jobs,
@@ -64,13 +67,59 @@ def test_a_job_that_slurm_refuses_is_one_line(lines: str, reason: str, bin_folde
         submit(Path("job.sh"))
 
 
-@pytest.mark.parametrize(("said", "status"), [("Unable to contact slurm controller", 1), ("Invalid account", 2)])
-def test_a_slurm_that_does_not_answer_is_a_fault_and_a_refusal_a_mistake(
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("Unable to contact slurm controller", 1),
+        ("QOSMaxSubmitJobPerUserLimit", 1),
+        ("AssocMaxSubmitJobLimit", 1),
+        ("AssocGrpSubmitJobsLimit", 1),
+        ("QOSMaxNodePerUserLimit", 2),
+        ("Invalid account", 2),
+    ],
+)
+def test_a_slurm_that_does_not_answer_or_whose_queue_is_full_is_a_fault_and_a_refusal_a_mistake(
     said: str, status: int, bin_folder: Path
 ) -> None:
     """`launchers.evaluate_checkpoints` asks again after the one, and not after the other."""
     install(bin_folder, "sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1")
     assert guarded(lambda _: submit(Path("job.sh")) and None, []) == status
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("Unable to contact slurm controller (connect failure)", NoAnswer),
+        ("Slurm temporarily unable to accept job", NoAnswer),
+        ("Socket timed out on send/recv operation", MaybeTaken),
+        ("Zero Bytes were transmitted or received", MaybeTaken),
+    ],
+)
+def test_a_job_that_was_sent_may_have_been_taken(said: str, error: type[NoAnswer], bin_folder: Path) -> None:
+    install(bin_folder, "sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1")
+    with pytest.raises(NoAnswer) as raised:
+        submit(Path("job.sh"))
+    assert type(raised.value) is error
+
+
+def test_a_job_is_found_by_its_script_if_it_waits_or_runs(bin_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "logs" / "one two" / "job.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text("#!/bin/bash\n#SBATCH --job-name=a\n#SBATCH --clusters=c1\n")
+    listed = (
+        "CLUSTER: c1",
+        "7 RUNNING /elsewhere/three/job.sh",
+        "8 CANCELLED /elsewhere/one two/job.sh",
+        "9 PENDING /elsewhere/one two/job.sh",
+    )
+    printed = "; ".join(f"echo '{line}'" for line in listed)
+    options = "--noheader --states=all --format=%F %T %o --name a --clusters=c1"
+    install(bin_folder, "squeue", f"[ \"$*\" = '{options}' ] && {{ {printed}; }}")
+    assert job_of_script(script) == "9"
+    install(bin_folder, "squeue", f"echo '{listed[2]}'")
+    assert job_of_script(script) == ""
+    install(bin_folder, "squeue", "exit 1")
+    assert job_of_script(script) is None
 
 
 def test_a_job_that_slurm_accepts_without_an_id_is_another_error(bin_folder: Path) -> None:

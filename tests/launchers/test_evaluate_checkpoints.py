@@ -14,9 +14,19 @@ from cmscale.config import Config, parse_config
 from cmscale.errors import UserError
 from cmscale.io.process import node_name, start_of
 from cmscale.runs.folder import RunDir
+from cmscale.runs.log import read_lines
 from launchers import evaluate_checkpoints
 from launchers.clusters.slurm import script_text
-from launchers.evaluate_checkpoints import arguments_for, due, evaluating, look, request_due, with_kept_checkpoints
+from launchers.evaluate_checkpoints import (
+    AGAIN_SECONDS,
+    LOOK_SECONDS,
+    arguments_for,
+    due,
+    evaluating,
+    look,
+    request_due,
+    with_kept_checkpoints,
+)
 from launchers.jobs import TRAIN, JobSpec
 
 PLACEMENT = placement(nodes=4, ranks_per_node=8, gpus=True, partition="gpu")
@@ -57,7 +67,9 @@ def test_every_nth_committed_step_and_the_last_are_due(run: RunDir) -> None:
 
 def test_each_is_asked_for_once_and_again_where_nothing_was_submitted(run: RunDir, asked: list[list[str]]) -> None:
     flags = ["--cluster", "slurm", "--gpus-per-node", "8"]
-    assert evaluate_checkpoints.main(["--once", *arguments_for(run, replace(PLACEMENT, partition=None), 2)]) == 0
+    assert evaluate_checkpoints.main(["--once", *arguments_for(run, replace(PLACEMENT, partition=None), 2)]) == 1
+    (event,) = read_lines(run.events)  # nobody looks again after the last step
+    assert (event["event"], event["step"]) == ("evaluation_not_submitted", 2)
     assert [command[-1] for command in asked] == ["2", "5"]
     assert asked[0][1:] == [
         str(Path(evaluate_checkpoints.__file__).with_name("evaluate.py")),
@@ -91,6 +103,21 @@ def test_an_evaluation_that_was_refused_is_not_asked_for_again(
     request_due(run, every=2, flags=["--cluster", "slurm"])
     assert capsys.readouterr().out.count("exit status 2") == 2
     assert list(due(run, every=2)) == []
+
+
+def test_an_evaluation_that_can_not_be_submitted_now_is_asked_for_again_after_a_while(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, waits = subprocess.CompletedProcess([], returncode=1), []
+    monkeypatch.setattr(evaluate_checkpoints.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(
+        evaluate_checkpoints.threading.Event, "wait", lambda _, wait: waits.append(wait) or len(waits) > 2
+    )
+    monkeypatch.setattr(evaluate_checkpoints.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(evaluate_checkpoints, "die_with_parent", lambda _: None)
+    evaluate_checkpoints.main(list(arguments_for(run, PLACEMENT, 2)))
+    assert list(due(run, every=2)) == [2, 5]
+    assert waits == [LOOK_SECONDS, AGAIN_SECONDS, AGAIN_SECONDS]
 
 
 def test_an_evaluation_for_which_no_process_can_be_started_is_asked_for_again(
@@ -130,7 +157,7 @@ def test_a_look_that_fails_is_not_the_last_one(
     monkeypatch.setattr(evaluate_checkpoints.threading.Event, "wait", next_look)
     monkeypatch.setattr(evaluate_checkpoints.signal, "signal", lambda *_: None)
     monkeypatch.setattr(evaluate_checkpoints, "die_with_parent", lambda _: None)
-    assert evaluate_checkpoints.main(list(arguments_for(run, PLACEMENT, 2))) == 0
+    assert evaluate_checkpoints.main(list(arguments_for(run, PLACEMENT, 2))) == 1  # the first one failed
     assert [command[-1] for command in asked] == ["2", "5"]
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"no evaluations are asked for at the moment: {run.config}")

@@ -100,6 +100,16 @@ def test_a_rank_reports_how_it_ended_and_ends(body: str, status: int, end: str, 
     assert ("Traceback" in ran.stderr) == (status == 1 and end != "no_space")
 
 
+def test_a_job_whose_launcher_got_no_answer_records_its_own_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_worker.py").write_text("def main():\n    return 'finished'\n")
+    submission = Submission(RunDir(tmp_path / "run"), "one")
+    submission.write_job("some_worker:main", ())
+    submission.script.touch()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert run_rank(submission, tmp_path).returncode == 0
+    assert submission.read_job().job_id == "17"
+
+
 def test_a_damaged_job_is_a_users_mistake_that_names_the_file(tmp_path: Path) -> None:
     submission = Submission(RunDir(tmp_path / "run"), "one")
     submission.write_job("some_worker:main", ())

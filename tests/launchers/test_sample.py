@@ -8,7 +8,7 @@ from launch_fixtures import CONFIG
 from cmscale.commands.ending import guarded
 from cmscale.config.draw_request import DrawRequest
 from cmscale.io.place import Place
-from cmscale.io.slurm import NoAnswer, Refused
+from cmscale.io.slurm import MaybeTaken, NoAnswer, Refused
 from cmscale.runs.folder import RunDir
 from cmscale.runs.sample_sets import part_name
 from launchers import sample
@@ -108,7 +108,8 @@ def test_a_job_that_slurm_refuses_leaves_no_new_folder(
 
 
 @pytest.mark.parametrize(
-    ("error", "by_another", "stays"), [(Refused, False, False), (Refused, True, True), (NoAnswer, False, True)]
+    ("error", "by_another", "stays"),
+    [(Refused, False, False), (Refused, True, True), (NoAnswer, False, False), (MaybeTaken, False, True)],
 )
 def test_a_new_folder_stays_where_slurm_may_have_a_job_of_it(
     asked: list,

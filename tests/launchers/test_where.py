@@ -11,9 +11,11 @@ from launch_fixtures import CONFIG, dataset
 from cmscale.runs.folder import RunDir
 from launchers import evaluate, submit
 from launchers.clusters import CLUSTERS
+from launchers.clusters import slurm as slurm_cluster
 from launchers.clusters.slurm import SlurmCluster
 from launchers.command_line import guarded
 from launchers.jobs import JobSpec
+from launchers.submission import submissions_of
 
 
 class Recorder(SlurmCluster):
@@ -224,6 +226,54 @@ def test_a_new_run_whose_job_slurm_refuses_leaves_no_folder_and_one_that_is_resu
     (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 1\n")
     assert run(monkeypatch, "--resume", "a") == 2
     assert Path("runs/a/config.yaml").exists()
+
+
+NO_ANSWER = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
+
+
+def test_a_new_run_whose_job_slurm_may_have_taken_stays_and_is_not_submitted_twice(
+    slurm, monkeypatch, capsys, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(CLUSTERS, "slurm", SlurmCluster())
+    monkeypatch.setattr(slurm_cluster, "_LOOKS_AFTER_SECONDS", (0, 0))
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{NO_ANSWER}\n")
+    assert run(monkeypatch, *STARTED, "tiny.yaml", "train.micro_batch_size=1") == 1
+    said = capsys.readouterr().err
+    assert "may have taken the job all the same" in said
+    assert "see squeue --name=a; without a job there, continue with --resume" in said
+    (submission,) = submissions_of(RunDir(tmp_path / "runs" / "a"))
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho 17 PENDING {submission.script}\n")
+    assert run(monkeypatch, "--resume", "a") == 2
+    assert "job 17 of this run is PENDING; end it first: scancel 17" in capsys.readouterr().err
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert run(monkeypatch, "--resume", "a") == 2
+    assert "Slurm does not answer; try again later" in capsys.readouterr().err
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 18\n")
+    assert run(monkeypatch, "--resume", "a") == 0
+
+
+def test_a_job_about_which_sbatch_got_no_answer_is_found_in_the_queue(
+    slurm, monkeypatch, capsys, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(CLUSTERS, "slurm", SlurmCluster())
+    monkeypatch.setattr(slurm_cluster, "_LOOKS_AFTER_SECONDS", (0, 0))
+    listed = "for script in runs/a/logs/submissions/*/job.sh; do echo 17 PENDING $script; done"
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n[ -e asked ] || {{ : >asked; exit 1; }}\n{listed}\n")
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{NO_ANSWER}\n")
+    assert run(monkeypatch, *STARTED, "tiny.yaml", "train.micro_batch_size=1") == 0
+    assert "job 17 submitted" in capsys.readouterr().out
+    (submission,) = submissions_of(RunDir(tmp_path / "runs" / "a"))
+    assert submission.read_job().job_id == "17"
+
+
+def test_a_new_run_about_which_slurm_was_not_asked_leaves_no_folder(slurm, monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setitem(CLUSTERS, "slurm", SlurmCluster())
+    said = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\necho '{said}' >&2; exit 1\n")
+    assert run(monkeypatch, *STARTED, "tiny.yaml", "train.micro_batch_size=1") == 1
+    assert "give the same command again later" in capsys.readouterr().err
+    assert list(Path("runs").iterdir()) == []
 
 
 def test_what_was_recorded_is_a_small_document(slurm, monkeypatch) -> None:
