@@ -152,7 +152,7 @@ def _sbatch(arguments: list[str], environment: Mapping[str, str] | None, refused
         if is_silence(why):
             raise MaybeTaken(f"Slurm does not answer, and may have taken the job all the same: {why}")
         if _QUEUE_FULL.search(why):
-            raise QueueFull(f"{refused}: {why}; give the same command again when fewer jobs are in the queue")
+            raise QueueFull(f"{refused}: {why}")
         raise Refused(f"{refused}: {why}")
     return ran.stdout
 

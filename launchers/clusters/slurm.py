@@ -111,6 +111,8 @@ class SlurmCluster:
             job_id = _found(submission, error)
         except slurm.Refused as error:
             shutil.rmtree(submission.folder, ignore_errors=True)  # else its job would be looked for
+            if isinstance(error, slurm.QueueFull):
+                raise slurm.QueueFull(f"{error}; give the same command again once fewer jobs are queued") from None
             is_about_it = "partition" in str(error).lower() and not isinstance(error, slurm.NoAnswer)
             if job.placement.partition and is_about_it:
                 raise type(error)(f"{error}; --partition names another than {job.placement.partition}") from None
@@ -208,7 +210,7 @@ def _evaluation_lines(job: JobSpec, interpreter: list[str]) -> tuple[list[str], 
 
 def _found(submission: Submission, error: slurm.MaybeTaken) -> str:
     """The id of a job about which sbatch got no answer, once the queue shows it. Raises `error` if it does not."""
-    print(f"{error}; looking for it in the queue", file=sys.stderr, flush=True)
+    print("Slurm gave no answer; looking for the job in the queue", file=sys.stderr, flush=True)
     for wait in _LOOKS_AFTER_SECONDS:
         time.sleep(wait)
         with suppress(FileNotFoundError):

@@ -276,6 +276,14 @@ def test_a_new_run_about_which_slurm_was_not_asked_leaves_no_folder(slurm, monke
     assert list(Path("runs").iterdir()) == []
 
 
+def test_a_full_queue_is_no_mistake_and_leaves_nothing(slurm, monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setitem(CLUSTERS, "slurm", SlurmCluster())
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: AssocMaxSubmitJobLimit' >&2; exit 1\n")
+    assert run(monkeypatch, *STARTED, "tiny.yaml", "train.micro_batch_size=1") == 1
+    assert "AssocMaxSubmitJobLimit; give the same command again once fewer jobs" in capsys.readouterr().err
+    assert list(Path("runs").iterdir()) == []
+
+
 def test_what_was_recorded_is_a_small_document(slurm, monkeypatch) -> None:
     assert run(monkeypatch, *STARTED, "tiny.yaml", "train.micro_batch_size=1") == 0
     assert json.loads(Path("runs/a/placement.json").read_text()) == {
