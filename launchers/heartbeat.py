@@ -8,7 +8,9 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +24,18 @@ from cmscale.runs.folder import RunDir
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 60.0
 """A launcher that has not touched its file for so long is dead, or its machine is."""
+LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Sign:
-    """A launcher's sign of life; `age_seconds` have passed since."""
+    """A launcher's sign of life; `age_seconds` have passed since. `touched` is when, by the file system's clock."""
 
     host: str
     process: int
     machine: str
     age_seconds: float
+    touched: float
 
 
 def machine_id() -> str:
@@ -70,16 +74,42 @@ def _beat(path: Path, stop: threading.Event) -> None:
 
 
 def sign_from_elsewhere(run: RunDir) -> Sign | None:
-    """The sign of a launcher that lives on another machine; None if there is none, or it is too old."""
+    """The sign of a launcher that lives on another machine; None if there is none.
+
+    One that was given lately is watched until it is given again, or too old: a file may also be new because the run was
+    copied here, or its launcher was killed a moment ago.
+    """
+    first = _read_sign(run)
+    if first is None or first.machine == machine_id() or first.age_seconds >= SILENT_SECONDS:
+        return None
+    wait = SILENT_SECONDS - first.age_seconds
+    print(
+        f"{run.root}: a launcher, process {first.process} on host {first.host}, gave a sign of life "
+        f"{first.age_seconds:.0f} s ago; waiting up to {wait:.0f} s for another one",
+        file=sys.stderr,
+        flush=True,
+    )
+    until = time.monotonic() + wait
+    while time.monotonic() < until:
+        time.sleep(LOOK_SECONDS)
+        sign = _read_sign(run)
+        if sign is None:
+            return None
+        if (sign.process, sign.touched) != (first.process, first.touched):
+            return sign
+    return None
+
+
+def _read_sign(run: RunDir) -> Sign | None:
     probe = run.launcher_sign.with_name(f".launcher-probe-{os.getpid()}")
     try:
         given = parse_json(read_regular(run.launcher_sign))
         probe.write_text("")
-        age = probe.stat().st_mtime - run.launcher_sign.stat().st_mtime
-        sign = Sign(str(given["host"]), int(given["process"]), str(given["machine"]), max(age, 0.0))
+        touched = run.launcher_sign.stat().st_mtime
+        age = max(probe.stat().st_mtime - touched, 0.0)
+        return Sign(str(given["host"]), int(given["process"]), str(given["machine"]), age, touched)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-    return sign if sign.machine != machine_id() and sign.age_seconds < SILENT_SECONDS else None

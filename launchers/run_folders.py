@@ -208,8 +208,7 @@ def only_launcher(run: RunDir, worker: str, *, take_over: bool = False) -> Itera
             if sign := sign_from_elsewhere(run):
                 raise UserError(
                     f"{run.root}: another launcher is running this run: process {sign.process} on host {sign.host}, "
-                    f"alive {sign.age_seconds:.0f} s ago; end it there; if that machine is lost, wait a minute or add "
-                    "--take-over"
+                    f"alive {sign.age_seconds:.0f} s ago; end it there, or add --take-over"
                 )
             for cluster in CLUSTERS.values():
                 cluster.refuse_if_running(run, worker)

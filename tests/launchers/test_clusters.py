@@ -13,7 +13,7 @@ from launch_fixtures import CHECKOUT, CONFIG, dataset, placement, placement_requ
 from cmscale.config import Restart
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
-from launchers import submit
+from launchers import heartbeat, submit
 from launchers.clusters import CLUSTERS, place, slurm_waiting
 from launchers.clusters.slurm_waiting import wait_for_end
 from launchers.heartbeat import SILENT_SECONDS, machine_id
@@ -183,12 +183,21 @@ class TestRefusals:
         with only_launcher(run, TRAIN, take_over=True):
             pass
 
-    def test_a_launcher_on_another_machine_is_refused_while_it_lives(self, run: RunDir, commands: Path) -> None:
+    def test_a_launcher_on_another_machine_is_refused_while_it_lives(
+        self, run: RunDir, commands: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         sign = {"host": "login2", "process": 17, "machine": "another kernel"}
         run.launcher_sign.write_text(json.dumps(sign))
+        monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.01)
+        looked = time.sleep
+        beats = iter([0, 0, 5])
+        monkeypatch.setattr(heartbeat.time, "sleep", lambda s: looked(s) or self.touch(run, next(beats)))
         alive = pytest.raises(UserError, match=r"another launcher .* process 17 on host login2, alive \d+ s ago")
         with alive, only_launcher(run, TRAIN):
             pytest.fail("started")
+        assert "waiting up to 60 s for another one" in capsys.readouterr().err
+        assert next(beats, None) is None
+        monkeypatch.undo()
         with only_launcher(run, TRAIN, take_over=True):
             assert json.loads(run.launcher_sign.read_text())["process"] == os.getpid()
         assert not run.launcher_sign.exists()
@@ -200,6 +209,19 @@ class TestRefusals:
         run.launcher_sign.write_text(json.dumps(sign | {"machine": machine_id()}))  # the lock tells: it is dead
         with only_launcher(run, TRAIN):
             pass
+
+    def touch(self, run: RunDir, later: float) -> None:
+        moment = run.launcher_sign.stat().st_mtime + later
+        os.utime(run.launcher_sign, (moment, moment))
+
+    def test_a_copy_of_a_run_that_another_machine_trains_is_not_refused_for_its_fresh_sign(
+        self, run: RunDir, commands: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.05)
+        monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.5)
+        run.launcher_sign.write_text(json.dumps({"host": "login2", "process": 17, "machine": "another kernel"}))
+        with only_launcher(run, TRAIN):
+            assert json.loads(run.launcher_sign.read_text())["process"] == os.getpid()
 
     def test_jobs_that_older_versions_submitted_are_refused_too(self, run: RunDir, commands: Path) -> None:
         install(commands, "squeue", "echo 7 RUNNING None")
