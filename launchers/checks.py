@@ -15,7 +15,7 @@ from cmscale.io.place import Place, split_hash
 from cmscale.io.probe import DELETE, probe
 from cmscale.io.published import VGG16, published_file
 from cmscale.io.reading import why_no_file
-from cmscale.io.storage import open_parent, open_storage
+from cmscale.io.storage import has_object, open_parent, open_storage
 from cmscale.io.wandb_login import find_login
 from cmscale.runs.checkpoints import committed_steps, read_manifest
 from cmscale.runs.choices import check_weights_name
@@ -254,8 +254,7 @@ def check_exists(url: str, *, key: str) -> None:
     url, _ = split_hash(url)
     if is_remote(url):
         storage, name = open_parent(url)
-        found = (entry for entry in storage.list(name) if entry.key == name or entry.key.startswith(f"{name}/"))
-        if next(found, None) is None:
+        if not has_object(storage, name) and next(iter(storage.list(f"{name}/")), None) is None:
             raise UserError(f"{key}: {url}: no such object")
     elif not Path(url).exists():
         raise UserError(f"{key}: {url}: {why_no_file(url, absent='no such file or folder')}")

@@ -26,7 +26,7 @@ from cmscale.generation.set_files import npz_key, tars, threads_of, write_npz, w
 from cmscale.io import image_tensors
 from cmscale.io.counting import Counting
 from cmscale.io.place import Place
-from cmscale.io.storage import open_parent
+from cmscale.io.storage import open_parent, stored_entry
 from cmscale.runs.ownership import Ownership, owning
 from cmscale.runs.results import utc_now
 from cmscale.runs.sample_sets import BEGUN, OWNERS, Begun, SampleSet, SetPlace, read_begun, read_record
@@ -222,7 +222,8 @@ class Making:
         if not self.place.is_file or not self.place.place.is_remote:
             return None
         storage, name = open_parent(self.place.place)
-        return next((entry.version for entry in storage.list(name) if entry.key == name), None)
+        entry = stored_entry(storage, name)
+        return None if entry is None else entry.version
 
     def _check_owner(self) -> None:
         """Raises UserError on every rank if another command has taken over. Collective."""

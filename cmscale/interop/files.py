@@ -10,8 +10,7 @@ from pathlib import Path
 from cmscale.errors import NoSpace, UserError
 from cmscale.io import traffic
 from cmscale.io.durable import explained, follow_umask, sync_folder
-from cmscale.io.protocol import Entry
-from cmscale.io.storage import Storage, local_copy, open_parent, open_storage
+from cmscale.io.storage import Storage, local_copy, open_parent, open_storage, stored_entry
 
 
 def located(source: str | Path) -> tuple[Storage, str]:
@@ -32,19 +31,14 @@ def readable(storage: Storage, key: str) -> Iterator[Path]:
         UserError: there is no such object.
     """
     with ExitStack() as stack:
-        size = next((entry.size for entry in _entries(storage, key) if entry.key == key), 0)
+        entry = stored_entry(storage, key) if storage.local_path(key) is None else None
         try:
-            with traffic.showing(f"downloading {storage.join(key)}", size):
+            with traffic.showing(f"downloading {storage.join(key)}", 0 if entry is None else entry.size):
                 path = stack.enter_context(local_copy(storage, key))
         except FileNotFoundError:
             what = "object" if storage.local_path(key) is None else "file"
             raise UserError(f"{storage.join(key)}: no such {what}") from None
         yield path
-
-
-def _entries(storage: Storage, key: str) -> Iterator[Entry]:
-    """What a storage lists of a key, but for a local file, which is not downloaded."""
-    return storage.list(key) if storage.local_path(key) is None else iter(())
 
 
 @contextmanager

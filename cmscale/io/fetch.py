@@ -19,7 +19,7 @@ from cmscale.io.patience import patience_seconds
 from cmscale.io.place import Place, split_hash
 from cmscale.io.protocol import Entry
 from cmscale.io.reading import why_no_file
-from cmscale.io.storage import Storage, open_parent
+from cmscale.io.storage import Storage, open_parent, stored_entry
 
 DOWNLOAD_MINUTES = 30.0
 _HASHED_AT_ONCE = 1 << 20
@@ -53,7 +53,7 @@ def local_file(url: str) -> Path:
         if expected is not None:
             _check(file_sha256(path, shown=True), expected, url=plain)
         return path
-    entry = next((entry for entry in storage.list(key) if entry.key == key), None)
+    entry = stored_entry(storage, key)
     if entry is None:
         raise UserError(f"{plain}: no such object")
     name = hashlib.sha256(f"{plain} {entry.size} {entry.version}".encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
-from cmscale.io.protocol import Storage
+from cmscale.io.protocol import Entry, Storage
 from cmscale.io.reading import utf8
 from cmscale.io.s3 import S3Storage
 
@@ -47,10 +47,19 @@ def open_parent(url: str | Path) -> tuple[Storage, str]:
     return open_storage(head or ("/" if str(url).startswith("/") else ".")), name
 
 
+def stored_entry(storage: Storage, key: str) -> Entry | None:
+    """What a storage lists of one object; None if it is not there.
+
+    One answer is enough: of the keys that begin with it, an object's own comes first.
+    """
+    first = next(iter(storage.list(key)), None)
+    return first if first is not None and first.key == key else None
+
+
 def has_object(storage: Storage, key: str) -> bool:
     """Whether an object is there, without a walk through all others."""
     path = storage.local_path(key)
-    return path.is_file() if path is not None else any(entry.key == key for entry in storage.list(key))
+    return path.is_file() if path is not None else stored_entry(storage, key) is not None
 
 
 @contextmanager

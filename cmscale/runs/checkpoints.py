@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
-from cmscale.io.storage import Storage, open_storage
+from cmscale.io.storage import Storage, has_object, open_storage
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from cmscale.runs.manifests import CheckpointManifest, is_plain_name, read_checkpoint_manifest
 
@@ -32,7 +32,7 @@ def committed_steps(run: RunDir | Storage | str | Path, *, within: str = "checkp
         names = [manifest.parent.name for manifest in folder.glob(f"step-*/{CHECKPOINT_MANIFEST}")]
     else:
         names = [
-            name for name in checkpoints.folders("step-") if _is_there(checkpoints, f"{name}/{CHECKPOINT_MANIFEST}")
+            name for name in checkpoints.folders("step-") if has_object(checkpoints, f"{name}/{CHECKPOINT_MANIFEST}")
         ]
     return _steps(names)
 
@@ -76,12 +76,6 @@ def leftovers(run: RunDir) -> list[tuple[int, str, Path]]:
     """
     found = [(path, _LEFTOVER.fullmatch(path.name)) for path in _hidden(run)]
     return [(int(match[1]), match[2].rpartition(".")[2], path) for path, match in found if match]
-
-
-def _is_there(storage: Storage, key: str) -> bool:
-    """Whether there is such an object. One answer: of the keys that begin with it, an object's own comes first."""
-    first = next(iter(storage.list(key)), None)
-    return first is not None and first.key == key
 
 
 def _hidden(run: RunDir) -> list[Path]:

@@ -21,7 +21,8 @@ from cmscale.interop.files import located, readable, writable
 from cmscale.io import storage
 from cmscale.io.fetch import file_sha256, local_file
 from cmscale.io.process import CHECKOUT
-from cmscale.io.storage import open_storage
+from cmscale.io.protocol import Entry
+from cmscale.io.storage import has_object, open_storage
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.copies import pending_copies
 from cmscale.runs.folder import RunDir
@@ -103,3 +104,32 @@ def test_no_module_but_those_of_the_storages_asks_for_a_kind_of_storage() -> Non
     files = [path for room in ("cmscale", "launchers", "data_prep") for path in (CHECKOUT / room).rglob("*.py")]
     found = [str(path) for path in files if path.parent.name != "io" and asks.search(path.read_text())]
     assert found == []
+
+
+def test_whether_an_object_is_there_is_known_without_a_walk_through_those_that_begin_with_its_name(monkeypatch) -> None:
+    for number in range(3):
+        open_storage(f"memory://bucket/runs/a-{number}").write("file", b"x")
+    open_storage("memory://bucket/runs").write("b/file", b"x")
+    listed, seen = MemoryStorage.list, []
+
+    def listed_and_counted(self: MemoryStorage, prefix: str = "") -> Iterator[Entry]:
+        for entry in listed(self, prefix):
+            seen.append(entry.key)
+            yield entry
+
+    monkeypatch.setattr(MemoryStorage, "list", listed_and_counted)
+    parent = open_storage("memory://bucket/runs")
+    looks = (
+        lambda: check_exists("memory://bucket/runs/a", key="method.teacher"),
+        lambda: local_file("memory://bucket/runs/a"),
+        lambda: readable(parent, "a").__enter__(),
+    )
+    for look in looks:
+        seen.clear()
+        with pytest.raises(UserError, match="no such object"):
+            look()
+        assert len(seen) <= 1
+    seen.clear()
+    assert not has_object(parent, "a")
+    check_exists("memory://bucket/runs/b", key="method.teacher")
+    assert len(seen) == 3
