@@ -1,5 +1,6 @@
 """Writes local files and names so that a crash at any moment leaves the old state or the new one."""
 
+import contextlib
 import errno
 import os
 import secrets
@@ -75,7 +76,9 @@ def follow_umask(path: Path) -> None:
             mode = os.fstat(file.fileno()).st_mode
     finally:
         probe.unlink(missing_ok=True)
-    path.chmod(mode & 0o777)
+    if path.stat().st_mode != mode:
+        with contextlib.suppress(PermissionError, NotImplementedError):  # some mounts have one mode for all files
+            path.chmod(mode & 0o777)
 
 
 def sync_file(path: Path) -> None:
@@ -91,7 +94,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
     finally:
         os.close(descriptor)

@@ -1,6 +1,7 @@
 """Stores objects as files in a folder of a local or mounted file system."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -11,8 +12,13 @@ from pathlib import Path
 from cmscale.errors import UserError
 from cmscale.io import traffic
 from cmscale.io.durable import explained, replace_durably, sync_folder
+from cmscale.io.locks import hold
 from cmscale.io.protocol import Entry
 from cmscale.io.reading import read_regular
+
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
+"""What file systems without hard links answer: exFAT, SMB, many in user space."""
+_RENAME_SECONDS = 60.0  # for another process that writes the same file
 
 
 class LocalStorage:
@@ -55,11 +61,18 @@ class LocalStorage:
         replace_durably(staged, data)
         try:
             os.link(staged, path)  # unlike a rename, fails atomically if the file exists
-            sync_folder(path.parent)
         except FileExistsError:
             return path.read_bytes() == data
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with hold(path.with_name(f".{path.name}"), timeout=_RENAME_SECONDS, what=str(path), by_creation=True):
+                if path.exists():
+                    return path.read_bytes() == data
+                staged.replace(path)
         finally:
             staged.unlink(missing_ok=True)
+        sync_folder(path.parent)
         return True
 
     def upload(self, key: str, path: Path) -> None:

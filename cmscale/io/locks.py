@@ -22,7 +22,7 @@ class LockTimeout(UserError):
 
 
 @contextmanager
-def hold(path: Path, *, timeout: float, what: str) -> Iterator[None]:
+def hold(path: Path, *, timeout: float, what: str, by_creation: bool = False) -> Iterator[None]:
     """Holds the exclusive lock `path` while the block runs.
 
     The kernel frees a flock when its holder ends. Processes forked meanwhile do not hold it. On a file system
@@ -34,6 +34,7 @@ def hold(path: Path, *, timeout: float, what: str) -> Iterator[None]:
         path: The lock file; its folder is made if it is missing. It stays there afterwards.
         timeout: Seconds to wait for another holder; 0 tries once.
         what: What the lock protects: the first words of the message.
+        by_creation: Never by flock, which some mounts keep to one host; nothing stays afterwards.
 
     Raises:
         LockTimeout: another process holds the lock.
@@ -42,18 +43,19 @@ def hold(path: Path, *, timeout: float, what: str) -> Iterator[None]:
     assert timeout >= 0, "no process waits without limit"
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(path, timeout=timeout, what=what)
+        lock = _acquire(path, timeout=timeout, what=what, by_creation=by_creation)
     try:
         yield
     finally:
         lock.release()
 
 
-def _acquire(path: Path, *, timeout: float, what: str) -> BaseFileLock:
+def _acquire(path: Path, *, timeout: float, what: str, by_creation: bool) -> BaseFileLock:
     lock: BaseFileLock = FileLock(path, mode=0o644, fallback_to_soft=False, poll_interval=_POLL_SECONDS)
     try:
         try:
-            return lock.acquire(timeout=timeout).lock
+            if not by_creation:
+                return lock.acquire(timeout=timeout).lock
         except OSError as error:
             # filelock itself falls back for ENOSYS alone, and waits two seconds for the file that it just made.
             if isinstance(error, Timeout) or error.errno not in _NO_FLOCK:

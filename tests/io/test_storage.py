@@ -1,6 +1,7 @@
 """Storages: an object is whole or absent, conditional writes have one winner, a user's mistakes are one line."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import stat
@@ -185,7 +186,46 @@ def test_what_is_written_to_a_local_folder_is_on_the_disk_with_its_name(way: str
     assert [path for path in synced[:-1] if path.is_relative_to(target.parent) and path != target.parent]  # the bytes
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS])
+def test_of_processes_that_write_where_no_hard_links_are_one_wins(number: int, tmp_path: Path, monkeypatch) -> None:
+    """As on exFAT, SMB and many file systems in user space."""
+
+    def no_links(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", no_links)
+    storage, fork = LocalStorage(tmp_path), multiprocessing.get_context("fork")
+    begin, won = fork.Event(), fork.Queue()
+
+    def write(mine: bytes) -> None:
+        begin.wait(timeout=60)
+        won.put((mine, storage.write_if_absent("manifest", mine)))
+
+    contents = [bytes([each]) * 100_000 for each in range(4)]
+    writers = [fork.Process(target=write, args=(each,)) for each in contents]
+    for each in writers:
+        each.start()
+    begin.set()
+    winners = [mine for mine, is_first in (won.get(timeout=60) for _ in writers) if is_first]
+    for each in writers:
+        each.join()
+    assert winners == [storage.read("manifest")]
+    assert storage.write_if_absent("manifest", winners[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest"]
+
+
+def test_a_file_system_that_knows_no_modes_takes_weights(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with writable(LocalStorage(tmp_path), "weights", size=5) as path:
+        path.touch(mode=0o600)
+        path.write_bytes(b"bytes")
+    assert (tmp_path / "weights").read_bytes() == b"bytes"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS])
 def test_a_file_system_whose_folders_cannot_be_synced_is_written_all_the_same(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
