@@ -5,24 +5,20 @@ import hashlib
 import io
 import mmap
 import os
-import shutil
 import struct
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cmscale.data.cache_lock import full, inventory, lock_of, locked, make_own
-from cmscale.errors import DamagedInput, NoSpace, UserError
-from cmscale.io.durable import NO_SPACE, explained
-from cmscale.io.process import node_name
+from cmscale.data.cache_lock import lock_of, locked, make_own
+from cmscale.data.cache_room import Room
+from cmscale.errors import DamagedInput, UserError
 from cmscale.io.protocol import ArrivedChanged, Storage, StorageAway
-from cmscale.io.remarks import say
 from cmscale.runs.manifests import FileEntry
 
 ATTEMPTS = 4
 _TOUCH_SECONDS = 60.0
-_OTHERS_SECONDS = 1.0  # between two looks whether other processes' downloads have ended
 _MAX_EVICTIONS = 10
 _IDENTITY = struct.Struct("<Q")
 _UNKNOWN, _VERIFIED, _MISSING, _DAMAGED = range(4)
@@ -109,7 +105,7 @@ class FileCache:
         self._state = mmap.mmap(-1, max(1, len(entries)))  # anonymous shared memory: forked workers see the same
         self._identities = mmap.mmap(-1, _IDENTITY.size * max(1, len(entries)))
         self._touched: dict[str, float] = {}
-        self._has_said_full = mmap.mmap(-1, 1)  # shared, too: once for all workers of a rank
+        self._room = Room(self.root, limit, wait=self.wait)
         largest = max((entry.size for entry in entries.values()), default=0)
         if not self.in_place and largest > limit:
             raise UserError(
@@ -216,36 +212,9 @@ class FileCache:
                 leftover.unlink(missing_ok=True)
         part = path.with_name(f".{path.name}.part")
         try:
-            with locked(self.root / ".lock", root=self.root):
-                self._make_room(part, entry.size, self.limit)
-            return self._fetch(name, path, entry, part)
-        except NoSpace:
-            part.unlink(missing_ok=True)
-            with locked(self.root / ".lock", root=self.root):  # no other download begins: all would fill any disk
-                return self._bring_alone(name, path, entry, part)
+            return self._room.use(part, entry.size, lambda: self._fetch(name, path, entry, part))
         finally:
             part.unlink(missing_ok=True)
-
-    def _bring_alone(self, name: str, path: Path, entry: FileEntry, part: Path) -> tuple[int, int | None]:
-        """As `_bring`, where a disk is full before `data.cache_gb` is: older files, and downloads that end, make room.
-
-        Raises:
-            NoSpace: there are none.
-        """
-        limit = self.limit
-        while True:
-            used, complete = self._inventory()
-            if used and not complete:
-                self.wait(_OTHERS_SECONDS)  # for the end of downloads that began before
-                continue
-            try:
-                self._make_room(part, entry.size, limit)
-                return self._fetch(name, path, entry, part)
-            except NoSpace as error:
-                part.unlink(missing_ok=True)
-                if not used:
-                    raise full(self.root, error) from error
-                limit = used
 
     def _fetch(self, name: str, path: Path, entry: FileEntry, part: Path) -> tuple[int, int | None]:
         outcome: int | ConnectionError = _MISSING
@@ -271,26 +240,3 @@ class FileCache:
         if isinstance(outcome, ConnectionError):
             raise outcome
         return outcome, None
-
-    def _make_room(self, part: Path, size: int, limit: int) -> None:
-        """Deletes the least recently used files until `size` more bytes fit into `limit`; reserves them for `part`.
-
-        The reservation is an empty file of this length, which other processes count until the download is complete. The
-        caller holds the cache's lock.
-        """
-        used, complete = self._inventory()
-        room = min(limit, used + shutil.disk_usage(self.root).free)
-        if complete and used + size > room < self.limit and not self._has_said_full[0]:
-            self._has_said_full[0] = 1
-            where = f"data.cache_dir: {self.root} on {node_name()}"
-            say(f"{where}: {NO_SPACE} on the device, before data.cache_gb is used; the oldest shards make room")
-        for _, length, path in sorted(complete):
-            if used + size <= room:
-                break
-            path.unlink(missing_ok=True)
-            used -= length
-        with explained(part), part.open("wb") as file:
-            file.truncate(size)
-
-    def _inventory(self) -> tuple[int, list[tuple[int, int, Path]]]:
-        return inventory(self.root)

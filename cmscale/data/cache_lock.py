@@ -1,4 +1,4 @@
-"""Holds the locks of a node's cache of shards, and counts what is in it."""
+"""Holds the locks of a node's cache of shards."""
 
 import contextlib
 import errno
@@ -17,7 +17,10 @@ LOCK_MINUTES = 15.0
 
 @contextmanager
 def locked(path: Path, *, root: Path) -> Iterator[None]:
-    """Holds a lock file in the cache `root`. Gives up after a while, so that no rank waits without end."""
+    """Holds a lock file in the cache `root`. Gives up once nothing in it has changed for a while.
+
+    So no rank waits without end, but behind many downloads of a slow storage, each of which may wait for room.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -28,13 +31,21 @@ def locked(path: Path, *, root: Path) -> Iterator[None]:
         ) from error
     with contextlib.ExitStack() as stack:
         try:
-            timeout = 60 * LOCK_MINUTES + patience_seconds()  # the holder may wait for storage
-            stack.enter_context(hold(path, timeout=timeout, what="data.cache_dir"))
-        except LockTimeout as error:
-            raise RuntimeError(str(error)) from None  # a fault of the node, not the user's mistake
+            _acquire(stack, path, root=root)
         except NoSpace as error:
             raise full(root, error) from error
         yield
+
+
+def _acquire(stack: contextlib.ExitStack, path: Path, *, root: Path) -> None:
+    state = None
+    while True:
+        try:
+            stack.enter_context(hold(path, timeout=60 * hold_minutes(), what="data.cache_dir"))
+            return
+        except LockTimeout as error:
+            if state == (state := state_of(root)):
+                raise RuntimeError(str(error)) from None  # a fault of the node, not the user's mistake
 
 
 def make_own(root: Path) -> None:
@@ -55,27 +66,15 @@ def lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def inventory(root: Path) -> tuple[int, list[tuple[int, int, Path]]]:
-    """Bytes used and reserved in the cache, and its complete files as (modification time, bytes, path)."""
-    complete: list[tuple[int, int, Path]] = []
-    reserved: dict[Path, list[tuple[int, Path]]] = {}
+def hold_minutes() -> float:
+    """How long whoever holds a lock, or has reserved room, may do so without anything going on."""
+    return LOCK_MINUTES + patience_seconds() / 60  # it may wait for storage
+
+
+def state_of(root: Path) -> frozenset[tuple[Path, int]]:
+    """What changes while downloads into a cache go on: its files, and how much of each is on the disk."""
+    found = set()
     for path in root.glob("*/*"):
-        with contextlib.suppress(FileNotFoundError):  # another process deletes too
-            status = path.stat()
-            if not path.name.startswith("."):
-                complete.append((status.st_mtime_ns, status.st_size, path))
-            elif ".part" in path.name and not path.name.endswith((".lock", ".lock.held")):
-                target = path.with_name(path.name.lstrip(".").rpartition(".part")[0])
-                reserved.setdefault(target, []).append((status.st_size, path))
-    # A download may use several temporary files: the longest counts.
-    of_others = sum(max(parts)[0] for target, parts in reserved.items() if not _removed_as_left(target, parts))
-    return sum(length for _, length, _ in complete) + of_others, complete
-
-
-def _removed_as_left(target: Path, parts: list[tuple[int, Path]]) -> bool:
-    """Removes what a killed process left of a download: nobody holds its lock. Returns whether that was so."""
-    with contextlib.suppress(LockTimeout), hold(lock_of(target), timeout=0, what="data.cache_dir"):
-        for _, path in parts:
-            path.unlink(missing_ok=True)
-        return True
-    return False
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, path.stat().st_blocks))
+    return frozenset(found)

@@ -63,6 +63,8 @@ class RankBatches(Dataset[Any]):
             return self._read(cursor)
         except (UserError, RuntimeError, ConnectionError) as error:
             return with_advice(error)  # not raised: torch would wrap its one line in a traceback
+        finally:
+            self.samples.release()  # it may be long until the next batch is wanted
 
     def _read(self, cursor: int) -> RawBatch:
         positions, ids, epochs = self.ids(cursor)

@@ -14,7 +14,7 @@ from cmscale.config import Data
 from cmscale.data.cache import FileCache
 from cmscale.data.decode import BadImage, decode
 from cmscale.data.formats import ShardReader, shard_format
-from cmscale.errors import DamagedInput, NoSpace, UserError
+from cmscale.errors import DamagedInput, UserError
 from cmscale.io.storage import open_storage
 from cmscale.runs.manifests import DatasetManifest, read_dataset_manifest
 
@@ -85,22 +85,24 @@ class Samples:
         return self._shards.read(self._open(shard).fileno(), shard, index - self.starts[shard])
 
     def _open(self, shard: int) -> io.FileIO:
-        """A shard's verified file. The most recently used files stay open: eviction cannot affect them."""
+        """A shard's verified file. The most recently used files stay open until `release`."""
         name = self.manifest.shards[shard].name
         file = self._files.pop(shard, None)
         if file is None or not self.cache.touch(name):
-            try:
-                file = self.cache.open(name)
-            except NoSpace:  # files that the cache has deleted take their space until they are closed
-                if not self._files:
-                    raise
-                while self._files:
-                    self._files.popitem()[1].close()
-                file = self.cache.open(name)
+            if file is not None:
+                file.close()
+            if not self.cache.has(name):
+                self.release()  # a download, of any process, may need the space of those that are deleted
+            file = self.cache.open(name)
             while len(self._files) >= self._max_open_files:
                 self._files.pop(next(iter(self._files))).close()
         self._files[shard] = file
         return file
+
+    def release(self) -> None:
+        """Closes the shards of a cache that are open: one that the cache has deleted takes its space for so long."""
+        while self._files and not self.cache.in_place:
+            self._files.popitem()[1].close()
 
     def after(self, index: int) -> int:
         """The sample that replaces an undecodable one: the next in its shard, cyclically."""

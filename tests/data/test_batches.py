@@ -208,3 +208,12 @@ def test_a_batch_that_shared_memory_has_no_room_for_is_an_error_not_a_wait_for_e
         with pytest.raises(RuntimeError, match=r"^/dev/shm: a data worker can't .* or set data.workers=0$") as raised:
             next(batches)
     assert with_advice(raised.value) is raised.value
+
+
+def test_between_batches_no_file_of_the_cache_is_open_as_deleted_ones_would_keep_their_space(sets, tmp_path) -> None:
+    samples = Samples(sets["mds"], cache_dir=str(tmp_path))
+    batches = open_batches(data(sets["mds"]), world(), seed=4, global_batch_size=8, image_size=16, samples=samples)
+    with closing(batches):
+        next(batches)
+    assert samples._files == {}
+    assert list(tmp_path.glob("*/shard*"))

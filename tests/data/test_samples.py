@@ -18,6 +18,8 @@ def test_open_files_are_a_small_part_of_the_cache_and_the_least_recently_used_ar
     largest = max(shard.size for shard in Samples(sets[format]).manifest.shards)
     samples = Samples(sets[format], cache_dir=str(tmp_path), cache_gb=8 * largest * 2 / 1e9)
     whole = Samples(sets[format])
+    for shard in samples.manifest.shards:
+        samples.cache.path(shard.name)
     opened = {}
     for index in (0, 4, 8, 4, 12):
         assert samples.read(index) == whole.read(index)
