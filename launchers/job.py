@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cmscale.commands.ending import hide_warnings_of_pillow
 from cmscale.errors import NoSpace, NotExported, UserError
 from cmscale.io.process import CHECKOUT, START, exit_at_once, node_name, note_early_signals
 from cmscale.runs.folder import RunDir
@@ -22,6 +23,7 @@ from launchers.submission import JobRecord, Submission
 def main(arguments: list[str]) -> NoReturn:
     """Runs the worker of a submission as one rank, and reports how it ended. Ends the process."""
     note_early_signals()
+    hide_warnings_of_pillow()
     parser = argparse.ArgumentParser(prog="launchers.job", description=__doc__)
     parser.add_argument("cluster", choices=list(CLUSTERS))
     parser.add_argument("run", type=Path)

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import NoReturn
 
-from cmscale.commands.ending import INTERRUPTED
+from cmscale.commands.ending import INTERRUPTED, hide_warnings_of_pillow
 from cmscale.commands.parser import CommandParser
 from cmscale.commands.use import USED
 from cmscale.config import Config, dump_config, read_config
@@ -62,6 +62,7 @@ _OF_LAUNCHERS = (
 def main(arguments: list[str]) -> NoReturn:
     """Runs this rank to its end. Ends the process."""
     note_early_signals()
+    hide_warnings_of_pillow()
     try:
         use_site(interactive=False)
         end = train(command_parser().read(arguments)[0])

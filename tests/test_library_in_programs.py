@@ -4,8 +4,8 @@ import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -30,8 +30,19 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "another default device": lambda: torch.device("meta"),
+    "another default dtype": lambda: default_dtype(torch.bfloat16),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference mode": torch.inference_mode,
     "no gradients": torch.no_grad,
@@ -61,6 +72,22 @@ def test_what_a_program_sets_in_torch_changes_no_result(
     assert not any(result.is_inference() for result in inside)
     for found in (inside, results(model)):  # the network that was made inside serves outside
         assert all(map(torch.equal, found, expected))
+
+
+FILTERS = """
+import sys, warnings, torch, sympy.utilities.exceptions
+before = list(warnings.filters)
+import cmscale
+model = cmscale.load(sys.argv[1], device="cpu")
+model.sample(1)[0].save(sys.argv[2])
+model.colorize(sys.argv[2], steps=2)
+from_torch = [each for each in warnings.filters if each not in before and "torch" in str(each)]
+assert [each for each in warnings.filters if each not in from_torch] == before, warnings.filters
+"""
+
+
+def test_what_a_program_is_warned_of_stays_its_own_choice(file: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FILTERS, file, tmp_path / "a.png"], check=True, timeout=300)
 
 
 def test_the_device_is_chosen_when_loading(file: Path) -> None:

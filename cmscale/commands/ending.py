@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
@@ -47,6 +48,7 @@ def guarded(
         faults: Further exceptions that are a fault of the surroundings: one line, status 1.
     """
     _let_everything_be_printed(sys.stdout)
+    hide_warnings_of_pillow()
     try:
         try:
             return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
@@ -80,6 +82,14 @@ def guarded(
             raise
         said = " ".join(str(error)[:300].split()) or type(error).__name__
         return _said(f"fault: not enough memory for this ({said})", 1)
+
+
+def hide_warnings_of_pillow() -> None:
+    """Hides what Pillow says of pictures that are too large, which are refused, and of damaged EXIF data.
+
+    For processes of commands alone: a program that uses `cmscale.load` has filters of its own.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _let_everything_be_printed(stream: TextIO | None) -> None:

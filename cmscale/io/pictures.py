@@ -15,7 +15,6 @@ Its rules:
 
 import io
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +26,6 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from cmscale.io.image_files import MAX_IMAGE_PIXELS, Exif, image_formats
-
-# Pillow would warn about what `_check_size` refuses, and about damaged EXIF data, which counts as none.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 HIGH_BYTE = "more than 8 bits per channel, reduced to 8"
 ON_WHITE = "transparency, composited on white"

@@ -103,7 +103,8 @@ def _device(named: str | torch.device) -> torch.device:
 class Model(Editor):
     """A trained model in memory, ready to sample and edit; made by `load`.
 
-    Every result depends on its arguments and the seed alone. Image i has noise of its own, of (seed, i).
+    Every result depends on its arguments and the seed alone. Image i has noise of its own, of (seed, i). Which kernels
+    torch uses is left to the program: its threads, TF32 and the like change a result by their rounding.
     """
 
     def __repr__(self) -> str:

@@ -12,8 +12,9 @@ import torch
 def own_surroundings() -> Iterator[None]:
     """Runs a block, or a function that it decorates, as if the program around had set nothing in torch.
 
-    A default device, autocast, `torch.no_grad` and `torch.inference_mode` have no effect inside. Under the last,
-    tensors would be made that can't be used outside of it, such as those of a network that is kept.
+    A default device or dtype, autocast, `torch.no_grad` and `torch.inference_mode` have no effect inside. Under the
+    last, tensors would be made that can't be used outside of it, such as those of a network that is kept. Which kernels
+    torch uses is left to the program: its threads, TF32 and deterministic algorithms.
 
     A process that was forked after such a block computes with one thread, as workers of torch's DataLoader do: it has
     none of the threads that were started before, and would wait for them for ever.
@@ -25,8 +26,23 @@ def own_surroundings() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
         torch.inference_mode(False),  # turns gradients on, too: `interpolate` needs them to find the noise of images
+        _default_dtype(torch.float32),
     ):
         yield
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Sets the type of tensors that name none, which all threads share, and only if it is another one."""
+    was = torch.get_default_dtype()
+    if was == dtype:
+        yield
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(was)
 
 
 @cache

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,11 @@ leave(guarded(main, []))
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
+
+
+def test_a_command_says_nothing_of_what_pillow_warns_of(capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        said = {"message": "Corrupt EXIF data", "category": UserWarning, "filename": "a.py", "lineno": 1}
+        assert guarded(lambda _: warnings.warn_explicit(**said, module="PIL.TiffImagePlugin"), []) == 0
+    assert capfd.readouterr() == ("", "")
