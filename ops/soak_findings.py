@@ -52,12 +52,11 @@ def flaws_of_copies(url: str, *, newest: int) -> list[str]:
 def orphans(pids: set[int]) -> list[int]:
     """Those of the processes that still exist after 10 seconds."""
     until = time.monotonic() + 10
-    while time.monotonic() < until:
+    while True:
         left = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-        if not left:
-            return []
+        if not left or time.monotonic() > until:
+            return left
         time.sleep(0.2)
-    return left
 
 
 def left_in_shared_memory(pids: set[int]) -> list[Path]:

@@ -81,7 +81,9 @@ def recorded(config: Config, *, wanted: tuple[Any, ...] = CONVOLUTIONS) -> tuple
     prepared = on_meta(config, size=size, activation_checkpointing=False)
     with FlopCounterMode(display=False) as counter, _Recorder(wanted) as recorder:
         prepared.compute()
-    operations = [Operation(*key, times) for key, times in recorder.found.items()]
+    operations = [
+        Operation(function, leaves, structure, times) for (function, leaves, structure), times in recorder.found.items()
+    ]
     packets = {function.overloadpacket for function in wanted}
     by_function = counter.get_flop_counts()["Global"]
     return operations, sum(flop for packet, flop in by_function.items() if packet in packets)

@@ -113,7 +113,7 @@ def interleaved(actions: Mapping[str, Action], *, rounds: int, warm_up: int = 1)
     """What each action measured in each round; the first `warm_up` rounds do not count."""
     found: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(-warm_up, rounds):
-        names = list(actions) if number % 2 == 0 else list(reversed(actions))
+        names = list(actions) if number % 2 == 0 else list(actions)[::-1]
         for name in names:
             value = actions[name]()
             if number >= 0:

@@ -85,9 +85,9 @@ def random_vgg(config: Config, folder: Path) -> Config:
 
     network = lpips_network(settings, config.model.image_size)
     state = {}
-    for number, convolution in enumerate(network.convolutions):
-        state[f"features.{number}.weight"] = convolution.weight.detach().clone()
-        state[f"features.{number}.bias"] = convolution.bias.detach().clone()
+    for number in range(len(network.convolutions)):
+        for part in ("weight", "bias"):
+            state[f"features.{number}.{part}"] = network.get_parameter(f"convolutions.{number}.{part}").detach().clone()
     save_file(state, folder / "vgg.safetensors")
     given = {"lpips_weights": str(folder / "vgg.safetensors")}
     return config.model_copy(update={"method": config.method.model_copy(update=given)})

@@ -1,5 +1,8 @@
 """Writes pickles as NVlabs' EDM does, and computes its ADM UNet from its published description, in float64."""
 
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# Any attribute of an nn.Module may be set and read, which its types do not say.
 import pickle
 import sys
 import types

@@ -170,7 +170,7 @@ class NumpyNetwork:
         kernel = self.weights[f"{name}.weight"]
         margin = kernel.shape[-1] // 2
         padded = np.pad(x, ((0, 0), (0, 0), (margin, margin), (margin, margin)))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[2:], axis=(2, 3))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[2:], axis=(2, 3))  # pyright: ignore
         product = np.einsum("bchwij,ocij->bohw", windows, kernel, optimize=True)
         return product + self.weights[f"{name}.bias"][:, None, None]
 

@@ -21,7 +21,7 @@ class Scene:
     command: str
     line: tuple[str, ...]
     refused: frozenset[str] = frozenset()
-    values: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    values: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
 
 
 OF_A_RUN = frozenset({"weights", "step", "checkpoints"})

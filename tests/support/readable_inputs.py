@@ -86,7 +86,7 @@ def _weights(root: Path, run: Path, config_file: Path) -> list[Input]:
         "model.noise_embedding_scale=1.0"
     )
     edm_config = root / "edm.yaml"
-    edm_config.write_text(dump_config(parse_config(EDM_CONFIG, pickled.split())))
+    edm_config.write_text(dump_config(parse_config(EDM_CONFIG, [*pickled.split()])))
     given = ("--config", config_file)
     diffusers = [path for path in (root / "diffusers").rglob("*") if path.is_file()]
     return [

@@ -76,7 +76,8 @@ def serve() -> None:
         rank = os.fork()
         if rank == 0:
             try:
-                main(*json.loads(line), tell)
+                how, folder, minutes = json.loads(line)
+                main(how, folder, minutes, tell)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
