@@ -10,7 +10,7 @@ import torch
 _NO_MEMORY = re.compile("^unable to allocate shared memory")
 # The others if the rank notices by the end of the worker's pipe, before it gets the signal of the worker's end.
 _KILLED = re.compile(
-    r"DataLoader worker (\(pid.*\) (is killed by signal: Killed|exited unexpectedly)|ended before it returned its batch)"
+    r"DataLoader worker (\(pid.*\) (is killed by signal: Killed|exited unexpectedly)|ended before it returned)"
 )
 
 
