@@ -21,23 +21,15 @@ from cmscale.interop.diffusers_config import (
     scheduler_config,
     unet_config,
 )
+from cmscale.interop.diffusers_weights import UNET_VARIANTS, UNET_WEIGHTS, read_weights, weight_files
 from cmscale.interop.files import folder, readable, writable
 from cmscale.interop.names import Weights, parameter_shapes, parameters, reorder_qkv
-from cmscale.interop.safetensors_file import describe, load_with_metadata, read_metadata
+from cmscale.interop.safetensors_file import describe, read_metadata
 from cmscale.interop.strict import strict_weights
-from cmscale.interop.torch_file import read_state_dict
 from cmscale.io.storage import Storage, has_object
 
 INDEX = "model_index.json"
 UNET_CONFIG = "unet/config.json"
-UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-UNET_VARIANTS = (
-    UNET_WEIGHTS,
-    "unet/diffusion_pytorch_model.bin",
-    "unet/diffusion_pytorch_model.fp16.safetensors",
-    "unet/diffusion_pytorch_model.fp16.bin",
-)
-"""The files that may hold the network, the best first: full precision before half."""
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 CARD = "README.md"
 _GRID = "samples.png"  # `cmscale.export` puts it beside the card
@@ -94,7 +86,7 @@ def read_diffusers(
 ) -> tuple[Weights, dict[str, str]]:
     """Reads the weights in a folder (a path or `s3://`), with OpenAI's names, and its metadata (see `describe`).
 
-    Of the files of `UNET_VARIANTS` the first that is there is read.
+    The weights are those of `weight_files`.
 
     Args:
         model: The network, for folders that cmscale did not write: they hold no config, and their metadata is {}.
@@ -110,56 +102,27 @@ def read_diffusers(
     scheduler = None if method is None else storage.read_if_present(SCHEDULER_CONFIG)
     if method is not None and scheduler is not None:
         check_scheduler(scheduler, method, origin=storage.join(SCHEDULER_CONFIG))
-    key = weights_file(storage)
-    origin = storage.join(key)
-    with readable(storage, key) as path:
-        if key.endswith(".safetensors"):
-            found, metadata = load_with_metadata(path, origin=origin)
-        else:
-            found, metadata = None, {}
-        card = own_card(metadata)
-        if model is None:
-            if card is None:
-                raise UserError(f"{storage.url}: holds no config, as cmscale did not write it; give --config CONFIG")
-            model = parse_config(card["config"], origin=f"config in {origin}", resolved=True).model
-        refuse_other_network(raw, model, origin=storage.join(UNET_CONFIG))
-        shapes = {
-            name: _diffusers_shape(parameter.shape, parts=len(parameter.diffusers), pointwise=parameter.is_pointwise)
-            for parameter in parameters(model)
-            for name in parameter.diffusers
-        }
-        if found is None:
-            found = read_state_dict(path, {name: (shape,) for name, shape in shapes.items()}, origin=origin)
-        return from_diffusers(strict_weights(found, shapes, origin=origin), model), card or {}
+    keys = weight_files(storage)
+    origin = storage.join(keys[0] if len(keys) == 1 else "unet")
+    found, metadata = read_weights(storage, keys, {} if model is None else _shapes(model))
+    card = own_card(metadata)
+    if model is None:
+        if card is None:
+            raise UserError(f"{storage.url}: holds no config, as cmscale did not write it; give --config CONFIG")
+        model = parse_config(card["config"], origin=f"config in {origin}", resolved=True).model
+    refuse_other_network(raw, model, origin=storage.join(UNET_CONFIG))
+    return from_diffusers(strict_weights(found, _shapes(model), origin=origin), model), card or {}
 
 
 def holds_config(source: Path | Storage) -> bool:
     """Whether a safetensors file, or the one in a diffusers folder, holds a config: whether cmscale wrote it."""
     if isinstance(source, Path):
         return own_card(read_metadata(source, origin=str(source))) is not None
-    key = weights_file(source)
-    if not key.endswith(".safetensors"):
+    key, *more = weight_files(source)
+    if more or not key.endswith(".safetensors"):
         return False
     with readable(source, key) as path:
         return own_card(read_metadata(path, origin=source.join(key))) is not None
-
-
-def weights_file(storage: Storage) -> str:
-    """The key of the file that holds the network of a folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    there = {entry.key for entry in storage.list("unet/")}
-    found = next((key for key in UNET_VARIANTS if key in there), None)
-    if found is None and any(key.endswith(".index.json") for key in there):
-        raise UserError(
-            f"{storage.join('unet')}: the weights are in several files; save them as one, with diffusers' "
-            "save_pretrained(..., max_shard_size='100GB')"
-        )
-    if found is None:
-        raise UserError(f"{storage.join(UNET_WEIGHTS)}: no such file, nor one of {', '.join(UNET_VARIANTS[1:])}")
-    return found
 
 
 def to_diffusers(weights: Mapping[str, Tensor], model: Model) -> Weights:
@@ -212,6 +175,14 @@ def refuse_another_model(storage: Storage, config: Config, *, files: Collection[
             if held.fingerprint() in (config.fingerprint(), published(config).fingerprint()):
                 return
     raise UserError(f"{storage.url}: holds another model ({min(there)}), which is not replaced; name another folder")
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    return {
+        name: _diffusers_shape(parameter.shape, parts=len(parameter.diffusers), pointwise=parameter.is_pointwise)
+        for parameter in parameters(model)
+        for name in parameter.diffusers
+    }
 
 
 def _diffusers_shape(shape: tuple[int, ...], *, parts: int, pointwise: bool) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from cmscale.consistency.sampler import clipped, default_sigmas, multistep
 from cmscale.errors import UserError
 from cmscale.export.card import model_card
 from cmscale.interop import read_diffusers, write_diffusers
-from cmscale.interop.diffusers_folder import UNET_VARIANTS
+from cmscale.interop.diffusers_weights import UNET_VARIANTS
 from cmscale.source import load_source
 
 MODEL = small_model()
@@ -120,13 +120,31 @@ def test_what_their_configs_state_must_be_the_network_and_the_method(
         load_source(str(lsun), **arguments)
 
 
-def test_weights_in_several_files_are_refused_with_the_way_to_one(tmp_path: Path) -> None:
-    write_diffusers(tmp_path, random_weights(MODEL), config=CONFIG, step=0, weights_name="imported")
-    weights = tmp_path / UNET_VARIANTS[0]
-    weights.with_name(f"{weights.name}.index.json").write_text("{}")
-    weights.rename(weights.with_name("diffusion_pytorch_model-00001-of-00001.safetensors"))
-    with pytest.raises(UserError, match="several files; save them as one, with diffusers'"):
-        read_diffusers(tmp_path, model=MODEL)
+@pytest.mark.parametrize("is_safe", [True, False])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_network_in_several_files_is_that_in_one(lsun: Path, is_safe: bool, variant: str | None) -> None:
+    from diffusers import UNet2DModel
+
+    one = read_diffusers(lsun, model=MODEL)[0]
+    unet = UNet2DModel.from_pretrained(lsun / "unet")
+    (lsun / UNET_VARIANTS[0]).unlink()
+    unet = unet if variant is None else unet.half()
+    unet.save_pretrained(lsun / "unet", max_shard_size="500KB", safe_serialization=is_safe, variant=variant)
+    files = sorted((lsun / "unet").glob("*-0000?-of-*"))
+    assert len(files) > 3
+    source = load_source(str(lsun), config=str(lsun.parent / "config.yaml"))
+    expected = {name: tensor if variant is None else tensor.half().float() for name, tensor in one.items()}
+    assert all(torch.equal(source.weights[name], tensor) for name, tensor in expected.items())
+    files[1].rename(lsun / "elsewhere")
+    with pytest.raises(UserError, match=rf"no {files[1].name}, which unet/.* lists; copy the folder again"):
+        read_diffusers(lsun, model=MODEL)
+    (index,) = (lsun / "unet").glob("*.index*.json")
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../elsewhere"}}))
+    with pytest.raises(UserError, match="names no files in its weight_map"):
+        read_diffusers(lsun, model=MODEL)
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": files[0].name}}))
+    with pytest.raises(UserError, match=r"do not fit the config's model section .*missing"):
+        read_diffusers(lsun, model=MODEL)
 
 
 def test_another_models_folder_is_not_written_over(lsun: Path, tmp_path: Path) -> None:
