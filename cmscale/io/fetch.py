@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from cmscale.io.reading import why_no_file
 from cmscale.io.storage import Storage, open_parent, stored_entry
 
 DOWNLOAD_MINUTES = 30.0
+UNUSED_DAYS = 30
+"""After so many days without use a copy of an object is removed from the cache, when another one is fetched."""
 _HASHED_AT_ONCE = 1 << 20
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -37,7 +40,7 @@ def local_file(url: str) -> Path:
     """The path of a local file, or of the cached copy of an object of a storage.
 
     Where several processes of a node ask at once, one downloads. A cached copy is used while the object keeps its
-    ETag and the copy keeps the hash it had after the download.
+    ETag and the copy keeps the hash it had after the download, and is removed some time after its last use.
 
     Raises:
         UserError: there is no such file, or its hash is not the one in the URL.
@@ -62,6 +65,7 @@ def local_file(url: str) -> Path:
     with download_lock(f"files/{target.name}.lock", into=target.parent, setting="CMSCALE_CACHE"):
         actual = file_sha256(target, shown=True) if target.is_file() and recorded.is_file() else None
         if actual is None or recorded.read_text() != actual:
+            _remove_unused(target.parent)
             actual = _download(storage, entry, target)
             if expected is not None and actual != expected.lower():  # perhaps changed on the way
                 actual = _download(storage, entry, target)
@@ -71,7 +75,18 @@ def local_file(url: str) -> Path:
         except UserError:
             target.unlink(missing_ok=True)
             raise
+        with contextlib.suppress(PermissionError):  # in somebody else's cache
+            os.utime(recorded)  # by which it is known as used
     return target
+
+
+def _remove_unused(folder: Path) -> None:
+    """Removes cached copies that nobody has used for `UNUSED_DAYS`: older versions of an object are never asked for."""
+    for recorded in folder.glob("*.sha256"):
+        with contextlib.suppress(OSError):  # others may remove it, too; what is open in another process stays readable
+            if time.time() - recorded.stat().st_mtime > 86_400 * UNUSED_DAYS:
+                recorded.with_suffix("").unlink(missing_ok=True)
+                recorded.unlink()
 
 
 def _download(storage: Storage, entry: Entry, target: Path) -> str:

@@ -1,6 +1,8 @@
 """A kind of storage that the package does not know carries everything: nothing asks what kind it is."""
 
+import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from cmscale.engine.fence import claim_generation
 from cmscale.errors import UserError
 from cmscale.interop.files import located, readable, writable
 from cmscale.io import storage
-from cmscale.io.fetch import file_sha256, local_file
+from cmscale.io.fetch import UNUSED_DAYS, file_sha256, local_file
 from cmscale.io.process import CHECKOUT
 from cmscale.io.protocol import Entry
 from cmscale.io.storage import has_object, open_storage
@@ -97,6 +99,21 @@ def test_weights_are_written_fetched_once_and_checked(tmp_path: Path) -> None:
     assert local_file(url).read_bytes() == b"two"
     with pytest.raises(UserError, match="it is another file"):
         local_file(f"{url}#sha256={digest}")
+
+
+def test_copies_that_nobody_has_used_for_a_month_make_room_for_others(tmp_path: Path) -> None:
+    bucket = open_storage("memory://bucket")
+    for name in ("old", "used", "new"):
+        bucket.write(name, name.encode())
+    old, used = (local_file(f"memory://bucket/{name}") for name in ("old", "used"))
+    bucket.write("old", b"a newer version")
+    month_ago = time.time() - 86_400 * (UNUSED_DAYS + 1)
+    for copy in (old, used):
+        os.utime(f"{copy}.sha256", (month_ago, month_ago))
+    assert local_file("memory://bucket/used") == used
+    new = local_file("memory://bucket/new")
+    assert sorted(path for path in used.parent.iterdir() if path.suffix == "") == sorted((used, new))
+    assert not Path(f"{old}.sha256").exists()
 
 
 def test_no_module_but_those_of_the_storages_asks_for_a_kind_of_storage() -> None:
