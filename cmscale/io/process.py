@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -42,6 +44,10 @@ def exit_at_once(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # of a full disk, which must not change the status
             stream.flush()
+    for each in gc.get_objects():  # as wandb's, which Python removes at no such end
+        if type(each) is tempfile.TemporaryDirectory:
+            with contextlib.suppress(Exception):
+                each.cleanup()
     os._exit(status)
 
 
