@@ -120,9 +120,7 @@ def submit(script: Path, *options: str, environment: Mapping[str, str] | None = 
     # A site's wrapper of sbatch may print lines of its own before or after the id.
     job_id = re.search(r"^(\d+)(;\S*)?\s*$", printed, re.MULTILINE)
     if job_id is None:
-        raise NoJobIdError(
-            f"sbatch accepted the job, but printed no job id: {refusal(printed)}; find the job with squeue"
-        )
+        raise NoJobIdError(f"sbatch accepted the job, but printed no job id: {refusal(printed)}")
     return job_id[1]
 
 

@@ -107,7 +107,7 @@ class SlurmCluster:
         replace_durably(submission.script, script_text(job).encode())
         try:
             job_id = slurm.submit(submission.script)
-        except slurm.MaybeTaken as error:
+        except (slurm.MaybeTaken, slurm.NoJobIdError) as error:
             job_id = _found(submission, error)
         except slurm.Refused as error:
             shutil.rmtree(submission.folder, ignore_errors=True)  # else its job would be looked for
@@ -208,16 +208,16 @@ def _evaluation_lines(job: JobSpec, interpreter: list[str]) -> tuple[list[str], 
     return [f"{shlex.join([*command, *job.evaluations])} &"], [shlex.join([*command, "--once", *job.evaluations])]
 
 
-def _found(submission: Submission, error: slurm.MaybeTaken) -> str:
-    """The id of a job about which sbatch got no answer, once the queue shows it. Raises `error` if it does not."""
-    print("Slurm gave no answer; looking for the job in the queue", file=sys.stderr, flush=True)
+def _found(submission: Submission, error: slurm.MaybeTaken | slurm.NoJobIdError) -> str:
+    """The id of a job that sbatch did not say, once the queue shows it. Raises `error`, and more, if it does not."""
+    print("sbatch said no job id; looking for the job in the queue", file=sys.stderr, flush=True)
     for wait in _LOOKS_AFTER_SECONDS:
         time.sleep(wait)
         with suppress(FileNotFoundError):
             if job_id := slurm_jobs.job_of_script(submission.script):
                 return job_id
     see = f"see squeue --name={submission.run.name}; without a job there, {submission.how_to_go_on}"
-    raise slurm.MaybeTaken(f"{error}; {see}")
+    raise type(error)(f"{error}; {see}")
 
 
 def _is_unfinished(submission: Submission, worker: str) -> bool:

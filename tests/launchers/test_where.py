@@ -253,14 +253,15 @@ def test_a_new_run_whose_job_slurm_may_have_taken_stays_and_is_not_submitted_twi
     assert run(monkeypatch, "--resume", "a") == 0
 
 
-def test_a_job_about_which_sbatch_got_no_answer_is_found_in_the_queue(
-    slurm, monkeypatch, capsys, tmp_path: Path
+@pytest.mark.parametrize("said", [NO_ANSWER, "echo the site took your job"])
+def test_a_job_of_which_sbatch_says_no_id_is_found_in_the_queue(
+    slurm, monkeypatch, capsys, tmp_path: Path, said: str
 ) -> None:
     monkeypatch.setitem(CLUSTERS, "slurm", SlurmCluster())
     monkeypatch.setattr(slurm_cluster, "_LOOKS_AFTER_SECONDS", (0, 0))
     listed = "for script in runs/a/logs/submissions/*/job.sh; do echo 17 PENDING $script; done"
     (tmp_path / "squeue").write_text(f"#!/bin/sh\n[ -e asked ] || {{ : >asked; exit 1; }}\n{listed}\n")
-    (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{NO_ANSWER}\n")
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{said}\n")
     assert run(monkeypatch, *STARTED, "tiny.yaml", "train.micro_batch_size=1") == 0
     assert "job 17 submitted" in capsys.readouterr().out
     (submission,) = submissions_of(RunDir(tmp_path / "runs" / "a"))
