@@ -44,16 +44,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--every", type=int, required=True, metavar="N", help="evaluate every N-th step's checkpoint")
     parser.add_argument("--once", action="store_true", help="look once, instead of until SIGTERM")
     given = parser.parse_args(own)
-    run, stop = RunDir(given.run), threading.Event()
+    run, stop, is_here = RunDir(given.run), threading.Event(), "local" in flags
     if given.once:
         stop.set()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     die_with_parent(signal.SIGTERM)
     problem = ""
-    while not stop.wait(AGAIN_SECONDS if problem else LOOK_SECONDS):
+    while not stop.wait(AGAIN_SECONDS if problem and not is_here else LOOK_SECONDS):
         problem = look(run, every=given.every, flags=flags, before=problem)
     problem = look(run, every=given.every, flags=flags, before=problem)
-    if given.once and "local" not in flags:
+    if given.once and not is_here:
         tell_missing(run, every=given.every)
     return int(bool(problem))
 
@@ -109,7 +109,7 @@ def request_due(run: RunDir, *, every: int, flags: list[str]) -> list[int]:
         print(f"evaluation of step {step}: exit status {status}", flush=True)
         is_over = status in (0, 1, 2) if "local" in flags else status in (0, 2)
         if is_over:
-            replace_durably(marker, b"")
+            replace_durably(marker, b"", within=run.root)
         else:
             marker.unlink(missing_ok=True)
             again.append(step)

@@ -12,7 +12,7 @@ from typing import Any
 from cmscale.config.draw_request import DrawRequest
 from cmscale.config.source_request import request_from
 from cmscale.errors import UserError
-from cmscale.io.durable import replace_durably
+from cmscale.io.durable import explained, replace_durably
 from cmscale.io.json_text import parse_json
 from cmscale.io.local import LocalStorage
 from cmscale.runs.checkpoints import committed_steps
@@ -77,6 +77,8 @@ class Submission:
             UserError: it can't be written, or the ranks' logs could not be.
         """
         LocalStorage(self.run.logs).check_writable("JOB_0_log.out")
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         code = None if code is None else str(code)
         self._write(JobRecord(worker, arguments, job_id, after=highest_claimed(self.run), code=code))
 
@@ -87,7 +89,7 @@ class Submission:
     def _write(self, record: JobRecord) -> None:
         optional = {"job_id": record.job_id, "after": record.after, "code": record.code}
         value = {"worker": record.worker, "arguments": list(record.arguments)}
-        write_json(self.job_file, value | {name: given for name, given in optional.items() if given})
+        self._write_json(self.job_file, value | {name: given for name, given in optional.items() if given})
 
     def read_job(self) -> JobRecord:
         """The job, also as older versions wrote it (without arguments, the worker under its former name).
@@ -129,7 +131,18 @@ class Submission:
         return "continue with --resume"
 
     def write_rank_end(self, start: str, end: RankEnd) -> None:
-        write_json(self.folder / start / f"rank-{end.rank:04d}.json", asdict(end))
+        self._write_json(self.folder / start / f"rank-{end.rank:04d}.json", asdict(end))
+
+    def write_exits(self, start: str, exits: dict[str, Any]) -> None:
+        """Writes how the processes of a start on this machine ended."""
+        self._write_json(self.folder / start / "exits.json", exits)
+
+    def exits(self, start: str) -> dict[str, Any] | None:
+        """What `write_exits` has written; None if it has not."""
+        return read_json(self.folder / start / "exits.json")
+
+    def _write_json(self, path: Path, value: dict[str, Any]) -> None:
+        replace_durably(path, (json.dumps(value, indent=1) + "\n").encode(), within=self.run.root)
 
     def rank_ends(self, start: str) -> list[RankEnd]:
         """The last reports of the ranks of a start, oldest first."""
@@ -142,15 +155,27 @@ class Submission:
     def explained(self, start: str, failure: RankFailure | None) -> RankFailure | None:
         """The failure, with what a rank's watch recorded before it killed the rank, which hung and could not.
 
+        If all ranks but one wait for others, that one hangs, whichever was killed first.
+
         Args:
             start: The start in which the rank failed; watches of other starts say nothing about it.
         """
         if failure is None or self.beside or "killed" not in failure.how.lower():
             return failure
-        why = ""
+        late: dict[int, dict[str, Any]] = {}
         for event in read_lines(self.run.events):
-            if (event.get("start"), event.get("rank")) == (f"{self.name}/{start}", failure.rank):
-                why = str(event.get("why", "")) if event.get("event") == "fault" else ""
+            if event.get("start") == f"{self.name}/{start}" and type(rank := event.get("rank")) is int:
+                if event.get("event") == "fault":
+                    late[rank] = event
+                else:
+                    late.pop(rank, None)
+        hosts = {end.rank: end.host for end in self.rank_ends(start)}
+        hung = hosts.keys() - {rank for rank, event in late.items() if event.get("waits_for_others")}
+        if late and len(hosts) > len(hung) == 1:
+            (rank,) = hung
+            how = str(late[rank].get("why", "")) if rank in late else "hangs: all other ranks wait for it"
+            return RankFailure(rank, hosts[rank], how)
+        why = str(late[failure.rank].get("why", "")) if failure.rank in late else ""
         return replace(failure, how=why) if why else failure
 
     def record(self, attempt: Attempt) -> list[Attempt]:
@@ -189,7 +214,7 @@ class Submission:
 
     def end(self, attempt: Attempt, *, why: str) -> None:
         """Writes that the job has ended for good."""
-        write_json(self.ending_file, {**asdict(attempt), "why": why})
+        self._write_json(self.ending_file, {**asdict(attempt), "why": why})
 
 
 def _sets_of(asked: dict[str, Any]) -> list[SetPlace]:
@@ -222,10 +247,6 @@ def stored_measurements(run: RunDir) -> str:
 def newest_step(run: RunDir) -> int:
     """The step of the newest committed checkpoint in the run's folder; -1 if there is none."""
     return max(committed_steps(run), default=-1)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    replace_durably(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -178,6 +178,8 @@ class Checkpoints:
         """Writes the folders and commits them in their order; the last is the checkpoint."""
         began, step = time.monotonic(), folders[-1].manifest.state.step
         try:
+            if not self._run.root.is_dir():  # it is not made anew
+                self._fence.must_be_newest()
             for staged in folders:
                 written = write_part(staged.folder, self._world, staged.tensors)
                 record(self._board, staged.folder, self._world.rank, written)

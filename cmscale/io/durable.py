@@ -46,13 +46,25 @@ def no_space_for(what: str, error: OSError | NoSpace, *, advice: str) -> NoSpace
     return NoSpace(f"{where}; free some, or {advice}")
 
 
-def replace_durably(path: Path, data: bytes) -> None:
+def gone(folder: Path) -> UserError:
+    """The error for a folder in which something should be written, and which is not made anew for that."""
+    return UserError(f"{folder}: gone from {node_name()} (moved, removed or not mounted); it is not made anew")
+
+
+def replace_durably(path: Path, data: bytes, *, within: Path | None = None) -> None:
     """Writes a file so that, after a crash at any moment, it holds the old bytes or the new ones.
+
+    Missing folders are made.
+
+    Args:
+        within: A folder that must be there, such as a run's, which may have been moved away.
 
     Raises:
         NoSpace: no space is left.
-        UserError: the folder may not be written.
+        UserError: the folder may not be written, or the one that must be there is gone.
     """
+    if within is not None and not within.is_dir():
+        raise gone(within)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

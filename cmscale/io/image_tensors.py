@@ -72,6 +72,6 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG file; readers see the old file or the whole new one."""
-    replace_durably(path, png_bytes(image))
+def save_png(image: Image.Image, path: Path, *, within: Path | None = None) -> None:
+    """Writes a PNG file, `within` as for `replace_durably`; readers see the old file or the whole new one."""
+    replace_durably(path, png_bytes(image), within=within)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmscale.io.durable import explained, sync_folder
+from cmscale.io.durable import explained, gone, sync_folder
 from cmscale.io.json_text import parse_json
 from cmscale.runs.append import append
 from cmscale.runs.folder import RunDir
@@ -15,16 +15,17 @@ _READ_AT_ONCE = 1 << 20
 
 
 def append_line(path: Path, record: dict[str, Any], *, durable: bool = False) -> None:
-    """Appends one JSON line to `path`; its folder is made if it is missing.
+    """Appends one JSON line to `path`, in a folder that is there: that of a run that was moved is not made anew.
 
     Args:
         durable: Returns only when the line is on the disk, with the file's name if this call made the file.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or its folder is gone.
     """
+    if not path.parent.is_dir():
+        raise gone(path.parent)
     with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
         append(path, record, durable=durable)
         if durable and is_new:

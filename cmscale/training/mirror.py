@@ -131,7 +131,7 @@ class Follower:
             self._marks.popleft()
         text = json.dumps({**self._marks[0][1], "row": self.mark.row})
         if self._file is not None and text != self._kept:
-            replace_durably(self._file, text.encode())
+            replace_durably(self._file, text.encode(), within=self._run.root)
             self._kept = text
 
     def _read(self) -> Mark:
@@ -227,6 +227,10 @@ class Mirror:
                 self._news.wait(_LOOK_SECONDS)
                 is_last = self._closing  # before the look, so that nothing written by then is missed
                 self._news.clear()
+                if not self._run.root.is_dir():  # moved or removed: not even wandb's own files make it anew
+                    if is_last:
+                        return
+                    continue
                 self._send(follower, sink)
                 if is_last:
                     sink.close()

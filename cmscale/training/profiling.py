@@ -49,7 +49,7 @@ class Profiler:
 
     def _write(self, recorded: Any) -> None:
         trace, operators = self._run.profile_trace(self._first), self._run.profile_table(self._first)
-        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.parent.mkdir(exist_ok=True)
         recorded.export_chrome_trace(str(trace))
         replace_durably(operators, table(recorded).encode())
         why = f"{trace.relative_to(self._run.root)}, {operators.relative_to(self._run.root)}"

@@ -82,7 +82,7 @@ class PrometheusSink:
             for key, (step, value) in self._evaluations.items()
         ]
         lines += _family("evaluation", results, self._labels)
-        replace_durably(self._path, "".join(lines).encode())
+        replace_durably(self._path, "".join(lines).encode(), within=self._run.root)
 
 
 def _open(run: RunDir, settings: Prometheus, total_steps: int, _: Mark) -> PrometheusSink:

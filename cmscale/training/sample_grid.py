@@ -39,7 +39,7 @@ class Grids:
         train = self._config.train
         if self._is_real_missing:
             self._is_real_missing = False
-            _save(image_tensors.grid(batch.images[: train.sample_count]), self._run.real_images)
+            _save(image_tensors.grid(batch.images[: train.sample_count]), self._run.real_images, self._run)
         if schedules.is_due(step, train.sample_every, train.total_steps):
             save_sample_grid(self._config, self._run, self._world, self._engine, step=step)
 
@@ -57,9 +57,9 @@ def save_sample_grid(config: Config, run: RunDir, world: World, engine: Engine, 
         images = [draw(indices=indices[start : start + batch_size]) for start in range(0, share, batch_size)]
     drawn = torch.cat(collectives.gather(torch.cat(images).cpu()))[:count]
     if world.is_main and bool(torch.isfinite(drawn).all()):
-        _save(image_tensors.grid(image_tensors.to_uint8(drawn)), run.sample_grid(step))
+        _save(image_tensors.grid(image_tensors.to_uint8(drawn)), run.sample_grid(step), run)
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def _save(picture: Image.Image, path: Path, run: RunDir) -> None:
     with dispensable(path.name):
-        image_tensors.save_png(picture, path)
+        image_tensors.save_png(picture, path, within=run.root)

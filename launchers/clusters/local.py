@@ -23,7 +23,7 @@ from launchers.follow import Follower, show_end
 from launchers.jobs import JobSpec
 from launchers.judge import Attempt, RankFailure, judge
 from launchers.placement import Placement, PlacementRequest, RankPlace, visible_gpus
-from launchers.submission import Submission, newest_step, read_json
+from launchers.submission import Submission, newest_step
 
 _NO_LIMIT_MINUTES = 10 * 366 * 24 * 60
 _POLL_SECONDS = 0.1
@@ -196,7 +196,7 @@ def _follow(process: subprocess.Popen[bytes], log: Path) -> list[str]:
 
 
 def _judged(submission: Submission, start: str, *, cancelled: bool, timed_out: bool) -> Attempt:
-    exits = read_json(submission.folder / start / "exits.json") or {"first": None, "status": 1}
+    exits = submission.exits(start) or {"first": None, "status": 1}
     return judge(
         submission.rank_ends(start),
         status=exits["status"],

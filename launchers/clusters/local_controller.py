@@ -15,7 +15,7 @@ from submitit.local.local import Controller
 from cmscale.io.process import die_with_parent
 from cmscale.runs.folder import RunDir
 from launchers.clusters.base import rank_command
-from launchers.submission import Submission, write_json
+from launchers.submission import Submission
 
 PEERS_SECONDS = 2.0
 """Time for the other ranks to report their own errors (all may refuse the same config) before they are ended."""
@@ -51,7 +51,7 @@ class RankController(Controller):
             SUBMITIT_STDERR_TO_STDOUT="1",
         )
         super().__init__(submission.run.logs)
-        self.exits_file = submission.folder / start / "exits.json"
+        self._submission, self._start = submission, start
         self.grace_seconds = grace_seconds
         self.kill_at = float("inf")
         signal.signal(signal.SIGTERM, self._stop)
@@ -84,7 +84,7 @@ class RankController(Controller):
             time.sleep(1 / freq)
         worst = max(code if code >= 0 else 128 - code for code in codes if code is not None)
         exits = {"status": worst, "first": first or first_failure(codes), "codes": list(codes)}
-        write_json(self.exits_file, exits)
+        self._submission.write_exits(self._start, exits)
         return codes
 
     def run(self, max_retry: int = 1) -> None:  # noqa: ARG002

@@ -102,6 +102,7 @@ def test_a_run_that_was_moved_while_it_trains_ends_after_two_saves(run: RunDir) 
         writer.save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]
     with pytest.raises(CheckpointFailed, match="was it moved or removed, or is it not mounted"):
         writer.save(TrainState(step=30, cursor=240), engine)  # pyright: ignore[reportArgumentType]
+    assert not run.root.exists()
     assert RunDir(moved).claimed_generation(1).exists()
 
 
@@ -118,6 +119,7 @@ def test_a_run_whose_mount_point_may_not_be_written_ends_after_two_saves(
         writer.save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]
     writer.wait()
     run.root.rename(run.root.with_name("moved"))
+    run.root.mkdir()
     for step in (50, 60):
         writer.save(TrainState(step=step, cursor=8 * step), engine)  # pyright: ignore[reportArgumentType]
     with pytest.raises(CheckpointFailed, match="Permission denied"):

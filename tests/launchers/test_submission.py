@@ -77,6 +77,7 @@ def test_reports_of_ranks_are_read_in_the_order_in_which_they_were_written(submi
 
 def test_the_history_survives_a_line_cut_by_a_crash(submission: Submission) -> None:
     first, second = Attempt("preempted", "", 3), Attempt("fault", "boom", 4, 1, "node1")
+    submission.write_job("train", ())
     assert submission.record(first) == [first]
     with (submission.folder / "attempts.jsonl").open("a") as file:
         file.write('{"ending": "fa')
@@ -150,6 +151,33 @@ def test_of_a_rank_that_its_watch_has_killed_the_watchs_reason_counts(submission
     write_event(submission.run, "fault", step=4, rank=1, why="the launcher's own event of another start")
     assert after("recovered", 1, "a step after all") == killed.how
     assert submission.explained("attempt-0", None) is None
+
+
+@pytest.mark.parametrize(
+    ("waiting", "late", "blamed"),
+    [
+        ((0, 1), (2,), 2),
+        ((0, 1), (), 2),  # its machine hangs, with its watch
+        ((0,), (1, 2), 1),
+        ((0, 1, 2), (), 1),
+        ((), (0, 1, 2), 1),
+    ],
+)
+def test_the_rank_that_all_others_wait_for_hangs_whichever_was_killed_first(
+    submission: Submission, waiting: tuple[int, ...], late: tuple[int, ...], blamed: int
+) -> None:
+    submission.write_job(TRAIN, ("run",))
+    for rank in range(3):
+        submission.write_rank_end("7.0", RankEnd(rank, f"node{rank}", "running"))
+    for rank in (*waiting, *late):
+        said = {"start": f"{submission.name}/7.0", "waits_for_others": rank in waiting}
+        write_event(submission.run, "fault", step=4, rank=rank, why=f"no step by {rank}", **said)
+    found = submission.explained("7.0", RankFailure(1, "node1", "Killed"))
+    assert found is not None
+    assert (found.rank, found.node) == (blamed, f"node{blamed}")
+    assert found.how == (
+        f"no step by {blamed}" if blamed in (*waiting, *late) else "hangs: all other ranks wait for it"
+    )
 
 
 def test_a_job_whose_ranks_could_write_no_logs_is_refused(submission: Submission, monkeypatch) -> None:

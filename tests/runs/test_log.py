@@ -18,13 +18,15 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.log import append_line, latest_metrics, read_lines, write_event
 from cmscale.training.metrics_log import MetricsLog
 from cmscale.training.wandb_mirror import WandbMirror
-from launchers.judge import Attempt
+from launchers.judge import Attempt, RankEnd
 from launchers.submission import Submission
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path / "run")
+    found = RunDir(tmp_path / "run")
+    found.root.mkdir()
+    return found
 
 
 def test_lines_of_many_writers_never_mix(run: RunDir) -> None:
@@ -53,7 +55,7 @@ def test_a_line_cut_by_a_crash_is_passed_over(run: RunDir) -> None:
 
 @pytest.mark.parametrize("writer", ["run", "watchdog", "launcher"])
 def test_no_writer_of_events_adds_to_a_line_cut_by_a_crash(run: RunDir, writer: str, tmp_path: Path) -> None:
-    run.root.mkdir()
+
     run.events.write_text('{"event": "start"}\n{"event": "chec')
     match writer:
         case "run":
@@ -100,7 +102,7 @@ def test_the_mirror_keeps_one_id_over_resumptions_and_takes_replayed_steps(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # a busy machine starts wandb's service in its own time
     monkeypatch.setattr(WandbMirror, "close", partialmethod(WandbMirror.close, patience=300))
-    run.root.mkdir()
+
     ids = []
     for steps in ([1, 2, 3], [2, 3, 4]):
         log = MetricsLog(run, Wandb(mode="offline"), config={"a": 1}, active=True)
@@ -121,7 +123,7 @@ def test_a_mirror_that_fails_leaves_the_metrics_and_an_event(run: RunDir, monkey
         raise ConnectionError("wandb is away")
 
     monkeypatch.setattr(wandb, "init", broken)
-    run.root.mkdir()
+
     log = MetricsLog(run, Wandb(mode="online"), config={}, active=True)
     log.write({"step": 1, "loss": 1.0})
     log.close()
@@ -133,4 +135,20 @@ def test_other_ranks_are_silent(run: RunDir) -> None:
     log = MetricsLog(run, Wandb(mode="offline"), config={}, active=False)
     log.write({"step": 1})
     log.close()
+    assert not list(run.root.iterdir())
+
+
+def test_a_run_that_was_moved_away_is_not_made_anew_by_what_is_written_of_it(run: RunDir) -> None:
+    submission = Submission(run, "one")
+    submission.write_job("train", (), job_id="7")
+    run.root.rename(run.root.with_name("moved"))
+    for write in (
+        lambda: write_event(run, "rolled_back", step=3, rank=0),
+        lambda: append_line(run.metrics, {"step": 3}),
+        lambda: submission.write_rank_end("7.0", RankEnd(0, "node1", "running")),
+        lambda: submission.record(Attempt("fault", "", 3)),
+        lambda: submission.end(Attempt("fault", "", 3), why=""),
+    ):
+        with pytest.raises(UserError, match=r"gone from .* it is not made anew"):
+            write()
     assert not run.root.exists()

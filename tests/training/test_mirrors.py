@@ -104,11 +104,11 @@ def test_a_disk_that_is_full_for_a_while_ends_no_mirror(run: RunDir, monkeypatch
     """Neither the file nor the mark of what was sent could be written, until there was room again."""
     tries, freed = [], threading.Event()
 
-    def write(path: Path, data: bytes) -> None:
+    def write(path: Path, data: bytes, **more: Path) -> None:
         tries.append(path)
         if not freed.is_set():
             raise NoSpace(f"{path}: no space left on the device")
-        replace_durably(path, data)
+        replace_durably(path, data, **more)
 
     monkeypatch.setattr(prometheus_file, "replace_durably", write)
     monkeypatch.setattr(mirror, "replace_durably", write)
