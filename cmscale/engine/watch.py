@@ -75,6 +75,8 @@ def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks
     record = {"time": time.time(), "event": "fault", "step": step, "rank": rank}
     if start:
         record["start"] = start
+    if size(stacks) > before:
+        record["waits_for_others"] = waits_for_others(stacks, before)
     beats = None
     try:
         append = load_append()
@@ -87,6 +89,18 @@ def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks
         if not beats:
             os.kill(process, signal.SIGKILL)  # also if the disk is full
     return beats
+
+
+def waits_for_others(stacks: str, begin: int) -> bool:
+    """Whether the rank's main thread waits in a collective, by the stacks in a file from a place on.
+
+    The main thread is the last, and its innermost call comes first. On a CUDA device a collective returns at once, so
+    that ranks which wait for it don't show that here.
+    """
+    with open(stacks, "rb") as file:  # noqa: PTH123
+        file.seek(begin)
+        main = file.read().decode(errors="replace").rpartition("(most recent call first):")[2]
+    return "/torch/distributed/" in main.strip().partition("\n")[0]
 
 
 def load_append() -> Callable[..., None]:

@@ -66,6 +66,7 @@ def test_a_rank_that_makes_no_step_is_named_its_stacks_kept_and_killed(
     stacks = (tmp_path / "logs" / "stacks-rank-3.txt").read_text()
     assert "watched.py" in stacks
     assert "in main" in stacks
+    assert event["waits_for_others"] is False
     wait_for_end(watch)
 
 
