@@ -88,7 +88,7 @@ class SlurmCluster:
                 job_id = job_id or slurm_jobs.job_of_script(submission.script)
                 if job_id == "":  # Slurm did not take it, or it is over
                     continue
-                states = job_id and slurm_jobs.job_states(job_id, clusters)
+                states = None if job_id is None else slurm_jobs.job_states(job_id, clusters)
             except FileNotFoundError:
                 raise UserError(
                     f"{silent} there is no squeue on the PATH to ask; run this on a login node of its cluster; {gone}"
