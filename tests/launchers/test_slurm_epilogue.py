@@ -435,7 +435,7 @@ def test_a_submission_without_a_printed_id_is_not_tried_again(
     submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
     assert epilogue(submission, status=1) == 1
     assert len(commands.calls("sbatch")) == 1
-    assert "find the job with squeue" in capsys.readouterr().err
+    assert "printed no job id" in capsys.readouterr().err
     assert not submission.ending_file.exists()
 
 
