@@ -20,6 +20,7 @@ from cmscale.io.s3_delete import delete_in_batches
 from cmscale.io.s3_download import download_in_parts
 from cmscale.io.s3_errors import (
     ClockSkew,
+    Expired,
     NoSuchUpload,
     Unsupported,
     code_of,
@@ -69,9 +70,10 @@ class S3Storage:
     @property
     def client(self) -> Any:
         """boto3's client, made at first use; a forked or unpickled storage makes its own."""
-        if self._client is None or self._client[0] != os.getpid():
-            self._client = (os.getpid(), make_client())
-        return self._client[1]
+        made = self._client  # which another thread may replace
+        if made is None or made[0] != os.getpid():
+            made = self._client = (os.getpid(), make_client())
+        return made[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}
@@ -91,10 +93,17 @@ class S3Storage:
     ) -> T:
         """Sends a request; a patient one until the storage answers it, or it is given up."""
 
+        def asked() -> T:
+            with explained_by_s3(self.url, self.join(key)):
+                return call(self.client)
+
         def once() -> T:
             try:
-                with explained_by_s3(self.url, self.join(key)):
-                    found = call(self.client)
+                try:
+                    found = asked()
+                except Expired:
+                    self._client = None  # the next one reads the files again, which somebody may have renewed
+                    found = asked()
             except ClockSkew as error:
                 if self.bucket not in _answered:  # the clock was wrong from the start
                     raise

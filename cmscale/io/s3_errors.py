@@ -43,6 +43,10 @@ class Unsupported(UserError):
     """Raised when a store does not carry out a kind of request at all."""
 
 
+class Expired(UserError):
+    """Raised when a server refuses credentials that were good once."""
+
+
 class ClockSkew(UserError):
     """Raised when a server refuses requests because of this machine's clock."""
 
@@ -165,6 +169,8 @@ def _raise_client_error(error: Any, url: str, place: str) -> NoReturn:
         ) from None
     if code in _REFUSED:
         raise Forbidden(f"{place}: {_why_refused(error, code)}") from None
+    if code in _EXPIRED:
+        raise Expired(f"{place}: the S3 credentials have expired or are no longer valid ({code}); {SIGN_IN}") from None
     if advice := _advice(error, code):
         raise UserError(f"{place}: {advice}") from None
     raise ConnectionError(f"{place}: S3 answered {code} to {error.operation_name}: {said}") from error
@@ -187,8 +193,6 @@ def _advice(error: Any, code: str) -> str:
             f"S3 refuses the credentials ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
             "and that they are those of AWS_ENDPOINT_URL"
         )
-    if code in _EXPIRED:
-        return f"the S3 credentials have expired or are no longer valid ({code}); {SIGN_IN}"
     if code in _OTHER_REGION:
         region = _region_in(error)
         return f"the bucket is in another region ({code}); set AWS_DEFAULT_REGION{f'={region}' if region else ' to it'}"

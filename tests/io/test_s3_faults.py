@@ -1,5 +1,6 @@
 """Reads from an S3 server that misbehaves, over real sockets: retried with growing waits, then one line."""
 
+import re
 import time
 from contextlib import closing
 from pathlib import Path
@@ -170,3 +171,27 @@ def test_a_preparation_that_continues_ends_the_unfinished_uploads_of_its_own_and
     make(source, f"{s3}/set", "mds")
     left = one.client.list_multipart_uploads(Bucket=one.bucket)["Uploads"]
     assert [upload["Key"] for upload in left] == ["other/shard.00001.mds"]
+
+
+def test_credentials_that_expire_while_a_program_runs_are_read_again(proxy, s3: str, tmp_path: Path, monkeypatch):
+    """On many clusters somebody renews the session token in ~/.aws/credentials every few hours."""
+    file = tmp_path / "credentials"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    keys = "[default]\naws_access_key_id = {0}\naws_secret_access_key = secret\naws_session_token = {0}\n"
+
+    def who() -> str:
+        return re.findall("AccessKeyId=([a-z]+)", storage.client.generate_presigned_url("list_buckets"))[0]
+
+    file.write_text(keys.format("old"))
+    storage = open_storage(s3)
+    storage.write("file", b"bytes")
+    assert who() == "old"
+    file.write_text(keys.format("new"))
+    proxy.add("answer 400 ExpiredToken", times=1)
+    assert storage.read("file") == b"bytes"
+    assert who() == "new"
+    proxy.add("answer 400 ExpiredToken")
+    with pytest.raises(UserError, match="have expired or are no longer valid"):
+        storage.read("file")
