@@ -60,13 +60,14 @@ def mirror(
     """
     from cmscale.config import read_config
     from cmscale.io.packages import require
-    from cmscale.runs.folder import RunDir, run_meant
+    from cmscale.runs.folder import RunDir
     from cmscale.runs.log import read_lines
+    from cmscale.runs.meant import no_run
     from cmscale.runs.standing import how_it_stands
 
     folder = RunDir(run.local("a run that is sent"))
     if not folder.config.is_file():
-        raise UserError(f"{run}: not a run (no config.yaml){run_meant(run)}")
+        raise no_run(folder.root)
     config = read_config(folder.config, resolved=True)
     if config.tensorboard.enabled:
         require("tensorboard", key="tensorboard.enabled")

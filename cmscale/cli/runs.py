@@ -63,21 +63,24 @@ def runs(
         raise UserError(f"{runs_dir}: no such folder")
     if (folder / "config.yaml").is_file():
         raise UserError(f"{runs_dir}: is a run; give the folder that holds runs")
+    found = _overviews(folder)
+    if not found:
+        print(f"{folder}: holds no runs", file=sys.stderr)
     if as_json:
-        facts = (dataclasses.asdict(each) for each in _overviews(folder))
+        facts = (dataclasses.asdict(each) for each in found)
         print_json([{"run": each["name"], **each} for each in facts])  # as `compare` calls it
         return
     console = TableConsole()
     if watch is None:
-        _print_runs(_overviews(folder), console)
+        _print_runs(found, console)
         return
     while True:
-        found = _overviews(folder)
         console.clear()  # on a terminal; elsewhere one table follows the other
         console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S}, {folder}, every {watch:g} s")
         _print_runs(found, console)
         sys.stdout.flush()
         time.sleep(watch)
+        found = _overviews(folder)
 
 
 def _overviews(folder: Path) -> list[Any]:
@@ -95,6 +98,8 @@ def _print_runs(found: Sequence[Any], console: TableConsole) -> None:
 
     A run whose name leaves no room for its row has a few lines in its place, and the others keep theirs.
     """
+    if not found:
+        return
     rows = [_facts(each) for each in found]
     names = [name for name in _FACTS if name not in _LONG]
     shown = [names, *([facts[name] for name in names] for facts in rows)]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cmscale.errors import UserError
 from cmscale.io.place import Place
-from cmscale.runs.folder import RunDir, run_meant
+from cmscale.runs.folder import RunDir
+from cmscale.runs.meant import no_run
 
 
 def runs_at(places: Sequence[Place], what: str) -> list[RunDir]:
@@ -18,7 +19,7 @@ def runs_at(places: Sequence[Place], what: str) -> list[RunDir]:
     seen: dict[Path, Place] = {}
     for each, place in zip(folders, places, strict=True):
         if not each.config.is_file():
-            raise UserError(f"{each.root}: not a run (no config.yaml){run_meant(each.root)}")
+            raise no_run(each.root)
         if (first := seen.setdefault(each.root.resolve(), place)) is not place:
             raise UserError(f"{place}: is the same run as {first}; name each run once")
     return folders

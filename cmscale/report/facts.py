@@ -11,9 +11,10 @@ from cmscale.errors import UserError
 from cmscale.io.json_text import parse_json
 from cmscale.io.reading import files_in, read_regular, utf8
 from cmscale.report.measured import Measured, read_measured
-from cmscale.runs.folder import RunDir, run_meant, step_of
+from cmscale.runs.folder import RunDir, step_of
 from cmscale.runs.lineage import Lineage, read_lineage
 from cmscale.runs.log import read_lines, step_now
+from cmscale.runs.meant import run_meant
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.runs.standing import how_it_stands
 

@@ -14,13 +14,6 @@ _MARK_LENGTH = 16
 _MARK = re.compile(rf"\.[0-9a-f]{{{_MARK_LENGTH}}}(?=\.safetensors$)")
 
 
-def run_meant(path: Path | str) -> str:
-    """What to add to a message that no run is at a path: that one of this name is among the runs."""
-    among = Path("runs", path)
-    is_there = not Path(path).exists() and (among / "config.yaml").is_file()
-    return f"; did you mean {among}?" if is_there else ""
-
-
 def step_name(step: int) -> str:
     """`step-000000500`, the name of a step in every folder; names sort by step."""
     return f"step-{step:09d}"

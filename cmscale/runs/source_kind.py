@@ -14,7 +14,8 @@ from cmscale.io.protocol import Storage
 from cmscale.io.reading import why_no_file
 from cmscale.io.storage import has_object, open_storage
 from cmscale.runs.checkpoints import committed_steps
-from cmscale.runs.folder import CHECKPOINT_MANIFEST, run_meant
+from cmscale.runs.folder import CHECKPOINT_MANIFEST
+from cmscale.runs.meant import is_run, named_runs, run_meant
 
 _INDEX = "model_index.json"
 EXPORTED_WEIGHTS = "model.safetensors"
@@ -77,13 +78,12 @@ def _kind_of_folder(storage: Storage, origin: str) -> str | None:
     folder = storage.local_path("")
     if folder is None or not folder.is_dir():
         return None
-    if run := next((parent for parent in list(folder.absolute().parents)[:3] if _is_run(parent)), None):
+    if run := next((parent for parent in list(folder.absolute().parents)[:3] if is_run(parent)), None):
         if folder.absolute().parent.name == "checkpoints":
             raise UserError(f"{origin}: is no complete checkpoint (no {CHECKPOINT_MANIFEST}); give the run, {run}")
         if folder.absolute().parent == run and folder.name in _FOLDERS_OF_A_RUN:
             raise UserError(f"{origin}: is a folder in the run {run}; give the run")
-    if inside := sorted(child.name for child in folder.iterdir() if _is_run(child)):
-        named = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
+    if named := named_runs(folder):
         raise UserError(f"{origin}: is a folder of runs ({named}); give one of them")
     return situation.SAMPLES if next(folder.iterdir(), None) else None
 
@@ -124,10 +124,6 @@ def _hint(storage: Storage, origin: str) -> str:
     if folder is not None and not folder.exists():
         return f"{why_no_file(folder, absent='no such file or folder')}; give {_KINDS}"
     return f"give {_KINDS}"
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
 
 
 def is_data_set(manifest: bytes) -> bool:
