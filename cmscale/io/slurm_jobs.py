@@ -90,7 +90,8 @@ def job_of_script(script: Path) -> str | None:
         FileNotFoundError: there is no squeue on the PATH, or no script.
     """
     options = options_in(script.read_text())
-    asked = _squeue(options.get("clusters"), "--states=all", "--format=%F %T %o", "--name", options["job-name"])
+    named = ["--name", options["job-name"]] if "job-name" in options else []
+    asked = _squeue(options.get("clusters"), "--states=all", "--format=%F %T %o", *named)
     if asked.returncode:
         return None
     mine = [

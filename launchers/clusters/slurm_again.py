@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from cmscale.errors import UserError
-from cmscale.io import slurm
+from cmscale.io import slurm, slurm_jobs
 from cmscale.io.durable import replace_durably
 from launchers.submission import Submission
 
@@ -128,7 +129,7 @@ def _submit(
     if excluded:
         options.append(_exclusion(excluded, given))
     try:
-        job_id = _retry(lambda: slurm.submit(path, *options), waits=waits)
+        job_id = _retry(lambda: _submit_once(path, options), waits=waits)
     except slurm.NoJobIdError as error:
         print(error, file=sys.stderr, flush=True)
         return Again("submitted again"), ""
@@ -142,6 +143,22 @@ def _submit(
     how = f"submitted again as job {job_id} in {delay_seconds} s{without}"
     print(how, flush=True)
     return Again(how), ""
+
+
+def _submit_once(script: Path, options: Sequence[str]) -> str:
+    """The id of the new job, also of one about which sbatch got no answer, if the queue shows it: it is not doubled.
+
+    Raises:
+        Refused: Slurm refuses it or does not answer.
+    """
+    try:
+        return slurm.submit(script, *options)
+    except slurm.MaybeTaken:
+        with suppress(FileNotFoundError):  # there is no squeue on the PATH
+            job_id = slurm_jobs.job_of_script(script)
+            if job_id and int(job_id) > int(os.environ["SLURM_JOB_ID"]):
+                return job_id
+        raise
 
 
 def _retry(action: Callable[[], T], *, waits: Sequence[float]) -> T:

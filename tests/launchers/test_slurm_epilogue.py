@@ -427,6 +427,20 @@ def test_a_submission_that_slurm_takes_at_the_second_try_is_one(
     assert events(submission) == ["requeued"]
 
 
+@pytest.mark.parametrize(("listed", "tries", "job_id"), [("8", 1, "8"), ("", 7, "7")])
+def test_a_submission_without_an_answer_that_the_queue_shows_is_not_doubled(
+    commands: FakeSlurm, submission: Submission, waits: list[float], listed: str, tries: int, job_id: str
+) -> None:
+    commands.answer("sbatch", "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1")
+    jobs = "; ".join(f"echo {job} RUNNING {submission.script}" for job in ["7", *listed.split()])
+    commands.answer("squeue", jobs)
+    commands.answer("scontrol", '[ "$1" != requeue ] || exit 1; echo JobState=RUNNING Restarts=0')
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    assert epilogue(submission, status=1) == 1
+    assert (len(commands.calls("sbatch")), len(waits), submission.read_job().job_id) == (tries, tries - 1, job_id)
+    assert events(submission) == (["requeued"] if listed else ["fault"])
+
+
 def test_a_submission_without_a_printed_id_is_not_tried_again(
     commands: FakeSlurm, submission: Submission, capsys: pytest.CaptureFixture[str]
 ) -> None:
