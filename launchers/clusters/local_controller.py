@@ -1,6 +1,7 @@
 """Runs the ranks of one start on this machine, and ends all of them when one fails: submitit's controller, extended."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -12,6 +13,7 @@ from types import FrameType
 
 from submitit.local.local import Controller
 
+from cmscale.errors import UserError
 from cmscale.io.process import die_with_parent
 from cmscale.runs.folder import RunDir
 from launchers.clusters.base import rank_command
@@ -84,7 +86,8 @@ class RankController(Controller):
             time.sleep(1 / freq)
         worst = max(code if code >= 0 else 128 - code for code in codes if code is not None)
         exits = {"status": worst, "first": first or first_failure(codes), "codes": list(codes)}
-        self._submission.write_exits(self._start, exits)
+        with contextlib.suppress(UserError):  # the launcher can't write either, and says so
+            self._submission.write_exits(self._start, exits)
         return codes
 
     def run(self, max_retry: int = 1) -> None:  # noqa: ARG002

@@ -103,6 +103,19 @@ def test_fault_of_one_rank_ends_all_and_starts_them_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.long
+def test_a_run_that_is_moved_while_it_runs_is_not_made_anew_and_its_launcher_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = start_job(run, "forever")
+    wait_until(lambda: starts(run, 0) and starts(run, 1))
+    run.rename(tmp_path / "moved")
+    job.terminate()
+    _, printed = job.communicate(timeout=60)
+    assert printed.count("UserError: ") == 1  # the launcher's, which commands print as a line
+    assert "gone from" in printed.splitlines()[-1]
+    assert not run.exists()
+
+
+@pytest.mark.long
 def test_preempted_ranks_start_again(tmp_path: Path) -> None:
     job = start_job(tmp_path / "run", "preempted")
     _, printed = job.communicate(timeout=60)
