@@ -1,6 +1,7 @@
 """Runs one rank of a job: `python -P -u -m launchers.job CLUSTER RUN SUBMISSION START`, the command of every rank."""
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -99,10 +100,14 @@ def record_code(submission: Submission, start: str, job: JobRecord) -> None:
 
 
 def record_job_id(submission: Submission, job: JobRecord) -> None:
-    """Records the id of a Slurm job that its launcher never learned: Slurm had given no answer to sbatch."""
+    """Records the id of a Slurm job that its launcher never learned, as Slurm had given no answer to sbatch.
+
+    A start that can't record it goes on.
+    """
     job_id = os.environ.get("SLURM_JOB_ID")
     if job_id and job.job_id is None and submission.script.exists():
-        submission.replace_job_id(job_id)
+        with contextlib.suppress(OSError, UserError):
+            submission.replace_job_id(job_id)
 
 
 def set_rank_environment(place: RankPlace) -> None:

@@ -13,11 +13,11 @@ from submitit import SlurmExecutor
 from submitit.core.core import PicklingExecutor
 
 from cmscale.config import Restart, Slurm
-from cmscale.errors import UserError
+from cmscale.errors import NoSpace, UserError
 from cmscale.io.process import EARLY_SIGNAL
 from cmscale.runs.folder import RunDir
 from launchers.clusters.slurm import master_port, script_text
-from launchers.job import set_rank_environment
+from launchers.job import record_job_id, set_rank_environment
 from launchers.jobs import TRAIN, JobSpec
 from launchers.placement import RankPlace
 from launchers.submission import Submission
@@ -108,6 +108,19 @@ def test_a_job_whose_launcher_got_no_answer_records_its_own_id(tmp_path: Path, m
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert run_rank(submission, tmp_path).returncode == 0
     assert submission.read_job().job_id == "17"
+
+
+def test_a_rank_that_can_not_record_its_jobs_id_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise NoSpace("no space left")
+
+    submission = Submission(RunDir(tmp_path / "run"), "one")
+    submission.write_job("some_worker:main", ())
+    submission.script.touch()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(Submission, "_write_json", full)
+    record_job_id(submission, submission.read_job())
+    assert submission.read_job().job_id is None
 
 
 def test_a_damaged_job_is_a_users_mistake_that_names_the_file(tmp_path: Path) -> None:
