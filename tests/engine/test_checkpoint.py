@@ -224,6 +224,7 @@ def test_where_none_is_valid_a_fresh_start_is_never_silent(run: RunDir) -> None:
 
 
 def test_a_run_that_took_steps_and_has_no_checkpoint_does_not_start_anew_by_itself(run: RunDir) -> None:
+    run.root.mkdir()
     append_line(run.metrics, {"step": 1, "loss": 0.5})
     with pytest.raises(UserError, match=r"no checkpoint there, though .*metrics.jsonl has steps.*--fresh"):
         newest(run)
