@@ -180,6 +180,8 @@ class FileCache:
                 os.utime(self.folder / name)
             except FileNotFoundError:
                 return False
+            except OSError:  # some mounts keep no times, and other users' files are touched by them alone
+                return True
         return True
 
     def _obtain(self, name: str, path: Path) -> None:

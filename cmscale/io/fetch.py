@@ -75,7 +75,7 @@ def local_file(url: str) -> Path:
         except UserError:
             target.unlink(missing_ok=True)
             raise
-        with contextlib.suppress(PermissionError):  # in somebody else's cache
+        with contextlib.suppress(OSError):  # in somebody else's cache, or on a mount that keeps no times
             os.utime(recorded)  # by which it is known as used
     return target
 

@@ -144,6 +144,15 @@ def test_use_is_recorded_once_a_minute_and_a_deleted_file_is_noticed_then(tmp_pa
     assert not some.touch("shard-0")
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+def test_a_cache_on_a_mount_that_keeps_no_times_is_read(number: int, tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache_of(Counting(FILES), tmp_path).open("shard-1").read() == FILES["shard-1"]
+
+
 def test_a_local_data_set_is_read_in_place_untouched_and_checked_twice(tmp_path: Path, monkeypatch) -> None:
     storage = LocalStorage(tmp_path)
     storage.write("shard-0", FILES["shard-0"])
