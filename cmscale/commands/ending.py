@@ -15,6 +15,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
@@ -47,6 +48,7 @@ def guarded(
         interrupted: What is printed after Ctrl-C.
         faults: Further exceptions that are a fault of the surroundings: one line, status 1.
     """
+    _replace_missing_outputs()
     _let_everything_be_printed(sys.stdout)
     hide_warnings_of_pillow()
     try:
@@ -57,8 +59,7 @@ def guarded(
                 raise KeyboardInterrupt from error
             raise
         finally:
-            if sys.stdout is not None:  # `>&-`: the command was started without one
-                sys.stdout.flush()
+            sys.stdout.flush()
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):  # how rich leaves where it prints a help
             return READER_LEFT
@@ -82,6 +83,13 @@ def guarded(
             raise
         said = " ".join(str(error)[:300].split()) or type(error).__name__
         return _said(f"fault: not enough memory for this ({said})", 1)
+
+
+def _replace_missing_outputs() -> None:
+    """Has what is printed go nowhere if the process was started without outputs (`>&-`), where Python has None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (for the rest of the process)
 
 
 def hide_warnings_of_pillow() -> None:

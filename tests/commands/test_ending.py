@@ -86,10 +86,12 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word(script: list[str]) -
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_a_command_that_was_started_without_an_output_does_its_work(closed: str) -> None:
-    line = f"exec {sys.executable} -m cmscale schema {closed}"
+@pytest.mark.parametrize("command", ["schema", "runs cmscale"])
+def test_a_command_that_was_started_without_an_output_does_its_work(command: str, closed: str) -> None:
+    line = f"exec {sys.executable} -m cmscale {command} {closed}"
     ran = subprocess.run(["bash", "-c", line], cwd=CHECKOUT, capture_output=True, check=False)
-    assert (ran.returncode, ran.stderr) == (0, b"")
+    said = b"cmscale: holds no runs\n" if command != "schema" and "2>" not in closed else b""
+    assert (ran.returncode, ran.stderr) == (0, said)
 
 
 def test_a_full_disk_behind_the_output_is_a_fault() -> None:
