@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run as command
 from PIL import Image
-from run_folder import write_evaluation, write_run
+from run_folder import working_run, write_evaluation, write_run
 
 from cmscale.evaluation.metrics.registry import all_metrics
 from cmscale.report import build_report, serve
@@ -115,6 +116,18 @@ def test_nothing_is_wider_than_the_window_and_no_table_is_cut_off(run, tmp_path)
     found = re.search(r"<title>(\d+) of (\d+), cut (\d+), framed</title>", dom)
     assert found is not None
     assert (int(found[1]) <= int(found[2]) == 390, found[3]) == (True, "0")
+
+
+def test_no_score_of_a_comparison_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = {metric.name: 0.125 for metric in all_metrics() if metric.name != "fid"}
+    runs = [working_run(tmp_path / name) for name in ("one", "two")]
+    for each in runs:
+        write_evaluation(each, step=100, nfe=1, values=(30.0,), metrics=metrics)
+    page = tmp_path / "page.html"
+    assert command(monkeypatch, "compare", *(each.root for each in runs), "--out", page) == 0
+    for width in (1280, 520):
+        dom = _chromium(tmp_path / "profile", f"--window-size={width},900", "--dump-dom", _probed(page, WIDTHS))
+        assert re.search(rf"<title>{width} of {width}, cut 0</title>", dom), width
 
 
 SHOWN = """

@@ -61,7 +61,7 @@ def test_compared_metrics_carry_the_name_of_their_features(tmp_path: Path, monke
     assert "KID" not in said
     assert "the other metrics: a wider terminal" in said
     assert run(monkeypatch, "compare", one.root, two.root, "--out", tmp_path / "page.html") == 0
-    assert "<th>KID-EfficientNet</th>" in (tmp_path / "page.html").read_text()
+    assert '<th class="metric">KID-EfficientNet</th>' in (tmp_path / "page.html").read_text()
 
 
 def test_results_against_two_references_of_one_name_are_in_two_tables(tmp_path: Path, monkeypatch, capsys) -> None:
