@@ -23,7 +23,12 @@ COMPLETE = "_CMSCALE_COMPLETE"
 """The variable by which a completion script asks."""
 _TRAINS = "training starts with `python launchers/submit.py CONFIG` in the checkout (-h shows its options)"
 _PREPARES = "data are prepared with `python data_prep/prepare.py` in the checkout (-h shows its options)"
-_OF_LAUNCHERS = {"train": _TRAINS, "submit": _TRAINS, "resume": _TRAINS, "prepare": _PREPARES}
+_ELSEWHERE = {
+    **dict.fromkeys(("train", "submit", "resume"), _TRAINS),
+    "prepare": _PREPARES,
+    "help": "`cmscale --help` lists commands, `cmscale COMMAND --help` the options of one",
+    "version": "`cmscale --version` prints it",
+}
 _SUMMARIES = {
     "completion": "Prints the completion script of a shell.",
     "sample": "Draws samples to an .npz, PNG files or tars.",
@@ -106,8 +111,8 @@ def run(arguments: list[str]) -> int:
         return 2 if is_group_alone else ended.exit_code
     except typer.TyperException as error:
         text = _told(error)
-        if arguments[0] in _OF_LAUNCHERS:
-            raise UserError(f"{arguments[0]}: is no command here; {_OF_LAUNCHERS[arguments[0]]}") from None
+        if arguments[0] in _ELSEWHERE:
+            raise UserError(f"{arguments[0]}: is no command here; {_ELSEWHERE[arguments[0]]}") from None
         raise UserError(f"{text.rstrip('.')} (see {_help_of(arguments)})") from None
     return 0
 

@@ -142,6 +142,8 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
         (["edit", "inpaint", "MODEL", "a=b.png"], "a=b.png: is no file, and has no effect"),
         (["sampel"], "Did you mean 'sample'?"),
         (["train", "c.yaml"], "train: is no command here; training starts with `python launchers/submit.py CONFIG`"),
+        (["version"], "version: is no command here; `cmscale --version` prints it"),
+        (["help", "sample"], "help: is no command here; `cmscale --help` lists commands"),
         (["estimate", "absent.yaml", "--tflops", "0"], "--tflops 0.0: give a number from 1e-09 to 1e+09"),
         (["estimate", "absent.yaml", "--price", "inf"], "--price inf: give a number from"),
     ],
