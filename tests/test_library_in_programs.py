@@ -19,6 +19,7 @@ from PIL import Image
 
 import cmscale
 from cmscale.interop import write_safetensors
+from cmscale.library.surroundings import _default_dtype
 from cmscale.source import load_source
 
 
@@ -72,6 +73,16 @@ def test_what_a_program_sets_in_torch_changes_no_result(
     assert not any(result.is_inference() for result in inside)
     for found in (inside, results(model)):  # the network that was made inside serves outside
         assert all(map(torch.equal, found, expected))
+
+
+def test_a_default_dtype_that_all_threads_share_stays_away_until_the_last_has_ended() -> None:
+    first, second = _default_dtype(torch.float32), _default_dtype(torch.float32)
+    with default_dtype(torch.bfloat16):
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.ones(1).dtype == torch.float32
+        second.__exit__(None, None, None)
 
 
 FILTERS = """

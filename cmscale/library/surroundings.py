@@ -1,11 +1,15 @@
 """Keeps what a program has set in torch away from samples and edits, which depend on their arguments alone."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import torch
+
+_lock = threading.Lock()
+_before: list[torch.dtype] = []  # what each block has found that has not ended; the first found the program's
 
 
 @contextmanager
@@ -33,16 +37,17 @@ def own_surroundings() -> Iterator[None]:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Sets the type of tensors that name none, which all threads share, and only if it is another one."""
-    was = torch.get_default_dtype()
-    if was == dtype:
-        yield
-        return
-    torch.set_default_dtype(dtype)
+    """Sets the type of tensors that name none. All threads share it: the last block that ends sets it back."""
+    with _lock:
+        _before.append(torch.get_default_dtype())
+        torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(was)
+        with _lock:
+            was = _before.pop()
+            if not _before:
+                torch.set_default_dtype(was)
 
 
 @cache
