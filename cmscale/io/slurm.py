@@ -18,7 +18,9 @@ _TRANSIENT = re.compile(
     r"[Uu]nable to contact|[Tt]imed out|[Cc]onnection (refused|reset|failure)|[Cc]ommunication|[Tt]emporarily|try again"
     r"|[Ss]tandby|[Zz]ero [Bb]ytes|[Tt]ransport endpoint|[Uu]nexpected message|[Aa]uthentication|[Tt]ransition|[Bb]usy"
 )
-_NOT_TAKEN = re.compile(r"connect failure|[Cc]onnection (refused|failure)|[Ss]tandby|[Tt]emporarily")
+_NOT_TAKEN = re.compile(
+    r"connect failure|[Cc]onnection (refused|failure)|[Ss]tandby|[Tt]emporarily|Unable to create job record"
+)
 _QUEUE_FULL = re.compile(r"SubmitJobs?(Per[A-Z]\w*)?Limit")  # AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, ...
 
 
@@ -145,7 +147,8 @@ def _sbatch(arguments: list[str], environment: Mapping[str, str] | None, refused
         raise Refused("no sbatch on the PATH; run this on a login node of the cluster") from None
     if ran.returncode:
         why = refusal(ran.stderr or ran.stdout)
-        if is_silence(why) and (_NOT_TAKEN.search(why) or "--test-only" in arguments):
+        last = why.rpartition("; ")[2]  # sbatch may say before that it tries again, as "temporarily unable to accept"
+        if is_silence(why) and (_NOT_TAKEN.search(last) or "--test-only" in arguments):
             raise NoAnswer(f"Slurm does not take jobs at the moment: {why}; give the same command again later")
         if is_silence(why):
             raise MaybeTaken(f"Slurm does not answer, and may have taken the job all the same: {why}")

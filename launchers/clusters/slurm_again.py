@@ -128,8 +128,9 @@ def _submit(
     excluded = _spare(exclude, path, given, waits=waits[:-2])
     if excluded:
         options.append(_exclusion(excluded, given))
+    lost: list[slurm.MaybeTaken] = []
     try:
-        job_id = _retry(lambda: _submit_once(path, options), waits=waits)
+        job_id = _retry(lambda: _submit_once(path, options, lost), waits=waits)
     except slurm.NoJobIdError as error:
         print(error, file=sys.stderr, flush=True)
         return Again("submitted again"), ""
@@ -145,20 +146,33 @@ def _submit(
     return Again(how), ""
 
 
-def _submit_once(script: Path, options: Sequence[str]) -> str:
+def _submit_once(script: Path, options: Sequence[str], lost: list[slurm.MaybeTaken]) -> str:
     """The id of the new job, also of one about which sbatch got no answer, if the queue shows it: it is not doubled.
+
+    Args:
+        lost: Takes the error of a try without an answer. The queue often answers only a while later, before the next.
 
     Raises:
         Refused: Slurm refuses it or does not answer.
     """
+    if lost and (job_id := _later_job(script)):
+        return job_id
     try:
         return slurm.submit(script, *options)
-    except slurm.MaybeTaken:
-        with suppress(FileNotFoundError):  # there is no squeue on the PATH
-            job_id = slurm_jobs.job_of_script(script)
-            if job_id and int(job_id) > int(os.environ["SLURM_JOB_ID"]):
-                return job_id
+    except slurm.MaybeTaken as error:
+        lost.append(error)
+        if job_id := _later_job(script):
+            return job_id
         raise
+
+
+def _later_job(script: Path) -> str | None:
+    """The id of a job that was submitted with a script after this one, if the queue shows it."""
+    with suppress(FileNotFoundError):  # there is no squeue on the PATH
+        job_id = slurm_jobs.job_of_script(script)
+        if job_id and int(job_id) > int(os.environ["SLURM_JOB_ID"]):
+            return job_id
+    return None
 
 
 def _retry(action: Callable[[], T], *, waits: Sequence[float]) -> T:

@@ -93,6 +93,8 @@ def test_a_slurm_that_does_not_answer_or_whose_queue_is_full_is_a_fault_and_a_re
         ("Slurm temporarily unable to accept job", NoAnswer),
         ("Socket timed out on send/recv operation", MaybeTaken),
         ("Zero Bytes were transmitted or received", MaybeTaken),
+        ("Unable to create job record, try again", NoAnswer),
+        ("Slurm temporarily unable to accept job, sleeping and retrying\nsbatch: error: Socket timed out", MaybeTaken),
     ],
 )
 def test_a_job_that_was_sent_may_have_been_taken(said: str, error: type[NoAnswer], bin_folder: Path) -> None:

@@ -441,6 +441,17 @@ def test_a_submission_without_an_answer_that_the_queue_shows_is_not_doubled(
     assert events(submission) == (["requeued"] if listed else ["fault"])
 
 
+def test_a_queue_that_answers_only_a_while_later_is_asked_before_the_next_try(
+    commands: FakeSlurm, submission: Submission, waits: list[float], tmp_path: Path
+) -> None:
+    commands.answer("sbatch", "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1")
+    asked = tmp_path / "asked"
+    commands.answer("squeue", f"[ -e {asked} ] || {{ : >{asked}; exit 1; }}; echo 8 PENDING {submission.script}")
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    assert epilogue(submission, status=1) == 1
+    assert (len(commands.calls("sbatch")), len(waits), submission.read_job().job_id) == (1, 1, "8")
+
+
 def test_a_submission_without_a_printed_id_is_not_tried_again(
     commands: FakeSlurm, submission: Submission, capsys: pytest.CaptureFixture[str]
 ) -> None:
