@@ -63,9 +63,9 @@ def replace_durably(path: Path, data: bytes, *, within: Path | None = None) -> N
         NoSpace: no space is left.
         UserError: the folder may not be written, or the one that must be there is gone.
     """
-    if within is not None and not within.is_dir():
-        raise gone(within)
     with explained(path):
+        if within is not None and not within.is_dir():
+            raise gone(within)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:

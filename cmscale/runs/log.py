@@ -23,9 +23,9 @@ def append_line(path: Path, record: dict[str, Any], *, durable: bool = False) ->
     Raises:
         UserError: the file cannot be written, or its folder is gone.
     """
-    if not path.parent.is_dir():
-        raise gone(path.parent)
     with explained(path):
+        if not path.parent.is_dir():
+            raise gone(path.parent)
         is_new = not path.exists()
         append(path, record, durable=durable)
         if durable and is_new:

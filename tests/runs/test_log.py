@@ -55,7 +55,6 @@ def test_a_line_cut_by_a_crash_is_passed_over(run: RunDir) -> None:
 
 @pytest.mark.parametrize("writer", ["run", "watchdog", "launcher"])
 def test_no_writer_of_events_adds_to_a_line_cut_by_a_crash(run: RunDir, writer: str, tmp_path: Path) -> None:
-
     run.events.write_text('{"event": "start"}\n{"event": "chec')
     match writer:
         case "run":
@@ -102,7 +101,6 @@ def test_the_mirror_keeps_one_id_over_resumptions_and_takes_replayed_steps(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # a busy machine starts wandb's service in its own time
     monkeypatch.setattr(WandbMirror, "close", partialmethod(WandbMirror.close, patience=300))
-
     ids = []
     for steps in ([1, 2, 3], [2, 3, 4]):
         log = MetricsLog(run, Wandb(mode="offline"), config={"a": 1}, active=True)
@@ -123,7 +121,6 @@ def test_a_mirror_that_fails_leaves_the_metrics_and_an_event(run: RunDir, monkey
         raise ConnectionError("wandb is away")
 
     monkeypatch.setattr(wandb, "init", broken)
-
     log = MetricsLog(run, Wandb(mode="online"), config={}, active=True)
     log.write({"step": 1, "loss": 1.0})
     log.close()
@@ -152,3 +149,19 @@ def test_a_run_that_was_moved_away_is_not_made_anew_by_what_is_written_of_it(run
         with pytest.raises(UserError, match=r"gone from .* it is not made anew"):
             write()
     assert not run.root.exists()
+
+
+def test_a_run_above_which_nobody_may_look_is_a_line(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after somebody changed the permissions of the folder of runs."""
+
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    submission = Submission(run, "one")
+    for write in (
+        lambda: write_event(run, "rolled_back", step=3, rank=0),
+        lambda: submission.end(Attempt("fault", "", 3), why=""),
+    ):
+        with pytest.raises(UserError, match="not allowed to write there"):
+            write()
