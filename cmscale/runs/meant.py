@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cmscale.errors import UserError
+from cmscale.io.reading import files_in
 from cmscale.runs.folder import RunDir
 
 _MOST_NAMED = 3
@@ -25,8 +26,8 @@ def is_run(folder: Path) -> bool:
 
 
 def named_runs(folder: Path) -> str:
-    """The first runs in a folder, `a, b, c, ...`; empty if it holds none."""
-    found = sorted(child.name for child in folder.iterdir() if is_run(child))
+    """The first runs in a folder, `a, b, c, ...`, but for those that may not be read; empty if it holds none."""
+    found = [config.parent.name for config in files_in(folder, f"*/{RunDir(folder).config.name}")]
     return ", ".join(found[:_MOST_NAMED]) + (", ..." if len(found) > _MOST_NAMED else "")
 
 

@@ -1,5 +1,6 @@
 """Where no run is, the message says what is there and what to give."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,18 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_what_is_there_is_said(path: str, said: str, folder: Path) -> None:
     assert str(no_run(folder / path)) == f"{folder / path}: {said.format(folder)}"
+
+
+def test_a_run_that_another_user_hides_hides_no_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = os.stat
+
+    def refuse(path: str | Path, **given: bool) -> os.stat_result:
+        if Path(path) == folder / "b" / "config.yaml":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **given)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert "not a run but a folder of runs (a, c, d)" in str(no_run(folder))
 
 
 def test_a_folder_without_runs_is_named(
