@@ -77,8 +77,10 @@ def _checked_gpus(value: Any) -> Any:
 
 def _joined(value: Any) -> Any:
     """A list as Slurm writes it: `[node1, node2]` is `node1,node2`."""
-    parts = [as_written(part) for part in value] if isinstance(value, (list, tuple)) else []
-    return ",".join(parts) if parts and all(isinstance(part, str) for part in parts) else as_written(value)
+    if not isinstance(value, (list, tuple)):
+        return as_written(value)
+    parts = [as_written(part) for part in value]
+    return ",".join(parts) if all(isinstance(part, str) for part in parts) else value
 
 
 def _one_of_exclusive(value: Any) -> Any:

@@ -37,6 +37,11 @@ def test_lists_and_other_options_of_slurm_are_as_written() -> None:
     assert config.slurm.extra == {"hint": "1.10", "switches": "1_000", "nice": 5}
 
 
+def test_a_list_without_words_is_refused_as_empty() -> None:
+    with pytest.raises(UserError, match=r"slurm.exclude: is empty; leave it out, or give a value"):
+        read_config(CONFIG, ["slurm.exclude=[]"])
+
+
 def test_what_is_written_survives_the_file_of_a_run(tmp_path: Path) -> None:
     config = read_config(CONFIG, ["slurm.account=0x10", "slurm.extra.hint=1.10", "wandb.project=1e3"])
     (tmp_path / "config.yaml").write_text(dump_config(config))
