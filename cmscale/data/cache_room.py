@@ -125,7 +125,7 @@ class Room:
                     self._wait(2.0 ** (attempt.alone - 1))
                 self._learn(attempt)
 
-    def _reserve(self, attempt: "_Attempt", part: Path, size: int) -> None:
+    def _reserve(self, attempt: _Attempt, part: Path, size: int) -> None:
         """Reserves bytes for a download, once there is room.
 
         The reservation is an empty file of this length, which other processes count until the download is complete.
@@ -175,7 +175,7 @@ class Room:
                 return int(path.read_text())
         return None
 
-    def _learn(self, attempt: "_Attempt") -> None:
+    def _learn(self, attempt: _Attempt) -> None:
         """Writes down for all what the full disk has room for: what is there, without the download that failed.
 
         Of downloads that fail at once some have removed what they wrote. Half of what is reserved counts at least. One

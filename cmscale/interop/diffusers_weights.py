@@ -20,7 +20,7 @@ UNET_VARIANTS = (
 """The files that may hold the network, the best first: full precision before half."""
 
 
-def weight_files(storage: Storage) -> "list[str]":
+def weight_files(storage: Storage) -> list[str]:
     """The keys of the files that hold the network of a folder.
 
     Of `UNET_VARIANTS` the first that is there; else those that the index of the first of them lists that has one.
@@ -46,7 +46,7 @@ def weight_files(storage: Storage) -> "list[str]":
 
 
 def read_weights(
-    storage: Storage, keys: "list[str]", shapes: Mapping[str, tuple[int, ...]]
+    storage: Storage, keys: list[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Weights, dict[str, str]]:
     """The tensors in files of a network, and the metadata of one that is in a single safetensors file.
 
