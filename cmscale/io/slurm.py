@@ -148,12 +148,12 @@ def _sbatch(arguments: list[str], environment: Mapping[str, str] | None, refused
     if ran.returncode:
         why = refusal(ran.stderr or ran.stdout)
         last = why.rpartition("; ")[2]  # sbatch may say before that it tries again, as "temporarily unable to accept"
+        if _QUEUE_FULL.search(last):
+            raise QueueFull(f"{refused}: {why}")
         if is_silence(why) and (_NOT_TAKEN.search(last) or "--test-only" in arguments):
             raise NoAnswer(f"Slurm does not take jobs at the moment: {why}; give the same command again later")
         if is_silence(why):
             raise MaybeTaken(f"Slurm does not answer, and may have taken the job all the same: {why}")
-        if _QUEUE_FULL.search(why):
-            raise QueueFull(f"{refused}: {why}")
         raise Refused(f"{refused}: {why}")
     return ran.stdout
 

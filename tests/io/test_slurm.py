@@ -14,6 +14,8 @@ from cmscale.io.slurm import (
     MaybeTaken,
     NoAnswer,
     NoJobIdError,
+    QueueFull,
+    Refused,
     common_parameters,
     exports,
     is_silence,
@@ -94,12 +96,13 @@ def test_a_slurm_that_does_not_answer_or_whose_queue_is_full_is_a_fault_and_a_re
         ("Socket timed out on send/recv operation", MaybeTaken),
         ("Zero Bytes were transmitted or received", MaybeTaken),
         ("Unable to create job record, try again", NoAnswer),
+        ("Slurm temporarily unable to accept job\nsbatch: error: AssocMaxSubmitJobLimit", QueueFull),
         ("Slurm temporarily unable to accept job, sleeping and retrying\nsbatch: error: Socket timed out", MaybeTaken),
     ],
 )
-def test_a_job_that_was_sent_may_have_been_taken(said: str, error: type[NoAnswer], bin_folder: Path) -> None:
+def test_a_job_that_was_sent_may_have_been_taken(said: str, error: type[Refused], bin_folder: Path) -> None:
     install(bin_folder, "sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1")
-    with pytest.raises(NoAnswer) as raised:
+    with pytest.raises(Refused) as raised:
         submit(Path("job.sh"))
     assert type(raised.value) is error
 
