@@ -32,6 +32,7 @@ def check_model(
     weights: Sequence[str | None] = (None,),
     config: str | None = None,
     overrides: Sequence[str] = (),
+    kind: str | None = None,
 ) -> Config | None:
     """Checks that a source has the checkpoints and weights that are asked for.
 
@@ -39,6 +40,7 @@ def check_model(
         steps: Of a run's checkpoints; None is the newest.
         weights: Names; None is the first EMA.
         config: Config file for a source that has none, with `overrides`.
+        kind: The source's kind, if it is known: on S3 it is found with several requests.
 
     Returns:
         The source's config; None if only reading its weights can tell.
@@ -49,14 +51,15 @@ def check_model(
     refuse_hub_name(source)
     if Place(source).is_remote and names_file(source):
         return None  # a file of gigabytes, which is not fetched for a check
-    kind = kind_of_source(source)
+    kind = kind or kind_of_source(source)
     if config is not None:
         return read_config(config, list(overrides), beneath=[read_site().layer])
     if kind == situation.RUN:
         _check_steps(source, steps)
     if kind not in _WITH_CONFIG:
         return None
-    found = config_of(Place(_run_of(source) if kind == situation.CHECKPOINT else source))
+    place = Place(_run_of(source) if kind == situation.CHECKPOINT else source)
+    found = config_of(place, kind=kind if place == source else None)
     if kind in situation.WITH_WEIGHTS_TO_CHOOSE:
         for name in filter(None, weights):
             check_weights_name(found, name, key="--weights")

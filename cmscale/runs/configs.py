@@ -19,8 +19,11 @@ from cmscale.runs.source_kind import CARD, config_of_card, file_of_weights, kind
 _OF_RUNS = ("provenance.json", "events.jsonl")  # beside a config.yaml that holds every value
 
 
-def config_of(place: Place) -> Config:
+def config_of(place: Place, *, kind: str | None = None) -> Config:
     """The config of a file, run, checkpoint, exported file, diffusers folder or model card.
+
+    Args:
+        kind: The kind of source that is there, if it is known.
 
     Raises:
         UserError: there is none, or it can't be read.
@@ -33,7 +36,7 @@ def config_of(place: Place) -> Config:
         return read_config(file, resolved=is_of_run and file.name == "config.yaml")
     if name.endswith(".md"):
         return _of_card(read_small(local_file(place), what="a model card"), origin=place)
-    kind = kind_of_source(place)
+    kind = kind or kind_of_source(place)
     storage = open_storage(place)
     match kind:
         case situation.RUN:

@@ -29,6 +29,7 @@ def check_request(request: SourceRequest) -> Config | None:
     if isinstance(request, DrawRequest):
         return _check_draw(request)
     assert isinstance(request, MeasuringRequest)
+    kind = None
     if not (request.source.is_remote and names_file(request.source)):
         kind = kind_of_source(request.source)
         request.refuse_unused(source=kind)
@@ -43,7 +44,7 @@ def check_request(request: SourceRequest) -> Config | None:
         steps, weights = (parse_step(request.step),), (request.weights,)
     _check_has_place(request)
     config = check_model(
-        request.source, steps=steps, weights=weights, config=request.config, overrides=request.overrides
+        request.source, steps=steps, weights=weights, config=request.config, overrides=request.overrides, kind=kind
     )
     if isinstance(request, EvaluateRequest):
         request.refuse_several_in_one_file()
@@ -86,6 +87,7 @@ def _check_has_place(request: MeasuringRequest) -> None:
 
 
 def _check_draw(request: DrawRequest) -> Config | None:
+    kind = None
     if not (request.source.is_remote and names_file(request.source)):
         kind = kind_of_source(request.source)
         if kind == situation.SAMPLES:
@@ -108,6 +110,7 @@ def _check_draw(request: DrawRequest) -> Config | None:
         weights=(request.weights,),
         config=request.config,
         overrides=request.overrides,
+        kind=kind,
     )
     if config is not None:
         check_drawn_by(request, config)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import run
 from evaluation_fixtures import TEXT, build_cheap_features, write_dataset, write_trained_run
+from fault_proxy import FaultProxy
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -50,6 +51,16 @@ def test_samples_pictures_and_inputs_may_be_on_s3(
     assert run(monkeypatch, *edited) == 0
     assert storage.read("edited/x.png").startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache"]
+
+
+def test_what_a_source_on_s3_is_is_asked_once_before_torch_is_imported_and_once_to_read_it(
+    model: Path, proxy: FaultProxy, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
+    assert run(monkeypatch, "export", model, "--to", f"{s3}/hub") == 0
+    proxy.log.clear()
+    assert run(monkeypatch, "sample", f"{s3}/hub", "--samples", 1, "--out", tmp_path / "x.npz") == 0
+    assert sum("model_index.json" in request for request, _ in proxy.log) == 2
 
 
 def test_evaluations_and_plots_may_be_on_s3(
