@@ -12,6 +12,7 @@ from cmscale.errors import UserError
 from cmscale.io import s3_upload
 from cmscale.io.probe import probe
 from cmscale.io.protocol import StorageAway
+from cmscale.io.s3_client import make_client
 from cmscale.io.settings import StorageSettings, use_settings
 from cmscale.io.storage import open_storage
 
@@ -154,6 +155,15 @@ def test_a_profile_that_does_not_exist_is_named(s3: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_PROFILE", "dead")
     with pytest.raises(UserError, match=r"\(dead\).*set AWS_PROFILE to a profile"):
         open_storage(s3).read("x")
+
+
+def test_buckets_are_addressed_as_the_profile_says(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store.example")
+    at = {"Bucket": "bucket", "Key": "key"}
+    for more, begins in (("", "https://store.example/bucket/key?"), ("virtual", "https://bucket.store.example/key?")):
+        (tmp_path / "config").write_text(f"[default]\ns3 =\n  addressing_style = {more}\n" if more else "[default]\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        assert make_client().generate_presigned_url("get_object", Params=at).startswith(begins)
 
 
 def test_an_endpoint_that_is_no_url_is_named(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
