@@ -44,8 +44,8 @@ def exit_at_once(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # of a full disk, which must not change the status
             stream.flush()
-    for each in gc.get_objects():  # as wandb's, which Python removes at no such end
-        if type(each) is tempfile.TemporaryDirectory:
+    for each in gc.get_objects():  # as wandb's, which Python removes at no such end; other storage may hang
+        if type(each) is tempfile.TemporaryDirectory and Path(each.name).parent == Path(tempfile.gettempdir()):
             with contextlib.suppress(Exception):
                 each.cleanup()
     os._exit(status)
