@@ -93,9 +93,9 @@ def sign_from_elsewhere(run: RunDir) -> Sign | None:
     while time.monotonic() < until:
         time.sleep(LOOK_SECONDS)
         sign = _read_sign(run)
-        if sign is None:
+        if sign is None and not run.launcher_sign.exists():
             return None
-        if (sign.process, sign.touched) != (first.process, first.touched):
+        if sign is not None and (sign.process, sign.touched) != (first.process, first.touched):
             return sign
     return None
 

@@ -214,6 +214,23 @@ class TestRefusals:
         moment = run.launcher_sign.stat().st_mtime + later
         os.utime(run.launcher_sign, (moment, moment))
 
+    def test_a_sign_that_can_not_be_read_for_a_moment_is_watched_on(
+        self, run: RunDir, commands: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run.launcher_sign.write_text(json.dumps({"host": "login2", "process": 17, "machine": "another kernel"}))
+        monkeypatch.setattr(heartbeat.time, "sleep", lambda _: self.touch(run, 5))
+        read, failures = heartbeat.read_regular, iter([False, True, False])
+
+        def fail(path: Path) -> bytes:
+            if next(failures):
+                raise OSError(5, "Input/output error")
+            return read(path)
+
+        monkeypatch.setattr(heartbeat, "read_regular", fail)
+        alive = pytest.raises(UserError, match="another launcher is running this run")
+        with alive, only_launcher(run, TRAIN):
+            pytest.fail("started")
+
     def test_a_copy_of_a_run_that_another_machine_trains_is_not_refused_for_its_fresh_sign(
         self, run: RunDir, commands: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
