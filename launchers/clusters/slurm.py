@@ -86,18 +86,20 @@ class SlurmCluster:
             gone = "if the job is gone, add --take-over"
             try:
                 job_id = job_id or slurm_jobs.job_of_script(submission.script)
-                if job_id == "":  # Slurm did not take it, or it is over
-                    continue
-                states = None if job_id is None else slurm_jobs.job_states(job_id, clusters)
+                if job_id:
+                    states = slurm_jobs.job_states(job_id, clusters)
+                else:  # Slurm does not answer; or it did not take the job, or that is over
+                    states = None if job_id is None else {}
             except FileNotFoundError:
                 raise UserError(
                     f"{silent} there is no squeue on the PATH to ask; run this on a login node of its cluster; {gone}"
                 ) from None
-            if job_id is None or states is None:
+            if states is None:
                 raise UserError(f"{silent} Slurm does not answer; try again later; {gone}")
             if not states and (owner := _other_owner(submission)):  # PrivateData=jobs shows each user's own jobs alone
                 raise UserError(f"{silent} Slurm shows this user no such job, which is {owner}'s; {gone}")
             for state in sorted(states.keys() & slurm_jobs.ACTIVE_STATES):
+                assert job_id, "only a job with an id has states"
                 cancel = " ".join(slurm_jobs.cancel_command(job_id, clusters))
                 raise UserError(f"{run.root}: job {job_id} of this run is {state}; end it first: {cancel}")
 

@@ -160,6 +160,20 @@ class TestRefusals:
         with only_launcher(run, TRAIN, take_over=True):
             pass
 
+    def test_a_job_of_another_user_without_an_id_may_be_alive_too(
+        self, run: RunDir, commands: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        submission = Submission(run, "one")
+        submission.write_job(TRAIN, ())
+        submission.script.touch()
+        install(commands, "squeue", "")
+        with only_launcher(run, TRAIN):
+            pass
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        refused = pytest.raises(UserError, match=r"the job of .*one has not .* shows this user no such job, .* --take")
+        with refused, only_launcher(run, TRAIN):
+            pytest.fail("started")
+
     def test_jobs_that_ended_or_evaluate_and_damaged_records_are_passed_over(self, run: RunDir, commands: Path) -> None:
         install(commands, "squeue", "echo 7 RUNNING None")
         submission = self.submitted(run, EVALUATE)
