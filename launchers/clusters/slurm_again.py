@@ -128,7 +128,7 @@ def _submit(
     excluded = _spare(exclude, path, given, waits=waits[:-2])
     if excluded:
         options.append(_exclusion(excluded, given))
-    lost: list[slurm.MaybeTaken] = []
+    lost: list[UserError] = []
     try:
         job_id = _retry(lambda: _submit_once(path, options, lost), waits=waits)
     except slurm.NoJobIdError as error:
@@ -146,20 +146,21 @@ def _submit(
     return Again(how), ""
 
 
-def _submit_once(script: Path, options: Sequence[str], lost: list[slurm.MaybeTaken]) -> str:
-    """The id of the new job, also of one about which sbatch got no answer, if the queue shows it: it is not doubled.
+def _submit_once(script: Path, options: Sequence[str], lost: list[UserError]) -> str:
+    """The id of the new job, also where sbatch does not say it, if the queue shows the job: it is not doubled.
 
     Args:
-        lost: Takes the error of a try without an answer. The queue often answers only a while later, before the next.
+        lost: Takes the error of a try without an id. The queue often answers only a while later, before the next.
 
     Raises:
         Refused: Slurm refuses it or does not answer.
+        NoJobIdError: Slurm has it.
     """
     if lost and (job_id := _later_job(script)):
         return job_id
     try:
         return slurm.submit(script, *options)
-    except slurm.MaybeTaken as error:
+    except (slurm.MaybeTaken, slurm.NoJobIdError) as error:
         lost.append(error)
         if job_id := _later_job(script):
             return job_id

@@ -464,6 +464,14 @@ def test_a_submission_without_a_printed_id_is_not_tried_again(
     assert not submission.ending_file.exists()
 
 
+def test_the_id_that_sbatch_does_not_print_is_found_in_the_queue(commands: FakeSlurm, submission: Submission) -> None:
+    commands.answer("sbatch", "echo the site took your job")
+    commands.answer("squeue", f"echo 7 RUNNING {submission.script}; echo 8 PENDING {submission.script}")
+    submission.write_rank_end("7.0", RankEnd(1, "node2", "fault", "boom"))
+    assert epilogue(submission, status=1) == 1
+    assert submission.read_job().job_id == "8"
+
+
 def test_a_job_at_its_time_limit_returns_to_the_queue(
     commands: FakeSlurm, submission: Submission, capsys: pytest.CaptureFixture[str]
 ) -> None:
