@@ -81,10 +81,14 @@ def local_file(url: str) -> Path:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Removes cached copies that nobody has used for `UNUSED_DAYS`: older versions of an object are never asked for."""
+    """Removes cached copies that nobody has used for `UNUSED_DAYS`: older versions of an object are never asked for.
+
+    Other users' copies stay: in a folder that a group shares, nobody but the owner can mark one as used.
+    """
     for recorded in folder.glob("*.sha256"):
         with contextlib.suppress(OSError):  # others may remove it, too; what is open in another process stays readable
-            if time.time() - recorded.stat().st_mtime > 86_400 * UNUSED_DAYS:
+            status = recorded.stat()
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > 86_400 * UNUSED_DAYS:
                 recorded.with_suffix("").unlink(missing_ok=True)
                 recorded.unlink()
 

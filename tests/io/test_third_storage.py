@@ -101,9 +101,11 @@ def test_weights_are_written_fetched_once_and_checked(tmp_path: Path) -> None:
         local_file(f"{url}#sha256={digest}")
 
 
-def test_copies_that_nobody_has_used_for_a_month_make_room_for_others(tmp_path: Path) -> None:
+def test_copies_that_nobody_has_used_for_a_month_make_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket = open_storage("memory://bucket")
-    for name in ("old", "used", "new"):
+    for name in ("old", "used", "new", "newer"):
         bucket.write(name, name.encode())
     old, used = (local_file(f"memory://bucket/{name}") for name in ("old", "used"))
     bucket.write("old", b"a newer version")
@@ -111,8 +113,12 @@ def test_copies_that_nobody_has_used_for_a_month_make_room_for_others(tmp_path: 
     for copy in (old, used):
         os.utime(f"{copy}.sha256", (month_ago, month_ago))
     assert local_file("memory://bucket/used") == used
+    with monkeypatch.context() as other_user:  # who shares the folder
+        other_user.setattr(os, "getuid", lambda: 12345)
+        newer = local_file("memory://bucket/newer")
+    assert old.exists()
     new = local_file("memory://bucket/new")
-    assert sorted(path for path in used.parent.iterdir() if path.suffix == "") == sorted((used, new))
+    assert sorted(path for path in used.parent.iterdir() if path.suffix == "") == sorted((used, newer, new))
     assert not Path(f"{old}.sha256").exists()
 
 
