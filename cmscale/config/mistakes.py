@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from cmscale.config.keys import MAPPINGS, known_keys, sections
 from cmscale.config.methods import KINDS
+from cmscale.config.usual_words import meant_by
 from cmscale.config.wording import shown, what_is_wrong
 from cmscale.errors import UserError
 
@@ -65,7 +66,7 @@ def joined(mistakes: Sequence[Mistake]) -> list[Mistake]:
     meant: dict[str, str] = {}
     for each in mistakes:
         left = [key for key in missing if key not in meant.values()]
-        if each.problem == "unknown" and (close := difflib.get_close_matches(each.key[:_LONGEST_KEY], left, 1, 0.6)):
+        if each.problem == "unknown" and (close := _missing_for(each.key[:_LONGEST_KEY], left)):
             meant[each.key] = close[0]
     return [
         Mistake(each.key, f"unknown key; did you mean {meant[each.key]}, which is missing?")
@@ -74,6 +75,11 @@ def joined(mistakes: Sequence[Mistake]) -> list[Mistake]:
         for each in mistakes
         if not (each.problem == "missing" and each.key in meant.values())
     ]
+
+
+def _missing_for(key: str, missing: list[str]) -> list[str]:
+    """Those of the missing keys that an unknown key may be meant for."""
+    return [each for each in meant_by(key) if each in missing] or difflib.get_close_matches(key, missing, 1, 0.6)
 
 
 def unknown(key: str) -> Mistake:
@@ -85,9 +91,12 @@ def unknown(key: str) -> Mistake:
 
 
 def suggestion(key: str) -> str:
-    """`; did you mean train.seed?`, or nothing if no known key resembles it."""
+    """`; did you mean train.seed?`, or nothing if no known key is usually called so or resembles it."""
     if len(key) > _LONGEST_KEY:
         return ""
+    leaf = key.lower().rpartition(".")[2]
+    if meant := meant_by(key) or [known for known in known_keys() if known.partition(".")[2] == leaf]:
+        return f"; did you mean {' or '.join(meant)}?"
     candidates = known_keys() if "." in key else (*sections(), *(known.partition(".")[2] for known in known_keys()))
     close = difflib.get_close_matches(key.lower(), candidates, n=1, cutoff=0.5)
     return f"; did you mean {_whole(close[0])}?" if close else ""

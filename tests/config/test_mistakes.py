@@ -4,7 +4,10 @@ import pytest
 
 from cmscale.commands.ending import guarded
 from cmscale.config import parse_config
+from cmscale.config.keys import known_keys
 from cmscale.config.layers import Layer
+from cmscale.config.mistakes import suggestion
+from cmscale.config.usual_words import USUAL_WORDS
 from cmscale.errors import UserError
 
 TEXT = """method: {kind: ct}
@@ -51,6 +54,45 @@ def test_a_misspelt_required_key_is_one_line_that_names_the_typo(old: str, new: 
     found = lines_of(TEXT.replace(old, new))
     assert len(found) == 1
     assert found[0].startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("lr", "optimizer.learning_rate"),
+        ("train.lr", "optimizer.learning_rate"),
+        ("train.learning_rate", "optimizer.learning_rate"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("batch_size", "train.global_batch_size or train.micro_batch_size"),
+        ("data.batch_size", "train.global_batch_size or train.micro_batch_size"),
+        ("epochs", "train.total_steps"),
+        ("train.max_steps", "train.total_steps"),
+        ("data.num_workers", "data.workers"),
+        ("train.precision", "engine.precision"),
+        ("engine.FP16", "engine.precision=fp16"),
+        ("save-interval", "checkpoint.every_steps"),
+        ("max_grad_norm", "engine.gradient_clip"),
+        ("evaluate.every_steps", "--evaluate-every of launchers/submit.py"),
+        ("evaluate.steps", "--steps of launchers/evaluate.py"),
+        ("output_dir", "--runs-dir of launchers/submit.py"),
+    ],
+)
+def test_a_name_that_is_usual_elsewhere_is_understood(word: str, meant: str) -> None:
+    assert suggestion(word) == f"; did you mean {meant}?"
+
+
+def test_names_that_are_usual_elsewhere_are_not_ours_and_mean_keys_or_options() -> None:
+    names = " ".join(USUAL_WORDS.values()).split()
+    assert len(names) == len(set(names))
+    leaves = {key.partition(".")[2] for key in known_keys()}
+    assert not {name for name in names if name in leaves or name in known_keys()}
+    keys = {each.partition("=")[0] for meant in USUAL_WORDS for each in meant if not each.startswith("--")}
+    assert keys <= set(known_keys())
+
+
+def test_a_required_key_under_its_usual_name_is_one_mistake() -> None:
+    (line,) = lines_of(TEXT.replace("learning_rate", "lr"))
+    assert line == "a.yaml, line 4: optimizer.lr: unknown key; did you mean optimizer.learning_rate, which is missing?"
 
 
 def test_all_mistakes_are_listed_with_their_places() -> None:
