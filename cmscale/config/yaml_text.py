@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from cmscale.config.no_yaml import other_format, undecodable, unprintable, worded
 from cmscale.config.written import with_text
 from cmscale.errors import UserError
 from cmscale.io.reading import read_small, reason
@@ -16,9 +17,6 @@ _LARGEST = 1 << 20  # bytes of a file
 _DEEPEST = 3  # levels of keys whose lines are kept: slurm.extra.switches
 _TAG = "tag:yaml.org,2002:"
 _TEXT = f"{_TAG}str"
-_NO_SPACE = re.compile(r"([a-z_0-9]+)(?::[^\S ]*(?![ /])|\s*=\s*)(\S.*)")
-"""A line such as `log_every:50`, `log_every = 50`, or with a space that is none of YAML's; not s3://bucket."""
-
 
 _UNUSUAL = re.compile(r"[^\n -~]|[?!&*%@`|>\\]|- +- |\b[Nn]one\b|\s#[^\s#]")
 """What `_FastLoader` leaves to `_Loader`: values that are refused, and what the two may read differently."""
@@ -156,7 +154,7 @@ def read_yaml_text(path: Path, *, what: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path}: can't be read ({error}); give a YAML file in UTF-8") from None
+        raise UserError(f"{what} {path}: {undecodable(content, error)}") from None
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:
@@ -219,8 +217,13 @@ def _parse(text: str, origin: str) -> tuple[Any, yaml.Node | None]:
     except UserError:
         raise
     except yaml.MarkedYAMLError as error:
+        if other := other_format(text):
+            raise UserError(f"{origin}: {other}") from None
         line = None if error.problem_mark is None else error.problem_mark.line + 1
-        raise UserError(f"{place(origin, line)}: {_worded(error, text)}") from None
+        raise UserError(f"{place(origin, line)}: {worded(error, text)}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{place(origin, line)}: {unprintable(error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{origin}: not YAML: {error}") from None
     except Exception as error:  # constructors raise what int(), float() and their like raise
@@ -244,22 +247,6 @@ def _repeated(node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNode, int]]:
         if (first := seen.get((key.tag, key.value))) is not None:
             yield key, first
         seen[(key.tag, key.value)] = _line(key)
-
-
-def _worded(error: yaml.MarkedYAMLError, text: str) -> str:
-    """What is wrong with text that is no YAML; the commonest slips by what was meant."""
-    if error.problem == "but found another document":
-        return "a second document begins here (---); write one config a file"
-    lines, number = text.splitlines(), 0 if error.problem_mark is None else error.problem_mark.line  # from 0
-    for at in (each for each in (number, number - 1) if 0 <= each < len(lines)):
-        indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
-        if odd := indent.strip(" "):
-            named = "a tab" if odd[0] == "\t" else f"U+{ord(odd[0]):04X}, which looks like a space"
-            return f"not YAML: line {at + 1} is indented by {named}; indent by spaces"
-    is_unspaced = error.problem in ("could not find expected ':'", "mapping values are not allowed here")
-    if number and is_unspaced and (slip := _NO_SPACE.match(lines[number - 1].strip())) is not None:
-        return f"not YAML: a space is missing; line {number}: write {slip[1]}: {slip[2]}"
-    return f"not YAML: {error.problem or error.context}"
 
 
 def _line(node: yaml.Node) -> int:

@@ -81,7 +81,7 @@ def test_what_is_no_config_file_is_one_line(tmp_path) -> None:
         (tmp_path / "folder", "is a folder; give a config file"),
         (tmp_path / "absent.yaml", "no such file"),
         (tmp_path / "dead.yaml", "is a link to gone.yaml, where nothing is"),
-        (tmp_path / "latin.yaml", "give a YAML file in UTF-8"),
+        (tmp_path / "latin.yaml", "line 1 is not in UTF-8; save the file in UTF-8"),
         (tmp_path / "large.yaml", "has more than 1 MiB"),
         ("a\0b", "can't be read"),
     ):

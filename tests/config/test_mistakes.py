@@ -1,9 +1,11 @@
 """Mistakes in configs: each is one line with its place, a typo is named, and what only looks right is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from cmscale.commands.ending import guarded
-from cmscale.config import parse_config
+from cmscale.config import parse_config, read_config
 from cmscale.config.keys import known_keys
 from cmscale.config.layers import Layer
 from cmscale.config.mistakes import suggestion
@@ -267,3 +269,35 @@ def test_slips_of_the_command_line_say_what_to_write(given: str, said: str) -> N
     with pytest.raises(UserError) as refused:
         parse_config(TEXT, [given])
     assert str(refused.value).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('# c\n[method]\nkind = "ct"\n', "a.yaml: TOML or INI, not YAML: write [method] as method: and its keys "),
+        ('{\n  // c\n  "method": {"kind": "ct"}\n}\n', "a.yaml: JSON with comments, not YAML (line 2): begin comments"),
+        ('{\n"a": 1\n"b": 2}\n', "a.yaml, line 3: not YAML: a comma or the closing } is missing before this"),
+        ('{"a": 1}\n{"b": 2}\n', "a.yaml, line 2: not YAML: more text after the end of the config; a config is one"),
+        ("a:\n  b: 1\n c: 2\n", "a.yaml, line 3: not YAML: not in line with what is above; indent the keys of a sect"),
+        ("a: {{ b }}\n", "a.yaml, line 1: not YAML: braces or a list in place of a key; write KEY: VALUE, and text w"),
+        ("PK\3\4\n", "a.yaml, line 1: not YAML: holds the character U+0003, as binary files do; remove it, or give a "),
+    ],
+)
+def test_what_is_no_yaml_is_said_in_words_of_a_config(text: str, said: str) -> None:
+    (line,) = lines_of(text)
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x7fELF\2\1\0\xff", "is no text but a binary file; give a YAML file"),
+        ("a: 1\n".encode("utf-16"), "is text in UTF-16; save it in UTF-8"),
+        (b"a: 1\nb: caf\xe9\n", "line 2 is not in UTF-8; save the file in UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_text_in_utf_8_is_one_plain_line(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_config(tmp_path / "a.yaml")
+    assert str(caught.value) == f"config {tmp_path}/a.yaml: {said}"
