@@ -108,7 +108,7 @@ def _from_exports(exports: Exports, file: str | None, overrides: list[str], orig
     origin = f"config of {exports.storage.url}"
     if not any(override.startswith("checkpoint.export_to=") for override in overrides):
         overrides = [*overrides, f"checkpoint.export_to={exports.place}"]
-    config = continued_config(exports.text, file, overrides, origins, name=exports.run.name, origin=origin)
+    config = continued_config(exports.text, file, overrides, origins, named=str(exports.place), origin=origin)
     is_there = exports.run.root.exists()
     return Beginning(
         exports.run,
@@ -148,13 +148,13 @@ def resumed_config(
         UserError: a value that changes the losses differs from the run's own; the differences are named.
     """
     text = read_yaml_text(run.config, what="config")
-    return continued_config(text, file, overrides, origins, name=run.name, origin=str(run.config))
+    return continued_config(text, file, overrides, origins, named=str(run.root), origin=str(run.config))
 
 
 def continued_config(
-    text: str, file: str | None, overrides: list[str], origins: dict[str, str] | None, *, name: str, origin: str
+    text: str, file: str | None, overrides: list[str], origins: dict[str, str] | None, *, named: str, origin: str
 ) -> Config:
-    """As `resumed_config`, of a run whose config is `text`."""
+    """As `resumed_config`, of a run whose config is `text`; `named` is what `--branch` finds it by."""
     old = parse_config(text, origin=origin, resolved=True)
     written_by_older_release = parse_config(text, origin=origin) != old  # its YAML lacks the same keys as the run's
     new = (
@@ -168,7 +168,7 @@ def continued_config(
             length = old.method.schedule_length(old.train.total_steps)
             keep = f"keep its schedules with method.schedule_steps={length}, or "
         raise UserError(
-            f"--resume {name}: the config differs where losses would change: {'; '.join(changed)}; {keep}"
-            f"go on in a new run: --branch {name} --name NEW"
+            f"--resume {named}: the config differs where losses would change: {'; '.join(changed)}; {keep}"
+            f"go on in a new run: --branch {named} --name NEW"
         )
     return with_absolute_paths(new)

@@ -1,8 +1,10 @@
 """The application of the command `cmscale`: all groups of commands."""
 
 import functools
+import shlex
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -113,8 +115,20 @@ def run(arguments: list[str]) -> int:
         text = _told(error)
         if arguments[0] in _ELSEWHERE:
             raise UserError(f"{arguments[0]}: is no command here; {_ELSEWHERE[arguments[0]]}") from None
+        if swapped := _with_command_first(arguments):
+            raise UserError(f"{arguments[0]}: is no command; did you mean: {swapped}?") from None
         raise UserError(f"{text.rstrip('.')} (see {_help_of(arguments)})") from None
     return 0
+
+
+def _with_command_first(arguments: list[str]) -> str:
+    """What is meant by `cmscale RUN sample ...`, or by a path alone; empty if it can't be seen."""
+    first, *rest = arguments
+    if first in _program().commands or first.startswith("-"):
+        return ""
+    if rest and rest[0] in _program().commands:
+        return shlex.join([NAME, rest[0], first, *rest[1:]])
+    return f"{NAME} COMMAND {shlex.quote(first)}" if "/" in first or Path(first).exists() else ""
 
 
 def _told(error: Any) -> str:

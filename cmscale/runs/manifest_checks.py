@@ -50,7 +50,7 @@ def must_continue(manifest: CheckpointManifest, config: Config, run: RunDir, *, 
         keep = f" ({key}={length} keeps the schedules)" if any(each.startswith(key) for each in changed) else ""
         raise UserError(
             f"{name} was trained with another config ({'; '.join(changed)}); undo the change in {run.config}{keep}: "
-            f"other values are for a new run, --branch {run.name} --name NEW KEY=VALUE"
+            f"other values are for a new run, --branch {run.root} --name NEW KEY=VALUE"
         )
     if manifest.data_fingerprint != data_fingerprint:
         raise UserError(

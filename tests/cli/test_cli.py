@@ -141,6 +141,11 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
         (["edit", "inpaint", "MODEL", "."], ".: is a folder; give a file"),
         (["edit", "inpaint", "MODEL", "a=b.png"], "a=b.png: is no file, and has no effect"),
         (["sampel"], "Did you mean 'sample'?"),
+        (
+            ["runs/a b", "sample", "--steps", "2"],
+            "runs/a b: is no command; did you mean: cmscale sample 'runs/a b' --ste",
+        ),
+        (["s3://b/runs/a"], "s3://b/runs/a: is no command; did you mean: cmscale COMMAND s3://b/runs/a?"),
         (["train", "c.yaml"], "train: is no command here; training starts with `python launchers/submit.py CONFIG`"),
         (["version"], "version: is no command here; `cmscale --version` prints it"),
         (["help", "sample"], "help: is no command here; `cmscale --help` lists commands"),

@@ -19,6 +19,7 @@ from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code
 from launchers import run_folders, submit
 from launchers.beginning import resumed_config
+from launchers.branch import find_parent
 from launchers.checks import check_export, check_inputs
 from launchers.clusters.local import LocalMachine
 from launchers.command_line import parse_time
@@ -227,6 +228,17 @@ class TestResume:
         key, _, value = override.partition("=")
         with pytest.raises(UserError, match=rf"{key}: \S+ -> {value}"):
             resumed_config(run, None, [override])
+
+    def test_the_branch_that_is_advised_is_found_from_any_folder(
+        self, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        with pytest.raises(UserError) as caught:
+            resumed_config(run, None, ["train.seed=5"])
+        advised = str(caught.value).partition("--branch ")[2].removesuffix(" --name NEW")
+        with pytest.raises(UserError, match="the run has no complete checkpoint yet"):  # found
+            find_parent(advised, runs_dir=Place("runs"))
 
     def test_another_config_file_is_refused_with_the_difference(self, run: RunDir, config_file: Path):
         other = config_file.with_name("other.yaml")
