@@ -24,7 +24,7 @@ from cmscale.io.storage import Storage, open_parent, stored_entry
 
 DOWNLOAD_MINUTES = 30.0
 UNUSED_DAYS = 30
-"""After so many days without use a copy of an object is removed from the cache, when another one is fetched."""
+"""After so many days without use a copy of an object, or what an evaluation has begun, is removed from the cache."""
 _HASHED_AT_ONCE = 1 << 20
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 

@@ -3,8 +3,10 @@
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from cmscale.evaluation import finished_samples, progress, search_times
 from cmscale.evaluation import session as measuring
 from cmscale.evaluation.blocks import BlockStore
 from cmscale.generation.draw import draw_batch
+from cmscale.io.fetch import UNUSED_DAYS
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import CheckpointManifest, read_document
 from cmscale.runs.results import EvaluationResult, TimeSearch
@@ -103,6 +106,28 @@ def test_every_weights_at_every_number_of_steps_gets_its_file_with_all_that_repe
     assert "IS-EfficientNet (torch-fidelity)" in told.out
     assert cmscale(monkeypatch, "report", run.root) == 0
     assert "against the EMA" in run.report.read_text()
+
+
+def test_what_a_killed_evaluation_of_a_model_without_a_run_left_is_removed_after_a_month(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model.safetensors"
+    measured = ["--device", "cpu", "--samples", 20, "--reference", read_config(run.config, resolved=True).data.path]
+    assert cmscale(monkeypatch, "export", run.root, "--to", model) == 0
+    with monkeypatch.context() as killed:
+        killed.setattr(BlockStore, "read", lambda _: sys.exit(9))
+        for steps in (1, 2):
+            assert (
+                cmscale(monkeypatch, "evaluate", model, *measured, "--steps", steps, "--out", tmp_path / "r.json") == 9
+            )
+    left = sorted((tmp_path / "cache" / "evaluations").iterdir())
+    assert len(left) == 2
+    month_ago = time.time() - 86_400 * (UNUSED_DAYS + 1)
+    for path in (left[0], *left[0].iterdir(), left[1]):
+        os.utime(path, (month_ago, month_ago))
+    assert cmscale(monkeypatch, "evaluate", model, *measured, "--steps", 3, "--out", tmp_path / "r.json") == 0
+    assert [path for path in left if path.exists()] == left[1:]
 
 
 def test_the_same_evaluation_again_gives_the_same_numbers(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
