@@ -35,7 +35,7 @@ def _in_cache() -> Path:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Removes own blocks that nobody has added to for `UNUSED_DAYS`, as of an evaluation that was killed and given up."""
+    """Removes own blocks of which none is younger than `UNUSED_DAYS`, as of an evaluation that was given up."""
     for begun in (path for path in folder.iterdir() if path.is_dir()):
         with contextlib.suppress(OSError):  # others may remove it, too
             newest = max(path.stat().st_mtime for path in (begun, *begun.rglob("*")))

@@ -15,7 +15,9 @@ _STARTS = ("start", "resumed")
 _ENDS = ("preempted", "requeued", "fault", "finished", "not_exported")
 _NOTABLE = (*_STARTS, *_ENDS, "superseded", "rolled_back", "continued", "recovered")
 """Events between which others are counted by kind."""
-_COMMON = ("time", "event", "step", "rank", "why")
+_OF_BEGINNING = ("continued", "unfinished_save", "damaged_checkpoint", "caution")
+"""What a start says before it is one: after the end of the start before it."""
+_COMMON = ("time", "event", "step", "rank", "why", "measured_until")
 
 
 @dataclass
@@ -132,7 +134,7 @@ class Stretch:
 
 
 def stretches(events: Sequence[dict[str, Any]], *, last_sign: float | None = None) -> list[Stretch]:
-    """When the run was at work. Of a start that did not say how it ended, until the last that it wrote.
+    """When the run was at work. Of a start that did not say how it ended, until its last event or metrics.
 
     Args:
         last_sign: When the run wrote anything last.
@@ -147,12 +149,13 @@ def stretches(events: Sequence[dict[str, Any]], *, last_sign: float | None = Non
             continue
         if event in _STARTS:
             if began is not None:
-                found.append(_stretch(began, seen))
+                found.append(_stretch(began, max(seen, as_number(record.get("measured_until")) or 0.0)))
             began = record
         elif began is not None and event in _ENDS:
             found.append(_stretch(began, moment))
             began = None
-        seen = moment
+        if event not in _OF_BEGINNING:
+            seen = moment
     if began is not None:
         found.append(_stretch(began, max(seen, last_sign or 0.0)))
     return found

@@ -56,6 +56,7 @@ def is_beside_training(event: str) -> bool:
 
 _BEGIN_AT = ("start", "resumed", "checkpoint")
 _CLOCKS_DIFFER_SECONDS = 1.0  # that of a file system from the machine's, at least: it may stand still for some ms
+_COPIED_LATER_SECONDS = 60.0
 _STATES = {"not_exported": "finished, not exported"}
 
 
@@ -97,6 +98,18 @@ def _has_logged_since(run: RunDir, moment: Any) -> bool:
     with contextlib.suppress(OSError, TypeError):
         return run.metrics.stat().st_mtime >= moment - _CLOCKS_DIFFER_SECONDS
     return True
+
+
+def measured_until(run: RunDir) -> float | None:
+    """When the newest metrics were written, in seconds since 1970; None if there are none.
+
+    Also None in a copy of a run whose files have the time of copying: then the events are older than their file.
+    """
+    with contextlib.suppress(OSError):
+        newest = max((each["time"] for each in read_lines(run.events) if type(each.get("time")) is float), default=0.0)
+        if run.events.stat().st_mtime - newest < _COPIED_LATER_SECONDS:
+            return run.metrics.stat().st_mtime
+    return None
 
 
 def write_event(run: RunDir, event: str, *, step: int, rank: int, why: str = "", **more: Any) -> None:

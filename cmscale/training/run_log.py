@@ -16,7 +16,7 @@ from cmscale.io.remarks import dispensable, say
 from cmscale.model.attention_choice import Choice
 from cmscale.runs.folder import RunDir
 from cmscale.runs.lineage import read_lineage
-from cmscale.runs.log import write_event
+from cmscale.runs.log import measured_until, write_event
 from cmscale.runs.manifests import TrainState
 from cmscale.runs.starts import add_to_newest_start
 from cmscale.training.metrics_log import MetricsLog
@@ -62,6 +62,8 @@ class RunLog:
     def started(self, state: TrainState, *, attention: Choice) -> None:
         """Logs that training starts or resumes at `state`, and with which attention."""
         self._cursor = state.cursor
+        # Of a start that was killed no event says how long it trained after its last one.
+        until = measured_until(self._run) if self._world.is_main else None
         of_node = (*precision_cautions(self._config, self._world.device), *worker_cautions(self._config.data.workers))
         for caution in (*cautions(self._config), *of_node):
             self._event("caution", state, why=caution)
@@ -70,9 +72,9 @@ class RunLog:
         lineage = read_lineage(self._run) if self._world.is_main else None
         if lineage is not None and lineage.step == state.step:
             why = f"branch of {lineage}"
-        self._event(
-            "resumed" if state.step else "start", state, why=why, attention=str(attention), ranks=self._world.num_ranks
-        )
+        more = {} if until is None else {"measured_until": until}
+        event, ranks = "resumed" if state.step else "start", self._world.num_ranks
+        self._event(event, state, why=why, attention=str(attention), ranks=ranks, **more)
         if self._world.is_main:
             with dispensable(f"the attention in {self._run.provenance.name}"):
                 add_to_newest_start(self._run, attention=str(attention))

@@ -144,6 +144,21 @@ def test_a_start_that_never_said_how_it_ended_counts_until_its_last_sign() -> No
     assert [(each.seconds, each.ranks) for each in found] == [(60.0, 2), (30.0, 4)]
 
 
+def test_a_start_that_was_killed_counts_until_the_metrics_that_the_next_one_found() -> None:
+    events = [
+        {"time": 100.0, "event": "start", "ranks": 2},
+        {"time": 160.0, "event": "checkpoint"},
+        {"time": 890.0, "event": "unfinished_save"},  # by the next start
+        {"time": 895.0, "event": "caution"},
+        {"time": 900.0, "event": "resumed", "ranks": 4, "measured_until": 250.5},
+        {"time": 930.0, "event": "checkpoint"},
+        {"time": 990.0, "event": "resumed", "ranks": 4, "measured_until": 250.5},  # nothing was measured since
+        {"time": 999.0, "event": "finished"},
+    ]
+    assert [(each.seconds, each.ranks) for each in stretches(events)] == [(150.5, 2), (30.0, 4), (9.0, 4)]
+    assert [each.seconds for each in stretches([*events[:4], {"time": 900.0, "event": "resumed"}])] == [60.0, 0.0]
+
+
 def test_the_time_at_work_of_a_copy_ends_with_the_last_recorded_step(tmp_path) -> None:
     run = write_run(tmp_path / "a_run")
     began = {"time": 1.79e9, "event": "start", "step": 0, "rank": 0, "ranks": 2}

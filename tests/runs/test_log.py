@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from functools import partialmethod
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from cmscale.config import Wandb
 from cmscale.engine import watch
 from cmscale.errors import UserError
 from cmscale.runs.folder import RunDir
-from cmscale.runs.log import append_line, latest_metrics, read_lines, write_event
+from cmscale.runs.log import append_line, latest_metrics, measured_until, read_lines, write_event
 from cmscale.training.metrics_log import MetricsLog
 from cmscale.training.wandb_mirror import WandbMirror
 from launchers.judge import Attempt, RankEnd
@@ -51,6 +52,19 @@ def test_a_line_cut_by_a_crash_is_passed_over(run: RunDir) -> None:
     assert [record["event"] for record in read_lines(run.events)] == ["start"]
     write_event(run, "resumed", step=0, rank=0)
     assert [record["event"] for record in read_lines(run.events)] == ["start", "resumed"]
+
+
+def test_the_metrics_age_is_known_but_in_a_copy_with_times_of_its_own(run: RunDir) -> None:
+    assert measured_until(run) is None
+    write_event(run, "start", step=0, rank=0)
+    assert measured_until(run) is None
+    append_line(run.metrics, {"step": 1})
+    os.utime(run.metrics, (1.79e9 + 0.5, 1.79e9 + 0.5))
+    assert measured_until(run) == 1.79e9 + 0.5
+    copied = time.time() + 3600
+    for path in (run.metrics, run.events):
+        os.utime(path, (copied, copied))
+    assert measured_until(run) is None
 
 
 @pytest.mark.parametrize("writer", ["run", "watchdog", "launcher"])

@@ -12,6 +12,7 @@ from cmscale.config import dump_config, parse_config, schedules
 from cmscale.distributed.world import World
 from cmscale.engine.engine import StepResult
 from cmscale.model.attention_choice import Choice
+from cmscale.report.happened import stretches
 from cmscale.runs.folder import RunDir
 from cmscale.runs.log import latest_metrics, read_lines
 from cmscale.runs.manifests import TrainState
@@ -58,3 +59,16 @@ def test_more_workers_than_processors_are_one_caution(more: int, cautions: int, 
     said = [each["why"] for each in read_lines(run.events) if each["event"] == "caution"]
     assert len(said) == cautions
     assert all(f"set data.workers={processors} or fewer" in why for why in said)
+
+
+def test_a_start_says_until_when_the_one_before_it_which_was_killed_had_measured(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    killed, attention = make_log(run, "train.log_every=1"), Choice("sdpa", "")
+    killed.started(TrainState(step=0, cursor=0), attention=attention)
+    log_step(killed, 1)
+    until = run.metrics.stat().st_mtime
+    make_log(run).started(TrainState(step=0, cursor=0), attention=attention)
+    make_log(run).started(TrainState(step=1, cursor=4), attention=attention)
+    starts = [each for each in read_lines(run.events) if each["event"] in ("start", "resumed")]
+    assert [each.get("measured_until") for each in starts] == [None, until, until]
+    assert [each.seconds for each in stretches(starts)] == [until - starts[0]["time"], 0, 0]
