@@ -147,6 +147,7 @@ def _run_once(job: JobSpec, submission: Submission, start: str, interruption: In
     if decision.action in ("done", "stop"):
         if attempt.ending == "fault":
             submission.report("fault", attempt, why=decision.why)
+        submission.end(attempt, why=decision.why)
         log = job.run.logs / f"{process.pid}_{attempt.rank}_log.out"
         status = show_end(attempt.ending, decision.why, log=log, told=told)
         status = 128 + interruption.signal if interruption.signal and status else status

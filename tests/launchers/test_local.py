@@ -172,6 +172,8 @@ def test_ending_the_launcher_ends_every_rank(number: signal.Signals, tmp_path: P
     if number != signal.SIGKILL:
         assert job.returncode == 128 + number
         assert "continue with --resume" in printed
+        ending = read_json(next((tmp_path / "run" / "logs" / "submissions").glob("*/ending.json")))
+        assert (ending["ending"], "continue with --resume" in ending["why"]) == ("cancelled", True)  # so it is listed
 
 
 def test_of_ranks_that_failed_together_one_that_was_killed_is_to_blame() -> None:
