@@ -57,7 +57,9 @@ MaskOption = Annotated[
 ]
 BoxOption = Annotated[
     str | None,
-    typer.Option(help="inpaint: missing box LEFT,TOP,RIGHT,BOTTOM in pixels."),
+    typer.Option(
+        help="inpaint: missing box LEFT,TOP,RIGHT,BOTTOM in pixels; without it and --mask the centre is missing."
+    ),
     Use(task=("inpaint",), excludes=("mask",)),
 ]
 FactorOption = Annotated[int, typer.Option(min=2, help="superres: side of a patch in pixels."), Use(task=("superres",))]

@@ -97,7 +97,10 @@ def _picture(given: object, name: Path) -> Picture:
         return read_picture(local_file(str(Place(os.fspath(given)))))
     if isinstance(given, np.ndarray):
         if given.dtype != np.uint8 or given.ndim not in (2, 3) or given.shape[2:] not in ((), (3,), (4,)):
-            raise UserError(f"{name}: an array {given.dtype} {list(given.shape)}; give uint8 [H, W, 3], or a tensor")
+            raise UserError(
+                f"{name}: an array {given.dtype} {list(given.shape)}; give uint8 [H, W, 3], "
+                "or a float tensor [3, H, W] in [-1, 1]"
+            )
         given = Image.fromarray(given) if given.size else Image.new("RGB", (0, 0))
     if not isinstance(given, Image.Image):
         raise UserError(f"{name}: is {type(given).__name__}; give a file, a PIL image, an array or a tensor")
@@ -134,7 +137,10 @@ def _mask(given: Missing | None) -> Mask:
         raise UserError("mask: got None; give a file, a PIL image, or a bool array [H, W] that is true where to fill")
     array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
     if array.dtype != bool or array.ndim != 2:
-        raise UserError(f"mask: {array.dtype} {list(array.shape)}; give a file, a PIL image, or a bool array [H, W]")
+        raise UserError(
+            f"mask: {array.dtype} {list(array.shape)}; give a file, a PIL image, or a bool array [H, W], "
+            "such as levels > 127"
+        )
     return Mask(array)
 
 
