@@ -38,7 +38,7 @@ def locked(path: Path, *, root: Path) -> Iterator[None]:
 
 
 def _acquire(stack: contextlib.ExitStack, path: Path, *, root: Path) -> None:
-    state = None
+    state = state_of(root)
     while True:
         try:
             stack.enter_context(hold(path, timeout=60 * hold_minutes(), what="data.cache_dir"))

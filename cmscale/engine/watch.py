@@ -1,5 +1,6 @@
 """The watching process of `watchdog`: it imports the standard library only and shares nothing with its rank."""
 
+import contextlib
 import importlib.util
 import os
 import select
@@ -75,10 +76,11 @@ def end(process: int, *, rank: int, step: int, limit: float, events: str, stacks
     record = {"time": time.time(), "event": "fault", "step": step, "rank": rank}
     if start:
         record["start"] = start
-    if size(stacks) > before:
-        record["waits_for_others"] = waits_for_others(stacks, before)
     beats = None
     try:
+        with contextlib.suppress(OSError):  # the file system may be why the rank hangs
+            if size(stacks) > before:
+                record["waits_for_others"] = waits_for_others(stacks, before)
         append = load_append()
         append(events, record | {"why": f"no step within {limit:g} s{stopped}; stacks in {stacks}"}, durable=True)
         beats = read_beats(min(LINGER, limit / 2))

@@ -95,7 +95,7 @@ class SlurmCluster:
                     f"{silent} there is no squeue on the PATH to ask; run this on a login node of its cluster; {gone}"
                 ) from None
             if states is None:
-                raise UserError(f"{silent} Slurm does not answer; try again later; {gone}")
+                raise slurm.NoAnswer(f"{silent} Slurm does not answer; try again later; {gone}")
             if not states and (owner := _other_owner(submission)):  # PrivateData=jobs shows each user's own jobs alone
                 raise UserError(f"{silent} Slurm shows this user no such job, which is {owner}'s; {gone}")
             for state in sorted(states.keys() & slurm_jobs.ACTIVE_STATES):

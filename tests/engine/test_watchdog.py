@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cmscale.engine import watch
 from cmscale.io.process import START
 from cmscale.runs.log import read_lines
 
@@ -90,3 +91,25 @@ def test_the_watch_ends_with_its_rank(ranks: subprocess.Popen[str], tmp_path: Pa
     status, watch = run_watched(ranks, "dies", tmp_path, minutes=10)
     assert status == -9
     wait_for_end(watch)
+
+
+def test_a_rank_whose_stacks_can_not_be_read_is_recorded_and_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bool:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(watch, "waits_for_others", fail)
+    monkeypatch.setattr(watch, "read_beats", lambda _: None)
+    stacks, events = tmp_path / "stacks", tmp_path / "events.jsonl"
+    line = f"trap 'echo stacks >{stacks}' USR1; echo ready; while :; do sleep 0.05; done"
+    with subprocess.Popen(["bash", "-c", line], stdout=subprocess.PIPE) as rank:
+        try:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == b"ready\n"
+            watch.end(rank.pid, rank=0, step=4, limit=1, events=str(events), stacks=str(stacks), start="a/7.0")
+            assert rank.wait(timeout=30) == -signal.SIGKILL
+        finally:
+            rank.kill()
+    (event,) = read_lines(events)
+    assert (event["event"], "waits_for_others" in event) == ("fault", False)

@@ -246,7 +246,7 @@ def test_a_new_run_whose_job_slurm_may_have_taken_stays_and_is_not_submitted_twi
     assert run(monkeypatch, "--resume", "a") == 2
     assert "job 17 of this run is PENDING; end it first: scancel 17" in capsys.readouterr().err
     (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
-    assert run(monkeypatch, "--resume", "a") == 2
+    assert run(monkeypatch, "--resume", "a") == 1
     assert "Slurm does not answer; try again later" in capsys.readouterr().err
     (tmp_path / "squeue").write_text("#!/bin/sh\n")
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 18\n")
