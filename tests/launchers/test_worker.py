@@ -76,7 +76,7 @@ def test_the_same_command_continues_a_run_and_another_config_is_refused(tmp_path
     prepare(run, str(config), ["train.micro_batch_size=1"])
     prepare(run, None, [])
     assert read_config(run.config).train.micro_batch_size == 1
-    with pytest.raises(UserError, match=r"--resume a: the config differs .* train\.seed: 0 -> 5"):
+    with pytest.raises(UserError, match=r"--resume \S+/a: the config differs .* train\.seed: 0 -> 5"):
         prepare(run, str(config), ["train.seed=5"])
     with pytest.raises(UserError, match="no config given, and there is no run"):
         prepare(RunDir(tmp_path / "b"), None, [])
