@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def tell_missing(run: RunDir, *, every: int) -> None:
     with contextlib.suppress(OSError, UserError):
         if read_config(run.config).train.total_steps in committed_steps(run):
             for step in due(run, every=every):
-                why = f"Slurm did not take it before the training ended; launchers/evaluate.py RUN --checkpoint {step}"
+                command = f"python launchers/evaluate.py {shlex.quote(str(run.root))} --checkpoint {step}"
+                why = f"Slurm did not take it before the training ended; to evaluate: {command}"
                 write_event(run, "evaluation_not_submitted", step=step, rank=0, why=why)
 
 

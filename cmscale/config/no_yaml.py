@@ -21,7 +21,7 @@ _AT_HAND = (
 def worded(error: yaml.MarkedYAMLError, text: str) -> str:
     """What is wrong with text that is no YAML; the commonest slips by what was meant."""
     if error.problem == "but found another document":
-        return "a second document begins here (---); write one config a file"
+        return "a second document begins here (---); write one config per file"
     lines, number = text.splitlines(), 0 if error.problem_mark is None else error.problem_mark.line  # from 0
     for at in (each for each in (number, number - 1) if 0 <= each < len(lines)):
         indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]

@@ -254,7 +254,7 @@ def test_other_broken_yaml_keeps_its_own_words() -> None:
 
 def test_a_second_document_in_a_file_is_named() -> None:
     (line,) = lines_of(f"{TEXT}---\n{TEXT}")
-    assert line == "a.yaml, line 6: a second document begins here (---); write one config a file"
+    assert line == "a.yaml, line 6: a second document begins here (---); write one config per file"
 
 
 @pytest.mark.parametrize(

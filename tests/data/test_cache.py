@@ -334,6 +334,7 @@ def test_workers_that_fill_a_disk_at_once_go_on_one_after_the_other(tmp_path: Pa
     with ThreadPoolExecutor(4) as threads:
         paths = list(threads.map(lambda number: caches[number].path(f"shard-{number}"), range(4)))
     assert [path.name for path in paths] == [f"shard-{number}" for number in range(4)]
+    # What the disk has room for is found out by what is there when the downloads fail, of which some are gone by then.
     assert len(list(tmp_path.glob("*/shard*"))) in (1, 2)
 
 

@@ -70,6 +70,7 @@ def test_each_is_asked_for_once_and_again_where_nothing_was_submitted(run: RunDi
     assert evaluate_checkpoints.main(["--once", *arguments_for(run, replace(PLACEMENT, partition=None), 2)]) == 1
     (event,) = read_lines(run.events)  # nobody looks again after the last step
     assert (event["event"], event["step"]) == ("evaluation_not_submitted", 2)
+    assert event["why"].endswith(f"; to evaluate: python launchers/evaluate.py '{run.root}' --checkpoint 2")
     assert [command[-1] for command in asked] == ["2", "5"]
     assert asked[0][1:] == [
         str(Path(evaluate_checkpoints.__file__).with_name("evaluate.py")),
