@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run
+from evaluation_fixtures import write_trained_run
 from networks import random_weights, small_config, small_model
 from PIL import Image
 
@@ -188,6 +189,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "times that ascend": (lambda model: model.sample(1, times=(1.0, 80.0)), "descend"),
     "one time": (lambda model: model.sample(1, times=80.0), "^times: got 80.0; give several numbers"),
     "words as times": (lambda model: model.sample(1, times=["a"]), "^times: got 'a'; give a number"),
+    "no times": (lambda model: model.sample(1, times=[]), r"^times: got \[\]; give several numbers"),
     "a text of times": (lambda model: model.sample(1, times="80,1"), "^times: got '80,1'; give several"),
     "no samples": (lambda model: model.sample(0), "^num: got 0; give a whole number, at least 1"),
     "half a sample": (lambda model: model.sample(1.5), "^num: got 1.5"),
@@ -229,7 +231,8 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "an array without pixels": (lambda model: model.colorize(np.zeros((0, 4, 3), np.uint8)), "give an image that has"),
     "an image without pixels": (lambda model: model.colorize(Image.new("RGB", (0, 4))), "0 x 4 pixels"),
     "an image of a mode": (lambda model: model.colorize(PICTURE.convert("HSV")), "mode HSV; convert it to RGB"),
-    "a tensor of another size": (lambda model: model.colorize(torch.zeros(3, 5, 5)), "give float"),
+    "a tensor of another size": (lambda model: model.colorize(torch.zeros(3, 5, 5)), r"float32 \[3, 5, 5\]; give float"),
+    "a tensor without colours": (lambda model: model.colorize(torch.zeros(16, 16)), r"float32 \[16, 16\]; give float"),
     "a tensor of levels": (lambda model: model.colorize(torch.full((3, 16, 16), 255.0)), r"give values in \[-1, 1\]"),
     "NaN": (lambda model: model.stroke(torch.full((3, 16, 16), torch.nan)), "NaN"),
     "a missing file": (lambda model: model.stroke("/nowhere.png"), "no such file"),
@@ -293,7 +296,7 @@ def test_several_mistakes_stay_a_line_each_and_a_full_disk_stays_one(file: Path,
         cmscale.load(file)
 
 
-@pytest.mark.parametrize("source", [None, 3, b"abc", ["a"]], ids=repr)
+@pytest.mark.parametrize("source", [None, 3, b"abc", ["a"], "a\0b"], ids=repr)
 def test_what_is_no_path_is_no_source(source: Any) -> None:
     with pytest.raises(cmscale.UserError, match=r"^source: got .*; give a path or an s3:// URL"):
         cmscale.load(source)
@@ -346,6 +349,15 @@ def test_the_home_folder_is_known_in_names_of_images(
     monkeypatch.setenv("HOME", str(photograph.parent))
     edited = model.inpaint("~/photograph.png", Path("~/hole.png"), steps=2)
     assert np.array_equal(np.asarray(edited), np.asarray(model.inpaint(photograph, hole, steps=2)))
+
+
+@pytest.mark.parametrize("form", [str, Path])
+def test_the_home_folder_is_known_in_names_of_runs(
+    form: type[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_trained_run(tmp_path / "run", data=tmp_path / "none")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cmscale.load(form("~/run"), device="cpu").step == cmscale.load(run.root, device="cpu").step
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -61,7 +61,7 @@ def inputs_of(
         name = Path(os.fspath(each) if isinstance(each, (str, os.PathLike)) else f"image {number}")
         if isinstance(each, Tensor):
             is_single = each.ndim == 3
-            images.append(_checked(each if each.ndim == 4 else each[None], name, shape, task=settings.task))
+            images.append(_checked(each, name, shape, task=settings.task))
             sizes.append((name, (size, size)))
             continue
         pixels = _picture(each, name).pixels
@@ -80,7 +80,7 @@ def inputs_of(
 
 
 def _checked(images: Tensor, name: Path, shape: tuple[int, int, int], *, task: str) -> Tensor:
-    if images.ndim != 4 or tuple(images.shape[1:]) != shape or not images.is_floating_point():
+    if images.ndim not in (3, 4) or tuple(images.shape[-3:]) != shape or not images.is_floating_point():
         raise UserError(f"{name}: a tensor {images.dtype} {list(images.shape)}; give float {list(shape)} in [-1, 1]")
     images = images.detach()
     if not bool(torch.isfinite(images).all()):
@@ -88,7 +88,7 @@ def _checked(images: Tensor, name: Path, shape: tuple[int, int, int], *, task: s
     if task != "denoise" and images.numel() and float(images.abs().max()) > _LARGEST:
         least, most = images.aminmax()
         raise UserError(f"{name}: values from {least:.4g} to {most:.4g}; give values in [-1, 1]")
-    return images.to(torch.float32)
+    return (images if images.ndim == 4 else images[None]).to(torch.float32)
 
 
 def _picture(given: object, name: Path) -> Picture:

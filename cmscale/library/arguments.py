@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from cmscale.errors import UserError
+from cmscale.io.place import Place
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,9 +75,13 @@ def numbers(name: str, values: object) -> tuple[float, ...]:
     """Finite numbers: a sequence, an array or a tensor of them.
 
     Raises:
-        UserError: they are none.
+        UserError: there are none.
     """
-    return tuple(number(name, value) for value in in_order(name, values, "several numbers, for example [80, 0.8]"))
+    wanted = "several numbers, for example [80, 0.8]"
+    found = in_order(name, values, wanted)
+    if not found:
+        raise UserError(f"{name}: got {_shown(values)}; give {wanted}")
+    return tuple(number(name, value) for value in found)
 
 
 def in_order(name: str, values: object, wanted: str) -> list[Any]:
@@ -129,15 +134,15 @@ def text(name: str, value: object) -> None:
 
 
 def path(name: str, value: object) -> str:
-    """A path or URL as a string.
+    """A path or URL as a string, with the home folder in place of `~`.
 
     Raises:
         UserError: it is neither a string nor a path.
     """
     found = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(found, str):
+    if not isinstance(found, str) or "\0" in found:
         raise UserError(f"{name}: got {_shown(value)}; give a path or an s3:// URL")
-    return found
+    return str(Place(found))
 
 
 def _shown(value: object) -> str:

@@ -95,10 +95,17 @@ class Editor:
         """Fills the missing pixels of images; all others stay as they are.
 
         Args:
+            image: A file (also s3://), a PIL image, an array uint8 [H, W, 3], or a float tensor [3, H, W] in [-1, 1]
+                that has the model's size, to which all others are cropped and resized; or several: a list of these, an
+                array [N, H, W, 3], or a tensor [N, 3, H, W].
             mask: What is missing: a file or PIL image that is white or transparent there, or a bool array [H, W] that
                 is true there; of the size of the images or of the model.
             steps: Number of times of the grid (Consistency Models, algorithm 4).
+            seed: Of the noise. Each of several images has noise of its own.
             tensors: Return float tensors in place of PIL images; one tensor [3, H, W] for one image.
+
+        Returns:
+            A PIL image for one image, a list of them for several, or a tensor.
 
         Raises:
             UserError: an image or the mask can't be used, or the model is no unconditional consistency model.
@@ -244,7 +251,10 @@ class Editor:
         seed: int = 0,
         tensors: bool = False,
     ) -> list[Image.Image] | Tensor:
-        """`count` images from one image to another, or between two samples of the seed if none are given."""
+        """`count` images from one image to another, or between two samples of the seed if none are given.
+
+        The noise that gives an image is searched by hundreds of gradient steps: seconds to minutes for two images.
+        """
         settings = TaskSettings(task="interpolate", count=whole_number("count", count, least=2), seed=_seed(seed))
         truth("tensors", tensors)
         self._check(settings)

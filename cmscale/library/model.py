@@ -30,7 +30,7 @@ from cmscale.library.arguments import (
     truth,
     whole_number,
 )
-from cmscale.library.editing import Editor
+from cmscale.library.editing import Array, Editor
 from cmscale.library.surroundings import own_surroundings
 from cmscale.runs.source_kind import kind_of_source
 from cmscale.source import load_source
@@ -141,7 +141,7 @@ class Model(Editor):
         *,
         steps: int | None = None,
         seed: int = 0,
-        times: Sequence[float] | None = None,
+        times: Sequence[float] | Array | None = None,
         classes: Sequence[int] | Literal["random"] | None = None,
         sampler: Sampler | None = None,
         clip: bool = True,
@@ -156,7 +156,7 @@ class Model(Editor):
         *,
         steps: int | None = None,
         seed: int = 0,
-        times: Sequence[float] | None = None,
+        times: Sequence[float] | Array | None = None,
         classes: Sequence[int] | Literal["random"] | None = None,
         sampler: Sampler | None = None,
         clip: bool = True,
@@ -172,7 +172,7 @@ class Model(Editor):
         *,
         steps: int | None = None,
         seed: int = 0,
-        times: Sequence[float] | None = None,
+        times: Sequence[float] | Array | None = None,
         classes: Sequence[int] | Literal["random"] | None = None,
         sampler: Sampler | None = None,
         clip: bool = True,
@@ -223,7 +223,7 @@ class Model(Editor):
         images = draw_samples(self._source, request, device=self.device, denoise=self.denoiser)
         return images if tensors else as_pil(image_tensors.to_uint8(images))
 
-    def _times(self, times: Sequence[float]) -> Tensor:
+    def _times(self, times: Sequence[float] | Array) -> Tensor:
         values = numbers("times", times)
         try:
             check_descending(values, shown=str(list(values)))
