@@ -231,7 +231,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "an array without pixels": (lambda model: model.colorize(np.zeros((0, 4, 3), np.uint8)), "give an image that has"),
     "an image without pixels": (lambda model: model.colorize(Image.new("RGB", (0, 4))), "0 x 4 pixels"),
     "an image of a mode": (lambda model: model.colorize(PICTURE.convert("HSV")), "mode HSV; convert it to RGB"),
-    "a tensor of another size": (lambda model: model.colorize(torch.zeros(3, 5, 5)), r"float32 \[3, 5, 5\]; give float"),
+    "a tensor of another size": (lambda model: model.colorize(torch.zeros(3, 5, 5)), r"float32 \[3, 5, 5\]; give"),
     "a tensor without colours": (lambda model: model.colorize(torch.zeros(16, 16)), r"float32 \[16, 16\]; give float"),
     "a tensor of levels": (lambda model: model.colorize(torch.full((3, 16, 16), 255.0)), r"give values in \[-1, 1\]"),
     "NaN": (lambda model: model.stroke(torch.full((3, 16, 16), torch.nan)), "NaN"),
@@ -312,6 +312,7 @@ def test_arrays_are_images(model: cmscale.Model, photograph: Path) -> None:
     assert len(model.stroke(np.stack([pixels, pixels]))) == 2
     assert len(model.stroke(image for image in [pixels, pixels])) == 2
     assert len(model.sample(np.int64(2), seed=torch.tensor(3))) == 2
+    assert len(model.sample(times=np.array([80.0, 1.0]))) == 1
 
 
 def test_an_image_with_damaged_exif_data_is_one_without(model: cmscale.Model, photograph: Path, tmp_path: Path) -> None:
