@@ -74,20 +74,24 @@ def _against_steps(runs: Sequence[RunFacts], group: list[EvaluationResult], numb
 def _over_training(
     runs: Sequence[RunFacts], group: list[EvaluationResult], number: int, *, by_images: bool
 ) -> str | None:
-    """The score of each kind of weights and sampling that was measured at several steps."""
+    """The score of each kind of weights and sampling that was measured at several steps.
+
+    A run that has none of these is shown by points, beside one that has.
+    """
     name = group[0].score_name
-    curves = []
+    curves: list[Curve] = []
     for owner in runs:
         if by_images and not len(owner.measured.of("samples")):
             continue  # nothing says how many it had seen
         of_run = f"{owner.name}, " if len(runs) > 1 else ""
+        found = []
         for weights, mine in _grouped(_evaluations(owner, group), lambda each: each.weights or ""):
             plain = [each for each in mine if each.times is None]
             for nfe, same in _grouped(plain, lambda each: each.nfe or 0):
-                if len(same) > 1:
-                    points = [(_images_at(owner, each.step) if by_images else each.step, each.fid) for each in same]
-                    curves.append(_curve(f"{of_run}{weights}, {nfe} NFE", points))
-    if not curves:
+                points = [(_images_at(owner, each.step) if by_images else each.step, each.fid) for each in same]
+                found.append(_curve(f"{of_run}{weights}, {nfe} NFE", points))
+        curves += [curve for curve in found if len(curve.x) > 1] or found
+    if not any(len(curve.x) > 1 for curve in curves):
         return None
     levels = _published(runs[0], group)
     title = f"{name} over training, group {number}"

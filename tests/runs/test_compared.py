@@ -78,6 +78,17 @@ def test_results_against_two_references_of_one_name_are_in_two_tables(tmp_path: 
     assert all(f"<th>{each}</th>" in (tmp_path / "page.html").read_text() for each in bases)
 
 
+def test_a_run_that_was_measured_once_is_a_point_beside_the_curves_of_others(tmp_path: Path) -> None:
+    once, often = working_run(tmp_path / "once"), working_run(tmp_path / "often")
+    write_evaluation(once, step=100, nfe=1, values=(30.0,))
+    assert quality_panels(read_several([once, often])) == []
+    for step in (50, 100):
+        write_evaluation(often, step=step, nfe=1, values=(20.0,))
+    write_evaluation(often, step=100, nfe=2, values=(10.0,))
+    (drawn,) = [svg for title, _, svg in quality_panels(read_several([once, often])) if title.endswith("over training")]
+    assert re.findall(r">(\w+), [^<]*, (\d) NFE<", drawn) == [("once", "1"), ("often", "1")]
+
+
 def test_curves_of_other_batches_are_compared_by_images_seen(tmp_path: Path, monkeypatch, capsys) -> None:
     """A run of four times the batch has seen four times the images at a step."""
     runs = [working_run(tmp_path / name, steps=0) for name in ("one", "two")]
