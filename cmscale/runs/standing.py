@@ -73,7 +73,7 @@ def state_and_reason(
     life = max(filter(None, lives), key=lambda life: _CERTAINTY[life.is_alive], default=None)
     if life is not None and life.is_alive:
         return life.state, life.known_by
-    if last == "preempted" and (why := _why_cancelled(run)):
+    if why := _why_cancelled(run):
         return "cancelled", why
     seen = "no launcher or job of it is seen from here" if life is None else life.known_by
     if last in _STOPPED:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -159,7 +160,9 @@ def _run_once(job: JobSpec, submission: Submission, start: str, interruption: In
     while time.monotonic() < until and not interruption.signal:
         time.sleep(_POLL_SECONDS)
     if interruption.signal:
-        show_end("cancelled", f"cancelled before the next start; {submission.how_to_go_on}", log=None)
+        why = f"cancelled before the next start; {submission.how_to_go_on}"
+        submission.end(replace(attempt, ending="cancelled"), why=why)
+        show_end("cancelled", why, log=None)
         return 128 + interruption.signal, False
     return None
 

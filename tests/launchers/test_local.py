@@ -21,7 +21,7 @@ from launchers.clusters.local_controller import first_failure
 from launchers.submission import Submission, read_json
 
 
-def start_job(folder: Path, how: str, *, evaluation: bool = False) -> subprocess.Popen[str]:
+def start_job(folder: Path, how: str, *, evaluation: bool = False, pause: int = 0) -> subprocess.Popen[str]:
     """A launcher of two ranks. With `evaluation` its worker counts as an evaluation's."""
     code = f"""
         from pathlib import Path
@@ -34,7 +34,7 @@ def start_job(folder: Path, how: str, *, evaluation: bool = False) -> subprocess
             submission._BESIDE["launch_fixtures:worker"] = "evaluation"
         run = RunDir(Path({str(folder)!r}))
         run.logs.mkdir(parents=True)
-        restart = Restart(signal_seconds=5, backoff_seconds=0)
+        restart = Restart(signal_seconds=5, backoff_seconds={pause})
         where = placement("local", ranks_per_node=2, minutes=None, restart=restart)
         job = jobs.JobSpec("launch_fixtures:worker", ({str(folder)!r}, {how!r}), run, where)
         raise SystemExit(CLUSTERS["local"].run(job, wait=True))
@@ -174,6 +174,17 @@ def test_ending_the_launcher_ends_every_rank(number: signal.Signals, tmp_path: P
         assert "continue with --resume" in printed
         ending = read_json(next((tmp_path / "run" / "logs" / "submissions").glob("*/ending.json")))
         assert (ending["ending"], "continue with --resume" in ending["why"]) == ("cancelled", True)  # so it is listed
+
+
+@pytest.mark.long
+def test_a_run_that_is_ended_in_the_pause_before_a_restart_is_cancelled(tmp_path: Path) -> None:
+    job = start_job(tmp_path / "run", "once", pause=60)
+    wait_until(lambda: (tmp_path / "run" / "events.jsonl").exists())  # requeued
+    job.terminate()
+    _, printed = job.communicate(timeout=60)
+    assert (job.returncode, "cancelled before the next start" in printed) == (128 + signal.SIGTERM, True)
+    ending = read_json(next((tmp_path / "run" / "logs" / "submissions").glob("*/ending.json")))
+    assert ending["ending"] == "cancelled"
 
 
 def test_of_ranks_that_failed_together_one_that_was_killed_is_to_blame() -> None:

@@ -241,6 +241,8 @@ def test_a_run_that_was_cancelled_is_no_preempted_one(ending: str, state: str, t
     seen = overview(found)
     assert seen.state == state
     assert (seen.known_by == "cancelled; continue with --resume") is (ending == "cancelled")
+    found.events.unlink()  # it was ended before its first checkpoint
+    assert (overview(found).state == "cancelled") is (ending == "cancelled")
     os.utime(found.logs / "submissions" / "20261129-010000-a" / "ending.json", (1e9, 1e9))  # long before
     write_event(found, "resumed", step=100, rank=0)  # by torchrun, which submits nothing
     write_event(found, "preempted", step=110, rank=0, why="SIGTERM")
