@@ -30,7 +30,24 @@ def cautions(config: Config) -> list[str]:
             f"neighbouring times differ by {gap:.2%}: rounding hides much of the difference that method.kind "
             f"{config.method.kind} learns from (for iCT at N = 1281, 50 to 73 %); set engine.precision=fp16 or fp32"
         )
-    return [*found, *_rarely_kept(config)]
+    return [*found, *_unused(config), *_rarely_kept(config)]
+
+
+def _unused(config: Config) -> Iterator[str]:
+    """Keys that have a value and no effect, as another key switches off what they belong to."""
+    for key, value, works, remedy in (
+        ("checkpoint.export_keep_last", config.checkpoint.export_keep_last, config.checkpoint.export_to, "export_to"),
+        (
+            "train.consistency_error_data",
+            config.train.consistency_error_data,
+            config.train.consistency_error_every,
+            "consistency_error_every",
+        ),
+        ("prometheus.folder", config.prometheus.folder, config.prometheus.enabled, "enabled=true"),
+    ):
+        if value is not None and not works:
+            section = key.partition(".")[0]
+            yield f"{key}: {value} has no effect; set {section}.{remedy} too, or leave it out"
 
 
 def _rarely_kept(config: Config) -> Iterator[str]:

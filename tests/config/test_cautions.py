@@ -55,6 +55,20 @@ def test_a_step_at_which_no_checkpoint_is_written_is_named_where_it_should_be_ke
         assert cautions(config_of(*WIDE, f"checkpoint.keep_every={every}")) == []
 
 
+@pytest.mark.parametrize(
+    ("alone", "with_effect"),
+    [
+        ("checkpoint.export_keep_last=3", "checkpoint.export_to=s3://bucket/runs"),
+        ("train.consistency_error_data=s3://bucket/held_out", "train.consistency_error_every=100"),
+        ("prometheus.folder=/var/lib/node_exporter", "prometheus.enabled=true"),
+    ],
+)
+def test_a_value_without_effect_is_named_with_the_key_that_gives_it_one(alone: str, with_effect: str):
+    (found,) = cautions(config_of(*WIDE, alone))
+    assert found.startswith(alone.replace("=", ": ") + " has no effect; set " + with_effect.partition("=")[0])
+    assert cautions(config_of(*WIDE, alone, with_effect)) == []
+
+
 def test_noise_that_hardly_reaches_where_sampling_starts_is_named_with_the_values_to_set():
     (found,) = cautions(config_of())
     assert "0.46 of the 2048 images of a step have a sigma above 50, but sampling starts at 80" in found
