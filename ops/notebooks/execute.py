@@ -72,7 +72,9 @@ def _shell(command: str, names: dict[str, Any]) -> None:
 def _outputs(printed: str, value: Any, count: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if printed:
-        text = printed if len(printed) <= _MOST_CHARACTERS else f"...{printed[-_MOST_CHARACTERS:]}"
+        text = printed
+        if len(printed) > _MOST_CHARACTERS:  # whole lines from the first on, which may head a table
+            text = f"{printed[:_MOST_CHARACTERS].rpartition(chr(10))[0]}\n..."
         found.append({"output_type": "stream", "name": "stdout", "text": text.splitlines(keepends=True)})
     if value is not None:
         data: dict[str, Any] = {"text/plain": [repr(value)[:_MOST_CHARACTERS]]}

@@ -39,6 +39,15 @@ def test_a_notebook_holds_its_outputs_and_is_small(file: Path) -> None:
     assert "/tmp/" not in outputs(notebook)
 
 
+def test_a_long_output_keeps_its_first_lines_whole(tmp_path: Path) -> None:
+    cell = {"cell_type": "code", "source": ["print('head')\n", "for i in range(999): print('row', i)"]}
+    (tmp_path / "long.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (output,) = notebooks.execute(tmp_path / "long.ipynb")["cells"][0]["outputs"]
+    rows = [f"row {i}\n" for i in range(999)]
+    assert output["text"] == ["head\n", *rows[: len(output["text"]) - 2], "..."]
+    assert sum(map(len, output["text"])) < 3010
+
+
 @pytest.mark.long
 def test_samples_edits_and_comparisons_work_on_the_runs_of_the_demo(checkout: Path, monkeypatch) -> None:
     demo = checkout / "runs" / "demo"
