@@ -14,7 +14,7 @@ from cmscale.io.protocol import Storage
 from cmscale.io.reading import why_no_file
 from cmscale.io.storage import has_object, open_storage
 from cmscale.runs.checkpoints import committed_steps
-from cmscale.runs.folder import CHECKPOINT_MANIFEST
+from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from cmscale.runs.meant import is_run, named_runs, run_meant
 
 _INDEX = "model_index.json"
@@ -119,6 +119,9 @@ def _hint(storage: Storage, origin: str) -> str:
         return f"no such folder (the id of a model on a hub? download it first); give {_KINDS}"
     if folder is not None and folder.is_dir() and next(folder.iterdir(), None) is None:
         return f"the folder is empty; give {_KINDS}"
+    run, _, step = origin.rpartition("@")
+    if run and re.fullmatch("[0-9]{1,9}", step) and is_run(Path(run)):  # as --branch names it
+        return f"a checkpoint is given by its folder: {RunDir(Path(run)).checkpoint(int(step))}"
     if meant := run_meant(origin):
         return f"no such file or folder{meant}"
     if folder is not None and not folder.exists():

@@ -31,3 +31,17 @@ def test_the_folder_of_runs_is_named(
     assert run(monkeypatch, *command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("did you mean runs/a?")
+
+
+@pytest.mark.parametrize(
+    "command", [("sample", "--out", "x.npz"), ("evaluate", "--reference", "x.npz"), ("export", "--to", "x.pt")]
+)
+def test_the_step_of_a_run_as_a_branch_names_it_is_answered_by_its_folder(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, command[0], "runs/a@20", *command[1:]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("given by its folder: runs/a/checkpoints/step-000000020")
