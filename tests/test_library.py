@@ -192,6 +192,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "no times": (lambda model: model.sample(1, times=[]), r"^times: got \[\]; give several numbers"),
     "a text of times": (lambda model: model.sample(1, times="80,1"), "^times: got '80,1'; give several"),
     "no samples": (lambda model: model.sample(0), "^num: got 0; give a whole number, at least 1"),
+    "more samples than memory": (lambda model: model.sample(10**14), "^num: 10{14} need .* GiB of memory"),
     "half a sample": (lambda model: model.sample(1.5), "^num: got 1.5"),
     "samples in words": (lambda model: model.sample("4"), "^num: got '4'"),
     "true samples": (lambda model: model.sample(True), "^num: got True"),

@@ -4,6 +4,7 @@ The noise and class of sample i depend on (seed, i) alone. Its pixels depend by 
 drawn, as libraries choose their kernels by its size: a truncated pixel may differ by one of 255 levels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,13 +82,23 @@ def draw_samples(
 
     Args:
         denoise: The source's network on the device, if it is there already.
+
+    Raises:
+        UserError: they need more memory than there is, which is known before the first is drawn.
     """
     denoise = denoise or source.denoiser(device)
-    samples = []
+    try:
+        samples = torch.empty((request.num, *source.image_shape), dtype=torch.float32, device="cpu")
+    except (RuntimeError, TypeError):  # TypeError: of a number of more than 64 bits
+        needed = request.num * math.prod(source.image_shape) * 4 // 2**30
+        raise UserError(
+            f"--samples: {request.num} need {needed:,} GiB of memory at once; draw fewer, or all by "
+            "launchers/sample.py, which writes them as it goes"
+        ) from None
     for start in range(0, request.num, request.batch_size):
         indices = range(start, min(start + request.batch_size, request.num))
-        samples.append(draw_batch(source, denoise, request, indices=indices, device=device).cpu())
-    return torch.cat(samples)
+        samples[start : indices.stop] = draw_batch(source, denoise, request, indices=indices, device=device)
+    return samples
 
 
 def evaluations_of(source: Source, request: SampleRequest) -> int:
