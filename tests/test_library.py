@@ -132,6 +132,7 @@ def test_an_edit_of_a_file_an_image_and_a_tensor_is_that_of_the_command(
         "path": (photograph, Image.open(hole)),
         "image": (Image.open(photograph), hole),
         "tensor": (tensor, np.asarray(Image.open(hole)) > 0),
+        "batch of one mask": (tensor, torch.from_numpy(np.asarray(Image.open(hole)) > 0)[None, None]),
     }
     for form, (image, mask) in forms.items():
         arguments = (image, mask) if task == "inpaint" else (image,)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from pydantic import ValidationError
@@ -117,6 +117,9 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"{arguments[0]}: is no command here; {_ELSEWHERE[arguments[0]]}") from None
         if swapped := _with_command_first(arguments):
             raise UserError(f"{arguments[0]}: is no command; did you mean: {swapped}?") from None
+        if (swapped := _with_choice_first(arguments)) != arguments:
+            meant = shlex.join([NAME, *swapped])
+            raise UserError(f"{arguments[1]}: stands too early; did you mean: {meant}?") from None
         raise UserError(f"{text.rstrip('.')} (see {_help_of(arguments)})") from None
     return 0
 
@@ -127,8 +130,19 @@ def _with_command_first(arguments: list[str]) -> str:
     if first in _program().commands or first.startswith("-"):
         return ""
     if rest and rest[0] in _program().commands:
-        return shlex.join([NAME, rest[0], first, *rest[1:]])
+        return shlex.join([NAME, *_with_choice_first([rest[0], first, *rest[1:]])])
     return f"{NAME} COMMAND {shlex.quote(first)}" if "/" in first or Path(first).exists() else ""
+
+
+def _with_choice_first(arguments: list[str]) -> list[str]:
+    """What is meant by `edit RUN inpaint ...`: the one word that a command's first argument can be comes first."""
+    command, *rest = arguments
+    parameters = getattr(_program().commands.get(command), "params", None)
+    choices = get_args(parameters[0].get_runtime_param().annotation) if parameters else ()
+    among = [word for word in rest if word in choices]
+    if len(among) != 1 or rest[0] == among[0] or rest[0].startswith("-"):
+        return arguments
+    return [command, *among, *(word for word in rest if word != among[0])]
 
 
 def _told(error: Any) -> str:

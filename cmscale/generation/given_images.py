@@ -29,7 +29,7 @@ Images = OneImage | Sequence[OneImage]
 """One image or several; a tensor [N, 3, H, W] and an array [N, H, W, 3] are several."""
 
 Missing = File | Image.Image | Tensor | NDArray[Any]
-"""Missing pixels: a file or PIL image that is white or transparent there, or a bool array [H, W]."""
+"""Missing pixels: a file or PIL image that is white or transparent there, or a bool array [H, W] or [1, ..., H, W]."""
 
 _LARGEST = 2.0  # of a pixel: estimates that are not clamped leave [-1, 1] a little
 _NO_SEQUENCES = (str, bytes, Set, Mapping, io.IOBase, Image.Image, np.ndarray, Tensor)
@@ -136,6 +136,8 @@ def _mask(given: Missing | None) -> Mask:
     if given is None:
         raise UserError("mask: got None; give a file, a PIL image, or a bool array [H, W] that is true where to fill")
     array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+    while array.dtype == bool and array.ndim > 2 and len(array) == 1:  # [1, 1, H, W], as tensors of masks often are
+        array = array[0]
     if array.dtype != bool or array.ndim != 2:
         raise UserError(
             f"mask: {array.dtype} {list(array.shape)}; give a file, a PIL image, or a bool array [H, W], "

@@ -98,8 +98,8 @@ class Editor:
             image: A file (also s3://), a PIL image, an array uint8 [H, W, 3], or a float tensor [3, H, W] in [-1, 1]
                 that has the model's size, to which all others are cropped and resized; or several: a list of these, an
                 array [N, H, W, 3], or a tensor [N, 3, H, W].
-            mask: What is missing: a file or PIL image that is white or transparent there, or a bool array [H, W] that
-                is true there; of the size of the images or of the model.
+            mask: What is missing: a file or PIL image that is white or transparent there, or a bool array [H, W] or
+                [1, ..., H, W] that is true there; of the size of the images or of the model.
             steps: Number of times of the grid (Consistency Models, algorithm 4).
             seed: Of the noise. Each of several images has noise of its own.
             tensors: Return float tensors in place of PIL images; one tensor [3, H, W] for one image.
