@@ -25,6 +25,7 @@ from cmscale.config.section import Section
 from cmscale.config.sections import Checkpoint, Data, Engine, Restart
 from cmscale.config.slurm import Slurm, Text
 from cmscale.config.storage import StorageKeys
+from cmscale.config.written import as_written
 from cmscale.config.yaml_text import parse_sections, place, read_yaml_text
 from cmscale.errors import UserError
 from cmscale.io.place import Place
@@ -196,10 +197,7 @@ def _read(path: Path, _: int) -> Site:
     wrong += _of_variables(environment)
     if wrong:
         raise refusal(wrong, where)
-    variables = {  # numbers as they are written: 1.10 is no 1.1
-        name: value if isinstance(value, str) else read.texts[f"environment.{name}"]
-        for name, value in environment.items()
-    }
+    variables = {name: str(as_written(value)) for name, value in environment.items()}
     return Site(origin, tree, SiteFlags.model_validate(flags), variables)
 
 

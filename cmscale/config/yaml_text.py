@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +131,10 @@ class Sections:
     Attributes:
         tree: Values by section and key.
         lines: The line of each, by dotted key, from 1.
-        texts: How each single value is written, without quotes.
     """
 
     tree: dict[str, Any]
     lines: Mapping[str, int]
-    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def place(origin: str, line: int | None) -> str:
@@ -188,12 +186,7 @@ def parse_sections(text: str, origin: str) -> Sections:
     if not isinstance(tree, dict):
         held = {type(None): "is empty", list: "holds a list"}.get(type(tree), "holds a single value")
         raise UserError(f"{origin}: {held}; write sections (method, model, data, ...)")
-    found = dict(_keys(node))
-    return Sections(
-        tree,
-        {name: _line(key) for name, (key, _) in found.items()},
-        {name: value.value for name, (_, value) in found.items() if isinstance(value, yaml.ScalarNode)},
-    )
+    return Sections(tree, {name: _line(key) for name, key in _keys(node)})
 
 
 def dump_yaml(values: Any) -> str:
@@ -268,12 +261,12 @@ def _scalars(whole: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
             left += node.value
 
 
-def _keys(node: yaml.Node | None, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, tuple[Any, yaml.Node]]]:
-    """Each key and its value, by dotted name."""
+def _keys(node: yaml.Node | None, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, yaml.Node]]:
+    """Each key, by dotted name."""
     if not isinstance(node, yaml.MappingNode) or depth > _DEEPEST:
         return
     for key, value in node.value:
         if isinstance(key, yaml.ScalarNode):
             name = f"{prefix}{key.value}"
-            yield name, (key, value)
+            yield name, key
             yield from _keys(value, f"{name}.", depth + 1)
