@@ -18,6 +18,7 @@ from cmscale.errors import UserError
 from cmscale.io.durable import explained, replace_durably, sync_folder
 from cmscale.io.locks import hold
 from cmscale.io.place import Place
+from cmscale.io.slurm import MaybeTaken, Refused
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import Code, take_snapshot
 from launchers.clusters import CLUSTERS
@@ -182,15 +183,24 @@ def _refuse_existing(run: RunDir) -> None:
         raise UserError(f"{run.root} exists and is no run (no config.yaml); move it away, or give another --name")
 
 
-def remove_run(run: RunDir, *, refused: str) -> None:
-    """Removes the folder of a new run whose job was refused; one in which anything was started or submitted stays.
+@contextlib.contextmanager
+def removed_if_refused(run: RunDir, submission: str, *, is_new: bool) -> Iterator[None]:
+    """Removes the folder of a new run whose job is refused in the block: the corrected command finds no such run.
+
+    One in which anything was started or submitted stays, and so does one whose job Slurm may have taken.
 
     Args:
-        refused: The name of the submission.
+        submission: Its name, which the folder may hold.
     """
-    others = any(each.name != refused for each in submissions_of(run))
-    if not (others or run.events.exists() or run.generations.exists()):
-        shutil.rmtree(run.root, ignore_errors=True)
+    try:
+        yield
+    except MaybeTaken:
+        raise
+    except Refused:
+        others = any(each.name != submission for each in submissions_of(run))
+        if is_new and not (others or run.events.exists() or run.generations.exists()):
+            shutil.rmtree(run.root, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from cmscale.config.source_request import SourceRequest
 from cmscale.errors import UserError
 from cmscale.io.durable import explained
 from cmscale.io.place import Place
-from cmscale.io.slurm import MaybeTaken, Refused
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code, take_snapshot
 from cmscale.runs.source_kind import kind_of_source
@@ -19,7 +18,7 @@ from launchers.clusters import CLUSTERS
 from launchers.command_line import as_table, describe_placement, runs_dir
 from launchers.jobs import JobSpec
 from launchers.placement import Device
-from launchers.run_folders import new_run, remove_run, run_named
+from launchers.run_folders import new_run, removed_if_refused, run_named
 from launchers.where import Where, decide_where, describe_origins
 
 
@@ -79,14 +78,8 @@ class SourceJob:
         with explained(self.run.root):
             self.run.logs.mkdir(parents=True, exist_ok=True)
         take_snapshot(self._code, self.run.code)
-        try:
+        with removed_if_refused(self.run, job.submission, is_new=is_new):
             status = CLUSTERS[job.placement.cluster].run(job, wait=self._flags.wait)
-        except MaybeTaken:
-            raise
-        except Refused:
-            if is_new:
-                remove_run(self.run, refused=job.submission)
-            raise
         print(f"run: {self.run.root}", flush=True)
         return status
 

@@ -22,7 +22,6 @@ from cmscale.config.cautions import cautions
 from cmscale.config.sbatch_variables import unused_variables
 from cmscale.config.site import LaunchSettings
 from cmscale.io.durable import replace_durably
-from cmscale.io.slurm import MaybeTaken, Refused
 from cmscale.runs.copies import exported_run, pending_copies
 from cmscale.runs.folder import RunDir
 from cmscale.runs.homes import must_be_home
@@ -34,7 +33,7 @@ from launchers.command_line import add_cluster_flags, describe_training, guarded
 from launchers.evaluate_checkpoints import arguments_for, with_kept_checkpoints
 from launchers.jobs import TRAIN, JobSpec
 from launchers.provenance import newest_code, record_start
-from launchers.run_folders import only_launcher, remove_run
+from launchers.run_folders import only_launcher, removed_if_refused
 from launchers.submission import newest_step
 from launchers.try_inputs import try_inputs
 from launchers.where import FLAG, Recorded, Where, decide_where, describe_origins
@@ -109,14 +108,8 @@ def _launch(
             replace_durably(run.config, dump_config(config).encode())
             record_start(run, code, take_snapshot(code, run.code))
         Recorded.of(job.placement, evaluate_every=every).write(run)
-        try:
+        with removed_if_refused(run, job.submission, is_new=not flags.resume):
             status = CLUSTERS[job.placement.cluster].run(job, wait=flags.wait)
-        except MaybeTaken:
-            raise
-        except Refused:
-            if not flags.resume:  # so that the corrected command finds no run of this name
-                remove_run(run, refused=job.submission)
-            raise
     print(f"run: {run.root}", flush=True)
     return status
 
