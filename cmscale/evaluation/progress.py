@@ -1,7 +1,6 @@
 """Keeps what a command has measured so far, and decides whether results that exist are returned or made anew."""
 
 import contextlib
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TypeVar
 
 from cmscale.config.requests import MeasuringRequest
 from cmscale.errors import UserError
-from cmscale.io.fetch import UNUSED_DAYS, cache_folder
+from cmscale.io.fetch import cache_folder, is_unused
 from cmscale.io.storage import open_parent
 from cmscale.runs.folder import RunDir
 from cmscale.runs.manifests import Document, read_document
@@ -27,19 +26,14 @@ D = TypeVar("D", bound=Document)
 def work_folder(source: Source, run_dir: str | None) -> Path:
     """Where blocks are stored: in the source's run, else in `run_dir`, else in the cache."""
     home = source.run_dir or (None if run_dir is None else Path(run_dir))
-    return _in_cache() if home is None else RunDir(home).evaluation_progress
-
-
-def _in_cache() -> Path:
-    return cache_folder() / "evaluations"
+    return cache_folder() / "evaluations" if home is None else RunDir(home).evaluation_progress
 
 
 def _remove_unused(folder: Path) -> None:
-    """Removes own blocks of which none is younger than `UNUSED_DAYS`, as of an evaluation that was given up."""
+    """Removes blocks that are not used, as of an evaluation that was given up."""
     for begun in (path for path in folder.iterdir() if path.is_dir()):
         with contextlib.suppress(OSError):  # others may remove it, too
-            newest = max(path.stat().st_mtime for path in (begun, *begun.rglob("*")))
-            if begun.stat().st_uid == os.getuid() and time.time() - newest > 86_400 * UNUSED_DAYS:
+            if is_unused(begun):
                 shutil.rmtree(begun, ignore_errors=True)
 
 
@@ -100,8 +94,8 @@ class Progress:
             self._mark(key).touch()
 
     def close(self) -> None:
-        """Ends the request's own folder: its metrics replace the older ones. Removes what is old in the cache."""
-        if self.home == _in_cache() and self.home.is_dir():
+        """Ends the request's own folder: its metrics replace the older ones. Removes what others gave up."""
+        if self.home.is_dir():
             _remove_unused(self.home)
         if not self.is_anew or not self.folder.exists():
             return

@@ -24,7 +24,7 @@ from cmscale.io.storage import Storage, open_parent, stored_entry
 
 DOWNLOAD_MINUTES = 30.0
 UNUSED_DAYS = 30
-"""After so many days without use a copy of an object, or what an evaluation has begun, is removed from the cache."""
+"""After so many days without use a copy of an object, or what an evaluation has begun, is removed."""
 _HASHED_AT_ONCE = 1 << 20
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -80,15 +80,23 @@ def local_file(url: str) -> Path:
     return target
 
 
-def _remove_unused(folder: Path) -> None:
-    """Removes cached copies that nobody has used for `UNUSED_DAYS`: older versions of an object are never asked for.
+def is_unused(path: Path) -> bool:
+    """Whether a file, or a folder with all that it holds, was not used for `UNUSED_DAYS`.
 
-    Other users' copies stay: in a folder that a group shares, nobody but the owner can mark one as used.
+    Other users' files never are: in a folder that a group shares, nobody but the owner can mark one as used.
+
+    Raises:
+        OSError: a file is gone meanwhile.
     """
+    newest = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+    return path.stat().st_uid == os.getuid() and time.time() - newest > 86_400 * UNUSED_DAYS
+
+
+def _remove_unused(folder: Path) -> None:
+    """Removes cached copies that are not used: older versions of an object are never asked for."""
     for recorded in folder.glob("*.sha256"):
         with contextlib.suppress(OSError):  # others may remove it, too; what is open in another process stays readable
-            status = recorded.stat()
-            if status.st_uid == os.getuid() and time.time() - status.st_mtime > 86_400 * UNUSED_DAYS:
+            if is_unused(recorded):
                 recorded.with_suffix("").unlink(missing_ok=True)
                 recorded.unlink()
 

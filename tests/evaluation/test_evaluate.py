@@ -108,20 +108,23 @@ def test_every_weights_at_every_number_of_steps_gets_its_file_with_all_that_repe
     assert "against the EMA" in run.report.read_text()
 
 
-def test_what_a_killed_evaluation_of_a_model_without_a_run_left_is_removed_after_a_month(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_run", [False, True])
+def test_what_a_killed_evaluation_left_is_removed_after_a_month(
+    has_run: bool, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CMSCALE_CACHE", str(tmp_path / "cache"))
-    model = tmp_path / "model.safetensors"
+    model = run.root if has_run else tmp_path / "model.safetensors"
     measured = ["--device", "cpu", "--samples", 20, "--reference", read_config(run.config, resolved=True).data.path]
-    assert cmscale(monkeypatch, "export", run.root, "--to", model) == 0
+    if not has_run:
+        assert cmscale(monkeypatch, "export", run.root, "--to", model) == 0
     with monkeypatch.context() as killed:
         killed.setattr(BlockStore, "read", lambda _: sys.exit(9))
         for steps in (1, 2):
             assert (
                 cmscale(monkeypatch, "evaluate", model, *measured, "--steps", steps, "--out", tmp_path / "r.json") == 9
             )
-    left = sorted((tmp_path / "cache" / "evaluations").iterdir())
+    home = run.evaluation_progress if has_run else tmp_path / "cache" / "evaluations"
+    left = sorted(path for path in home.iterdir() if path.is_dir())
     assert len(left) == 2
     month_ago = time.time() - 86_400 * (UNUSED_DAYS + 1)
     for path in (left[0], *left[0].iterdir(), left[1]):
