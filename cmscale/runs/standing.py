@@ -55,11 +55,12 @@ def how_it_stands(run: RunDir, events: Iterable[dict[str, Any]]) -> tuple[str, s
 
 
 def quiet_seconds(run: RunDir, now: float) -> float | None:
-    """Since anything of the run was written; None if nothing was."""
+    """Since anything of the run was written; None if nothing was, or only by a clock that is far ahead of this one."""
     times = []
     for path in (run.metrics, run.events, run.checkpoints):
         with contextlib.suppress(OSError):
             times.append(path.stat().st_mtime)
+    times = [each for each in times if each - now < QUIET_SECONDS]
     return max(now - max(times), 0.0) if times else None
 
 
@@ -82,7 +83,8 @@ def state_and_reason(
         return "running", f"written {quiet:.0f} s ago; {seen}"
     if last == "never started":
         return last, seen
-    return "stale", f"nothing written for {_span(quiet)}; {seen}"
+    written = "nothing dated before now was written" if quiet is None else f"nothing written for {in_words(quiet)}"
+    return "stale", f"{written}; {seen}"
 
 
 def _launcher(run: RunDir) -> _Life | None:
@@ -90,7 +92,7 @@ def _launcher(run: RunDir) -> _Life | None:
     try:
         sign = parse_json(read_regular(run.launcher_sign))
         host, process, space = str(sign["host"]), int(sign["process"]), sign.get("space")
-        age = max(time.time() - run.launcher_sign.stat().st_mtime, 0.0)
+        age = time.time() - run.launcher_sign.stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     if not _is_at(run, sign["run"]) if "run" in sign else _is_copy(run):  # older releases name no run
@@ -99,9 +101,11 @@ def _launcher(run: RunDir) -> _Life | None:
     if space == process_space() if space else host == socket.gethostname():  # older releases name the host alone
         lives = is_alive(process, str(sign.get("started"))) if space else _lives(process)
         return _Life(lives, "running", what if lives else f"{what} has ended")
+    if age <= -QUIET_SECONDS:  # of a clock that was wrong: else a dead one would live until then
+        return _Life(None, "", f"{what} gave its last sign of life at a time that is {in_words(-age)} ahead")
     if age < SILENT_SECONDS:
-        return _Life(True, "running", f"{what}, alive {age:.0f} s ago")
-    return _Life(None, "", f"{what} has been silent for {_span(age)}")
+        return _Life(True, "running", f"{what}, alive {max(age, 0.0):.0f} s ago")
+    return _Life(None, "", f"{what} has been silent for {in_words(age)}")
 
 
 def _lives(process: int) -> bool:
@@ -216,7 +220,3 @@ def _slurm_job(run: RunDir, states_of: JobStates) -> _Life | None:
             is_so += f": {why_it_waits(number, reason, clusters)}"
         return _Life(True, name, is_so)
     return gone
-
-
-def _span(seconds: float | None) -> str:
-    return "a while" if seconds is None else in_words(seconds)

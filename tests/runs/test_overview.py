@@ -1,5 +1,6 @@
 """What `cmscale runs` and `cmscale compare` say of runs: state and how it is known, progress, scores, differences."""
 
+import contextlib
 import json
 import os
 import re
@@ -73,6 +74,19 @@ def test_a_state_is_known_by_the_launcher_where_there_is_one(tmp_path: Path) -> 
     sign(found, 1, host="elsewhere", age=7200)
     assert overview(found, now=time.time() + 7200).state == "stale"
     assert "launcher 1 on elsewhere has been silent for 2 h" in overview(found, now=time.time() + 7200).known_by
+
+
+@pytest.mark.parametrize(("ahead", "state"), [(300, "running"), (86_400, "stale")])
+def test_files_of_a_clock_that_was_a_day_ahead_keep_no_dead_run_alive(ahead: int, state: str, tmp_path: Path) -> None:
+    found = working_run(tmp_path / "one")
+    for path in (found.metrics, found.events, found.checkpoints):
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path, (time.time() + ahead,) * 2)
+    assert overview(found).state == state
+    sign(found, 1, host="elsewhere", age=-ahead)
+    seen = overview(found)
+    assert seen.state == state
+    assert ("alive 0 s ago" if state == "running" else "sign of life at a time that is 23 h") in seen.known_by
 
 
 def test_another_process_of_a_dead_launchers_number_is_no_sign_of_life(tmp_path: Path) -> None:
