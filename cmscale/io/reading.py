@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,3 +157,9 @@ def files_in(folder: Path, pattern: str, unreadable: list[str] | None = None) ->
 def utf8(text: str) -> str:
     """Text that every encoder takes: bytes of a file's name that are not UTF-8 are written out."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def mended_utf8() -> str:
+    """What to do about a path that is not UTF-8: it may be, where Python was told to read it as something else."""
+    encoding = sys.getfilesystemencoding()
+    return "rename it" if encoding == "utf-8" else f"Python reads it as {encoding}: set PYTHONUTF8=1"

@@ -4,16 +4,18 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from cmscale.errors import UserError
 from cmscale.io.local import LocalStorage
 from cmscale.io.protocol import Entry, Storage
-from cmscale.io.reading import utf8
+from cmscale.io.reading import mended_utf8, utf8
 from cmscale.io.s3 import S3Storage
 
 SCHEMES: dict[str, Callable[[str], Storage]] = {"file": LocalStorage.from_url, "s3": S3Storage.from_url}
 
+_IN_ONE_ANSWER = 1000  # objects, of S3
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -25,7 +27,7 @@ def open_storage(url: str | Path) -> Storage:
     """
     text = str(url)
     if text != utf8(text):
-        raise UserError(f"{utf8(text)}: the path is not UTF-8, which documents could not name; rename it")
+        raise UserError(f"{utf8(text)}: the path is not UTF-8, which documents could not name; {mended_utf8()}")
     found = _SCHEME.match(text)
     if found is None:
         return LocalStorage(Path(text))
@@ -50,10 +52,10 @@ def open_parent(url: str | Path) -> tuple[Storage, str]:
 def stored_entry(storage: Storage, key: str) -> Entry | None:
     """What a storage lists of one object; None if it is not there.
 
-    One answer is enough: of the keys that begin with it, an object's own comes first.
+    One answer is enough: of the keys that begin with it, an object's own comes first, or, at stores with an order of
+    their own, soon.
     """
-    first = next(iter(storage.list(key)), None)
-    return first if first is not None and first.key == key else None
+    return next((entry for entry in islice(storage.list(key), _IN_ONE_ANSWER) if entry.key == key), None)
 
 
 def has_object(storage: Storage, key: str) -> bool:

@@ -19,7 +19,7 @@ from cmscale.data.decode import BadImage
 from cmscale.errors import UserError
 from cmscale.io.image_files import LeftOut
 from cmscale.io.place import Place
-from cmscale.io.reading import reason, utf8
+from cmscale.io.reading import mended_utf8, reason, utf8
 
 REPLACED = "files that a later one of the same name replaces"
 _EARLIER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -177,7 +177,9 @@ def open_source(text: str) -> ImageSource:
     if kind is None or not path_text:
         raise UserError(f"--source {text!r}: expected {source_usage()}")
     if path_text != utf8(path_text):
-        raise UserError(f"--source {utf8(text)}: the path is not UTF-8, which the manifest could not name; rename it")
+        raise UserError(
+            f"--source {utf8(text)}: the path is not UTF-8, which the manifest could not name; {mended_utf8()}"
+        )
     try:
         path = Place(path_text).local("images that are prepared").absolute()
     except UserError as error:

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from cmscale.interop.files import writable
 from cmscale.io.fetch import local_file
 from cmscale.io.local import LocalStorage
 from cmscale.io.s3 import S3Storage
-from cmscale.io.storage import Storage, open_parent, open_storage
+from cmscale.io.storage import Storage, open_parent, open_storage, stored_entry
 from cmscale.runs.checkpoints import committed_steps
 
 
@@ -319,3 +321,24 @@ def test_a_full_disk_below_the_cache_of_assets_names_the_node_that_a_restart_can
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(NoSpace, match=rf"^{tmp_path}/cache/files{where}; free some, or let CMSCALE_CACHE name a"):
         local_file(f"{s3}/weights.pth")
+
+
+def test_an_object_is_found_at_a_store_that_lists_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage("s3://bucket/set")
+    objects = [{"Key": f"set/{name}", "Size": 1, "ETag": name} for name in ("x.npz.parts/0", "x.npz", "x.npz.card")]
+    monkeypatch.setattr(S3Storage, "_pages", lambda *_: iter([{"Contents": objects}]))
+    found = stored_entry(storage, "x.npz")
+    assert found is not None
+    assert found.version == "x.npz"
+    assert stored_entry(storage, "x.np") is None
+
+
+def test_a_path_that_python_was_told_to_read_otherwise_need_not_be_renamed(tmp_path: Path) -> None:
+    given = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "import sys; from cmscale.io.storage import open_storage; open_storage(sys.argv[1])"
+    answer = subprocess.run(
+        [sys.executable, "-c", code, f"{tmp_path}/\u00e9"], env=os.environ | given, capture_output=True, check=False
+    )
+    assert b"Python reads it as ascii: set PYTHONUTF8=1" in answer.stderr
+    with pytest.raises(UserError, match="is not UTF-8, which documents could not name; rename it"):
+        open_storage(f"{tmp_path}/\udcff")
