@@ -195,7 +195,8 @@ def report(golden: RunDir, soak: Soak, *, steps: int, asked: int, outages: Outag
     events = collections.Counter(record["event"] for record in read_lines(soak.run.events))
     found = differences(golden, soak.run, steps=steps)
     found += [f"process {pid} of a killed start still exists" for pid in orphans(soak.seen)]
-    found += [f"{file} was left behind by a killed start" for file in left_in_shared_memory(soak.seen)]
+    batches, others = left_in_shared_memory(soak.seen)
+    found += [f"{file} was left behind by a killed start" for file in others]
     repeated = repeated_steps(soak.run)
     by = [collections.Counter(kill[place] for kill in soak.kills) for place in (0, 1)]
     print(f"kills: {len(soak.kills)} of {asked}")
@@ -209,6 +210,7 @@ def report(golden: RunDir, soak: Soak, *, steps: int, asked: int, outages: Outag
     print(f"steps: {steps}, repeated: {sum(repeated)}, at most {max(repeated, default=0)} after one kill")
     rejected, unfinished = events["damaged_checkpoint"], events["unfinished_save"]
     print(f"checkpoints: {rejected} damaged, {unfinished} unfinished saves removed")
+    print(f"batches left in /dev/shm by workers killed while they made one: {len(batches)}")
     print(f"differences: {len(found)}")
     for line in found[:20]:
         print(f"  {line}")

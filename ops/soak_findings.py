@@ -59,8 +59,22 @@ def orphans(pids: set[int]) -> list[int]:
         time.sleep(0.2)
 
 
-def left_in_shared_memory(pids: set[int]) -> list[Path]:
-    """Files in /dev/shm named after one of the processes, such as `torch_PID_...`."""
+def left_in_shared_memory(pids: set[int]) -> tuple[list[Path], list[Path]]:
+    """Files in /dev/shm named after one of the processes.
+
+    Returns:
+        One batch per process, as a worker may be killed after torch has made the file of a batch, `torch_PID_...`, and
+        before it has removed its name; and all others, of a program that does not remove them.
+    """
     folder = Path("/dev/shm")
-    named = ((file, re.search(r"\d+", file.name)) for file in (folder.iterdir() if folder.is_dir() else ()))
-    return [file for file, number in named if number and int(number[0]) in pids]
+    batches: dict[int, Path] = {}
+    others: list[Path] = []
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        number = re.search(r"\d+", file.name)
+        if not number or (pid := int(number[0])) not in pids:
+            continue
+        if file.name.startswith("torch_") and pid not in batches:
+            batches[pid] = file
+        else:
+            others.append(file)
+    return list(batches.values()), others

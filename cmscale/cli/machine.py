@@ -209,8 +209,29 @@ def shared_memory() -> Iterator[Finding]:
         )
         return
     state: State = "ok" if free >= GB else "warning" if free >= GB / 8 else "failure"
+    found = f"{free / GB:.1f} GB free in /dev/shm"
     remedy = "" if state == "ok" else "give a container --shm-size=8g, or set data.workers=0"
-    yield Finding("shared memory", state, f"{free / GB:.1f} GB free in /dev/shm", remedy)
+    left = _left_by_workers(Path("/dev/shm"))
+    if sum(left) >= GB / 8:
+        state = "warning" if state == "ok" else state
+        found += f", {sum(left) / GB:.1f} GB held by {len(left)} files of killed data workers"
+        remedy = "rm /dev/shm/torch_*, while nothing of yours runs on the node" + (f"; {remedy}" if remedy else "")
+    yield Finding("shared memory", state, found, remedy)
+
+
+def _left_by_workers(folder: Path) -> list[int]:
+    """Sizes of this user's batches that nobody receives any more.
+
+    torch removes the name of a batch, `torch_PID_...`, as soon as it has the memory; a worker killed between the two
+    leaves the file until the node is restarted.
+    """
+    left = []
+    for file in folder.glob("torch_*_*"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            seen, pid = file.stat(), file.name.split("_")[1]
+            if seen.st_uid == os.getuid() and not Path("/proc", pid).exists():
+                left.append(seen.st_size)
+    return left
 
 
 def nearest(folder: Path) -> Path:

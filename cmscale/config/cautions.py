@@ -34,7 +34,10 @@ def cautions(config: Config) -> list[str]:
 
 
 def _unused(config: Config) -> Iterator[str]:
-    """Keys that have a value and no effect, as another key switches off what they belong to."""
+    """Keys that have a value and no effect, as another key switches off what they belong to.
+
+    Not `prometheus.folder`: a site names it once for all runs, whether or not they write to it.
+    """
     for key, value, works, remedy in (
         ("checkpoint.export_keep_last", config.checkpoint.export_keep_last, config.checkpoint.export_to, "export_to"),
         (
@@ -43,7 +46,6 @@ def _unused(config: Config) -> Iterator[str]:
             config.train.consistency_error_every,
             "consistency_error_every",
         ),
-        ("prometheus.folder", config.prometheus.folder, config.prometheus.enabled, "enabled=true"),
     ):
         if value is not None and not works:
             section = key.partition(".")[0]

@@ -39,7 +39,7 @@ def with_advice(error: Exception) -> Exception:
         )
     if _NO_MEMORY.search(text):
         return RuntimeError(
-            f"/dev/shm: a data worker can't hand over its batch ({text}); free some, give a container --shm-size=8g, "
-            "or set data.workers=0"
+            f"/dev/shm: a data worker can't hand over its batch ({text}); free some (cmscale doctor shows what killed "
+            "workers left), give a container --shm-size=8g, or set data.workers=0"
         )
     return error

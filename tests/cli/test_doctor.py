@@ -3,6 +3,7 @@
 import base64
 import fcntl
 import json
+import os
 import re
 import signal
 import stat
@@ -91,6 +92,27 @@ def test_room_for_shared_memory(free: float, state: str, monkeypatch: pytest.Mon
     found = only(machine.shared_memory())
     assert found.state == state
     assert ("--shm-size" in found.remedy) == (state != "ok")
+
+
+def test_batches_that_killed_workers_left_in_shared_memory_are_counted(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for pid, size in ((gone.pid, 5), (os.getpid(), 7)):
+        (tmp_path / f"torch_{pid}_12_0").write_bytes(bytes(size))
+    (tmp_path / f"sem.{gone.pid}").write_bytes(bytes(9))
+    assert machine._left_by_workers(tmp_path) == [5]
+
+
+@pytest.mark.parametrize(("held", "state"), [(2e7, "ok"), (2e8, "warning")])
+def test_much_memory_that_killed_workers_hold_is_a_warning(
+    held: float, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(8e9, 0, 8e9))
+    monkeypatch.setattr(machine, "_left_by_workers", lambda folder: [int(held / 2)] * 2)
+    found = only(machine.shared_memory())
+    assert found.state == state
+    assert ("0.2 GB held by 2 files of killed data workers" in found.found) == (state == "warning")
+    assert ("rm /dev/shm/torch_*" in found.remedy) == (state == "warning")
 
 
 def test_a_folder_that_can_not_be_written_or_is_full_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,6 @@ def test_a_step_at_which_no_checkpoint_is_written_is_named_where_it_should_be_ke
     [
         ("checkpoint.export_keep_last=3", "checkpoint.export_to=s3://bucket/runs"),
         ("train.consistency_error_data=s3://bucket/held_out", "train.consistency_error_every=100"),
-        ("prometheus.folder=/var/lib/node_exporter", "prometheus.enabled=true"),
     ],
 )
 def test_a_value_without_effect_is_named_with_the_key_that_gives_it_one(alone: str, with_effect: str):
