@@ -59,7 +59,7 @@ def guarded(
                 raise KeyboardInterrupt from error
             raise
         finally:
-            sys.stdout.flush()
+            _flush_output()
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):  # how rich leaves where it prints a help
             return READER_LEFT
@@ -83,6 +83,17 @@ def guarded(
             raise
         said = " ".join(str(error)[:300].split()) or type(error).__name__
         return _said(f"fault: not enough memory for this ({said})", 1)
+
+
+def _flush_output() -> None:
+    """Writes out what was printed. Raises OSError that names the output if there is no room for it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop(sys.stdout)
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def _replace_missing_outputs() -> None:
@@ -169,6 +180,12 @@ def _is_closed(stream: TextIO | None) -> bool:
         poll = select.poll()
         poll.register(number, 0)
         if any(events & select.POLLERR for _, events in poll.poll(0)):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            _drop(stream)
             return True
     return False
+
+
+def _drop(stream: TextIO) -> None:
+    """Has what is left of an output go nowhere: at exit Python would try to write it again, and end with 120."""
+    with contextlib.suppress(OSError, ValueError):  # it may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
