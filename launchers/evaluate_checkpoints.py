@@ -25,6 +25,7 @@ from cmscale.io.durable import replace_durably
 from cmscale.io.job_environment import outside_of_jobs
 from cmscale.io.local import LocalStorage
 from cmscale.io.process import CHECKOUT, die_with_parent, is_alive, node_name, start_of
+from cmscale.io.remarks import say
 from cmscale.runs.checkpoints import committed_steps
 from cmscale.runs.folder import CHECKPOINT_MANIFEST, RunDir
 from cmscale.runs.log import write_event
@@ -69,7 +70,7 @@ def look(run: RunDir, *, every: int, flags: list[str], before: str) -> str:
     except (OSError, UserError) as error:
         problem = " ".join(str(error).split())
         if problem != before:
-            print(f"no evaluations are asked for at the moment: {problem}", file=sys.stderr, flush=True)
+            say(f"no evaluations are asked for at the moment: {problem}", to="stderr")
         return problem
     return f"not submitted: {steps}" if steps else ""
 
@@ -108,7 +109,7 @@ def request_due(run: RunDir, *, every: int, flags: list[str]) -> list[int]:
         except BaseException:  # such as no memory for a process: else the marker would name this one, which lives on
             marker.unlink(missing_ok=True)
             raise
-        print(f"evaluation of step {step}: exit status {status}", flush=True)
+        say(f"evaluation of step {step}: exit status {status}")
         is_over = status in (0, 1, 2) if "local" in flags else status in (0, 2)
         if is_over:
             replace_durably(marker, b"", within=run.root)

@@ -9,6 +9,7 @@ from typing import assert_never
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from cmscale.io.remarks import say
 from launchers.judge import Ending
 
 TAIL_LINES = 20
@@ -29,6 +30,7 @@ class Follower:
         self._offset = 0
         self._begun = b""  # of a line whose end is not written yet
         self._bar: Progress | None = None
+        self._is_cut = False
 
     def show(self, path: Path) -> None:
         """Prints the lines that were added to a log since the last call; another log is shown from its beginning."""
@@ -56,9 +58,9 @@ class Follower:
         if sys.stdout.isatty():
             for line in lines.splitlines():
                 self._show_on_terminal(line)
-        else:
-            sys.stdout.write(lines)
-            sys.stdout.flush()
+        elif (error := say(lines, end="")) and not self._is_cut:  # the job goes on without an onlooker
+            self._is_cut = True
+            say(f"note: standard output: {error.strerror}; all lines are in {self._path}", to="stderr")
 
     def close(self) -> None:
         """Prints what is left, and ends the progress bar."""
@@ -115,14 +117,14 @@ def show_end(ending: Ending, why: str, *, log: Path | None, told: Sequence[str] 
         case "fault":
             shown = tail(log) if log else ""
             if shown:
-                print(f"--- the end of {log}\n{shown}\n---", file=sys.stderr)
-            print(f"fault: {why}" + (f" (log: {log})" if log else ""), file=sys.stderr, flush=True)
+                say(f"--- the end of {log}\n{shown}\n---", to="stderr")
+            say(f"fault: {why}" + (f" (log: {log})" if log else ""), to="stderr")
             return 1
         case "not_exported":
             _say_once(f"finished, not exported: {why}", told)
             return 1
         case "preempted" | "time_limit" | "cancelled" | "superseded":
-            print(f"stopped: {why}", file=sys.stderr, flush=True)
+            say(f"stopped: {why}", to="stderr")
             return 1
         case _:
             assert_never(ending)
@@ -132,4 +134,4 @@ def _say_once(line: str, told: Sequence[str]) -> None:
     """Prints a line on stderr, unless its terminal shows it already. Ranks print several mistakes in a line each."""
     first, *others = told or [""]
     if "; ".join([first, *(each.removeprefix("error: ") for each in others)]) != line or not sys.stderr.isatty():
-        print(line, file=sys.stderr, flush=True)
+        say(line, to="stderr")

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from cmscale.commands.ending import hide_warnings_of_pillow
 from cmscale.errors import NoSpace, NotExported, UserError
 from cmscale.io.process import CHECKOUT, START, exit_at_once, node_name, note_early_signals
+from cmscale.io.remarks import say
 from cmscale.runs.folder import RunDir
 from cmscale.runs.snapshot import read_code
 from launchers.clusters import CLUSTERS
@@ -40,12 +41,12 @@ def main(arguments: list[str]) -> NoReturn:
         try:
             submission.write_rank_end(flags.start, RankEnd(place.rank, node_name(), end, message))
         except (OSError, UserError) as error:  # a full disk: the log still says how the rank ended
-            print(f"rank {place.rank} can't report its end ({end}): {error}", file=sys.stderr, flush=True)
+            say(f"rank {place.rank} can't report its end ({end}): {error}", to="stderr")
 
     report("running")
     if submission.has_moved_on(os.environ.get("SLURM_JOB_ID")):  # Slurm requeued a job that was submitted anew, too
         report("superseded")
-        print("a later job carries this submission on; this one does nothing", flush=True)
+        say("a later job carries this submission on; this one does nothing")
         exit_at_once(0)
     try:
         job = submission.read_job()
@@ -58,16 +59,16 @@ def main(arguments: list[str]) -> NoReturn:
         is_full = isinstance(error, NoSpace)
         report("no_space" if is_full else "user_error", "; ".join(error.args))
         for line in error.args:
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            say(f"error: {line}", to="stderr")
         exit_at_once(1 if is_full else 2)
     except NotExported as error:
         report("not_exported", str(error))
-        print(f"finished, not exported: {error}", file=sys.stderr, flush=True)
+        say(f"finished, not exported: {error}", to="stderr")
         exit_at_once(0)  # all work is done: the cluster must not see a rank that failed
     except Exception as error:
         report("fault", " ".join(f"{type(error).__name__}: {error}".split()))
         traceback.print_exc()
-        print(f"rank {place.rank} on {node_name()} failed", file=sys.stderr, flush=True)
+        say(f"rank {place.rank} on {node_name()} failed", to="stderr")
         exit_at_once(1)
     match end:
         case "finished" | "preempted" | "superseded":
@@ -96,7 +97,7 @@ def record_code(submission: Submission, start: str, job: JobRecord) -> None:
         facts: dict[str, Any] = {"worker": job.worker, "submission": submission.name, "start": start}
         record_start(submission.run, read_code(), CHECKOUT, **facts)
     except (OSError, UserError) as error:
-        print(f"this start is not in {submission.run.provenance.name}: {error}", file=sys.stderr, flush=True)
+        say(f"this start is not in {submission.run.provenance.name}: {error}", to="stderr")
 
 
 def record_job_id(submission: Submission, job: JobRecord) -> None:

@@ -17,6 +17,7 @@ import submitit
 
 from cmscale.errors import UserError
 from cmscale.io.process import die_with_parent, node_name
+from cmscale.io.remarks import say
 from cmscale.runs.folder import RunDir
 from launchers.decide import decide, in_words
 from launchers.evaluate_checkpoints import evaluating
@@ -99,7 +100,7 @@ class Interruption:
             _end_group(self.process)
         else:
             self.process.terminate()
-            print("stopping: the ranks save and end; repeat to end them at once", file=sys.stderr, flush=True)
+            say("stopping: the ranks save and end; repeat to end them at once", to="stderr")
 
 
 @contextlib.contextmanager
@@ -155,7 +156,7 @@ def _run_once(job: JobSpec, submission: Submission, start: str, interruption: In
         return status, attempt.ending in ("finished", "not_exported")
     submission.report("requeued", attempt, why=decision.why)
     again = f"starts again in {decision.delay_seconds} s"
-    print(f"{in_words(attempt, decision)}; {again}", file=sys.stderr, flush=True)
+    say(f"{in_words(attempt, decision)}; {again}", to="stderr")
     until = time.monotonic() + decision.delay_seconds
     while time.monotonic() < until and not interruption.signal:
         time.sleep(_POLL_SECONDS)

@@ -7,7 +7,6 @@ everything here is bounded by the time that is left.
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Literal, TypeVar
 from cmscale.errors import UserError
 from cmscale.io import slurm, slurm_jobs
 from cmscale.io.durable import replace_durably
+from cmscale.io.remarks import say
 from launchers.submission import Submission
 
 _WAITS = (2, 4, 8, 16, 32, 60)  # seconds between tries: slurmctld may be away for a minute or two
@@ -76,7 +76,7 @@ def _requeue(job_id: str, *, waits: Sequence[float]) -> tuple[Answer, str]:
     for wait in (*waits, None):
         answer, message = _requeue_once(job_id)
         if answer != "done":
-            print(message, file=sys.stderr, flush=True)
+            say(message, to="stderr")
         if answer != "transient" or wait is None:
             return answer, message
         time.sleep(wait)
@@ -132,17 +132,17 @@ def _submit(
     try:
         job_id = _retry(lambda: _submit_once(path, options, lost), waits=waits)
     except slurm.NoJobIdError as error:
-        print(error, file=sys.stderr, flush=True)
+        say(str(error), to="stderr")
         return Again("submitted again"), ""
     except slurm.Refused as error:
         return None, str(error)
     try:
         submission.replace_job_id(job_id)
     except UserError as error:  # a full disk: the job goes on all the same
-        print(error, file=sys.stderr, flush=True)
+        say(str(error), to="stderr")
     without = f", without {', '.join(excluded)}" if excluded else ""
     how = f"submitted again as job {job_id} in {delay_seconds} s{without}"
-    print(how, flush=True)
+    say(how)
     return Again(how), ""
 
 
@@ -186,7 +186,7 @@ def _retry(action: Callable[[], T], *, waits: Sequence[float]) -> T:
         try:
             return action()
         except slurm.Refused as error:
-            print(error, file=sys.stderr, flush=True)
+            say(str(error), to="stderr")
             if wait is None or _FOR_GOOD.search(str(error)):
                 raise
             time.sleep(wait)
@@ -201,7 +201,7 @@ def _spare(bad: Sequence[str], script: Path, given: dict[str, str], *, waits: Se
     try:
         _retry(lambda: slurm.find_nodes(script, _exclusion(unwished, given)), waits=waits)
     except slurm.Refused:
-        print(f"so {', '.join(unwished)} can't be left out", file=sys.stderr, flush=True)
+        say(f"so {', '.join(unwished)} can't be left out", to="stderr")
         return []
     return unwished
 

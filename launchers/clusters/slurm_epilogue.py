@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import assert_never
 
 from cmscale.errors import UserError
+from cmscale.io.remarks import say
 from cmscale.runs.folder import RunDir
 from launchers.clusters.slurm_again import REQUEUED, Again, requeue, submit_again, waits_within
 from launchers.decide import Decision, decide, in_words
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     try:
         return _end_start(_parser().parse_args(arguments))
     except UserError as error:  # a full disk: what can't be recorded is not started again
-        print(f"error: {error}; then continue with --resume", file=sys.stderr, flush=True)
+        say(f"error: {error}; then continue with --resume", to="stderr")
         return 1
 
 
@@ -53,7 +54,7 @@ def _end_start(flags: argparse.Namespace) -> int:
     facts = _job_facts(job_id)
     facts_now = _job_facts(job_id) if _waited_for_folder(submission) else facts
     if superseded(facts_now):
-        print(f"{flags.start}: Slurm has started this job again on other nodes; this earlier start does nothing more")
+        say(f"{flags.start}: Slurm has started this job again on other nodes; this earlier start does nothing more")
         return 1
     ends = submission.rank_ends(flags.start)
     attempt = judge(
@@ -72,7 +73,7 @@ def _end_start(flags: argparse.Namespace) -> int:
         go_on=submission.how_to_go_on,
     )
     follows = "" if decision.action == "done" else f"{decision.action}: "
-    print(f"{flags.start}: {follows}{in_words(history[-1], decision)}", flush=True)
+    say(f"{flags.start}: {follows}{in_words(history[-1], decision)}")
     again = _start_again(decision, submission, job_id, seconds_left=seconds_left(facts_now))
     return _report(decision, again, history[-1], submission, job_id)
 
@@ -228,7 +229,7 @@ def _job_facts(job_id: str) -> dict[str, str]:
     try:
         shown = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        print(f"{' '.join(command)}: {error}", file=sys.stderr, flush=True)
+        say(f"{' '.join(command)}: {error}", to="stderr")
         return {}
     facts: dict[str, str] = {}
     for part in shown.stdout.split():

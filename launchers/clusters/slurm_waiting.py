@@ -1,12 +1,12 @@
 """Waits for a job in Slurm: shows rank 0's log, why the job waits in the queue, and how it ended."""
 
 import os
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from cmscale.io import slurm_jobs
+from cmscale.io.remarks import say
 from launchers.follow import Follower, show_end
 from launchers.judge import Ending
 from launchers.submission import Submission, read_json
@@ -34,7 +34,7 @@ def wait_for_end(submission: Submission) -> int:
         follower.close()
         job_id = (read_json(submission.job_file) or {}).get("job_id", "JOB")
         cancel = " ".join(slurm_jobs.cancel_command(job_id, slurm_jobs.clusters_of(submission.script)))
-        print(f"\nno longer waiting; the job goes on; to end it: {cancel}", file=sys.stderr)
+        say(f"\nno longer waiting; the job goes on; to end it: {cancel}", to="stderr")
         return 130
     finally:
         follower.close()  # first: beside a bar, lines are broken at the terminal's width
@@ -95,5 +95,5 @@ class _Queue:
         self._looks_at = time.monotonic() + REASON_SECONDS
         said = f"job {job_id} waits in the queue: {slurm_jobs.why_it_waits(job_id, reason, self._clusters)}"
         if said != self._said:
-            print(said, flush=True)
+            say(said)
         self._said = said

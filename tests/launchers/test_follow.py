@@ -107,3 +107,25 @@ def test_a_terminal_shows_a_refusal_once(
     assert shown.getvalue().count("three is wrong") == times
     assert show_end("user_error", "one is missing", log=log, told=follower.told) == 2
     assert shown.getvalue().count("one is missing") == 2  # it was not the end of that log
+
+
+def test_an_output_on_a_full_disk_ends_no_job_and_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, follower = tmp_path / "log", Follower()
+    log.write_text("one\n")
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        follower.show(log)
+        with log.open("a") as file:
+            file.write("two\n")
+        follower.show(log)
+        follower.close()
+    assert capsys.readouterr().err == f"note: standard output: No space left on device; all lines are in {log}\n"
+
+
+def test_an_end_is_judged_where_it_can_not_be_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        assert show_end("fault", "why", log=tmp_path / "none") == 1
+        assert show_end("user_error", "why", log=None) == 2
