@@ -1,5 +1,6 @@
 """Shows a job's progress to the user who waits for it: rank 0's log, a progress bar, and how the job ended."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Sequence
@@ -66,7 +67,8 @@ class Follower:
         """Prints what is left, and ends the progress bar."""
         self._show_begun()
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.stop()
             self._bar = None
 
     def _show_on_terminal(self, line: str) -> None:

@@ -86,7 +86,7 @@ class LocalMachine:
 
 
 class Interruption:
-    """Ctrl-C or SIGTERM at the launcher: the first requests the ranks to save and end, the second kills them."""
+    """Ctrl-C, SIGTERM or a lost terminal: the first requests the ranks to save and end, the second kills them."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -106,7 +106,10 @@ class Interruption:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Interruption]:
     interruption = Interruption()
-    handlers = {number: signal.signal(number, interruption.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, interruption.handle) for number in numbers}
     try:
         yield interruption
     finally:

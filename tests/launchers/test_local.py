@@ -160,7 +160,7 @@ def test_an_evaluation_that_is_killed_again_and_again_leaves_its_finished_run_fi
     assert capsys.readouterr().out.splitlines()[-1].split()[2] == "finished"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.long
 def test_ending_the_launcher_ends_every_rank(number: signal.Signals, tmp_path: Path) -> None:
     job = start_job(tmp_path / "run", "forever")
