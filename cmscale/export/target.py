@@ -70,15 +70,22 @@ def check_target(format: Format, to: Place) -> None:
         case "safetensors" if is_folder_of(format, to):
             _check_folder(to, EXPORTED_WEIGHTS)
         case "safetensors":
-            check_output("--to", to, Output((".safetensors",)))
+            _check_file(to, ".safetensors")
         case "openai":
-            check_output("--to", to, Output((".pt",)))
+            _check_file(to, ".pt")
         case "diffusers":
             _check_folder(to, "model_index.json")
         case _:
             assert_never(format)
     with contextlib.suppress(Forbidden):  # of a folder `_check_folder` has raised it; a file's card is written first
         replaceable_card(card_of(format, to))
+
+
+def _check_file(to: Place, suffix: str) -> None:
+    """Checks that a file can take an export, and that its card can lie beside it: the card's name is longer."""
+    check_output("--to", to, Output((suffix,)))
+    if not to.is_remote:
+        check_output("--to", Place(f"{to}.md"), Output())
 
 
 def _check_folder(to: Place, first: str) -> None:

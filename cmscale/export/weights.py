@@ -1,6 +1,7 @@
 """Exports a source's weights to a format that other programs load, and finishes the copies of a run's checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import assert_never
 
@@ -20,14 +21,17 @@ from cmscale.interop import (
     write_openai,
     write_safetensors,
 )
+from cmscale.io.locks import hold
 from cmscale.io.place import Place
 from cmscale.io.protocol import Forbidden
-from cmscale.io.storage import open_storage
+from cmscale.io.storage import open_parent, open_storage
 from cmscale.runs.copies import Copied
 from cmscale.runs.folder import RunDir
 from cmscale.runs.results import EvaluationResult, read_evaluations
 from cmscale.runs.source_kind import CARD, EXPORTED_WEIGHTS
 from cmscale.source import Source, dataset_of
+
+_LOCK_SECONDS = 1.0  # to find that the holder is dead
 
 
 def export_weights(source: Source, *, format: Format, to: Place, license: str = UNKNOWN) -> list[str]:
@@ -39,8 +43,34 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
 
     Raises:
         UserError: The format cannot express the network, the file's name has another ending, the target cannot be
-            written or holds another model or a card that was edited, or an evaluation of the run is not readable.
+            written or holds another model or a card that was edited, another export writes there, or an evaluation of
+            the run is not readable.
     """
+    with _alone(card_of(format, to), to):
+        _export(source, format, to, license)
+    return unlike_openai(source.config.method) if format == "openai" else []
+
+
+@contextmanager
+def _alone(card: Place, to: Place) -> Iterator[None]:
+    """Keeps other exports from a place on a file system meanwhile: weights and card would be of different steps."""
+    storage, name = open_parent(card)
+    path = storage.local_path(f".{name}")
+    if path is None:
+        yield
+        return
+    was_there = path.parent.exists()
+    try:
+        with hold(path, timeout=_LOCK_SECONDS, what=f"exporting to {to}", by_creation=True):
+            yield
+    finally:
+        if not was_there:
+            with suppress(OSError):  # not empty: the export is in it
+                path.parent.rmdir()
+
+
+def _export(source: Source, format: Format, to: Place, license: str) -> None:
+    """Writes what belongs to an export, the card last."""
     is_folder = is_folder_of(format, to)
     _check(source.config, format, to, is_folder=is_folder)
     card_file = card_of(format, to)
@@ -75,7 +105,6 @@ def export_weights(source: Source, *, format: Format, to: Place, license: str = 
         card_file.write(sealed(card).encode())
     if is_folder and samples is None and before is not None and _shows_grid(before):
         open_storage(to).delete(SAMPLES)  # the grid of the weights before
-    return unlike_openai(source.config.method) if format == "openai" else []
 
 
 def _check(config: Config, format: Format, to: Place, *, is_folder: bool) -> None:

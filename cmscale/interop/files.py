@@ -1,16 +1,21 @@
 """Reads and writes weight files of any storage by way of a local path; a written file is whole or absent."""
 
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cmscale.errors import NoSpace, UserError
 from cmscale.io import traffic
 from cmscale.io.durable import explained, follow_umask, sync_folder
 from cmscale.io.storage import Storage, local_copy, open_parent, open_storage, stored_entry
+
+_STAGED = ".cmscale-weights-"
+_ABANDONED_SECONDS = 600.0  # without a byte; some mounts keep locks to one host
 
 
 def located(source: str | Path) -> tuple[Storage, str]:
@@ -57,7 +62,8 @@ def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
     with explained(target or Path(tempfile.gettempdir())):
         if parent is not None:
             parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".cmscale-", dir=parent) as temporary:
+        _remove_abandoned(parent or Path(tempfile.gettempdir()))
+        with tempfile.TemporaryDirectory(prefix=_STAGED, dir=parent) as temporary, _locked(Path(temporary)):
             free = shutil.disk_usage(temporary).free
             if free < size * 1.01:
                 needed = f"{size / 2**30:.2f} GiB are needed, {free / 2**30:.2f} are free"
@@ -74,3 +80,28 @@ def writable(storage: Storage, key: str, *, size: int) -> Iterator[Path]:
             follow_umask(path)
             path.replace(target)
             sync_folder(target.parent)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder while the block runs; False if another process has locked it, or the file system can't."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        is_ours = False
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        yield is_ours
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Removes what killed processes had begun to write here: each is as large as the weights."""
+    for begun in parent.glob(f"{_STAGED}*"):
+        with suppress(OSError):  # another user's, or removed meanwhile
+            newest = max(path.stat().st_mtime for path in (begun, *begun.iterdir()))
+            if time.time() - newest > _ABANDONED_SECONDS:
+                with _locked(begun) as is_ours:
+                    if is_ours:
+                        shutil.rmtree(begun, ignore_errors=True)

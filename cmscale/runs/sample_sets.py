@@ -105,6 +105,7 @@ class SetPlace:
         try:
             if self.is_file:
                 self.place.check_output(".npz")
+                self.record.check_output()  # its name is longer
                 return
             storage, name = open_parent(self.place)
             if name.lower().endswith(_OF_FILES):

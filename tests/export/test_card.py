@@ -1,6 +1,10 @@
 """The model card describes the weights, their training and data, and their quality."""
 
+import fcntl
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -481,3 +485,51 @@ def test_a_folder_with_somebodys_readme_is_left_as_it_is(format: str, tmp_path: 
     for _ in range(2):  # the second replaces the first
         exported(tmp_path / "model", run, format=format, weights_name=CONFIG.ema.names[0])
     assert (tmp_path / "model" / "samples.png").exists()
+
+
+@pytest.mark.parametrize(("format", "ending"), [("safetensors", ".safetensors"), ("openai", ".pt")])
+def test_a_name_that_leaves_no_room_for_its_card_is_refused_at_once(format: str, ending: str, tmp_path: Path) -> None:
+    place = Place(tmp_path / f"{'n' * (244 - len(ending))}{ending}")
+    with pytest.raises(UserError, match=r"--to .*File name too long"):
+        check_target(format, place)  # pyright: ignore[reportArgumentType]
+
+
+def test_two_exports_to_one_place_do_not_mix(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    held = "import sys; from pathlib import Path; from cmscale.io.locks import hold\nwith hold(Path(sys.argv[1]), "
+    held += "timeout=0, what='x', by_creation=True): print('held', flush=True); input()"
+    other = [sys.executable, "-c", held, str(model / ".README.md")]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(UserError, match=f"exporting to {model}: another process"):
+            exported(model, None, format="safetensors")
+        process.kill()
+    exported(model, None, format="safetensors")
+    assert {path.name for path in model.iterdir()} == {"README.md", "model.safetensors"}
+
+
+def test_an_export_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.evaluations.mkdir(parents=True)
+    (run.evaluations / "step-000000060.json").write_text("{")
+    with pytest.raises(UserError, match="model card: "):
+        exported(tmp_path / "model", run, format="safetensors")
+    assert not (tmp_path / "model").exists()
+
+
+def test_weights_of_an_export_that_was_killed_are_removed_by_a_later_one(tmp_path: Path) -> None:
+    begun = tmp_path / ".cmscale-weights-dead"
+    begun.mkdir()
+    (begun / "weights").write_bytes(b"half")
+    exported(tmp_path / "a.safetensors", None, format="safetensors")
+    assert begun.exists()  # it may be written now
+    for path in (begun / "weights", begun):
+        os.utime(path, (0, 0))
+    descriptor = os.open(begun, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    exported(tmp_path / "a.safetensors", None, format="safetensors")
+    assert begun.exists()  # its process lives
+    os.close(descriptor)
+    exported(tmp_path / "a.safetensors", None, format="safetensors")
+    assert not begun.exists()

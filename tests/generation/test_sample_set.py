@@ -49,6 +49,11 @@ def test_a_name_with_the_ending_of_an_unknown_file_is_no_folder(name: str) -> No
         format_of(Place(name), None, option="--out")
 
 
+def test_a_name_that_leaves_no_room_for_the_record_is_refused_before_samples_are_drawn(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--out .*\.npz\.json: .*File name too long"):
+        set_place(Place(tmp_path / f"{'n' * 240}.npz"), "npz").check("--out")
+
+
 @pytest.mark.parametrize("format", ["npz", "png", "tar"])
 def test_an_interrupted_set_goes_on_with_what_is_missing(format: Format, tmp_path: Path) -> None:
     place = tmp_path / ("x.npz" if format == "npz" else "x")
