@@ -1,6 +1,7 @@
 """The application of the command `cmscale`: all groups of commands."""
 
 import functools
+import itertools
 import shlex
 from collections.abc import Callable
 from functools import cache
@@ -139,10 +140,12 @@ def _with_choice_first(arguments: list[str]) -> list[str]:
     command, *rest = arguments
     parameters = getattr(_program().commands.get(command), "params", None)
     choices = get_args(parameters[0].get_runtime_param().annotation) if parameters else ()
-    among = [word for word in rest if word in choices]
-    if len(among) != 1 or rest[0] == among[0] or rest[0].startswith("-"):
+    before_options = itertools.takewhile(lambda word: not word.startswith("-"), rest)  # whose values may be such words
+    among = [word for word in before_options if word in choices]
+    if len(among) != 1 or rest[0] == among[0]:
         return arguments
-    return [command, *among, *(word for word in rest if word != among[0])]
+    rest.remove(among[0])
+    return [command, *among, *rest]
 
 
 def _told(error: Any) -> str:

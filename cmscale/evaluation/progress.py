@@ -31,10 +31,11 @@ def work_folder(source: Source, run_dir: str | None) -> Path:
 
 def _remove_unused(folder: Path) -> None:
     """Removes blocks that are not used, as of an evaluation that was given up."""
-    for begun in (path for path in folder.iterdir() if path.is_dir()):
-        with contextlib.suppress(OSError):  # others may remove it, too
-            if is_unused(begun):
-                shutil.rmtree(begun, ignore_errors=True)
+    with contextlib.suppress(OSError):  # others may remove it, too
+        for begun in (path for path in folder.iterdir() if path.is_dir()):
+            with contextlib.suppress(OSError):
+                if is_unused(begun):
+                    shutil.rmtree(begun, ignore_errors=True)
 
 
 def is_gone(run_dir: Path | None) -> bool:

@@ -84,7 +84,7 @@ def draw_samples(
         denoise: The source's network on the device, if it is there already.
 
     Raises:
-        UserError: they need more memory than there is, which is known before the first is drawn.
+        UserError: they need more memory than the system ever gives, which is known before the first is drawn.
     """
     denoise = denoise or source.denoiser(device)
     try:

@@ -75,7 +75,7 @@ def numbers(name: str, values: object) -> tuple[float, ...]:
     """Finite numbers: a sequence, an array or a tensor of them.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one is no number.
     """
     wanted = "several numbers, for example [80, 0.8]"
     found = in_order(name, values, wanted)

@@ -121,7 +121,10 @@ def _hint(storage: Storage, origin: str) -> str:
         return f"the folder is empty; give {_KINDS}"
     run, _, step = origin.rpartition("@")
     if run and re.fullmatch("[0-9]{1,9}", step) and is_run(Path(run)):  # as --branch names it
-        return f"a checkpoint is given by its folder: {RunDir(Path(run)).checkpoint(int(step))}"
+        named = RunDir(Path(run))
+        if int(step) in (steps := committed_steps(named)):
+            return f"a checkpoint is given by its folder: {named.checkpoint(int(step))}"
+        return f"the run has no checkpoint of step {step}, but of {', '.join(map(str, steps)) or 'none'}"
     if meant := run_meant(origin):
         return f"no such file or folder{meant}"
     if folder is not None and not folder.exists():

@@ -74,7 +74,8 @@ def _outputs(printed: str, value: Any, count: int) -> list[dict[str, Any]]:
     if printed:
         text = printed
         if len(printed) > _MOST_CHARACTERS:  # whole lines from the first on, which may head a table
-            text = f"{printed[:_MOST_CHARACTERS].rpartition(chr(10))[0]}\n..."
+            begun = printed[:_MOST_CHARACTERS]
+            text = f"{begun.rpartition(chr(10))[0] or begun}\n..."
         found.append({"output_type": "stream", "name": "stdout", "text": text.splitlines(keepends=True)})
     if value is not None:
         data: dict[str, Any] = {"text/plain": [repr(value)[:_MOST_CHARACTERS]]}

@@ -153,6 +153,10 @@ def test_given_noise_and_raw_output_let_two_implementations_be_compared(
             ["edit", "runs/a", "inpaint", "x.png", "--box", "0,0,4,4"],
             "runs/a: stands too early; did you mean: cmscale edit inpaint runs/a x.png --box 0,0,4,4?",
         ),
+        (
+            ["edit", "runs/a", "--out", "inpaint"],
+            "'runs/a' is not one of 'inpaint'",
+        ),  # the value of an option is no task
         (["s3://b/runs/a"], "s3://b/runs/a: is no command; did you mean: cmscale COMMAND s3://b/runs/a?"),
         (["train", "c.yaml"], "train: is no command here; training starts with `python launchers/submit.py CONFIG`"),
         (["version"], "version: is no command here; `cmscale --version` prints it"),

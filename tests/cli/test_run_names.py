@@ -41,7 +41,13 @@ def test_the_step_of_a_run_as_a_branch_names_it_is_answered_by_its_folder(
 ) -> None:
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "config.yaml").write_text("")
+    (tmp_path / "runs" / "a" / "checkpoints" / "step-000000020").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "checkpoints" / "step-000000020" / "manifest.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, command[0], "runs/a@20", *command[1:]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("given by its folder: runs/a/checkpoints/step-000000020")
+    for given, said in (
+        ("20", "given by its folder: runs/a/checkpoints/step-000000020"),
+        ("7", "of step 7, but of 20"),
+    ):
+        assert run(monkeypatch, command[0], f"runs/a@{given}", *command[1:]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(said)

@@ -46,6 +46,10 @@ def test_a_long_output_keeps_its_first_lines_whole(tmp_path: Path) -> None:
     rows = [f"row {i}\n" for i in range(999)]
     assert output["text"] == ["head\n", *rows[: len(output["text"]) - 2], "..."]
     assert sum(map(len, output["text"])) < 3010
+    cell["source"] = ["print('x' * 9999)"]
+    (tmp_path / "long.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (output,) = notebooks.execute(tmp_path / "long.ipynb")["cells"][0]["outputs"]
+    assert output["text"] == ["x" * 3000 + "\n", "..."]
 
 
 @pytest.mark.long
